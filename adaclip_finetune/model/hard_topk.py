@@ -1,0 +1,94 @@
+"""Differentiable Hard-Top-k: choose K of N frames, with gradients for the scores that chose them.
+
+Training draws without replacement by Gumbel noise and relaxes each draw to a softmax (Xie and Ermon 2019, "Reparameterizable
+subset sampling via continuous relaxations"); the straight-through estimator (Bengio et al. 2013) makes each row a one-hot
+forward and the relaxed draw backward. AdaCLIP (Hu et al. 2023) uses it for frames. Evaluation takes the K highest scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MIN_PROBABILITY = 1e-8
+_MIN_REMAINDER = 1e-40
+
+
+class Selection(NamedTuple):
+    """Which frames were chosen: `weights` (B, K, N) one-hot rows, `indices` (B, K) in the order chosen, `logits` (B, N)."""
+
+    weights: Tensor
+    indices: Tensor
+    logits: Tensor
+
+
+def select_frames(logits: Tensor, k: int, temperature: float | None = None, noise: Tensor | None = None) -> Selection:
+    """Choose `k` of N frames by their `logits` (B, N).
+
+    With a `temperature` (training) it is `hard_top_k` of log max(softmax(logits), 1e-8); without one (evaluation) the `k`
+    highest logits, descending, and no gradient. `noise` (B, N) replaces the Gumbel(0, 1) draw for exact tests.
+    Works in float32 (float64 for float64 logits) whatever the autocast state, and never waits for the device.
+
+    Raises ValueError for k outside 1…N, and for NaN logits on CPU. On an accelerator the check would stall every step, so
+    NaN logits there turn the weights into NaN, which the loss and the metrics refuse.
+    """
+    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"cannot choose k={k} frames by logits of shape {tuple(logits.shape)}: need (B, N) and 1 <= k <= N")
+    if logits.device.type == "cpu" and bool(logits.isnan().any()):
+        raise ValueError("frame selector logits are NaN")
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if temperature is None:
+            return _highest(logits, k)
+        scores = logits.softmax(dim=1).clamp(min=_MIN_PROBABILITY).log()
+        weights, indices = hard_top_k(scores, k, temperature, _gumbel_like(scores) if noise is None else noise)
+        return Selection(weights, indices, logits)
+
+
+def hard_top_k(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw `k` of N without replacement by `scores` + `noise` (B, N): weights (B, K, N), indices (B, K) in the order drawn.
+
+    Row i of the weights is onehot(jᵢ) − stopgrad(aᵢ) + aᵢ, where aᵢ is the i-th relaxed draw at `temperature` and jᵢ its
+    highest entry among those not drawn yet.
+    """
+    perturbed = scores + noise
+    relaxed = torch.zeros_like(scores)
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    rows, indices = [], []
+    for _ in range(k):
+        perturbed = perturbed + (1 - relaxed).clamp(min=_MIN_REMAINDER).log()
+        relaxed = (perturbed / temperature).softmax(dim=1)
+        index = relaxed.detach().masked_fill(taken, -1).argmax(dim=1)
+        one_hot = F.one_hot(index, scores.shape[1])
+        taken = taken | one_hot.bool()
+        rows.append(one_hot - relaxed.detach() + relaxed)
+        indices.append(index)
+    return torch.stack(rows, dim=1), torch.stack(indices, dim=1)
+
+
+def selection_temperature(epoch: int, init_tau: float, min_tau: float, exp_decay_factor: float) -> float:
+    """τ of an epoch (from 0): max(init_tau · exp(−exp_decay_factor · epoch), min_tau)."""
+    return max(init_tau * math.exp(-exp_decay_factor * epoch), min_tau)
+
+
+def annealed_k(epoch: int, num_frm: int, top_k: int, warmup_epochs: int) -> int:
+    """K of a training epoch: from num_frm − 1 at epoch 0 in equal steps, floored, down to top_k at `warmup_epochs`."""
+    if epoch >= warmup_epochs:
+        return top_k
+    start = num_frm - 1
+    return max(start + (top_k - start) * epoch // warmup_epochs, top_k)
+
+
+def _highest(logits: Tensor, k: int) -> Selection:
+    # A stable sort, so that equal logits choose the same frames on every device.
+    indices = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
+    not_a_number = (logits.detach() * 0).sum(dim=1)[:, None, None]
+    return Selection(F.one_hot(indices, logits.shape[1]).to(logits.dtype) + not_a_number, indices, logits)
+
+
+def _gumbel_like(logits: Tensor) -> Tensor:
+    return -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()

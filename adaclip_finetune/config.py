@@ -1,0 +1,361 @@
+"""Every setting of the project: name, type, default, range, unit and one line of help. Torch-free.
+
+`load_config(file, overrides)` lays flags over the file over the defaults, checks all of it and returns a frozen
+`Config`; `check_paths(config)` then asks whether the files it names are there. Adding a PEFT method takes a settings
+class and a line in `PeftChoice` here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings import Settings, setting
+
+# A JSON list becomes a tuple, so that a frozen config is frozen all the way down; what is in it stays strict.
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+Interval = Annotated[tuple[float, float], Field(strict=False)]
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
+
+
+def _grad_norm(value: float) -> float:
+    if value <= 0 and value != -1:
+        raise ValueError("a number > 0, or -1 for no clipping")
+    return value
+
+
+GradNorm = Annotated[float, AfterValidator(_grad_norm)]
+
+# ---- parameter-efficient finetuning: one settings class a method, one line in PeftChoice ----
+
+
+class FullSettings(Settings):
+    """Everything that freeze_layer_num and freeze_clip leave learns."""
+
+
+class BitFitSettings(Settings):
+    """Only biases learn, and what the keywords name (Ben Zaken et al. 2022)."""
+
+    keep_module_keywords: Names = setting((), "parameters whose name holds one of these learn too")
+    include_qkv_bias: bool = setting(False, "the fused biases of queries, keys and values learn too")
+
+
+class IbsSettings(Settings):
+    """Importance-based selection: a few epochs of everything, then only the tensors that mattered."""
+
+    pre_batch_size: int | None = setting(
+        None, "batch size while everything learns; null: batch_size", unit="videos", ge=1
+    )
+    num_pre_epochs: int = setting(1, "first epochs, in which everything learns", unit="epochs", ge=1)
+    retain_ratio: float = setting(0.1, "share of the candidate parameters that goes on learning", gt=0, le=1)
+    metric: Literal["l2norm", "angle"] = setting("l2norm", "how far a tensor moved: by norm, or by angle in degrees")
+    normalization: bool = setting(True, "compare importance within groups of tensors of like size")
+    num_groups: int = setting(2, "groups of the normalization", unit="groups", ge=1)
+    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
+    keep_evolved: bool = setting(False, "frozen tensors keep what they learned first, instead of CLIP's values")
+
+
+MethodName = TypeVar("MethodName", bound=str)
+MethodSettings = TypeVar("MethodSettings", bound=Settings)
+
+
+class Peft(Settings, Generic[MethodName, MethodSettings]):
+    """A method and its settings."""
+
+    method: MethodName = setting(..., "how CLIP learns")
+    config: MethodSettings = setting({}, "the settings of the method")
+
+    @classmethod
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
+        """Name `Peft[Literal["bitfit"], BitFitSettings]` BitFitPeft in the JSON Schema."""
+        return str(params[1].__name__).removesuffix("Settings") + "Peft"
+
+
+PeftChoice = Annotated[
+    Peft[Literal["full"], FullSettings] | Peft[Literal["bitfit"], BitFitSettings] | Peft[Literal["ibs"], IbsSettings],
+    Field(discriminator="method"),
+]
+
+
+# ---- hyper-parameter search ----
+
+
+class SamplerSettings(Settings):
+    """The Optuna sampler by its class name; the arguments of the class may stand beside the name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["TPESampler", "CmaEsSampler", "GPSampler", "RandomSampler", "GridSampler"] = setting(
+        "TPESampler", "the Optuna sampler"
+    )
+
+
+class SearchSpace(Settings):
+    """Between what and what one setting is searched."""
+
+    range: Interval = setting(..., "lowest and highest value")
+    log: bool = setting(False, "search on a logarithmic scale")
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSpace:
+        low, high = self.range
+        if low >= high:
+            raise ValueError(f"range [{low}, {high}] has no room: the first value is to be lower than the second")
+        if self.log and low <= 0:
+            raise ValueError(f"log needs a range above 0, and range begins at {low}")
+        return self
+
+
+class OptunaSettings(Settings):
+    """A hyper-parameter search around the training."""
+
+    n_trials: int = setting(30, "finished trials in all", unit="trials", ge=1)
+    n_warmup_steps: int = setting(0, "epochs before a trial may be pruned", unit="epochs", ge=0)
+    sampler: SamplerSettings = setting({}, "how the next point is chosen: name, and arguments of that class")
+    opt_params: dict[str, SearchSpace] = setting(..., "setting -> {range: [low, high], log}", min_length=1)
+
+
+# ---- the settings, a class a group; their order is that of `--help` ----
+
+
+class DataSettings(Settings):
+    """Data"""
+
+    dataset: str = setting(
+        "videos", "name of the data set; a folder of output_dir is named so", pattern=r"^\w[\w.-]{0,99}$"
+    )
+    train_annot: PathText | None = setting(
+        None, "annotation (JSON) to train on; needed unless do_inference", unit="file"
+    )
+    val_annot: PathText | None = setting(None, "annotation that chooses the best epoch; needed to train", unit="file")
+    test_annot: PathText | None = setting(None, "annotation evaluated at the end, or by do_inference", unit="file")
+    frames_dir: PathText | None = setting(
+        None, "extracted frames, <video>/<img_tmpl>; or give video_dir", unit="folder"
+    )
+    video_dir: PathText | None = setting(None, "videos, read in place; or give frames_dir", unit="folder")
+    concat_captions: Literal["concat", "indep-one", "indep-all"] = setting(
+        "concat", "captions of a video: joined into one; one at random each time; each for itself"
+    )
+    max_txt_len: int = setting(20, "length of a caption, start and end token included", unit="tokens", ge=3)
+    data_subset: int = setting(0, "train on this many videos only; 0: all", unit="videos", ge=0)
+    skip_missing: bool = setting(
+        False, "evaluate without videos that cannot be read, and say how many beside each figure"
+    )
+    num_workers: int = setting(2, "processes that read frames; 0: the main one reads", unit="processes", ge=0)
+    pin_mem: bool = setting(False, "page-locked memory for batches: faster copies to a GPU")
+
+
+class FrameSettings(Settings):
+    """Frames"""
+
+    num_frm: int = setting(16, "frames read of each video", unit="frames", ge=1)
+    num_frm_subset: int = setting(0, "of these, how many are kept, the rest being blank; 0: all", unit="frames", ge=0)
+    sampling: Literal["uniform", "random"] = setting("uniform", "which frames are read in training")
+    segment_sampling: bool = setting(False, "the middle frame of each of num_frm equal segments")
+    img_tmpl: str = setting(
+        "image_{:05d}.jpg",
+        "name of a frame's file, counted from 1",
+        pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
+    )
+    max_img_size: int | None = setting(None, "resolution of CLIP's frames; null: the tower's own", unit="pixels", ge=1)
+
+
+class ModelSettings(Settings):
+    """Model"""
+
+    clip_backbone: str = setting(
+        "ViT-B/32", "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 or an open_clip name[:tag]", pattern=r"^\S+$"
+    )
+    clip_weights: PathText | None = setting(
+        None, "CLIP's weights on disk; null: clip_backbone's, fetched", unit="file or folder"
+    )
+    sim_header: Literal["meanP", "seqTransf", "transformer"] = setting(
+        "meanP", "what frames pass through after selection: nothing, four CLIP blocks, one"
+    )
+    freeze_layer_num: int = setting(
+        0,
+        "CLIP's transformer blocks from this one on learn, and what follows them; -1: all of CLIP learns",
+        unit="block",
+        ge=-1,
+    )
+    freeze_clip: bool = setting(False, "nothing in CLIP learns")
+
+
+class SelectionSettings(Settings):
+    """Frame selection"""
+
+    use_policy: bool = setting(True, "choose top_k frames of num_frm; without it all are used")
+    top_k: int = setting(8, "frames that are chosen", unit="frames", ge=1)
+    policy_backbone: Literal["mobilenet_v3_large", "mobilenet_v2", "resnet50", "raw", "clip", "frozen_clip"] = setting(
+        "mobilenet_v3_large", "what looks at frames to choose: a light CNN, small grey images, or CLIP"
+    )
+    policy_weights: PathText = setting("imagenet", "weights of the CNN: imagenet (torchvision's), random, or a file")
+    freeze_cnn: bool = setting(False, "the CNN does not learn")
+    rescale_size: int = setting(56, "side of the grey images of policy_backbone raw", unit="pixels", ge=1)
+    use_rnn: bool = setting(True, "relate frames in time before they are scored")
+    rnn: Literal["transformer", "lstm", "bilstm"] = setting("transformer", "what relates them")
+    hidden_dim: int = setting(512, "its width", unit="channels", ge=1)
+    mlp_type: Literal["mlp", "fc"] = setting("mlp", "what scores a frame: two layers, or one")
+    mlp_hidden_dim: int = setting(1024, "width of the first of two", unit="channels", ge=1)
+    init_tau: float = setting(5.0, "temperature of the draw in the first epoch", gt=0)
+    min_tau: float = setting(0.5, "temperature below which it never falls", gt=0)
+    exp_decay_factor: float = setting(0.045, "exponential decay of the temperature", unit="1/epoch", ge=0)
+    warmup_epochs: int = setting(
+        0, "epochs over which K falls from num_frm - 1 to top_k; 0: at once", unit="epochs", ge=0
+    )
+    reuse_scores: bool = setting(False, "weight the chosen frames by their scores")
+
+
+class AggregationSettings(Settings):
+    """Aggregation"""
+
+    frame_agg: Literal["mlp", "transformer", "qscore"] | None = setting(
+        None, "how frames become one video: null is the mean; qscore depends on the query and cannot be indexed"
+    )
+    frame_agg_temp: float = setting(1.0, "temperature of its softmax over frames", gt=0)
+    word_agg: Literal["mlp", "transformer"] | None = setting(None, "how words become one text: null is CLIP's own way")
+    word_agg_temp: float = setting(1.0, "temperature of its softmax over words", gt=0)
+
+
+class PeftGroup(Settings):
+    """PEFT"""
+
+    peft: PeftChoice = setting({"method": "full"}, "how CLIP learns, and the settings of that method")
+
+
+class OptimisationSettings(Settings):
+    """Optimisation"""
+
+    num_epochs: int = setting(30, "passes over the training data", unit="epochs", ge=1)
+    batch_size: int = setting(32, "videos in a step", unit="videos", ge=1)
+    val_batch_size: int = setting(500, "texts or videos in a step of evaluation", unit="items", ge=1)
+    gradient_accumulation_steps: int = setting(1, "batches before the weights move", unit="batches", ge=1)
+    optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer")
+    learning_rate: float = setting(1e-4, "highest learning rate of what is not CLIP", gt=0)
+    coef_lr: float = setting(1e-3, "CLIP's learning rate is learning_rate x coef_lr", ge=0)
+    no_warmup: bool = setting(False, "a constant learning rate: no rise, no fall")
+    warmup_proportion: float = setting(0.1, "share of the steps in which the learning rate rises", ge=0, lt=1)
+    betas: Betas = setting((0.9, 0.98), "decay of the two moments of Adam")
+    weight_decay: float = setting(0.2, "decay of the weights; biases are spared", ge=0)
+    grad_norm: GradNorm = setting(1.0, "highest norm of the whole gradient; -1: not clipped")
+
+
+class RunSettings(Settings):
+    """Run"""
+
+    output_dir: PathText = setting("output", "where the run folder <dataset>/<time>-<method> is made", unit="folder")
+    tensorboard_dir: PathText | None = setting(None, "TensorBoard's files; null: the run folder", unit="folder")
+    no_output: bool = setting(False, "write no files at all")
+    save_last: bool = setting(False, "keep the weights of the last epoch beside the best")
+    n_display: int = setting(20, "steps between two lines of the log", unit="steps", ge=1)
+    resume: PathText | None = setting(None, "weights of an earlier run to begin with", unit="file")
+    do_inference: bool = setting(False, "evaluate test_annot without training")
+    save_similarity: NpyPath | None = setting(None, "keep the similarity matrix of the test (FILE.npy)", unit="file")
+    seed: int = setting(0, "all randomness follows from it", ge=0, le=2**32 - 1)
+    debug: bool = setting(False, "show the traceback of an error")
+
+
+class DeviceSettings(Settings):
+    """Device"""
+
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = setting("auto", "where to compute; auto: the best there is")
+    xpu: bool = setting(False, "the same as device xpu (Intel GPU)")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "numbers of the towers' passes; losses stay float32")
+    gradient_checkpointing: bool = setting(False, "less memory for a third more time: activations are made anew")
+
+
+class SearchGroup(Settings):
+    """Hyper-parameter search"""
+
+    optuna_cfg: OptunaSettings | None = setting(None, "search for the best values of some settings; null: train once")
+    do_training_af_optuna: bool = setting(False, "train once with the best values found")
+
+
+class Config(
+    SearchGroup,
+    DeviceSettings,
+    RunSettings,
+    OptimisationSettings,
+    PeftGroup,
+    AggregationSettings,
+    SelectionSettings,
+    ModelSettings,
+    FrameSettings,
+    DataSettings,
+):
+    """All settings of a run, flat but for `peft` and `optuna_cfg`. `model_fields_set` tells which were given.
+
+    Pydantic collects fields from the last base to the first: listed backwards, they come out in the order above.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _xpu_is_a_device(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("xpu") is True and data.get("device", "auto") == "auto":
+            return {**data, "device": "xpu"}
+        return data
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if problems := list(contradictions(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """The settings of the file, with the overrides (flags, dotted names for nested ones) laid over; or a UserError."""
+    data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    data.pop("$schema", None)
+    for name, value in overrides.items():
+        *parents, leaf = name.split(".")
+        part = data
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[leaf] = value
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(str(error)) from error
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Every combination of settings that cannot be, each in one line that names both and the way out."""
+    c = config
+    if c.frames_dir and c.video_dir:
+        yield f"frames_dir ({c.frames_dir}) and video_dir ({c.video_dir}) are both given: frames come from one of them"
+    if c.num_frm_subset > c.num_frm:
+        yield f"num_frm_subset {c.num_frm_subset} is more than num_frm {c.num_frm}"
+    if c.use_policy and c.top_k > c.num_frm:
+        yield f"top_k {c.top_k} is more than num_frm {c.num_frm}: lower top_k, raise num_frm, or select nothing (--no_policy)"
+    if c.use_policy and c.warmup_epochs and c.top_k == c.num_frm:
+        yield f"warmup_epochs {c.warmup_epochs} lets K fall from num_frm - 1 to top_k, so top_k {c.top_k} must be below num_frm"
+    if c.warmup_epochs > c.num_epochs:
+        yield f"warmup_epochs {c.warmup_epochs} is more than num_epochs {c.num_epochs}: top_k would never be reached"
+    if c.use_policy and c.use_rnn and c.rnn == "transformer" and c.hidden_dim % 64:
+        yield f"hidden_dim {c.hidden_dim} is no multiple of 64, the width of one head of rnn transformer"
+    if c.reuse_scores and not c.use_policy:
+        yield "reuse_scores needs use_policy: without it there are no scores"
+    if c.min_tau > c.init_tau:
+        yield f"min_tau {c.min_tau} is more than init_tau {c.init_tau}"
+    if c.frame_agg and c.word_agg:
+        yield f"frame_agg {c.frame_agg} and word_agg {c.word_agg} exclude each other: set one to null"
+    peft = c.peft.config
+    if isinstance(peft, IbsSettings):
+        if peft.num_pre_epochs >= c.num_epochs:
+            yield f"peft.config.num_pre_epochs {peft.num_pre_epochs} leaves none of num_epochs {c.num_epochs} to what is selected"
+        if c.freeze_clip:
+            yield "freeze_clip leaves peft.method ibs nothing to select from"
+    if c.xpu and c.device != "xpu":
+        yield f"xpu and device {c.device} contradict each other"
+    if c.precision == "fp16" and c.device == "cpu":
+        yield "precision fp16 does not work on device cpu: take bf16 or fp32"

@@ -1,0 +1,42 @@
+"""What every settings class has in common, and how one setting is declared.
+
+A setting stands once: name, type, default, range, unit and a line of help. The flags, `--help`, the JSON Schema and
+the error messages are all made from that declaration.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Frozen; a string is not a number, true is not a number, NaN is not a number, unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    pattern: str | None = None,
+    min_length: int | None = None,
+) -> Any:
+    """Declare one setting: its default, one line of help, unit and range. `...` as default: it must be given."""
+    return Field(
+        default,
+        description=help,
+        json_schema_extra={"unit": unit} if unit else None,
+        ge=ge,
+        gt=gt,
+        le=le,
+        lt=lt,
+        pattern=pattern,
+        min_length=min_length,
+        validate_default=True,
+    )

@@ -1,0 +1,84 @@
+"""What happens to a frame between decoding and the towers.
+
+Exactly what CLIP (Radford et al. 2021) did to its images, by Pillow, whose bicubic filter widens when it shrinks:
+shorter side to the tower's resolution, centre crop. Frames stay uint8 until they are on the device; `normalise` does
+the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Frames = NDArray[np.uint8]
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a tower takes: `size` pixels square, normalised with `mean` and `std` (of values 0…1).
+
+    resize_mode `shortest` brings the shorter side to `resize_to` pixels (None: to `size`) and cuts the centre out;
+    `squash` stretches both sides to `size`.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    resize_to: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in FILTERS or self.resize_mode not in ("shortest", "squash"):
+            raise ValueError(f"no such preprocessing here: {self.interpolation}, {self.resize_mode}")
+
+
+IMAGENET = ImageSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize_to=256)
+"""What the CNN policy backbones of torchvision take."""
+
+
+def to_square(frames: Frames, spec: ImageSpec) -> Frames:
+    """Frames (n, H, W, 3) as decoded → (n, 3, S, S), resized and cropped as `spec` says, not yet normalised."""
+    n, height, width, _ = frames.shape
+    resized_height, resized_width = _resized_size(height, width, spec)
+    top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
+    crop = np.s_[top : top + spec.size, left : left + spec.size]
+    out = np.empty((n, 3, spec.size, spec.size), np.uint8)
+    for i, frame in enumerate(frames):
+        if (height, width) != (resized_height, resized_width):
+            image = Image.fromarray(frame).resize((resized_width, resized_height), FILTERS[spec.interpolation])
+            frame = np.asarray(image)
+        out[i] = frame[crop].transpose(2, 0, 1)
+    return out
+
+
+def to_grey_thumbnails(frames: Frames, size: int) -> Frames:
+    """Frames (n, H, W, 3) → (n, 1, size, size): stretched, then grey (the `raw` policy)."""
+    out = np.empty((len(frames), 1, size, size), np.uint8)
+    for i, frame in enumerate(frames):
+        out[i, 0] = np.asarray(Image.fromarray(frame).resize((size, size), FILTERS["bicubic"]).convert("L"))
+    return out
+
+
+def normalise(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (…, C, H, W) → float32 (x / 255 - mean) / std, on the device where the frames are."""
+    shape = (len(mean), 1, 1)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": frames.device}
+    return (frames.float() / 255 - torch.tensor(mean, **options).view(shape)) / torch.tensor(std, **options).view(shape)
+
+
+def _resized_size(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+    if spec.resize_mode == "squash":
+        return spec.size, spec.size
+    short = spec.resize_to or spec.size
+    if height <= width:
+        return short, int(short * width / height)
+    return int(short * height / width), short

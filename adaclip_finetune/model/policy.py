@@ -1,0 +1,113 @@
+"""Policy backbones: cheap features of each candidate frame, by which the selector chooses (AdaCLIP, Hu et al. 2023).
+
+`frame_mask` (B, N) is False for the zero frames of `num_frm_subset`: zero after normalisation, as CLIP sees them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.preprocess import IMAGENET, normalise
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip import encode_images
+from adaclip_finetune.model.clip_weights import read_state_dict, strict_load
+
+
+class RawBackbone(nn.Module):
+    """Grey thumbnails as they are: uint8 (B, N, 1, P, P) → (B, N, P²) in 0…1."""
+
+    def __init__(self, rescale_size: int) -> None:
+        super().__init__()
+        self.feature_dim = rescale_size**2
+
+    def forward(self, policy_frames: Tensor, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return policy_frames.flatten(2).to(dtype) / 255 * frame_mask[..., None]
+
+
+class CnnBackbone(nn.Module):
+    """A torchvision CNN up to its pooled features: uint8 (B, N, 3, 224, 224) → (B, N, F).
+
+    Frozen (`freeze_cnn`), it stays in evaluation mode, so that its batch statistics do not move either.
+    """
+
+    def __init__(self, name: str, weights: str, frozen: bool) -> None:
+        super().__init__()
+        self.cnn, self.feature_dim = _headless(name, weights)
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> CnnBackbone:
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, policy_frames: Tensor, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        pixels = normalise(policy_frames.flatten(0, 1), IMAGENET.mean, IMAGENET.std).to(dtype)
+        features: Tensor = self.cnn(pixels * frame_mask.flatten()[:, None, None, None])
+        return features.unflatten(0, policy_frames.shape[:2])
+
+
+class FrozenClipBackbone(nn.Module):
+    """A second, frozen copy of the pretrained image tower: normalised pixels (B, N, 3, S, S) → (B, N, D)."""
+
+    def __init__(self, clip: nn.Module, width: int) -> None:
+        super().__init__()
+        self.visual = copy.deepcopy(clip.visual).requires_grad_(False).eval()
+        self.feature_dim = width
+
+    def train(self, mode: bool = True) -> FrozenClipBackbone:
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return encode_images(self, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """What `encode_images` asks of a CLIP module."""
+        embeddings: Tensor = self.visual(pixels)
+        return embeddings
+
+
+def build_backbone(config: Config, clip: nn.Module, width: int) -> RawBackbone | CnnBackbone | FrozenClipBackbone | None:
+    """The backbone that `policy_backbone` names; None for `clip`, whose features are the frame embeddings themselves."""
+    if config.policy_backbone == "raw":
+        return RawBackbone(config.rescale_size)
+    if config.policy_backbone == "frozen_clip":
+        return FrozenClipBackbone(clip, width)
+    if config.policy_backbone == "clip":
+        return None
+    return CnnBackbone(config.policy_backbone, config.policy_weights, config.freeze_cnn)
+
+
+def _headless(name: str, weights: str) -> tuple[nn.Module, int]:
+    cnn = _torchvision_model(name, weights)
+    if name == "resnet50":
+        width, cnn.fc = cnn.fc.in_features, nn.Identity()
+        return cnn, width
+    if name == "mobilenet_v2":
+        width, cnn.classifier = cnn.classifier[1].in_features, nn.Identity()
+        return cnn, width
+    # MobileNetV3's last pretrained linear layer and its activation are features; only the class scores go.
+    cnn.classifier = cnn.classifier[:2]
+    return cnn, cnn.classifier[0].out_features
+
+
+def _torchvision_model(name: str, weights: str) -> nn.Module:
+    if weights in ("imagenet", "random"):
+        try:
+            return torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+        except OSError as error:
+            raise UserError(
+                f"policy_weights: torchvision's ImageNet weights of {name} could not be downloaded ({error}).\n"
+                "Ways out: run once with a network (they stay in torch's hub cache, TORCH_HOME); set policy_weights to a file "
+                "with them; policy_weights random; or another policy_backbone (raw, clip and frozen_clip need no download)."
+            ) from error
+    cnn = torchvision.models.get_model(name, weights=None)
+    strict_load(cnn, read_state_dict(Path(weights)), weights)
+    return cnn

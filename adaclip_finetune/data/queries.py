@@ -1,0 +1,73 @@
+"""From annotated videos to what is asked: training pairs and evaluation queries.
+
+`concat_captions` decides: `concat` joins a video's sentences by spaces into one query; `indep-one` has one entry a
+video, of which training draws one sentence each epoch and evaluation asks all; `indep-all` has one entry a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaclip_finetune.data.annotations import VideoAnnotation
+from adaclip_finetune.data.sampling import generator
+
+
+@dataclass(frozen=True)
+class TrainEntry:
+    """One row of the training set: a video and the sentences of which each epoch takes one."""
+
+    video_id: str
+    sentences: tuple[str, ...]
+
+    def sentence(self, seed: int, epoch: int, index: int) -> str:
+        """The sentence of this epoch; `index` is the entry's place in the training set."""
+        if len(self.sentences) == 1:
+            return self.sentences[0]
+        return self.sentences[generator("caption", seed, epoch, index).integers(len(self.sentences))]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The texts of an evaluation, the gallery they are asked of, and which video of it each text belongs to."""
+
+    texts: list[str]
+    video_of_text: NDArray[np.int64]  # (T,), an index into video_ids
+    video_ids: list[str]  # (V,), each video once
+
+    def within(self, video_ids: Sequence[str]) -> Queries:
+        """What is left if only these videos could be read: gallery in the order given, texts in their old order."""
+        place = {video_id: i for i, video_id in enumerate(video_ids)}
+        kept = [
+            (text, place[self.video_ids[video]])
+            for text, video in zip(self.texts, self.video_of_text, strict=True)
+            if self.video_ids[video] in place
+        ]
+        return Queries([text for text, _ in kept], np.array([video for _, video in kept], np.int64), list(video_ids))
+
+
+def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> list[TrainEntry]:
+    """The training set, in the order of the annotation."""
+    if concat_captions == "indep-one":
+        return [TrainEntry(video.video_id, video.sentences) for video in videos]
+    return [TrainEntry(video.video_id, (text,)) for video in videos for text in _texts(video, concat_captions)]
+
+
+def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) -> Queries:
+    """Every text of every video, and the gallery in which each video stands once."""
+    texts: list[str] = []
+    video_of_text: list[int] = []
+    video_ids: list[str] = []
+    for video in videos:
+        of_video = _texts(video, concat_captions)
+        texts += of_video
+        video_of_text += [len(video_ids)] * len(of_video)
+        video_ids.append(video.video_id)
+    return Queries(texts, np.array(video_of_text, np.int64), video_ids)
+
+
+def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:
+    return [" ".join(video.sentences)] if concat_captions == "concat" else list(video.sentences)

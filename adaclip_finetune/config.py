@@ -7,17 +7,16 @@ class and a line in `PeftChoice` here.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings import Settings, setting
+from adaclip_finetune.settings.base import Contradictions, Problem, Settings, setting
+from adaclip_finetune.settings.layers import load
 
 # A JSON list becomes a tuple, so that a frozen config is frozen all the way down; what is in it stays strict.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
@@ -30,7 +29,7 @@ NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
 
 def _grad_norm(value: float) -> float:
     if value <= 0 and value != -1:
-        raise ValueError("a number > 0, or -1 for no clipping")
+        raise ValueError("neither above 0 nor -1")
     return value
 
 
@@ -39,18 +38,26 @@ GradNorm = Annotated[float, AfterValidator(_grad_norm)]
 # ---- parameter-efficient finetuning: one settings class a method, one line in PeftChoice ----
 
 
-class FullSettings(Settings):
+class MethodSettings(Settings):
+    """What the settings of every method share."""
+
+    def contradictions(self, config: Config) -> Iterator[Problem]:
+        """Combinations of the method's settings with others that cannot be; none unless a method says so."""
+        yield from ()
+
+
+class FullSettings(MethodSettings):
     """Everything that freeze_layer_num and freeze_clip leave learns."""
 
 
-class BitFitSettings(Settings):
+class BitFitSettings(MethodSettings):
     """Only biases learn, and what the keywords name (Ben Zaken et al. 2022)."""
 
     keep_module_keywords: Names = setting((), "parameters whose name holds one of these learn too")
     include_qkv_bias: bool = setting(False, "the fused biases of queries, keys and values learn too")
 
 
-class IbsSettings(Settings):
+class IbsSettings(MethodSettings):
     """Importance-based selection: a few epochs of everything, then only the tensors that mattered."""
 
     pre_batch_size: int | None = setting(
@@ -64,16 +71,25 @@ class IbsSettings(Settings):
     keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
     keep_evolved: bool = setting(False, "frozen tensors keep what they learned first, instead of CLIP's values")
 
+    def contradictions(self, config: Config) -> Iterator[Problem]:
+        """The first epochs must leave some, and CLIP something to select from."""
+        if self.num_pre_epochs >= config.num_epochs:
+            left = f"leaves no epoch of num_epochs {config.num_epochs} for what is selected"
+            names = ("peft.config.num_pre_epochs", "num_epochs")
+            yield f"peft.config.num_pre_epochs {self.num_pre_epochs} {left}", names
+        if config.freeze_clip:
+            yield "freeze_clip leaves peft.method ibs nothing to select from", ("freeze_clip", "peft.method")
 
-MethodName = TypeVar("MethodName", bound=str)
-MethodSettings = TypeVar("MethodSettings", bound=Settings)
+
+Name = TypeVar("Name", bound=str)
+Method = TypeVar("Method", bound=MethodSettings)
 
 
-class Peft(Settings, Generic[MethodName, MethodSettings]):
+class Peft(Settings, Generic[Name, Method]):
     """A method and its settings."""
 
-    method: MethodName = setting(..., "how CLIP learns")
-    config: MethodSettings = setting({}, "the settings of the method")
+    method: Name = setting(..., "how CLIP learns")
+    config: Method = setting({}, "the settings of the method")
 
     @classmethod
     def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
@@ -132,7 +148,10 @@ class DataSettings(Settings):
     """Data"""
 
     dataset: str = setting(
-        "videos", "name of the data set; a folder of output_dir is named so", pattern=r"^\w[\w.-]{0,99}$"
+        "videos",
+        "name of the data set; a folder of output_dir is named so",
+        pattern=r"^\w[\w.-]{0,99}$",
+        allowed="a name of letters, digits, dots, dashes and underscores",
     )
     train_annot: PathText | None = setting(
         None, "annotation (JSON) to train on; needed unless do_inference", unit="file"
@@ -166,6 +185,7 @@ class FrameSettings(Settings):
         "image_{:05d}.jpg",
         "name of a frame's file, counted from 1",
         pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
+        allowed="a file name with one place for the number, as in image_{:05d}.jpg",
     )
     max_img_size: int | None = setting(None, "resolution of CLIP's frames; null: the tower's own", unit="pixels", ge=1)
 
@@ -174,7 +194,10 @@ class ModelSettings(Settings):
     """Model"""
 
     clip_backbone: str = setting(
-        "ViT-B/32", "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 or an open_clip name[:tag]", pattern=r"^\S+$"
+        "ViT-B/32",
+        "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 (OpenAI's weights), or any open_clip name[:tag]",
+        pattern=r"^\S+$",
+        allowed="a name, or name:tag, without spaces",
     )
     clip_weights: PathText | None = setting(
         None, "CLIP's weights on disk; null: clip_backbone's, fetched", unit="file or folder"
@@ -247,7 +270,9 @@ class OptimisationSettings(Settings):
     warmup_proportion: float = setting(0.1, "share of the steps in which the learning rate rises", ge=0, lt=1)
     betas: Betas = setting((0.9, 0.98), "decay of the two moments of Adam")
     weight_decay: float = setting(0.2, "decay of the weights; biases are spared", ge=0)
-    grad_norm: GradNorm = setting(1.0, "highest norm of the whole gradient; -1: not clipped")
+    grad_norm: GradNorm = setting(
+        1.0, "highest norm of the whole gradient; -1: not clipped", allowed="a number > 0, or -1 for no clipping"
+    )
 
 
 class RunSettings(Settings):
@@ -260,7 +285,9 @@ class RunSettings(Settings):
     n_display: int = setting(20, "steps between two lines of the log", unit="steps", ge=1)
     resume: PathText | None = setting(None, "weights of an earlier run to begin with", unit="file")
     do_inference: bool = setting(False, "evaluate test_annot without training")
-    save_similarity: NpyPath | None = setting(None, "keep the similarity matrix of the test (FILE.npy)", unit="file")
+    save_similarity: NpyPath | None = setting(
+        None, "keep the similarity matrix of the test", unit="file", allowed="the path of a file named *.npy"
+    )
     seed: int = setting(0, "all randomness follows from it", ge=0, le=2**32 - 1)
     debug: bool = setting(False, "show the traceback of an error")
 
@@ -308,54 +335,51 @@ class Config(
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         if problems := list(contradictions(self)):
-            raise ValueError("\n".join(problems))
+            raise Contradictions(problems)
         return self
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """The settings of the file, with the overrides (flags, dotted names for nested ones) laid over; or a UserError."""
-    data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    data.pop("$schema", None)
-    for name, value in overrides.items():
-        *parents, leaf = name.split(".")
-        part = data
-        for parent in parents:
-            part = part.setdefault(parent, {})
-        part[leaf] = value
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise UserError(str(error)) from error
+    """The settings of the file with the overrides (the flags; dotted names for nested settings) laid over it.
+
+    UserError lists everything that is wrong. Whether files are there is asked by `check_paths`, not here.
+    """
+    return load(Config, path, overrides)
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """Every combination of settings that cannot be, each in one line that names both and the way out."""
-    c = config
+def contradictions(c: Config) -> Iterator[Problem]:
+    """Every combination of settings that cannot be: what is wrong and the way out, and the names of the settings."""
     if c.frames_dir and c.video_dir:
-        yield f"frames_dir ({c.frames_dir}) and video_dir ({c.video_dir}) are both given: frames come from one of them"
+        yield "frames_dir and video_dir are both given: frames come from one of them", ("frames_dir", "video_dir")
     if c.num_frm_subset > c.num_frm:
-        yield f"num_frm_subset {c.num_frm_subset} is more than num_frm {c.num_frm}"
+        yield f"num_frm_subset {c.num_frm_subset} is more than num_frm {c.num_frm}", ("num_frm_subset", "num_frm")
     if c.use_policy and c.top_k > c.num_frm:
-        yield f"top_k {c.top_k} is more than num_frm {c.num_frm}: lower top_k, raise num_frm, or select nothing (--no_policy)"
+        way_out = "lower top_k, raise num_frm, or use all frames (--no_policy)"
+        yield f"top_k {c.top_k} is more than num_frm {c.num_frm}: {way_out}", ("top_k", "num_frm")
     if c.use_policy and c.warmup_epochs and c.top_k == c.num_frm:
-        yield f"warmup_epochs {c.warmup_epochs} lets K fall from num_frm - 1 to top_k, so top_k {c.top_k} must be below num_frm"
+        what = f"top_k {c.top_k} is num_frm, and warmup_epochs {c.warmup_epochs} would lower K from num_frm - 1 to it"
+        yield what, ("top_k", "num_frm", "warmup_epochs")
     if c.warmup_epochs > c.num_epochs:
-        yield f"warmup_epochs {c.warmup_epochs} is more than num_epochs {c.num_epochs}: top_k would never be reached"
+        what = f"warmup_epochs {c.warmup_epochs} is more than num_epochs {c.num_epochs}: K would never reach top_k"
+        yield what, ("warmup_epochs", "num_epochs")
     if c.use_policy and c.use_rnn and c.rnn == "transformer" and c.hidden_dim % 64:
-        yield f"hidden_dim {c.hidden_dim} is no multiple of 64, the width of one head of rnn transformer"
+        what = f"hidden_dim {c.hidden_dim} is no multiple of 64, the width of a head of rnn transformer"
+        yield what, ("hidden_dim", "rnn")
     if c.reuse_scores and not c.use_policy:
-        yield "reuse_scores needs use_policy: without it there are no scores"
+        yield "reuse_scores needs use_policy: without it no frame has a score", ("reuse_scores", "use_policy")
     if c.min_tau > c.init_tau:
-        yield f"min_tau {c.min_tau} is more than init_tau {c.init_tau}"
+        yield f"min_tau {c.min_tau:g} is more than init_tau {c.init_tau:g}", ("min_tau", "init_tau")
     if c.frame_agg and c.word_agg:
-        yield f"frame_agg {c.frame_agg} and word_agg {c.word_agg} exclude each other: set one to null"
-    peft = c.peft.config
-    if isinstance(peft, IbsSettings):
-        if peft.num_pre_epochs >= c.num_epochs:
-            yield f"peft.config.num_pre_epochs {peft.num_pre_epochs} leaves none of num_epochs {c.num_epochs} to what is selected"
-        if c.freeze_clip:
-            yield "freeze_clip leaves peft.method ibs nothing to select from"
+        what = f"frame_agg {c.frame_agg} and word_agg {c.word_agg} exclude each other: set one to null"
+        yield what, ("frame_agg", "word_agg")
     if c.xpu and c.device != "xpu":
-        yield f"xpu and device {c.device} contradict each other"
+        yield f"xpu and device {c.device} are both given: give one", ("xpu", "device")
     if c.precision == "fp16" and c.device == "cpu":
-        yield "precision fp16 does not work on device cpu: take bf16 or fp32"
+        yield "precision fp16 does not work on the CPU: take bf16 or fp32", ("precision", "device")
+    if c.do_training_af_optuna and c.optuna_cfg is None:
+        yield "do_training_af_optuna needs optuna_cfg: without it nothing is searched", ("do_training_af_optuna",)
+    selector_learns = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
+    if c.freeze_clip and not selector_learns and not c.do_inference:
+        what = "nothing would learn: freeze_clip, and no selector, header or aggregator that learns"
+        yield what, ("freeze_clip", "use_policy", "sim_header", "frame_agg")
+    yield from c.peft.config.contradictions(c)

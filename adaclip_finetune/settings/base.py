@@ -4,9 +4,15 @@ A setting stands once: name, type, default, range, unit and a line of help. The 
 the error messages are all made from that declaration.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Problem = tuple[str, tuple[str, ...]]
+"""A combination that cannot be: the message, and the dotted names of the settings that take part in it."""
 
 
 class Settings(BaseModel):
@@ -15,11 +21,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Contradictions(ValueError):
+    """Settings that are right one by one and wrong together."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        super().__init__("\n".join(message for message, _ in self.problems))
+
+
 def setting(
     default: Any,
     help: str,
     *,
     unit: str | None = None,
+    allowed: str | None = None,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -27,11 +42,15 @@ def setting(
     pattern: str | None = None,
     min_length: int | None = None,
 ) -> Any:
-    """Declare one setting: its default, one line of help, unit and range. `...` as default: it must be given."""
+    """Declare one setting: its default, one line of help, unit and range. `...` as default: it must be given.
+
+    `allowed` says in words what a pattern asks for.
+    """
+    extra = {key: value for key, value in (("unit", unit), ("allowed", allowed)) if value}
     return Field(
         default,
         description=help,
-        json_schema_extra={"unit": unit} if unit else None,
+        json_schema_extra=dict(extra) or None,
         ge=ge,
         gt=gt,
         le=le,

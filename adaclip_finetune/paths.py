@@ -1,0 +1,60 @@
+"""Are the files and folders that a config names there? Asked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.layers import together
+
+
+def check_paths(config: Config) -> None:
+    """UserError that lists every setting the run needs and lacks, and every file that is not where it is said to be."""
+    if problems := [*_not_given(config), *_not_there(config)]:
+        raise UserError(together(problems))
+
+
+def _not_given(config: Config) -> Iterator[str]:
+    if config.do_inference:
+        if config.test_annot is None:
+            yield "test_annot is needed by do_inference: the captions to evaluate (--test_annot FILE)"
+    else:
+        if config.train_annot is None:
+            yield "train_annot is needed to train: the captions of the videos to learn from (--train_annot FILE)"
+        if config.val_annot is None:
+            yield "val_annot is needed to train: the best epoch is chosen by it (--val_annot FILE)"
+        if config.save_similarity is not None and config.test_annot is None:
+            yield "test_annot is needed by save_similarity: the matrix is that of the test (--test_annot FILE)"
+    if config.frames_dir is None and config.video_dir is None:
+        yield "frames_dir or video_dir is needed: extracted frames (--frames_dir DIR) or videos (--video_dir DIR)"
+
+
+def _not_there(config: Config) -> Iterator[str]:
+    files = {"test_annot": config.test_annot}
+    if not config.do_inference:
+        files = {"train_annot": config.train_annot, "val_annot": config.val_annot} | files
+    if config.use_policy and config.policy_weights not in ("imagenet", "random"):
+        files["policy_weights"] = config.policy_weights
+    for name, value in files.items():
+        if value is not None and not Path(value).is_file():
+            yield _wrong(name, value, "file")
+    for name, value in {"frames_dir": config.frames_dir, "video_dir": config.video_dir}.items():
+        if value is not None and not Path(value).is_dir():
+            yield _wrong(name, value, "folder")
+    for name, value in {"clip_weights": config.clip_weights, "resume": config.resume}.items():
+        if value is not None and not Path(value).exists():
+            yield _wrong(name, value, "file or folder")
+    if config.save_similarity is not None and not Path(config.save_similarity).parent.is_dir():
+        yield _wrong("save_similarity", str(Path(config.save_similarity).parent), "folder")
+    if not config.no_output:
+        for name, value in {"output_dir": config.output_dir, "tensorboard_dir": config.tensorboard_dir}.items():
+            if value is not None and Path(value).exists() and not Path(value).is_dir():
+                yield f"{name} {value} is no folder"
+
+
+def _wrong(name: str, value: str, kind: str) -> str:
+    if Path(value).exists():
+        return f"{name} {value} is no {kind}"
+    return f"{name} {value}: there is no such {kind}" + ("" if Path(value).is_absolute() else f" in {Path.cwd()}")

@@ -1,0 +1,148 @@
+"""Command-line flags made from a settings class: one a setting, nested ones with dots, grouped in `--help`.
+
+argparse only sorts the words of the command line. What a word means (`16` a number, `true` a boolean, `none` null)
+follows from the schema, and whether it is allowed is decided where the file is checked too: a flag and a line of JSON
+are refused for the same reasons in the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.base import Settings
+from adaclip_finetune.settings.layers import nearest
+from adaclip_finetune.settings.schema import Node, Schema, schema_of
+from adaclip_finetune.strict_json import parse_json
+
+
+class Parser(argparse.ArgumentParser):
+    """Whole flag names only, the nearest one named for an unknown flag, and UserError where argparse would exit."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None):
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse; UserError for a word that belongs nowhere."""
+        namespace, rest = self.parse_known_args(list(words))
+        flags = [word.split("=", 1)[0] for word in rest if word.startswith("-") and word.strip("-")]
+        known = [option for action in self._actions for option in action.option_strings]
+        if flags:
+            raise UserError(
+                "\n".join(f"there is no flag {flag}; the nearest is {nearest(flag, known)}" for flag in flags)
+            )
+        if rest:
+            raise UserError(f"{' '.join(rest)}: belongs to no flag; a settings file is given as --config FILE")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse has against the words, as a UserError."""
+        raise UserError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """A flag for every setting, a group for every base class that declares some (its docstring is the title)."""
+    schema, nodes = schema_of(settings), schema_of(settings).paths()
+    for base in reversed(settings.__bases__):
+        group = parser.add_argument_group(f"{base.__doc__}")
+        for path in nodes:
+            if path.split(".")[0] in base.__annotations__:
+                _add_flag(group, path, nodes[path], schema)
+
+
+def given(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Dotted name -> value of the settings flags that were given, ready to be laid over a file."""
+    overrides: dict[str, Any] = getattr(namespace, "overrides", {})
+    return overrides
+
+
+class _Override(argparse.Action):
+    """Note the words of a flag as the value of a setting."""
+
+    def __init__(self, path: str, nodes: list[Node], schema: Schema, **options: Any):
+        super().__init__(dest="overrides", default=argparse.SUPPRESS, **options)
+        self.path, self.nodes, self.schema = path, nodes, schema
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if not hasattr(namespace, "overrides"):
+            namespace.overrides = {}
+        words = ["false"] if self.nargs == 0 else [values] if isinstance(values, str) else values
+        namespace.overrides[self.path] = _value(words, self.nodes, self.schema, f"--{self.path}")
+
+
+def _add_flag(group: Any, path: str, nodes: list[Node], schema: Schema) -> None:
+    kinds = {option.get("type") for node in nodes for option in schema.alternatives(node)}
+    how: dict[str, Any] = {"action": _Override, "path": path, "nodes": nodes, "schema": schema}
+    if kinds == {"boolean"}:
+        group.add_argument(f"--{path}", nargs="?", const="true", metavar="true|false", help=_help(nodes, schema), **how)
+        *above, name = path.split(".")
+        if not name.startswith("no_"):
+            off = ".".join([*above, f"no_{name.removeprefix('use_')}"])
+            default_on = nodes[0].get("default") is True
+            group.add_argument(
+                f"--{off}", nargs=0, help=f"the same as --{path} false" if default_on else argparse.SUPPRESS, **how
+            )
+    else:
+        nargs = "+" if kinds == {"array"} else None
+        group.add_argument(
+            f"--{path}", nargs=nargs, metavar=_metavar(kinds, nodes, path), help=_help(nodes, schema), **how
+        )
+
+
+def _metavar(kinds: set[str | None], nodes: list[Node], path: str) -> str:
+    if kinds == {"object"}:
+        return "JSON" if "." in path else "FILE"
+    unit = str(nodes[0].get("unit", ""))
+    if unit.startswith(("file", "folder")):
+        return {"file": "FILE", "folder": "DIR"}.get(unit, "PATH")
+    return {"integer": "N", "number": "X", "array": "X"}.get(next(iter(kinds)) or "", "NAME")
+
+
+def _help(nodes: list[Node], schema: Schema) -> str:
+    node, section = nodes[0], schema.is_section(nodes[0])
+    facts = ["a file that holds this part alone" if section else schema.words(*nodes)]
+    unit = node.get("unit")
+    if unit and not unit.startswith(("file", "folder")):
+        facts.append(f"unit: {unit}")
+    if "default" in node and not section:
+        facts.append(f"default: {_shown(node['default'])}")
+    return f"{node.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
+
+
+def _value(words: list[str], nodes: list[Node], schema: Schema, flag: str) -> Any:
+    """The value that the words stand for. Words that fit no type stay text, and are refused as such later."""
+    options = [option for node in nodes for option in schema.alternatives(node)]
+    if len(words) == 1 and words[0].lower() in ("none", "null") and any(map(schema.nullable, nodes)):
+        return None
+    if len(words) == 1 and words[0].startswith(("[", "{")) and any(o["type"] in ("array", "object") for o in options):
+        return parse_json(words[0], flag)
+    for option in options:
+        if option["type"] == "array":
+            items = option.get("prefixItems", [option.get("items", {})])
+            return [_value([word], [items[min(i, len(items) - 1)]], schema, flag) for i, word in enumerate(words)]
+    read = [_READERS.get(option["type"], str)(words[0]) for option in options]
+    return next((value for value in read if not isinstance(value, str)), words[0])
+
+
+def _boolean(word: str) -> bool | str:
+    return {"true": True, "false": False}.get(word.lower(), word)
+
+
+def _number(word: str) -> float | str:
+    if re.fullmatch(r"[+-]?\d{1,400}", word, re.ASCII):
+        return int(word)
+    return float(word) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", word, re.ASCII | re.IGNORECASE) else word
+
+
+_READERS = {"boolean": _boolean, "integer": _number, "number": _number}

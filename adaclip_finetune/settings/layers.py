@@ -1,0 +1,191 @@
+"""Defaults, a file, flags: one laid over the other, each value remembering where it came from.
+
+All problems of a config are found together and told together, each with its file or "command line", the name of the
+setting, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.base import Contradictions, Settings
+from adaclip_finetune.settings.schema import Schema, schema_of, show
+from adaclip_finetune.strict_json import read_json
+
+S = TypeVar("S", bound=Settings)
+COMMAND_LINE = "command line"
+log = logging.getLogger(__name__)
+
+
+def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any]) -> S:
+    """The settings of a JSON file with the overrides laid over it; UserError lists all that is wrong.
+
+    An override is named with dots (`peft.config.retain_ratio`). A section (`peft`) may be overridden by an object, or
+    by the path of a file that holds this section alone.
+    """
+    layers = Layers(schema_of(settings), path)
+    layers.lay_all(overrides)
+    try:
+        return settings.model_validate(layers.data)
+    except ValidationError as error:
+        raise UserError(together(_explain(error, layers))) from error
+
+
+def together(problems: Sequence[str]) -> str:
+    """One problem as it is, several as a list."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things are wrong with the settings:\n" + "\n".join(f"  - {line}" for line in problems)
+
+
+class Layers:
+    """The merged values, and for each dotted name that was laid where it came from."""
+
+    def __init__(self, schema: Schema, path: str | Path | None):
+        self.schema = schema
+        self.data: dict[str, Any] = {}
+        self._origins: dict[tuple[str | int, ...], str] = {}
+        if path is not None:
+            self.data = read_object(path)
+            self._origins = {(name,): str(path) for name in self.data}
+
+    def lay_all(self, overrides: Mapping[str, Any]) -> None:
+        """Whole sections first, then the choice of a method, then what lies in them, in whatever order they came."""
+        for name in sorted(overrides, key=lambda name: (name.count("."), not self._chooses(name.split(".")))):
+            self._lay(name, copy.deepcopy(overrides[name]))
+
+    def origin(self, steps: Sequence[str | int]) -> str:
+        """The file or "command line" that gave the value there, or "default"."""
+        starts = (tuple(steps[:end]) for end in range(len(steps), 0, -1))
+        return next((self._origins[start] for start in starts if start in self._origins), "default")
+
+    def _lay(self, name: str, value: Any) -> None:
+        steps = name.split(".")
+        nodes = self.schema.locate(steps)[1]
+        if not nodes:
+            steps = [name]  # no such setting: kept whole, and refused under its full name
+        elif len(steps) == 1 and isinstance(value, str) and self.schema.is_section(nodes[0]):
+            self.data[name], self._origins[name,] = read_section(value, name, self.schema), value
+            return
+        if self._chooses(steps):
+            self._set_aside(steps, value)
+        part = self.data
+        for step in steps[:-1]:
+            part[step] = part.get(step) or {}
+            part = part[step]
+            if not isinstance(part, dict):
+                return  # the file holds something else where a section belongs, and is refused for that
+        part[steps[-1]] = value
+        self._origins[tuple(steps)] = COMMAND_LINE
+
+    def _chooses(self, steps: Sequence[str]) -> bool:
+        """Whether the name chooses among alternatives, as `peft.method` does."""
+        parents = self.schema.locate(steps[:-1])[1] if len(steps) > 1 else []
+        return any(self.schema.tag(parent) == steps[-1] for parent in parents)
+
+    def _set_aside(self, steps: Sequence[str], value: Any) -> None:
+        """Another method begins with its own defaults: settings meant for the one it replaces are not for it."""
+        section, tag = steps[0], steps[-1]
+        below = self.data.get(section)
+        if isinstance(below, dict) and below.get(tag) != value:
+            if (left := below.get("config")) and isinstance(left, dict):
+                log.warning(
+                    "%s %s replaces %s of %s, whose settings are set aside (%s); %s starts from its own defaults",
+                    ".".join(steps), value, below.get(tag), self.origin([section]), ", ".join(left), value,
+                )  # fmt: skip
+            self.data[section] = {}
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object, without its `$schema`."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {show(data)}, where an object of settings belongs: {{...}}")
+    return {name: value for name, value in data.items() if name != "$schema"}
+
+
+def read_section(path: str, name: str, schema: Schema) -> Any:
+    """The one section that a file holds: `{"peft": {...}}`, or what would stand within."""
+    data = read_object(path)
+    if name not in data:
+        return data
+    if len(data) > 1:
+        others = ", ".join(sorted(_quoted(other) for other in data if other != name))
+        raise UserError(
+            f"{path}: is laid over the config as its {name} part and may hold nothing else, but holds {others}"
+        )
+    return data[name]
+
+
+def _explain(error: ValidationError, layers: Layers) -> list[str]:
+    lines: list[str] = []
+    for problem in error.errors(include_url=False):
+        lines += _explain_one(problem, layers)
+    return list(dict.fromkeys(lines))
+
+
+def _explain_one(problem: Any, layers: Layers) -> Iterator[str]:
+    schema, kind, value = layers.schema, problem["type"], problem["input"]
+    steps, nodes = schema.locate(problem["loc"])
+    raised = problem.get("ctx", {}).get("error")
+    if isinstance(raised, Contradictions):
+        for message, names in raised.problems:
+            origins = [f"{name}: {layers.origin(name.split('.'))}" for name in names]
+            yield f"{message} ({', '.join(origins)})"
+        return
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = schema.tag(nodes[0]) or ""
+        steps, nodes = (*steps, tag), schema.children(nodes[0])[tag]
+        kind, value = ("missing", None) if kind == "union_tag_not_found" else (kind, value[tag])
+    where = layers.origin(steps)
+    start = dotted(steps) if where == "default" else f"{where}: {dotted(steps)}"
+    allowed = schema.words(*nodes) or problem["msg"]
+    if kind == "extra_forbidden":
+        yield f"{where}: there is no setting {dotted(steps)}{_instead(problem['loc'], steps, schema)}"
+    elif kind == "missing":
+        yield f"{start} is missing; it must be {allowed}"
+    elif raised is not None and not any("allowed" in node for node in nodes):
+        yield f"{start} is {show(value)}: {raised}"
+    else:
+        yield f"{start} is {show(value)}, but must be {allowed}"
+
+
+def _instead(loc: Sequence[str | int], steps: Sequence[str | int], schema: Schema) -> str:
+    """What to write instead of an unknown name."""
+    *above, name = [step for part in steps for step in str(part).split(".")]
+    belongs = [path for path in schema.paths() if path.endswith(f".{name}") and path != dotted(steps)]
+    if belongs:
+        return f"; there is {belongs[0]}"
+    tags = [step for step in loc if step not in steps]
+    parents = schema.locate(loc[:-1] if len(steps) > 1 else above)[1]
+    siblings = [sibling for parent in parents for sibling in schema.children(parent)]
+    of = f" of {tags[-1]}" if tags else ""
+    if not siblings:
+        return f"{of}; none may stand there"
+    return f"{of}; the nearest is {nearest(name, siblings)}" + (
+        f" (of {', '.join(siblings)})" if len(siblings) < 9 else ""
+    )
+
+
+def dotted(steps: Sequence[str | int]) -> str:
+    """`betas[1]`, `peft.config.retain_ratio`; a name with odd characters in quotes."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{_quoted(step)}" for step in steps)
+    return text.removeprefix(".") or "the config"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like the given one."""
+    return (difflib.get_close_matches(name, list(known), n=1, cutoff=0.0) or [""])[0]
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w.$-]+", name) else show(name)

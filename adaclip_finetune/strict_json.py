@@ -1,0 +1,55 @@
+"""JSON read strictly: no key twice, no NaN or Infinity, UTF-8, and a message for the user where that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adaclip_finetune.errors import UserError
+
+
+def read_json(path: str | Path) -> Any:
+    """What the file holds. UserError: it is not there, cannot be read, or is not JSON; names file and place."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """What the text says; `source` (a file, a flag) stands in front of the UserError where it is not strict JSON."""
+    try:
+        return json.loads(
+            text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant, parse_int=_whole_number
+        )
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)} stands twice; remove one")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 400:  # beyond any float, and near where Python itself refuses
+        raise ValueError(f"holds a number of {len(digits)} digits, which is too long")
+    return int(digits)

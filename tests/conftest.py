@@ -6,6 +6,9 @@ import open_clip
 import pytest
 import torch
 
+# The tensors are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -161,7 +161,10 @@ def _with_tokenizer(module: nn.Module, spec: ImageSpec, name: str, max_txt_len: 
     context_length = int(getattr(module, "context_length", 0) or module.text.context_length)
     if max_txt_len > context_length:
         raise UserError(f"max_txt_len: {max_txt_len} is beyond the text tower's context of {context_length} tokens")
-    tokenizer = open_clip.get_tokenizer(name)
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise UserError(f"clip_backbone: the tokenizer of {name} could not be had: {error}") from error
     whole_context = not pools_at_end_token(module)
 
     def tokenize(texts: Sequence[str], max_len: int) -> Tensor:

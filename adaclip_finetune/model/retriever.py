@@ -6,7 +6,6 @@ frames; in training those with gradients and the others without, since the strai
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,8 +30,6 @@ from adaclip_finetune.model.hard_topk import Selection
 from adaclip_finetune.model.header import SeqTransformerHeader, TransformerHeader
 from adaclip_finetune.model.policy import build_backbone
 from adaclip_finetune.model.selector import FrameSelector
-
-_MAX_LOGIT_SCALE = math.log(100)
 
 
 class VideoEmbedding(NamedTuple):
@@ -123,11 +120,6 @@ class VideoRetriever(nn.Module):
         scale = self.clip.logit_scale
         assert isinstance(scale, Tensor)
         return scale.reshape(())
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Hold the scale at ≤ 100, as CLIP was trained (Radford et al. 2021). Called after each update."""
-        self.logit_scale().clamp_(max=_MAX_LOGIT_SCALE)
 
     def _selected_frames(
         self, videos: VideoBatch, k: int, temperature: float | None, noise: Tensor | None

@@ -1,0 +1,109 @@
+"""What a person looks at after a run: the table of results and the pictures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from adaclip_finetune.evaluation.metrics import Metrics
+from adaclip_finetune.peft.importance import TensorImportance
+
+_COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+
+
+def results_table(rows: Mapping[str, Metrics]) -> str:
+    """A table of `_COLUMNS`, text to video and video to text, one line a model: {"zero-shot": …, "finetuned": …}."""
+    width = max(len(name) for name in rows)
+    head = f"{'':<{width}}   {'text → video':^36}   {'video → text':^36}"
+    names = "".join(f"{name:>7}" for name in _COLUMNS)
+    lines = [head, f"{'':<{width}}  {names}    {names}"]
+    for name, metrics in rows.items():
+        directions = (metrics.t2v.as_dict(), metrics.v2t.as_dict())
+        cells = ["".join(f"{direction[column]:7.1f}" for column in _COLUMNS) for direction in directions]
+        lines.append(f"{name:<{width}}  {cells[0]}    {cells[1]}")
+    return "\n".join(lines)
+
+
+def one_line(metrics: Metrics) -> str:
+    """Both directions' R@1, R@5 and R@10 in one line."""
+    parts = []
+    for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
+        parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
+    return "   ".join(parts)
+
+
+def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """curves.png: loss, learning rate and validation R@1, over updates."""
+    train = [event for event in events if event["event"] == "train"]
+    validation = [event for event in events if event["event"] == "validation"]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, rate, recall = figure.subplots(1, 3)
+    steps = [event["step"] for event in train]
+    loss.plot(steps, [event["loss"] for event in train], color="0.7", linewidth=0.8)
+    loss.plot(steps, _smoothed([event["loss"] for event in train]), color="tab:blue")
+    loss.set_title("training loss (and its running mean)")
+    for group in sorted({name for event in train for name in event["lr"]}):
+        points = [(event["step"], event["lr"][group]) for event in train if group in event["lr"]]
+        rate.plot(*zip(*points, strict=True), label=group)
+    rate.set_yscale("log")
+    rate.set_title("learning rate")
+    if train:
+        rate.legend(fontsize=8)
+    for direction, marker in (("t2v", "o"), ("v2t", "s")):
+        points = [(event["step"], event["metrics"][direction]["R@1"]) for event in validation]
+        if points:
+            recall.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=direction)
+    for event in (event for event in events if event["event"] == "best"):
+        recall.axvline(event["step"], color="tab:green", linewidth=0.8, linestyle="--", label="kept")
+    recall.set_title("validation R@1 (%)")
+    if validation:
+        recall.legend(fontsize=8)
+    for axes in (loss, rate, recall):
+        axes.set_xlabel("updates")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_frame_usage(path: Path, usage: NDArray[np.int64], videos: int, top_k: int) -> None:
+    """frame_usage.png: of all videos of the gallery, in how many each candidate frame was chosen."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(np.arange(len(usage)), 100 * usage / videos)
+    axes.axhline(100 * top_k / len(usage), color="tab:red", linewidth=1, label="if all were alike")
+    axes.set(xlabel="candidate frame, in time order", ylabel="chosen in % of videos", title=f"Frames chosen, {top_k} of {len(usage)}")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImportance]) -> None:
+    """ibs_parameters.csv and ibs_parameters.png: each candidate tensor's importance, and whether it is retained."""
+    columns = list(rows[0].__dataclass_fields__)
+    with csv_path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([getattr(row, column) for column in columns] for row in rows)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for retained, colour, label in ((False, "0.7", "frozen"), (True, "tab:blue", "retained")):
+        points = [
+            (row.dim, row.importance if row.normalized is None else row.normalized) for row in rows if row.retained is retained
+        ]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=14, color=colour, label=f"{label} ({len(points)} tensors)")
+    axes.set(xscale="log", xlabel="parameters in the tensor", ylabel="importance as compared", title="Importance-based selection")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def _smoothed(values: Sequence[float], decay: float = 0.95) -> list[float]:
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else decay * smooth[-1] + (1 - decay) * value)
+    return smooth

@@ -53,7 +53,7 @@ class FullSettings(MethodSettings):
 class BitFitSettings(MethodSettings):
     """Only biases learn, and what the keywords name (Ben Zaken et al. 2022)."""
 
-    keep_module_keywords: Names = setting((), "parameters whose name holds one of these learn too")
+    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
     include_qkv_bias: bool = setting(False, "the fused biases of queries, keys and values learn too")
 
 
@@ -69,7 +69,9 @@ class IbsSettings(MethodSettings):
     normalization: bool = setting(True, "compare importance within groups of tensors of like size")
     num_groups: int = setting(2, "groups of the normalization", unit="groups", ge=1)
     keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
-    keep_evolved: bool = setting(False, "frozen tensors keep what they learned first, instead of CLIP's values")
+    keep_evolved: bool = setting(
+        False, "frozen tensors keep what they learned at first, instead of going back to CLIP's values"
+    )
 
     def contradictions(self, config: Config) -> Iterator[Problem]:
         """The first epochs must leave some, and CLIP something to select from."""
@@ -149,27 +151,21 @@ class DataSettings(Settings):
 
     dataset: str = setting(
         "videos",
-        "name of the data set; a folder of output_dir is named so",
+        "name of the data set, as it stands in the path of the run folder",
         pattern=r"^\w[\w.-]{0,99}$",
         allowed="a name of letters, digits, dots, dashes and underscores",
     )
-    train_annot: PathText | None = setting(
-        None, "annotation (JSON) to train on; needed unless do_inference", unit="file"
-    )
+    train_annot: PathText | None = setting(None, "annotation (JSON) to train on; needed to train", unit="file")
     val_annot: PathText | None = setting(None, "annotation that chooses the best epoch; needed to train", unit="file")
     test_annot: PathText | None = setting(None, "annotation evaluated at the end, or by do_inference", unit="file")
-    frames_dir: PathText | None = setting(
-        None, "extracted frames, <video>/<img_tmpl>; or give video_dir", unit="folder"
-    )
+    frames_dir: PathText | None = setting(None, "extracted frames, a folder a video; or give video_dir", unit="folder")
     video_dir: PathText | None = setting(None, "videos, read in place; or give frames_dir", unit="folder")
     concat_captions: Literal["concat", "indep-one", "indep-all"] = setting(
-        "concat", "captions of a video: joined into one; one at random each time; each for itself"
+        "concat", "captions of a video: joined into one; one at random each time; each by itself"
     )
-    max_txt_len: int = setting(20, "length of a caption, start and end token included", unit="tokens", ge=3)
+    max_txt_len: int = setting(20, "length at which captions are cut, start and end included", unit="tokens", ge=3)
     data_subset: int = setting(0, "train on this many videos only; 0: all", unit="videos", ge=0)
-    skip_missing: bool = setting(
-        False, "evaluate without videos that cannot be read, and say how many beside each figure"
-    )
+    skip_missing: bool = setting(False, "evaluate without unreadable videos, with their number beside each figure")
     num_workers: int = setting(2, "processes that read frames; 0: the main one reads", unit="processes", ge=0)
     pin_mem: bool = setting(False, "page-locked memory for batches: faster copies to a GPU")
 
@@ -179,11 +175,11 @@ class FrameSettings(Settings):
 
     num_frm: int = setting(16, "frames read of each video", unit="frames", ge=1)
     num_frm_subset: int = setting(0, "of these, how many are kept, the rest being blank; 0: all", unit="frames", ge=0)
-    sampling: Literal["uniform", "random"] = setting("uniform", "which frames are read in training")
-    segment_sampling: bool = setting(False, "the middle frame of each of num_frm equal segments")
+    sampling: Literal["uniform", "random"] = setting("uniform", "frames of a training video: evenly spaced, or random")
+    segment_sampling: bool = setting(False, "take the middle frame of each of num_frm equal segments")
     img_tmpl: str = setting(
         "image_{:05d}.jpg",
-        "name of a frame's file, counted from 1",
+        "name of a frame's file in frames_dir/<video>/, counted from 1",
         pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
         allowed="a file name with one place for the number, as in image_{:05d}.jpg",
     )
@@ -195,15 +191,15 @@ class ModelSettings(Settings):
 
     clip_backbone: str = setting(
         "ViT-B/32",
-        "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 (OpenAI's weights), or any open_clip name[:tag]",
+        "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 with OpenAI's weights, or an open_clip name[:tag]",
         pattern=r"^\S+$",
         allowed="a name, or name:tag, without spaces",
     )
     clip_weights: PathText | None = setting(
-        None, "CLIP's weights on disk; null: clip_backbone's, fetched", unit="file or folder"
+        None, "weights on disk; null: clip_backbone's, fetched", unit="file or folder"
     )
     sim_header: Literal["meanP", "seqTransf", "transformer"] = setting(
-        "meanP", "what frames pass through after selection: nothing, four CLIP blocks, one"
+        "meanP", "what selected frames pass through: nothing, four CLIP blocks, or one"
     )
     freeze_layer_num: int = setting(
         0,
@@ -220,22 +216,24 @@ class SelectionSettings(Settings):
     use_policy: bool = setting(True, "choose top_k frames of num_frm; without it all are used")
     top_k: int = setting(8, "frames that are chosen", unit="frames", ge=1)
     policy_backbone: Literal["mobilenet_v3_large", "mobilenet_v2", "resnet50", "raw", "clip", "frozen_clip"] = setting(
-        "mobilenet_v3_large", "what looks at frames to choose: a light CNN, small grey images, or CLIP"
+        "mobilenet_v3_large", "what a frame is judged by: features of a light CNN, small grey pixels (raw), or CLIP"
     )
-    policy_weights: PathText = setting("imagenet", "weights of the CNN: imagenet (torchvision's), random, or a file")
+    policy_weights: PathText = setting(
+        "imagenet", "weights of the CNN", allowed="imagenet (torchvision's), random, or the path of a file"
+    )
     freeze_cnn: bool = setting(False, "the CNN does not learn")
     rescale_size: int = setting(56, "side of the grey images of policy_backbone raw", unit="pixels", ge=1)
-    use_rnn: bool = setting(True, "relate frames in time before they are scored")
-    rnn: Literal["transformer", "lstm", "bilstm"] = setting("transformer", "what relates them")
-    hidden_dim: int = setting(512, "its width", unit="channels", ge=1)
+    use_rnn: bool = setting(True, "relate frames in time (a temporal encoder) before they are scored")
+    rnn: Literal["transformer", "lstm", "bilstm"] = setting("transformer", "the temporal encoder")
+    hidden_dim: int = setting(512, "width of the temporal encoder", unit="channels", ge=1)
     mlp_type: Literal["mlp", "fc"] = setting("mlp", "what scores a frame: two layers, or one")
-    mlp_hidden_dim: int = setting(1024, "width of the first of two", unit="channels", ge=1)
-    init_tau: float = setting(5.0, "temperature of the draw in the first epoch", gt=0)
-    min_tau: float = setting(0.5, "temperature below which it never falls", gt=0)
-    exp_decay_factor: float = setting(0.045, "exponential decay of the temperature", unit="1/epoch", ge=0)
-    warmup_epochs: int = setting(
-        0, "epochs over which K falls from num_frm - 1 to top_k; 0: at once", unit="epochs", ge=0
+    mlp_hidden_dim: int = setting(1024, "width of the scorer's first layer, with mlp_type mlp", unit="channels", ge=1)
+    init_tau: float = setting(5.0, "temperature of Hard-Top-k in the first epoch", gt=0)
+    min_tau: float = setting(0.5, "lowest temperature of Hard-Top-k", gt=0)
+    exp_decay_factor: float = setting(
+        0.045, "how fast the temperature falls: init_tau x exp(-exp_decay_factor x epoch)", unit="1/epoch", ge=0
     )
+    warmup_epochs: int = setting(0, "epochs in which K falls from num_frm - 1 to top_k; 0: none", unit="epochs", ge=0)
     reuse_scores: bool = setting(False, "weight the chosen frames by their scores")
 
 
@@ -243,11 +241,13 @@ class AggregationSettings(Settings):
     """Aggregation"""
 
     frame_agg: Literal["mlp", "transformer", "qscore"] | None = setting(
-        None, "how frames become one video: null is the mean; qscore depends on the query and cannot be indexed"
+        None, "how frames become one video: null takes the mean; qscore depends on the query, so it cannot be indexed"
     )
-    frame_agg_temp: float = setting(1.0, "temperature of its softmax over frames", gt=0)
-    word_agg: Literal["mlp", "transformer"] | None = setting(None, "how words become one text: null is CLIP's own way")
-    word_agg_temp: float = setting(1.0, "temperature of its softmax over words", gt=0)
+    frame_agg_temp: float = setting(1.0, "temperature of the softmax over frames", gt=0)
+    word_agg: Literal["mlp", "transformer"] | None = setting(
+        None, "how words become one text: null takes CLIP's own sentence embedding"
+    )
+    word_agg_temp: float = setting(1.0, "temperature of the softmax over words", gt=0)
 
 
 class PeftGroup(Settings):
@@ -260,18 +260,20 @@ class OptimisationSettings(Settings):
     """Optimisation"""
 
     num_epochs: int = setting(30, "passes over the training data", unit="epochs", ge=1)
-    batch_size: int = setting(32, "videos in a step", unit="videos", ge=1)
-    val_batch_size: int = setting(500, "texts or videos in a step of evaluation", unit="items", ge=1)
-    gradient_accumulation_steps: int = setting(1, "batches before the weights move", unit="batches", ge=1)
+    batch_size: int = setting(32, "videos in a batch", unit="videos", ge=1)
+    val_batch_size: int = setting(500, "texts or videos in a batch of evaluation", unit="items", ge=1)
+    gradient_accumulation_steps: int = setting(1, "batches to an update of the weights", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer")
-    learning_rate: float = setting(1e-4, "highest learning rate of what is not CLIP", gt=0)
+    learning_rate: float = setting(1e-4, "highest learning rate; that of CLIP is multiplied by coef_lr", gt=0)
     coef_lr: float = setting(1e-3, "CLIP's learning rate is learning_rate x coef_lr", ge=0)
     no_warmup: bool = setting(False, "a constant learning rate: no rise, no fall")
     warmup_proportion: float = setting(0.1, "share of the steps in which the learning rate rises", ge=0, lt=1)
     betas: Betas = setting((0.9, 0.98), "decay of the two moments of Adam")
-    weight_decay: float = setting(0.2, "decay of the weights; biases are spared", ge=0)
+    weight_decay: float = setting(0.2, "decay of the weights, biases left out", ge=0)
     grad_norm: GradNorm = setting(
-        1.0, "highest norm of the whole gradient; -1: not clipped", allowed="a number > 0, or -1 for no clipping"
+        1.0,
+        "norm to which the whole gradient is clipped; -1: not clipped",
+        allowed="a number > 0, or -1 for no clipping",
     )
 
 
@@ -297,8 +299,12 @@ class DeviceSettings(Settings):
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = setting("auto", "where to compute; auto: the best there is")
     xpu: bool = setting(False, "the same as device xpu (Intel GPU)")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "numbers of the towers' passes; losses stay float32")
-    gradient_checkpointing: bool = setting(False, "less memory for a third more time: activations are made anew")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "arithmetic of the towers; selection, similarity and loss stay float32"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "less memory for about a third more time: activations are computed again"
+    )
 
 
 class SearchGroup(Settings):
@@ -308,7 +314,7 @@ class SearchGroup(Settings):
     do_training_af_optuna: bool = setting(False, "train once with the best values found")
 
 
-class Config(
+class Config(  # pydantic collects fields from the last base to the first: backwards here, in the order above there
     SearchGroup,
     DeviceSettings,
     RunSettings,
@@ -320,10 +326,7 @@ class Config(
     FrameSettings,
     DataSettings,
 ):
-    """All settings of a run, flat but for `peft` and `optuna_cfg`. `model_fields_set` tells which were given.
-
-    Pydantic collects fields from the last base to the first: listed backwards, they come out in the order above.
-    """
+    """All settings of a run, flat but for `peft` and `optuna_cfg`. `model_fields_set` tells which were given."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ are refused for the same reasons in the same words.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -22,8 +23,8 @@ from adaclip_finetune.strict_json import parse_json
 class Parser(argparse.ArgumentParser):
     """Whole flag names only, the nearest one named for an unknown flag, and UserError where argparse would exit."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None):
-        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    def __init__(self, prog: str, description: str, usage: str | None = None, epilog: str | None = None):
+        super().__init__(prog=prog, description=description, usage=usage, epilog=epilog, allow_abbrev=False)
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse; UserError for a word that belongs nowhere."""
@@ -62,22 +63,24 @@ def given(namespace: argparse.Namespace) -> dict[str, Any]:
 class _Override(argparse.Action):
     """Note the words of a flag as the value of a setting."""
 
-    def __init__(self, path: str, nodes: list[Node], schema: Schema, **options: Any):
-        super().__init__(dest="overrides", default=argparse.SUPPRESS, **options)
-        self.path, self.nodes, self.schema = path, nodes, schema
+    def __init__(self, nodes: list[Node], schema: Schema, **options: Any):
+        super().__init__(default=argparse.SUPPRESS, **options)
+        self.nodes, self.schema = nodes, schema
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         if not hasattr(namespace, "overrides"):
             namespace.overrides = {}
         words = ["false"] if self.nargs == 0 else [values] if isinstance(values, str) else values
-        namespace.overrides[self.path] = _value(words, self.nodes, self.schema, f"--{self.path}")
+        namespace.overrides[self.dest] = _value(words, self.nodes, self.schema, f"--{self.dest}")
 
 
 def _add_flag(group: Any, path: str, nodes: list[Node], schema: Schema) -> None:
     kinds = {option.get("type") for node in nodes for option in schema.alternatives(node)}
-    how: dict[str, Any] = {"action": _Override, "path": path, "nodes": nodes, "schema": schema}
+    how: dict[str, Any] = {"action": _Override, "dest": path, "nodes": nodes, "schema": schema}
     if kinds == {"boolean"}:
-        group.add_argument(f"--{path}", nargs="?", const="true", metavar="true|false", help=_help(nodes, schema), **how)
+        group.add_argument(
+            f"--{path}", nargs="?", const="true", metavar="true|false", help=_help(path, nodes, schema), **how
+        )
         *above, name = path.split(".")
         if not name.startswith("no_"):
             off = ".".join([*above, f"no_{name.removeprefix('use_')}"])
@@ -88,36 +91,43 @@ def _add_flag(group: Any, path: str, nodes: list[Node], schema: Schema) -> None:
     else:
         nargs = "+" if kinds == {"array"} else None
         group.add_argument(
-            f"--{path}", nargs=nargs, metavar=_metavar(kinds, nodes, path), help=_help(nodes, schema), **how
+            f"--{path}",
+            nargs=nargs,
+            metavar=_metavar(kinds, path, nodes, schema),
+            help=_help(path, nodes, schema),
+            **how,
         )
 
 
-def _metavar(kinds: set[str | None], nodes: list[Node], path: str) -> str:
+def _metavar(kinds: set[str | None], path: str, nodes: list[Node], schema: Schema) -> str:
     if kinds == {"object"}:
         return "JSON" if "." in path else "FILE"
+    if kinds == {"array"}:
+        items = [option.get("prefixItems", [option.get("items")])[0] for option in schema.alternatives(nodes[0])]
+        kinds = {item["type"] for item in items}
     unit = str(nodes[0].get("unit", ""))
     if unit.startswith(("file", "folder")):
         return {"file": "FILE", "folder": "DIR"}.get(unit, "PATH")
-    return {"integer": "N", "number": "X", "array": "X"}.get(next(iter(kinds)) or "", "NAME")
+    return {"integer": "N", "number": "X"}.get(next(iter(kinds)) or "", "NAME")
 
 
-def _help(nodes: list[Node], schema: Schema) -> str:
-    node, section = nodes[0], schema.is_section(nodes[0])
-    facts = ["a file that holds this part alone" if section else schema.words(*nodes)]
-    unit = node.get("unit")
-    if unit and not unit.startswith(("file", "folder")):
-        facts.append(f"unit: {unit}")
-    if "default" in node and not section:
-        facts.append(f"default: {_shown(node['default'])}")
+def _help(path: str, nodes: list[Node], schema: Schema) -> str:
+    node, unit = nodes[0], str(nodes[0].get("unit", ""))
+    kinds = {option.get("type") for option in schema.alternatives(node)}
+    facts = [f"of {', '.join(owners)}"] if (owners := schema.owners(path)) else []
+    if kinds == {"object"}:
+        facts += ["a JSON object" if "." in path else "a JSON file that holds this part alone"]
+    elif kinds != {"boolean"} and not (unit.startswith(("file", "folder")) and "allowed" not in node):
+        facts += [schema.words(*nodes)] + ([f"unit: {unit}"] if unit and "allowed" not in node else [])
+    if "default" in node and ("." not in path or kinds != {"object"}):
+        facts += [f"default: {_shown(node['default'])}"]
     return f"{node.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "none"
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+        return " ".join(map(_shown, value)) or "[]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _value(words: list[str], nodes: list[Node], schema: Schema, flag: str) -> Any:

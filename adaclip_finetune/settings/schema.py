@@ -82,6 +82,13 @@ class Schema:
         name: str | None = self.resolve(node).get("discriminator", {}).get("propertyName")
         return name
 
+    def owners(self, path: str) -> list[str]:
+        """Which choices of a section's alternatives know a nested setting: `peft.config.metric` is of ibs."""
+        section, *rest = path.split(".")
+        mapping = self.resolve(self.root["properties"][section]).get("discriminator", {}).get("mapping", {})
+        owners = [tag for tag in mapping if self.locate([section, tag, *rest])[1]]
+        return owners if len(owners) < len(mapping) else []
+
     def words(self, *nodes: Node) -> str:
         """What is allowed, as it stands in help and in errors: `a whole number >= 1`, `one of uniform, random`."""
         if len(nodes) != 1:

@@ -1,0 +1,148 @@
+"""The command line: which command, with which settings. Everything heavy is imported by the command that needs it.
+
+A command is a function from its words to an exit code, and a line in `COMMANDS`. Exit codes: 0 done, 2 something the
+user can mend (one message, no traceback unless --debug), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from adaclip_finetune import __version__
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.paths import check_paths
+from adaclip_finetune.settings.flags import Parser, add_flags, given
+from adaclip_finetune.settings.layers import nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        if _debug(words):
+            traceback.print_exc()
+        print(f"adaclip: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("adaclip: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `adaclip schema | head`: the reader has gone, and nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def train(words: Sequence[str]) -> int:
+    """Finetune CLIP as a settings file says, or evaluate with --do_inference."""
+    parser = Parser(
+        "adaclip train",
+        "Finetune a CLIP video retriever on videos and captions, or evaluate one (--do_inference). "
+        "`python train.py` is the same command. A flag beats the file, the file beats the default.",
+        "adaclip train [--config FILE] [--peft FILE] [--SETTING VALUE ...] [--dry_run [--json]]",
+        "Flags are written in full. A switch may stand alone (--save_last), have a value (--save_last false) or be "
+        "turned off (--no_save_last). Lists are given word by word (--betas 0.9 0.98) or as JSON ('[]'). The word none "
+        "stands for null. Every setting is also a key of the JSON file, dots standing for nesting.",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings to begin with (JSON; those in cfgs/ are explained there)"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check settings and data, say what would be done, and stop"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry_run: say it as one JSON object")
+    add_flags(parser, Config)
+    arguments = parser.read(words)
+    if arguments.json and not arguments.dry_run:
+        raise UserError("--json belongs to --dry_run")
+    config = load_config(arguments.config, given(arguments))
+    if config.optuna_cfg is not None or config.do_training_af_optuna:
+        raise UserError(
+            "optuna_cfg: the hyper-parameter search is not in this version; to train once, leave out optuna_cfg and "
+            "do_training_af_optuna (--optuna_cfg none --do_training_af_optuna false)"
+        )
+    check_paths(config)
+
+    from adaclip_finetune.training.trainer import dry_run, evaluate_only, fit
+
+    try:
+        if arguments.dry_run:
+            dry_run(config, as_json=arguments.json)
+        elif config.do_inference:
+            evaluate_only(config)
+        else:
+            fit(config)
+    except UserError:
+        if config.debug and not _debug(words):  # asked for in the file
+            traceback.print_exc()
+        raise
+    return 0
+
+
+def schema(words: Sequence[str]) -> int:
+    """Print the JSON Schema of the settings, as in cfgs/schema.json."""
+    Parser("adaclip schema", f"{schema.__doc__}").read(words)
+    document = Config.model_json_schema()
+    document["properties"] = {"$schema": {"type": "string", "description": "for editors"}} | document["properties"]
+    document["title"] = "Settings of adaclip-finetune"
+    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | document, indent=2))
+    return 0
+
+
+class Command(NamedTuple):
+    """What runs, and the line that tells of it."""
+
+    run: Callable[[Sequence[str]], int]
+    help: str
+
+
+COMMANDS = {
+    "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
+    "schema": Command(schema, "print the JSON Schema of the settings"),
+}
+
+
+def _run(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"adaclip {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(
+            f"there is no command {words[0]}; the nearest is {nearest(words[0], COMMANDS)} (adaclip --help)"
+        )
+    try:
+        return COMMANDS[words[0]].run(words[1:])
+    except SystemExit as done:  # argparse has printed its help
+        return int(done.code or 0)
+
+
+def _overview() -> str:
+    lines = [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: adaclip COMMAND ...",
+            "",
+            "Parameter-efficient finetuning of CLIP for text-video retrieval.",
+            "",
+            *lines,
+            "",
+            "`adaclip COMMAND --help` tells about one command, `adaclip --version` the version.",
+        ]
+    )
+
+
+def _debug(words: Sequence[str]) -> bool:
+    """Whether tracebacks are asked for, told before anything is parsed."""
+    following = dict(zip(words, [*words[1:], ""], strict=True))
+    return "--debug=true" in words or following.get("--debug", "false").lower() != "false"

@@ -1,0 +1,26 @@
+"""BitFit: only biases learn (Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning")."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from adaclip_finetune.config import BitFitSettings
+from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learning, warn_of_idle_keywords
+
+
+class BitFit(PeftMethod):
+    """Of what may learn in CLIP: `*.bias`, names with one of the keywords, and if asked the fused biases of q, k, v."""
+
+    def __init__(self, settings: BitFitSettings) -> None:
+        self.settings = settings
+
+    def prepare(self, model: nn.Module) -> None:
+        clip = clip_of(model)
+        warn_of_idle_keywords(clip, self.settings.keep_module_keywords)
+        for name, parameter in learning(clip):
+            parameter.requires_grad_(self._learns(name))
+
+    def _learns(self, name: str) -> bool:
+        # OpenAI's fused biases are called `in_proj_bias`, without the dot: the published rule passes them by.
+        fused = self.settings.include_qkv_bias and name.endswith("in_proj_bias")
+        return fused or name.endswith(".bias") or holds_keyword(name, self.settings.keep_module_keywords)

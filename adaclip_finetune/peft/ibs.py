@@ -1,0 +1,108 @@
+"""Importance-based selection (IBS): everything learns for a few epochs, then only the tensors that moved most.
+
+Published figures call it IBS-G where tensors are compared within groups (`normalization`). What is not retained goes
+back to CLIP's pretrained values, so that the result differs from CLIP only where it should.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from adaclip_finetune.config import IbsSettings
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.peft.base import (
+    MethodState,
+    PeftMethod,
+    Phase,
+    clip_of,
+    holds_keyword,
+    learning,
+    warn_of_idle_keywords,
+)
+from adaclip_finetune.peft.importance import TensorImportance, importance, select_tensors
+
+
+class ImportanceSelection(PeftMethod):
+    """Candidates are CLIP's learning tensors outside `keep_module_keywords`; those inside learn from first to last."""
+
+    def __init__(self, settings: IbsSettings) -> None:
+        self.settings = settings
+        self._pretrained: dict[str, Tensor] = {}  # candidates before training, on the CPU
+        self._rows: list[TensorImportance] = []  # empty until the selection
+
+    def phases(self, num_epochs: int, batch_size: int) -> list[Phase]:
+        first = self.settings.num_pre_epochs
+        assert first < num_epochs, "config.py refuses this"
+        return [
+            Phase(first, self.settings.pre_batch_size or batch_size, may_be_best=False),
+            Phase(num_epochs - first, batch_size),
+        ]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Remember the pretrained values of the candidates."""
+        self._clip = clip_of(model)
+        keywords = self.settings.keep_module_keywords
+        warn_of_idle_keywords(self._clip, keywords)
+        candidates = [(name, tensor) for name, tensor in learning(self._clip) if not holds_keyword(name, keywords)]
+        if not candidates:
+            raise UserError(
+                "peft ibs has nothing to select from: freeze_clip, freeze_layer_num and keep_module_keywords leave no "
+                "tensor of CLIP; loosen one of them"
+            )
+        self._candidates = [name for name, _ in candidates]
+        self._pretrained = {name: _snapshot(parameter) for name, parameter in candidates}
+
+    def on_epoch_start(self, epoch: int) -> bool:
+        if epoch < self.settings.num_pre_epochs or self._rows:
+            return False
+        parameters = dict(self._clip.named_parameters())
+        moved = {
+            name: (importance(before, parameters[name], self.settings.metric), before.numel())
+            for name, before in self._pretrained.items()
+        }
+        self._rows = select_tensors(moved, self.settings)
+        if not self.settings.keep_evolved:
+            self._restore()
+        self._pretrained = {}
+        self._freeze_the_rest()
+        return True
+
+    def parameter_rows(self) -> list[TensorImportance]:
+        """The candidates by name, as they stand in `ibs_parameters.csv`; empty before the selection."""
+        return list(self._rows)
+
+    def changed_parameters(self, model: nn.Module) -> set[str]:
+        evolved = self._candidates if self.settings.keep_evolved else []
+        return super().changed_parameters(model).union(evolved)
+
+    def state_dict(self) -> MethodState:
+        """Before the selection the pretrained values, after it the rows."""
+        return MethodState(dict(self._pretrained), {"rows": [asdict(row) for row in self._rows]})
+
+    def load_state_dict(self, state: MethodState) -> None:
+        self._pretrained = dict(state.tensors)
+        self._rows = [TensorImportance(**row) for row in state.values["rows"]]
+        if self._rows:
+            self._freeze_the_rest()
+
+    def _restore(self) -> None:
+        parameters = dict(self._clip.named_parameters())
+        with torch.no_grad():
+            for row in self._rows:
+                if not row.retained:
+                    parameters[row.name].copy_(self._pretrained[row.name])
+
+    def _freeze_the_rest(self) -> None:
+        parameters = dict(self._clip.named_parameters())
+        for row in self._rows:
+            if not row.retained:
+                parameters[row.name].requires_grad_(False).grad = None
+
+
+def _snapshot(parameter: Tensor) -> Tensor:
+    # On the CPU, or it would double the accelerator's memory. A dry run's meta tensors have no values to copy.
+    parameter = parameter.detach()
+    return parameter if parameter.is_meta else parameter.to("cpu", copy=True)

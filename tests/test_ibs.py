@@ -1,0 +1,279 @@
+"""Importance-based selection against the published one, and where that one is undefined or noise."""
+
+import json
+import logging
+import math
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adaclip_finetune.config import IbsSettings
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.peft import prepare_peft
+from adaclip_finetune.peft.importance import importance, select_tensors, standardized
+
+
+def as_groups(names, labels):
+    """The partition alone: labels may be permuted."""
+    return {frozenset(n for n, other in zip(names, labels, strict=True) if other == label) for label in set(labels)}
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_golden_selection(shared, number):
+    case = json.loads((shared / "reference/golden/op_ibs.json").read_text())["cases"][number]
+    settings = IbsSettings(**{key: case[key] for key in ("metric", "normalization", "retain_ratio", "num_groups")})
+    triples = case["importance_name_value_dim"]
+    rows = select_tensors({name: (value, dim) for name, value, dim in reversed(triples)}, settings)
+    names = [name for name, _, _ in triples]
+    assert [row.name for row in rows] == names
+    assert [(row.importance, row.dim) for row in rows] == [(value, dim) for _, value, dim in triples]
+    assert sum(row.dim for row in rows) == case["candidates"]
+    assert [row.name for row in rows if row.retained] == case["retained"]
+    assert sum(row.dim for row in rows if row.retained) == case["retained_parameters"]
+    if case["normalization"]:
+        assert as_groups(names, [row.group for row in rows]) == as_groups(names, case["group"])
+        expected = [value for _, value, _ in case["normalized_name_value_dim"]]
+        assert [row.normalized for row in rows] == pytest.approx(expected, rel=1e-9)
+    else:
+        assert all(row.group is None and row.normalized is None for row in rows)
+
+
+# ---- how far a tensor moved ----
+
+
+def test_l2norm_is_the_root_mean_square_of_the_update():
+    before, after = torch.randn(5, 7), torch.randn(5, 7)
+    update = after.double().numpy() - before.double().numpy()
+    assert importance(before, after, "l2norm") == pytest.approx(np.sqrt((update**2).mean()), rel=1e-12)
+    assert importance(torch.tensor(2.0), torch.tensor(-1.0), "l2norm") == 3
+
+
+@pytest.mark.parametrize("degrees", [1e-9, 1e-5, 1e-3, 1, 60, 90, 179.9999, 180])
+def test_angles_are_right_also_when_tiny(degrees):
+    """The published arccos of a float32 cosine cannot tell angles below some hundredths of a degree from zero."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(1000, generator=generator, dtype=torch.float64)
+    other = torch.randn(1000, generator=generator, dtype=torch.float64)
+    u = u / u.norm()
+    other = other - (other @ u) * u
+    angle = math.radians(degrees)
+    v = math.cos(angle) * u + math.sin(angle) * other / other.norm()
+    assert importance(3 * u, 5 * v, "angle") == pytest.approx(degrees, rel=1e-6)
+
+
+def test_angle_of_float32_weights_after_a_tiny_update():
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(64, 64, generator=generator)
+    after = before + 1e-6 * torch.randn(64, 64, generator=generator)
+    u, v = before.double().flatten().numpy(), after.double().flatten().numpy()
+    across = (v - u) - u * ((v - u) @ u) / (u @ u)  # what of the update turns the vector
+    expected = np.degrees(np.arctan2(np.linalg.norm(across), np.linalg.norm(u) + (v - u) @ u / np.linalg.norm(u)))
+    assert importance(before, after, "angle") == pytest.approx(expected, rel=1e-9)
+
+
+def test_angles_of_scalars_and_zero_vectors_are_defined():
+    zero, vector = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])
+    assert importance(torch.tensor(2.0), torch.tensor(-1.0), "angle") == 0
+    assert importance(vector, vector, "angle") == importance(zero, zero, "angle") == 0
+    assert importance(zero, vector, "angle") == pytest.approx(90)
+    assert importance(vector, zero, "angle") == pytest.approx(90)
+    assert importance(vector, -vector, "angle") == pytest.approx(180)
+
+
+# ---- normalization ----
+
+
+def test_normalization_is_the_formula():
+    values = np.array([0.5, 2.0, 1.0, 0.0, 1e-4, 4.0])  # median 0.75: two are negligible
+    kept = np.log([0.5, 2.0, 1.0, 4.0])
+    mean, sd = kept.mean(), math.sqrt(((kept - kept.mean()) ** 2).mean())
+    expected = [math.exp((math.log(v) - mean) / sd) if v else 0.0 for v in values]
+    assert standardized(values) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.3], [1]),
+        ([0.3, 0.3, 0.3], [1, 1, 1]),
+        ([0, 0], [0, 0]),
+        ([0.3, 0.3, 1e-9], [1, 1, 0]),
+        ([0, 0, 5], [0, 0, 1]),
+    ],
+)
+def test_a_group_without_spread_is_defined(values, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert standardized(np.array(values, dtype=float)).tolist() == expected
+
+
+# ---- selection ----
+
+
+def retained(moved, **settings):
+    rows = select_tensors(moved, IbsSettings(**settings))
+    return [row.name for row in rows if row.retained]
+
+
+def test_the_tensor_that_crosses_the_budget_is_kept():
+    moved = {"a": (3.0, 10), "b": (2.0, 50), "c": (1.0, 40)}
+    assert retained(moved, normalization=False, retain_ratio=0.1) == ["a"]  # 10 are no longer fewer than 10
+    assert retained(moved, normalization=False, retain_ratio=0.11) == ["a", "b"]
+    assert retained(moved, normalization=False, retain_ratio=1.0) == ["a", "b", "c"]
+    assert retained(moved, normalization=False, retain_ratio=0.001) == []
+
+
+@pytest.mark.parametrize("normalization", [False, True])
+def test_ties_rank_by_name_whatever_the_order(normalization):
+    names = ["d", "b", "a", "c"]
+    moved = dict.fromkeys(names, (0.5, 10))
+    assert retained(moved, normalization=normalization, retain_ratio=0.5) == ["a", "b"]
+
+
+@pytest.mark.parametrize("normalization", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2, 9])
+def test_zero_updates_and_few_tensors_are_defined(normalization, num_groups, caplog):
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = {"a": (0.0, 10), "b": (0.0, 10), "c": (0.0, 20)}
+        settings = {"normalization": normalization, "num_groups": num_groups, "retain_ratio": 0.5}
+        assert retained(moved, **settings) == ["a", "b"]
+        assert "no tensor moved" in caplog.text
+        caplog.clear()
+        assert retained({**moved, "c": (1e-9, 20)}, **settings) == ["c"]
+        assert retained({"only": (1.0, 1)}, **{**settings, "retain_ratio": 1.0}) == ["only"]
+    assert not caplog.text
+
+
+def test_one_group_compares_all_with_all():
+    moved = {"a": (4.0, 10), "b": (2.0, 1000), "c": (1.0, 10), "d": (3.0, 1000)}
+    rows = select_tensors(moved, IbsSettings(num_groups=1, retain_ratio=0.001))
+    logs = np.log([4, 2, 1, 3])
+    assert [row.normalized for row in rows] == pytest.approx(np.exp((logs - logs.mean()) / logs.std()), rel=1e-12)
+    assert {row.group for row in rows} == {0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("normalization", [False, True])
+def test_broken_weights_are_an_error_that_names_the_tensor(value, normalization):
+    with pytest.raises(UserError, match=r"visual\.proj is (nan|inf)"):
+        select_tensors({"a": (1.0, 10), "visual.proj": (value, 10)}, IbsSettings(normalization=normalization))
+
+
+# ---- the method on a model ----
+
+
+def prepare(clip, freeze_layer_num=0, **settings):
+    model = nn.Module()
+    model.clip = clip
+    model.aggregator = nn.Linear(4, 4)
+    peft = SimpleNamespace(config=IbsSettings(**settings))
+    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft)
+    return model, prepare_peft(model, config)
+
+
+def learning(clip):
+    return {name for name, parameter in clip.named_parameters() if parameter.requires_grad}
+
+
+def move(clip, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in clip.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_first_everything_learns_then_the_retained_and_the_rest_is_clip_again(tiny_clip):
+    before = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+    _, method = prepare(tiny_clip, num_pre_epochs=2, retain_ratio=0.3, keep_module_keywords=("ln_final", "logit_scale"))
+    everything = learning(tiny_clip)
+    kept = {"ln_final.weight", "ln_final.bias", "logit_scale"}
+    assert [method.on_epoch_start(0), method.on_epoch_start(1)] == [False, False]
+    assert learning(tiny_clip) == everything
+    assert method.parameter_rows() == []
+    move(tiny_clip)
+    moved = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+
+    assert method.on_epoch_start(2)
+    rows = method.parameter_rows()
+    selected = {row.name for row in rows if row.retained}
+    assert {row.name for row in rows} == everything - kept
+    assert learning(tiny_clip) == selected | kept
+    assert 0 < len(selected) < len(rows)
+    for name, tensor in tiny_clip.state_dict().items():
+        assert torch.equal(tensor, (moved if name in selected | kept else before)[name]), name
+    assert [method.on_epoch_start(2), method.on_epoch_start(3)] == [False, False]
+
+
+def test_importances_on_the_rows_are_those_of_the_update(tiny_clip):
+    before = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+    _, method = prepare(tiny_clip, keep_evolved=True)
+    move(tiny_clip)
+    method.on_epoch_start(1)
+    after = tiny_clip.state_dict()
+    for row in method.parameter_rows():
+        assert row.dim == before[row.name].numel()
+        update = (after[row.name] - before[row.name]).double().numpy()
+        assert row.importance == pytest.approx(np.sqrt((update**2).mean()), rel=1e-5)
+
+
+def test_keep_evolved_leaves_what_moved(tiny_clip):
+    model, method = prepare(tiny_clip, keep_evolved=True)
+    candidates = learning(tiny_clip)
+    move(tiny_clip)
+    moved = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+    assert method.on_epoch_start(1)
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in tiny_clip.state_dict().items())
+    assert learning(tiny_clip) < candidates
+    assert method.changed_parameters(model) == candidates
+
+
+def test_two_phases_each_with_its_batch_size(tiny_clip):
+    _, method = prepare(tiny_clip, num_pre_epochs=2, pre_batch_size=8)
+    assert [(p.num_epochs, p.batch_size, p.may_be_best) for p in method.phases(30, 16)] == [
+        (2, 8, False),
+        (28, 16, True),
+    ]
+    _, method = prepare(tiny_clip)
+    assert [phase.batch_size for phase in method.phases(30, 16)] == [16, 16]
+
+
+def test_pretrained_values_are_kept_as_copies_on_the_cpu(tiny_clip):
+    _, method = prepare(tiny_clip.bfloat16(), freeze_layer_num=1)
+    tensors = method.state_dict().tensors
+    assert set(tensors) == learning(tiny_clip)
+    assert all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and not t.requires_grad for t in tensors.values())
+    pointers = {parameter.data_ptr() for parameter in tiny_clip.parameters()}
+    assert not any(tensor.data_ptr() in pointers for tensor in tensors.values())
+    method.on_epoch_start(1)
+    assert method.state_dict().tensors == {}
+
+
+def test_nothing_to_select_from_is_said(tiny_clip):
+    with pytest.raises(UserError, match="nothing to select from"):
+        prepare(tiny_clip, freeze_layer_num=2, keep_module_keywords=("ln_", "proj", "logit_scale"))
+
+
+def test_fault_ibs_through_temporary_pickles(tiny_clip, tmp_path, monkeypatch):
+    """Values before and after are compared in memory: no file is written or read, least of all a pickle."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("IBS touched a file")
+
+    for module, name in (
+        (torch, "save"),
+        (torch, "load"),
+        (__import__("pickle"), "dump"),
+        (__import__("pickle"), "load"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.chdir(tmp_path)
+    _, method = prepare(tiny_clip)
+    move(tiny_clip)
+    assert method.on_epoch_start(1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,229 @@
+"""BertAdam against the published trajectories and a scalar Python version; groups, schedule and what they log."""
+
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.training.optimizer import (
+    BertAdam,
+    build_optimizer,
+    clamp_logit_scale,
+    clip_gradients,
+    learning_rates,
+    schedule,
+)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.clip = nn.Module()
+        self.clip.proj = nn.Linear(3, 3)
+        self.clip.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.clip.proj(x)) * self.clip.logit_scale.exp()
+
+
+def make_config(**changes):
+    fields = ("optim", "learning_rate", "coef_lr", "betas", "weight_decay", "warmup_proportion", "no_warmup")
+    defaults = {name: Config.model_fields[name].get_default() for name in fields}
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_golden_trajectories(shared, case):
+    golden = torch.load(shared / "reference/golden/op_bertadam.pt", weights_only=True)[case]
+    settings = golden["kwargs"]
+    p1, p2 = nn.Parameter(golden["p1_init"].clone()), nn.Parameter(golden["p2_init"].clone())
+    unused = nn.Parameter(torch.ones(2))
+    groups = [
+        {"params": [p1, unused], "lr": settings["lr"], "weight_decay": settings["weight_decay"]},
+        {"params": [p2], "lr": 1e-3, "weight_decay": 0.0},
+    ]
+    optimizer = BertAdam(groups, settings["lr"], settings["betas"], settings["weight_decay"])
+    constant, warmup, total = settings["t_total"] == -1, settings.get("warmup", 0.1), 20
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / total, warmup, constant))
+    for step in range(20):
+        optimizer.zero_grad()
+        loss = 0.5 * p1 @ golden["A"] @ p1 - golden["b"] @ p1 + ((p2.flatten() - p1) ** 2).sum()
+        assert loss.item() == pytest.approx(golden["loss"][step], rel=1e-6)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        torch.testing.assert_close(p1.detach(), golden["p1"][step], atol=1e-6, rtol=0)
+        torch.testing.assert_close(p2.detach(), golden["p2"][step], atol=1e-6, rtol=0)
+        assert scheduler.get_last_lr() == pytest.approx(golden["lr_after_step"][step], abs=1e-12)
+    assert torch.equal(unused, torch.ones(2))
+
+
+def test_bertadam_is_the_formula():
+    """A scalar at a time, in Python floats: clipping, moments without correction, decay added to the update."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    optimizer = BertAdam([weight], 0.1, (0.9, 0.98), 0.3)
+    w, m, v = weight.detach().flatten().tolist(), [0.0] * 12, [0.0] * 12
+    for _ in range(5):
+        gradient = torch.randn(4, 3, dtype=torch.float64) * 2
+        weight.grad = gradient.clone()
+        optimizer.step()
+        norm = math.sqrt(sum(g * g for g in gradient.flatten().tolist()))
+        for i, g in enumerate(gradient.flatten().tolist()):
+            g *= min(1.0, 1.0 / (norm + 1e-6))
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.98 * v[i] + 0.02 * g * g
+            w[i] -= 0.1 * (m[i] / (math.sqrt(v[i]) + 1e-6) + 0.3 * w[i])
+    assert weight.detach().flatten().tolist() == pytest.approx(w, rel=1e-12)
+
+
+def test_each_tensor_is_clipped_on_its_own():
+    small, large = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))
+    small.grad, large.grad = torch.full((4,), 0.1), torch.full((2, 2), 1e6)
+    BertAdam([small, large], 0.1, (0.9, 0.98), 0.0).step()
+    assert torch.equal(small.grad, torch.full((4,), 0.1))
+    assert large.grad.norm().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_bertadam_handles_scalars_and_a_closure():
+    scale = nn.Parameter(torch.tensor(1.0))
+    optimizer = BertAdam([scale], 0.1, (0.9, 0.98), 0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = scale**2
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 1.0
+    assert scale.item() < 1
+
+
+def test_schedule():
+    assert [schedule(x, 0.1, False) for x in (0, 0.05, 0.1, 0.5, 1)] == pytest.approx(
+        [0, 0.5, 0.5 * (1 + math.cos(0.1 * math.pi)), 0.5, 0]
+    )
+    assert schedule(1.2, 0.1, False) == 0  # never up again
+    assert schedule(0, 0.0, False) == 1
+    assert all(schedule(x, 0.1, True) == 1 for x in (0, 0.05, 1))
+
+
+@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
+def test_groups(optim):
+    model = Model()
+    optimizer, _ = build_optimizer(model, make_config(optim=optim, no_warmup=True), 10)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: len(group["params"]) for name, group in groups.items()} == {
+        "clip_decay": 2,
+        "clip_no_decay": 1,
+        "other_decay": 1,
+        "other_no_decay": 1,
+    }
+    assert groups["clip_no_decay"]["params"][0] is model.clip.proj.bias
+    assert groups["other_decay"]["params"][0] is model.head.weight
+    assert learning_rates(optimizer) == pytest.approx(
+        {"clip_decay": 1e-7, "clip_no_decay": 1e-7, "other_decay": 1e-4, "other_no_decay": 1e-4}
+    )
+    decays = {name: group["weight_decay"] for name, group in groups.items()}
+    assert decays == {"clip_decay": 0.2, "clip_no_decay": 0.0, "other_decay": 0.2, "other_no_decay": 0.0}
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_groups_hold_what_learns_and_no_group_is_empty():
+    model = Model()
+    for parameter in model.clip.parameters():
+        parameter.requires_grad_(False)
+    optimizer, _ = build_optimizer(model, make_config(), 10)
+    assert [group["name"] for group in optimizer.param_groups] == ["other_decay", "other_no_decay"]
+
+
+@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
+def test_state_is_saved_and_loaded(optim):
+    def train(model, optimizer, scheduler, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+            model(x).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+
+    torch.manual_seed(0)
+    config = make_config(optim=optim, coef_lr=1.0, learning_rate=0.01)
+    straight, half = Model(), Model()
+    half.load_state_dict(straight.state_dict())
+    train(straight, *build_optimizer(straight, config, 10), range(10))
+    first = build_optimizer(half, config, 10)
+    train(half, *first, range(5))
+    second = build_optimizer(half, config, 10)
+    for part, saved in zip(second, first, strict=True):
+        part.load_state_dict(saved.state_dict())
+    train(half, *second, range(5, 10))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, half.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
+def test_fault_scheduler_before_optimizer(optim):
+    """The first update uses x = 0, and stepping in the right order raises none of torch's warnings."""
+    model = Model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer, scheduler = build_optimizer(model, make_config(optim=optim, learning_rate=0.1, coef_lr=1.0), 10)
+        rates = []
+        for _ in range(10):
+            rates.append(learning_rates(optimizer)["other_decay"])
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            if len(rates) == 1:
+                assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            scheduler.step()
+    assert rates == pytest.approx([0.1 * schedule(step / 10, 0.1, False) for step in range(10)])
+
+
+@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
+def test_fault_learning_rate_logged_blank(optim):
+    optimizer, scheduler = build_optimizer(Model(), make_config(optim=optim), 10)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    logged = learning_rates(optimizer)
+    assert logged["other_decay"] == pytest.approx(0.5e-4)
+    assert logged["clip_decay"] == pytest.approx(0.5e-7)
+    assert list(logged.values()) == scheduler.get_last_lr()
+
+
+def test_nothing_to_learn_or_no_updates_is_said():
+    model = Model()
+    with pytest.raises(UserError, match="not one update"):
+        build_optimizer(model, make_config(), 0)
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing is left to learn"):
+        build_optimizer(model, make_config(), 10)
+
+
+def test_clip_gradients():
+    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])
+    assert clip_gradients(weights, -1) is None
+    assert weights[0].grad.tolist() == [3, 0]
+    assert clip_gradients(weights, 1.0).item() == pytest.approx(5)
+    assert weights[0].grad.tolist() == pytest.approx([0.6, 0], rel=1e-5)
+    assert weights[1].grad.tolist() == pytest.approx([0, 0.8, 0], rel=1e-5)
+
+
+def test_clamp_logit_scale():
+    clip = Model().clip
+    clip.logit_scale.data.fill_(5)
+    clamp_logit_scale(clip)
+    assert clip.logit_scale.item() == pytest.approx(math.log(100))
+    clip.logit_scale.data.fill_(4.6052)  # as OpenAI stores it: frozen, it stays
+    clip.logit_scale.requires_grad_(False)
+    clamp_logit_scale(clip)
+    assert clip.logit_scale.item() == pytest.approx(4.6052, abs=1e-6)

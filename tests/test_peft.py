@@ -1,0 +1,398 @@
+"""A table of all methods x what holds for each; BitFit, freezing and the counts of ViT-B/32 by independent oracles."""
+
+import copy
+import functools
+import json
+import logging
+import re
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import nn
+
+from adaclip_finetune.config import BitFitSettings, FullSettings, IbsSettings
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.peft import METHODS, apply_freezing, prepare_peft, trainable_report
+from adaclip_finetune.training.optimizer import build_optimizer
+
+KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scale")
+EPOCHS = 3
+
+CASES = {
+    "full": (FullSettings(), -1, False),
+    "full, last block": (FullSettings(), 1, False),
+    "full, frozen clip": (FullSettings(), 0, True),
+    "bitfit": (BitFitSettings(keep_module_keywords=KEYWORDS), 0, False),
+    "bitfit, all biases": (BitFitSettings(include_qkv_bias=True), -1, False),
+    "ibs": (IbsSettings(), 0, False),
+    "ibs, angle, keywords": (IbsSettings(metric="angle", keep_module_keywords=KEYWORDS), -1, False),
+    "ibs, keep evolved": (IbsSettings(keep_evolved=True, normalization=False), 1, False),
+}
+every_method = pytest.mark.parametrize("case", CASES)
+
+
+class TinyRetriever(nn.Module):
+    """The tiny CLIP, a selector with a frozen copy of the image tower and a batch norm in it, and an aggregator."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.clip = build_tiny_clip(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.selector = nn.Module()
+            self.selector.visual = copy.deepcopy(self.clip.visual).requires_grad_(False)
+            self.selector.norm = nn.BatchNorm1d(64)
+            self.aggregator = nn.Linear(64, 64)
+
+    def forward(self, images, tokens):
+        features = self.clip.encode_image(images) + self.selector.norm(self.selector.visual(images))
+        scores = self.clip.encode_text(tokens) @ self.aggregator(features).T
+        return self.clip.logit_scale.exp() * scores
+
+
+def prepared(case, model):
+    settings, freeze_layer_num, freeze_clip = CASES[case]
+    config = SimpleNamespace(
+        freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=SimpleNamespace(config=settings)
+    )
+    return prepare_peft(model, config)
+
+
+def train(model, method, epochs=EPOCHS):
+    """One step an epoch, with a new optimizer whenever what learns has changed."""
+    config = SimpleNamespace(
+        optim="bertadam",
+        learning_rate=1e-3,
+        coef_lr=1.0,
+        betas=(0.9, 0.98),
+        weight_decay=0.2,
+        warmup_proportion=0.1,
+        no_warmup=True,
+    )
+    model.train()
+    optimizer = None
+    for epoch in range(epochs):
+        if method.on_epoch_start(epoch) or optimizer is None:
+            optimizer, _ = build_optimizer(model, config, 10)
+        optimizer.zero_grad()
+        model(*batch(epoch)).square().mean().backward()
+        method.after_backward(epoch)
+        optimizer.step()
+    return model.eval()
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 3, 32, 32, generator=generator), torch.randint(1, 49408, (3, 77), generator=generator)
+
+
+@functools.cache
+def trained(case):
+    """A model after all epochs, its method, and its state before; shared between tests, which leave it as it is."""
+    model = TinyRetriever()
+    before = copy.deepcopy(model.state_dict())
+    method = prepared(case, model)
+    return train(model, method), method, before
+
+
+@torch.no_grad()
+def outputs(model):
+    # Even under no_grad, torch multiplies by a weight that learns with another rounding than by a frozen one.
+    return copy.deepcopy(model).requires_grad_(False).eval()(*batch(9))
+
+
+def learning_names(module):
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@every_method
+def test_only_what_is_declared_changes(case):
+    model, method, before = trained(case)
+    changed = {
+        name for name, tensor in model.clip.named_parameters() if not torch.equal(tensor, before[f"clip.{name}"])
+    }
+    assert changed == method.changed_parameters(model)
+    if "keep evolved" in case:
+        assert changed > learning_names(model.clip)
+    else:
+        assert changed == learning_names(model.clip)
+    frozen_copy = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("selector.visual.")}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen_copy.items())
+    assert not torch.equal(model.aggregator.weight, before["aggregator.weight"])
+
+
+@every_method
+def test_a_step_moves_every_declared_parameter_and_what_is_frozen_has_no_gradient(case):
+    model, _, _ = trained(case)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@every_method
+def test_prepare_changes_no_output(case):
+    model = TinyRetriever()
+    before = outputs(model)
+    prepared(case, model)
+    assert torch.equal(outputs(model), before)
+
+
+@every_method
+def test_trainable_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case):
+    model, method, _ = trained(case)
+    state = method.trainable_state(model)
+    fresh = TinyRetriever()
+    fresh.aggregator.weight.data.zero_()
+    loaded = fresh.load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys
+    assert torch.equal(outputs(fresh), outputs(model))
+
+
+@every_method
+def test_trainable_state_holds_no_more_than_it_must(case):
+    model, method, _ = trained(case)
+    state = method.trainable_state(model)
+    assert {name[5:] for name in state if name.startswith("clip.")} == method.changed_parameters(model)
+    assert {name for name in state if not name.startswith("clip.")} == {
+        "selector.norm.weight",
+        "selector.norm.bias",
+        "selector.norm.running_mean",
+        "selector.norm.running_var",
+        "selector.norm.num_batches_tracked",
+        "aggregator.weight",
+        "aggregator.bias",
+    }
+
+
+@every_method
+def test_merge_is_the_identity(case):
+    model, method, _ = trained(case)
+    merged = copy.deepcopy(model)
+    method.merge(merged)
+    assert torch.equal(outputs(merged), outputs(model))
+    assert merged.state_dict().keys() == model.state_dict().keys()
+
+
+@every_method
+def test_phases_add_up_and_only_the_last_may_hold_the_best(case):
+    settings, _, _ = CASES[case]
+    phases = METHODS[type(settings)](settings).phases(30, 16)
+    assert sum(phase.num_epochs for phase in phases) == 30
+    assert [phase.may_be_best for phase in phases] == [False] * (len(phases) - 1) + [True]
+    assert phases[-1].batch_size == 16
+
+
+@every_method
+def test_an_interrupted_run_goes_on_with_the_same_parameters(case):
+    """State goes through what a checkpoint can hold, into a model prepared anew, after each epoch."""
+    straight, uninterrupted, _ = trained(case)
+    for stop in range(1, EPOCHS):
+        first = TinyRetriever()
+        method = prepared(case, first)
+        train(first, method, stop)
+        state = method.state_dict()
+        tensors, values = {k: t.clone() for k, t in state.tensors.items()}, json.loads(json.dumps(state.values))
+
+        second = TinyRetriever()
+        resumed = prepared(case, second)
+        resumed.load_state_dict(type(state)(tensors, values))
+        second.load_state_dict(first.state_dict())
+        changed = [resumed.on_epoch_start(epoch) for epoch in range(stop, EPOCHS)]
+        assert changed == [epoch == 1 and "ibs" in case for epoch in range(stop, EPOCHS)]
+        assert learning_names(second) == learning_names(straight)
+        assert resumed.changed_parameters(second) == uninterrupted.changed_parameters(straight)
+
+
+@every_method
+def test_a_frozen_cnn_outside_clip_stays_frozen(case):
+    model = TinyRetriever()
+    model.selector.norm.requires_grad_(False)
+    method = prepared(case, model)
+    for epoch in range(EPOCHS):
+        method.on_epoch_start(epoch)
+        assert not any(parameter.requires_grad for parameter in model.selector.parameters())
+        assert all(parameter.requires_grad for parameter in model.aggregator.parameters())
+
+
+@every_method
+def test_prepare_works_without_weights_on_the_meta_device(case):
+    model = TinyRetriever().to("meta")
+    prepared(case, model)
+    assert trainable_report(model).aggregator.trainable == 64 * 65
+
+
+def test_every_settings_class_of_the_config_has_its_method():
+    assert {type(settings) for settings, _, _ in CASES.values()} == set(METHODS)
+
+
+# ---- BitFit ----
+
+
+@pytest.mark.parametrize("freeze_layer_num", [-1, 0, 1, 2])
+@pytest.mark.parametrize("include_qkv_bias", [False, True])
+@pytest.mark.parametrize("keywords", [(), KEYWORDS])
+def test_bitfit_learns_the_parameters_of_its_definition(freeze_layer_num, include_qkv_bias, keywords):
+    """Oracle: the modules of the towers, and not the parameters' names."""
+    model = TinyRetriever()
+    clip = model.clip
+    expected = set()
+
+    def add(module_or_tensor, bias_only):
+        for tensor in (
+            [module_or_tensor] if isinstance(module_or_tensor, nn.Parameter) else module_or_tensor.parameters()
+        ):
+            if not bias_only or tensor is getattr(module_or_tensor, "bias", None):
+                expected.add(id(tensor))
+
+    for tower in (clip.transformer, clip.visual.transformer):
+        for i, block in enumerate(tower.resblocks):
+            if i >= freeze_layer_num:
+                for module in (block.ln_1, block.ln_2, block.mlp.c_fc, block.mlp.c_proj, block.attn.out_proj):
+                    add(module, bias_only=True)
+                if include_qkv_bias:
+                    add(block.attn.in_proj_bias, bias_only=False)
+    if freeze_layer_num == -1:
+        add(clip.visual.ln_pre, bias_only=True)
+    for module in (clip.ln_final, clip.visual.ln_post):
+        add(module, bias_only=not keywords)
+    if keywords:
+        for tensor in (clip.visual.proj, clip.text_projection, clip.logit_scale):
+            add(tensor, bias_only=False)
+
+    settings = BitFitSettings(keep_module_keywords=keywords, include_qkv_bias=include_qkv_bias)
+    peft = SimpleNamespace(config=settings)
+    prepare_peft(model, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
+    assert {id(parameter) for parameter in clip.parameters() if parameter.requires_grad} == expected
+
+
+def test_a_keyword_that_names_nothing_is_said(caplog):
+    settings = BitFitSettings(keep_module_keywords=("ln_post", "text_projektion"))
+    config = SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=SimpleNamespace(config=settings))
+    with caplog.at_level(logging.WARNING):
+        prepare_peft(TinyRetriever(), config)
+    assert "'text_projektion'" in caplog.text
+    assert "ln_post" not in caplog.text
+
+
+# ---- freeze_layer_num, freeze_clip ----
+
+
+def test_freezing_of_the_tiny_clip(tiny_clip):
+    everything = {name for name, _ in tiny_clip.named_parameters()}
+    head = {"logit_scale", "text_projection", "visual.proj"} | {
+        f"{norm}.{kind}" for norm in ("ln_final", "visual.ln_post") for kind in ("weight", "bias")
+    }
+    apply_freezing(tiny_clip, -1, False)
+    assert learning_names(tiny_clip) == everything
+    apply_freezing(tiny_clip, 1, False)
+    assert learning_names(tiny_clip) == head | {name for name in everything if ".resblocks.1." in name}
+    apply_freezing(tiny_clip, 2, False)
+    assert learning_names(tiny_clip) == head
+    apply_freezing(tiny_clip, 1, True)
+    assert learning_names(tiny_clip) == set()
+    apply_freezing(tiny_clip, -1, False)
+    assert learning_names(tiny_clip) == everything
+
+
+def test_a_layer_beyond_the_towers_is_refused(tiny_clip):
+    with pytest.raises(UserError, match=r"freeze_layer_num 3: the image tower has 2 blocks and the text tower 2"):
+        apply_freezing(tiny_clip, 3, False)
+    apply_freezing(tiny_clip, 3, True)  # of no consequence
+
+
+def test_a_tower_without_blocks_is_refused(tiny_clip):
+    tiny_clip.visual.transformer = nn.Identity()
+    with pytest.raises(UserError, match="visual tower of this CLIP has no numbered blocks"):
+        apply_freezing(tiny_clip, 0, False)
+    apply_freezing(tiny_clip, -1, False)
+
+
+def on_meta(name):
+    return open_clip.create_model(name, pretrained=None, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "head"),
+    [
+        (
+            "ViT-B-16-SigLIP2",
+            r"(visual\.trunk\.(pos_embed|patch_embed)|text\.(positional_embedding|token_embedding))(\.|$)",
+            r"(logit_|visual\.trunk\.(norm|attn_pool)\.|text\.(ln_final|text_projection)\.)",
+        ),
+        (
+            "RN50",
+            r"(visual\.(conv|bn)\d\.|positional_embedding$|token_embedding)",
+            r"(logit_scale|visual\.attnpool\.|text_projection|ln_final)",
+        ),
+    ],
+)
+def test_other_towers_are_frozen_in_the_same_sense(name, frozen, head):
+    clip = on_meta(name)
+    everything = {name for name, _ in clip.named_parameters()}
+    apply_freezing(clip, 0, False)
+    assert everything - learning_names(clip) == {name for name in everything if re.match(frozen, name)}
+    apply_freezing(clip, 12, False)
+    assert learning_names(clip) == {name for name in everything if re.match(head, name)}
+
+
+# ---- the published counts, and their report ----
+
+
+@pytest.fixture(scope="module")
+def vit_b_32():
+    model = nn.Module()
+    model.clip = on_meta("ViT-B-32-quickgelu")
+    model.selector, model.aggregator = nn.Linear(3, 2), nn.Linear(2, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "freeze_layer_num", "trainable"),
+    [
+        (FullSettings(), -1, 151_277_313),
+        (FullSettings(), 0, 123_540_993),
+        (BitFitSettings(keep_module_keywords=KEYWORDS), 0, 780_801),
+        (BitFitSettings(keep_module_keywords=KEYWORDS), -1, 781_569),
+        (BitFitSettings(keep_module_keywords=KEYWORDS, include_qkv_bias=True), 0, 780_801 + 46_080),
+        (IbsSettings(), 0, 123_540_993),
+    ],
+)
+def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trainable):
+    peft = SimpleNamespace(config=settings)
+    prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
+    report = trainable_report(vit_b_32)
+    assert report.as_dict() == {
+        "clip": {"trainable": trainable, "total": 151_277_313},
+        "selector": {"trainable": 8, "total": 8},
+        "aggregator": {"trainable": 3, "total": 3},
+    }
+    assert report.all.total == 151_277_313 + 11
+
+
+def test_the_report_reads_well(vit_b_32):
+    peft = SimpleNamespace(config=BitFitSettings(keep_module_keywords=KEYWORDS))
+    prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=peft))
+    clip, *_, everything = str(trainable_report(vit_b_32)).splitlines()
+    assert "780,801 of   151,277,313" in clip
+    assert "0.516 %" in clip
+    assert "780,812 of   151,277,324" in everything
+
+
+def test_the_report_counts_a_frozen_copy_in_the_selector_and_nothing_twice():
+    model = TinyRetriever()
+    model.aggregator.shared = model.clip.ln_final  # as a header that begins from CLIP's own might
+    report = trainable_report(model)
+    tower = sum(parameter.numel() for parameter in model.clip.visual.parameters())
+    assert (report.selector.trainable, report.selector.total) == (128, 128 + tower)
+    assert report.aggregator.total == 64 * 65
+    assert report.all.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_report_of_a_model_without_a_selector():
+    model = TinyRetriever()
+    model.selector = None
+    report = trainable_report(model)
+    assert report.selector.total == 0
+    assert report.selector.percent == 0

@@ -28,7 +28,7 @@ class DirectionMetrics:
 
     def recall(self, k: int) -> float:
         """R@k: percent of the queries whose right answer is among the first k."""
-        return float(100 * np.mean(self.ranks <= k))
+        return 100 * int(np.count_nonzero(self.ranks <= k)) / len(self.ranks)
 
     @property
     def median_rank(self) -> float:

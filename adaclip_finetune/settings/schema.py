@@ -131,7 +131,7 @@ def show(value: object) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, default=repr)
     except (ValueError, TypeError, RecursionError):  # numbers of thousands of digits, keys that are no text, depth
-        text = f"a {type(value).__name__} that cannot be shown"
+        text = f"<{type(value).__name__}, too long to show>"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

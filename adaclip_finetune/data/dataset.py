@@ -1,0 +1,182 @@
+"""From a video's name to tensors: choose frames, read them, bring them to size, stack them into batches.
+
+A dataset gives the FrameError of a video that fails as an item instead of raising it: a failure must reach the main
+process with its name, and one broken video must not take the other rows of its batch with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, to_grey_thumbnails, to_square
+from adaclip_finetune.data.queries import TrainEntry
+from adaclip_finetune.data.sampling import frame_indices, generator
+
+Number = TypeVar("Number", np.uint8, np.int64)
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """B videos of N frames each. Pixels are uint8, at the tower's size, normalised later, on the device."""
+
+    frames: Tensor  # uint8 (B, N, 3, S, S)
+    frame_mask: Tensor  # bool (B, N), False: a zero frame (zero after normalisation)
+    policy_frames: Tensor | None  # uint8 (B, N, 1, P, P) for `raw`, (B, N, 3, 224, 224) for CNNs, else None
+    frame_indices: Tensor  # int64 (B, N), place in the video from 0; -1 for a zero frame
+    video_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.video_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> VideoBatch:
+        """Called by the data loader."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> VideoBatch:
+        return VideoBatch(
+            function(self.frames),
+            function(self.frame_mask),
+            None if self.policy_frames is None else function(self.policy_frames),
+            function(self.frame_indices),
+            self.video_ids,
+        )
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Row i of token_ids belongs to video i."""
+
+    videos: VideoBatch
+    token_ids: Tensor  # int64 (B, L)
+
+
+@dataclass(frozen=True)
+class VideoItem:
+    """One row of a VideoBatch, as arrays, and the caption drawn for it in training."""
+
+    video_id: str
+    frames: NDArray[np.uint8]  # (N, 3, S, S)
+    policy_frames: NDArray[np.uint8] | None
+    indices: NDArray[np.int64]  # (N,)
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Collated:
+    """What a worker sends: the rows that could be read (`videos` is None if none), their captions, and the failures."""
+
+    videos: VideoBatch | None
+    texts: list[str]
+    failures: list[FrameError]
+
+    def pin_memory(self) -> Collated:
+        return replace(self, videos=self.videos.pin_memory() if self.videos else None)
+
+
+class VideoReader:
+    """Frames of one video, chosen and preprocessed as the config and the tower ask."""
+
+    def __init__(self, store: FrameStore, config: Config, image: ImageSpec) -> None:
+        self.store, self.config, self.image = store, config, image
+
+    def read(self, video_id: str, random: np.random.Generator | None = None) -> VideoItem:
+        """Raises FrameError. `random` draws the frames; without it they are evenly spaced."""
+        config = self.config
+        indices = frame_indices(
+            self.store.count(video_id),
+            config.num_frm,
+            segment=config.segment_sampling,
+            subset=config.num_frm_subset,
+            random=random,
+        )
+        pixels = self.store.read(video_id, indices.tolist())
+        policy_frames = self._policy_frames(pixels)
+        return VideoItem(
+            video_id,
+            _padded(to_square(pixels, self.image), config.num_frm, 0),
+            None if policy_frames is None else _padded(policy_frames, config.num_frm, 0),
+            _padded(indices, config.num_frm, -1),
+        )
+
+    def _policy_frames(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        backbone = self.config.policy_backbone
+        if not self.config.use_policy or backbone in ("clip", "frozen_clip"):
+            return None
+        if backbone == "raw":
+            return to_grey_thumbnails(pixels, self.config.rescale_size)
+        return to_square(pixels, IMAGENET)
+
+
+class TrainDataset(Dataset[VideoItem | FrameError]):
+    """Items are asked for by (epoch, index), so that what is drawn for them does not depend on the worker asked."""
+
+    def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader) -> None:
+        self.entries, self.reader, self.seed = entries, reader, reader.config.seed
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
+        epoch, index = key
+        entry = self.entries[index]
+        random_frames = self.reader.config.sampling == "random"
+        random = generator("frames", self.seed, epoch, index) if random_frames else None
+        try:
+            item = self.reader.read(entry.video_id, random)
+        except FrameError as error:
+            return error
+        return replace(item, text=entry.sentence(self.seed, epoch, index))
+
+
+class GalleryDataset(Dataset[VideoItem | FrameError]):
+    """The videos of an evaluation, each once."""
+
+    def __init__(self, video_ids: Sequence[str], reader: VideoReader) -> None:
+        self.video_ids, self.reader = video_ids, reader
+
+    def __len__(self) -> int:
+        return len(self.video_ids)
+
+    def __getitem__(self, index: int) -> VideoItem | FrameError:
+        try:
+            return self.reader.read(self.video_ids[index])
+        except FrameError as error:
+            return error
+
+
+def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
+    """Stack what could be read."""
+    good = [item for item in items if isinstance(item, VideoItem)]
+    failures = [item for item in items if isinstance(item, FrameError)]
+    if not good:
+        return Collated(None, [], failures)
+    indices = torch.from_numpy(np.stack([item.indices for item in good]))
+    policy_frames = [item.policy_frames for item in good if item.policy_frames is not None]
+    videos = VideoBatch(
+        frames=torch.from_numpy(np.stack([item.frames for item in good])),
+        frame_mask=indices >= 0,
+        policy_frames=torch.from_numpy(np.stack(policy_frames)) if policy_frames else None,
+        frame_indices=indices,
+        video_ids=[item.video_id for item in good],
+    )
+    return Collated(videos, [item.text for item in good], failures)
+
+
+def _padded(rows: NDArray[Number], length: int, value: int) -> NDArray[Number]:
+    """Rows of `value` at the end, up to `length`."""
+    if len(rows) == length:
+        return rows
+    return np.concatenate([rows, np.full((length - len(rows), *rows.shape[1:]), value, rows.dtype)])

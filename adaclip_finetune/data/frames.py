@@ -1,0 +1,176 @@
+"""Where frames come from: a folder of images a video, or the video files themselves.
+
+A store holds paths and what it has learned about the videos, no open files: it can be copied into worker processes,
+by fork or by pickle, and used in several threads. Whatever cannot be read is a FrameError; nothing is made up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.annotations import VideoAnnotation
+from adaclip_finetune.data.video_file import BrokenVideo, VideoIndex, index_video, read_frames
+from adaclip_finetune.errors import UserError
+
+VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "3gp", "ts", "flv")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+
+
+class FrameError(Exception):
+    """A video, or one of its frames, that cannot be read: which, where, and why."""
+
+    def __init__(self, video_id: str, path: str | Path, reason: str) -> None:
+        super().__init__(video_id, path, reason)
+        self.video_id, self.path, self.reason = video_id, path, reason
+
+    def __str__(self) -> str:
+        return f"{self.video_id}: {self.path}: {self.reason}"
+
+
+class FrameStore(Protocol):
+    """Frames by video and index; both methods raise FrameError."""
+
+    def count(self, video_id: str) -> int:
+        """How many frames the video has, at least 1. Cheap when asked again."""
+        ...
+
+    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The frames with these indices, from 0, in any order and repeated at will: RGB (n, H, W, 3)."""
+        ...
+
+
+def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:
+    """The store that `frames_dir` or `video_dir` names. Raises UserError if that folder is not there."""
+    key, folder = ("frames_dir", config.frames_dir) if config.frames_dir else ("video_dir", config.video_dir)
+    if not folder:
+        raise UserError("where are the videos? Give frames_dir (extracted frames) or video_dir (video files)")
+    if not Path(folder).is_dir():
+        raise UserError(f"{key}: {folder} is not a folder")
+    if key == "frames_dir":
+        return FrameFolder(Path(folder), config.img_tmpl)
+    return VideoFolder(Path(folder), {video.video_id: video.extension for video in videos if video.extension})
+
+
+class FrameFolder:
+    """`folder/<video>/image_00001.jpg …`, numbered from 1 without gaps."""
+
+    def __init__(self, folder: Path, img_tmpl: str) -> None:
+        """img_tmpl: the file name with one place for the number, such as `image_{:05d}.jpg` (config.py checks it)."""
+        self.folder = folder
+        self.img_tmpl = img_tmpl
+        self._name = _name_pattern(img_tmpl)
+        self._counts: dict[str, int] = {}
+
+    def count(self, video_id: str) -> int:
+        if video_id not in self._counts:
+            self._counts[video_id] = self._count(video_id)
+        return self._counts[video_id]
+
+    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
+        images = {i: self._image(video_id, i) for i in sorted(set(indices))}
+        shapes = {image.shape for image in images.values()}
+        if len(shapes) > 1:
+            raise FrameError(video_id, self.folder / video_id, f"frames differ in size: {sorted(shapes)}")
+        return np.stack([images[i] for i in indices])
+
+    def _count(self, video_id: str) -> int:
+        folder = self.folder / video_id
+        numbers = set()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    found = self._name.fullmatch(entry.name)
+                    if found and self.img_tmpl.format(int(found[1])) == entry.name:
+                        numbers.add(int(found[1]))
+        except OSError as error:
+            raise FrameError(video_id, folder, error.strerror or str(error)) from None
+        if not numbers:
+            raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
+        if gaps := set(range(1, max(numbers) + 1)) - numbers:
+            first, last = self.img_tmpl.format(min(gaps)), self.img_tmpl.format(max(numbers))
+            raise FrameError(video_id, folder, f"{first} is missing, though {last} is there")
+        return len(numbers)
+
+    def _image(self, video_id: str, index: int) -> NDArray[np.uint8]:
+        path = self.folder / video_id / self.img_tmpl.format(index + 1)
+        try:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise FrameError(video_id, path, f"cannot be decoded ({error})") from None
+
+
+class VideoFolder:
+    """`folder/<video>.mp4` and the like, read in place. `extensions` chooses where a video has several files."""
+
+    def __init__(self, folder: Path, extensions: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self.extensions = dict(extensions or {})
+        self._listings: dict[Path, dict[str, list[str]]] = {}
+        self._indices: dict[str, VideoIndex] = {}
+
+    def count(self, video_id: str) -> int:
+        return self._index(video_id).num_frames
+
+    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
+        path, index = self.find(video_id), self._index(video_id)
+        try:
+            return read_frames(path, index, indices)
+        except BrokenVideo as error:
+            raise FrameError(video_id, path, str(error)) from None
+
+    def find(self, video_id: str) -> Path:
+        """The file of a video: its name is the id and one of the known extensions, in any case."""
+        path = self.folder / video_id
+        extension = self.extensions.get(video_id)
+        names = [
+            name
+            for name in self._listing(video_id, path.parent).get(path.name, [])
+            if extension is None or name.lower().endswith(f".{extension}")
+        ]
+        if not names:
+            extensions = extension or f"({'|'.join(VIDEO_EXTENSIONS)})"
+            raise FrameError(video_id, path.parent, f"there is no file {path.name}.{extensions}")
+        if len(names) > 1:
+            several = " and ".join(sorted(names))
+            raise FrameError(video_id, path.parent, f'{several} are there: say which by "extension" in the annotation')
+        return path.parent / names[0]
+
+    def _listing(self, video_id: str, folder: Path) -> dict[str, list[str]]:
+        """The video files of a folder by their stem, listed once."""
+        if folder not in self._listings:
+            listing: dict[str, list[str]] = {}
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        stem, _, extension = entry.name.rpartition(".")
+                        if extension.lower() in VIDEO_EXTENSIONS and entry.is_file():
+                            listing.setdefault(stem, []).append(entry.name)
+            except OSError as error:
+                raise FrameError(video_id, folder, error.strerror or str(error)) from None
+            self._listings[folder] = listing
+        return self._listings[folder]
+
+    def _index(self, video_id: str) -> VideoIndex:
+        if video_id not in self._indices:
+            path = self.find(video_id)
+            try:
+                self._indices[video_id] = index_video(path)
+            except BrokenVideo as error:
+                raise FrameError(video_id, path, str(error)) from None
+        return self._indices[video_id]
+
+
+def _name_pattern(img_tmpl: str) -> re.Pattern[str]:
+    """What file names a template such as `image_{:05d}.jpg` gives; group 1 is the number."""
+    before, _, rest = img_tmpl.partition("{")
+    return re.compile(re.escape(before) + r"(\d+)" + re.escape(rest.partition("}")[2]), re.ASCII)

@@ -1,0 +1,139 @@
+"""Batches in an order that depends on (seed, epoch) alone, read ahead by worker processes.
+
+`epoch_batches` is the whole plan of an epoch: a run that goes on in the middle of one starts later in the same list,
+and several processes take shares of each batch of it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.dataset import Collated, GalleryDataset, TrainBatch, TrainDataset, VideoBatch, collate
+from adaclip_finetune.data.readable import UnreadableVideos, listing
+from adaclip_finetune.data.sampling import generator
+from adaclip_finetune.data.splits import unreadable_in_evaluation
+
+FRAMES_A_GALLERY_BATCH = 512  # 77 MB of pixels at 224 x 224, of which each worker holds a few batches
+
+
+def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The entries of an epoch, shuffled, in batches; each entry once, ceil(num_entries / batch_size) batches.
+
+    The last batch may be smaller, but a pair alone has nothing to be told from and teaches nothing: one that would be
+    left over takes a companion from the batch before it, or joins it where that has only two. A batch size above
+    num_entries gives one batch.
+    """
+    order = generator("shuffle", seed, epoch).permutation(num_entries).tolist()
+    starts = list(range(0, num_entries, batch_size))
+    if len(starts) > 1 and num_entries - starts[-1] == 1 and batch_size > 1:
+        if batch_size > 2:
+            starts[-1] -= 1
+        else:
+            starts.pop()
+    return [order[start:end] for start, end in zip(starts, [*starts[1:], num_entries], strict=True)]
+
+
+class TrainLoader:
+    """Training batches. `failed` gathers videos that turned out unreadable on the way: video → reason.
+
+    Such a video is left out of its batch by name, never replaced by another. If nothing of a batch can be read,
+    something is wrong with the data as a whole, and UnreadableVideos ends the run.
+    """
+
+    def __init__(self, dataset: TrainDataset, config: Config, tokenize: Callable[[Sequence[str], int], Tensor]) -> None:
+        """tokenize(texts, max_len) → int64 (n, max_len)."""
+        self.dataset, self.config, self.tokenize = dataset, config, tokenize
+        self.failed: dict[str, str] = {}
+        self._plan = _Plan()
+        self._loader = make_loader(dataset, config, self._plan)
+
+    def num_batches(self, batch_size: int) -> int:
+        """Of an epoch."""
+        return len(epoch_batches(len(self.dataset), batch_size, seed=0, epoch=0))
+
+    def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
+        """The batches of an epoch from number `start` on."""
+        batches = epoch_batches(len(self.dataset), batch_size, self.dataset.seed, epoch)
+        self._plan.batches = [[(epoch, index) for index in batch] for batch in batches[start:]]
+        for collated in self._loader:
+            yield self._checked(collated)
+
+    def _checked(self, collated: Collated) -> TrainBatch:
+        self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
+        if collated.videos is None:
+            raise UnreadableVideos(
+                f"nothing of a training batch could be read any more:\n{listing(self.failed)}\n"
+                "Are the videos still where they were? Mend these, or take them out of the annotation",
+                self.failed,
+            )
+        return TrainBatch(collated.videos, self.tokenize(collated.texts, self.config.max_txt_len))
+
+
+class GalleryLoader:
+    """The videos of an evaluation in the order of the annotation; iterate as often as needed.
+
+    Raises UnreadableVideos at the end, naming all videos that turned out unreadable on the way; with `skip_missing`
+    they are only gathered in `failed`, and the batches' video_ids tell which came.
+    """
+
+    def __init__(self, dataset: GalleryDataset, config: Config) -> None:
+        self.failed: dict[str, str] = {}
+        self._skip_missing = config.skip_missing
+        self._num_videos = len(dataset)
+        size = max(1, min(config.val_batch_size, FRAMES_A_GALLERY_BATCH // config.num_frm))
+        starts = range(0, len(dataset), size)
+        self._loader = make_loader(
+            dataset, config, [list(range(start, min(start + size, len(dataset)))) for start in starts]
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[VideoBatch]:
+        self.failed = {}
+        for collated in self._loader:
+            self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
+            if collated.videos is not None:
+                yield collated.videos
+        if self.failed and (not self._skip_missing or len(self.failed) == self._num_videos):
+            raise unreadable_in_evaluation(self.failed, self._num_videos)
+
+
+def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collated]:
+    """A torch loader of `batches` (lists of what the dataset is asked for); workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=config.pin_mem and torch.accelerator.is_available(),
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader's own draws must not move the model's random state
+    )
+
+
+class _Plan(Sampler[list[tuple[int, int]]]):
+    """The batches of the epoch at hand. It stays in the main process; workers are told what to read batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C is for the main process, which finishes its step with what the workers have read."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

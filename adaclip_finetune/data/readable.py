@@ -1,0 +1,61 @@
+"""Which videos cannot be read, found before a run depends on them, and how that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.errors import UserError
+
+LISTED = 20
+FRAMES_AT_ONCE = 64  # of a deep check, to bound its memory
+
+
+class UnreadableVideos(UserError):
+    """Videos that are needed and cannot be read; `reasons` has all of them, the message the first 20."""
+
+    def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons)
+
+
+def find_unreadable(
+    store: FrameStore, video_ids: Sequence[str], num_workers: int, deep: bool = False
+) -> dict[str, str]:
+    """Video → reason, for each that is missing, empty or does not open; in the order given.
+
+    Each video's frames are counted (which the store then remembers) and its first frame decoded; `deep` decodes all.
+    """
+
+    def reason(video_id: str) -> str | None:
+        try:
+            count = store.count(video_id)
+            for start in range(0, count if deep else 1, FRAMES_AT_ONCE):
+                store.read(video_id, range(start, min(start + FRAMES_AT_ONCE, count) if deep else 1))
+        except FrameError as error:
+            return f"{error.path}: {error.reason}"
+        return None
+
+    # Threads, because decoders release the interpreter and what the store learns stays here, to be handed to workers.
+    pool = ThreadPoolExecutor(max(1, num_workers))
+    try:
+        reasons = list(tqdm(pool.map(reason, video_ids), "checking videos", len(video_ids), leave=False, disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {video_id: found for video_id, found in zip(video_ids, reasons, strict=True) if found}
+
+
+def short_videos(store: FrameStore, video_ids: Iterable[str], num_frm: int) -> list[str]:
+    """The videos that have fewer than num_frm frames and so repeat some."""
+    return [video_id for video_id in video_ids if store.count(video_id) < num_frm]
+
+
+def listing(reasons: Mapping[str, str]) -> str:
+    """One line a video, the first 20; then how many more."""
+    lines = [f"  {video_id}: {reason}" for video_id, reason in list(reasons.items())[:LISTED]]
+    if len(reasons) > LISTED:
+        lines.append(f"  and {len(reasons) - LISTED} more")
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""The two frame stores: what they find, what they refuse, and that workers can have them."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from media import index_of, write_frames, write_video
+from PIL import Image
+
+from adaclip_finetune.data.annotations import VideoAnnotation
+from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, VideoFolder, open_store
+from adaclip_finetune.errors import UserError
+
+TEMPLATE = "image_{:05d}.jpg"
+
+
+def folder_store(tmp_path: Path) -> FrameFolder:
+    write_frames(tmp_path / "a.1", 7)
+    return FrameFolder(tmp_path, TEMPLATE)
+
+
+def video_store(tmp_path: Path) -> VideoFolder:
+    write_video(tmp_path / "a.1.mp4", 7)
+    return VideoFolder(tmp_path)
+
+
+@pytest.mark.parametrize("make", [folder_store, video_store])
+def test_counts_and_reads_in_any_order(tmp_path: Path, make: object) -> None:
+    store: FrameStore = make(tmp_path)  # type: ignore[operator]
+    assert store.count("a.1") == 7
+    for indices in ([0, 2, 6], [6, 0, 6, 3], [4]):
+        frames = store.read("a.1", indices)
+        assert frames.shape == (len(indices), 66, 130, 3) and frames.dtype == np.uint8
+        assert [index_of(frame) for frame in frames] == indices
+
+
+@pytest.mark.parametrize("make", [folder_store, video_store])
+def test_a_store_travels_with_what_it_knows(tmp_path: Path, make: object) -> None:
+    store: FrameStore = make(tmp_path)  # type: ignore[operator]
+    store.count("a.1")
+    copy: FrameStore = pickle.loads(pickle.dumps(store))
+    assert copy.count("a.1") == 7
+    assert np.array_equal(copy.read("a.1", [3, 5]), store.read("a.1", [3, 5]))
+
+
+def test_errors_travel_too() -> None:
+    error = pickle.loads(pickle.dumps(FrameError("v", Path("/x/v.mp4"), "broken")))
+    assert (error.video_id, error.path, error.reason, str(error)) == (
+        "v", Path("/x/v.mp4"), "broken", "v: /x/v.mp4: broken",
+    )  # fmt: skip
+
+
+def test_only_files_of_the_template_count(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "v", 3)
+    for other in (".DS_Store", "image_4.jpg", "image_00004.png", "ximage_00004.jpg", "image_00004.jpg.part"):
+        (folder / other).write_bytes(b"x")
+    assert FrameFolder(tmp_path, TEMPLATE).count("v") == 3
+
+
+def test_other_templates(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "v", 3, suffix="png")
+    for i, path in enumerate(sorted(folder.iterdir()), start=1):
+        path.rename(folder / f"{i}+frame.png")
+    store = FrameFolder(tmp_path, "{}+frame.png")
+    assert store.count("v") == 3 and index_of(store.read("v", [2])[0]) == 2
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_gap_in_the_numbering(tmp_path: Path, missing: int) -> None:
+    (write_frames(tmp_path / "v", 4) / TEMPLATE.format(missing)).unlink()
+    with pytest.raises(FrameError, match=f"image_0000{missing}.jpg is missing, though image_00004.jpg is there"):
+        FrameFolder(tmp_path, TEMPLATE).count("v")
+
+
+def test_absent_and_empty_folders(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    store = FrameFolder(tmp_path, TEMPLATE)
+    for video_id, reason in [
+        ("absent", "No such file"),
+        ("empty", "no file named like image_00001.jpg"),
+        ("file", "Not a"),
+    ]:
+        with pytest.raises(FrameError, match=reason):
+            store.count(video_id)
+    with pytest.raises(FrameError, match="too long"):
+        store.count("x" * 300)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise"])
+def test_fault_a_corrupt_jpeg_is_named_and_never_replaced(tmp_path: Path, damage: str) -> None:
+    path = write_frames(tmp_path / "v", 4) / TEMPLATE.format(3)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "noise": b"\x00" * 500}[damage])
+    store = FrameFolder(tmp_path, TEMPLATE)
+    assert [index_of(frame) for frame in store.read("v", [0, 1, 3])] == [0, 1, 3]
+    with pytest.raises(FrameError, match=r"v: .*image_00003\.jpg: cannot be decoded") as caught:
+        store.read("v", [0, 1, 2, 3])
+    assert caught.value.path == path
+
+
+def test_grey_and_palette_images_become_rgb(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    Image.new("L", (8, 6), 77).save(tmp_path / "v" / TEMPLATE.format(1))
+    assert (FrameFolder(tmp_path, TEMPLATE).read("v", [0]) == 77).all()
+
+
+def test_sizes_that_differ(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "v", 2)
+    Image.new("RGB", (8, 6)).save(folder / TEMPLATE.format(2))
+    with pytest.raises(FrameError, match="frames differ in size"):
+        FrameFolder(tmp_path, TEMPLATE).read("v", [0, 1])
+
+
+def test_videos_are_found_by_their_whole_name(tmp_path: Path) -> None:
+    for name in ("x.1.MP4", "x.10.mkv", "x.mp4", "deep/er.WebM"):
+        write_video(tmp_path / "v.mp4", 2).rename(tmp_path / name) if "/" not in name else None
+    (tmp_path / "deep").mkdir()
+    write_video(tmp_path / "v.mp4", 2).rename(tmp_path / "deep" / "er.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    store = VideoFolder(tmp_path)
+    for video_id, name in [("x.1", "x.1.MP4"), ("x.10", "x.10.mkv"), ("x", "x.mp4"), ("deep/er", "deep/er.mp4")]:
+        assert store.find(video_id) == tmp_path / name
+    for absent in ("x.100", "x.", "X", "folder", "x.mp4", "nowhere/x"):
+        with pytest.raises(FrameError):
+            store.find(absent)
+
+
+def test_extension_decides_between_two_files(tmp_path: Path) -> None:
+    write_video(tmp_path / "v.mp4", 2)
+    write_video(tmp_path / "v.mkv", 3)
+    with pytest.raises(FrameError, match=r'v\.mkv and v\.mp4 are there: say which by "extension"'):
+        VideoFolder(tmp_path).count("v")
+    assert VideoFolder(tmp_path, {"v": "mkv"}).count("v") == 3
+    with pytest.raises(FrameError, match=r"there is no file v\.webm"):
+        VideoFolder(tmp_path, {"v": "webm"}).count("v")
+
+
+def test_a_broken_video_is_named(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"")
+    with pytest.raises(FrameError, match=r"v: .*v\.mp4: Invalid data") as caught:
+        VideoFolder(tmp_path).count("v")
+    assert caught.value.video_id == "v"
+
+
+def test_open_store(tmp_path: Path) -> None:
+    videos = [VideoAnnotation("v", ("x",), extension="mkv"), VideoAnnotation("w", ("x",))]
+    config = SimpleNamespace(frames_dir=None, video_dir=str(tmp_path), img_tmpl=TEMPLATE)
+    store = open_store(config, videos)  # type: ignore[arg-type]
+    assert isinstance(store, VideoFolder) and store.extensions == {"v": "mkv"}
+    config.video_dir, config.frames_dir = None, str(tmp_path)
+    assert isinstance(open_store(config, videos), FrameFolder)  # type: ignore[arg-type]
+    config.frames_dir = str(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"frames_dir: .*absent is not a folder"):
+        open_store(config, videos)  # type: ignore[arg-type]
+    config.frames_dir = None
+    with pytest.raises(UserError, match=r"frames_dir .* or video_dir"):
+        open_store(config, videos)  # type: ignore[arg-type]
+
+
+def test_real_frames(shared: Path) -> None:
+    store = FrameFolder(shared / "data/msrvtt_frames/frames", TEMPLATE)
+    for video_id in sorted(path.name for path in store.folder.iterdir())[:5]:
+        frames = store.read(video_id, range(store.count(video_id)))
+        assert frames.shape[1:] == (240, 320, 3) and len(frames) >= 4

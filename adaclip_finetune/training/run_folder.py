@@ -11,10 +11,11 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -26,47 +27,64 @@ _PACKAGES = ("adaclip-finetune", "torch", "torchvision", "open_clip_torch", "acc
 
 
 class RunFolder:
-    """Prints, logs and writes for one run. With `no_output` it only prints; `path` is then None."""
+    """Prints, logs and writes for one run. `path` is None with `no_output`, and until `open`, so that a run which is
+    refused leaves no folder; what is said and written until then is kept and follows.
+    """
 
-    def __init__(self, config: Config) -> None:
-        self.path = None if config.no_output else _new_folder(config)
+    def __init__(self, config: Config, stream: TextIO = sys.stdout) -> None:
+        self.path: Path | None = None
         self.events: list[dict[str, Any]] = []
+        self._config, self._stream = config, stream
+        self._waiting: dict[str, str] = {}
         self._started = time.monotonic()
-        self._writer = None
-        if self.path is not None:
-            tensorboard = Path(config.tensorboard_dir or self.path / "tensorboard")
-            self._writer = SummaryWriter(tensorboard)
-            self.write_json("config.json", config.model_dump(mode="json"))
+        self._writer: SummaryWriter | None = None
+
+    def open(self) -> None:
+        """Make the folder. Raises UserError if that cannot be."""
+        if self._config.no_output:
+            return
+        self.path = _new_folder(self._config)
+        self._writer = SummaryWriter(self._config.tensorboard_dir or self.path / "tensorboard")
+        self.write_json("config.json", self._config.model_dump(mode="json"))
+        for name, text in self._waiting.items():
+            self.append_text(name, text)
+        self._waiting.clear()
 
     def say(self, text: str = "") -> None:
         """Print without tearing a progress bar, and keep the text in train.log."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        if self.path is not None:
-            with (self.path / "train.log").open("a", encoding="utf-8") as log:
-                log.write(f"{text}\n")
+        tqdm.write(text, file=self._stream)
+        self._stream.flush()
+        self.append_text("train.log", f"{text}\n")
+
+    def note_missing(self, reasons: Mapping[str, str]) -> None:
+        """Video → reason: all of them go to missing_videos.txt, a line each."""
+        self.append_text("missing_videos.txt", "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; its numbers go to TensorBoard too. `step` counts updates."""
         line = {"event": event, "step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
         self.events.append(line)
-        if self.path is None or self._writer is None:
-            return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in _numbers(values):
-            self._writer.add_scalar(f"{event}/{name}", value, step)
+        self.append_text("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for name, value in _numbers(values):
+                self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def file(self, name: str) -> Path | None:
         """Where a file of this name belongs, or None if nothing is to be written."""
         return None if self.path is None else self.path / name
 
-    def write_text(self, name: str, text: str) -> None:
-        if (path := self.file(name)) is not None:
-            path.write_text(text, encoding="utf-8")
+    def append_text(self, name: str, text: str) -> None:
+        if self.path is None:
+            self._waiting[name] = self._waiting.get(name, "") + text
+            return
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        """Written at once or never: for files that stand when the folder is open."""
+        if self.path is not None:
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            (self.path / name).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -1,0 +1,22 @@
+"""The figure that every finetune has to beat: the pretrained towers, as many uniform frames as the run encodes, their mean."""
+
+from __future__ import annotations
+
+from adaclip_finetune.config import Config
+
+
+def zero_shot_config(config: Config) -> Config:
+    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned, mean pooling."""
+    return config.model_copy(
+        update={
+            "use_policy": False,
+            "num_frm": config.top_k if config.use_policy else config.num_frm,
+            "num_frm_subset": 0,
+            "sampling": "uniform",
+            "reuse_scores": False,
+            "warmup_epochs": 0,
+            "sim_header": "meanP",
+            "frame_agg": None,
+            "word_agg": None,
+        }
+    )

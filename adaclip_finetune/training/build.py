@@ -1,0 +1,110 @@
+"""Everything that a run needs before its first update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.dataset import TrainDataset, VideoReader
+from adaclip_finetune.data.loader import TrainLoader
+from adaclip_finetune.data.readable import listing
+from adaclip_finetune.data.splits import TrainSplit, train_split
+from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.flops import Gflops, count_gflops
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
+from adaclip_finetune.training.checkpoint import load_weights
+from adaclip_finetune.training.device import describe_device, make_accelerator
+from adaclip_finetune.training.run_folder import RunFolder
+
+
+@dataclass
+class Session:
+    """A model on its device, and what learns in it."""
+
+    config: Config
+    run: RunFolder
+    accelerator: Accelerator
+    loaded: LoadedClip
+    model: VideoRetriever
+    method: PeftMethod
+    gflops: Gflops
+    parameters: TrainableReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recount()
+
+    def recount(self) -> None:
+        """After the method changed what learns."""
+        self.parameters = trainable_report(self.model)
+
+    @property
+    def device(self) -> str:
+        """In words."""
+        return describe_device(self.accelerator.device)
+
+    def pretrained(self) -> LoadedClip:
+        """CLIP as it was before anything learned: the session's own at its start, a fresh one after `resume`."""
+        return load_clip(self.config) if self.config.resume else self.loaded
+
+
+def build_session(config: Config, run: RunFolder) -> Session:
+    """Device, seed, model, `resume`'s weights, and what learns, in this order; says what it built. Raises UserError."""
+    accelerator = make_accelerator(config)
+    set_seed(config.seed)
+    loaded = load_clip(config)
+    model = VideoRetriever(config, loaded)
+    if config.gradient_checkpointing:
+        model.clip.set_grad_checkpointing(True)
+    if config.resume:
+        load_weights(Path(config.resume), model)
+    method = prepare_peft(model, config)
+    model.to(accelerator.device)
+    session = Session(config, run, accelerator, loaded, model, method, count_gflops(model, config.num_frm))
+    run.say(f"device {session.device}, {config.precision}   CLIP {loaded.source}   seed {config.seed}")
+    run.say(f"method {config.peft.method}\n{session.parameters}")
+    run.say(describe_gflops(session.gflops))
+    return session
+
+
+def train_loader(config: Config, loaded: LoadedClip, run: RunFolder) -> TrainLoader:
+    """The training data, with an account of what of it is left out, repeated or cut."""
+    split = readable_train_split(config, run)
+    texts = [sentence for entry in split.entries for sentence in entry.sentences]
+    say_cut(loaded, texts, config.max_txt_len, "train", run)
+    dataset = TrainDataset(split.entries, VideoReader(split.store, config, loaded.image))
+    return TrainLoader(dataset, config, loaded.tokenize)
+
+
+def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
+    """The training split; unreadable videos are listed on the screen and, all of them, in missing_videos.txt."""
+    assert config.train_annot is not None, "check_paths refuses this"
+    split = train_split(config, config.train_annot)
+    if split.left_out:
+        run.say(f"train: {len(split.left_out)} videos cannot be read and are left out:\n{listing(split.left_out)}")
+        run.note_missing(split.left_out)
+    if split.short:
+        run.say(f"train: {len(split.short)} videos have fewer than num_frm {config.num_frm} frames and repeat some")
+    return split
+
+
+def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: str, run: RunFolder) -> None:
+    """Say once how many captions max_txt_len cuts."""
+    if texts and (cut := loaded.count_cut(texts, max_txt_len)):
+        run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
+
+
+def describe_gflops(gflops: Gflops) -> str:
+    """One line for the screen."""
+    return (
+        f"GFLOPs (multiply-adds): {gflops.video:.3f} a video = CLIP {gflops.clip_frame:.3f} a frame, "
+        f"policy {gflops.policy_frame:.3f} a frame, temporal encoder {gflops.temporal_encoder:.3f}, "
+        f"scorer {gflops.scorer:.3f}, aggregation {gflops.header_and_aggregator:.3f}; products inside attention add "
+        f"{gflops.video_attention:.3f}"
+    )

@@ -1,0 +1,67 @@
+"""`--dry_run`: check settings and data, build the model, say what would learn, cost and be written, and stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.loader import epoch_batches
+from adaclip_finetune.data.splits import evaluation_split
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.flops import count_gflops
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.peft import prepare_peft, trainable_report
+from adaclip_finetune.training.build import describe_gflops, readable_train_split, say_cut
+from adaclip_finetune.training.run_folder import RunFolder
+
+
+def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
+    """Print what a run would be, as text or as one JSON object on stdout, and return that object. Raises UserError.
+
+    Weights that would have to be fetched are not: the model is then built on the meta device, of shapes alone.
+    """
+    run = RunFolder(config.model_copy(update={"no_output": True}), stream=sys.stderr if as_json else sys.stdout)
+    at_hand = config.clip_weights is not None
+    # The CNN's weights do not change what is counted, and may need a download.
+    built = config.model_copy(update={"policy_weights": "random"})
+    with nullcontext() if at_hand else torch.device("meta"):
+        loaded = load_clip(built, with_weights=at_hand)
+        model = VideoRetriever(built, loaded)
+    method = prepare_peft(model, config)
+    parameters, gflops = trainable_report(model), count_gflops(model, config.num_frm)
+    steps = 0
+    if not config.do_inference:
+        split = readable_train_split(config, run)
+        say_cut(loaded, [text for entry in split.entries for text in entry.sentences], config.max_txt_len, "train", run)
+        steps = sum(
+            phase.num_epochs * _updates(len(split.entries), phase.batch_size, config)
+            for phase in method.phases(config.num_epochs, config.batch_size)
+        )
+    for annotation in sorted({a for a in (config.val_annot, config.test_annot) if a}):
+        checked = evaluation_split(config, annotation)
+        run.say(f"{annotation}: {len(checked.queries.texts)} captions, {len(checked.queries.video_ids)} videos")
+    found = {"parameters": parameters.as_dict(), "gflops": gflops.as_dict(), "steps": steps}
+    if as_json:
+        print(json.dumps(found))
+        return found
+    run.say(f"{config.peft.method}\n{parameters}\n{describe_gflops(gflops)}")
+    run.say(f"{steps} updates in {config.num_epochs} epochs" if steps else "no training")
+    run.say(_would_write(config))
+    return found
+
+
+def _updates(entries: int, batch_size: int, config: Config) -> int:
+    batches = len(epoch_batches(entries, batch_size, seed=0, epoch=0))
+    return math.ceil(batches / config.gradient_accumulation_steps)
+
+
+def _would_write(config: Config) -> str:
+    if config.no_output:
+        return "nothing would be written (no_output)"
+    return f"a new folder would be written in {config.output_dir}/{config.dataset}/"

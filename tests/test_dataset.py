@@ -1,0 +1,281 @@
+"""Batches: what is in them, in which order they come, and that neither workers nor broken videos change them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media import index_of, write_frames, write_video
+from torch import Tensor
+
+from adaclip_finetune.data.dataset import GalleryDataset, TrainBatch, TrainDataset, VideoReader, collate
+from adaclip_finetune.data.frames import FrameFolder, FrameStore, VideoFolder
+from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches
+from adaclip_finetune.data.preprocess import ImageSpec, to_grey_thumbnails, to_square
+from adaclip_finetune.data.queries import TrainEntry
+from adaclip_finetune.data.readable import UnreadableVideos
+
+TEMPLATE = "image_{:05d}.jpg"
+IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize_mode="squash")
+COUNTS = {"a": 9, "b": 3, "c": 12, "d": 6, "e": 7}
+
+
+def make_config(**values: Any) -> Any:
+    defaults = {
+        "num_frm": 4, "num_frm_subset": 0, "segment_sampling": False, "sampling": "random", "use_policy": True,
+        "policy_backbone": "raw", "rescale_size": 10, "seed": 0, "num_workers": 0, "pin_mem": False, "max_txt_len": 7,
+        "val_batch_size": 2, "skip_missing": False,
+    }  # fmt: skip
+    return SimpleNamespace(**defaults | values)
+
+
+def tokenize(texts: Sequence[str], max_len: int) -> Tensor:
+    """A text's bytes, so that tests can read it back."""
+    ids = torch.zeros(len(texts), max_len, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text.encode()))[:max_len]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frames")
+    for video_id, count in COUNTS.items():
+        write_frames(folder / video_id, count)
+    return folder
+
+
+def make_entries() -> list[TrainEntry]:
+    return [TrainEntry(video_id, tuple(f"{video_id}{i}" for i in range(3))) for video_id in COUNTS]
+
+
+def make_train_loader(store: FrameStore, **values: Any) -> TrainLoader:
+    config = make_config(**values)
+    return TrainLoader(TrainDataset(make_entries(), VideoReader(store, config, IMAGE)), config, tokenize)
+
+
+def as_lists(batches: Any) -> list[Any]:
+    return [
+        (b.videos.video_ids, b.token_ids.tolist(), b.videos.frame_indices.tolist(), b.videos.frames.sum().item())
+        for b in batches
+    ]
+
+
+def test_what_is_in_a_batch(frames: Path) -> None:
+    store = FrameFolder(frames, TEMPLATE)
+    batch = next(make_train_loader(store).epoch(0, batch_size=5))
+    assert isinstance(batch, TrainBatch)
+    videos = batch.videos
+    assert videos.frames.shape == (5, 4, 3, 32, 32) and videos.frames.dtype == torch.uint8
+    assert videos.policy_frames is not None and videos.policy_frames.shape == (5, 4, 1, 10, 10)
+    assert videos.frame_mask.dtype == torch.bool and videos.frame_mask.all()
+    assert sorted(videos.video_ids) == list(COUNTS) and len(videos) == 5
+    assert batch.token_ids.shape == (5, 7)
+    for row, video_id in enumerate(videos.video_ids):
+        indices = videos.frame_indices[row].tolist()
+        pixels = store.read(video_id, indices)
+        assert [index_of(frame) for frame in pixels] == indices == sorted(indices)
+        assert np.array_equal(videos.frames[row], to_square(pixels, IMAGE))
+        assert np.array_equal(videos.policy_frames[row], to_grey_thumbnails(pixels, 10))
+        assert chr(batch.token_ids[row, 0]) == video_id
+
+
+@pytest.mark.parametrize(
+    ("backbone", "use_policy", "shape"),
+    [
+        ("raw", True, (1, 10, 10)),
+        ("mobilenet_v3_large", True, (3, 224, 224)),
+        ("resnet50", True, (3, 224, 224)),
+        ("clip", True, None),
+        ("frozen_clip", True, None),
+        ("raw", False, None),
+    ],
+)
+def test_policy_frames(frames: Path, backbone: str, use_policy: bool, shape: tuple[int, ...] | None) -> None:
+    config = make_config(policy_backbone=backbone, use_policy=use_policy)
+    policy_frames = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE).read("a").policy_frames
+    assert (None if policy_frames is None else policy_frames.shape[1:]) == shape
+
+
+def test_frames_outside_the_subset_are_blank(frames: Path) -> None:
+    config = make_config(sampling="uniform", num_frm_subset=3)
+    videos = collate([VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE).read("c")]).videos
+    assert videos is not None and videos.policy_frames is not None
+    assert videos.frame_indices.tolist() == [[0, 3, 6, -1]]
+    assert videos.frame_mask.tolist() == [[True, True, True, False]]
+    assert videos.frames[0, :3].any() and not videos.frames[0, 3].any() and not videos.policy_frames[0, 3].any()
+
+
+def test_fault_a_short_video_repeats_frames_and_trains_on(frames: Path) -> None:
+    loader = make_train_loader(FrameFolder(frames, TEMPLATE), num_frm=8)
+    for batch in loader.epoch(0, batch_size=2):
+        for video_id, indices in zip(batch.videos.video_ids, batch.videos.frame_indices.tolist(), strict=True):
+            assert len(set(indices)) == min(8, COUNTS[video_id])
+    assert not loader.failed
+
+
+def test_same_batches_whatever_the_workers(frames: Path) -> None:
+    store = FrameFolder(frames, TEMPLATE)
+    plain = make_train_loader(store)
+    by_epoch = [as_lists(plain.epoch(epoch, batch_size=2)) for epoch in range(3)]
+    assert by_epoch[0] != by_epoch[1] != by_epoch[2]
+    for num_workers in (1, 2):
+        loader = make_train_loader(store, num_workers=num_workers)
+        for epoch in (2, 0, 0, 1):  # any order, the same workers all the time
+            assert as_lists(loader.epoch(epoch, batch_size=2)) == by_epoch[epoch]
+        assert as_lists(loader.epoch(1, batch_size=2, start=1)) == by_epoch[1][1:]
+        next(loader.epoch(0, batch_size=2))  # abandoned with batches on their way
+        assert as_lists(loader.epoch(2, batch_size=2)) == by_epoch[2]
+    assert as_lists(make_train_loader(store, seed=1).epoch(0, batch_size=2)) != by_epoch[0]
+
+
+def test_draws_of_an_entry_do_not_depend_on_its_batch(frames: Path) -> None:
+    loader = make_train_loader(FrameFolder(frames, TEMPLATE))
+
+    def rows(batch_size: int) -> dict[str, Any]:
+        return {
+            video_id: (batch.token_ids[row].tolist(), batch.videos.frame_indices[row].tolist())
+            for batch in loader.epoch(4, batch_size)
+            for row, video_id in enumerate(batch.videos.video_ids)
+        }
+
+    assert rows(2) == rows(3) == rows(5)
+
+
+def test_loading_leaves_the_random_state_of_the_model_alone(frames: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(make_train_loader(FrameFolder(frames, TEMPLATE)).epoch(0, batch_size=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_videos_in_worker_processes(tmp_path: Path, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for video_id, count in COUNTS.items():
+        write_video(tmp_path / f"{video_id}.mp4", count)
+    store = VideoFolder(tmp_path)
+    expected = as_lists(make_train_loader(store).epoch(0, batch_size=3))
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(context, force=True)
+    try:
+        assert as_lists(make_train_loader(store, num_workers=1).epoch(0, batch_size=3)) == expected
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+
+
+def test_fault_a_batch_larger_than_the_data_is_one_batch(frames: Path) -> None:
+    loader = make_train_loader(FrameFolder(frames, TEMPLATE))
+    batches = list(loader.epoch(0, batch_size=500))
+    assert loader.num_batches(500) == len(batches) == 1 and len(batches[0].videos) == 5
+
+
+@settings(deadline=None)
+@given(num_entries=st.integers(1, 200), batch_size=st.integers(1, 60), epoch=st.integers(0, 3))
+def test_epoch_batches(num_entries: int, batch_size: int, epoch: int) -> None:
+    batches = epoch_batches(num_entries, batch_size, seed=3, epoch=epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(num_entries))
+    sizes = [len(batch) for batch in batches]
+    if num_entries > 1 and batch_size > 1:
+        assert min(sizes) >= 2
+    assert max(sizes) <= (batch_size if batch_size != 2 else 3)
+    if batch_size != 2:
+        assert len(batches) == -(-num_entries // batch_size)
+    assert batches == epoch_batches(num_entries, batch_size, seed=3, epoch=epoch)
+
+
+def test_epochs_are_shuffled_differently() -> None:
+    orders = {tuple(epoch_batches(50, 50, seed, epoch)[0]) for seed in range(3) for epoch in range(4)}
+    assert len(orders) == 12
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fault_one_corrupt_jpeg_neither_ends_nor_changes_training(
+    frames: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """It is left out by name; every other row is what it would have been."""
+    for video_id, count in COUNTS.items():
+        folder = write_frames(tmp_path / video_id, count)
+    (tmp_path / "c" / TEMPLATE.format(1)).write_bytes((folder / TEMPLATE.format(1)).read_bytes()[:500])
+    sound = make_train_loader(FrameFolder(frames, TEMPLATE), sampling="uniform")
+    broken = make_train_loader(FrameFolder(tmp_path, TEMPLATE), sampling="uniform", num_workers=num_workers)
+    for whole, rest in zip(sound.epoch(0, 3), broken.epoch(0, 3), strict=True):
+        kept = [row for row, video_id in enumerate(whole.videos.video_ids) if video_id != "c"]
+        assert rest.videos.video_ids == [whole.videos.video_ids[row] for row in kept]
+        assert torch.equal(rest.videos.frames, whole.videos.frames[kept])
+        assert torch.equal(rest.token_ids, whole.token_ids[kept])
+    assert list(broken.failed) == ["c"] and "image_00001.jpg: cannot be decoded" in broken.failed["c"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_ends_when_nothing_can_be_read(tmp_path: Path, num_workers: int) -> None:
+    for video_id, count in COUNTS.items():
+        write_frames(tmp_path / video_id, count)
+    store = FrameFolder(tmp_path, TEMPLATE)
+    loader = make_train_loader(store, num_workers=num_workers)
+    list(loader.epoch(0, batch_size=2))
+    for path in tmp_path.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(UnreadableVideos, match="nothing of a training batch") as caught:
+        list(loader.epoch(1, batch_size=2))
+    assert "Traceback" not in str(caught.value) and "image_0000" in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_gallery(frames: Path, num_workers: int) -> None:
+    config = make_config(num_workers=num_workers)
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
+    loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
+    for _ in range(2):
+        batches = list(loader)
+        assert len(loader) == len(batches) == 3
+        assert [batch.video_ids for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
+        assert batches[0].frame_indices[0].tolist() == [0, 2, 4, 6]  # never random, whatever `sampling`
+
+
+def test_gallery_batches_are_bounded_in_frames(frames: Path) -> None:
+    config = make_config(val_batch_size=500, num_frm=256)
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
+    assert [len(batch) for batch in GalleryLoader(GalleryDataset(list(COUNTS), reader), config)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fault_frames_that_fail_in_evaluation_are_all_named(tmp_path: Path, num_workers: int) -> None:
+    for video_id, count in COUNTS.items():
+        write_frames(tmp_path / video_id, count)
+    for video_id in "bd":
+        (tmp_path / video_id / TEMPLATE.format(1)).write_bytes(b"")
+    config = make_config(num_workers=num_workers)
+    dataset = GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, IMAGE))
+    with pytest.raises(UnreadableVideos, match="2 of 5 videos") as caught:
+        list(GalleryLoader(dataset, config))
+    assert list(caught.value.reasons) == ["b", "d"]
+
+    config.skip_missing = True
+    loader = GalleryLoader(dataset, config)
+    assert [video_id for batch in loader for video_id in batch.video_ids] == ["a", "c", "e"]
+    assert list(loader.failed) == ["b", "d"]
+
+
+def test_batches_move_and_keep_what_is_not_a_tensor(frames: Path) -> None:
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), make_config(policy_backbone="clip"), IMAGE)
+    videos = collate([reader.read("a"), reader.read("b")]).videos
+    assert videos is not None
+    moved = videos.to("meta", non_blocking=True)
+    assert moved.frames.is_meta and moved.frame_mask.is_meta and moved.frame_indices.is_meta
+    assert moved.policy_frames is None and moved.video_ids == ["a", "b"]
+
+
+def test_real_clips_and_frames(shared: Path) -> None:
+    panda = VideoFolder(shared / "data/panda70m/videos")
+    clips = sorted(path.stem for path in panda.folder.glob("*.mp4"))[:2]
+    msrvtt = FrameFolder(shared / "data/msrvtt_frames/frames", TEMPLATE)
+    videos = sorted(path.name for path in msrvtt.folder.iterdir())[:2]
+    for store, video_ids in ((panda, clips), (msrvtt, videos)):
+        reader = VideoReader(store, make_config(num_frm=16), ImageSpec(224, (0.5,) * 3, (0.5,) * 3))
+        batch = collate([reader.read(video_id) for video_id in video_ids]).videos
+        assert batch is not None and batch.frames.shape == (2, 16, 3, 224, 224) and batch.frames.float().std() > 10

@@ -1,0 +1,106 @@
+"""Unreadable videos: found beforehand, named, and counted; never a smaller evaluation without saying so."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from media import write_frames, write_video
+
+from adaclip_finetune.data.frames import FrameFolder, VideoFolder
+from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing, short_videos
+from adaclip_finetune.data.splits import evaluation_split, train_split
+
+TEMPLATE = "image_{:05d}.jpg"
+
+
+def make_config(**values: Any) -> Any:
+    defaults = {
+        "frames_dir": None, "video_dir": None, "img_tmpl": TEMPLATE, "num_frm": 4, "num_workers": 2, "data_subset": 0,
+        "concat_captions": "indep-all", "skip_missing": False,
+    }  # fmt: skip
+    return SimpleNamespace(**defaults | values)
+
+
+def make_annotation(folder: Path, *video_ids: str) -> str:
+    path = folder / "annot.json"
+    path.write_text(json.dumps({video_id: {"sentences": [f"{video_id} one", "two"]} for video_id in video_ids}))
+    return str(path)
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """Sound: good (6 frames), short (3). Not: gone, empty, gap, first (its first frame is damaged)."""
+    folder = tmp_path / "frames"
+    for video_id, count in {"good": 6, "short": 3, "gap": 4, "first": 4, "later": 5}.items():
+        write_frames(folder / video_id, count)
+    (folder / "empty").mkdir()
+    (folder / "gap" / TEMPLATE.format(2)).unlink()
+    (folder / "first" / TEMPLATE.format(1)).write_bytes(b"")
+    (folder / "later" / TEMPLATE.format(5)).write_bytes(b"")
+    return folder
+
+
+ALL = ["good", "gone", "empty", "short", "gap", "first", "later"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_find_unreadable(frames: Path, num_workers: int) -> None:
+    store = FrameFolder(frames, TEMPLATE)
+    reasons = find_unreadable(store, ALL, num_workers)
+    assert list(reasons) == ["gone", "empty", "gap", "first"]
+    assert "No such file" in reasons["gone"] and str(frames / "gone") in reasons["gone"]
+    assert "image_00002.jpg is missing" in reasons["gap"]
+    deep = find_unreadable(store, ALL, num_workers, deep=True)
+    assert list(deep) == ["gone", "empty", "gap", "first", "later"] and "image_00005.jpg" in deep["later"]
+    assert short_videos(store, ["good", "short"], 4) == ["short"]
+
+
+def test_find_unreadable_videos(tmp_path: Path) -> None:
+    write_video(tmp_path / "good.mp4", 100)  # more than a deep check reads at once
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "notes.mp4").write_text("hello")
+    store = VideoFolder(tmp_path)
+    assert list(find_unreadable(store, ["good", "empty", "notes", "gone"], 2, deep=True)) == ["empty", "notes", "gone"]
+
+
+def test_listing_shows_twenty() -> None:
+    lines = listing({f"v{i}": "gone" for i in range(25)}).splitlines()
+    assert len(lines) == 21 and lines[0] == "  v0: gone" and lines[-1] == "  and 5 more"
+
+
+def test_training_leaves_them_out_by_name(frames: Path) -> None:
+    split = train_split(make_config(frames_dir=str(frames)), make_annotation(frames.parent, *ALL))
+    assert [entry.video_id for entry in split.entries] == ["good", "good", "short", "short", "later", "later"]
+    assert list(split.left_out) == ["gone", "empty", "gap", "first"]
+    assert split.short == ["short"]
+    with pytest.raises(UnreadableVideos, match="none of its videos can be read"):
+        train_split(make_config(frames_dir=str(frames)), make_annotation(frames.parent, "gone", "gap"))
+
+
+def test_data_subset_is_of_the_annotation(frames: Path) -> None:
+    config = make_config(frames_dir=str(frames), data_subset=2)
+    split = train_split(config, make_annotation(frames.parent, "good", "gone", "short"))
+    assert {entry.video_id for entry in split.entries} == {"good"} and list(split.left_out) == ["gone"]
+
+
+def test_fault_missing_videos_never_shrink_an_evaluation_silently(frames: Path) -> None:
+    config, annotation = make_config(frames_dir=str(frames)), make_annotation(frames.parent, *ALL)
+    with pytest.raises(UnreadableVideos, match=r"4 of 7 videos .* cannot be read") as caught:
+        evaluation_split(config, annotation)
+    assert list(caught.value.reasons) == ["gone", "empty", "gap", "first"]
+    for video_id in caught.value.reasons:
+        assert f"  {video_id}: " in str(caught.value)
+    assert "--skip_missing" in str(caught.value)
+
+
+def test_skip_missing_says_how_many(frames: Path) -> None:
+    config, annotation = make_config(frames_dir=str(frames), skip_missing=True), make_annotation(frames.parent, *ALL)
+    split = evaluation_split(config, annotation)
+    assert split.queries.video_ids == ["good", "short", "later"] and split.num_listed == 7
+    assert split.queries.texts == ["good one", "two", "short one", "two", "later one", "two"]
+    assert split.queries.video_of_text.tolist() == [0, 0, 1, 1, 2, 2]
+    assert list(split.left_out) == ["gone", "empty", "gap", "first"] and split.short == ["short"]
+    with pytest.raises(UnreadableVideos, match="2 of 2"):
+        evaluation_split(config, make_annotation(frames.parent, "gone", "gap"))

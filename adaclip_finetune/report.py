@@ -76,7 +76,8 @@ def draw_frame_usage(path: Path, usage: NDArray[np.int64], videos: int, top_k: i
     axes = figure.subplots()
     axes.bar(np.arange(len(usage)), 100 * usage / videos)
     axes.axhline(100 * top_k / len(usage), color="tab:red", linewidth=1, label="if all were alike")
-    axes.set(xlabel="candidate frame, in time order", ylabel="chosen in % of videos", title=f"Frames chosen, {top_k} of {len(usage)}")
+    axes.set(xlabel="candidate frame, in time order", ylabel="chosen in % of videos")
+    axes.set_title(f"Frames chosen, {top_k} of {len(usage)}")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -91,12 +92,11 @@ def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImporta
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for retained, colour, label in ((False, "0.7", "frozen"), (True, "tab:blue", "retained")):
-        points = [
-            (row.dim, row.importance if row.normalized is None else row.normalized) for row in rows if row.retained is retained
-        ]
-        if points:
-            axes.scatter(*zip(*points, strict=True), s=14, color=colour, label=f"{label} ({len(points)} tensors)")
-    axes.set(xscale="log", xlabel="parameters in the tensor", ylabel="importance as compared", title="Importance-based selection")
+        shown = [row for row in rows if row.retained is retained]
+        values = [row.importance if row.normalized is None else row.normalized for row in shown]
+        axes.scatter([row.dim for row in shown], values, s=14, color=colour, label=f"{label} ({len(shown)} tensors)")
+    axes.set(xscale="log", xlabel="parameters in the tensor", ylabel="importance as compared")
+    axes.set_title("Importance-based selection")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)

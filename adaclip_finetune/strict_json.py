@@ -11,6 +11,8 @@ from adaclip_finetune.errors import UserError
 
 def read_json(path: str | Path) -> Any:
     """What the file holds. UserError: it is not there, cannot be read, or is not JSON; names file and place."""
+    if not str(path):
+        raise UserError("the name of a JSON file is empty")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

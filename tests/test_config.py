@@ -367,6 +367,8 @@ def test_another_method_starts_from_its_defaults_and_says_what_is_set_aside(
     assert load_config(path, {"peft.method": "ibs"}).peft.config == IbsSettings()
     assert f"replaces bitfit of {path}, whose settings are set aside (keep_module_keywords)" in caplog.text
     caplog.clear()
+    without = write({"peft": {"config": {"retain_ratio": 0.3}}}, "without.json")
+    assert load_config(without, {"peft.method": "ibs"}).peft.config == IbsSettings(retain_ratio=0.3)
     kept = load_config(path, {"peft.method": "bitfit", "peft.config.include_qkv_bias": True}).peft.config
     assert kept == BitFitSettings(keep_module_keywords=("ln_post",), include_qkv_bias=True)
     assert not caplog.text
@@ -392,6 +394,8 @@ def test_an_override_object_is_not_changed() -> None:
         ({"peft.config.retain_ratio": 0.2}, "peft.method is missing; it must be one of full, bitfit, ibs"),
         ({"peft.method": "ibs", "peft.config.rank": 4}, "there is no setting peft.config.rank"),
         ({"top_k.x": 4}, "there is no setting top_k.x"),
+        ({"peft": [], "peft.method": "ibs"}, "peft is [], but must be an object with method, config"),
+        ({"peft": {"method": "full", "x": 1}, "peft.method": "ibs"}, "there is no setting peft.x"),
     ],
 )
 def test_wrong_nested_overrides(overrides: dict[str, Any], told: str) -> None:

@@ -30,7 +30,8 @@ from adaclip_finetune.model.retriever import VideoRetriever
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """Figures of one gallery. `frame_usage` (N,): how often each candidate frame was chosen, None without a selector."""
+    """Figures of one gallery. `frame_usage` (N,): how often each candidate frame was chosen, None without a
+    selector."""
 
     metrics: Metrics
     queries: Queries
@@ -45,7 +46,8 @@ class EvaluationResult:
         return self.num_listed - len(self.queries.video_ids)
 
     def as_dict(self) -> dict[str, Any]:
-        """For metrics.json. How many of the gallery's videos were evaluated stands beside the figures of each direction."""
+        """For metrics.json. How many of the gallery's videos were evaluated stands beside the figures of each
+        direction."""
         of = {"videos_evaluated": len(self.queries.video_ids), "videos_listed": self.num_listed}
         return {name: {**direction, **of} for name, direction in self.metrics.as_dict().items()}
 
@@ -85,12 +87,15 @@ class Evaluator:
         return torch.cat([model.encode_text(self._tokenize(part, self.config.max_txt_len)).float() for part in parts])
 
     def _embed_videos(self, model: VideoRetriever) -> tuple[Tensor, list[str], NDArray[np.int64] | None]:
-        """The gallery's vectors (V, D), or its frames (V, K, D) if they depend on the query; names; frame usage (N,)."""
+        """The gallery's vectors (V, D), or its frames (V, K, D) if they depend on the query; names; frame usage
+        (N,)."""
         device = model.logit_scale().device
         usage = torch.zeros(self.config.num_frm, dtype=torch.int64, device=device)
         parts: list[Tensor] = []
         video_ids: list[str] = []
-        with tqdm(total=len(self.split.queries.video_ids), desc=self.label, unit="video", leave=False, disable=None) as bar:
+        with tqdm(
+            total=len(self.split.queries.video_ids), desc=self.label, unit="video", leave=False, disable=None
+        ) as bar:
             for batch in self._loader:
                 embedding = model.encode_video(batch.to(device, non_blocking=self.config.pin_mem))
                 parts.append((embedding.frames if embedding.video is None else embedding.video).float())

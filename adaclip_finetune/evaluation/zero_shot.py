@@ -1,4 +1,5 @@
-"""The figure that every finetune has to beat: the pretrained towers, as many uniform frames as the run encodes, their mean."""
+"""The figure that every finetune has to beat: the pretrained towers, as many uniform frames as the run encodes, their
+mean."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from adaclip_finetune.config import Config
 
 
 def zero_shot_config(config: Config) -> Config:
-    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned, mean pooling."""
+    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned, mean
+    pooling."""
     return config.model_copy(
         update={
             "use_policy": False,

@@ -11,7 +11,8 @@ _HEAD_WIDTH = 64
 
 
 def clip_blocks(width: int, layers: int, layer_norm_eps: float = 1e-5) -> Transformer:
-    """`layers` pre-norm CLIP blocks with quick-GELU; (B, L, width) → (B, L, width); names as OpenAI's (`resblocks.0.attn…`)."""
+    """`layers` pre-norm CLIP blocks with quick-GELU; (B, L, width) → (B, L, width); names as OpenAI's
+    (`resblocks.0.attn…`)."""
     blocks = Transformer(width=width, layers=layers, heads=heads_for(width), act_layer=QuickGELU)
     for module in blocks.modules():
         if isinstance(module, nn.LayerNorm):
@@ -42,7 +43,8 @@ def start_from(blocks: Transformer, pretrained: Sequence[nn.Module]) -> None:
 
 
 def padding_mask(is_token: Tensor, heads: int) -> Tensor:
-    """bool (T, L), True = counts → the additive mask (T * heads, L, L) that hides the other positions from attention."""
+    """bool (T, L), True = counts → the additive mask (T * heads, L, L) that hides the other positions from
+    attention."""
     length = is_token.shape[1]
     hidden = ~is_token[:, None, :].expand(-1, length, -1).repeat_interleave(heads, dim=0)
     return hidden.float().masked_fill(hidden, float("-inf"))

@@ -34,7 +34,8 @@ class TransformerHeader(nn.Module):
 
 
 class SeqTransformerHeader(nn.Module):
-    """Text positions + four CLIP blocks, which start as the text tower's blocks 0–3, + residual: (B, K, D) → (B, K, D)."""
+    """Text positions + four CLIP blocks, which start as the text tower's blocks 0–3, + residual: (B, K, D) → (B, K,
+    D)."""
 
     def __init__(self, width: int, max_frames: int, clip: nn.Module) -> None:
         super().__init__()

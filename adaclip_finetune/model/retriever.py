@@ -33,7 +33,8 @@ from adaclip_finetune.model.selector import FrameSelector
 
 
 class VideoEmbedding(NamedTuple):
-    """`frames` (B, K, D) after selection and header; `video` (B, D), None if it depends on the query; `selection` or None."""
+    """`frames` (B, K, D) after selection and header; `video` (B, D), None if it depends on the query; `selection` or
+    None."""
 
     frames: Tensor
     video: Tensor | None
@@ -43,7 +44,8 @@ class VideoEmbedding(NamedTuple):
 class VideoRetriever(nn.Module):
     """Text and video embeddings, and their similarity.
 
-    Submodules: `clip` (open_clip's module, OpenAI's parameter names), `selector` or None, `header` or None, `aggregator`,
+    Submodules: `clip` (open_clip's module, OpenAI's parameter names), `selector` or None, `header` or None,
+    `aggregator`,
     `word_aggregator` or None. Everything outside `clip` is new and always trains, save a frozen policy backbone.
     """
 
@@ -91,7 +93,8 @@ class VideoRetriever(nn.Module):
     ) -> VideoEmbedding:
         """Choose k (default top_k) of the N frames, encode and aggregate them.
 
-        With a `temperature` the choice is a differentiable draw (training), without one the k best (evaluation); `noise`
+        With a `temperature` the choice is a differentiable draw (training), without one the k best (evaluation);
+        `noise`
         (B, N) replaces the Gumbel draw.
         """
         frames, selection = self._selected_frames(videos, k or self.top_k, temperature, noise)
@@ -114,6 +117,10 @@ class VideoRetriever(nn.Module):
                 per_query = F.normalize(self.aggregator(frames, text), dim=-1)  # (T, B, D)
                 cosines = torch.einsum("td,tbd->tb", queries, per_query)
             return self.logit_scale().exp() * cosines
+
+    def checkpoint_gradients(self) -> None:
+        """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""
+        self.clip.set_grad_checkpointing(True)  # type: ignore[operator]
 
     def logit_scale(self) -> Tensor:
         """ln of the similarity's scale, a learned scalar of CLIP."""
@@ -153,7 +160,9 @@ class VideoRetriever(nn.Module):
     def _encode(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """uint8 (B, n, 3, S, S) → CLIP embeddings (B, n, D), at least float32 so that what follows is exact."""
         if not frames.shape[1]:
-            return torch.empty(len(frames), 0, towers.embedding_width(self.clip), device=frames.device, dtype=self._dtype())
+            return torch.empty(
+                len(frames), 0, towers.embedding_width(self.clip), device=frames.device, dtype=self._dtype()
+            )
         embeddings = towers.encode_images(self.clip, self._pixels(frames, frame_mask).flatten(0, 1))
         return _at_least_float32(embeddings).unflatten(0, frames.shape[:2])
 

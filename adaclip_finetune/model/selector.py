@@ -1,4 +1,5 @@
-"""The frame selector: light features of each frame → a temporal encoder → a score for each frame → K of N (Hard-Top-k)."""
+"""The frame selector: light features of each frame → a temporal encoder → a score for each frame → K of N
+(Hard-Top-k)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ class FrameSelector(nn.Module):
     `backbone` makes the features from what the data set prepared for it; with None they are the frame embeddings.
     """
 
-    def __init__(self, config: Config, backbone: RawBackbone | CnnBackbone | FrozenClipBackbone | None, width: int) -> None:
+    def __init__(self, config: Config, backbone: RawBackbone | CnnBackbone | FrozenClipBackbone | None, width: int)
+    ->
+  
+   
+    None:
+       
         super().__init__()
         self.backbone = backbone
         feature_dim = width if backbone is None else backbone.feature_dim
@@ -33,8 +39,10 @@ class FrameSelector(nn.Module):
     def forward(
         self, features: Tensor, k: int, temperature: float | None = None, noise: Tensor | None = None
     ) -> Selection:
-        """With a temperature: a differentiable draw (training); without: the k highest (evaluation). See `select_frames`."""
-        # Scores decide which frames are seen at all: too cheap to compute, and too consequential, to round under autocast.
+        """With a temperature: a differentiable draw (training); without: the k highest (evaluation). See
+        `select_frames`."""
+        # Scores decide which frames are seen at all: too cheap to compute, and too consequential, to round under
+        # autocast.
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(next(self.scorer.parameters()).dtype)
             encoded = features if self.encoder is None else self.encoder(features)

@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
                 "\n".join(f"there is no flag {flag}; the nearest is {nearest(flag, known)}" for flag in flags)
             )
         if rest:
-            raise UserError(f"{' '.join(rest)}: belongs to no flag; a settings file is given as --config FILE")
+            way_out = "; a settings file is given as --config FILE" if "--config" in known else ""
+            raise UserError(f"{' '.join(rest)}: belongs to no flag{way_out}")
         return namespace
 
     def error(self, message: str) -> NoReturn:

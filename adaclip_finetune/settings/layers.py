@@ -74,13 +74,14 @@ class Layers:
         if not nodes:
             steps = [name]  # no such setting: kept whole, and refused under its full name
         elif len(steps) == 1 and isinstance(value, str) and self.schema.is_section(nodes[0]):
-            self.data[name], self._origins[name,] = read_section(value, name, self.schema), value
+            self.data[name], self._origins[name,] = read_section(value, name), value
             return
         if self._chooses(steps):
             self._set_aside(steps, value)
         part = self.data
         for step in steps[:-1]:
-            part[step] = part.get(step) or {}
+            if part.get(step) is None:
+                part[step] = {}
             part = part[step]
             if not isinstance(part, dict):
                 return  # the file holds something else where a section belongs, and is refused for that
@@ -96,13 +97,13 @@ class Layers:
         """Another method begins with its own defaults: settings meant for the one it replaces are not for it."""
         section, tag = steps[0], steps[-1]
         below = self.data.get(section)
-        if isinstance(below, dict) and below.get(tag) != value:
-            if (left := below.get("config")) and isinstance(left, dict):
-                log.warning(
-                    "%s %s replaces %s of %s, whose settings are set aside (%s); %s starts from its own defaults",
-                    ".".join(steps), value, below.get(tag), self.origin([section]), ", ".join(left), value,
-                )  # fmt: skip
-            self.data[section] = {}
+        if not isinstance(below, dict) or below.get(tag, value) == value:
+            return
+        if left := below.pop("config", None):
+            log.warning(
+                "%s %s replaces %s of %s, whose settings are set aside (%s); %s starts from its own defaults",
+                ".".join(steps), value, below[tag], self.origin([section]), ", ".join(left), value,
+            )  # fmt: skip
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != "$schema"}
 
 
-def read_section(path: str, name: str, schema: Schema) -> Any:
+def read_section(path: str, name: str) -> Any:
     """The one section that a file holds: `{"peft": {...}}`, or what would stand within."""
     data = read_object(path)
     if name not in data:

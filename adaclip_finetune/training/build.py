@@ -61,7 +61,7 @@ def build_session(config: Config, run: RunFolder) -> Session:
     loaded = load_clip(config)
     model = VideoRetriever(config, loaded)
     if config.gradient_checkpointing:
-        model.clip.set_grad_checkpointing(True)
+        model.checkpoint_gradients()
     if config.resume:
         load_weights(Path(config.resume), model)
     method = prepare_peft(model, config)

@@ -25,14 +25,18 @@ def make_accelerator(config: Config) -> Accelerator:
     """The one place that decides on device and mixed precision. Raises UserError for a device that is not there."""
     wanted = config.device
     if wanted in _WAYS_OUT and not _available(wanted):
-        raise UserError(f"device: no {wanted} device is usable here. Either {_WAYS_OUT[wanted]}, or choose device auto or cpu")
+        raise UserError(
+            f"device: no {wanted} device is usable here. Either {_WAYS_OUT[wanted]}, or choose device auto or cpu"
+        )
     if not torch.distributed.is_initialized():
         # accelerate keeps its state for the whole process; a second fit() in one process may want another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=_PRECISION[config.precision], cpu=wanted == "cpu")
     found = accelerator.device.type
     if wanted not in ("auto", found):
-        raise UserError(f"device: {wanted} was asked for, but {found} takes precedence on this machine; choose device auto")
+        raise UserError(
+            f"device: {wanted} was asked for, but {found} takes precedence on this machine; choose device auto"
+        )
     if config.precision == "fp16" and found == "cpu":
         raise UserError("precision: fp16 needs an accelerator; on the CPU choose bf16 or fp32")
     return accelerator

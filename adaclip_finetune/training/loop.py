@@ -54,7 +54,8 @@ class Trainer:
         self.step = 0
 
     def train(self, epoch_end: EpochEnd, method_changed: Callable[[], None]) -> None:
-        """All phases; `epoch_end(epoch, phase)` after each epoch, `method_changed()` when another set of parameters learns.
+        """All phases; `epoch_end(epoch, phase)` after each epoch, `method_changed()` when another set of parameters
+        learns.
 
         Raises Interrupted at the next update after Ctrl-C.
         """
@@ -76,11 +77,13 @@ class Trainer:
                 epoch = last
 
     def updates_per_epoch(self, batch_size: int) -> int:
-        """Updates of the weights in one epoch: batches, in groups of gradient_accumulation_steps, the last maybe smaller."""
+        """Updates of the weights in one epoch: batches, in groups of gradient_accumulation_steps, the last maybe
+        smaller."""
         return math.ceil(self.data.num_batches(batch_size) / self.config.gradient_accumulation_steps)
 
     def _prepare(self, steps: int) -> tuple[torch.nn.Module, Optimizer, LambdaLR]:
-        """A wrapper, an optimizer and a schedule for what learns now. The old ones are let go: never toggled under a wrapper."""
+        """A wrapper, an optimizer and a schedule for what learns now. The old ones are let go: never toggled under a
+        wrapper."""
         self.accelerator.free_memory()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         optimizer, schedule = build_optimizer(self.model, self.config, steps)
@@ -103,7 +106,9 @@ class Trainer:
         updates = self.updates_per_epoch(phase.batch_size)
         batches = self.data.epoch(epoch, phase.batch_size)
         meter = _Throughput()
-        with tqdm(total=updates, desc=f"epoch {epoch + 1}/{c.num_epochs}", unit="update", leave=False, disable=None) as bar:
+        with tqdm(
+            total=updates, desc=f"epoch {epoch + 1}/{c.num_epochs}", unit="update", leave=False, disable=None
+        ) as bar:
             for window in _windows(batches, c.gradient_accumulation_steps):
                 loss = self._accumulate(window, wrapped, k, tau)
                 rates = learning_rates(optimizer)
@@ -124,12 +129,15 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if self.step % c.n_display == 0:
-                    self.run.say(f"  epoch {epoch + 1}  update {self.step}  loss {loss:.4f}  {_rates(rates)}  τ {tau:.2f}")
+                    self.run.say(
+                        f"  epoch {epoch + 1}  update {self.step}  loss {loss:.4f}  {_rates(rates)}  τ {tau:.2f}"
+                    )
                 if interrupted.is_set():
                     raise Interrupted
 
     def _accumulate(self, window: list[TrainBatch], wrapped: torch.nn.Module, k: int, tau: float) -> float:
-        """Gradients of one update: each batch weighs by its size, so that an uneven last window is right. Returns the loss."""
+        """Gradients of one update: each batch weighs by its size, so that an uneven last window is right. Returns the
+        loss."""
         pairs = sum(len(batch.videos.video_ids) for batch in window)
         total = 0.0
         for batch in window:
@@ -195,7 +203,8 @@ class _Throughput:
 
 
 class _finish_the_update_on_ctrl_c:
-    """Within it, the first Ctrl-C only sets the event; the second interrupts at once. Outside the main thread it does nothing."""
+    """Within it, the first Ctrl-C only sets the event; the second interrupts at once. Outside the main thread it does
+    nothing."""
 
     def __enter__(self) -> threading.Event:
         self._event = threading.Event()

@@ -1,8 +1,8 @@
 """The run folder: everything a run leaves behind, and the one place that prints.
 
-    output/<dataset>/<timestamp>-<method>/
-        config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
-        best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
+output/<dataset>/<timestamp>-<method>/
+    config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
+    best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from tqdm import tqdm
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 
-_PACKAGES = ("adaclip-finetune", "torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "pillow", "av", "safetensors")
+_PACKAGES = (
+    "adaclip-finetune",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "av",
+    "safetensors",
+)
 
 
 class RunFolder:
@@ -114,7 +124,9 @@ def _new_folder(config: Config) -> Path:
                 continue
             return path
     except OSError as error:
-        raise UserError(f"output_dir: cannot make a run folder in {parent} ({error}); set output_dir or no_output") from error
+        raise UserError(
+            f"output_dir: cannot make a run folder in {parent} ({error}); set output_dir or no_output"
+        ) from error
     raise UserError(f"output_dir: {parent} holds a thousand run folders of this very second")
 
 

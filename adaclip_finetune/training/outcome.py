@@ -1,0 +1,99 @@
+"""What a finished run found, said and written: the table on the screen, metrics.json, the similarity matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.evaluation.evaluate import EvaluationResult, save_similarity
+from adaclip_finetune.model.flops import Gflops
+from adaclip_finetune.peft import TrainableReport
+from adaclip_finetune.report import draw_frame_usage, results_table
+from adaclip_finetune.training.run_folder import RunFolder
+
+SELECTED_ON_TEST = "selected on test (val_annot and test_annot hold the same captions)"
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a run found. `final` is on test_annot, on val_annot where no test was given; `folder` is None with
+    no_output."""
+
+    zero_shot: EvaluationResult
+    final: EvaluationResult
+    best_validation: EvaluationResult
+    best_epoch: int
+    evaluated_on: str
+    selected_on_test: bool
+    parameters: TrainableReport
+    gflops: Gflops
+    folder: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return {
+            "evaluated_on": self.evaluated_on,
+            "selected_on": "test" if self.selected_on_test else "validation",
+            "best_epoch": self.best_epoch,
+            "zero_shot": self.zero_shot.as_dict(),
+            "finetuned": self.final.as_dict(),
+            "best_validation": self.best_validation.as_dict(),
+            "parameters": self.parameters.as_dict(),
+            "gflops": self.gflops.as_dict(),
+        }
+
+
+def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
+    """Leave everything about the result in the run folder, and the short of it on the screen."""
+    run.write_json("metrics.json", result.as_dict())
+    if (path := run.file("frame_usage.png")) and result.final.frame_usage is not None:
+        draw_frame_usage(path, result.final.frame_usage, len(result.final.queries.video_ids), config.top_k)
+    rule = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
+    run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{rule}")
+    say_table({"zero-shot": result.zero_shot, "finetuned": result.final}, run)
+    run.say(_learned(result.parameters))
+    if result.final.metrics.t2v.recall(1) <= result.zero_shot.metrics.t2v.recall(1):
+        run.say(
+            "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
+        )
+    write_similarity(config, result.final, run)
+    if run.path is not None:
+        run.say(_what_next(run.path))
+
+
+def say_table(rows: dict[str, EvaluationResult], run: RunFolder) -> None:
+    """The figures of several models on one gallery, and what the gallery was."""
+    last = list(rows.values())[-1]
+    videos = f"{len(last.queries.video_ids)} videos"
+    if last.missing:
+        videos += f", {last.missing} of {last.num_listed} MISSING"
+    run.say(results_table({name: result.metrics for name, result in rows.items()}))
+    run.say(f"{len(last.queries.texts)} captions, {videos}; ties count against")
+
+
+def write_similarity(config: Config, result: EvaluationResult, run: RunFolder) -> None:
+    """`save_similarity`, where it was asked for."""
+    if config.save_similarity:
+        save_similarity(Path(config.save_similarity), result)
+        run.say(f"similarity (rows queries, columns videos): {config.save_similarity}, ids beside it in JSON")
+
+
+def _learned(parameters: TrainableReport) -> str:
+    clip, whole = parameters.clip, parameters.all
+    return (
+        f"learned: {clip.trainable:,} of CLIP's {clip.total:,} parameters ({clip.percent:.3f} %), "
+        f"{whole.trainable:,} of {whole.total:,} in all ({whole.percent:.3f} %)"
+    )
+
+
+def _what_next(folder: Path) -> str:
+    return (
+        f"\nrun folder: {folder}\n"
+        "  best.safetensors, adapter.safetensors, config.json, metrics.json, curves.png, frame_usage.png, train.log …\n"
+        "next: evaluate it on other captions\n"
+        f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
+        "--test_annot FILE\n"
+        "or train on your own videos (README, Your own videos)"
+    )

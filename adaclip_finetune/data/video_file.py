@@ -191,7 +191,7 @@ def _packets_from(container: Any, stream: Any, keys: tuple[KeyFrame, ...], key: 
                 if place.get(first.pts, len(keys)) <= key:
                     yield first
                     # What is shown before it refers to frames that were passed over.
-                    yield from (packet for packet in packets if packet.pts > first.pts)
+                    yield from (packet for packet in packets if packet.pts is None or packet.pts > first.pts)
                     return
                 break
 

@@ -71,7 +71,8 @@ def train(words: Sequence[str]) -> int:
         )
     check_paths(config)
 
-    from adaclip_finetune.training.trainer import dry_run, evaluate_only, fit
+    from adaclip_finetune.training.dry_run import dry_run
+    from adaclip_finetune.training.trainer import evaluate_only, fit
 
     try:
         if arguments.dry_run:

@@ -27,10 +27,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def record(name: str) -> Callable[..., None]:
         return lambda config, **options: made.append((name, config, options))
 
-    trainer = types.ModuleType("adaclip_finetune.training.trainer")
-    for name in ("fit", "evaluate_only", "dry_run"):
-        setattr(trainer, name, record(name))
-    monkeypatch.setitem(sys.modules, trainer.__name__, trainer)
+    for stand_in, names in {"trainer": ["fit", "evaluate_only"], "dry_run": ["dry_run"]}.items():
+        module = types.ModuleType(f"adaclip_finetune.training.{stand_in}")
+        for name in names:
+            setattr(module, name, record(name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(cli, "check_paths", lambda config: None)
     return made
 

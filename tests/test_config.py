@@ -396,6 +396,7 @@ def test_an_override_object_is_not_changed() -> None:
         ({"top_k.x": 4}, "there is no setting top_k.x"),
         ({"peft": [], "peft.method": "ibs"}, "peft is [], but must be an object with method, config"),
         ({"peft": {"method": "full", "x": 1}, "peft.method": "ibs"}, "there is no setting peft.x"),
+        ({"peft": {"method": "full", "config": 3}, "peft.method": "ibs"}, "peft.config is 3, but must be an object"),
     ],
 )
 def test_wrong_nested_overrides(overrides: dict[str, Any], told: str) -> None:

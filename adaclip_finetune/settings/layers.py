@@ -99,7 +99,10 @@ class Layers:
         below = self.data.get(section)
         if not isinstance(below, dict) or below.get(tag, value) == value:
             return
-        if left := below.pop("config", None):
+        left = below.get("config")
+        if isinstance(left, dict):
+            del below["config"]
+        if isinstance(left, dict) and left:
             log.warning(
                 "%s %s replaces %s of %s, whose settings are set aside (%s); %s starts from its own defaults",
                 ".".join(steps), value, below[tag], self.origin([section]), ", ".join(left), value,

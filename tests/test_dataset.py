@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from media import index_of, write_frames, write_video
 from torch import Tensor
 
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import GalleryDataset, TrainBatch, TrainDataset, VideoReader, collate
 from adaclip_finetune.data.frames import FrameFolder, FrameStore, VideoFolder
 from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches
@@ -25,13 +25,12 @@ IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize_mode="squash")
 COUNTS = {"a": 9, "b": 3, "c": 12, "d": 6, "e": 7}
 
 
-def make_config(**values: Any) -> Any:
+def make_config(**values: Any) -> Config:
     defaults = {
-        "num_frm": 4, "num_frm_subset": 0, "segment_sampling": False, "sampling": "random", "use_policy": True,
-        "policy_backbone": "raw", "rescale_size": 10, "seed": 0, "num_workers": 0, "pin_mem": False, "max_txt_len": 7,
-        "val_batch_size": 2, "skip_missing": False,
+        "num_frm": 4, "top_k": 2, "sampling": "random", "policy_backbone": "raw", "rescale_size": 10, "num_workers": 0,
+        "max_txt_len": 7, "val_batch_size": 2,
     }  # fmt: skip
-    return SimpleNamespace(**defaults | values)
+    return load_config(None, defaults | values)
 
 
 def tokenize(texts: Sequence[str], max_len: int) -> Tensor:
@@ -249,14 +248,13 @@ def test_fault_frames_that_fail_in_evaluation_are_all_named(tmp_path: Path, num_
         write_frames(tmp_path / video_id, count)
     for video_id in "bd":
         (tmp_path / video_id / TEMPLATE.format(1)).write_bytes(b"")
-    config = make_config(num_workers=num_workers)
+    config, lenient = (make_config(num_workers=num_workers, skip_missing=skip) for skip in (False, True))
     dataset = GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, IMAGE))
     with pytest.raises(UnreadableVideos, match="2 of 5 videos") as caught:
         list(GalleryLoader(dataset, config))
     assert list(caught.value.reasons) == ["b", "d"]
 
-    config.skip_missing = True
-    loader = GalleryLoader(dataset, config)
+    loader = GalleryLoader(dataset, lenient)
     assert [video_id for batch in loader for video_id in batch.video_ids] == ["a", "c", "e"]
     assert list(loader.failed) == ["b", "d"]
 

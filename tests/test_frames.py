@@ -2,13 +2,13 @@
 
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from media import index_of, write_frames, write_video
 from PIL import Image
 
+from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, VideoFolder, open_store
 from adaclip_finetune.errors import UserError
@@ -147,17 +147,13 @@ def test_a_broken_video_is_named(tmp_path: Path) -> None:
 
 def test_open_store(tmp_path: Path) -> None:
     videos = [VideoAnnotation("v", ("x",), extension="mkv"), VideoAnnotation("w", ("x",))]
-    config = SimpleNamespace(frames_dir=None, video_dir=str(tmp_path), img_tmpl=TEMPLATE)
-    store = open_store(config, videos)  # type: ignore[arg-type]
+    store = open_store(load_config(None, {"video_dir": str(tmp_path)}), videos)
     assert isinstance(store, VideoFolder) and store.extensions == {"v": "mkv"}
-    config.video_dir, config.frames_dir = None, str(tmp_path)
-    assert isinstance(open_store(config, videos), FrameFolder)  # type: ignore[arg-type]
-    config.frames_dir = str(tmp_path / "absent")
+    assert isinstance(open_store(load_config(None, {"frames_dir": str(tmp_path)}), videos), FrameFolder)
     with pytest.raises(UserError, match=r"frames_dir: .*absent is not a folder"):
-        open_store(config, videos)  # type: ignore[arg-type]
-    config.frames_dir = None
+        open_store(load_config(None, {"frames_dir": str(tmp_path / "absent")}), videos)
     with pytest.raises(UserError, match=r"frames_dir .* or video_dir"):
-        open_store(config, videos)  # type: ignore[arg-type]
+        open_store(load_config(None), videos)
 
 
 def test_real_frames(shared: Path) -> None:

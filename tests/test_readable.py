@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from media import write_frames, write_video
 
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.frames import FrameFolder, VideoFolder
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing, short_videos
 from adaclip_finetune.data.splits import evaluation_split, train_split
@@ -15,12 +15,10 @@ from adaclip_finetune.data.splits import evaluation_split, train_split
 TEMPLATE = "image_{:05d}.jpg"
 
 
-def make_config(**values: Any) -> Any:
-    defaults = {
-        "frames_dir": None, "video_dir": None, "img_tmpl": TEMPLATE, "num_frm": 4, "num_workers": 2, "data_subset": 0,
-        "concat_captions": "indep-all", "skip_missing": False,
-    }  # fmt: skip
-    return SimpleNamespace(**defaults | values)
+def make_config(frames_dir: Path, **values: Any) -> Config:
+    return load_config(
+        None, {"frames_dir": str(frames_dir), "num_frm": 4, "top_k": 2, "concat_captions": "indep-all"} | values
+    )
 
 
 def make_annotation(folder: Path, *video_ids: str) -> str:
@@ -71,22 +69,22 @@ def test_listing_shows_twenty() -> None:
 
 
 def test_training_leaves_them_out_by_name(frames: Path) -> None:
-    split = train_split(make_config(frames_dir=str(frames)), make_annotation(frames.parent, *ALL))
+    split = train_split(make_config(frames), make_annotation(frames.parent, *ALL))
     assert [entry.video_id for entry in split.entries] == ["good", "good", "short", "short", "later", "later"]
     assert list(split.left_out) == ["gone", "empty", "gap", "first"]
     assert split.short == ["short"]
     with pytest.raises(UnreadableVideos, match="none of its videos can be read"):
-        train_split(make_config(frames_dir=str(frames)), make_annotation(frames.parent, "gone", "gap"))
+        train_split(make_config(frames), make_annotation(frames.parent, "gone", "gap"))
 
 
 def test_data_subset_is_of_the_annotation(frames: Path) -> None:
-    config = make_config(frames_dir=str(frames), data_subset=2)
+    config = make_config(frames, data_subset=2)
     split = train_split(config, make_annotation(frames.parent, "good", "gone", "short"))
     assert {entry.video_id for entry in split.entries} == {"good"} and list(split.left_out) == ["gone"]
 
 
 def test_fault_missing_videos_never_shrink_an_evaluation_silently(frames: Path) -> None:
-    config, annotation = make_config(frames_dir=str(frames)), make_annotation(frames.parent, *ALL)
+    config, annotation = make_config(frames), make_annotation(frames.parent, *ALL)
     with pytest.raises(UnreadableVideos, match=r"4 of 7 videos .* cannot be read") as caught:
         evaluation_split(config, annotation)
     assert list(caught.value.reasons) == ["gone", "empty", "gap", "first"]
@@ -96,7 +94,7 @@ def test_fault_missing_videos_never_shrink_an_evaluation_silently(frames: Path) 
 
 
 def test_skip_missing_says_how_many(frames: Path) -> None:
-    config, annotation = make_config(frames_dir=str(frames), skip_missing=True), make_annotation(frames.parent, *ALL)
+    config, annotation = make_config(frames, skip_missing=True), make_annotation(frames.parent, *ALL)
     split = evaluation_split(config, annotation)
     assert split.queries.video_ids == ["good", "short", "later"] and split.num_listed == 7
     assert split.queries.texts == ["good one", "two", "short one", "two", "later one", "two"]

@@ -18,12 +18,9 @@ class FrameSelector(nn.Module):
     `backbone` makes the features from what the data set prepared for it; with None they are the frame embeddings.
     """
 
-    def __init__(self, config: Config, backbone: RawBackbone | CnnBackbone | FrozenClipBackbone | None, width: int)
-    ->
-  
-   
-    None:
-       
+    def __init__(
+        self, config: Config, backbone: RawBackbone | CnnBackbone | FrozenClipBackbone | None, width: int
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         feature_dim = width if backbone is None else backbone.feature_dim

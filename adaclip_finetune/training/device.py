@@ -16,7 +16,7 @@ from adaclip_finetune.errors import UserError
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _WAYS_OUT = {
     "cuda": "install a CUDA build of torch and an NVIDIA driver",
-    "xpu": "install PyTorch's own XPU build (README, Intel Arc) and Intel's GPU driver; ZE_AFFINITY_MASK must not hide the card",
+    "xpu": "install PyTorch's own XPU build (README) and Intel's GPU driver; ZE_AFFINITY_MASK must not hide it",
     "mps": "needs a Mac with Apple silicon",
 }
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +38,14 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C was pressed; the update in flight is complete."""
 
 
+class _Prepared(NamedTuple):
+    """What belongs to one set of learning parameters."""
+
+    model: torch.nn.Module  # wrapped for mixed precision, later for several processes
+    optimizer: Optimizer
+    schedule: LambdaLR
+
+
 class Trainer:
     """Trains `model` (its unwrapped module) in place."""
 
@@ -54,55 +63,52 @@ class Trainer:
         self.step = 0
 
     def train(self, epoch_end: EpochEnd, method_changed: Callable[[], None]) -> None:
-        """All phases; `epoch_end(epoch, phase)` after each epoch, `method_changed()` when another set of parameters
-        learns.
+        """All phases; `epoch_end(epoch, phase)` after each epoch, `method_changed()` when something else learns.
 
         Raises Interrupted at the next update after Ctrl-C.
         """
-        epoch = 0
+        first_epoch = 0
         with _finish_the_update_on_ctrl_c() as interrupted:
             for phase in self.method.phases(self.config.num_epochs, self.config.batch_size):
-                last = epoch + phase.num_epochs
-                steps_left = phase.num_epochs * self.updates_per_epoch(phase.batch_size)
-                wrapped = None
-                for epoch in range(epoch, last):
-                    changed = self.method.on_epoch_start(epoch)
-                    if changed:
-                        method_changed()
-                    if changed or wrapped is None:
-                        wrapped, optimizer, schedule = self._prepare(steps_left)
-                    self._train_epoch(epoch, phase, wrapped, optimizer, schedule, interrupted)
-                    steps_left -= self.updates_per_epoch(phase.batch_size)
-                    epoch_end(epoch, phase)
-                epoch = last
+                self._train_phase(first_epoch, phase, epoch_end, method_changed, interrupted)
+                first_epoch += phase.num_epochs
 
-    def updates_per_epoch(self, batch_size: int) -> int:
-        """Updates of the weights in one epoch: batches, in groups of gradient_accumulation_steps, the last maybe
-        smaller."""
-        return math.ceil(self.data.num_batches(batch_size) / self.config.gradient_accumulation_steps)
-
-    def _prepare(self, steps: int) -> tuple[torch.nn.Module, Optimizer, LambdaLR]:
-        """A wrapper, an optimizer and a schedule for what learns now. The old ones are let go: never toggled under a
-        wrapper."""
-        self.accelerator.free_memory()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        optimizer, schedule = build_optimizer(self.model, self.config, steps)
-        wrapped, prepared = self.accelerator.prepare(self.model, optimizer)
-        return wrapped, prepared, schedule
-
-    def _train_epoch(
+    def _train_phase(
         self,
-        epoch: int,
+        first_epoch: int,
         phase: Phase,
-        wrapped: torch.nn.Module,
-        optimizer: Optimizer,
-        schedule: LambdaLR,
+        epoch_end: EpochEnd,
+        method_changed: Callable[[], None],
         interrupted: threading.Event,
     ) -> None:
+        updates = self.updates_per_epoch(phase.batch_size)
+        parts: _Prepared | None = None
+        for done in range(phase.num_epochs):
+            changed = self.method.on_epoch_start(first_epoch + done)
+            if changed:
+                method_changed()
+            if changed or parts is None:
+                parts = self._prepare((phase.num_epochs - done) * updates)
+            self._train_epoch(first_epoch + done, phase, parts, interrupted)
+            epoch_end(first_epoch + done, phase)
+
+    def updates_per_epoch(self, batch_size: int) -> int:
+        """Of the weights, in one epoch: one for gradient_accumulation_steps batches, or what is left of them."""
+        return math.ceil(self.data.num_batches(batch_size) / self.config.gradient_accumulation_steps)
+
+    def _prepare(self, updates: int) -> _Prepared:
+        """A wrapper, an optimizer and a schedule for what learns now; the old ones are let go, never toggled under."""
+        self.accelerator.free_memory()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        optimizer, schedule = build_optimizer(self.model, self.config, updates)
+        wrapped, prepared = self.accelerator.prepare(self.model, optimizer)
+        return _Prepared(wrapped, prepared, schedule)
+
+    def _train_epoch(self, epoch: int, phase: Phase, parts: _Prepared, interrupted: threading.Event) -> None:
         c = self.config
         tau = selection_temperature(epoch, c.init_tau, c.min_tau, c.exp_decay_factor)
         k = annealed_k(epoch, c.num_frm, c.top_k, c.warmup_epochs) if c.use_policy else c.num_frm
-        wrapped.train()
+        parts.model.train()
         updates = self.updates_per_epoch(phase.batch_size)
         batches = self.data.epoch(epoch, phase.batch_size)
         meter = _Throughput()
@@ -110,9 +116,9 @@ class Trainer:
             total=updates, desc=f"epoch {epoch + 1}/{c.num_epochs}", unit="update", leave=False, disable=None
         ) as bar:
             for window in _windows(batches, c.gradient_accumulation_steps):
-                loss = self._accumulate(window, wrapped, k, tau)
-                rates = learning_rates(optimizer)
-                self._update(optimizer, schedule)
+                loss = self._accumulate(window, parts.model, k, tau)
+                rates = learning_rates(parts.optimizer)
+                self._update(parts)
                 self.step += 1
                 videos = sum(len(batch.videos.video_ids) for batch in window)
                 self.run.record(
@@ -152,16 +158,16 @@ class Trainer:
             total += value * share
         return total
 
-    def _update(self, optimizer: Optimizer, schedule: LambdaLR) -> None:
+    def _update(self, parts: _Prepared) -> None:
         self.method.after_backward(self.step)
         if self.config.grad_norm != -1:
             self.accelerator.unscale_gradients()
             clip_gradients(self.model.parameters(), self.config.grad_norm)
-        optimizer.step()
+        parts.optimizer.step()
         # fp16's scaler may have skipped the update; the schedule counts real ones.
         if not self.accelerator.optimizer_step_was_skipped:
-            schedule.step()
-        optimizer.zero_grad()
+            parts.schedule.step()
+        parts.optimizer.zero_grad()
         clamp_logit_scale(self.model.clip)
 
     def _diverged(self, value: float, batch: TrainBatch) -> UserError:

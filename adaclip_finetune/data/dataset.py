@@ -102,12 +102,13 @@ class VideoReader:
             subset=config.num_frm_subset,
             random=random,
         )
-        pixels = self.store.read(video_id, indices.tolist())
+        different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
+        pixels = self.store.read(video_id, different.tolist())
         policy_frames = self._policy_frames(pixels)
         return VideoItem(
             video_id,
-            _padded(to_square(pixels, self.image), config.num_frm, 0),
-            None if policy_frames is None else _padded(policy_frames, config.num_frm, 0),
+            _padded(to_square(pixels, self.image)[place], config.num_frm, 0),
+            None if policy_frames is None else _padded(policy_frames[place], config.num_frm, 0),
             _padded(indices, config.num_frm, -1),
         )
 

@@ -51,7 +51,8 @@ def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     for group in sorted({name for event in train for name in event["lr"]}):
         points = [(event["step"], event["lr"][group]) for event in train if group in event["lr"]]
         rate.plot(*zip(*points, strict=True), label=group)
-    rate.set_yscale("log")
+    if any(value > 0 for event in train for value in event["lr"].values()):
+        rate.set_yscale("log")
     rate.set_title("learning rate")
     if train:
         rate.legend(fontsize=8)

@@ -1,10 +1,14 @@
 """Shared fixtures: where ../shared is, and a CLIP of two blocks a tower that builds in milliseconds."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 # The tensors are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -36,3 +40,59 @@ def build_tiny_clip(seed: int = 0) -> open_clip.CLIP:
 def tiny_clip() -> open_clip.CLIP:
     """See `build_tiny_clip`."""
     return build_tiny_clip()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Settings of a data set of a dozen videos (folders of coloured images) and a CLIP folder, all written in a second."""
+    folder = tmp_path_factory.mktemp("project")
+    write_clip_folder(folder / "clip")
+    colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
+    generator = np.random.default_rng(0)
+    annotation = {}
+    for number in range(12):
+        name, colour = f"video{number}", list(colours)[number % 4]
+        frames = folder / "frames" / name
+        frames.mkdir(parents=True)
+        for index in range(1, 9):
+            pixels = np.full((36, 40, 3), colours[colour]) + generator.integers(-20, 20, (36, 40, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(frames / f"image_{index:05d}.jpg")
+        annotation[name] = {"sentences": [f"a {colour} thing number {number}", f"it is {colour}"]}
+    for split, names in {"train": range(12), "val": range(6), "test": range(4, 12)}.items():
+        content = {f"video{number}": annotation[f"video{number}"] for number in names}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return {
+        "dataset": "tiny",
+        "train_annot": str(folder / "train.json"),
+        "val_annot": str(folder / "val.json"),
+        "test_annot": str(folder / "test.json"),
+        "frames_dir": str(folder / "frames"),
+        "clip_weights": str(folder / "clip"),
+        "policy_backbone": "raw",
+        "rescale_size": 8,
+        "hidden_dim": 64,
+        "mlp_hidden_dim": 32,
+        "num_frm": 6,
+        "top_k": 2,
+        "batch_size": 4,
+        "num_epochs": 2,
+        "num_workers": 0,
+        "frame_agg": "mlp",
+        "learning_rate": 1e-3,
+        "coef_lr": 0.1,
+        "device": "cpu",
+    }
+
+
+def write_clip_folder(folder: Path, seed: int = 0) -> None:
+    """`build_tiny_clip` as an open_clip folder: a config and float32 safetensors."""
+    folder.mkdir()
+    model_cfg = {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+    save_file(build_tiny_clip(seed).state_dict(), folder / "open_clip_model.safetensors")

@@ -41,10 +41,10 @@ class RunFolder:
     refused leaves no folder; what is said and written until then is kept and follows.
     """
 
-    def __init__(self, config: Config, stream: TextIO = sys.stdout) -> None:
+    def __init__(self, config: Config, stream: TextIO | None = None) -> None:
         self.path: Path | None = None
         self.events: list[dict[str, Any]] = []
-        self._config, self._stream = config, stream
+        self._config, self._stream = config, stream or sys.stdout
         self._waiting: dict[str, str] = {}
         self._started = time.monotonic()
         self._writer: SummaryWriter | None = None

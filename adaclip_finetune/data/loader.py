@@ -65,6 +65,10 @@ class TrainLoader:
         for collated in self._loader:
             yield self._checked(collated)
 
+    def close(self) -> None:
+        """End the reading processes."""
+        stop_workers(self._loader)
+
     def _checked(self, collated: Collated) -> TrainBatch:
         self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
         if collated.videos is None:
@@ -93,6 +97,10 @@ class GalleryLoader:
             dataset, config, [list(range(start, min(start + size, len(dataset)))) for start in starts]
         )
 
+    def close(self) -> None:
+        """End the reading processes."""
+        stop_workers(self._loader)
+
     def __len__(self) -> int:
         return len(self._loader)
 
@@ -107,7 +115,7 @@ class GalleryLoader:
 
 
 def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collated]:
-    """A torch loader of `batches` (lists of what the dataset is asked for); workers live as long as it does."""
+    """A torch loader of `batches` (lists of what the dataset is asked for); its workers live until `stop_workers`."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -118,6 +126,14 @@ def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collat
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader's own draws must not move the model's random state
     )
+
+
+def stop_workers(loader: DataLoader[Collated]) -> None:
+    """End the loader's worker processes. Left to the garbage collector, each is waited for five seconds."""
+    iterator = loader._iterator
+    if iterator is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Plan(Sampler[list[tuple[int, int]]]):

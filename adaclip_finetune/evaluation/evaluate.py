@@ -53,13 +53,17 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Evaluates models on one split, time and again; its reading processes live as long as it does."""
+    """Evaluates models on one split, time and again; its reading processes live until `close`."""
 
     def __init__(self, split: EvaluationSplit, config: Config, loaded: LoadedClip, label: str) -> None:
         self.split, self.config, self.label = split, config, label
         self._tokenize = loaded.tokenize
         dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, loaded.image))
         self._loader = GalleryLoader(dataset, config)
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self._loader.close()
 
     @torch.no_grad()
     def __call__(self, model: VideoRetriever) -> EvaluationResult:

@@ -7,6 +7,7 @@ epoch by validation, reload it, evaluate the test annotation once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -54,8 +55,7 @@ def evaluate_only(config: Config) -> EvaluationResult:
         _open(run, session)
         rows = {"zero-shot": _zero_shot(session, split, "test")}
         if config.resume:
-            evaluator = Evaluator(split, config, session.loaded, "test")
-            rows[Path(config.resume).name] = _evaluate(session, evaluator)
+            rows[Path(config.resume).name] = _evaluate_once(session, split, "test")
         else:
             run.say("no --resume FILE, so this is CLIP as it is")
         result = list(rows.values())[-1]
@@ -90,9 +90,10 @@ class _Fit:
         if selected_on_test:
             run.say(f"WARNING: every figure of this run is {SELECTED_ON_TEST}")
         zero_shot = _zero_shot(session, split, name)
-        self._train(loader, Evaluator(validation, config, session.loaded, "validation"))
+        with closing(loader), closing(Evaluator(validation, config, session.loaded, "validation")) as evaluator:
+            self._train(loader, evaluator)
         best = self._reload_best()
-        final = _evaluate(session, Evaluator(split, config, session.loaded, name))
+        final = _evaluate_once(session, split, name)
         result = FitResult(
             zero_shot=zero_shot,
             final=final,
@@ -208,12 +209,19 @@ def _zero_shot(session: Session, split: EvaluationSplit, name: str) -> Evaluatio
     """Measured with the pretrained towers, before anything learns, and printed first."""
     config, pretrained = zero_shot_config(session.config), session.pretrained()
     model = VideoRetriever(config, pretrained).to(session.accelerator.device)
-    evaluator = Evaluator(split, config, pretrained, f"zero-shot on {name}")
-    with session.accelerator.autocast():
+    with (
+        closing(Evaluator(split, config, pretrained, f"zero-shot on {name}")) as evaluator,
+        session.accelerator.autocast(),
+    ):
         result = evaluator(model)
     session.run.say(f"zero-shot on {name} ({config.num_frm} uniform frames, mean)  {one_line(result.metrics)}")
     session.run.record("zero_shot", 0, metrics=result.as_dict())
     return result
+
+
+def _evaluate_once(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult:
+    with closing(Evaluator(split, session.config, session.loaded, name)) as evaluator:
+        return _evaluate(session, evaluator)
 
 
 def _evaluate(session: Session, evaluator: Evaluator) -> EvaluationResult:

@@ -1,7 +1,7 @@
 """Frames → one video vector, words → one sentence vector.
 
-MLP-Score (AdaCLIP, Hu et al. 2023) scores each frame by a small network, so that the video vector does not depend on the
-query and can be indexed. QScore (CLIP-Hitchhiker, Bain et al. 2022) weighs frames by their similarity to the query.
+MLP-Score (AdaCLIP, Hu et al. 2023) scores each frame by a small network, so that the video vector does not depend on
+the query and can be indexed. QScore (CLIP-Hitchhiker, Bain et al. 2022) weighs frames by their similarity to the query.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class QueryScoreAggregator(FrameAggregator):
 
 
 class WordAggregator(nn.Module):
-    """Word embeddings (T, L, D) and which count (T, L) → (T, D): MLP-Score, or a transformer and a linear score, over words."""
+    """Word embeddings (T, L, D) and which count (T, L) → (T, D).
+
+    `mlp` is MLP-Score over words; `transformer` one CLIP block, which sees the words that count, and a linear score.
+    """
 
     def __init__(self, kind: str, width: int, temperature: float) -> None:
         super().__init__()

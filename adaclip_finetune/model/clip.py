@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
+from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 from adaclip_finetune.data.preprocess import ImageSpec
@@ -21,8 +22,8 @@ from adaclip_finetune.errors import UserError
 class LoadedClip:
     """The towers and how to feed them.
 
-    `tokenize(texts, max_len)` gives int64 (n, max_len), cut at max_len keeping the end token; a tower that needs its whole
-    context gets it padded to that. `count_cut(texts, max_len)` says how many texts lose words that way.
+    `tokenize(texts, max_len)` gives int64 (n, max_len), cut at max_len keeping the end token; a tower that needs its
+    whole context gets it padded to that. `count_cut(texts, max_len)` says how many texts lose words that way.
     """
 
     module: nn.Module
@@ -42,9 +43,8 @@ def text_tower(clip: nn.Module) -> nn.Module:
 
 def embedding_width(clip: nn.Module) -> int:
     """D, the width of the shared embedding space."""
-    visual = clip.visual
-    for owner, name in ((visual, "output_dim"), (text_tower(clip), "output_dim")):
-        if isinstance(width := getattr(owner, name, None), int):
+    for owner in (clip.visual, text_tower(clip)):
+        if isinstance(width := getattr(owner, "output_dim", None), int):
             return width
     projection = text_tower(clip).text_projection
     assert isinstance(projection, Tensor)
@@ -64,27 +64,30 @@ def text_positions(clip: nn.Module) -> Tensor | None:
 
 
 def encode_images(clip: nn.Module, pixels: Tensor) -> Tensor:
-    """Normalised images (n, 3, S, S) → embeddings (n, D), not normalised."""
-    embeddings = clip.encode_image(pixels)  # type: ignore[operator]
+    """Normalised images (n, 3, S, S) → embeddings (n, D), not normalised. `clip` holds the image tower as `visual`."""
+    out = clip.get_submodule("visual")(pixels)
+    # CoCa's tower gives the embeddings of its patches too.
+    embeddings = out[0] if isinstance(out, tuple) else out
     assert isinstance(embeddings, Tensor)
     return embeddings
 
 
 def pools_at_end_token(clip: nn.Module) -> bool:
-    """True for a causal text tower whose sentence is the output at the end token: what follows that token cannot matter."""
+    """True for a causal text tower whose sentence is the output at the end token: what follows it cannot matter."""
     tower = text_tower(clip)
     return (
         isinstance(getattr(tower, "attn_mask", None), Tensor)
-        and _pool_type(clip) in ("argmax", "eos")
+        and _text_setting(clip, "pool_type") in ("argmax", "eos")
         and getattr(tower, "cls_emb", None) is None
     )
 
 
 def end_positions(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Where the end token stands in each row of token_ids (T, L): int64 (T,)."""
-    if _pool_type(clip) == "eos":
-        end_id = getattr(clip, "text_eos_id", None) or getattr(text_tower(clip), "eos_id", None)
-        return (token_ids == end_id).int().argmax(dim=-1)
+    if _text_setting(clip, "pool_type") == "eos":
+        is_end: Tensor = token_ids == _text_setting(clip, "eos_id")
+        return is_end.int().argmax(dim=-1)
+    # In CLIP's vocabulary the end token has the highest number.
     return token_ids.argmax(dim=-1)
 
 
@@ -101,9 +104,7 @@ def trim_padding(clip: nn.Module, token_ids: Tensor) -> Tensor:
 def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Token ids (T, L) → sentence embeddings (T, D), not normalised."""
     if not pools_at_end_token(clip):
-        embeddings = clip.encode_text(token_ids)  # type: ignore[operator]
-        assert isinstance(embeddings, Tensor)
-        return embeddings
+        return cast(_Clip, clip).encode_text(token_ids)
     hidden = _text_hidden(clip, token_ids)
     rows = torch.arange(len(hidden), device=hidden.device)
     return _project_text(clip, hidden[rows, end_positions(clip, token_ids)])
@@ -121,28 +122,42 @@ def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return _project_text(clip, _text_hidden(clip, token_ids)), is_word
 
 
-def _pool_type(clip: nn.Module) -> str:
-    return str(getattr(clip, "text_pool_type", getattr(text_tower(clip), "pool_type", "")))
+class _Clip(Protocol):
+    """What every CLIP module of open_clip can do."""
+
+    def encode_text(self, text: Tensor) -> Tensor: ...
+
+
+class _CausalText(Protocol):
+    """What holds the parts of a causal text tower."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: Tensor  # (context_length, width)
+    transformer: Transformer
+    attn_mask: Tensor  # (context_length, context_length)
+    ln_final: nn.LayerNorm
+    text_projection: Tensor | nn.Linear | None
+
+
+def _text_setting(clip: nn.Module, name: str) -> Any:
+    """`pool_type` or `eos_id` of the text tower, which a CLIP that is its own text tower keeps as `text_…`."""
+    tower = text_tower(clip)
+    return getattr(tower, f"text_{name}", getattr(tower, name, None))
 
 
 def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Causal tower: the hidden states (T, L, width) of the first L positions, after ln_final."""
-    tower, length = text_tower(clip), token_ids.shape[1]
-    dtype = tower.transformer.get_cast_dtype()  # type: ignore[operator, union-attr]
-    hidden = tower.token_embedding(token_ids).to(dtype)  # type: ignore[operator]
-    hidden = hidden + tower.positional_embedding[:length].to(dtype)  # type: ignore[index]
-    hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])  # type: ignore[operator, index]
-    out = tower.ln_final(hidden)  # type: ignore[operator]
-    assert isinstance(out, Tensor)
+    tower, length = cast(_CausalText, text_tower(clip)), token_ids.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    hidden = tower.token_embedding(token_ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
+    out: Tensor = tower.ln_final(hidden)
     return out
 
 
 def _project_text(clip: nn.Module, hidden: Tensor) -> Tensor:
-    projection = text_tower(clip).text_projection
+    projection = cast(_CausalText, text_tower(clip)).text_projection
     if projection is None:
         return hidden
-    if isinstance(projection, nn.Module):
-        out = projection(hidden)
-        assert isinstance(out, Tensor)
-        return out
-    return F.linear(hidden, projection.T)  # type: ignore[union-attr]
+    out: Tensor = projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
+    return out

@@ -1,7 +1,7 @@
 """GFLOPs of each part, as multiply-adds, counted and not looked up.
 
-The field's figures (ViT-B/32's image tower: 4.36) are the multiply-adds with weights: linear layers and convolutions. The
-products of activations with activations inside attention (there 0.05) are left out of them; they are counted beside.
+The field's figures (ViT-B/32's image tower: 4.36) are the multiply-adds with weights: linear layers and convolutions.
+The products of activations with activations inside attention (there 0.05) are no part of them; they are counted beside.
 
 PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic.
 Two things are hidden from it: attention's fast path, which is switched off here, and LSTMs, which go by formula.
@@ -10,7 +10,6 @@ Two things are hidden from it: attention's fast path, which is switched off here
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 
@@ -19,20 +18,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaclip_finetune.data.preprocess import IMAGENET
-from adaclip_finetune.model.clip import encode_images
-from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone
+from adaclip_finetune.model.clip import embedding_width
+from adaclip_finetune.model.policy import Backbone, CnnBackbone, FrozenClipBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.selector import RecurrentEncoder
-
 
 _WITH_WEIGHTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
 
 
 @dataclass(frozen=True)
 class Gflops:
-    """10⁹ multiply-adds. `clip_frame`, `policy_frame`: for one frame; the others for one video (N candidates, K chosen).
+    """10⁹ multiply-adds. `clip_frame` and `policy_frame` are for one frame, the others for one video.
 
-    `video` sums a video's way; `video_attention` is what the products inside attention add to it.
+    `video` sums a video's way, N candidates and K chosen; `video_attention` is what the products inside attention add.
     """
 
     clip_frame: float
@@ -50,23 +48,32 @@ class Gflops:
 
 def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
     """Count a video's way through the model in evaluation: all N frames through the policy, K through CLIP."""
-    size, k, selector = model.image_spec.size, model.top_k, model.selector
-    clip = meta_copy(model.clip)
-    clip_frame = _count(lambda: encode_images(clip, _meta(1, 3, size, size)))
-    width = encode_images(clip, _meta(1, 3, size, size)).shape[-1]
-    tail = _count_tail(model, k, width)
+    size, selector = model.image_spec.size, model.selector
+    visual, width = model.clip.get_submodule("visual"), embedding_width(model.clip)
+    frame = _count(visual, 1, 3, size, size)
     policy_frame = encoder = scorer = _Count()
     if selector is not None:
         policy_frame = _count_policy(selector.backbone, size)
-        feature_dim = width if selector.backbone is None else selector.backbone.feature_dim
+        feature_dim = selector.backbone.feature_dim if selector.backbone else width
         encoder = _count_encoder(selector.encoder, num_frm, feature_dim)
-        head = meta_copy(selector.scorer)
-        scorer = _count(lambda: head(_meta(1, num_frm, selector.scorer[0].in_features)))
-        # The policy `clip` looks at all N frame embeddings, and so needs them.
-        k = num_frm if selector.backbone is None else k
-    video = clip_frame * k + policy_frame * num_frm + encoder + scorer + tail
-    parts = (clip_frame, policy_frame, encoder, scorer, tail, video)
-    return Gflops(*(part.with_weights / 1e9 for part in parts), video_attention=video.in_attention / 1e9)
+        scorer = _count(selector.scorer, 1, num_frm, next(selector.scorer.parameters()).shape[1])
+    tail = _Count()
+    # A query-dependent aggregator costs nothing until a query comes.
+    for part in (model.header, None if model.aggregator.query_dependent else model.aggregator):
+        if part is not None:
+            tail += _count(part, 1, model.top_k, width)
+    # The policy `clip` looks at all N frame embeddings, and so needs them.
+    encoded = num_frm if selector is not None and selector.backbone is None else model.top_k
+    video = frame * encoded + policy_frame * num_frm + encoder + scorer + tail
+    return Gflops(
+        clip_frame=frame.with_weights / 1e9,
+        policy_frame=policy_frame.with_weights / 1e9,
+        temporal_encoder=encoder.with_weights / 1e9,
+        scorer=scorer.with_weights / 1e9,
+        header_and_aggregator=tail.with_weights / 1e9,
+        video=video.with_weights / 1e9,
+        video_attention=video.in_attention / 1e9,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,33 +90,20 @@ class _Count:
         return _Count(*(getattr(self, f.name) * times for f in fields(self)))
 
 
-def meta_copy(module: nn.Module) -> nn.Module:
-    """The same module with all its tensors on the meta device: a copy that costs no memory. float32 throughout."""
+def _meta_copy(module: nn.Module) -> nn.Module:
+    """The same module, frozen, with all its tensors on the meta device: a copy that costs no memory. float32."""
     memo: dict[int, Tensor] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo).float()
 
 
-def _count_tail(model: VideoRetriever, k: int, width: int) -> _Count:
-    # A query-dependent aggregator costs nothing until a query comes.
-    parts = [model.header, None if model.aggregator.query_dependent else model.aggregator]
-    total = _Count()
-    for part in parts:
-        if part is not None:
-            on_meta = meta_copy(part)
-            total += _count(lambda on_meta=on_meta: on_meta(_meta(1, k, width)))  # type: ignore[misc]
-    return total
-
-
-def _count_policy(backbone: nn.Module | None, clip_size: int) -> _Count:
+def _count_policy(backbone: Backbone | None, clip_size: int) -> _Count:
     if isinstance(backbone, CnnBackbone):
-        cnn = meta_copy(backbone.cnn)
-        return _count(lambda: cnn(_meta(1, 3, IMAGENET.size, IMAGENET.size)))
+        return _count(backbone.cnn, 1, 3, IMAGENET.size, IMAGENET.size)
     if isinstance(backbone, FrozenClipBackbone):
-        visual = meta_copy(backbone.visual)
-        return _count(lambda: visual(_meta(1, 3, clip_size, clip_size)))
+        return _count(backbone.visual, 1, 3, clip_size, clip_size)
     return _Count()
 
 
@@ -119,23 +113,20 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
     if isinstance(encoder, RecurrentEncoder):
         hidden = encoder.rnn.hidden_size
         return _Count(encoder.directions * num_frm * 4 * hidden * (feature_dim + hidden))
-    on_meta = meta_copy(encoder)
-    return _count(lambda: on_meta(_meta(1, num_frm, feature_dim)))
+    return _count(encoder, 1, num_frm, feature_dim)
 
 
-def _count(forward: Callable[[], object]) -> _Count:
+def _count(module: nn.Module, *shape: int) -> _Count:
+    """The multiply-adds of the module in evaluation for an input of this shape."""
+    on_meta = _meta_copy(module).eval()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter:
-            forward()
+            on_meta(torch.empty(*shape, device="meta"))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     # The counter counts a multiply-add as two operations.
     by_operation = counter.get_flop_counts().get("Global", {})
     with_weights = sum(count for operation, count in by_operation.items() if operation in _WITH_WEIGHTS) / 2
     return _Count(with_weights, counter.get_total_flops() / 2 - with_weights)
-
-
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="meta")

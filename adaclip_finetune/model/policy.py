@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -38,7 +39,7 @@ class CnnBackbone(nn.Module):
 
     def __init__(self, name: str, weights: str, frozen: bool) -> None:
         super().__init__()
-        self.cnn, self.feature_dim = _headless(name, weights)
+        self.cnn, self.feature_dim = _without_classifier(name, _torchvision_model(name, weights))
         self.frozen = frozen
         self.requires_grad_(not frozen)
 
@@ -49,7 +50,7 @@ class CnnBackbone(nn.Module):
     def forward(self, policy_frames: Tensor, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
         pixels = normalise(policy_frames.flatten(0, 1), IMAGENET.mean, IMAGENET.std).to(dtype)
         features: Tensor = self.cnn(pixels * frame_mask.flatten()[:, None, None, None])
-        return features.unflatten(0, policy_frames.shape[:2])
+        return features.reshape(*frame_mask.shape, -1)
 
 
 class FrozenClipBackbone(nn.Module):
@@ -57,7 +58,7 @@ class FrozenClipBackbone(nn.Module):
 
     def __init__(self, clip: nn.Module, width: int) -> None:
         super().__init__()
-        self.visual = copy.deepcopy(clip.visual).requires_grad_(False).eval()
+        self.visual = copy.deepcopy(clip.get_submodule("visual")).requires_grad_(False).eval()
         self.feature_dim = width
 
     def train(self, mode: bool = True) -> FrozenClipBackbone:
@@ -66,16 +67,14 @@ class FrozenClipBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        return encode_images(self, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """What `encode_images` asks of a CLIP module."""
-        embeddings: Tensor = self.visual(pixels)
-        return embeddings
+        return encode_images(self, pixels.flatten(0, 1)).reshape(*pixels.shape[:2], -1)
 
 
-def build_backbone(config: Config, clip: nn.Module, width: int) -> RawBackbone | CnnBackbone | FrozenClipBackbone | None:
-    """The backbone that `policy_backbone` names; None for `clip`, whose features are the frame embeddings themselves."""
+Backbone = RawBackbone | CnnBackbone | FrozenClipBackbone
+
+
+def build_backbone(config: Config, clip: nn.Module, width: int) -> Backbone | None:
+    """What `policy_backbone` names; None for `clip`, whose features are the frame embeddings themselves."""
     if config.policy_backbone == "raw":
         return RawBackbone(config.rescale_size)
     if config.policy_backbone == "frozen_clip":
@@ -85,29 +84,31 @@ def build_backbone(config: Config, clip: nn.Module, width: int) -> RawBackbone |
     return CnnBackbone(config.policy_backbone, config.policy_weights, config.freeze_cnn)
 
 
-def _headless(name: str, weights: str) -> tuple[nn.Module, int]:
-    cnn = _torchvision_model(name, weights)
+def _without_classifier(name: str, cnn: Any) -> tuple[nn.Module, int]:
+    """The CNN without its class scores, and how many features it then gives."""
     if name == "resnet50":
         width, cnn.fc = cnn.fc.in_features, nn.Identity()
-        return cnn, width
-    if name == "mobilenet_v2":
+    elif name == "mobilenet_v2":
         width, cnn.classifier = cnn.classifier[1].in_features, nn.Identity()
-        return cnn, width
-    # MobileNetV3's last pretrained linear layer and its activation are features; only the class scores go.
-    cnn.classifier = cnn.classifier[:2]
-    return cnn, cnn.classifier[0].out_features
+    else:
+        # MobileNetV3's last hidden layer is pretrained too: its output, activated, is the features.
+        cnn.classifier = cnn.classifier[:2]
+        width = cnn.classifier[0].out_features
+    return cnn, width
 
 
 def _torchvision_model(name: str, weights: str) -> nn.Module:
+    cnn: nn.Module
     if weights in ("imagenet", "random"):
         try:
-            return torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
-        except OSError as error:
+            cnn = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+        except (OSError, RuntimeError) as error:  # no network; or what came is not what was asked for
             raise UserError(
                 f"policy_weights: torchvision's ImageNet weights of {name} could not be downloaded ({error}).\n"
-                "Ways out: run once with a network (they stay in torch's hub cache, TORCH_HOME); set policy_weights to a file "
-                "with them; policy_weights random; or another policy_backbone (raw, clip and frozen_clip need no download)."
+                "Ways out: run once with a network (they stay in torch's hub cache, TORCH_HOME); set policy_weights to "
+                "a file with them, or to random; or take a policy_backbone that needs none (raw, clip, frozen_clip)."
             ) from error
+        return cnn
     cnn = torchvision.models.get_model(name, weights=None)
-    strict_load(cnn, read_state_dict(Path(weights)), weights)
+    strict_load(cnn, read_state_dict(Path(weights)), f"policy_weights: {weights}")
     return cnn

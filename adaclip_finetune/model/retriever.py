@@ -164,7 +164,7 @@ class VideoRetriever(nn.Module):
                 len(frames), 0, towers.embedding_width(self.clip), device=frames.device, dtype=self._dtype()
             )
         embeddings = towers.encode_images(self.clip, self._pixels(frames, frame_mask).flatten(0, 1))
-        return _at_least_float32(embeddings).unflatten(0, frames.shape[:2])
+        return _at_least_float32(embeddings).reshape(*frames.shape[:2], -1)
 
     def _pixels(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pixels = normalise(frames, self.image_spec.mean, self.image_spec.std).to(self._dtype())

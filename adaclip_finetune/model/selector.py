@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config
 from adaclip_finetune.model.blocks import clip_blocks, start_small
 from adaclip_finetune.model.hard_topk import Selection, select_frames
-from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone, RawBackbone
+from adaclip_finetune.model.policy import Backbone
 
 
 class FrameSelector(nn.Module):
@@ -18,9 +18,7 @@ class FrameSelector(nn.Module):
     `backbone` makes the features from what the data set prepared for it; with None they are the frame embeddings.
     """
 
-    def __init__(
-        self, config: Config, backbone: RawBackbone | CnnBackbone | FrozenClipBackbone | None, width: int
-    ) -> None:
+    def __init__(self, config: Config, backbone: Backbone | None, width: int) -> None:
         super().__init__()
         self.backbone = backbone
         feature_dim = width if backbone is None else backbone.feature_dim

@@ -1,0 +1,221 @@
+"""The towers: equal to an independent CLIP (transformers'), and what is left out cannot be told from the result."""
+
+import re
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip import (
+    embedding_width,
+    encode_images,
+    encode_sentences,
+    encode_words,
+    pools_at_end_token,
+    text_blocks,
+    text_positions,
+    text_tower,
+    trim_padding,
+)
+
+WIDTH = 40
+VISION = {"image_size": 48, "patch_size": 16, "width": 64, "layers": 3, "head_width": 16}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
+END = 49407
+IDS = open_clip.tokenize(["a red square", "two small blue circles meet, then one of them leaves", "it", "stars"], 20)
+
+FROM_HF = [
+    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
+    (r"^vision_model\.post_layernorm", "visual.ln_post"),
+    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+]
+
+
+def openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of transformers' CLIPModel under OpenAI's names: projections transposed; q, k, v fused."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in FROM_HF:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        q, k, v = (renamed.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv")
+        renamed[name.replace(".q.", ".in_proj_")] = torch.cat([q, k, v])
+    return renamed
+
+
+def random_weights(module: nn.Module, seed: int = 0) -> None:
+    """Larger than an initialisation's, so that every part shows in the result."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.2 * noise if is_gain else 0.1 * noise)
+
+
+@pytest.fixture(params=[True, False], ids=["quick_gelu", "gelu"])
+def pair(request: pytest.FixtureRequest) -> tuple[CLIPModel, open_clip.CLIP]:
+    """transformers' CLIP and open_clip's with the same random weights."""
+    activation = {"hidden_act": "quick_gelu" if request.param else "gelu"}
+    theirs = CLIPModel(
+        CLIPConfig(
+            projection_dim=WIDTH,
+            text_config={
+                "hidden_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 192,
+                "max_position_embeddings": 20,
+                "vocab_size": 49408,
+                "eos_token_id": END,
+                **activation,
+            },
+            vision_config={
+                "hidden_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 256,
+                "image_size": 48,
+                "patch_size": 16,
+                **activation,
+            },
+        )
+    ).eval()
+    random_weights(theirs)
+    ours = open_clip.CLIP(WIDTH, VISION, TEXT, quick_gelu=request.param).eval()
+    ours.load_state_dict(openai_names(theirs.state_dict()))
+    return theirs, ours
+
+
+@torch.no_grad()
+def test_towers_equal_those_of_transformers(pair: tuple[CLIPModel, open_clip.CLIP]) -> None:
+    theirs, ours = pair
+    pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    images = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(encode_images(ours, pixels), images, atol=1e-5, rtol=1e-5)
+    sentences = theirs.text_projection(theirs.text_model(IDS).pooler_output)
+    assert sentences.std() > 0.1 and images.std() > 0.1
+    for ids in (IDS, trim_padding(ours, IDS)):
+        torch.testing.assert_close(encode_sentences(ours, ids), sentences, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_words_equal_those_of_transformers(pair: tuple[CLIPModel, open_clip.CLIP]) -> None:
+    theirs, ours = pair
+    ids = trim_padding(ours, IDS)
+    words, is_word = encode_words(ours, ids)
+    expected = theirs.text_projection(theirs.text_model(IDS).last_hidden_state)[:, : ids.shape[1]]
+    torch.testing.assert_close(words, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(is_word, ids != 0)
+    last = is_word.sum(dim=1) - 1
+    torch.testing.assert_close(words[torch.arange(4), last], encode_sentences(ours, IDS), atol=1e-6, rtol=1e-6)
+
+
+def custom(text: dict[str, Any], **vision: Any) -> open_clip.CustomTextCLIP:
+    clip = open_clip.CustomTextCLIP(WIDTH, {**VISION, **vision}, {**TEXT, **text})
+    random_weights(clip)
+    return clip.double().eval()
+
+
+CAUSAL = {
+    "CLIP": lambda: build_tiny_clip().double().eval(),
+    "custom text, argmax": lambda: custom({}),
+    "custom text, eos": lambda: custom({"pool_type": "eos", "eos_id": END}),
+    "custom text, biased projection": lambda: custom({"proj_bias": True}),
+    "custom text, no projection": lambda: custom({"proj_type": "none"}),
+    "CLIP, eos": lambda: open_clip.CLIP(WIDTH, VISION, {**TEXT, "pool_type": "eos", "eos_id": END}).double().eval(),
+}
+WHOLE_CONTEXT = {
+    "no causal mask": {"no_causal_mask": True},
+    "pooled last": {"pool_type": "last"},
+    "pooled last, no causal mask": {"pool_type": "last", "no_causal_mask": True},
+    "pooled first, no causal mask": {"pool_type": "first", "no_causal_mask": True},
+    "class token at the end": {"embed_cls": True},
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_causal_towers_need_only_the_tokens_up_to_the_end(name: str) -> None:
+    clip = CAUSAL[name]()
+    ids = torch.nn.functional.pad(IDS, (0, text_positions(clip).shape[0] - 20))
+    trimmed = trim_padding(clip, ids)
+    assert pools_at_end_token(clip)
+    assert trimmed.shape == (4, int((IDS != 0).sum(dim=1).max()))
+    whole = clip.encode_text(ids)
+    torch.testing.assert_close(encode_sentences(clip, ids), whole, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(encode_sentences(clip, trimmed), whole, atol=1e-9, rtol=1e-9)
+    words, is_word = encode_words(clip, trimmed)
+    rows = torch.arange(4)
+    torch.testing.assert_close(words[rows, is_word.sum(dim=1) - 1], whole, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", WHOLE_CONTEXT)
+@torch.no_grad()
+def test_other_towers_use_their_whole_context(name: str) -> None:
+    clip = custom(WHOLE_CONTEXT[name])
+    assert not pools_at_end_token(clip)
+    assert trim_padding(clip, IDS) is IDS
+    lengths: list[int] = []
+    clip.text.transformer.register_forward_hook(lambda _m, args, _o: lengths.append(args[0].shape[1]))
+    sentences = encode_sentences(clip, trim_padding(clip, IDS))
+    assert lengths == [clip.text.num_pos]
+    assert torch.equal(sentences, clip.encode_text(IDS))
+    with pytest.raises(UserError, match="word_agg"):
+        encode_words(clip, IDS)
+
+
+@torch.no_grad()
+def test_a_non_causal_clip_is_not_trimmed_either() -> None:
+    clip = open_clip.CLIP(WIDTH, VISION, {**TEXT, "no_causal_mask": True}).double().eval()
+    assert trim_padding(clip, IDS) is IDS
+    assert torch.equal(encode_sentences(clip, IDS), clip.encode_text(IDS))
+
+
+@torch.no_grad()
+def test_a_tower_that_also_gives_its_patches() -> None:
+    pixels = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain, with_patches = custom({}), custom({}, output_tokens=True)
+    assert torch.equal(encode_images(with_patches, pixels), encode_images(plain, pixels))
+
+
+def test_where_the_parts_are() -> None:
+    clip, split = build_tiny_clip(), custom({})
+    assert text_tower(clip) is clip and text_tower(split) is split.text
+    assert embedding_width(clip) == 64 and embedding_width(split) == WIDTH
+    assert text_blocks(split) == list(split.text.transformer.resblocks) and len(text_blocks(clip)) == 2
+    assert text_positions(split) is split.text.positional_embedding
+
+
+def test_gradients_reach_the_same_parameters_as_encode_text() -> None:
+    clip = build_tiny_clip().double()
+    upstream = torch.randn(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    ids = torch.nn.functional.pad(IDS, (0, 57))
+    (clip.encode_text(ids) * upstream).sum().backward()
+    expected = {name: p.grad.clone() for name, p in clip.named_parameters() if p.grad is not None}
+    clip.zero_grad()
+    (encode_sentences(clip, trim_padding(clip, ids)) * upstream).sum().backward()
+    assert len(expected) > 25
+    for name, parameter in clip.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=1e-9)

@@ -15,7 +15,7 @@ FRAMES_AT_ONCE = 64  # of a deep check, to bound its memory
 
 
 class UnreadableVideos(UserError):
-    """Videos that are needed and cannot be read; `reasons` has all of them, the message the first 20."""
+    """Videos that are needed and cannot be read; `reasons` tells of each."""
 
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -53,9 +53,9 @@ def short_videos(store: FrameStore, video_ids: Iterable[str], num_frm: int) -> l
     return [video_id for video_id in video_ids if store.count(video_id) < num_frm]
 
 
-def listing(reasons: Mapping[str, str]) -> str:
-    """One line a video, the first 20; then how many more."""
-    lines = [f"  {video_id}: {reason}" for video_id, reason in list(reasons.items())[:LISTED]]
-    if len(reasons) > LISTED:
-        lines.append(f"  and {len(reasons) - LISTED} more")
+def listing(reasons: Mapping[str, str], at_most: int | None = LISTED) -> str:
+    """One line a video, the first `at_most` (None: all); then how many more."""
+    lines = [f"  {video_id}: {reason}" for video_id, reason in list(reasons.items())[:at_most]]
+    if len(reasons) > len(lines):
+        lines.append(f"  and {len(reasons) - len(lines)} more")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
 def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> UnreadableVideos:
     """The error that an evaluation ends with rather than measure a smaller gallery unasked."""
     return UnreadableVideos(
-        f"{len(reasons)} of {num_listed} videos to evaluate cannot be read:\n{listing(reasons)}\n"
+        f"{len(reasons)} of {num_listed} videos to evaluate cannot be read:\n{listing(reasons, at_most=None)}\n"
         "Mend them or take them out of the annotation; --skip_missing evaluates the others "
         "and says beside each figure how many they are",
         reasons,

@@ -116,7 +116,7 @@ class _Fit:
             self._validate(epoch + 1, trainer.step, phase, evaluator)
 
         try:
-            trainer.train(epoch_end, self._method_changed)
+            trainer.train(epoch_end, lambda: self._method_changed(trainer.step))
         except Interrupted:
             self._save_interrupted(trainer.step)
             raise
@@ -165,10 +165,11 @@ class _Fit:
             load_weights(path, self.session.model)
         return self.best
 
-    def _method_changed(self) -> None:
+    def _method_changed(self, step: int) -> None:
         """IBS has selected: say what learns from here on, and keep its table."""
         self.session.recount()
         self.run.say(f"from here on\n{self.session.parameters}")
+        self.run.record("parameters", step, **self.session.parameters.as_dict())
         table, picture = self.run.file("ibs_parameters.csv"), self.run.file("ibs_parameters.png")
         if isinstance(self.session.method, ImportanceSelection) and table and picture:
             write_importance(table, picture, self.session.method.parameter_rows())
@@ -203,6 +204,7 @@ def _open(run: RunFolder, session: Session) -> None:
     """Nothing is left to refuse: make the run folder."""
     run.open()
     run.write_json("environment.json", environment(session.device))
+    run.record("parameters", 0, **session.parameters.as_dict(), gflops=session.gflops.as_dict())
 
 
 def _zero_shot(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult:

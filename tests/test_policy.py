@@ -1,0 +1,210 @@
+"""Policy backbones: torchvision's own pooled features, weights that stay, and the published tensors under our names."""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from conftest import build_tiny_clip
+from published import to_our_names
+from torch import Tensor, nn
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
+from adaclip_finetune.model.retriever import VideoRetriever
+
+CNNS = ["mobilenet_v3_large", "mobilenet_v2", "resnet50"]
+SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+
+
+def pooled_features(cnn: Any, name: str, pixels: Tensor) -> Tensor:
+    """What comes before the class scores, by torchvision's modules in their own order."""
+    if name == "resnet50":
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"):
+            pixels = getattr(cnn, part)(pixels)
+        return pixels.flatten(1)
+    features = cnn.features(pixels).mean(dim=(2, 3))
+    if name == "mobilenet_v2":
+        return features
+    hidden = cnn.classifier[0]
+    return nn.functional.hardswish(features @ hidden.weight.T + hidden.bias)
+
+
+def random_cnn(name: str) -> Any:
+    """With batch statistics of some images, without which features of random weights are all alike."""
+    torch.manual_seed(0)
+    cnn = torchvision.models.get_model(name, weights=None).train()
+    for module in cnn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        cnn(torch.randn(4, 3, 64, 64))
+    return cnn.eval()
+
+
+def video_batch(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("name", "width"), list(zip(CNNS, [1280, 1280, 2048], strict=True)))
+@torch.no_grad()
+def test_features_are_the_pooled_ones_of_torchvision(tmp_path: Path, name: str, width: int) -> None:
+    cnn = random_cnn(name)
+    torch.save(cnn.state_dict(), tmp_path / "cnn.pth")
+    backbone = CnnBackbone(name, str(tmp_path / "cnn.pth"), frozen=True).train()
+    frames, mask = video_batch(2, 2, 3, 64, 64), torch.tensor([[True, True], [True, False]])
+    features = backbone(frames, mask, torch.float32)
+    assert features.shape == (2, 2, backbone.feature_dim) == (2, 2, width)
+    mean, std = torch.tensor(IMAGENET.mean)[:, None, None], torch.tensor(IMAGENET.std)[:, None, None]
+    pixels = (frames.flatten(0, 1) / 255 - mean) / std
+    pixels[3] = 0
+    expected = pooled_features(cnn, name, pixels)
+    torch.testing.assert_close(features.flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
+    assert features.flatten(0, 1).std(dim=0).max() > 0.01
+
+
+def build(policy: str, weights: str = "random", **settings: Any) -> VideoRetriever:
+    config = load_config(None, {"policy_backbone": policy, "policy_weights": weights, "frame_agg": "mlp", **settings})
+    loaded = LoadedClip(build_tiny_clip(), SPEC, None, None, 77, "test")  # type: ignore[arg-type]
+    return VideoRetriever(config, loaded)
+
+
+@pytest.mark.parametrize("name", CNNS)
+@pytest.mark.parametrize("freeze_cnn", [True, False])
+def test_fault_pretrained_cnn_layers_overwritten_by_our_initialisation(
+    tmp_path: Path, name: str, freeze_cnn: bool
+) -> None:
+    """The published system drew the CNN's last layer anew, and then froze it."""
+    state = random_cnn(name).state_dict()
+    torch.save(state, tmp_path / "cnn.pth")
+    model = build(name, str(tmp_path / "cnn.pth"), freeze_cnn=freeze_cnn)
+    assert model.selector is not None and model.selector.backbone is not None
+    own = model.selector.backbone.cnn.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in own.items())
+    assert set(state) - set(own) == {key for key in state if key.startswith(("fc.", "classifier."))} - set(own)
+    if name == "mobilenet_v3_large":
+        assert "classifier.0.weight" in own
+
+
+def test_a_frozen_cnn_neither_learns_nor_drifts() -> None:
+    backbone = CnnBackbone("mobilenet_v3_large", "random", frozen=True).train()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    frames = video_batch(1, 2, 3, 32, 32)
+    first = backbone(frames, torch.ones(1, 2, dtype=torch.bool), torch.float32)
+    assert not first.requires_grad
+    assert torch.equal(first, backbone(frames, torch.ones(1, 2, dtype=torch.bool), torch.float32))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_a_learning_cnn_learns() -> None:
+    backbone = CnnBackbone("mobilenet_v3_large", "random", frozen=False).train()
+    backbone(video_batch(1, 2, 3, 32, 32), torch.ones(1, 2, dtype=torch.bool), torch.float32).sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), ConnectionResetError(), RuntimeError("invalid hash value")])
+def test_imagenet_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(UserError, match=r"(?s)policy_weights: .*mobilenet_v3_large.*TORCH_HOME.*random.*raw, clip"):
+        build("mobilenet_v3_large", "imagenet")
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cnn.pth"
+    torch.save(random_cnn("mobilenet_v2").state_dict(), path)
+    with pytest.raises(UserError, match=r"policy_weights: .*cnn\.pth does not fit .*(\n.*)*missing: conv1\.weight"):
+        build("resnet50", str(path))
+
+
+def test_old_torchvision_files_lack_batch_counters(tmp_path: Path) -> None:
+    state = random_cnn("mobilenet_v2").state_dict()
+    torch.save({k: v for k, v in state.items() if "num_batches_tracked" not in k}, tmp_path / "cnn.pth")
+    backbone = CnnBackbone("mobilenet_v2", str(tmp_path / "cnn.pth"), frozen=True)
+    assert torch.equal(backbone.cnn.features[0][0].weight, state["features.0.0.weight"])
+
+
+def test_raw_thumbnails() -> None:
+    frames, mask = video_batch(2, 3, 1, 4, 4), torch.tensor([[True] * 3, [True, False, True]])
+    features = RawBackbone(4)(frames, mask, torch.float64)
+    expected = frames.double().reshape(2, 3, 16) / 255
+    expected[1, 1] = 0
+    assert features.dtype == torch.float64
+    torch.testing.assert_close(features, expected)
+
+
+def test_frozen_clip_is_a_copy_that_stays() -> None:
+    clip = build_tiny_clip()
+    backbone = FrozenClipBackbone(clip, 64).train()
+    pixels = torch.randn(2, 3, 3, 32, 32)
+    features = backbone(pixels)
+    assert features.shape == (2, 3, 64) and not features.requires_grad
+    torch.testing.assert_close(features.flatten(0, 1), clip.encode_image(pixels.flatten(0, 1)).detach())
+    with torch.no_grad():
+        clip.visual.proj.zero_()
+    assert torch.equal(backbone(pixels), features)
+    assert not any(module.training for module in backbone.modules() if module is not backbone)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("raw", RawBackbone), ("frozen_clip", FrozenClipBackbone), ("clip", type(None)), ("resnet50", CnnBackbone)],
+)
+def test_names(name: str, kind: type) -> None:
+    config = load_config(None, {"policy_backbone": name, "policy_weights": "random"})
+    assert isinstance(build_backbone(config, build_tiny_clip(), 64), kind)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "ViT-B/32, mobilenet_v3_large policy, transformer, frame_agg mlp": {
+        "policy_backbone": "mobilenet_v3_large",
+        "frame_agg": "mlp",
+    },
+    "policy raw, rnn bilstm, frame_agg mlp": {"policy_backbone": "raw", "rnn": "bilstm", "frame_agg": "mlp"},
+    "policy raw, rnn lstm, mlp_type fc, frame_agg transformer": {
+        "policy_backbone": "raw",
+        "rnn": "lstm",
+        "mlp_type": "fc",
+        "frame_agg": "transformer",
+    },
+    "policy clip, no rnn, sim_header transformer": {
+        "policy_backbone": "clip",
+        "use_rnn": False,
+        "sim_header": "transformer",
+    },
+    "no policy, sim_header seqTransf, frame_agg qscore": {
+        "use_policy": False,
+        "sim_header": "seqTransf",
+        "frame_agg": "qscore",
+    },
+    "policy raw, word_agg mlp": {"policy_backbone": "raw", "word_agg": "mlp"},
+    "policy raw, word_agg transformer": {"policy_backbone": "raw", "word_agg": "transformer"},
+}
+
+
+def on_meta(config: Config) -> VideoRetriever:
+    with torch.device("meta"):
+        return VideoRetriever(config, load_clip(config, with_weights=False))
+
+
+def test_every_published_tensor_is_one_of_ours_and_no_other_exists(shared: Path) -> None:
+    layouts = json.loads((shared / "reference/published_checkpoint_layout.json").read_text())["settings"]
+    assert len(layouts) == len(PUBLISHED)
+    for begin, settings in PUBLISHED.items():
+        (published,) = (layout for name, layout in layouts.items() if name.startswith(begin))
+        model = on_meta(load_config(None, {"policy_weights": "random", "num_frm": 32, "top_k": 16, **settings}))
+        ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        if not any(name.startswith("clip.") for name in published):
+            ours = {name: shape for name, shape in ours.items() if not name.startswith("clip.")}
+        assert to_our_names(published) == ours, begin

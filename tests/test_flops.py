@@ -1,0 +1,151 @@
+"""GFLOPs are counted: the field's figure for ViT-B/32, hand counts of small parts, and what each setting adds."""
+
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.flops import Gflops, count_gflops
+from adaclip_finetune.model.retriever import VideoRetriever
+
+N, K = 6, 2
+WIDTH, EMBEDDING, PATCH, LAYERS, TOKENS = 48, 40, 16, 3, 10  # 3 x 3 patches and the class token
+SMALL = {"num_frm": N, "top_k": K, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8}
+
+
+def small(**settings: Any) -> VideoRetriever:
+    vision = {"image_size": 48, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "head_width": 16}
+    clip = open_clip.CLIP(EMBEDDING, vision, {"width": 64, "heads": 1, "layers": 1})
+    config = load_config(None, {"policy_backbone": "raw", "policy_weights": "random", **SMALL, **settings})
+    spec = ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "test"))  # type: ignore[arg-type]
+
+
+def counted(**settings: Any) -> Gflops:
+    return count_gflops(small(**settings), N)
+
+
+def block(tokens: int, width: int) -> float:
+    """Multiply-adds with weights of a CLIP block: q, k, v and out (4 w²), two layers of the MLP (8 w²)."""
+    return tokens * 12 * width**2
+
+
+def attention(tokens: int, width: int) -> float:
+    """Multiply-adds of queries with keys and of weights with values."""
+    return 2 * tokens**2 * width
+
+
+FRAME = 9 * 3 * PATCH**2 * WIDTH + LAYERS * block(TOKENS, WIDTH) + WIDTH * EMBEDDING
+FRAME_ATTENTION = LAYERS * attention(TOKENS, WIDTH)
+
+
+def giga(value: float) -> Any:
+    return pytest.approx(value / 1e9, rel=1e-12)
+
+
+def test_a_small_tower_by_hand() -> None:
+    found = counted(use_policy=False)
+    assert found.clip_frame == giga(FRAME)
+    assert found.video == giga(N * FRAME)
+    assert found.video_attention == giga(N * FRAME_ATTENTION)
+    assert found.policy_frame == found.temporal_encoder == found.scorer == found.header_and_aggregator == 0
+
+
+def test_vit_b_32_is_the_figure_of_the_field() -> None:
+    config = load_config(None, {"clip_backbone": "ViT-B/32", "policy_backbone": "frozen_clip"})
+    with torch.device("meta"):
+        found = count_gflops(VideoRetriever(config, load_clip(config, with_weights=False)), 16)
+    assert f"{found.clip_frame:.2f}" == "4.36"
+    by_hand = 49 * 3 * 32**2 * 768 + 12 * block(50, 768) + 768 * 512
+    assert found.clip_frame == giga(by_hand)
+    assert found.policy_frame == found.clip_frame
+    assert f"{12 * attention(50, 768) / 1e9:.2f}" == "0.05"  # as the module says
+
+
+def test_large_towers_take_no_memory() -> None:
+    config = load_config(None, {"clip_backbone": "ViT-L/14", "policy_backbone": "frozen_clip", "frame_agg": "mlp"})
+    with torch.device("meta"):
+        model = VideoRetriever(config, load_clip(config, with_weights=False))
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    found = count_gflops(model, 16)
+    by_hand = 256 * 3 * 14**2 * 1024 + 24 * block(257, 1024) + 1024 * 768
+    assert found.clip_frame == giga(by_hand)
+
+
+def test_temporal_encoders() -> None:
+    feature_dim, hidden = 8 * 8, 64
+    transformer = N * feature_dim * hidden + block(N, hidden)
+    assert counted().temporal_encoder == giga(transformer)
+    assert counted(rnn="lstm").temporal_encoder == giga(N * 4 * hidden * (feature_dim + hidden))
+    assert counted(rnn="bilstm").temporal_encoder == giga(2 * N * 4 * hidden * (feature_dim + hidden))
+    assert counted(use_rnn=False).temporal_encoder == 0
+
+
+def test_lstm_formula_is_its_weights() -> None:
+    for rnn in ("lstm", "bilstm"):
+        model = small(rnn=rnn)
+        assert model.selector is not None
+        weights = sum(p.numel() for name, p in model.selector.encoder.named_parameters() if "weight" in name)
+        assert count_gflops(model, N).temporal_encoder == giga(N * weights)
+
+
+def test_scorers() -> None:
+    assert counted().scorer == giga(N * (64 * 32 + 32))
+    assert counted(mlp_type="fc").scorer == giga(N * 64)
+    assert counted(use_rnn=False).scorer == giga(N * (8 * 8 * 32 + 32))
+
+
+def test_a_video_encodes_k_frames_after_the_policy_looked_at_n() -> None:
+    raw = counted()
+    assert raw.policy_frame == 0
+    assert raw.video == pytest.approx(K * raw.clip_frame + raw.temporal_encoder + raw.scorer)
+    cnn = counted(policy_backbone="mobilenet_v3_large")
+    rest = cnn.temporal_encoder + cnn.scorer
+    assert cnn.video == pytest.approx(K * cnn.clip_frame + N * cnn.policy_frame + rest)
+    assert cnn.policy_frame == pytest.approx(0.22, abs=0.005)  # torchvision's figure for this network
+    frozen = counted(policy_backbone="frozen_clip")
+    rest = frozen.temporal_encoder + frozen.scorer
+    assert frozen.video == pytest.approx((K + N) * frozen.clip_frame + rest)
+    assert frozen.policy_frame == frozen.clip_frame
+
+
+def test_the_policy_clip_encodes_all_frames_once() -> None:
+    found = counted(policy_backbone="clip")
+    assert found.policy_frame == 0
+    assert found.video == pytest.approx(N * found.clip_frame + found.temporal_encoder + found.scorer)
+    assert found.video_attention == giga(N * FRAME_ATTENTION + attention(N, 64))
+
+
+def test_heads() -> None:
+    d = EMBEDDING
+    assert counted(frame_agg="mlp").header_and_aggregator == giga(K * (2 * d * d + 2 * d * d + d))
+    assert counted(frame_agg="transformer").header_and_aggregator == giga(block(K, d) + K * d)
+    assert counted(sim_header="seqTransf").header_and_aggregator == giga(4 * block(K, d))
+    assert counted(frame_agg="qscore").header_and_aggregator == 0
+
+
+def test_counting_changes_nothing() -> None:
+    model = small(frame_agg="mlp", policy_backbone="mobilenet_v3_large").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    generator = torch.get_rng_state()
+    count_gflops(model, N)
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_frozen_half_precision_and_learning_models_count_alike() -> None:
+    model = small(frame_agg="mlp")
+    expected = count_gflops(model, N)
+    assert count_gflops(model.requires_grad_(False), N) == expected
+    assert count_gflops(model.bfloat16().eval(), N) == expected
+    assert set(expected.as_dict()) >= {"clip_frame", "policy_frame", "temporal_encoder", "scorer", "video"}

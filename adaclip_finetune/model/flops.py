@@ -3,8 +3,8 @@
 The field's figures (ViT-B/32's image tower: 4.36) are the multiply-adds with weights: linear layers and convolutions.
 The products of activations with activations inside attention (there 0.05) are no part of them; they are counted beside.
 
-PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic.
-Two things are hidden from it: attention's fast path, which is switched off here, and LSTMs, which go by formula.
+PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic. Two
+things would be hidden from it: attention's fast path, which the meta device does not take, and LSTMs, which go by formula.
 """
 
 from __future__ import annotations
@@ -119,13 +119,8 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
 def _count(module: nn.Module, *shape: int) -> _Count:
     """The multiply-adds of the module in evaluation for an input of this shape."""
     on_meta = _meta_copy(module).eval()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            on_meta(torch.empty(*shape, device="meta"))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with FlopCounterMode(display=False) as counter:
+        on_meta(torch.empty(*shape, device="meta"))
     # The counter counts a multiply-add as two operations.
     by_operation = counter.get_flop_counts().get("Global", {})
     with_weights = sum(count for operation, count in by_operation.items() if operation in _WITH_WEIGHTS) / 2

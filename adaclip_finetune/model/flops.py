@@ -3,8 +3,8 @@
 The field's figures (ViT-B/32's image tower: 4.36) are the multiply-adds with weights: linear layers and convolutions.
 The products of activations with activations inside attention (there 0.05) are no part of them; they are counted beside.
 
-PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic. Two
-things would be hidden from it: attention's fast path, which the meta device does not take, and LSTMs, which go by formula.
+PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic.
+Attention's fast path, which it would not see, is not taken there; LSTMs, of which it sees nothing, go by formula.
 """
 
 from __future__ import annotations

@@ -1,0 +1,177 @@
+"""What each part is worth on `dataset_example/`: frame choice, aggregation, method; five seeds, paired bootstrap.
+
+    python scripts/bench/ablation.py --work /tmp/ablation --seeds 5 --jobs 2
+
+Each row is `train.py --config cfgs/demo.json` with the flags that the table shows, `--jobs` runs at a time with one thread each. A
+run that is done (its similarity matrix lies in the work folder) is not done again. Prints Markdown for docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.frames import VideoFolder
+from adaclip_finetune.data.sampling import frame_indices
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "dataset_example"
+CONFIG = ROOT / "cfgs" / "demo.json"
+RESAMPLES = 10_000
+IBS = ["--peft.method", "ibs", "--peft.config.num_pre_epochs", "2", "--peft.config.keep_module_keywords"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: where its frames come from, and the flags that differ from the demo's."""
+
+    name: str
+    frames: str
+    flags: tuple[str, ...] = ()
+
+
+def rows(top_k: int, keywords: list[str]) -> list[Row]:
+    """All rows. The first is the baseline, evaluated once: it has no seed."""
+    fixed = ("--no_policy", "--num_frm", str(top_k))
+    mean = ("--frame_agg", "none")
+    return [
+        Row("zero-shot, K uniform, mean", "candidates", ("--do_inference",)),
+        Row("BitFit, K uniform, mean", "candidates", fixed + mean),
+        Row("BitFit, K uniform, MLP-Score", "candidates", fixed),
+        Row("BitFit, K random, MLP-Score", "random", fixed),
+        Row("BitFit, K by Hard-Top-k, mean", "candidates", mean),
+        Row("BitFit, K by Hard-Top-k, MLP-Score", "candidates"),
+        Row("BitFit, K by an oracle, MLP-Score", "oracle", fixed),
+        Row("IBS, K by Hard-Top-k, MLP-Score", "candidates", (*IBS, *keywords)),
+        Row("full, K by Hard-Top-k, MLP-Score", "candidates", ("--peft.method", "full", "--freeze_layer_num", "-1")),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for frames and results, outside the project")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    arguments = parser.parse_args()
+    config = load_config(CONFIG)
+    keywords = list(config.peft.config.keep_module_keywords)  # type: ignore[union-attr]
+    table = rows(config.top_k, keywords)
+    extract(arguments.work, config.num_frm, config.top_k)
+    jobs = [(row, seed) for seed in range(arguments.seeds) for row in table if seed == 0 or row is not table[0]]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(tqdm(pool.map(lambda job: run(arguments.work, *job), jobs), "runs", len(jobs)))
+    ranks = {row.name: np.stack([read_ranks(path(arguments.work, row, seed)) for seed in range(arguments.seeds)
+                                 if row is not table[0] or seed == 0]) for row in table}  # fmt: skip
+    print(report(table, ranks, needs_order(path(arguments.work, table[0], 0)), arguments.seeds))
+
+
+def extract(work: Path, num_frm: int, top_k: int) -> None:
+    """Frames as PNG: `candidates` (num_frm uniform ones), and of these top_k for each video at random, and by an oracle."""
+    done = work / "frames.done"
+    if done.exists():
+        return
+    store, random = VideoFolder(DATA / "videos", {}), np.random.default_rng(0)
+    for name, event in tqdm(json.loads((DATA / "events.json").read_text())["videos"].items(), "frames"):
+        indices = frame_indices(store.count(name), num_frm)
+        first, end = event["event"]
+        inside = np.flatnonzero((indices >= first) & (indices < end))
+        chosen = {
+            "candidates": np.arange(num_frm),
+            "random": np.sort(random.choice(num_frm, top_k, replace=False)),
+            "oracle": inside[np.linspace(0, len(inside), top_k, endpoint=False).astype(int)],
+        }
+        images = store.read(name, indices.tolist())
+        for kind, places in chosen.items():
+            folder = work / kind / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, place in enumerate(places, start=1):
+                Image.fromarray(images[place]).save(folder / f"{number:05d}.png")
+    done.touch()
+
+
+def path(work: Path, row: Row, seed: int) -> Path:
+    return work / "results" / f"{row.name.replace(' ', '_').replace(',', '')}-{seed}.npy"
+
+
+def run(work: Path, row: Row, seed: int) -> None:
+    """Train and evaluate one row with one seed, unless that is done."""
+    matrix = path(work, row, seed)
+    if matrix.with_suffix(".json").exists():
+        return
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG), "--video_dir", "none"]
+    command += ["--frames_dir", str(work / row.frames), "--img_tmpl", "{:05d}.png", "--num_workers", "0"]
+    command += ["--output_dir", str(work / "runs" / matrix.stem), "--save_similarity", str(matrix), "--seed", str(seed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *row.flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{row.name}, seed {seed}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def read_ranks(matrix: Path) -> NDArray[np.int64]:
+    """T2V ranks, ties counted against; its own arithmetic, so that it checks the package's."""
+    similarity, ids = np.load(matrix), json.loads(matrix.with_suffix(".json").read_text())
+    own = similarity[np.arange(len(similarity)), ids["video_of_query"]]
+    return (similarity >= own[:, None]).sum(axis=1)
+
+
+def needs_order(matrix: Path) -> NDArray[np.bool_]:
+    """Which queries can only be told apart by the order of frames."""
+    ids, events = json.loads(matrix.with_suffix(".json").read_text()), json.loads((DATA / "events.json").read_text())
+    return np.array([events["videos"][ids["videos"][video]]["needs_order"] for video in ids["video_of_query"]])
+
+
+def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArray[np.bool_], seeds: int) -> str:
+    """The table, and the share of the gap that Hard-Top-k closes."""
+    hits = {name: (rank == 1).mean(axis=0) * 100 for name, rank in ranks.items()}  # per query, mean over seeds
+    reference = hits["BitFit, K by Hard-Top-k, MLP-Score"]
+    lines = [
+        "| row | R@1 | 95 % | R@5 | MedR | R@1, order not needed / needed | R@1 minus the demo's row, paired 95 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        rank, hit = ranks[row.name], hits[row.name]
+        difference = "" if hit is reference else interval(lambda i, hit=hit: (hit[i] - reference[i]).mean(), len(hit))
+        lines.append(
+            f"| {row.name} | {hit.mean():.1f} | {interval(lambda i, hit=hit: hit[i].mean(), len(hit))} | "
+            f"{100 * (rank <= 5).mean():.1f} | {np.median(rank):.0f} | {hit[~ordered].mean():.1f} / {hit[ordered].mean():.1f} | "
+            f"{difference} |"
+        )
+    uniform, oracle = hits["BitFit, K uniform, MLP-Score"], hits["BitFit, K by an oracle, MLP-Score"]
+
+    def closed(i: NDArray[np.int64]) -> float:
+        return float(100 * (reference[i] - uniform[i]).mean() / (oracle[i] - uniform[i]).mean())
+
+    whole = np.arange(len(reference))
+    lines += [
+        "",
+        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over queries, {RESAMPLES} resamples.",
+        f"Hard-Top-k minus uniform: {(reference - uniform).mean():.1f} points "
+        f"{interval(lambda i: (reference[i] - uniform[i]).mean(), len(whole))}. "
+        f"It closes {closed(whole):.0f} % of the gap to the oracle {interval(closed, len(whole))}.",
+        "R@1 by seed: " + "; ".join(f"{n}: {' '.join(f'{100 * (r == 1).mean():.1f}' for r in ranks[n])}" for n in ranks),
+    ]
+    return "\n".join(lines)
+
+
+def interval(statistic, size: int) -> str:  # type: ignore[no-untyped-def]
+    """The 95 % percentile bootstrap interval of a statistic of query indices."""
+    random = np.random.default_rng(0)
+    values = [statistic(random.integers(size, size=size)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return f"[{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()

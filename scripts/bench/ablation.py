@@ -68,6 +68,7 @@ def main() -> None:
     config = load_config(CONFIG)
     keywords = list(config.peft.config.keep_module_keywords)  # type: ignore[union-attr]
     table = rows(config.top_k, keywords)
+    (arguments.work / "results").mkdir(parents=True, exist_ok=True)
     extract(arguments.work, config.num_frm, config.top_k)
     jobs = [(row, seed) for seed in range(arguments.seeds) for row in table if seed == 0 or row is not table[0]]
     with ThreadPoolExecutor(arguments.jobs) as pool:

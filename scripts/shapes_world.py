@@ -28,7 +28,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPINNABLE = ("square", "triangle", "star", "cross")
 RADII = {"small": 7.0, "large": 12.0}  # pixels
 MAX_SPRITES = 3
-BOTH_FROM, BOTH_TO = 0.3, 0.7  # of a scene's time: when both of its things are there
 
 # What an action does to the frames when played backwards decides whether it needs order: the plain ones look the same or are
 # told the same, the ordered ones become their partner.
@@ -133,10 +132,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a scene happens (pixels, radians), how large its things are, and which of them is there first.
-
-    `side` is the actor's (−1 left, +1 right), `up` tells above from below.
-    """
+    """Where a scene happens, in pixels and radians: its centre, the side of the actor (−1 left, +1 right), above or below."""
 
     x: float
     y: float
@@ -146,7 +142,6 @@ class Layout:
     tilt: float
     actor_radius: float
     other_radius: float
-    actor_first: bool
 
 
 @dataclass(frozen=True)
@@ -189,26 +184,13 @@ def random_layout(scene: Scene, rng: np.random.Generator) -> Layout:
         tilt=rng.uniform(-0.25, 0.25),
         actor_radius=RADII[scene.actor.size] * rng.uniform(0.9, 1.1),
         other_radius=RADII[scene.other.size] * rng.uniform(0.9, 1.1),
-        actor_first=bool(rng.random() < 0.5),
     )
 
 
 def sprites(scene: Scene, layout: Layout, t: float) -> list[Sprite]:
-    """What stands where at the moment `t` in [0, 1] of the scene, back to front.
-
-    Things come and go: at first only one of the two is there, at last only the other, so that no moment tells it all.
-    """
+    """What stands where at the moment `t` in [0, 1] of the scene, back to front."""
     if scene.action in ("right", "shrinks", "disappears", "leaves", "was"):
         return sprites(scene.backwards(), layout, 1 - t)
-    everything = _everything(scene, layout, t)
-    if scene.action in ("turns", "becomes") or BOTH_FROM <= t <= BOTH_TO:
-        return everything
-    actor_first = layout.actor_first and scene.action not in ("appears", "meets")
-    alone = scene.actor if (t < BOTH_FROM) == actor_first else scene.other
-    return [sprite for sprite in everything if sprite.thing == alone]
-
-
-def _everything(scene: Scene, layout: Layout, t: float) -> list[Sprite]:
     x, y, side, up, p = layout.x, layout.y, layout.side, layout.up, layout
     ra, rb = p.actor_radius, p.other_radius
     apart = (ra + rb) * 0.5 + 2  # from the centre to either thing when they stand beside each other

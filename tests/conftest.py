@@ -25,7 +25,7 @@ def shared() -> Path:
 
 
 def build_tiny_clip(seed: int = 0) -> open_clip.CLIP:
-    """Two blocks of width 64 a tower, 32-pixel images in patches of 16, embedding 64, CLIP's vocabulary, random weights."""
+    """Two blocks of width 64 a tower, 32-pixel images in patches of 16, embedding 64, CLIP's vocabulary; random."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return open_clip.CLIP(
@@ -44,7 +44,7 @@ def tiny_clip() -> open_clip.CLIP:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Settings of a data set of a dozen videos (folders of coloured images) and a CLIP folder, all written in a second."""
+    """Settings of a dozen videos (folders of coloured images) and a CLIP folder, all written in a second."""
     folder = tmp_path_factory.mktemp("project")
     write_clip_folder(folder / "clip")
     colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}

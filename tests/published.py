@@ -1,4 +1,4 @@
-"""Names of the published system's tensors outside `clip.*`, in ours; facts from shared/reference/published_checkpoint_layout.json."""
+"""The published system's names of tensors, in ours (facts from shared/reference/published_checkpoint_layout.json)."""
 
 from torch import Tensor
 

@@ -43,7 +43,7 @@ def test_training_draw_follows_the_formula(n: int, k: int, tau: float) -> None:
     leaf = logits.clone().requires_grad_()
     selection = select_frames(leaf, k, tau, noise)
     for row in range(3):
-        chosen, relaxed = numpy_draw(logits[row].numpy(), noise[row].numpy(), k, tau)
+        chosen, _ = numpy_draw(logits[row].numpy(), noise[row].numpy(), k, tau)
         assert selection.indices[row].tolist() == chosen
         # The forward value is the one-hot row; the gradient is that of the relaxed draw.
         np.testing.assert_allclose(selection.weights[row].detach(), np.eye(n)[chosen], atol=1e-12)

@@ -1,4 +1,4 @@
-"""The retriever as a whole: encoding only what is needed equals encoding everything, for every kind of selector and head."""
+"""The retriever as a whole: encoding only what is needed equals encoding everything, whatever selector and head."""
 
 import copy
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ def make_batch(videos: int = 4, num_frm: int = 6, policy: str = "raw") -> tuple[
     shapes = {"raw": (1, 8, 8), "mobilenet_v3_large": (3, 32, 32)}
     policy_frames = None
     if policy in shapes:
-        policy_frames = torch.randint(0, 256, (videos, num_frm, *shapes[policy]), generator=generator, dtype=torch.uint8)
+        shape = (videos, num_frm, *shapes[policy])
+        policy_frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     batch = VideoBatch(
         frames=torch.randint(0, 256, (videos, num_frm, 3, 32, 32), generator=generator, dtype=torch.uint8),
         frame_mask=torch.ones(videos, num_frm, dtype=torch.bool),
@@ -115,7 +116,7 @@ def test_evaluation_equals_encoding_everything() -> None:
         torch.testing.assert_close(video.video, model.aggregator(chosen), atol=1e-9, rtol=1e-9)
 
 
-def test_clip_policy_encodes_each_frame_once() -> None:
+def test_fault_clip_policy_encoding_twice_or_crashing() -> None:
     """A fault of the published system: clip policies encoding twice or crashing."""
     model, _ = build(policy_backbone="clip")
     seen = count_encoded(model.clip)

@@ -103,7 +103,7 @@ def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: st
 def describe_gflops(gflops: Gflops) -> str:
     """One line for the screen."""
     return (
-        f"GFLOPs (multiply-adds): {gflops.video:.3g} a video; a frame: CLIP {gflops.clip_frame:.3g}, policy "
-        f"{gflops.policy_frame:.3g}; all frames: temporal encoder {gflops.temporal_encoder:.3g}, scorer {gflops.scorer:.3g}, "
-        f"aggregation {gflops.header_and_aggregator:.3g}; products inside attention add {gflops.video_attention:.3g}"
+        f"GFLOPs (multiply-adds): {gflops.video:.3g} a video; a frame: CLIP {gflops.clip_frame:.3g}, "
+        f"policy {gflops.policy_frame:.3g}; all frames: temporal encoder {gflops.temporal_encoder:.3g}, "
+        f"scorer {gflops.scorer:.3g}, aggregation {gflops.header_and_aggregator:.3g}; products inside attention add {gflops.video_attention:.3g}"
     )

@@ -2,8 +2,9 @@
 
     python scripts/bench/ablation.py --work /tmp/ablation --seeds 5 --jobs 2
 
-Each row is `train.py --config cfgs/demo.json` with the flags that the table shows, `--jobs` runs at a time with one thread each. A
-run that is done (its similarity matrix lies in the work folder) is not done again. Prints Markdown for docs/results.md.
+Each row is `train.py --config cfgs/demo.json` with the flags of `rows`, `--jobs` runs at a time with one thread each.
+A run that is done (its similarity matrix lies in the work folder) is not done again. Prints Markdown for
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def extract(work: Path, num_frm: int, top_k: int) -> None:
-    """Frames as PNG: `candidates` (num_frm uniform ones), and of these top_k for each video at random, and by an oracle."""
+    """Frames as PNG: num_frm uniform `candidates`, and of these top_k of each video at random, and by an oracle."""
     done = work / "frames.done"
     if done.exists():
         return
@@ -144,11 +145,16 @@ def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArr
     for row in table:
         rank, hit = ranks[row.name], hits[row.name]
         difference = "" if hit is reference else interval(lambda i, hit=hit: (hit[i] - reference[i]).mean(), len(hit))
-        lines.append(
-            f"| {row.name} | {hit.mean():.1f} | {interval(lambda i, hit=hit: hit[i].mean(), len(hit))} | "
-            f"{100 * (rank <= 5).mean():.1f} | {np.median(rank):.0f} | {hit[~ordered].mean():.1f} / {hit[ordered].mean():.1f} | "
-            f"{difference} |"
-        )
+        cells = [
+            row.name,
+            f"{hit.mean():.1f}",
+            interval(lambda i, hit=hit: hit[i].mean(), len(hit)),
+            f"{100 * (rank <= 5).mean():.1f}",
+            f"{np.median(rank):.0f}",
+            f"{hit[~ordered].mean():.1f} / {hit[ordered].mean():.1f}",
+            difference,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     uniform, oracle = hits["BitFit, K uniform, MLP-Score"], hits["BitFit, K by an oracle, MLP-Score"]
 
     def closed(i: NDArray[np.int64]) -> float:
@@ -157,13 +163,18 @@ def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArr
     whole = np.arange(len(reference))
     lines += [
         "",
-        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over queries, {RESAMPLES} resamples.",
+        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over queries, "
+        f"{RESAMPLES} resamples.",
         f"Hard-Top-k minus uniform: {(reference - uniform).mean():.1f} points "
         f"{interval(lambda i: (reference[i] - uniform[i]).mean(), len(whole))}. "
         f"It closes {closed(whole):.0f} % of the gap to the oracle {interval(closed, len(whole))}.",
-        "R@1 by seed: " + "; ".join(f"{n}: {' '.join(f'{100 * (r == 1).mean():.1f}' for r in ranks[n])}" for n in ranks),
+        "R@1 by seed: " + "; ".join(f"{name}: {by_seed(rank)}" for name, rank in ranks.items()),
     ]
     return "\n".join(lines)
+
+
+def by_seed(ranks: NDArray[np.int64]) -> str:
+    return " ".join(f"{100 * (rank == 1).mean():.1f}" for rank in ranks)
 
 
 def interval(statistic, size: int) -> str:  # type: ignore[no-untyped-def]

@@ -105,5 +105,6 @@ def describe_gflops(gflops: Gflops) -> str:
     return (
         f"GFLOPs (multiply-adds): {gflops.video:.3g} a video; a frame: CLIP {gflops.clip_frame:.3g}, "
         f"policy {gflops.policy_frame:.3g}; all frames: temporal encoder {gflops.temporal_encoder:.3g}, "
-        f"scorer {gflops.scorer:.3g}, aggregation {gflops.header_and_aggregator:.3g}; products inside attention add {gflops.video_attention:.3g}"
+        f"scorer {gflops.scorer:.3g}, aggregation {gflops.header_and_aggregator:.3g}; "
+        f"products inside attention add {gflops.video_attention:.3g}"
     )

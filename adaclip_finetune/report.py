@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     loss.plot(steps, _smoothed([event["loss"] for event in train]), color="tab:blue")
     loss.set_title("training loss (and its running mean)")
     for group in sorted({name for event in train for name in event["lr"]}):
-        points = [(event["step"], event["lr"][group]) for event in train if group in event["lr"]]
+        # The warm-up begins at 0, which a logarithmic axis cannot show.
+        points = [(event["step"], event["lr"][group] or math.nan) for event in train if group in event["lr"]]
         rate.plot(*zip(*points, strict=True), label=group)
     if any(value > 0 for event in train for value in event["lr"].values()):
         rate.set_yscale("log")
@@ -60,8 +62,8 @@ def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
         points = [(event["step"], event["metrics"][direction]["R@1"]) for event in validation]
         if points:
             recall.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=direction)
-    for event in (event for event in events if event["event"] == "best"):
-        recall.axvline(event["step"], color="tab:green", linewidth=0.8, linestyle="--", label="kept")
+    if best := [event["step"] for event in events if event["event"] == "best"]:
+        recall.axvline(best[-1], color="tab:green", linewidth=0.8, linestyle="--", label="kept")
     recall.set_title("validation R@1 (%)")
     if validation:
         recall.legend(fontsize=8)
@@ -103,7 +105,7 @@ def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImporta
     figure.savefig(picture, dpi=120)
 
 
-def _smoothed(values: Sequence[float], decay: float = 0.95) -> list[float]:
+def _smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     smooth: list[float] = []
     for value in values:
         smooth.append(value if not smooth else decay * smooth[-1] + (1 - decay) * value)

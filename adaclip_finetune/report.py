@@ -98,7 +98,7 @@ def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImporta
         shown = [row for row in rows if row.retained is retained]
         values = [row.importance if row.normalized is None else row.normalized for row in shown]
         axes.scatter([row.dim for row in shown], values, s=14, color=colour, label=f"{label} ({len(shown)} tensors)")
-    axes.set(xscale="log", xlabel="parameters in the tensor", ylabel="importance as compared")
+    axes.set(xscale="log", yscale="symlog", xlabel="parameters in the tensor", ylabel="importance as compared")
     axes.set_title("Importance-based selection")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -16,7 +16,7 @@ from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.peft import prepare_peft, trainable_report
+from adaclip_finetune.peft import TrainableReport, prepare_peft, trainable_report
 from adaclip_finetune.training.build import describe_gflops, readable_train_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
         return found
     run.say(f"{config.peft.method}\n{parameters}\n{describe_gflops(gflops)}")
     run.say(f"{steps} updates in {config.num_epochs} epochs" if steps else "no training")
-    run.say(_would_write(config))
+    run.say(_would_write(config, parameters))
     return found
 
 
@@ -61,7 +61,14 @@ def _updates(entries: int, batch_size: int, config: Config) -> int:
     return math.ceil(batches / config.gradient_accumulation_steps)
 
 
-def _would_write(config: Config) -> str:
+def _would_write(config: Config, parameters: TrainableReport) -> str:
     if config.no_output:
         return "nothing would be written (no_output)"
-    return f"a new folder would be written in {config.output_dir}/{config.dataset}/"
+    folder = f"{config.output_dir}/{config.dataset}/<time>-{config.peft.method}/"
+    if config.do_inference:
+        return f"would write {folder} with metrics.json, train.log and the like"
+    mebibytes = 4 * parameters.all.total / 2**20
+    return (
+        f"would write {folder} with best.safetensors (about {mebibytes:.0f} MiB), adapter.safetensors, metrics.json, "
+        "curves.png and the like"
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
@@ -67,11 +68,11 @@ def main() -> None:
     for split, clips in splits.items():
         write_json(args.out / f"{split}.json", {clip.name: annotation(clip) for clip in clips})
     write_json(args.out / "dataset.json", format_example(splits["train"]))
-    write_json(args.out / "events.json", events(args.seed, splits))
+    write_json(args.out / "events.json", events(splits), seed=args.seed, frames=FRAMES, frames_a_second=FRAMES_A_SECOND)
 
 
 def plan(seed: int) -> dict[str, list[Clip]]:
-    """Everything about all clips but their pixels: no two clips share a sentence, no two of a split the same two shapes."""
+    """All clips but their pixels. No two share a sentence; no two of a split, save reversed pairs, the same things."""
     rng = np.random.default_rng([seed, 0])
     told: set[str] = set()
     splits: dict[str, list[Clip]] = {}
@@ -87,12 +88,12 @@ def plan(seed: int) -> dict[str, list[Clip]]:
 
 def draw(clip: Clip, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The frames of `clip` (FRAMES, height, width, 3)."""
-    shots = [(scene, world.random_layout(scene, rng), n) for scene, n in zip(clip.fillers, clip.filler_frames, strict=True)]
+    shots = [
+        (scene, world.random_layout(scene, rng), n) for scene, n in zip(clip.fillers, clip.filler_frames, strict=True)
+    ]
     shots.insert(clip.slot, (clip.event, clip.layout, EVENT_FRAMES))
     lit = world.lights(len(shots), np.arange(len(shots)) == clip.slot, rng)
-    images = [
-        world.sprites(scene, layout, i / (n - 1)) for scene, layout, n in shots for i in range(n)
-    ]
+    images = [world.sprites(scene, layout, i / (n - 1)) for scene, layout, n in shots for i in range(n)]
     return world.render(images, lit.repeat([n for _, _, n in shots], axis=0), rng)
 
 
@@ -113,7 +114,7 @@ def annotation(clip: Clip) -> dict[str, object]:
 
 
 def format_example(clips: list[Clip]) -> dict[str, dict[str, object]]:
-    """A few entries that show every key an annotation may have."""
+    """A few entries with all the keys that describe a whole video."""
     one = next(c for c in clips if len(c.sentences) == 1)
     two = next(c for c in clips if len(c.sentences) == 2)
     several = next(c for c in clips if len(c.sentences) == 3)
@@ -126,38 +127,26 @@ def format_example(clips: list[Clip]) -> dict[str, dict[str, object]]:
     }
 
 
-def events(seed: int, splits: dict[str, list[Clip]]) -> dict[str, object]:
-    """What a clip's annotation does not say: where its event is (first frame, one after the last), and its tags."""
+def events(splits: Mapping[str, list[Clip]]) -> dict[str, object]:
+    """What an annotation does not say: where the event is (first frame, one after the last), and tags."""
     return {
-        "seed": seed,
-        "frames": FRAMES,
-        "frames_a_second": FRAMES_A_SECOND,
-        "videos": {
-            clip.name: {
-                "split": split,
-                "event": [clip.event_start, clip.event_start + EVENT_FRAMES],
-                "action": clip.event.action,
-                "needs_order": clip.event.needs_order,
-                "reversed_of": clip.reversed_of,
-            }
-            for split, clips in splits.items()
-            for clip in clips
-        },
+        clip.name: {
+            "split": split,
+            "event": [clip.event_start, clip.event_start + EVENT_FRAMES],
+            "action": clip.event.action,
+            "needs_order": clip.event.needs_order,
+            "reversed_of": clip.reversed_of,
+        }
+        for split, clips in splits.items()
+        for clip in clips
     }
 
 
-def write_json(path: Path, entries: dict[str, object] | dict[str, dict[str, object]]) -> None:
-    """One line an entry, so that a change shows as one."""
-    if "videos" in entries:
-        head = {key: value for key, value in entries.items() if key != "videos"}
-        body = json.dumps(head)[:-1] + ', "videos": {\n' + _lines(entries["videos"]) + "\n}}\n"
-    else:
-        body = "{\n" + _lines(entries) + "\n}\n"
-    path.write_text(body, encoding="utf-8")
-
-
-def _lines(entries) -> str:
-    return ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+def write_json(path: Path, entries: Mapping[str, object], **head: object) -> None:
+    """One line an entry, so that a change shows as one; below "videos" where there is a `head`."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+    before, after = (json.dumps(head)[:-1] + ', "videos": {', "}}") if head else ("{", "}")
+    path.write_text(f"{before}\n{lines}\n{after}\n", encoding="utf-8")
 
 
 def _events(count: int, told: set[str], rng: np.random.Generator) -> list[Clip]:
@@ -169,7 +158,9 @@ def _events(count: int, told: set[str], rng: np.random.Generator) -> list[Clip]:
     clips: list[Clip] = []
     for needs_order in rng.permutation(ordered):
         if not colour_pairs:
-            colour_pairs = [tuple(rng.permutation(pair)) for pair in rng.permutation(list(combinations(world.COLOURS, 2)))]
+            colour_pairs = [
+                tuple(rng.permutation(pair)) for pair in rng.permutation(list(combinations(world.COLOURS, 2)))
+            ]
         colours = colour_pairs.pop()
         while True:
             scene = world.random_scene(rng, world.ORDERED_ACTIONS if needs_order else world.PLAIN_ACTIONS, colours)

@@ -1,8 +1,9 @@
 """A small world of coloured shapes: what happens in it, how it looks and how it is told.
 
-Everything that the example data set and the tiny CLIP are made of comes from here, so that stills and clips look alike.
-A `Scene` is two things and an action; `layout` fixes where it happens, `sprites` says what stands where at a moment of it,
-`render` draws moments as RGB images and `phrases` tells it in words. Numbers only depend on the generators passed in.
+Everything that the example data set and the tiny CLIP are made of comes from here, so that stills and clips look
+alike. A `Scene` is two things and an action, told in words by its `sentences`; a `Layout` fixes where it happens,
+`sprites` says what stands where at a moment of it, and `render` draws moments as RGB images over `lights`. All numbers
+are a function of the generators passed in.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ SPINNABLE = ("square", "triangle", "star", "cross")
 RADII = {"small": 7.0, "large": 12.0}  # pixels
 MAX_SPRITES = 3
 
-# What an action does to the frames when played backwards decides whether it needs order: the plain ones look the same or are
-# told the same, the ordered ones become their partner.
+# Played backwards, the plain actions are told the same, and the ordered ones as their partner.
 PLAIN_ACTIONS = (
     "bumps",
     "jumps",
@@ -54,7 +54,7 @@ REVERSED = {
 REVERSED |= {backward: forward for forward, backward in REVERSED.items()}
 ORDERED_ACTIONS = tuple(REVERSED)
 
-# {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing without its size, for actions that change it.
+# {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing, of whatever size.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "bumps": ("{a} bumps into {b}", "{b} is bumped by {a}", "{a} knocks against {b}"),
     "jumps": ("{a} jumps over {b}", "{a} leaps across {b}", "{a} flies over {b}"),
@@ -93,10 +93,6 @@ class Thing:
         words = f"{self.size} {self.colour} {self.shape}" if with_size else f"{self.colour} {self.shape}"
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
-    def resized(self) -> Thing:
-        """The same thing, small for large and large for small."""
-        return replace(self, size="small" if self.size == "large" else "large")
-
     def plural(self) -> str:
         """`large red circles`."""
         return f"{self.size} {self.colour} {self.shape}{'es' if self.shape == 'cross' else 's'}"
@@ -132,7 +128,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a scene happens, in pixels and radians: its centre, the side of the actor (−1 left, +1 right), above or below."""
+    """Where a scene happens (pixels, radians): centre, the actor's side (−1 left, +1 right) and whether it is above."""
 
     x: float
     y: float
@@ -166,11 +162,6 @@ def random_scene(
     shapes = SPINNABLE if action == "spins" else SHAPES
     actor = Thing(str(first), str(rng.choice(shapes)), str(rng.choice(list(RADII))))
     return Scene(action, actor, Thing(str(second), str(rng.choice(SHAPES)), str(rng.choice(list(RADII)))))
-
-
-def can(thing: Thing, action: str) -> bool:
-    """False where nobody would see `thing` do it."""
-    return action != "spins" or thing.shape in SPINNABLE
 
 
 def random_layout(scene: Scene, rng: np.random.Generator) -> Layout:
@@ -262,7 +253,7 @@ def render(images: list[list[Sprite]], backgrounds: NDArray[np.float32], rng: np
             rows = [i for i, s in enumerate(images) if len(s) > slot and s[slot].thing.shape == shape]
             if rows:
                 _draw(canvas, rows, shape, [images[i][slot] for i in rows])
-    canvas += rng.normal(0, 2.0, canvas.shape[:3] + (1,)).astype(np.float32)
+    canvas += rng.normal(0, 2.0, (*canvas.shape[:3], 1)).astype(np.float32)
     return canvas.clip(0, 255).round().astype(np.uint8)
 
 
@@ -284,7 +275,8 @@ def lights(n: int, on_stage: NDArray[np.bool_], rng: np.random.Generator) -> NDA
 
 def _draw(canvas: NDArray[np.float32], rows: list[int], shape: str, batch: list[Sprite]) -> None:
     x, y, radius, rotation = (
-        np.array([getattr(s, name) for s in batch], np.float32)[:, None, None] for name in ("x", "y", "radius", "rotation")
+        np.array([getattr(s, name) for s in batch], np.float32)[:, None, None]
+        for name in ("x", "y", "radius", "rotation")
     )
     colour = np.array([COLOURS[s.thing.colour] for s in batch], np.float32)[:, None, None, :]
     grid = np.arange(SIZE, dtype=np.float32)

@@ -215,7 +215,9 @@ class _finish_the_update_on_ctrl_c:
     def __enter__(self) -> threading.Event:
         self._event = threading.Event()
         self._previous = None
-        if threading.current_thread() is threading.main_thread():
+        # A run that was started in the background (`nohup … &`) ignores Ctrl-C, and goes on doing so.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
         return self._event
 

@@ -85,6 +85,14 @@ def test_the_best_epoch_is_chosen_on_validation_and_evaluated_once(project: Proj
     assert result.final.num_listed == 8 and not result.selected_on_test
 
 
+def test_without_a_test_the_figures_say_what_chose_the_epoch(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(project, tmp_path, test_annot=None, num_epochs=1)
+    assert result.evaluated_on == "validation"
+    assert "these captions chose the epoch" in capsys.readouterr().out
+
+
 def test_fault_best_epoch_picked_on_test_unsaid(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

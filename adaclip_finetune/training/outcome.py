@@ -51,6 +51,8 @@ def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
     if (path := run.file("frame_usage.png")) and result.final.frame_usage is not None:
         draw_frame_usage(path, result.final.frame_usage, len(result.final.queries.video_ids), config.top_k)
     rule = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
+    if result.evaluated_on == "validation":
+        rule = "   (no test_annot: these captions chose the epoch, so its figures flatter it)"
     run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{rule}")
     say_table({"zero-shot": result.zero_shot, "finetuned": result.final}, run)
     run.say(_learned(result.parameters))

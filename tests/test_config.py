@@ -315,7 +315,7 @@ def test_combinations_that_cannot_be(settings: dict[str, Any], told: str) -> Non
     ],
 )
 def test_combinations_that_can_be(settings: dict[str, Any]) -> None:
-    load_config(None, settings)
+    assert load_config(None, settings).model_fields_set >= {name.split(".")[0] for name in settings}
 
 
 def test_a_combination_says_where_its_values_came_from(write: Write) -> None:

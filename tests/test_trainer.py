@@ -375,6 +375,11 @@ def test_dry_run_of_the_published_recipe_downloads_nothing(
     assert round(found["gflops"]["clip_frame"], 2) == 4.36
 
 
+def test_dry_run_of_an_evaluation_asks_for_no_validation(project: Project) -> None:
+    config = load_config(None, {**project, "do_inference": True, "val_annot": "not/there.json"})
+    assert dry_run(config, as_json=False)["steps"] == 0
+
+
 def test_a_checkpoint_is_data_with_its_settings(project: Project, tmp_path: Path) -> None:
     result = run(project, tmp_path, num_epochs=1, save_last=True)
     assert result.folder is not None

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaclip_finetune.peft.importance import TensorImportance
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +77,10 @@ class PeftMethod:
             for name, tensor in model.state_dict().items()
             if name not in unchanged and not name.startswith(copies)
         }
+
+    def parameter_rows(self) -> list[TensorImportance]:
+        """The candidate tensors and what became of them, for methods that choose by importance; else empty."""
+        return []
 
     def state_dict(self) -> MethodState:
         """What `load_state_dict` needs to continue in the middle of a run."""

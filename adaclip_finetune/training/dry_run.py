@@ -43,7 +43,8 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
             phase.num_epochs * _updates(len(split.entries), phase.batch_size, config)
             for phase in method.phases(config.num_epochs, config.batch_size)
         )
-    for annotation in sorted({a for a in (config.val_annot, config.test_annot) if a}):
+    evaluated = {config.test_annot, None if config.do_inference else config.val_annot}
+    for annotation in sorted(name for name in evaluated if name):
         checked = evaluation_split(config, annotation)
         run.say(f"{annotation}: {len(checked.queries.texts)} captions, {len(checked.queries.video_ids)} videos")
     found = {"parameters": parameters.as_dict(), "gflops": gflops.as_dict(), "steps": steps}

@@ -21,7 +21,6 @@ from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft.base import Phase
-from adaclip_finetune.peft.ibs import ImportanceSelection
 from adaclip_finetune.report import draw_curves, one_line, write_importance
 from adaclip_finetune.training.build import Session, build_session, say_cut, train_loader
 from adaclip_finetune.training.checkpoint import load_weights, save_tensors
@@ -166,13 +165,14 @@ class _Fit:
         return self.best
 
     def _method_changed(self, step: int) -> None:
-        """IBS has selected: say what learns from here on, and keep its table."""
+        """Say what learns from here on, and keep the table of a method that chose by importance."""
         self.session.recount()
         self.run.say(f"from here on\n{self.session.parameters}")
         self.run.record("parameters", step, **self.session.parameters.as_dict())
         table, picture = self.run.file("ibs_parameters.csv"), self.run.file("ibs_parameters.png")
-        if isinstance(self.session.method, ImportanceSelection) and table and picture:
-            write_importance(table, picture, self.session.method.parameter_rows())
+        rows = self.session.method.parameter_rows()
+        if rows and table and picture:
+            write_importance(table, picture, rows)
 
     def _save_interrupted(self, step: int) -> None:
         path = self.run.file("last.safetensors")

@@ -260,7 +260,8 @@ class OptimisationSettings(Settings):
     """Optimisation"""
 
     num_epochs: int = setting(30, "passes over the training data", unit="epochs", ge=1)
-    batch_size: int = setting(32, "videos in a batch", unit="videos", ge=1)
+    batch_size: int = setting(32, "videos in a batch, of all processes together", unit="videos", ge=1)
+    auto_batch_size: bool = setting(False, "halve batch_size until a batch fits into the accelerator's memory")
     val_batch_size: int = setting(500, "texts or videos in a batch of evaluation", unit="items", ge=1)
     gradient_accumulation_steps: int = setting(1, "batches to an update of the weights", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer")
@@ -285,7 +286,12 @@ class RunSettings(Settings):
     no_output: bool = setting(False, "write no files at all")
     save_last: bool = setting(False, "keep the weights of the last epoch beside the best")
     n_display: int = setting(20, "steps between two lines of the log", unit="steps", ge=1)
-    resume: PathText | None = setting(None, "weights of an earlier run to begin with", unit="file")
+    save_every_steps: int = setting(
+        0, "updates between two checkpoints to continue from; 0: one at the end of each epoch", unit="updates", ge=0
+    )
+    resume: PathText | None = setting(
+        None, "a run folder: go on with that run; a weights file: begin a new run with it", unit="file or folder"
+    )
     do_inference: bool = setting(False, "evaluate test_annot without training")
     save_similarity: NpyPath | None = setting(
         None, "keep the similarity matrix of the test", unit="file", allowed="the path of a file named *.npy"
@@ -302,6 +308,8 @@ class DeviceSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "arithmetic of the towers; selection, similarity and loss stay float32"
     )
+    tf32: bool = setting(False, "on CUDA, multiply float32 matrices in TF32: faster, and rounded to 10 bits")
+    deterministic: bool = setting(False, "only operations that give the same bits each time; slower on a GPU")
     gradient_checkpointing: bool = setting(
         False, "less memory for about a third more time: activations are computed again"
     )

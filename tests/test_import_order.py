@@ -23,7 +23,7 @@ LAYERS = [
     {"config"},
     {"settings"},
     {"strict_json"},
-    {"errors"},
+    {"errors", "processes"},
     {"__init__"},
 ]
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -20,7 +20,7 @@ from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
 from adaclip_finetune.training.checkpoint import load_weights
-from adaclip_finetune.training.device import describe_device, make_accelerator
+from adaclip_finetune.training.device import describe_device
 from adaclip_finetune.training.run_folder import RunFolder
 
 
@@ -54,9 +54,8 @@ class Session:
         return load_clip(self.config) if self.config.resume else self.loaded
 
 
-def build_session(config: Config, run: RunFolder) -> Session:
-    """Device, seed, model, `resume`'s weights, and what learns, in this order; says what it built. Raises UserError."""
-    accelerator = make_accelerator(config)
+def build_session(config: Config, run: RunFolder, accelerator: Accelerator) -> Session:
+    """Seed, model, `resume`'s weights, and what learns, in this order; says what it built. Raises UserError."""
     set_seed(config.seed)
     loaded = load_clip(config)
     model = VideoRetriever(config, loaded)

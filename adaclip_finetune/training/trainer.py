@@ -24,6 +24,7 @@ from adaclip_finetune.peft.base import Phase
 from adaclip_finetune.report import draw_curves, one_line, write_importance
 from adaclip_finetune.training.build import Session, build_session, say_cut, train_loader
 from adaclip_finetune.training.checkpoint import load_weights, save_tensors
+from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.loop import Interrupted, Trainer
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write, say_table, write_similarity
 from adaclip_finetune.training.run_folder import RunFolder, environment
@@ -49,7 +50,7 @@ def evaluate_only(config: Config) -> EvaluationResult:
     run = RunFolder(config)
     try:
         split = _split(config, config.test_annot, run, "test")
-        session = build_session(config, run)
+        session = build_session(config, run, make_accelerator(config))
         say_cut(session.loaded, split.queries.texts, config.max_txt_len, "test", run)
         _open(run, session)
         rows = {"zero-shot": _zero_shot(session, split, "test")}
@@ -81,7 +82,7 @@ class _Fit:
         validation = _split(config, config.val_annot, run, "validation")
         name = "test" if config.test_annot else "validation"
         split = _split(config, config.test_annot, run, name) if config.test_annot else validation
-        self.session = session = build_session(config, run)
+        self.session = session = build_session(config, run, make_accelerator(config))
         loader = train_loader(config, session.loaded, run)
         say_cut(session.loaded, split.queries.texts, config.max_txt_len, name, run)
         _open(run, session)

@@ -1,0 +1,50 @@
+"""Several processes that train or evaluate one model together: which of them this is, and what they tell each other.
+
+A single process needs no process group: everything here then answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _group() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if _group() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each process gave, in the order of the processes: on every process. Any picklable value."""
+    if not _group():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_main(value: T) -> T:
+    """What the main process gave, on every process."""
+    if not _group():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    told: T = box[0]
+    return told
+
+
+def _group() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,217 @@
+"""Memory that does not suffice: what to change, and `auto_batch_size`, the largest batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.blank import blank_videos
+from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.hard_topk import annealed_k, selection_temperature
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.processes import gather_objects, world_size
+from adaclip_finetune.training.device import describe_device, total_memory_gib
+from adaclip_finetune.training.gather import PairSimilarity
+from adaclip_finetune.training.objective import contrastive_loss
+
+# What is no torch.OutOfMemoryError but means the same: MPS, the CPU (on Linux, on Windows), the CUDA driver, cuBLAS and
+# cuDNN on their own, Level Zero.
+_MESSAGES = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "OUT_OF_DEVICE_MEMORY",
+    "OUT_OF_HOST_MEMORY",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, of whichever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def explain_out_of_memory(
+    error: BaseException, config: Config, device: torch.device, batch_size: int, k: int
+) -> UserError | None:
+    """What to tell a user whose training step on a batch of `batch_size` pairs, of all processes together, with K = `k`
+    did not fit; None if `error` is something else."""
+    if not is_out_of_memory(error):
+        return None
+    return _too_much(str(error) or type(error).__name__, config, device, batch_size, k)
+
+
+def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
+    """The same for a batch of an evaluation."""
+    if not is_out_of_memory(error):
+        return None
+    return UserError(
+        f"out of memory on {_in_words(device)} in an evaluation, with val_batch_size {config.val_batch_size}, num_frm "
+        f"{config.num_frm}, precision {config.precision} ({_first_line(str(error))}).\n"
+        f"Try --val_batch_size {max(1, config.val_batch_size // 4)}, which changes no figure, or --precision bf16"
+    )
+
+
+def fitting_batch_size(
+    config: Config,
+    model: VideoRetriever,
+    tokenize: Callable[[Sequence[str], int], Tensor],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    batch_size: int,
+    first_epoch: int = 0,
+) -> int:
+    """The largest of batch_size, its half, its quarter, … (at least 2, and one for each process) at which a training
+    step fits with what learns now, from `first_epoch` on; all processes agree on it.
+
+    Tries it out on blank videos and captions of max_txt_len. Weights, buffers, gradients and random states stay as they
+    are. A CPU has no memory of its own: there it is batch_size. Raises UserError if nothing fits.
+    """
+    device = accelerator.device
+    if device.type == "cpu":
+        say("auto_batch_size has no effect on the CPU, which swaps or ends a process instead of refusing memory")
+        return batch_size
+    k = (
+        annealed_k(first_epoch, config.num_frm, config.top_k, config.warmup_epochs)
+        if config.use_policy
+        else config.num_frm
+    )
+    tau = selection_temperature(first_epoch, config.init_tau, config.min_tau, config.exp_decay_factor)
+    smallest = min(batch_size, max(2, world_size()))
+    size = batch_size
+    with _untouched(model, device):
+        while reasons := _why_not(config, model, tokenize, accelerator, size, k, tau):
+            if size <= smallest:
+                raise _too_much(reasons[0], config, device, size, k)
+            size = max(size // 2, smallest)
+    if size < batch_size:
+        say(
+            f"auto_batch_size: a batch of {batch_size} does not fit into {_in_words(device)}; it is {size} from here "
+            "on, so each video is told from fewer others"
+        )
+    return size
+
+
+def _why_not(
+    config: Config,
+    model: VideoRetriever,
+    tokenize: Callable[[Sequence[str], int], Tensor],
+    accelerator: Accelerator,
+    size: int,
+    k: int,
+    tau: float,
+) -> list[str]:
+    """What the processes say for whom their share of a batch does not fit; none if it fits everywhere."""
+    share = -(-size // world_size())
+    texts = [" ".join(["video"] * config.max_txt_len)] * share
+    batch = TrainBatch(
+        blank_videos(config, model.image_spec, share),
+        tokenize(texts, config.max_txt_len),
+        torch.zeros(share, config.num_frm),
+    )
+    clear_device_cache(garbage_collection=True)
+    try:
+        _try_out(config, model, accelerator, batch, k, tau)
+        reason = ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error) or "out of memory"
+    # Only here, outside of `except`, nothing holds the tensors of the failed step any more.
+    model.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    return [reason for reason in gather_objects(reason) if reason]
+
+
+def _try_out(
+    config: Config, model: VideoRetriever, accelerator: Accelerator, batch: TrainBatch, k: int, tau: float
+) -> None:
+    """What a step holds at once: the optimizer's moments, the next batch, activations and gradients."""
+    copies = 2 if world_size() == 1 else 3  # DistributedDataParallel gathers gradients in buckets of their own
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
+    coming = batch.to(accelerator.device)
+    model.train()
+    step = PairSimilarity(model)
+    # In an accumulated batch the gradients of the one before it are there from the start.
+    for _ in range(min(config.gradient_accumulation_steps, 2)):
+        with accelerator.autocast():
+            similarity = step(batch.to(accelerator.device), [len(batch)], k, tau)
+        contrastive_loss(similarity).backward()  # type: ignore[no-untyped-call]
+    del held, coming
+
+
+@contextmanager
+def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back, at the end, what a step leaves behind although it updates nothing."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    backend = torch.get_device_module(device)
+    states = torch.get_rng_state(), None if device.type == "cpu" else backend.get_rng_state()
+    model.zero_grad()
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, training in modes:
+            module.training = training
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            backend.set_rng_state(states[1])
+
+
+def _too_much(reason: str, config: Config, device: torch.device, batch_size: int, k: int) -> UserError:
+    encoded = k if config.use_policy and config.policy_backbone != "clip" else config.num_frm
+    processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
+    ways_out = "\n".join(f"  {flag:48} {effect}" for flag, effect in _ways_out(config, device, batch_size, k))
+    checkpointing = "on" if config.gradient_checkpointing else "off"
+    return UserError(
+        f"out of memory on {_in_words(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
+        f"{encoded} go through CLIP with gradients, precision {config.precision}, gradient_checkpointing "
+        f"{checkpointing} ({_first_line(reason)}).\nWhat to change, what costs least first:\n{ways_out}"
+    )
+
+
+def _ways_out(config: Config, device: torch.device, batch_size: int, k: int) -> Iterator[tuple[str, str]]:
+    """Flags and what they do, in the order of what they cost."""
+    if config.precision == "fp32":
+        yield "--precision bf16", "activations of half the size"
+    if not config.gradient_checkpointing:
+        yield "--gradient_checkpointing", "about a third more time"
+    if config.use_policy and k > config.top_k:
+        yield "--warmup_epochs 0", f"K begins at top_k {config.top_k}, not at {k}"
+    if config.use_policy and config.policy_backbone != "clip" and config.top_k > 1:
+        yield f"--top_k {config.top_k // 2}", "fewer frames in a video's embedding"
+    if config.num_frm > 1:
+        frames = config.num_frm // 2
+        fewer = f" --top_k {frames}" if config.use_policy and config.top_k > frames else ""
+        yield f"--num_frm {frames}{fewer}", "fewer frames to choose from"
+    if batch_size > 2:
+        own = getattr(config.peft.config, "pre_batch_size", None)
+        name = "peft.config.pre_batch_size" if own == batch_size != config.batch_size else "batch_size"
+        yield f"--{name} {batch_size // 2}", "each video is told from fewer others"
+    if device.type != "cpu" and not config.auto_batch_size:
+        yield "--auto_batch_size", "the same, as far as it takes"
+
+
+def _in_words(device: torch.device) -> str:
+    return f"{describe_device(device)}, {total_memory_gib(device):.1f} GiB"
+
+
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[0][:200] if message.strip() else "no more is known"

@@ -1,76 +1,102 @@
-"""Build the CLIP towers and put their weights in: from open_clip's hub, a local folder, or a local file.
+"""Find the CLIP that the settings mean, build its towers and put the weights in.
 
-Loading is strict and in float32: every tensor that is missing, unexpected or of another shape is listed and refused,
-and nothing is rounded on the way.
+They come from open_clip's hub, from a folder (open_clip's or transformers'), from a file, or from a checkpoint that
+holds a whole CLIP. Loading is strict and in float32: every tensor that is missing, unexpected or of another shape is
+listed and refused, and nothing is rounded on the way.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import open_clip
-import torch
-from open_clip.factory import load_state_dict
-from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model import backbones, huggingface
+from adaclip_finetune.model.architecture import Shapes, architecture_of, differences, shapes_of, shapes_of_config
 from adaclip_finetune.model.clip import LoadedClip, pools_at_end_token
 from adaclip_finetune.model.tokens import Tokenizer
+from adaclip_finetune.model.torchscript import is_torchscript
+from adaclip_finetune.model.untrusted import read_untrusted, without_module_prefix
 
-# The names OpenAI gave its models.
-_OPENAI_NAMES = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
-_LOCAL_DIR = "local-dir:"
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 _WEIGHTS_IN_FOLDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+# OpenAI's files keep these numbers among the tensors; a mask is part of the architecture.
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def load_clip(config: Config, with_weights: bool = True) -> LoadedClip:
-    """Build the towers that `clip_backbone` and `clip_weights` name.
+class Weights(NamedTuple):
+    """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from: a setting and its value."""
 
-    `with_weights=False` builds the same modules on the meta device: shapes and names, no memory and no download.
-    Raises UserError when the architecture is unknown, the weights cannot be had, or they or the settings do not fit.
+    state: Mapping[str, Tensor]
+    source: str
+
+
+class Towers(NamedTuple):
+    """A CLIP that was found: `model_cfg` in open_clip's words. With a `name` (and maybe a `tag`), open_clip has it, or
+    a folder does; without, `model_cfg` and `preprocess` say it all. `weights` are those that were read already.
     """
-    towers = _find(config)
-    module = _build(towers, "cpu" if with_weights else "meta")
+
+    model_cfg: dict[str, Any]
+    name: str | None = None
+    tag: str | None = None
+    folder: Path | None = None
+    preprocess: Mapping[str, Any] = MappingProxyType({})
+    weights: Weights | None = None
+    told_by_shapes: bool = False
+
+
+def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weights | None = None) -> LoadedClip:
+    """Build the towers that `clip_backbone` and `clip_weights` name and fill them.
+
+    `from_checkpoint` fills them where no `clip_weights` are given: nothing is fetched then, and its shapes tell the
+    architecture. `with_weights=False` builds the same modules on the meta device: shapes and names, no memory and no
+    download. Raises UserError when the architecture is unknown, the weights cannot be had, or they or the settings do
+    not fit.
+    """
+    towers = find_towers(config, from_checkpoint)
+    module = build_towers(towers, "cpu" if with_weights else "meta")
     image = _image_spec(towers, module, config.max_img_size)
     tokens = _tokenizer(towers, module, config.max_txt_len)
     source = _fill(module, towers) if with_weights else "meta device, no weights"
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source)
 
 
-def resolve_backbone(clip_backbone: str) -> tuple[str, str | None]:
-    """`ViT-B/32` → ("ViT-B-32-quickgelu", "openai"); `name:tag` → (name, tag); `name` → (name, None).
-
-    Weights trained with quick-GELU get the architecture that has it, which open_clip keeps under a name of its own.
-    Raises UserError for a name or a tag that open_clip does not know.
+def find_towers(config: Config, from_checkpoint: Weights | None = None) -> Towers:
+    """Which CLIP the settings mean. A `clip_backbone` that was not given, but is the default, decides nothing where
+    weights are at hand; one that was given must have their shapes. Raises UserError.
     """
-    name, _, tag = clip_backbone.partition(":")
-    tag = "openai" if clip_backbone in _OPENAI_NAMES else tag
-    name = name.replace("/", "-")
-    if name not in open_clip.list_models():
-        raise UserError(
-            f"clip_backbone: open_clip has no model {name!r}; OpenAI's are {', '.join(_OPENAI_NAMES)}, and "
-            '`python -c "import open_clip; print(open_clip.list_models())"` lists all'
-        )
-    if not tag:
-        return name, None
-    weights = open_clip.get_pretrained_cfg(name, tag)
-    if not weights:
-        raise UserError(f"clip_backbone: open_clip has no weights {tag!r} of {name}; it has {_tags(name)}")
-    with_quick_gelu = f"{name}-quickgelu"
-    if weights.get("quick_gelu") and with_quick_gelu in open_clip.list_models():
-        name = with_quick_gelu
-    return name, tag
+    local = Path(config.clip_weights) if config.clip_weights else None
+    if local is not None and local.is_dir():
+        towers = _in_folder(local)
+        if _is_given(config):
+            _check_same(config, towers, local)
+        return towers
+    if local is not None:
+        return _of_weights(config, Weights(read_state_dict(local), f"clip_weights: {local}"))
+    if from_checkpoint is not None:
+        return _of_weights(config, from_checkpoint)
+    name, tag = backbones.resolve_backbone(config.clip_backbone)
+    if tag is None:
+        name, tag = backbones.resolve_backbone(f"{name}:{backbones.only_tag(name)}")
+    return Towers(backbones.describe(name), name, tag)
+
+
+def build_towers(towers: Towers, device: str) -> nn.Module:
+    """The modules, random or (device meta) shapes alone. Raises UserError."""
+    if towers.name is not None:
+        return backbones.build_named(towers.name, towers.tag, device)
+    return backbones.build_described(towers.model_cfg, dict(towers.preprocess), _subject(towers), device)
 
 
 def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -91,117 +117,111 @@ def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a pickled state dict (read as data: no code of the file runs)."""
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:
-        # What torch says here advises to run the code in the file.
-        raise UserError(
-            f"{path}: is no state dict: neither .safetensors nor a torch file of tensors by name. Files that hold more "
-            "than data, as pickled models and TorchScript (OpenAI's own .pt) do, are not opened"
-        ) from error
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """Tensors by name from .safetensors, a pickled state dict or a TorchScript archive, read as data: no code runs.
+
+    Raises UserError.
+    """
+    content = read_untrusted(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = without_module_prefix({name: value for name, value in named if isinstance(value, Tensor)})
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
-    return tensors
+    if "clip.logit_scale" in tensors:
+        raise UserError(f"{path}: is the checkpoint of a whole retriever, with CLIP inside: give it as --resume {path}")
+    return {name: tensor for name, tensor in tensors.items() if name not in _NO_WEIGHTS}
 
 
-class _Towers(NamedTuple):
-    """What the settings ask for: open_clip's name of the architecture; the tag of its weights, or a file or folder."""
-
-    name: str
-    tag: str | None
-    local: Path | None
+def _is_given(config: Config) -> bool:
+    return "clip_backbone" in config.model_fields_set
 
 
-def _find(config: Config) -> _Towers:
-    local = Path(config.clip_weights) if config.clip_weights else None
-    if local is not None and local.is_dir():
-        _check_folder(local, config)
-        return _Towers(f"{_LOCAL_DIR}{local}", None, local)
-    name, tag = resolve_backbone(config.clip_backbone)
-    if local is None and tag is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if len(tags) != 1:
-            choice = f"write {name}:TAG with one of its tags, {_tags(name)}, or set" if tags else "there are none: set"
-            raise UserError(f"clip_backbone: {name} does not say which weights; {choice} clip_weights")
-        name, tag = resolve_backbone(f"{name}:{tags[0]}")
-    return _Towers(name, tag, local)
+def _in_folder(folder: Path) -> Towers:
+    """A folder brings its own architecture and preprocessing."""
+    if (folder / _OPEN_CLIP_CONFIG).is_file():
+        name = f"{backbones.LOCAL_DIR}{folder}"
+        return Towers(backbones.describe(name), name, folder=folder)
+    if huggingface.is_huggingface_folder(folder):
+        model_cfg = huggingface.read_model_cfg(folder)
+        preprocess = huggingface.read_preprocess(folder, model_cfg["vision_cfg"]["image_size"])
+        return Towers(model_cfg, folder=folder, preprocess=preprocess)
+    raise UserError(
+        f"clip_weights: {folder} holds no {_OPEN_CLIP_CONFIG} and no config.json of a CLIPModel; give a folder of "
+        "open_clip's or transformers', or a weights file"
+    )
 
 
-def _tags(name: str) -> str:
-    return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-
-
-def _check_folder(folder: Path, config: Config) -> None:
-    """A folder brings its own architecture; a `clip_backbone` given beside it must be the same one."""
-    path = folder / "open_clip_config.json"
-    if not path.is_file():
-        raise UserError(f"clip_weights: {folder} holds no {path.name}; give an open_clip folder or a weights file")
-    if "clip_backbone" not in config.model_fields_set:
-        return
-    given = _architecture(resolve_backbone(config.clip_backbone)[0])
-    if given != _architecture(f"{_LOCAL_DIR}{folder}"):
+def _check_same(config: Config, towers: Towers, folder: Path) -> None:
+    given = backbones.describe(backbones.resolve_backbone(config.clip_backbone)[0])
+    if backbones.defaults_filled(given) != backbones.defaults_filled(towers.model_cfg):
+        path = folder / (_OPEN_CLIP_CONFIG if towers.name else "config.json")
         raise UserError(f"clip_backbone {config.clip_backbone} is not the architecture in {path}; leave it out")
 
 
-def _architecture(name: str) -> object:
-    """What decides the architecture, with all defaults filled in. Raises UserError."""
+def _of_weights(config: Config, weights: Weights) -> Towers:
+    """The architecture that was given, held against the shapes of the weights; else the one that the shapes tell."""
+    if not _is_given(config):
+        model_cfg, name = architecture_of(shapes_of(weights.state, weights.source))
+        return Towers(model_cfg, name, weights=weights, told_by_shapes=True)
+    name, tag = backbones.resolve_backbone(config.clip_backbone)
+    model_cfg = backbones.describe(name)
+    given, found = shapes_of_config(model_cfg), _shapes_or_none(weights)
+    if given and found and (unlike := list(differences(given, found))):
+        raise UserError(
+            f"clip_backbone {config.clip_backbone} contradicts {weights.source}, whose tensors are of another "
+            f"architecture ({'; '.join(unlike)}); leave clip_backbone out, and the shapes decide"
+        )
+    return Towers(model_cfg, name, tag, weights=weights)
+
+
+def _shapes_or_none(weights: Weights) -> Shapes | None:
+    """None where tensors are missing, or of another kind than OpenAI's: loading them will tell which."""
     try:
-        rest = {key: value for key, value in open_clip.get_model_config(name).items() if value}
-        vision, text = rest.pop("vision_cfg"), rest.pop("text_cfg")
-        return open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), rest
-    except Exception as error:
-        raise _cannot_build(name, error) from error
+        return shapes_of(weights.state, weights.source)
+    except UserError:
+        return None
 
 
-def _build(towers: _Towers, device: str) -> nn.Module:
-    # A file of weights does not say how its images were prepared; its tag does, or all tags of the architecture alike.
-    tags = [towers.tag] if towers.tag else open_clip.list_pretrained_tags_by_model(towers.name)
-    preparations = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(towers.name, tag)) for tag in tags]
-    alike = all(preparation == preparations[0] for preparation in preparations)
-    try:
-        with _open_clip_silent(), torch.device(device):
-            module: nn.Module = open_clip.create_model(
-                towers.name,
-                load_weights=False,
-                pretrained_text=False,
-                precision="fp32",
-                device=device,
-                force_preprocess_cfg=preparations[0] if preparations and alike else None,
-            )
-    except Exception as error:  # all that a folder's config, or a library behind a tower, can lead to
-        raise _cannot_build(towers.name, error) from error
-    return module
+def _subject(towers: Towers) -> str:
+    if towers.weights is not None:
+        return towers.weights.source
+    return f"clip_weights: {towers.folder}" if towers.folder else backbones.subject_of(towers.name or "")
 
 
-def _cannot_build(name: str, error: Exception) -> UserError:
-    setting, name = (
-        ("clip_weights", name[len(_LOCAL_DIR) :]) if name.startswith(_LOCAL_DIR) else ("clip_backbone", name)
-    )
-    return UserError(f"{setting}: open_clip cannot build {name}: {type(error).__name__}: {error}")
-
-
-def _fill(module: nn.Module, towers: _Towers) -> str:
+def _fill(module: nn.Module, towers: Towers) -> str:
     """Put the weights into the module; says where they came from."""
-    if towers.local is not None:
-        path = _weights_in(towers.local) if towers.local.is_dir() else towers.local
+    if towers.weights is not None:
+        strict_load(module, towers.weights.state, towers.weights.source)
+        kind = towers.name or "no published model, taken for quick-GELU and a head for every 64 channels"
+        told = f" (by its shapes {kind})" if towers.told_by_shapes else ""
+        return towers.weights.source.partition(": ")[2] + told
+    if towers.folder is not None and towers.name is not None:
+        path = _weights_in(towers.folder)
         strict_load(module, read_state_dict(path), f"clip_weights: {path}")
         return str(path)
-    source = f"{towers.name}:{towers.tag}"
+    if towers.folder is not None:
+        state, path = huggingface.read_weights(towers.folder)
+        strict_load(module, state, f"clip_weights: {path}")
+        return str(path)
+    return _fetch(module, f"{towers.name}:{towers.tag}", open_clip.get_pretrained_cfg(towers.name, towers.tag))
+
+
+def _fetch(module: nn.Module, source: str, cfg: Mapping[str, Any]) -> str:
     try:
-        with _open_clip_silent():
-            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(towers.name, towers.tag))
+        with backbones.open_clip_silent():
+            path = open_clip.download_pretrained(cfg)
     except Exception as error:
         raise UserError(
             f"clip_backbone: the weights {source} could not be had ({error}).\n"
             "Ways to get them: run once where the Hugging Face hub can be reached (they stay in its cache, HF_HOME); "
-            "set HF_ENDPOINT to a mirror; or copy a file or an open_clip folder here and set clip_weights to it."
+            "set HF_ENDPOINT to a mirror; or copy a file or a folder of them here and set clip_weights to it."
         ) from error
+    if is_torchscript(Path(path)):
+        strict_load(module, read_state_dict(Path(path)), f"clip_backbone: {source} in {path}")
+        return source
     try:
-        with _open_clip_silent():
+        with backbones.open_clip_silent():
             # open_clip knows the older names in its own files.
             open_clip.load_checkpoint(module, path, strict=True, weights_only=True)
     except Exception as error:
@@ -216,7 +236,7 @@ def _weights_in(folder: Path) -> Path:
     raise UserError(f"clip_weights: {folder} holds no weights, such as {_WEIGHTS_IN_FOLDER[0]}")
 
 
-def _image_spec(towers: _Towers, module: nn.Module, max_img_size: int | None) -> ImageSpec:
+def _image_spec(towers: Towers, module: nn.Module, max_img_size: int | None) -> ImageSpec:
     settings = open_clip.get_model_preprocess_cfg(module)
     size = settings["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -228,36 +248,23 @@ def _image_spec(towers: _Towers, module: nn.Module, max_img_size: int | None) ->
         mean, std = tuple(settings["mean"]), tuple(settings["std"])
         return ImageSpec(height, mean, std, settings["interpolation"], settings["resize_mode"])
     except (ValueError, TypeError) as error:
-        raise _cannot_build(towers.name, error) from error
+        raise backbones.cannot_build(_subject(towers), error) from error
 
 
-def _tokenizer(towers: _Towers, module: nn.Module, max_txt_len: int) -> Tokenizer:
+def _tokenizer(towers: Towers, module: nn.Module, max_txt_len: int) -> Tokenizer:
     try:
-        with _open_clip_silent():
-            encode: Any = open_clip.get_tokenizer(towers.name)
+        with backbones.open_clip_silent():
+            encode: Any = open_clip.get_tokenizer(towers.name) if towers.name else _clip_tokenizer(towers.model_cfg)
     except Exception as error:
-        raise UserError(f"clip_backbone: the tokenizer of {towers.name} could not be had: {error}") from error
+        raise UserError(f"{_subject(towers)}: the tokenizer could not be had: {error}") from error
     if max_txt_len > encode.context_length:
         context = f"the text tower's context of {encode.context_length} tokens"
         raise UserError(f"max_txt_len: {max_txt_len} is beyond {context}; lower it")
     return Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
 
 
-@contextmanager
-def _open_clip_silent() -> Iterator[None]:
-    """Keep from the user what open_clip says through the root logger: that a module it made for us has no weights.
-
-    The logger is left as it was: without any handler, the first message would have given it one for good.
-    """
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    root.addFilter(_is_not_open_clip)
-    try:
-        yield
-    finally:
-        root.removeFilter(_is_not_open_clip)
-        root.removeHandler(handler)
-
-
-def _is_not_open_clip(record: logging.LogRecord) -> bool:
-    return "open_clip" not in Path(record.pathname).parts
+def _clip_tokenizer(model_cfg: Mapping[str, Any]) -> open_clip.SimpleTokenizer:
+    tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
+    if model_cfg["text_cfg"]["vocab_size"] < tokenizer.vocab_size:
+        raise ValueError(f"a vocabulary of {model_cfg['text_cfg']['vocab_size']}, CLIP's has {tokenizer.vocab_size}")
+    return tokenizer

@@ -287,7 +287,7 @@ def test_a_given_workspace_of_cublas_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_operation_without_a_deterministic_form_is_said_in_words() -> None:
     apply_switches(load_config(None, {"deterministic": True}))
     with pytest.raises(RuntimeError) as raised:
-        torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.long), 2)
+        torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.long), [2, 2])
     explained = explain_nondeterminism(raised.value)
     assert isinstance(explained, UserError)
     assert "no deterministic form of max_unpooling2d" in str(explained)
@@ -340,7 +340,7 @@ def test_a_fitting_extension_optimizes_the_model_on_xpu_only(installed: Any) -> 
     ipex = usable_ipex(XPU, said.append)
     assert ipex is not None
     assert optimized_for_xpu(ipex, model, optimizer, said.append) == (model, optimizer)
-    assert model.optimized is True
+    assert model.optimized
     assert not said
 
 

@@ -82,7 +82,7 @@ def batch(number: int) -> TrainBatch:
 def numbers(batches: Iterator[TrainBatch]) -> list[int]:
     found = []
     for item in batches:
-        assert item.videos.frames.unique().tolist() == item.token_ids.flatten().tolist()
+        assert item.videos.frames[0, 0, 0, 0, :1].tolist() == item.token_ids.flatten().tolist()
         found.append(int(item.token_ids))
     return found
 

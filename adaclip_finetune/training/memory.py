@@ -78,7 +78,7 @@ def fitting_batch_size(
     are. A CPU has no memory of its own: there it is batch_size. Raises UserError if nothing fits.
     """
     device = accelerator.device
-    if device.type == "cpu":
+    if not _refuses_memory(device):
         say("auto_batch_size has no effect on the CPU, which swaps or ends a process instead of refusing memory")
         return batch_size
     k = (
@@ -100,6 +100,10 @@ def fitting_batch_size(
             "on, so each video is told from fewer others"
         )
     return size
+
+
+def _refuses_memory(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _why_not(

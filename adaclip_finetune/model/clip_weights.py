@@ -32,7 +32,7 @@ _WEIGHTS_IN_FOLDER = (
     "open_clip_pytorch_model.bin",
 )
 # OpenAI's files keep these numbers among the tensors; a mask is part of the architecture.
-_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 class Weights(NamedTuple):
@@ -70,6 +70,23 @@ def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weight
     tokens = _tokenizer(towers, module, config.max_txt_len)
     source = _fill(module, towers) if with_weights else "meta device, no weights"
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source)
+
+
+def load_pretrained(config: Config, like: LoadedClip) -> LoadedClip:
+    """CLIP as it was published, for towers `like` that came from a checkpoint.
+
+    Where no setting says which CLIP that is, the shapes do. Raises UserError where they are of no model of OpenAI's,
+    or the weights cannot be had.
+    """
+    if config.clip_weights is None and not _is_given(config):
+        name = architecture_of(shapes_of(like.module.state_dict(), "resume")).name
+        if name not in open_clip.list_openai_models():
+            raise UserError(
+                "resume: the CLIP in this checkpoint is of no architecture that OpenAI published, so what it was "
+                "before it learned is not known; give clip_weights, or clip_backbone (an open_clip name:tag)"
+            )
+        config = config.model_copy(update={"clip_backbone": f"{name}:openai"})
+    return load_clip(config)
 
 
 def find_towers(config: Config, from_checkpoint: Weights | None = None) -> Towers:
@@ -130,7 +147,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no tensors by name")
     if "clip.logit_scale" in tensors:
         raise UserError(f"{path}: is the checkpoint of a whole retriever, with CLIP inside: give it as --resume {path}")
-    return {name: tensor for name, tensor in tensors.items() if name not in _NO_WEIGHTS}
+    return {name: tensor for name, tensor in tensors.items() if name not in NO_WEIGHTS}
 
 
 def _is_given(config: Config) -> bool:

@@ -36,9 +36,9 @@ def read_untrusted(path: Path) -> Any:
         asked_for = _ASKED_FOR.search(str(error))
         asks = f" (it asks for {asked_for[1]})" if asked_for else ""
         raise UserError(
-            f"{path}: is no state dict and no checkpoint that can be read as data{asks}: neither .safetensors nor a "
-            "torch file of tensors, numbers, text and containers of them. A pickle that needs code to be read is not "
-            "opened; nothing of it was run"
+            f"{path}: is no state dict and no checkpoint: it cannot be read as safetensors, nor as a torch file of "
+            f"tensors, numbers, text and containers of them{asks}. A file that needs code to be read is not opened; "
+            "nothing of it was run"
         ) from error
 
 

@@ -1,0 +1,207 @@
+"""Checkpoints of whole retrievers, ours and others', under our names and as plain data.
+
+Known are our own weights and adapters (safetensors), published AdaCLIP checkpoints (Hu et al. 2023: a pickle of
+{arch, epoch, state_dict, config, optimizer}) and those of CLIP4Clip (Luo et al. 2022: a pickled state dict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from adaclip_finetune.config import (
+    AggregationSettings,
+    Config,
+    DataSettings,
+    FrameSettings,
+    ModelSettings,
+    OptimisationSettings,
+    SelectionSettings,
+)
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip_weights import NO_WEIGHTS, Weights
+from adaclip_finetune.model.published import to_our_names
+from adaclip_finetune.model.seen_settings import contradictions
+from adaclip_finetune.model.untrusted import read_untrusted, without_module_prefix
+from adaclip_finetune.settings.schema import show
+from adaclip_finetune.strict_json import parse_json
+
+OWN_FORMAT = "adaclip-finetune/"
+"""What the format of our files begins with; the number of the version follows."""
+
+# What decides the model, then what it sees, then how it learned.
+_GROUPS = (
+    ModelSettings,
+    SelectionSettings,
+    AggregationSettings,
+    FrameSettings,
+    DataSettings,
+    OptimisationSettings,
+)
+# Where things lie and how fast they go is nobody else's business.
+_OF_THE_MACHINE = frozenset(
+    {"dataset", "train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights"}
+    | {"num_workers", "pin_mem"}
+)
+
+
+class Kind(Enum):
+    """What a checkpoint is, in words."""
+
+    OURS = "a checkpoint of ours"
+    ADAPTER = "an adapter of ours"
+    PUBLISHED = "a published AdaCLIP checkpoint"
+    CLIP4CLIP = "a CLIP4Clip checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`state` under our names; `settings` as stored (plain values; of other systems perhaps unknown ones); `metadata`
+    of our own files."""
+
+    path: Path
+    kind: Kind
+    state: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    epoch: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.kind in (Kind.PUBLISHED, Kind.CLIP4CLIP)
+
+    def towers(self) -> Weights | None:
+        """The CLIP inside; an adapter has only some of it: None."""
+        if self.kind is Kind.ADAPTER:
+            return None
+        inside = {n.removeprefix("clip."): tensor for n, tensor in self.state.items() if n.startswith("clip.")}
+        return Weights(inside, f"resume: {self.path}")
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read any of the known kinds; nothing in the file is run. Raises UserError, which tells the known kinds."""
+    if path.is_dir():
+        raise UserError(f"resume: {path} is a folder; give a weights file in it, such as {path / 'best.safetensors'}")
+    if path.suffix == ".safetensors" and (metadata := _metadata(path)).get("format", "").startswith(OWN_FORMAT):
+        kind = Kind.ADAPTER if metadata.get("content") == "adapter" else Kind.OURS
+        settings = parse_json(metadata.get("config", "{}"), f"resume: {path}, config in its metadata")
+        return Checkpoint(path, kind, read_untrusted(path), settings, metadata.get("epoch"), metadata)
+    try:
+        content = read_untrusted(path)
+    except UserError as error:
+        raise UserError(f"resume: {error}") from error
+    return _foreign(path, content)
+
+
+def check_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise UserError naming the given settings that a foreign checkpoint's tensors contradict."""
+    try:
+        found = dict(contradictions(checkpoint.state, config))
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"resume: {checkpoint.path} lacks tensors, or has them in strange shapes ({error})") from error
+    if not found:
+        return
+    lines = [f"  {name} is {_plain(getattr(config, name))}, there {_choice(v)}" for name, v in found.items()]
+    stored = {name: checkpoint.settings.get(name) for name in found}
+    flags = [f"--{name} {_plain(stored[name] if stored[name] in v else v[0])}" for name, v in found.items() if v]
+    raise UserError(
+        f"resume: {checkpoint.path} is {checkpoint.kind.value}, and its tensors contradict these settings:\n"
+        + "\n".join(lines)
+        + f"\nTo load it: {' '.join(flags)}"
+    )
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> str:
+    """For the screen: what a checkpoint is, and which settings it was made with are others here."""
+    epoch = "" if checkpoint.epoch in (None, "None") else f" of epoch {checkpoint.epoch}"
+    what = f"resume: {checkpoint.path} is {checkpoint.kind.value}{epoch}"
+    if not checkpoint.settings:
+        return f"{what}; it holds no settings"
+    rows = list(_differences(checkpoint, config))
+    if not rows:
+        return f"{what}; its settings are those given"
+    width = max(len(name) for name, _, _ in rows)
+    table = [f"  {name:{width}}  {_plain(stored)} → {_plain(given)}" for name, stored, given in rows]
+    return "\n".join([f"{what}; of its settings these are others here (stored → given):", *table])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"resume: {path} cannot be read as safetensors: {error}") from error
+
+
+def _foreign(path: Path, content: Any) -> Checkpoint:
+    wrapped = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
+    named = content["state_dict"] if wrapped else content
+    if not isinstance(named, dict) or not named or not all(isinstance(tensor, Tensor) for tensor in named.values()):
+        raise _unknown(path, "it holds no tensors by name")
+    state = without_module_prefix(named)
+    if "clip.logit_scale" not in state:
+        alone = "; CLIP weights alone belong into clip_weights" if "logit_scale" in state else ""
+        raise _unknown(path, f"it holds no clip.logit_scale{alone}")
+    state = {name: tensor for name, tensor in state.items() if name.removeprefix("clip.") not in NO_WEIGHTS}
+    try:
+        ours = to_our_names(state)
+    except UserError as error:
+        raise _unknown(path, str(error)) from error
+    settings = content.get("config") if wrapped else None
+    epoch = content.get("epoch") if wrapped else None
+    if isinstance(settings, dict):
+        return Checkpoint(path, Kind.PUBLISHED, ours, dict(settings), None if epoch is None else str(epoch))
+    if any(not name.startswith(("clip.", "transformerClip.", "frame_position_embeddings.")) for name in state):
+        return Checkpoint(path, Kind.PUBLISHED, ours)
+    header = "seqTransf" if any(name.startswith("header.") for name in ours) else "meanP"
+    implied = {"use_policy": False, "sim_header": header, "frame_agg": None, "word_agg": None}
+    return Checkpoint(path, Kind.CLIP4CLIP, ours, implied)
+
+
+def _unknown(path: Path, why: str) -> UserError:
+    return UserError(
+        f"resume: {path} was not written by adaclip, and is of no other kind that is known here: {why}. Known are "
+        "best.safetensors, last.safetensors and adapter.safetensors of a run of ours; published AdaCLIP checkpoints (a "
+        "torch file of arch, epoch, state_dict, config, optimizer); CLIP4Clip checkpoints (a torch file of clip.* and, "
+        "for seqTransf, transformerClip.* and frame_position_embeddings)"
+    )
+
+
+def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    stored, left_out = checkpoint.settings, set(_OF_THE_MACHINE)
+    if checkpoint.kind is Kind.ADAPTER:
+        # It brings no CLIP: which one lies under it is for the settings to say.
+        left_out.remove("clip_weights")
+    elif "clip_backbone" not in config.model_fields_set:
+        # A default does not decide which CLIP it is: the tensors do.
+        left_out.add("clip_backbone")
+    for name in (name for group in _GROUPS for name in group.model_fields if name not in left_out):
+        if name in stored and _comparable(stored[name]) != _comparable(getattr(config, name)):
+            yield name, stored[name], getattr(config, name)
+    peft = stored.get("peft")
+    method = peft.get("method") if isinstance(peft, dict) else None
+    if method is not None and method != config.peft.method:
+        yield "peft.method", method, config.peft.method
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _choice(possible: tuple[Any, ...]) -> str:
+    return " or ".join(map(_plain, possible)) or "something that no setting leads to"
+
+
+def _plain(value: Any) -> str:
+    """As a flag would say it."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_plain, value))
+    return value if isinstance(value, str) else show(value)

@@ -14,12 +14,13 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.splits import TrainSplit, train_split
+from adaclip_finetune.model.checkpoints import check_settings, describe, read_checkpoint
 from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
-from adaclip_finetune.training.checkpoint import load_weights
+from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import describe_device
 from adaclip_finetune.training.run_folder import RunFolder
 
@@ -51,18 +52,22 @@ class Session:
 
     def pretrained(self) -> LoadedClip:
         """CLIP as it was before anything learned: the session's own at its start, a fresh one after `resume`."""
-        return load_clip(self.config) if self.config.resume else self.loaded
+        return load_pretrained(self.config, self.loaded) if self.config.resume else self.loaded
 
 
 def build_session(config: Config, run: RunFolder, accelerator: Accelerator) -> Session:
     """Seed, model, `resume`'s weights, and what learns, in this order; says what it built. Raises UserError."""
     set_seed(config.seed)
-    loaded = load_clip(config)
+    checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
+    if checkpoint is not None and checkpoint.is_foreign:
+        check_settings(checkpoint, config)
+    loaded = load_clip(config, from_checkpoint=checkpoint.towers() if checkpoint else None)
     model = VideoRetriever(config, loaded)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
-    if config.resume:
-        load_weights(Path(config.resume), model)
+    if checkpoint is not None:
+        fill(model, checkpoint)
+        run.say(describe(checkpoint, config))
     method = prepare_peft(model, config)
     model.to(accelerator.device)
     session = Session(config, run, accelerator, loaded, model, method, count_gflops(model, config.num_frm))

@@ -229,34 +229,36 @@ def test_gallery(frames: Path, num_workers: int) -> None:
     config = make_config(num_workers=num_workers)
     reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
     loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
-    for _ in range(2):
-        batches = list(loader)
-        assert len(loader) == len(batches) == 3
-        assert [batch.video_ids for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
-        assert batches[0].frame_indices[0].tolist() == [0, 2, 4, 6]  # never random, whatever `sampling`
+    assert len(loader) == 3
+    for numbers, expected in (([0, 1, 2], ["ab", "cd", "e"]), ([2, 0], ["e", "ab"]), ([], []), ([1], ["cd"])):
+        batches = [collated.videos for collated in loader.read(numbers)]
+        assert ["".join(batch.video_ids) for batch in batches if batch] == expected
+    (collated,) = loader.read([0])
+    assert collated.videos is not None
+    assert collated.videos.frame_indices[0].tolist() == [0, 2, 4, 6]  # never random, whatever `sampling`
+    loader.close()
 
 
 def test_gallery_batches_are_bounded_in_frames(frames: Path) -> None:
     config = make_config(val_batch_size=500, num_frm=256)
     reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
-    assert [len(batch) for batch in GalleryLoader(GalleryDataset(list(COUNTS), reader), config)] == [2, 2, 1]
+    loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
+    assert [len(collated.videos or []) for collated in loader.read(range(len(loader)))] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_fault_frames_that_fail_in_evaluation_are_all_named(tmp_path: Path, num_workers: int) -> None:
+def test_frames_that_fail_in_evaluation_come_with_their_batch(tmp_path: Path, num_workers: int) -> None:
     for video_id, count in COUNTS.items():
         write_frames(tmp_path / video_id, count)
     for video_id in "bd":
         (tmp_path / video_id / TEMPLATE.format(1)).write_bytes(b"")
-    config, lenient = (make_config(num_workers=num_workers, skip_missing=skip) for skip in (False, True))
-    dataset = GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, IMAGE))
-    with pytest.raises(UnreadableVideos, match="2 of 5 videos") as caught:
-        list(GalleryLoader(dataset, config))
-    assert list(caught.value.reasons) == ["b", "d"]
-
-    loader = GalleryLoader(dataset, lenient)
-    assert [video_id for batch in loader for video_id in batch.video_ids] == ["a", "c", "e"]
-    assert list(loader.failed) == ["b", "d"]
+    config = make_config(num_workers=num_workers)
+    loader = GalleryLoader(
+        GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, IMAGE)), config
+    )
+    found = [(c.videos.video_ids if c.videos else [], [e.video_id for e in c.failures]) for c in loader.read(range(3))]
+    assert found == [(["a"], ["b"]), (["c"], ["d"]), (["e"], [])]
+    loader.close()
 
 
 def test_batches_move_and_keep_what_is_not_a_tensor(frames: Path) -> None:

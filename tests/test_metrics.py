@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaclip_finetune.evaluation import similarity
+from adaclip_finetune.evaluation.evaluate import Figures
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 
@@ -179,16 +181,46 @@ def test_similarity_blocks_equal_the_whole_matrix():
     assert half.dtype == torch.float32
 
 
-def test_similarity_of_videos_that_depend_on_the_query():
+def test_similarity_of_videos_that_depend_on_the_query(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     text, frames = torch.randn(7, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
 
-    def videos(queries):
-        weights = torch.einsum("td,vkd->tvk", queries, frames).softmax(-1)
-        return torch.einsum("tvk,vkd->tvd", weights, frames)
+    def aggregate(some, queries):
+        weights = torch.einsum("td,vkd->tvk", queries, some).softmax(-1)
+        return torch.einsum("tvk,vkd->tvd", weights, some)
 
-    expected = torch.stack([torch.nn.functional.cosine_similarity(q[None], videos(q[None])[0]) for q in text])
-    torch.testing.assert_close(torch.cat(list(similarity_blocks(text, videos, 0.0, 2))), expected)
+    expected = torch.stack(
+        [torch.nn.functional.cosine_similarity(q[None], aggregate(frames, q[None])[0]) for q in text]
+    )
+    torch.testing.assert_close(torch.cat(list(similarity_blocks(text, frames, 0.0, 2, aggregate))), expected)
+    monkeypatch.setattr(similarity, "BLOCK_BYTES", 100)  # two rows of four videos; answers for two videos at a time
+    blocks = list(similarity_blocks(text, frames, 0.0, 2, aggregate))
+    assert [block.shape for block in blocks] == [(2, 4), (2, 4), (2, 4), (1, 4)]
+    torch.testing.assert_close(torch.cat(blocks), expected)
+
+
+def test_blocks_are_bounded_in_bytes_whatever_val_batch_size(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    text, video = torch.randn(40, 5, generator=generator), torch.randn(10, 5, generator=generator)
+    whole = torch.cat(list(similarity_blocks(text, video, 0.0, 500)))
+    for allowed, rows in ((5 * 10 * 4, 5), (1, 1)):
+        monkeypatch.setattr(similarity, "BLOCK_BYTES", allowed)
+        blocks = similarity_blocks(text, video, 0.0, 500)
+        assert {len(block) for block in blocks} == {rows} and len(blocks) == 40 // rows
+        torch.testing.assert_close(torch.cat(list(blocks)), whole)
+
+
+def test_figures_survive_json_exactly():
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.6], [0.3, 0.7, 0.2]])
+    figures = Figures(retrieval_metrics([scores], [0, 2, 2]), videos_evaluated=3, videos_listed=5)
+    again = Figures.from_state(json.loads(json.dumps(figures.as_state())))
+    assert again.as_dict() == figures.as_dict()
+    assert again.as_dict()["v2t"]["videos_evaluated"] == 3 and again.as_dict()["t2v"]["videos_listed"] == 5
+    for direction in ("t2v", "v2t"):
+        one, other = getattr(figures.metrics, direction), getattr(again.metrics, direction)
+        for name in ("queries", "ranks"):
+            assert getattr(one, name).tolist() == getattr(other, name).tolist()
+            assert getattr(other, name).dtype == np.int64
 
 
 def test_similarity_is_float32_under_autocast_and_without_gradients():

@@ -7,7 +7,7 @@ and several processes take shares of each batch of it.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.dataset import Collated, GalleryDataset, TrainBatch, TrainDataset, VideoBatch, collate
+from adaclip_finetune.data.dataset import Collated, GalleryDataset, TrainBatch, TrainDataset, collate
 from adaclip_finetune.data.readable import UnreadableVideos, listing
 from adaclip_finetune.data.sampling import generator
-from adaclip_finetune.data.splits import unreadable_in_evaluation
 
 FRAMES_A_GALLERY_BATCH = 512  # 77 MB of pixels at 224 x 224, of which each worker holds a few batches
 
@@ -81,37 +80,28 @@ class TrainLoader:
 
 
 class GalleryLoader:
-    """The videos of an evaluation in the order of the annotation; iterate as often as needed.
-
-    Raises UnreadableVideos at the end, naming all videos that turned out unreadable on the way; with `skip_missing`
-    they are only gathered in `failed`, and the batches' video_ids tell which came.
-    """
+    """The videos of an evaluation in the order of the annotation, cut into numbered batches: the same ones whoever
+    reads them, and whichever are asked for."""
 
     def __init__(self, dataset: GalleryDataset, config: Config) -> None:
-        self.failed: dict[str, str] = {}
-        self._skip_missing = config.skip_missing
-        self._num_videos = len(dataset)
         size = max(1, min(config.val_batch_size, FRAMES_A_GALLERY_BATCH // config.num_frm))
-        starts = range(0, len(dataset), size)
-        self._loader = make_loader(
-            dataset, config, [list(range(start, min(start + size, len(dataset)))) for start in starts]
-        )
+        indices = range(len(dataset))
+        self._batches = [list(indices[start : start + size]) for start in indices[::size]]
+        self._asked: list[list[int]] = []  # read by the loader when it starts
+        self._loader = make_loader(dataset, config, self._asked)
 
     def close(self) -> None:
         """End the reading processes."""
         stop_workers(self._loader)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._batches)
 
-    def __iter__(self) -> Iterator[VideoBatch]:
-        self.failed = {}
-        for collated in self._loader:
-            self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
-            if collated.videos is not None:
-                yield collated.videos
-        if self.failed and (not self._skip_missing or len(self.failed) == self._num_videos):
-            raise unreadable_in_evaluation(self.failed, self._num_videos)
+    def read(self, numbers: Iterable[int]) -> Iterator[Collated]:
+        """The batches with these numbers, in this order, each with its unreadable videos."""
+        self._asked[:] = [self._batches[number] for number in numbers]
+        if self._asked:
+            yield from self._loader
 
 
 def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collated]:

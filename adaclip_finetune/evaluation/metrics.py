@@ -6,7 +6,7 @@ scores R@1 = 0 and not 100. Ranks are counts and so exact; no more than one bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,15 @@ class DirectionMetrics:
         recalls = {f"R@{k}": self.recall(k) for k in RECALLS}
         return {**recalls, "MedR": self.median_rank, "MeanR": self.mean_rank, "queries": len(self.ranks)}
 
+    def as_state(self) -> dict[str, list[int]]:
+        """For JSON: all of it, exactly."""
+        return {"queries": self.queries.tolist(), "ranks": self.ranks.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list[int]]) -> DirectionMetrics:
+        """What `as_state` gave."""
+        return cls(np.array(state["queries"], np.int64), np.array(state["ranks"], np.int64))
+
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
@@ -54,6 +63,15 @@ class Metrics:
     def as_dict(self) -> dict[str, dict[str, float]]:
         """For JSON."""
         return {"t2v": self.t2v.as_dict(), "v2t": self.v2t.as_dict()}
+
+    def as_state(self) -> dict[str, dict[str, list[int]]]:
+        """For JSON: all of it, exactly."""
+        return {"t2v": self.t2v.as_state(), "v2t": self.v2t.as_state()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, list[int]]]) -> Metrics:
+        """What `as_state` gave."""
+        return cls(*(DirectionMetrics.from_state(state[direction]) for direction in ("t2v", "v2t")))
 
 
 def retrieval_metrics(blocks: Iterable[Tensor], video_of_text: Tensor | IntArray | Sequence[int]) -> Metrics:

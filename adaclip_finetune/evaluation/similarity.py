@@ -1,4 +1,7 @@
-"""The similarity of every text to every video, a block of rows at a time."""
+"""The similarity of every text to every video, a block of rows at a time.
+
+What is held at once is counted in bytes: 50,000 texts against 50,000 videos take no more than 500 against 500.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Videos = Tensor | Callable[[Tensor], Tensor]
+BLOCK_BYTES = 64 * 2**20
+
+Aggregate = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -17,37 +22,55 @@ class SimilarityBlocks:
     """Iterates over row blocks (t, V) of the similarity matrix, from the start each time it is asked."""
 
     text: Tensor
-    videos: Videos
+    videos: Tensor
     scale: float
-    block: int
+    rows: int
+    aggregate: Aggregate | None
 
     def __len__(self) -> int:
-        return -(-len(self.text) // self.block)
+        return -(-len(self.text) // self.rows)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
-        for queries in torch.split(self.text, self.block):
-            with torch.autocast(queries.device.type, enabled=False):
-                yield self._similarity(queries)
+        for queries in torch.split(self.text, self.rows):
+            with torch.autocast(self.videos.device.type, enabled=False):
+                yield self.scale * self._cosines(_at_least_float32(queries.to(self.videos.device)))
 
-    def _similarity(self, queries: Tensor) -> Tensor:
-        if callable(self.videos):
-            answers = _unit(self.videos(queries))  # (t, V, D)
-            return self.scale * torch.einsum("td,tvd->tv", _unit(queries), answers)
-        return self.scale * (_unit(queries.to(self.videos.device)) @ self.videos.T)
+    def _cosines(self, queries: Tensor) -> Tensor:
+        unit = F.normalize(queries, dim=-1)
+        if self.aggregate is None:
+            return unit @ self.videos.T
+        at_once = rows_in_a_block(len(queries) * queries.shape[1] * queries.element_size())
+        parts = []
+        for frames in torch.split(self.videos, at_once):
+            answers = F.normalize(self.aggregate(_at_least_float32(frames), queries), dim=-1)  # (t, v, D)
+            parts.append(torch.einsum("td,tvd->tv", unit, answers))
+        return torch.cat(parts, dim=1)
 
 
-def similarity_blocks(text: Tensor, videos: Videos, logit_scale: float | Tensor, block: int) -> SimilarityBlocks:
-    """exp(logit_scale) · cosine of texts (T, D) and videos (V, D), in blocks of at most `block` rows.
+def similarity_blocks(
+    text: Tensor, videos: Tensor, logit_scale: float | Tensor, block: int, aggregate: Aggregate | None = None
+) -> SimilarityBlocks:
+    """exp(logit_scale) · cosine of texts (T, D) and videos (V, D), in blocks of at most `block` rows and BLOCK_BYTES.
 
-    Videos that depend on the query are a callable: queries (t, D) → video embeddings (t, V, D). Float32, on the videos'
-    device (float64 stays float64); no gradients. A pass holds one block, and a second pass gives the very same values.
+    Videos that depend on the query are their frames (V, K, D) and `aggregate`: frames (v, K, D), queries (t, D) →
+    video embeddings (t, v, D). Float32, on the videos' device (float64 stays float64); no gradients. A pass holds one
+    block, and a second pass gives the very same values.
     """
     if block < 1:
         raise ValueError(f"a block has at least one row, not {block}")
-    videos = videos if callable(videos) else _unit(videos)
-    return SimilarityBlocks(text, videos, float(torch.as_tensor(logit_scale, dtype=torch.float64).exp()), block)
+    if aggregate is None:
+        videos = F.normalize(_at_least_float32(videos), dim=-1)
+    rows = min(block, rows_in_a_block(len(videos) * max(4, videos.element_size())))
+    return SimilarityBlocks(
+        text, videos, float(torch.as_tensor(logit_scale, dtype=torch.float64).exp()), rows, aggregate
+    )
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
+def rows_in_a_block(bytes_a_row: int) -> int:
+    """How many rows of this size BLOCK_BYTES hold; at least one."""
+    return max(1, BLOCK_BYTES // max(1, bytes_a_row))
+
+
+def _at_least_float32(vectors: Tensor) -> Tensor:
+    return vectors if vectors.dtype == torch.float64 else vectors.float()

@@ -1,0 +1,128 @@
+"""A similarity matrix on disk: `<name>.npy` (rows queries, columns videos) and its ids beside it in `<name>.json`.
+
+Written and read a block of rows at a time, by plain reads and writes: pages of a memory map would count as memory of
+the process, all ten gigabytes of 50,000 texts against 50,000 videos.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.similarity import rows_in_a_block
+from adaclip_finetune.strict_json import read_json
+
+_FLOATS = ("float16", "float32", "float64")
+_KEYS = ("queries", "videos", "video_of_query")
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityFile:
+    """Iterates over row blocks (t, V) of a saved matrix, from the start each time it is asked."""
+
+    path: Path
+    queries: Queries
+    dtype: np.dtype[Any]
+    offset: int  # bytes before the first value
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Float16 comes as float32. Raises UserError for NaN, and for a file that became shorter."""
+        texts, videos = len(self.queries.texts), len(self.queries.video_ids)
+        rows = rows_in_a_block(videos * max(4, self.dtype.itemsize))
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, texts, rows):
+                count = min(rows, texts - start) * videos
+                values = np.fromfile(file, self.dtype, count)
+                if len(values) < count:
+                    raise UserError(f"{self.path}: ends in the middle of row {start + len(values) // videos}")
+                yield self._checked(values.reshape(-1, videos), start)
+
+    def _checked(self, values: NDArray[Any], start: int) -> Tensor:
+        native = np.dtype("float64" if self.dtype.itemsize == 8 else "float32")
+        block = torch.from_numpy(values.astype(native, copy=False))
+        if (nan := block.isnan()).any():
+            row, column = nan.nonzero()[0].tolist()
+            query, video = self.queries.texts[start + row], self.queries.video_ids[column]
+            raise UserError(
+                f"{self.path}: row {start + row}, column {column} (query {query!r}, video {video!r}) is nan; "
+                "nothing can be ranked by it"
+            )
+        return block
+
+
+def similarity_file(path: Path) -> SimilarityFile:
+    """A matrix that `write_similarity_file` wrote, or another program in the same form. Nothing is unpickled.
+
+    Raises UserError for a file that is not there or no .npy, for a shape or dtype that is none of a similarity, and for
+    ids that do not fit it.
+    """
+    try:
+        header = npy.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
+    if header.ndim != 2:
+        raise UserError(f"{path}: has the shape {header.shape}; a similarity is (queries, videos)")
+    if header.dtype.newbyteorder("=").name not in _FLOATS:
+        raise UserError(f"{path}: has the dtype {header.dtype}; a similarity is one of {', '.join(_FLOATS)}")
+    if not header.flags.c_contiguous:
+        raise UserError(f"{path}: lies column by column; save it row by row (numpy.ascontiguousarray)")
+    queries = _read_ids(path.with_suffix(".json"))
+    expected = (len(queries.texts), len(queries.video_ids))
+    if header.shape != expected:
+        raise UserError(
+            f"{path}: has the shape {header.shape}, but {path.with_suffix('.json').name} beside it lists "
+            f"{expected[0]} queries and {expected[1]} videos"
+        )
+    return SimilarityFile(path, queries, header.dtype, header.offset)
+
+
+def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries) -> None:
+    """Write the matrix in float32, and its ids. Raises OSError; then what was at `path` before is untouched."""
+    ids = dict(zip(_KEYS, (queries.texts, queries.video_ids, queries.video_of_text.tolist()), strict=True))
+    beside = path.with_name(f".{path.name}.part")
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(queries.texts), len(queries.video_ids))}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            npy.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block.float().cpu().numpy(), "<f4").data)
+        path.with_suffix(".json").write_text(json.dumps(ids, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _read_ids(path: Path) -> Queries:
+    ids = read_json(path)
+    if not isinstance(ids, dict) or not all(isinstance(ids.get(key), list) for key in _KEYS):
+        raise UserError(f"{path}: is to hold the lists {', '.join(_KEYS)}")
+    texts, videos, owners = (ids[key] for key in _KEYS)
+    for key, names in (("queries", texts), ("videos", videos)):
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise UserError(f"{path}: {key} holds {wrong[0]!r}, which is no text")
+    if not texts:
+        raise UserError(f"{path}: lists no queries")
+    if len(owners) != len(texts):
+        raise UserError(f"{path}: video_of_query has {len(owners)} entries for {len(texts)} queries")
+    for owner in owners:
+        if type(owner) is not int or not 0 <= owner < len(videos):
+            raise UserError(
+                f"{path}: video_of_query holds {owner!r}, which is no number of a video (0 to {len(videos) - 1})"
+            )
+    return Queries(texts, np.array(owners, np.int64), videos)

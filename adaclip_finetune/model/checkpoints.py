@@ -91,6 +91,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" and (metadata := _metadata(path)).get("format", "").startswith(OWN_FORMAT):
         kind = Kind.ADAPTER if metadata.get("content") == "adapter" else Kind.OURS
         settings = parse_json(metadata.get("config", "{}"), f"resume: {path}, config in its metadata")
+        if not isinstance(settings, dict):
+            raise UserError(f"resume: {path} has no settings in the config of its metadata")
         return Checkpoint(path, kind, read_untrusted(path), settings, metadata.get("epoch"), metadata)
     try:
         content = read_untrusted(path)

@@ -7,7 +7,8 @@ from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+_START = "<|startoftext|>"
+_END = "<|endoftext|>"
 
 
 def config_json(model_cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def to_our_names(state: Mapping[str, Value]) -> dict[str, Value]:
     """A published state dict under our names. Raises UserError naming what neither system has."""
     prefixes = {name: next((p for p in PREFIXES if name.startswith(p)), None) for name in state}
     if unknown := [name for name, prefix in prefixes.items() if prefix is None]:
-        raise UserError(f"neither AdaCLIP nor CLIP4Clip has tensors of these names: {', '.join(unknown)}")
+        raise UserError(f"neither AdaCLIP nor CLIP4Clip has tensors of these names: {_listed(unknown)}")
     return {PREFIXES[p] + name.removeprefix(p): state[name] for name, p in prefixes.items() if p is not None}
 
 
@@ -50,5 +50,10 @@ def to_published_names(state: Mapping[str, Value]) -> dict[str, Value]:
     theirs = {ours: name for name, ours in PREFIXES.items() if name not in left_out}
     prefixes = {name: next((p for p in theirs if name.startswith(p)), None) for name in state}
     if unknown := [name for name, prefix in prefixes.items() if prefix is None]:
-        raise UserError(f"the published system has no place for these tensors: {', '.join(unknown)}")
+        raise UserError(f"the published system has no place for these tensors: {_listed(unknown)}")
     return {theirs[p] + name.removeprefix(p): state[name] for name, p in prefixes.items() if p is not None}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

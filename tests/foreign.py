@@ -1,0 +1,69 @@
+"""Checkpoints as other systems write them, and files that attack whoever opens them."""
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EasyDict(dict):
+    """Pickles as easydict's class of this name does: a dict of items, with an attribute for each beside it."""
+
+    __module__ = "easydict"
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            value = EasyDict(value) if isinstance(value, dict) else value
+            self[name] = value
+            self.__dict__[name] = value
+
+
+@contextmanager
+def easydict_installed() -> Iterator[None]:
+    """What pickle needs in order to write the class by its name; gone when the file is read."""
+    assert "easydict" not in sys.modules
+    module = ModuleType("easydict")
+    module.EasyDict = EasyDict  # type: ignore[attr-defined]
+    sys.modules["easydict"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["easydict"]
+
+
+def write_published(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any], zipped: bool = True) -> Path:
+    """A published AdaCLIP checkpoint, in torch's format or (`zipped=False`) the one before it."""
+    optimizer = {"state": {0: {"step": 7, "next_m": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    content = {"arch": "AdaCLIP", "epoch": 4, "state_dict": dict(state), "optimizer": optimizer}
+    with easydict_installed():
+        torch.save({**content, "config": EasyDict(settings)}, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+class Evil:
+    """Makes the folder `canary` when it is unpickled with the standard library."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def write_evil(path: Path, canary: Path, content: Mapping[str, Any], how: str) -> None:
+    """`content` and an `Evil` in it, as a torch zip, torch's older format, or a bare pickle of protocol 2 or 4."""
+    evil = {**content, "evil": Evil(canary)}
+    if how == "zip":
+        torch.save(evil, path)
+    elif how == "old":
+        torch.save(evil, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(evil, protocol=int(how)))

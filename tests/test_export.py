@@ -1,0 +1,201 @@
+"""`adaclip export`: what is written reads back, here and in the systems it is meant for, with the same embeddings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import build_tiny_clip
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from adaclip_finetune.cli import main
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.export import export
+from adaclip_finetune.model.checkpoints import Kind, check_settings, read_checkpoint
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+WORDS = ["a dog runs", "two red cars, and a cat's ball"]
+HEADS: dict[str, dict[str, Any]] = {
+    "mlp": {"frame_agg": "mlp"},
+    "transformer": {"frame_agg": "transformer", "rnn": "lstm", "mlp_type": "fc"},
+    "seqTransf": {"frame_agg": None, "sim_header": "seqTransf", "word_agg": "mlp"},
+    "one block": {"frame_agg": None, "sim_header": "transformer", "word_agg": "transformer", "use_rnn": False},
+    "no policy": {"frame_agg": "qscore", "use_policy": False},
+    "mobilenet": {"frame_agg": None, "policy_backbone": "mobilenet_v3_large", "policy_weights": "random"},
+}
+
+
+@pytest.fixture
+def run(project: dict[str, Any], tmp_path: Path) -> Path:
+    """A run folder with finetuned weights, as far as export looks at it."""
+    return write_run(tmp_path / "run", load_config(None, project))
+
+
+def write_run(folder: Path, config: Config, seed: int = 1) -> Path:
+    folder.mkdir()
+    torch.manual_seed(seed)
+    model = VideoRetriever(config, load_clip(config))
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    settings = config.model_dump_json()
+    (folder / "config.json").write_text(settings)
+    save_tensors(
+        folder / "best.safetensors", model.state_dict(), {"content": "model", "epoch": "7", "config": settings}
+    )
+    return folder
+
+
+def towers_of(run: Path) -> dict[str, Tensor]:
+    state = load_file(run / "best.safetensors")
+    return {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
+
+
+def embeddings(module: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return module.eval().encode_image(PIXELS), module.encode_text(open_clip.tokenize(WORDS))
+
+
+def expected(run: Path) -> tuple[Tensor, Tensor]:
+    clip = build_tiny_clip()
+    clip.load_state_dict(towers_of(run))
+    return embeddings(clip)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path, heads: str, by_folder: bool) -> None:
+    config = load_config(None, {**project, **HEADS[heads]})
+    run = write_run(tmp_path / "run", config)
+    export(run if by_folder else run / "best.safetensors", "published", tmp_path / "such.pth")
+    content = torch.load(tmp_path / "such.pth", weights_only=True)
+    assert sorted(content) == ["arch", "config", "epoch", "optimizer", "state_dict"]
+    assert (content["epoch"], content["optimizer"], type(content["config"])) == (7, {}, dict)
+    assert content["config"]["num_frm"] == 6 and content["config"]["frame_agg"] == HEADS[heads]["frame_agg"]
+    known = ("clip.", "sampler.", "transformer", "frame_", "word_agg_")
+    assert all(name.startswith(known) for name in content["state_dict"])
+    checkpoint = read_checkpoint(tmp_path / "such.pth")
+    assert (checkpoint.kind, checkpoint.epoch) == (Kind.PUBLISHED, "7")
+    check_settings(checkpoint, config)
+    fresh = load_config(None, {k: v for k, v in {**project, **HEADS[heads]}.items() if k != "clip_weights"})
+    model = VideoRetriever(fresh, load_clip(fresh, from_checkpoint=checkpoint.towers()))
+    fill(model, checkpoint)
+    stored = load_file(run / "best.safetensors")
+    assert model.state_dict().keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(embeddings(model.clip), expected(run), rtol=0, atol=1e-6)
+
+
+def test_open_clip_reads_what_is_written(run: Path, tmp_path: Path) -> None:
+    lines = export(run, "open_clip", tmp_path / "folder")
+    assert "selector (" in lines[1] and "aggregator (" in lines[1] and "clip" not in lines[1]
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'folder'}")
+    ours = load_clip(load_config(None, {"clip_weights": str(tmp_path / "folder")}))
+    assert embeddings(theirs)[0].shape == (3, 64)
+    torch.testing.assert_close(embeddings(theirs), expected(run), rtol=0, atol=1e-6)
+    torch.testing.assert_close(embeddings(ours.module), expected(run), rtol=0, atol=0)
+    # The preprocessing of the CLIP that the run began with comes along.
+    assert ours.image.mean == (0.5, 0.5, 0.5) and ours.image.std == (0.25, 0.25, 0.25)
+    assert open_clip.get_model_preprocess_cfg(theirs)["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_transformers_reads_what_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    export(run, "huggingface", tmp_path / "folder")
+    theirs, found = CLIPModel.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "folder")
+    with torch.no_grad():
+        tokens = tokenizer(WORDS, padding=True, return_tensors="pt")
+        text = theirs.eval().text_projection(theirs.text_model(**tokens).pooler_output)
+        image = theirs.visual_projection(theirs.vision_model(PIXELS).pooler_output)
+    torch.testing.assert_close((image, text), expected(run), rtol=1e-4, atol=1e-5)
+    for words, ids in zip(WORDS, open_clip.tokenize(WORDS), strict=True):
+        assert tokenizer(words)["input_ids"] == [number for number in ids.tolist() if number]
+    ours = load_clip(load_config(None, {"clip_weights": str(tmp_path / "folder")}))
+    torch.testing.assert_close(embeddings(ours.module), expected(run), rtol=0, atol=0)
+    assert ours.image.mean == (0.5, 0.5, 0.5) and ours.image.resize_mode == "shortest"
+
+
+def test_towers_with_gelu_stay_so_or_a_warning_says_otherwise(project: dict[str, Any], tmp_path: Path) -> None:
+    folder = Path(project["clip_weights"])
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    content["model_cfg"]["quick_gelu"] = False
+    (tmp_path / "gelu").mkdir()
+    (tmp_path / "gelu/open_clip_config.json").write_text(json.dumps(content))
+    save_file(load_file(folder / "open_clip_model.safetensors"), tmp_path / "gelu/open_clip_model.safetensors")
+    run = write_run(tmp_path / "run", load_config(None, {**project, "clip_weights": str(tmp_path / "gelu")}))
+    for form in ("open_clip", "huggingface"):
+        export(run, form, tmp_path / form)
+        module = load_clip(load_config(None, {"clip_weights": str(tmp_path / form)})).module
+        assert "QuickGELU" not in repr(module)
+    assert json.loads((tmp_path / "huggingface/config.json").read_text())["text_config"]["hidden_act"] == "gelu"
+    lines = export(run, "published", tmp_path / "such.pth")
+    assert "WARNING" in lines[-1] and "clip_backbone" in lines[-1]
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out" / "such.pth"
+    words = ["export", str(run), "--format", "published", "-o", str(target)]
+    assert main(words) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    target.parent.mkdir()
+    assert main(words) == 0
+    assert f"{run / 'best.safetensors'} → {target} (published)" in capsys.readouterr().out
+    written = target.read_bytes()
+    assert main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert target.read_bytes() == written and list(target.parent.iterdir()) == [target]
+    assert main([*words[:3], "onnx", *words[4:]]) == 2
+    assert "onnx" in capsys.readouterr().err
+
+
+def test_a_failing_writer_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("adaclip_finetune.export.save_file", full)
+    before = sorted(tmp_path.iterdir())
+    for form in ("open_clip", "huggingface"):
+        with pytest.raises(UserError, match=r"could not be written .*No space left"):
+            export(run, form, tmp_path / form)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"could not be written .*No space left"):
+        export(run, "published", tmp_path / "such.pth")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_cannot_be_exported(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent: there is no absent"):
+        export(tmp_path / "absent", "open_clip", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: there is no best\.safetensors"):
+        export(tmp_path / "empty", "open_clip", tmp_path / "out")
+    export(run, "published", tmp_path / "such.pth")
+    with pytest.raises(UserError, match="is a published AdaCLIP checkpoint; exported is the best"):
+        export(tmp_path / "such.pth", "open_clip", tmp_path / "out")
+    moved = load_config(None, {**project, "clip_weights": str(tmp_path / "gone")})
+    (run / "config.json").write_text(moved.model_dump_json())
+    with pytest.raises(UserError, match=r"gone, are no longer there"):
+        export(run, "open_clip", tmp_path / "out")
+    frozen = load_config(None, {**project, "policy_backbone": "frozen_clip"})
+    with pytest.raises(UserError, match=r"no place for these tensors: selector\.backbone\.visual.* more"):
+        export(write_run(tmp_path / "frozen", frozen), "published", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_best_weights_of_another_format_are_refused(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
+    later = {"format": "adaclip-finetune/2", "content": "model", "config": "{}"}
+    save_file(load_file(run / "best.safetensors"), tmp_path / "later.safetensors", metadata=later)
+    with pytest.raises(UserError, match=r"has the format adaclip-finetune/2; this version .* reads adaclip-finetune/1"):
+        export(tmp_path / "later.safetensors", "published", tmp_path / "out")
+    config = load_config(None, project)
+    with pytest.raises(UserError, match="has the format adaclip-finetune/2"):
+        load_weights(tmp_path / "later.safetensors", VideoRetriever(config, load_clip(config)))

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from adaclip_finetune import __version__
@@ -98,6 +99,26 @@ def schema(words: Sequence[str]) -> int:
     return 0
 
 
+def export(words: Sequence[str]) -> int:
+    """Write the weights of a run in the form that another system reads."""
+    parser = Parser("adaclip export", f"{export.__doc__}")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or the best.safetensors in it")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("published", "open_clip", "huggingface"),
+        help="a published AdaCLIP checkpoint (one file); a folder for open_clip, or for transformers' CLIPModel",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", type=Path, help="what is made; must be new")
+    arguments = parser.read(words)
+
+    from adaclip_finetune.export import export as export_run
+
+    for line in export_run(arguments.run, arguments.format, arguments.output):
+        print(line)
+    return 0
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -107,6 +128,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
+    "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "schema": Command(schema, "print the JSON Schema of the settings"),
 }
 

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # From the top down; what stands in one line does not import each other.
 LAYERS = [
     {"cli"},
-    {"tuning"},
+    {"export", "tuning"},
     {"training"},
     {"report"},
     {"evaluation"},

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from foreign import write_evil
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
 from torch import Tensor
@@ -169,26 +169,15 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exce
         load_clip(config())
 
 
-class Evil:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
-
-
-@pytest.mark.parametrize("plain_pickle", [False, True])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, plain_pickle: bool) -> None:
+@pytest.mark.parametrize("how", ["zip", "old", "2", "4"])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, how: str) -> None:
     canary, path = tmp_path / "canary", tmp_path / "weights.pt"
-    content = {**random_state(), "evil": Evil(canary)}
-    path.write_bytes(pickle.dumps(content, protocol=2)) if plain_pickle else torch.save(content, path)
+    write_evil(path, canary, random_state(), how)
     with pytest.raises(UserError, match=f"{path}: is no state dict") as refused:
         load_clip(config(clip_weights=str(path)))
     assert not canary.exists()
     assert "weights_only" not in str(refused.value), "advice to run the file all the same"
-    pickle.loads(path.read_bytes()) if plain_pickle else torch.load(path, weights_only=False)
+    pickle.loads(path.read_bytes()) if how.isdecimal() else torch.load(path, weights_only=False)
     assert canary.exists(), "the file was harmless: the test shows nothing"
 
 

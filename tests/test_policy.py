@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from conftest import build_tiny_clip
-from published import to_our_names
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
@@ -18,6 +17,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
+from adaclip_finetune.model.published import to_our_names
 from adaclip_finetune.model.retriever import VideoRetriever
 
 CNNS = ["mobilenet_v3_large", "mobilenet_v2", "resnet50"]

@@ -159,7 +159,7 @@ def _of_openai_kind(shapes: Shapes) -> dict[str, Any]:
             "layers": shapes.vision_layers,
             "width": shapes.vision_width,
             "patch_size": shapes.patch_size,
-            "head_width": min(_HEAD_WIDTH, shapes.vision_width),
+            "head_width": min(_HEAD_WIDTH, shapes.vision_width) if shapes.patch_size else _HEAD_WIDTH,
             "mlp_ratio": mlp_ratio(shapes.vision_hidden or 0, shapes.vision_width),
         },
         "text_cfg": {

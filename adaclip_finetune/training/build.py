@@ -62,7 +62,9 @@ def build_session(config: Config, run: RunFolder, accelerator: Accelerator) -> S
     if checkpoint is not None and checkpoint.is_foreign:
         check_settings(checkpoint, config)
     loaded = load_clip(config, from_checkpoint=checkpoint.towers() if checkpoint else None)
-    model = VideoRetriever(config, loaded)
+    # A checkpoint brings the CNN's weights too, so that none need be fetched.
+    built = config.model_copy(update={"policy_weights": "random"}) if checkpoint else config
+    model = VideoRetriever(built, loaded)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if checkpoint is not None:

@@ -1,7 +1,7 @@
 """The command line: which command, with which settings. Everything heavy is imported by the command that needs it.
 
 A command is a function from its words to an exit code, and a line in `COMMANDS`. Exit codes: 0 done, 2 something the
-user can mend (one message, no traceback unless --debug), 130 interrupted.
+user can mend (one message, no traceback unless --debug), 75 stopped by SIGTERM (go on with --resume), 130 by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from adaclip_finetune import __version__
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.continued import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.paths import check_paths
 from adaclip_finetune.settings.flags import Parser, add_flags, given
@@ -32,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if _debug(words):
             traceback.print_exc()
-        print(f"adaclip: error: {error}", file=sys.stderr)
+        print(f"adaclip{_process()}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("adaclip: interrupted", file=sys.stderr)
-        return 130
+        return int(getattr(stop, "exit_code", 130))
     except BrokenPipeError:  # `adaclip schema | head`: the reader has gone, and nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -70,6 +71,9 @@ def train(words: Sequence[str]) -> int:
             "optuna_cfg: the hyper-parameter search is not in this version; to train once, leave out optuna_cfg and "
             "do_training_af_optuna (--optuna_cfg none --do_training_af_optuna false)"
         )
+    folder = None
+    if config.resume is not None and Path(config.resume).is_dir():
+        folder, config = Path(config.resume), continued_config(config)
     check_paths(config)
 
     from adaclip_finetune.training.dry_run import dry_run
@@ -79,9 +83,9 @@ def train(words: Sequence[str]) -> int:
         if arguments.dry_run:
             dry_run(config, as_json=arguments.json)
         elif config.do_inference:
-            evaluate_only(config)
+            evaluate_only(config, folder)
         else:
-            fit(config)
+            fit(config, folder=folder)
     except UserError:
         if config.debug and not _debug(words):  # asked for in the file
             traceback.print_exc()
@@ -148,6 +152,12 @@ def _run(words: Sequence[str]) -> int:
         return COMMANDS[words[0]].run(words[1:])
     except SystemExit as done:  # argparse has printed its help
         return int(done.code or 0)
+
+
+def _process() -> str:
+    """Which of several processes speaks: torchrun and accelerate number them in the environment."""
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "" if rank == "0" else f" (process {rank} of 0 to {int(count) - 1})"
 
 
 def _overview() -> str:

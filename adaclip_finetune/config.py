@@ -8,7 +8,7 @@ class and a line in `PeftChoice` here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -44,6 +44,10 @@ class MethodSettings(Settings):
     def contradictions(self, config: Config) -> Iterator[Problem]:
         """Combinations of the method's settings with others that cannot be; none unless a method says so."""
         yield from ()
+
+    def with_fitting_batches(self, fit: Callable[[int], int]) -> MethodSettings:
+        """The same with each batch size of the method's own replaced by what fits into memory (auto_batch_size)."""
+        return self
 
 
 class FullSettings(MethodSettings):
@@ -81,6 +85,11 @@ class IbsSettings(MethodSettings):
             yield f"peft.config.num_pre_epochs {self.num_pre_epochs} {left}", names
         if config.freeze_clip:
             yield "freeze_clip leaves peft.method ibs nothing to select from", ("freeze_clip", "peft.method")
+
+    def with_fitting_batches(self, fit: Callable[[int], int]) -> IbsSettings:
+        if self.pre_batch_size is None:
+            return self
+        return self.model_copy(update={"pre_batch_size": fit(self.pre_batch_size)})
 
 
 Name = TypeVar("Name", bound=str)

@@ -5,9 +5,11 @@ A single process needs no process group: everything here then answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -44,6 +46,13 @@ def from_main(value: T) -> T:
     dist.broadcast_object_list(box, src=0)
     told: T = box[0]
     return told
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, the same ones in every process, with those of the main process."""
+    if _group():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def _group() -> bool:

@@ -16,7 +16,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.settings.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
-Calls = list[tuple[str, Config, dict[str, Any]]]
+Calls = list[tuple[str, Config, tuple[Any, ...], dict[str, Any]]]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made: Calls = []
 
     def record(name: str) -> Callable[..., None]:
-        return lambda config, **options: made.append((name, config, options))
+        return lambda config, *given, **options: made.append((name, config, given, options))
 
     for stand_in, names in {"trainer": ["fit", "evaluate_only"], "dry_run": ["dry_run"]}.items():
         module = types.ModuleType(f"adaclip_finetune.training.{stand_in}")
@@ -70,9 +70,10 @@ def refusal(calls: Calls, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 def test_train_evaluation_and_dry_run(calls: Calls) -> None:
     for words in ([], ["--do_inference"], ["--dry_run"], ["--dry_run", "--json", "--do_inference"]):
         assert cli.main(["train", *words]) == 0
-    started = [(name, options) for name, _, options in calls]
+    started = [(name, given, options) for name, _, given, options in calls]
     assert started == [
-        ("fit", {}), ("evaluate_only", {}), ("dry_run", {"as_json": False}), ("dry_run", {"as_json": True}),
+        ("fit", (), {"folder": None}), ("evaluate_only", (None,), {}),
+        ("dry_run", (), {"as_json": False}), ("dry_run", (), {"as_json": True}),
     ]  # fmt: skip
 
 
@@ -282,10 +283,10 @@ def test_debug_false_does_not(capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_and_interruption_while_training(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(config: Config) -> None:
+    def fail(config: Config, folder: Path | None) -> None:
         raise UserError("videos/a.mp4 is empty")
 
-    def interrupt(config: Config) -> None:
+    def interrupt(config: Config, folder: Path | None) -> None:
         raise KeyboardInterrupt
 
     trainer = sys.modules["adaclip_finetune.training.trainer"]

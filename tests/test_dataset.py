@@ -18,7 +18,6 @@ from adaclip_finetune.data.frames import FrameFolder, FrameStore, VideoFolder
 from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches
 from adaclip_finetune.data.preprocess import ImageSpec, to_grey_thumbnails, to_square
 from adaclip_finetune.data.queries import TrainEntry
-from adaclip_finetune.data.readable import UnreadableVideos
 
 TEMPLATE = "image_{:05d}.jpg"
 IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize_mode="squash")
@@ -207,11 +206,12 @@ def test_fault_one_corrupt_jpeg_neither_ends_nor_changes_training(
         assert rest.videos.video_ids == [whole.videos.video_ids[row] for row in kept]
         assert torch.equal(rest.videos.frames, whole.videos.frames[kept])
         assert torch.equal(rest.token_ids, whole.token_ids[kept])
+        assert torch.equal(rest.noise, whole.noise[kept])
     assert list(broken.failed) == ["c"] and "image_00001.jpg: cannot be decoded" in broken.failed["c"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_training_ends_when_nothing_can_be_read(tmp_path: Path, num_workers: int) -> None:
+def test_a_batch_of_which_nothing_can_be_read_is_blank_and_nameless(tmp_path: Path, num_workers: int) -> None:
     for video_id, count in COUNTS.items():
         write_frames(tmp_path / video_id, count)
     store = FrameFolder(tmp_path, TEMPLATE)
@@ -219,9 +219,12 @@ def test_training_ends_when_nothing_can_be_read(tmp_path: Path, num_workers: int
     list(loader.epoch(0, batch_size=2))
     for path in tmp_path.glob("*/*.jpg"):
         path.write_bytes(b"")
-    with pytest.raises(UnreadableVideos, match="nothing of a training batch") as caught:
-        list(loader.epoch(1, batch_size=2))
-    assert "Traceback" not in str(caught.value) and "image_0000" in str(caught.value)
+    for batch in loader.epoch(1, batch_size=2):
+        assert len(batch) == 0 and batch.videos.frames.shape[0] == len(batch.token_ids) == len(batch.noise) == 1
+        assert not batch.videos.frames.any() and not batch.videos.frame_mask.any()
+    failed = loader.take_failed()
+    assert failed.keys() == COUNTS.keys() and all("image_0000" in reason for reason in failed.values())
+    assert loader.take_failed() == {}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

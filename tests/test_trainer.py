@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.loader import epoch_batches
+from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult
 from adaclip_finetune.training import loop
@@ -226,13 +229,13 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(
     assert len(calls) == 2
     (folder,) = (tmp_path / "tiny").iterdir()
     printed = capsys.readouterr().out
-    assert f"--resume {folder / 'last.safetensors'}" in printed
+    assert f"--resume {folder}" in printed
     assert len(events(folder, "train")) == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # And the way that it names works.
     monkeypatch.setattr(loop, "clamp_logit_scale", original)
-    again = run(project, tmp_path, resume=str(folder / "last.safetensors"), num_epochs=1)
-    assert again.best_epoch == 1
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert [event["step"] for event in events(folder, "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resumed_weights_are_where_training_starts(project: Project, tmp_path: Path) -> None:
@@ -288,6 +291,19 @@ def test_two_fits_in_one_process_may_differ_in_precision(project: Project, tmp_p
     assert run(project, tmp_path, precision="fp32", num_epochs=1).best_epoch == 1
     assert not torch.distributed.is_initialized(), "a fault: a process group needed for one process"
     assert not torch.is_anomaly_enabled(), "a fault: anomaly detection left on"
+
+
+def test_training_ends_when_nothing_of_a_batch_can_be_read_any_more(project: Project, tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    shutil.copytree(project["frames_dir"], frames)
+
+    def unplug(epoch: int, _: EvaluationResult) -> None:
+        for path in frames.glob("*/*.jpg"):
+            path.write_bytes(b"")
+
+    config = load_config(None, {**project, "output_dir": str(tmp_path), "frames_dir": str(frames)})
+    with pytest.raises(UnreadableVideos, match=r"nothing of a training batch could be read(.|\n)*image_0000"):
+        fit(config, on_epoch=unplug)
 
 
 def test_gradient_checkpointing_changes_nothing(project: Project, tmp_path: Path) -> None:

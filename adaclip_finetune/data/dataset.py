@@ -57,29 +57,43 @@ class VideoBatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Row i of token_ids belongs to video i."""
+    """This process's share of a batch; row i of token_ids and of noise belongs to video i.
+
+    A share may be empty: then there is one row of blanks, and no name in `videos.video_ids`.
+    """
 
     videos: VideoBatch
     token_ids: Tensor  # int64 (B, L)
+    noise: Tensor  # float32 (B, N), Gumbel(0, 1), what the frame selector draws by
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
+        """The videos there; token ids and noise, a few kilobytes, stay on the CPU."""
+        return replace(self, videos=self.videos.to(device, non_blocking))
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One row of a VideoBatch, as arrays, and the caption drawn for it in training."""
+    """One row of a VideoBatch, as arrays, and what was drawn for it in training: a caption, and noise (N,)."""
 
     video_id: str
     frames: NDArray[np.uint8]  # (N, 3, S, S)
     policy_frames: NDArray[np.uint8] | None
     indices: NDArray[np.int64]  # (N,)
     text: str = ""
+    noise: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class Collated:
-    """What a worker sends: the rows that could be read (`videos` is None if none), their captions, and the failures."""
+    """What a worker sends: the rows that could be read (`videos` is None if none), what was drawn for them, and the
+    failures."""
 
     videos: VideoBatch | None
     texts: list[str]
+    noise: Tensor | None
     failures: list[FrameError]
 
     def pin_memory(self) -> Collated:
@@ -139,7 +153,8 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
             item = self.reader.read(entry.video_id, random)
         except FrameError as error:
             return error
-        return replace(item, text=entry.sentence(self.seed, epoch, index))
+        noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
+        return replace(item, text=entry.sentence(self.seed, epoch, index), noise=noise.astype(np.float32))
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -163,7 +178,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], failures)
+        return Collated(None, [], None, failures)
     indices = torch.from_numpy(np.stack([item.indices for item in good]))
     policy_frames = [item.policy_frames for item in good if item.policy_frames is not None]
     videos = VideoBatch(
@@ -173,7 +188,10 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
         frame_indices=indices,
         video_ids=[item.video_id for item in good],
     )
-    return Collated(videos, [item.text for item in good], failures)
+    noise = [item.noise for item in good if item.noise is not None]
+    return Collated(
+        videos, [item.text for item in good], torch.from_numpy(np.stack(noise)) if noise else None, failures
+    )
 
 
 def _padded(rows: NDArray[Number], length: int, value: int) -> NDArray[Number]:

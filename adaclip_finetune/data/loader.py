@@ -7,7 +7,8 @@ and several processes take shares of each batch of it.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import Collated, GalleryDataset, TrainBatch, TrainDataset, collate
 from adaclip_finetune.data.readable import UnreadableVideos, listing
 from adaclip_finetune.data.sampling import generator
+from adaclip_finetune.processes import gather_objects, rank, world_size
 
+_OUTLIVES_SIGTERM = 30  # seconds
 FRAMES_A_GALLERY_BATCH = 512  # 77 MB of pixels at 224 x 224, of which each worker holds a few batches
 
 
@@ -40,10 +44,10 @@ def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> l
 
 
 class TrainLoader:
-    """Training batches. `failed` gathers videos that turned out unreadable on the way: video → reason.
+    """Training batches, of each the share of one process. `failed` gathers videos that turned out unreadable on the
+    way: video → reason.
 
-    Such a video is left out of its batch by name, never replaced by another. If nothing of a batch can be read,
-    something is wrong with the data as a whole, and UnreadableVideos ends the run.
+    Such a video is left out of its batch by name, never replaced by another.
     """
 
     def __init__(self, dataset: TrainDataset, config: Config, tokenize: Callable[[Sequence[str], int], Tensor]) -> None:
@@ -58,25 +62,43 @@ class TrainLoader:
         return len(epoch_batches(len(self.dataset), batch_size, seed=0, epoch=0))
 
     def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
-        """The batches of an epoch from number `start` on."""
+        """This process's shares of the batches of an epoch, from batch number `start` on."""
         batches = epoch_batches(len(self.dataset), batch_size, self.dataset.seed, epoch)
-        self._plan.batches = [[(epoch, index) for index in batch] for batch in batches[start:]]
+        self._plan.batches = [[(epoch, index) for index in _share(batch)] for batch in batches[start:]]
         for collated in self._loader:
-            yield self._checked(collated)
+            self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
+            yield self._batch(collated)
+
+    def take_failed(self) -> dict[str, str]:
+        """What failed since this was last asked, in all processes together; to be called by all."""
+        failed, self.failed = self.failed, {}
+        return {video: reason for part in gather_objects(failed) for video, reason in part.items()}
 
     def close(self) -> None:
         """End the reading processes."""
         stop_workers(self._loader)
 
-    def _checked(self, collated: Collated) -> TrainBatch:
-        self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
-        if collated.videos is None:
-            raise UnreadableVideos(
-                f"nothing of a training batch could be read any more:\n{listing(self.failed)}\n"
-                "Are the videos still where they were? Mend these, or take them out of the annotation",
-                self.failed,
-            )
-        return TrainBatch(collated.videos, self.tokenize(collated.texts, self.config.max_txt_len))
+    def _batch(self, collated: Collated) -> TrainBatch:
+        if collated.videos is None or collated.noise is None:
+            blank = blank_videos(self.config, self.dataset.reader.image, 1)
+            tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
+            return TrainBatch(replace(blank, video_ids=[]), tokens, noise)
+        return TrainBatch(collated.videos, self.tokenize(collated.texts, self.config.max_txt_len), collated.noise)
+
+
+def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:
+    """The error for a training batch of which nothing could be read: something is wrong with the data as a whole."""
+    return UnreadableVideos(
+        f"nothing of a training batch could be read any more:\n{listing(failed)}\n"
+        "Are the videos still where they were? Mend these, or take them out of the annotation",
+        failed,
+    )
+
+
+def _share(batch: list[int]) -> list[int]:
+    """What of a batch this process reads: shares, one after the other, differ by one row at most."""
+    size, here = len(batch), rank()
+    return batch[size * here // world_size() : size * (here + 1) // world_size()]
 
 
 class GalleryLoader:
@@ -140,6 +162,12 @@ class _Plan(Sampler[list[tuple[int, int]]]):
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C is for the main process, which finishes its step with what the workers have read."""
+    """Ctrl-C and SIGTERM are for the main process, which finishes its step with what the workers have read.
+
+    Schedulers send SIGTERM to every process they find: a worker outlives it for a while, and no longer, since it is
+    also how Python ends workers that nobody closed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_OUTLIVES_SIGTERM))
     torch.set_num_threads(1)

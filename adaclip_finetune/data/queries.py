@@ -6,6 +6,8 @@ video, of which training draws one sentence each epoch and evaluation asks all; 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +69,14 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
         video_of_text += [len(video_ids)] * len(of_video)
         video_ids.append(video.video_id)
     return Queries(texts, np.array(video_of_text, np.int64), video_ids)
+
+
+def fingerprint(entries: Sequence[TrainEntry], validation: Queries) -> dict[str, str]:
+    """A digest each of what is trained on and of what chooses the epoch, by which a run knows its data again."""
+    rows = [(entry.video_id, entry.sentences) for entry in entries]
+    queries = (validation.texts, validation.video_of_text.tolist(), validation.video_ids)
+    parts = {"training": rows, "validation": queries}
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:

@@ -20,8 +20,10 @@ from adaclip_finetune.model.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
+from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import describe_device
+from adaclip_finetune.training.memory import fitting_batch_size
 from adaclip_finetune.training.run_folder import RunFolder
 
 
@@ -48,7 +50,23 @@ class Session:
     @property
     def device(self) -> str:
         """In words."""
-        return describe_device(self.accelerator.device)
+        several = f", {world_size()} processes" if world_size() > 1 else ""
+        return describe_device(self.accelerator.device) + several
+
+    def fit_batches(self) -> Config:
+        """Settle `auto_batch_size`: the batch sizes that fit into memory stand in the config from here on."""
+
+        def fit(batch_size: int) -> int:
+            return fitting_batch_size(
+                self.config, self.model, self.loaded.tokenize, self.accelerator, self.run.say, batch_size
+            )
+
+        peft = self.config.peft
+        peft = peft.model_copy(update={"config": peft.config.with_fitting_batches(fit)})
+        found = {"peft": peft, "batch_size": fit(self.config.batch_size), "auto_batch_size": False}
+        self.config = self.config.model_copy(update=found)
+        self.method = prepare_peft(self.model, self.config)
+        return self.config
 
     def pretrained(self) -> LoadedClip:
         """CLIP as it was before anything learned: the session's own at its start, a fresh one after `resume`."""

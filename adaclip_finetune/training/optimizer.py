@@ -7,7 +7,7 @@ the rate of the coming update, readable for the log.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,35 @@ def schedule(x: float, warmup_proportion: float, no_warmup: bool) -> float:
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """Learning rate of the coming update by group name."""
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+
+
+def advance(schedule: LambdaLR, updates: int) -> None:
+    """Put a new schedule where one is that has seen so many updates."""
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1})
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(updates)
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """What the optimizer remembers, as "<parameter>/<key>": its moments, and AdamW's count of steps."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave. Raises KeyError for a parameter that the model does not have."""
+    parameters = dict(model.named_parameters())
+    for place, tensor in tensors.items():
+        name, key = place.rsplit("/", 1)
+        # AdamW keeps its count on the CPU; what has the shape of the parameter belongs where that is.
+        device = parameters[name].device if key != "step" else tensor.device
+        optimizer.state[parameters[name]][key] = tensor.to(device, copy=True)
 
 
 @torch.no_grad()

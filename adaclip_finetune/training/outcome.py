@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, save_similarity
+from adaclip_finetune.evaluation.evaluate import EvaluationResult, Figures, save_similarity
+from adaclip_finetune.evaluation.metrics import Metrics
 from adaclip_finetune.model.flops import Gflops
 from adaclip_finetune.peft import TrainableReport
 from adaclip_finetune.report import draw_frame_usage, results_table
@@ -21,9 +22,9 @@ class FitResult:
     """What a run found. `final` is on test_annot, on val_annot where no test was given; `folder` is None with
     no_output."""
 
-    zero_shot: EvaluationResult
+    zero_shot: Figures
     final: EvaluationResult
-    best_validation: EvaluationResult
+    best_validation: Figures
     best_epoch: int
     evaluated_on: str
     selected_on_test: bool
@@ -54,7 +55,7 @@ def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
     if result.evaluated_on == "validation":
         rule = "   (no test_annot: these captions chose the epoch, so its figures flatter it)"
     run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{rule}")
-    say_table({"zero-shot": result.zero_shot, "finetuned": result.final}, run)
+    say_table({"zero-shot": result.zero_shot.metrics, "finetuned": result.final.metrics}, result.final, run)
     run.say(_learned(result.parameters))
     if result.final.metrics.t2v.recall(1) <= result.zero_shot.metrics.t2v.recall(1):
         run.say(
@@ -65,13 +66,12 @@ def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
         run.say(_what_next(run.path))
 
 
-def say_table(rows: dict[str, EvaluationResult], run: RunFolder) -> None:
-    """The figures of several models on one gallery, and what the gallery was."""
-    last = list(rows.values())[-1]
+def say_table(rows: dict[str, Metrics], last: EvaluationResult, run: RunFolder) -> None:
+    """The figures of several models on one gallery, and what the gallery was, as `last` knows it."""
     videos = f"{len(last.queries.video_ids)} videos"
     if last.missing:
         videos += f", {last.missing} of {last.num_listed} MISSING"
-    run.say(results_table({name: result.metrics for name, result in rows.items()}))
+    run.say(results_table(rows))
     run.say(f"{len(last.queries.texts)} captions, {videos}; ties count against")
 
 

@@ -3,12 +3,15 @@
 output/<dataset>/<timestamp>-<method>/
     config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
     best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
+    while it runs: lock.json  last.json  last-<step>/
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +25,11 @@ from tqdm import tqdm
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.processes import is_main, world_size
+from adaclip_finetune.training.lock import FolderLock
 
+_EVENTS = "metrics.jsonl"
+_MISSING = "missing_videos.txt"
 _PACKAGES = (
     "adaclip-finetune",
     "torch",
@@ -37,44 +44,75 @@ _PACKAGES = (
 
 
 class RunFolder:
-    """Prints, logs and writes for one run. `path` is None with `no_output`, and until `open`, so that a run which is
-    refused leaves no folder; what is said and written until then is kept and follows.
+    """Prints, logs and writes for one run; in processes other than the main one it is silent and writes nothing.
+
+    `path` is None there, with `no_output`, and until `open`, so that a run which is refused leaves no folder; what is
+    said and written until then is kept and follows.
     """
 
     def __init__(self, config: Config, stream: TextIO | None = None) -> None:
         self.path: Path | None = None
         self.events: list[dict[str, Any]] = []
-        self._config, self._stream = config, stream or sys.stdout
-        self._waiting: dict[str, str] = {}
+        self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
+        self._stream = stream or sys.stdout
+        self._waiting: dict[str, str] | None = {}  # what was written before there was a folder
         self._started = time.monotonic()
         self._writer: SummaryWriter | None = None
+        self._lock: FolderLock | None = None
 
-    def open(self) -> None:
-        """Make the folder. Raises UserError if that cannot be."""
-        if self._config.no_output:
+    def open(self, config: Config) -> None:
+        """Make the folder, for a run with these settings. Raises UserError if that cannot be."""
+        if self._no_output or not is_main():
+            self._waiting = None
             return
-        self.path = _new_folder(self._config)
-        self._writer = SummaryWriter(self._config.tensorboard_dir or self.path / "tensorboard")
-        self.write_json("config.json", self._config.model_dump(mode="json"))
-        for name, text in self._waiting.items():
+        self._begin(_new_folder(config), step=0)
+        self.write_json("config.json", config.model_dump(mode="json", exclude=_not_in_force(config)))
+
+    def lock(self, path: Path) -> None:
+        """Take hold of an earlier run's folder, before anything is read from it. Raises UserError if another run has
+        it."""
+        if is_main():
+            self._lock = _locked(path)
+
+    def reopen(self, path: Path, step: int, size: int) -> None:
+        """Go on in the folder of an earlier run at update `step`, when metrics.jsonl had `size` bytes: what came after
+        is forgotten, since it will come again."""
+        if not is_main():
+            self._waiting = None
+            return
+        with (path / _EVENTS).open("ab") as file:
+            file.truncate(size)
+        self.events = [json.loads(line) for line in (path / _EVENTS).read_text(encoding="utf-8").splitlines()]
+        if self.events:
+            self._started -= self.events[-1]["seconds"]
+        (path / _MISSING).unlink(missing_ok=True)  # found again, and noted again
+        self._begin(path, step)
+
+    def _begin(self, path: Path, step: int) -> None:
+        self.path = path
+        self._lock = self._lock or _locked(path)
+        self._writer = SummaryWriter(self._tensorboard_dir or path / "tensorboard", purge_step=step + 1)
+        waiting, self._waiting = self._waiting or {}, None
+        for name, text in waiting.items():
             self.append_text(name, text)
-        self._waiting.clear()
 
     def say(self, text: str = "") -> None:
         """Print without tearing a progress bar, and keep the text in train.log."""
+        if not is_main():
+            return
         tqdm.write(text, file=self._stream)
         self._stream.flush()
         self.append_text("train.log", f"{text}\n")
 
     def note_missing(self, reasons: Mapping[str, str]) -> None:
         """Video → reason: all of them go to missing_videos.txt, a line each."""
-        self.append_text("missing_videos.txt", "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
+        self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; its numbers go to TensorBoard too. `step` counts updates."""
         line = {"event": event, "step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
         self.events.append(line)
-        self.append_text("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        self.append_text(_EVENTS, json.dumps(line, allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in _numbers(values):
                 self._writer.add_scalar(f"{event}/{name}", value, step)
@@ -85,10 +123,21 @@ class RunFolder:
 
     def append_text(self, name: str, text: str) -> None:
         if self.path is None:
-            self._waiting[name] = self._waiting.get(name, "") + text
+            if self._waiting is not None:
+                self._waiting[name] = self._waiting.get(name, "") + text
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.path / name} could not be written: {error}") from error
+
+    def flushed_events(self) -> int:
+        """The size of metrics.jsonl in bytes, when all of it has reached the disk."""
+        assert self.path is not None
+        with (self.path / _EVENTS).open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def write_json(self, name: str, content: Any) -> None:
         """Written at once or never: for files that stand when the folder is open."""
@@ -96,20 +145,39 @@ class RunFolder:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             (self.path / name).write_text(text, encoding="utf-8")
 
+    def drop(self, name: str) -> None:
+        """Delete a folder in it that has served its purpose."""
+        if self.path is not None:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def environment(device: str) -> dict[str, Any]:
     """What a figure was measured on: versions, machine, command."""
     return {
         "command": sys.argv,
+        "processes": world_size(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _not_in_force(config: Config) -> set[str]:
+    """A clip_backbone that nobody gave says nothing where the weights on disk say what they are."""
+    return {"clip_backbone"} if config.clip_weights and "clip_backbone" not in config.model_fields_set else set()
+
+
+def _locked(path: Path) -> FolderLock:
+    lock = FolderLock(path)
+    lock.take()
+    return lock
 
 
 def _new_folder(config: Config) -> Path:

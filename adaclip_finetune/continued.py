@@ -1,0 +1,46 @@
+"""`--resume <run folder>`: the settings with which an interrupted run goes on, which are its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.layers import together
+from adaclip_finetune.settings.schema import show
+
+# What may be given anew, since no figure depends on it: where things lie, how fast they go, what is shown.
+FREE = frozenset(
+    {"train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights"}
+    | {"num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug"}
+)
+
+
+def continued_config(config: Config) -> Config:
+    """The settings of the run in the folder that `config.resume` names, with those laid over them that are free.
+
+    Raises UserError where the folder holds no run, or a setting was given that differs from the run's own.
+    """
+    assert config.resume is not None
+    folder = Path(config.resume)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"resume: {folder} is no run folder: it holds no config.json. Give the folder of a run, or a weights file"
+        )
+    own = load_config(path)
+    if config.do_inference and not own.do_inference:
+        raise UserError(
+            f"resume: the run in {folder} trains; to evaluate what it learned, give its weights: "
+            f"--config {path} --do_inference --resume {folder / 'best.safetensors'}"
+        )
+    given = {name: getattr(config, name) for name in sorted(config.model_fields_set - {"resume"})}
+    problems = [
+        f"{name} is {show(value)} here, and {show(getattr(own, name))} in the run"
+        for name, value in given.items()
+        if name not in FREE and value != getattr(own, name)
+    ]
+    if problems:
+        problems.append(f"a new run with other settings may begin with its weights: --resume {folder}/best.safetensors")
+        raise UserError(f"resume: a run goes on with its own settings ({path}). {together(problems)}")
+    return load_config(path, {name: value for name, value in given.items() if name in FREE})

@@ -1,0 +1,56 @@
+"""One run to a folder."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.training.lock import FolderLock
+
+
+def write_owner(folder: Path, **changes: object) -> None:
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "began": psutil.Process().create_time(), **changes}
+    (folder / "lock.json").write_text(json.dumps(owner))
+
+
+def test_a_second_one_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.take()
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on this machine"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dead", [{"began": 1.0}, {"pid": 2**22 + 1}], ids=["its number was given again", "no process"])
+def test_the_lock_of_a_dead_run_is_taken_over(dead: dict[str, object], tmp_path: Path) -> None:
+    write_owner(tmp_path, **dead)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_another_machine_is_believed(tmp_path: Path) -> None:
+    write_owner(tmp_path, host="elsewhere", pid=7)
+    with pytest.raises(UserError, match=r"by process 7 on elsewhere.*delete .*lock\.json"):
+        FolderLock(tmp_path).take()
+
+
+def test_release_leaves_the_lock_of_another(tmp_path: Path) -> None:
+    write_owner(tmp_path, host="elsewhere")
+    FolderLock(tmp_path).release()
+    assert (tmp_path / "lock.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_what_is_no_lock(content: str, tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text(content)
+    with pytest.raises(UserError, match=r"lock\.json is no lock of a run"):
+        FolderLock(tmp_path).take()

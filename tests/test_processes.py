@@ -1,0 +1,147 @@
+"""Several processes train as one would: the same losses, weights, figures and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from spread import spread
+from torch import nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.splits import evaluation_split
+from adaclip_finetune.processes import copy_from_main, from_main, gather_objects, is_main, rank, world_size
+from adaclip_finetune.training.build import build_session, train_loader
+from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.training.gather import gather_rows
+from adaclip_finetune.training.loop import Hooks, Trainer
+from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.signals import StopSignals
+from adaclip_finetune.training.trainer import fit
+
+Project = dict[str, Any]
+
+IBS = {"method": "ibs", "config": {"num_pre_epochs": 1, "retain_ratio": 0.2}}
+BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["logit_scale"]}}
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (world_size(), rank(), is_main()) == (1, 0, True)
+    assert gather_objects("a") == ["a"] and from_main("b") == "b"
+    tensor = torch.ones(2)
+    copy_from_main([tensor])
+    assert tensor.tolist() == [1, 1]
+
+
+def train_in_float64(settings: Project, result: Path) -> None:
+    """Train without evaluating; the main process saves the losses and the weights."""
+    config = load_config(None, settings)
+    run = RunFolder(config)
+    accelerator = make_accelerator(config)
+    session = build_session(config, run, accelerator)
+    session.model.double()
+    session.model.unused = nn.Parameter(torch.zeros(3))  # must not keep the others waiting
+    loader = train_loader(config, session.loaded, run)
+    trainer = Trainer(config, session.model, session.method, loader, accelerator, run)
+    trainer.train(Hooks(lambda *_: None, lambda: None, lambda: None), StopSignals())
+    if is_main():
+        losses = [event["loss"] for event in run.events if event["event"] == "train"]
+        torch.save({"losses": losses, "weights": session.model.state_dict()}, result)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes"),
+    [
+        pytest.param({"batch_size": 5, "num_epochs": 1, "peft": BITFIT}, 2, id="uneven last batch"),
+        pytest.param({"batch_size": 5, "peft": IBS, "frame_agg": "qscore"}, 2, id="IBS: rebuilt between phases"),
+        pytest.param(
+            {"batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 1, "freeze_layer_num": -1,
+             "concat_captions": "indep-all", "sampling": "random", "data_subset": 5},
+            3,
+            id="accumulation, the same video twice in a batch, empty shares",
+        ),
+    ],
+)  # fmt: skip
+def test_processes_follow_one_process_on_the_whole_batch(
+    settings: Project, processes: int, project: Project, tmp_path: Path
+) -> None:
+    given = {**project, "no_output": True, **settings}
+    for count in (1, processes):
+        log = tmp_path / f"{count}.log"
+        assert spread(train_in_float64, count, log, given, tmp_path / f"{count}.pt") == [0] * count, log.read_text()
+    alone, together = (torch.load(tmp_path / f"{count}.pt") for count in (1, processes))
+    assert len(alone["losses"]) >= 2
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    config = load_config(None, given)
+    start = build_session(config, RunFolder(config), make_accelerator(config)).model.double().state_dict()
+    moved = [name for name, tensor in start.items() if not torch.equal(tensor, alone["weights"][name])]
+    assert len(moved) > 20, "nothing was learned: the test shows nothing"
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(together["weights"][name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def fit_it(settings: Project) -> None:
+    fit(load_config(None, settings))
+
+
+def test_only_the_main_process_writes_and_the_figures_are_those_of_one(project: Project, tmp_path: Path) -> None:
+    found = {}
+    for count in (1, 2):
+        output = tmp_path / str(count)
+        output.mkdir()
+        given = {**project, "output_dir": str(output), "num_epochs": 1, "num_workers": count - 1}
+        assert spread(fit_it, count, output / "log", given) == [0] * count, (output / "log").read_text()
+        (folder,) = (output / "tiny").iterdir()
+        found[count] = folder
+    one, two = found[1], found[2]
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert metrics[0]["zero_shot"] == metrics[1]["zero_shot"], "embedded in the same batches: the same, bit for bit"
+    assert metrics[0]["finetuned"] == metrics[1]["finetuned"]
+    lines = [len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (one, two)]
+    assert lines[0] == lines[1]
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    weights = [load_file(folder / "best.safetensors") for folder in (one, two)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+ALL_ROWS = torch.arange(5, dtype=torch.float64)[:, None] + torch.tensor([0.0, 0.5])
+
+
+def gather_uneven(result: Path, sizes: list[int]) -> None:
+    make_accelerator(load_config(None, {"device": "cpu"}))
+    start = sum(sizes[: rank()])
+    rows = ALL_ROWS[start : start + sizes[rank()]].clone().requires_grad_()
+    together = gather_rows(rows, sizes)
+    (together**3).sum().backward()
+    torch.save((together.detach(), rows.grad), result.with_suffix(f".{rank()}"))
+
+
+def test_rows_are_gathered_with_gradients(tmp_path: Path) -> None:
+    sizes = [2, 0, 3]
+    log = tmp_path / "log"
+    assert spread(gather_uneven, 3, log, tmp_path / "rows", sizes) == [0] * 3, log.read_text()
+    gradients = []
+    for number in range(3):
+        together, gradient = torch.load(tmp_path / f"rows.{number}")
+        assert torch.equal(together, ALL_ROWS)
+        gradients.append(gradient)
+    # Each of the three processes has the whole loss, and their gradients are summed.
+    torch.testing.assert_close(torch.cat(gradients), 3 * 3 * ALL_ROWS**2)
+
+
+def break_on_one(settings: Project) -> None:
+    config = load_config(None, settings)
+    make_accelerator(config)
+    if rank() == 1:
+        evaluation_split(config, "absent.json")
+    gather_objects("waiting for the other")
+
+
+def test_a_process_that_dies_ends_the_others_with_its_error_shown(project: Project, tmp_path: Path) -> None:
+    codes = spread(break_on_one, 2, tmp_path / "log", project)
+    assert all(codes), "and none is still waiting"
+    assert "absent.json" in (tmp_path / "log").read_text()

@@ -10,7 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+# As OpenAI's files have them beside the tensors.
+NUMBERS = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
 
 
 class EasyDict(dict):
@@ -46,6 +50,26 @@ def write_published(path: Path, state: Mapping[str, Tensor], settings: Mapping[s
     with easydict_installed():
         torch.save({**content, "config": EasyDict(settings)}, path, _use_new_zipfile_serialization=zipped)
     return path
+
+
+class Holder(nn.Module):
+    """A module of the given tensors, nested as their names say."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in dict.fromkeys(name.split(".")[0] for name in tensors):
+            if name in tensors and tensors[name].is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensors[name]))
+            elif name in tensors:
+                self.register_buffer(name, tensors[name])
+            else:
+                inside = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+                self.add_module(name, Holder(inside))
+
+
+def write_jit(path: Path, state: Mapping[str, Tensor]) -> None:
+    """As OpenAI published CLIP: a TorchScript archive in float16, with three numbers among the tensors."""
+    torch.jit.script(Holder({n: t.half() for n, t in state.items()} | NUMBERS)).save(str(path))
 
 
 class Evil:

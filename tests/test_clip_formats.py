@@ -13,9 +13,9 @@ import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
-from foreign import Evil, write_published
+from foreign import NUMBERS, Evil, write_jit, write_published
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from adaclip_finetune.config import load_config
@@ -27,8 +27,6 @@ from adaclip_finetune.model.huggingface_write import tokenizer_files
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = open_clip.tokenize(["a dog", "two red cars run fast", ""])
-# As OpenAI's files have them beside the tensors.
-NUMBERS = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
 State = dict[str, Tensor]
 
 
@@ -36,25 +34,6 @@ State = dict[str, Tensor]
 def state() -> State:
     """Weights that float16 holds exactly."""
     return {name: tensor.half().float() for name, tensor in build_tiny_clip(seed=3).state_dict().items()}
-
-
-class Holder(nn.Module):
-    """A module of the given tensors, nested as their names say."""
-
-    def __init__(self, tensors: State) -> None:
-        super().__init__()
-        for name in dict.fromkeys(name.split(".")[0] for name in tensors):
-            if name in tensors and tensors[name].is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensors[name]))
-            elif name in tensors:
-                self.register_buffer(name, tensors[name])
-            else:
-                inside = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
-                self.add_module(name, Holder(inside))
-
-
-def write_jit(path: Path, state: State) -> None:
-    torch.jit.script(Holder({n: t.half() for n, t in state.items()} | NUMBERS)).save(str(path))
 
 
 def write_huggingface(folder: Path, state: State, suffix: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from foreign import write_evil
+from foreign import write_evil, write_jit
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,6 +109,14 @@ def test_a_tag_is_fetched_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert loaded.source == "tiny:grey"
         assert loaded.image.mean == (0.5, 0.5, 0.5) and loaded.image.resize_mode == "squash"
         assert torch.equal(loaded.module.visual.proj, random_state()["visual.proj"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_tag_may_bring_an_archive_of_openai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_jit(tmp_path / "tiny.pt", random_state())
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tmp_path / "tiny.pt"))
+    loaded = load_clip(config())
+    assert torch.equal(loaded.module.visual.proj, random_state()["visual.proj"].half().float())
 
 
 def test_a_tag_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -175,7 +175,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    readable_by = path.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    # safetensors makes its files for their owner alone; an export is for others.
+    path.chmod(readable_by)
 
 
 @contextmanager

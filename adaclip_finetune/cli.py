@@ -76,6 +76,7 @@ def train(words: Sequence[str]) -> int:
         folder, config = Path(config.resume), continued_config(config)
     check_paths(config)
 
+    from adaclip_finetune.processes import part
     from adaclip_finetune.training.dry_run import dry_run
     from adaclip_finetune.training.trainer import evaluate_only, fit
 
@@ -90,6 +91,7 @@ def train(words: Sequence[str]) -> int:
         if config.debug and not _debug(words):  # asked for in the file
             traceback.print_exc()
         raise
+    part()
     return 0
 
 

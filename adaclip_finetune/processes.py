@@ -55,5 +55,11 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def part() -> None:
+    """Leave the others, all work being done."""
+    if _group():
+        dist.destroy_process_group()
+
+
 def _group() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -9,11 +9,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import sklearn.cluster  # noqa: F401  what IBS imports on its way
 import torch
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.continued import continued_config
 from adaclip_finetune.evaluation.evaluate import Evaluator
+from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.training import outcome, snapshot, trainer
 from adaclip_finetune.training.loop import Trainer
 from adaclip_finetune.training.signals import Interrupted
@@ -24,6 +26,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "save": (snapshot, "save_tensors"),
     "pointer": (snapshot, "write_durably"),
     "evaluation": (Evaluator, "__call__"),
+    "embedded": (PartFolder, "write"),
 }
 
 
@@ -52,7 +55,11 @@ def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int
     config = load_config(None, settings)
     folder = Path(config.resume) if config.resume and Path(config.resume).is_dir() else None
     try:
-        trainer.fit(continued_config(config) if folder else config, folder=folder)
+        config = continued_config(config) if folder else config
+        if config.do_inference:
+            trainer.evaluate_only(config, folder)
+        else:
+            trainer.fit(config, folder=folder)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sklearn.cluster  # noqa: F401  what IBS imports on its way
 import torch
 
 import adaclip_finetune.training.trainer  # noqa: F401  what every target needs

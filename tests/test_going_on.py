@@ -118,6 +118,20 @@ def test_sigterm_finishes_the_update_saves_and_asks_to_be_run_again(
     assert_same_result(uninterrupted(BERTADAM), folder)
 
 
+def test_a_killed_evaluation_goes_on_with_what_it_embedded(project: Project, tmp_path: Path) -> None:
+    given = {**project, "do_inference": True, "val_batch_size": 2}
+    whole, parted = ({**given, "output_dir": str(tmp_path / name)} for name in ("whole", "parted"))
+    assert killed.run(whole, tmp_path / "log") == 0
+    assert killed.run(parted, tmp_path / "log", "embedded", 3) == -signal.SIGKILL
+    folder, other = only_run(tmp_path / "parted"), only_run(tmp_path / "whole")
+    kept = {path.name for path in folder.glob("embeddings/*/*.safetensors")}
+    assert kept == {"videos-000000.safetensors", "videos-000001.safetensors"}
+    assert killed.run({"resume": str(folder)}, tmp_path / "log") == 0
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads((other / "metrics.json").read_text())
+    assert metrics_lines(folder) == metrics_lines(other)
+    assert not (folder / "embeddings").exists()
+
+
 def stopped_run(project: Project, tmp_path: Path, **settings: Any) -> Path:
     """A run folder in which a run died at its third update, update 2 being saved."""
     given = {**project, "save_every_steps": 2, "output_dir": str(tmp_path), **settings}

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation"},
     {"search", "model", "peft"},
     {"data"},
-    {"paths"},
+    {"continued", "paths"},
     {"config"},
     {"settings"},
     {"strict_json"},

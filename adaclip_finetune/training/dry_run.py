@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.splits import evaluation_split
+from adaclip_finetune.model.checkpoints import read_checkpoint
 from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -27,11 +29,12 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     Weights that would have to be fetched are not: the model is then built on the meta device, of shapes alone.
     """
     run = RunFolder(config.model_copy(update={"no_output": True}), stream=sys.stderr if as_json else sys.stdout)
-    at_hand = config.clip_weights is not None
+    towers = read_checkpoint(Path(config.resume)).towers() if config.resume else None
+    at_hand = config.clip_weights is not None or towers is not None
     # The CNN's weights do not change what is counted, and may need a download.
     built = config.model_copy(update={"policy_weights": "random"})
     with nullcontext() if at_hand else torch.device("meta"):
-        loaded = load_clip(built, with_weights=at_hand)
+        loaded = load_clip(built, with_weights=at_hand, from_checkpoint=towers)
         model = VideoRetriever(built, loaded)
     method = prepare_peft(model, config)
     parameters, gflops = trainable_report(model), count_gflops(model, config.num_frm)

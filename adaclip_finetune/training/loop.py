@@ -194,7 +194,7 @@ class Trainer:
                     hooks.save()
                     raise Interrupted(stop)
                 rates = learning_rates(self._optimizer)
-                loss = self._learn(window, shares, parts, k, tau)
+                loss = self._learn(window, shares, parts, phase, k, tau)
                 position.step, position.batch = position.step + 1, position.batch + len(window)
                 videos = sum(len(ids) for share in shares for ids in share)
                 self.run.record(
@@ -225,7 +225,13 @@ class Trainer:
         return [[ids[number] for _, ids in told] for number in range(len(window))], stop
 
     def _learn(
-        self, window: list[TrainBatch], shares: list[list[list[str]]], parts: _Prepared, k: int, tau: float
+        self,
+        window: list[TrainBatch],
+        shares: list[list[list[str]]],
+        parts: _Prepared,
+        phase: Phase,
+        k: int,
+        tau: float,
     ) -> float:
         """One update; returns its loss."""
         # What a tower may draw by itself (dropout) follows from the place in the run as well.
@@ -234,8 +240,7 @@ class Trainer:
             loss = self._accumulate(window, shares, parts.model, k, tau)
             self._update(parts)
         except (RuntimeError, MemoryError) as error:
-            pairs = sum(len(ids) for ids in shares[0])
-            explained = explain_out_of_memory(error, self.config, self.accelerator.device, pairs, k)
+            explained = explain_out_of_memory(error, self.config, self.accelerator.device, phase.batch_size, k)
             if explained := explained or explain_nondeterminism(error):
                 raise explained from error
             raise

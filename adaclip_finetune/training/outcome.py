@@ -20,9 +20,9 @@ SELECTED_ON_TEST = "selected on test (val_annot and test_annot hold the same cap
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """What a run found. `final` is on test_annot, on val_annot where no test was given; `folder` is None with
-    no_output."""
+    no_output; `zero_shot` is None where the run began with a checkpoint and CLIP itself was not at hand."""
 
-    zero_shot: Figures
+    zero_shot: Figures | None
     final: EvaluationResult
     best_validation: Figures
     best_epoch: int
@@ -38,7 +38,7 @@ class FitResult:
             "evaluated_on": self.evaluated_on,
             "selected_on": "test" if self.selected_on_test else "validation",
             "best_epoch": self.best_epoch,
-            "zero_shot": self.zero_shot.as_dict(),
+            "zero_shot": self.zero_shot.as_dict() if self.zero_shot else None,
             "finetuned": self.final.as_dict(),
             "best_validation": self.best_validation.as_dict(),
             "parameters": self.parameters.as_dict(),
@@ -55,9 +55,10 @@ def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
     if result.evaluated_on == "validation":
         rule = "   (no test_annot: these captions chose the epoch, so its figures flatter it)"
     run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{rule}")
-    say_table({"zero-shot": result.zero_shot.metrics, "finetuned": result.final.metrics}, result.final, run)
+    before = {"zero-shot": result.zero_shot.metrics} if result.zero_shot else {}
+    say_table({**before, "finetuned": result.final.metrics}, result.final, run)
     run.say(_learned(result.parameters))
-    if result.final.metrics.t2v.recall(1) <= result.zero_shot.metrics.t2v.recall(1):
+    if result.zero_shot and result.final.metrics.t2v.recall(1) <= result.zero_shot.metrics.t2v.recall(1):
         run.say(
             "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
         )

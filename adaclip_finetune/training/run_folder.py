@@ -170,8 +170,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _not_in_force(config: Config) -> set[str]:
-    """A clip_backbone that nobody gave says nothing where the weights on disk say what they are."""
-    return {"clip_backbone"} if config.clip_weights and "clip_backbone" not in config.model_fields_set else set()
+    """A clip_backbone that nobody gave says nothing where weights on disk say what they are."""
+    from_disk = config.clip_weights or config.resume
+    return {"clip_backbone"} if from_disk and "clip_backbone" not in config.model_fields_set else set()
 
 
 def _locked(path: Path) -> FolderLock:

@@ -99,8 +99,9 @@ def _evaluate_only(config: Config, run: RunFolder, accelerator: Accelerator, fol
     else:
         run.reopen(folder, step=0, size=0)
         run.say(f"going on with {folder}")
+        _record_session(run, session)
     zero_shot = _zero_shot(session, split, "test")
-    rows = {"zero-shot": zero_shot}
+    rows = {} if zero_shot is None else {"zero-shot": zero_shot}
     if config.resume:
         rows[Path(config.resume).name] = _evaluate_once(session, split, "test")
     else:
@@ -143,7 +144,8 @@ class _Fit:
         if selected_on_test:
             run.say(f"WARNING: every figure of this run is {SELECTED_ON_TEST}")
         if snapshot is None:
-            self.zero_shot = _zero_shot(session, split, name).figures
+            zero_shot = _zero_shot(session, split, name)
+            self.zero_shot = zero_shot.figures if zero_shot else None
         else:
             self._restore(snapshot)
         with closing(loader), closing(Evaluator(validation, config, session.loaded, "validation")) as evaluator:
@@ -195,7 +197,7 @@ class _Fit:
         strict_load(self.session.model, snapshot.group("model"), f"resume: update {snapshot.step}")
         self.trainer.restore({name: snapshot.group(name) for name in ("optimizer", "method")}, values)
         self.session.recount()
-        self.zero_shot = Figures.from_state(values["zero_shot"])
+        self.zero_shot = Figures.from_state(values["zero_shot"]) if values["zero_shot"] else None
         self.best = Figures.from_state(values["best"]) if values["best"] else None
         self.best_epoch = values["best_epoch"]
         self.saved_step = snapshot.step
@@ -207,7 +209,7 @@ class _Fit:
         groups = self.trainer.tensors()
         values: dict[str, Any] = {
             **self.trainer.values(),
-            "zero_shot": self.zero_shot.as_state(),
+            "zero_shot": self.zero_shot.as_state() if self.zero_shot else None,
             "best": self.best.as_state() if self.best else None,
             "best_epoch": self.best_epoch,
             "metrics_size": self.run.flushed_events(),
@@ -330,9 +332,19 @@ def _record_session(run: RunFolder, session: Session) -> None:
     run.record("parameters", 0, **session.parameters.as_dict(), gflops=session.gflops.as_dict())
 
 
-def _zero_shot(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult:
-    """Measured with the pretrained towers, before anything learns, and printed first."""
-    config, pretrained = zero_shot_config(session.config), session.pretrained()
+def _zero_shot(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult | None:
+    """Measured with the pretrained towers, before anything learns, and printed first.
+
+    None, and said so, only where the model came from a checkpoint and CLIP itself is not at hand.
+    """
+    config = zero_shot_config(session.config)
+    try:
+        pretrained = session.pretrained()
+    except UserError as error:
+        if session.config.resume is None:
+            raise
+        session.run.say(f"WARNING: zero-shot is NOT measured, CLIP as it was before not being at hand. {error}")
+        return None
     model = VideoRetriever(config, pretrained).to(session.accelerator.device)
     with closing(Evaluator(split, config, pretrained, f"zero-shot on {name}")) as evaluator:
         result = _evaluate(session, evaluator, model, session.run.file(f"{_EMBEDDINGS}/zero-shot"))

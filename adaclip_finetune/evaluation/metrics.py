@@ -100,15 +100,15 @@ def retrieval_metrics(blocks: Iterable[Tensor], video_of_text: Tensor | IntArray
 
 def _first_pass(blocks: Iterable[Tensor], owners: Tensor) -> tuple[IntArray, Tensor]:
     """The t2v rank of each caption (T,), and the score (V,) of each video's best caption, -inf where it has none."""
-    ranks, best_own = [], torch.empty(0)
+    ranks, best_own = torch.empty(len(owners), dtype=torch.int64), torch.empty(0)
     for start, scores, columns in _checked(blocks, owners):
         if start == 0:
             best_own = scores.new_full((scores.shape[1],), float("-inf"))
         own = scores.gather(1, columns[:, None])
         # The right video itself is among those that reach its score: that is the 1 of the rank.
-        ranks.append((scores >= own).sum(dim=1).cpu())
+        ranks[start : start + len(scores)] = (scores >= own).sum(dim=1)
         best_own.scatter_reduce_(0, columns, own.squeeze(1), "amax")
-    return torch.cat(ranks).numpy(), best_own
+    return ranks.numpy(), best_own
 
 
 def _rank_videos(blocks: Iterable[Tensor], owners: Tensor, best_own: Tensor) -> IntArray:

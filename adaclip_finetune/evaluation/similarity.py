@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: their memory is fetched anew from the system each time
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,0 +1,89 @@
+"""Memory and time of ranking a large gallery: from embeddings, into a saved matrix, and from that.
+
+    python scripts/bench/gallery.py --texts 50000 --videos 50000 --width 512 --folder /tmp
+
+Random embeddings, of which each text's own video is the nearer the smaller `--noise` is. Each step is a process of its
+own, so that its peak is its own: that of everything, Python and torch too. The matrix (10 GB at these sizes) is deleted
+at the end. Ranks from embeddings and from the matrix are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = ("embeddings", "save", "file")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("texts", 50_000), ("videos", 50_000), ("width", 512), ("threads", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--noise", type=float, default=6.0)
+    parser.add_argument("--folder", type=Path, default=Path(), help="where the matrix is written meanwhile")
+    parser.add_argument("--step", choices=STEPS, help="one step in this process; without it, all of them")
+    a = parser.parse_args()
+    matrix = a.folder / "gallery-bench.npy"
+    if a.step:
+        run_step(a, matrix)
+        return
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for step in STEPS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--step", step]
+            found[step] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            print(f"{step}: {found[step]['seconds']:.1f} s, peak {found[step]['peak_mib']:.0f} MiB", flush=True)
+    finally:
+        for path in (matrix, matrix.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+    same = found["embeddings"]["ranks"] == found["file"]["ranks"]
+    print(f"ranks from embeddings and from the matrix are {'the same' if same else 'DIFFERENT'}")
+    print(f"R@1 {found['file']['recall']:.2f}")
+
+
+def run_step(a: argparse.Namespace, matrix: Path) -> None:
+    """Prints its time without imports and random numbers, its peak memory, and a digest of the ranks."""
+    import hashlib
+
+    import numpy as np
+    import torch
+
+    from adaclip_finetune.data.queries import Queries
+    from adaclip_finetune.evaluation.metrics import retrieval_metrics
+    from adaclip_finetune.evaluation.similarity import similarity_blocks
+    from adaclip_finetune.evaluation.similarity_file import similarity_file, write_similarity_file
+
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    owners = np.arange(a.texts) % a.videos
+    if a.step != "file":
+        generator = torch.Generator().manual_seed(0)
+        videos = torch.randn(a.videos, a.width, generator=generator)
+        texts = torch.randn(a.texts, a.width, generator=generator).mul_(a.noise).add_(videos[owners])
+    started, found = time.perf_counter(), {}
+    if a.step == "save":
+        queries = Queries([f"text {n}" for n in range(a.texts)], owners, [f"video {n}" for n in range(a.videos)])
+        write_similarity_file(matrix, similarity_blocks(texts, videos, 4.6, block=500), queries)
+    else:
+        blocks = similarity_file(matrix) if a.step == "file" else similarity_blocks(texts, videos, 4.6, block=500)
+        metrics = retrieval_metrics(blocks, owners)
+        ranks = b"".join(direction.ranks.tobytes() for direction in (metrics.t2v, metrics.v2t))
+        found = {"ranks": hashlib.sha256(ranks).hexdigest(), "recall": metrics.t2v.recall(1)}
+    found |= {"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}
+    print(json.dumps(found))
+
+
+def peak_mib() -> float:
+    """The most resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+if __name__ == "__main__":
+    main()

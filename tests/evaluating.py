@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.context
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 
@@ -64,7 +62,7 @@ def outcome(action: Callable[[], Any]) -> Any:
 
 def together(count: int, function: Callable[[], Any], *arguments: Any, folder: Path) -> list[Any]:
     """What `function(*arguments)` gives in each of `count` gloo processes."""
-    context = _context()
+    context = forked.context()
     folder.mkdir()
     processes = [
         context.Process(target=_member, args=(folder, rank, count, function, arguments)) for rank in range(count)
@@ -83,21 +81,14 @@ def together(count: int, function: Callable[[], Any], *arguments: Any, folder: P
 
 def killed(settings: Settings, keep: Path, call: int, log: Path) -> None:
     """An evaluation in a process that is killed when it is about to keep batch number `call`, from 0."""
-    process = _context().Process(target=_killed, args=(settings, keep, call, log))
+    process = forked.context().Process(target=_killed, args=(settings, keep, call, log))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, log.read_text()
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    # What takes seconds to import, once for all processes; this file itself is not on the server's path.
-    context.set_forkserver_preload(["adaclip_finetune.evaluation.evaluate", "adaclip_finetune.model.clip_weights"])
-    return context
-
-
 def _member(folder: Path, rank: int, count: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    _start(folder / "log")
+    forked.begin(folder / "log")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     found = function(*arguments)
     dist.barrier()
@@ -106,7 +97,7 @@ def _member(folder: Path, rank: int, count: int, function: Callable[..., Any], a
 
 
 def _killed(settings: Settings, keep: Path, call: int, log: Path) -> None:
-    _start(log)
+    forked.begin(log)
     original, calls = PartFolder.write, []
 
     def write(*arguments: Any) -> None:
@@ -117,8 +108,3 @@ def _killed(settings: Settings, keep: Path, call: int, log: Path) -> None:
 
     PartFolder.write = write  # type: ignore[method-assign]
     evaluated(settings, keep)
-
-
-def _start(log: Path) -> None:
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = log.open("a")

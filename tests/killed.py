@@ -1,6 +1,5 @@
 """Runs in processes of their own, which kill themselves at a chosen place: for the tests of going on."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -9,8 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import sklearn.cluster  # noqa: F401  what IBS imports on its way
-import torch
+import forked
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.continued import continued_config
@@ -35,9 +33,7 @@ def run(settings: dict[str, Any], log: Path, place: str = "", call: int = 0, sig
 
     With a place, `signum` is sent to the process at that call of it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=_run, args=(settings, log, place, call, signum))
+    process = forked.context().Process(target=_run, args=(settings, log, place, call, signum))
     process.start()
     process.join(120)
     assert process.exitcode is not None, f"still running: {log.read_text()}"
@@ -45,9 +41,7 @@ def run(settings: dict[str, Any], log: Path, place: str = "", call: int = 0, sig
 
 
 def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int) -> None:
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the reading processes, which would inherit forkserver
-    sys.stdout = sys.stderr = log.open("a")
+    forked.begin(log)
     trainer.draw_curves = outcome.draw_frame_usage = lambda *_: None  # a third of the time, and tested elsewhere
     if place:
         owner, name = PLACES[place]

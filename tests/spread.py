@@ -1,6 +1,5 @@
-"""Several processes that find each other as torchrun's do, forked from one that has everything imported."""
+"""Several processes that find each other as torchrun's do."""
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -9,22 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sklearn.cluster  # noqa: F401  what IBS imports on its way
-import torch
-
-import adaclip_finetune.training.trainer  # noqa: F401  what every target needs
+import forked
 
 
 def spread(target: Callable[..., None], processes: int, log: Path, *arguments: Any) -> list[int]:
     """Call target(*arguments) in that many processes of one group; their exit codes, in order of rank. What they print
     is in `log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["spread", "killed"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [
-        context.Process(target=_run, args=(target, rank, processes, port, log, arguments)) for rank in range(processes)
+        forked.context().Process(target=_run, args=(target, number, processes, port, log, arguments))
+        for number in range(processes)
     ]
     for process in started:
         process.start()
@@ -37,9 +32,7 @@ def spread(target: Callable[..., None], processes: int, log: Path, *arguments: A
 
 
 def _run(target: Callable[..., None], rank: int, processes: int, port: int, log: Path, arguments: Any) -> None:
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)
-    sys.stdout = sys.stderr = log.open("a")
+    forked.begin(log)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     try:

@@ -76,6 +76,9 @@ def train(words: Sequence[str]) -> int:
         folder, config = Path(config.resume), continued_config(config)
     check_paths(config)
 
+    # Before torch is imported: DistributedDataParallel warns in every run that it looks for unused parameters in vain,
+    # which is the price of not hanging where there are some.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from adaclip_finetune.processes import part
     from adaclip_finetune.training.dry_run import dry_run
     from adaclip_finetune.training.trainer import evaluate_only, fit

@@ -5,13 +5,18 @@ A single process needs no process group: everything here then answers at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from adaclip_finetune.errors import UserError
+
 T = TypeVar("T")
+
+_LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words
 
 
 def world_size() -> int:
@@ -53,6 +58,13 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if _group():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def explain_lost_process(error: RuntimeError) -> UserError | None:
+    """What to tell in a process that waited for one which is gone; None for other errors."""
+    if not _group() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+        return None
+    return UserError("another process of this run has ended; what it said itself tells why")
 
 
 def part() -> None:

@@ -23,7 +23,8 @@ LAYERS = [
     {"config"},
     {"settings"},
     {"strict_json"},
-    {"errors", "processes"},
+    {"processes"},
+    {"errors"},
     {"__init__"},
 ]
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -12,7 +12,15 @@ from torch import nn
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
-from adaclip_finetune.processes import copy_from_main, from_main, gather_objects, is_main, rank, world_size
+from adaclip_finetune.processes import (
+    copy_from_main,
+    explain_lost_process,
+    from_main,
+    gather_objects,
+    is_main,
+    rank,
+    world_size,
+)
 from adaclip_finetune.training.build import build_session, train_loader
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.gather import gather_rows
@@ -138,10 +146,14 @@ def break_on_one(settings: Project) -> None:
     make_accelerator(config)
     if rank() == 1:
         evaluation_split(config, "absent.json")
-    gather_objects("waiting for the other")
+    try:
+        gather_objects("waiting for the other")
+    except RuntimeError as error:
+        raise explain_lost_process(error) or error from error
 
 
 def test_a_process_that_dies_ends_the_others_with_its_error_shown(project: Project, tmp_path: Path) -> None:
     codes = spread(break_on_one, 2, tmp_path / "log", project)
     assert all(codes), "and none is still waiting"
-    assert "absent.json" in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "absent.json" in log and "another process of this run has ended" in log

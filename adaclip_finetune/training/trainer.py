@@ -7,8 +7,8 @@ snapshot left it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.clip_weights import strict_load
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft.base import Phase
-from adaclip_finetune.processes import copy_from_main, is_main
+from adaclip_finetune.processes import copy_from_main, explain_lost_process, is_main
 from adaclip_finetune.report import draw_curves, one_line, write_importance
 from adaclip_finetune.training.build import Session, build_session, say_cut, train_loader
 from adaclip_finetune.training.checkpoint import load_weights, save_tensors
@@ -60,14 +60,8 @@ def fit(config: Config, on_epoch: OnEpoch | None = None, folder: Path | None = N
     """
     accelerator = make_accelerator(config)
     run = RunFolder(config)
-    with StopSignals() as signals:
-        try:
-            return _Fit(config, run, accelerator, on_epoch).run_all(folder, signals)
-        except Interrupted:
-            _say_how_to_go_on(run)
-            raise
-        finally:
-            run.close()
+    with StopSignals() as signals, _ending_well(run):
+        return _Fit(config, run, accelerator, on_epoch).run_all(folder, signals)
 
 
 def evaluate_only(config: Config, folder: Path | None = None) -> EvaluationResult:
@@ -78,14 +72,8 @@ def evaluate_only(config: Config, folder: Path | None = None) -> EvaluationResul
     """
     accelerator = make_accelerator(config)
     run = RunFolder(config)
-    with StopSignals():
-        try:
-            return _evaluate_only(config, run, accelerator, folder)
-        except Interrupted:
-            _say_how_to_go_on(run)
-            raise
-        finally:
-            run.close()
+    with StopSignals(), _ending_well(run):
+        return _evaluate_only(config, run, accelerator, folder)
 
 
 def _evaluate_only(config: Config, run: RunFolder, accelerator: Accelerator, folder: Path | None) -> EvaluationResult:
@@ -300,6 +288,23 @@ def _lock(run: RunFolder, folder: Path) -> None:
             f"resume: the run in {folder} is finished (metrics.json). To train on from its weights, begin a new run: "
             f"--resume {folder / _BEST}"
         )
+
+
+@contextmanager
+def _ending_well(run: RunFolder) -> Iterator[None]:
+    """However a run ends: it is told how to go on, and the folder is let go."""
+    try:
+        yield
+    except Interrupted:
+        _say_how_to_go_on(run)
+        raise
+    except RuntimeError as error:
+        if explained := explain_lost_process(error):
+            _say_how_to_go_on(run)
+            raise explained from error
+        raise
+    finally:
+        run.close()
 
 
 def _say_how_to_go_on(run: RunFolder) -> None:

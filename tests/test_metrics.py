@@ -230,6 +230,20 @@ def test_similarity_is_float32_under_autocast_and_without_gradients():
     assert all(block.dtype == torch.float32 and not block.requires_grad for block in blocks)
 
 
+def test_similarity_is_no_tf32_where_the_towers_are(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_tf32", True)
+    seen = []
+
+    def aggregate(frames, queries):
+        seen.append(matmul.allow_tf32)
+        return frames.mean(dim=1).expand(len(queries), -1, -1)
+
+    for _ in similarity_blocks(torch.randn(4, 3), torch.randn(5, 2, 3), 0.0, 2, aggregate):
+        seen.append(matmul.allow_tf32)
+    assert seen == [False, True] * 2
+
+
 def test_similarity_needs_rows():
     with pytest.raises(ValueError, match="at least one row"):
         similarity_blocks(torch.zeros(1, 2), torch.zeros(1, 2), 0.0, 0)

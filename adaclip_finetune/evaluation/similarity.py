@@ -6,6 +6,7 @@ What is held at once is counted in bytes: 50,000 texts against 50,000 videos tak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,9 @@ class SimilarityBlocks:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         for queries in torch.split(self.text, self.rows):
-            with torch.autocast(self.videos.device.type, enabled=False):
-                yield self.scale * self._cosines(_at_least_float32(queries.to(self.videos.device)))
+            with torch.autocast(self.videos.device.type, enabled=False), _float32_products():
+                block = self.scale * self._cosines(_at_least_float32(queries.to(self.videos.device)))
+            yield block
 
     def _cosines(self, queries: Tensor) -> Tensor:
         unit = F.normalize(queries, dim=-1)
@@ -65,6 +67,17 @@ def similarity_blocks(
     return SimilarityBlocks(
         text, videos, float(torch.as_tensor(logit_scale, dtype=torch.float64).exp()), rows, aggregate
     )
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Ranks are made of differences that `tf32`, meant for the towers, would round away."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rows_in_a_block(bytes_a_row: int) -> int:

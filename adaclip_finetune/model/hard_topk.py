@@ -1,11 +1,9 @@
 """Differentiable Hard-Top-k: choose K of N frames, with gradients for the scores that chose them.
 
 Training draws without replacement by Gumbel noise and relaxes each draw to a softmax (Xie and Ermon 2019,
-"Reparameterizable
-subset sampling via continuous relaxations"); the straight-through estimator (Bengio et al. 2013) makes each row a
-one-hot
-forward and the relaxed draw backward. AdaCLIP (Hu et al. 2023) uses it for frames. Evaluation takes the K highest
-scores.
+"Reparameterizable subset sampling via continuous relaxations"); the straight-through estimator (Bengio et al. 2013)
+makes each row a one-hot forward and the relaxed draw backward. AdaCLIP (Hu et al. 2023) uses it for frames. Evaluation
+takes the K highest scores.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ _MIN_REMAINDER = 1e-40
 
 
 class Selection(NamedTuple):
-    """Which frames were chosen: `weights` (B, K, N) one-hot rows, `indices` (B, K) in the order chosen, `logits` (B,
-    N)."""
+    """Which frames were chosen: `weights` (B, K, N) one-hot rows, `indices` (B, K) in the order chosen, `logits`
+    (B, N)."""
 
     weights: Tensor
     indices: Tensor
@@ -34,13 +32,11 @@ def select_frames(logits: Tensor, k: int, temperature: float | None = None, nois
     """Choose `k` of N frames by their `logits` (B, N).
 
     With a `temperature` (training) it is `hard_top_k` of log max(softmax(logits), 1e-8); without one (evaluation) the
-    `k`
-    highest logits, descending, and no gradient. `noise` (B, N) replaces the Gumbel(0, 1) draw for exact tests.
-    Works in float32 (float64 for float64 logits) whatever the autocast state, and never waits for the device.
+    `k` highest logits, descending, and no gradient. `noise` (B, N) replaces the Gumbel(0, 1) draw. Works in float32
+    (float64 for float64 logits) whatever the autocast state, and never waits for the device.
 
     Raises ValueError for k outside 1…N, and for NaN logits on CPU. On an accelerator the check would stall every step,
-    so
-    NaN logits there turn the weights into NaN, which the loss and the metrics refuse.
+    so NaN logits there turn the weights into NaN, which the loss and the metrics refuse.
     """
     if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
         raise ValueError(
@@ -62,8 +58,7 @@ def hard_top_k(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tup
     drawn.
 
     Row i of the weights is onehot(jᵢ) − stopgrad(aᵢ) + aᵢ, where aᵢ is the i-th relaxed draw at `temperature` and jᵢ
-    its
-    highest entry among those not drawn yet.
+    its highest entry among those not drawn yet.
     """
     perturbed = scores + noise
     relaxed = torch.zeros_like(scores)

@@ -45,8 +45,8 @@ class VideoRetriever(nn.Module):
     """Text and video embeddings, and their similarity.
 
     Submodules: `clip` (open_clip's module, OpenAI's parameter names), `selector` or None, `header` or None,
-    `aggregator`,
-    `word_aggregator` or None. Everything outside `clip` is new and always trains, save a frozen policy backbone.
+    `aggregator`, `word_aggregator` or None. Everything outside `clip` is new and always trains, save a frozen policy
+    backbone.
     """
 
     def __init__(self, config: Config, loaded: LoadedClip) -> None:
@@ -94,8 +94,7 @@ class VideoRetriever(nn.Module):
         """Choose k (default top_k) of the N frames, encode and aggregate them.
 
         With a `temperature` the choice is a differentiable draw (training), without one the k best (evaluation);
-        `noise`
-        (B, N) replaces the Gumbel draw.
+        `noise` (B, N) replaces the Gumbel draw.
         """
         frames, selection = self._selected_frames(videos, k or self.top_k, temperature, noise)
         if self.reuse_scores and selection is not None:

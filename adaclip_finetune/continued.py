@@ -6,7 +6,6 @@ from pathlib import Path
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.layers import together
 from adaclip_finetune.settings.schema import show
 
 # What may be given anew, since no figure depends on it: where things lie, how fast they go, what is shown.
@@ -41,6 +40,9 @@ def continued_config(config: Config) -> Config:
         if name not in FREE and value != getattr(own, name)
     ]
     if problems:
-        problems.append(f"a new run with other settings may begin with its weights: --resume {folder}/best.safetensors")
-        raise UserError(f"resume: a run goes on with its own settings ({path}). {together(problems)}")
+        raise UserError(
+            f"resume: a run goes on with its own settings, those in {path}, but\n  "
+            + "\n  ".join(problems)
+            + f"\nLeave them out; or begin a new run with its weights: --resume {folder / 'best.safetensors'}"
+        )
     return load_config(path, {name: value for name, value in given.items() if name in FREE})

@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_last_good_snapshot_and_says_so(
 def test_settings_of_a_run_that_goes_on(project: Project, tmp_path: Path) -> None:
     folder = stopped_run(project, tmp_path)
     with pytest.raises(
-        UserError, match=r"(?s)with its own settings.*learning_rate is 0\.5 here, and 0\.001 in the run"
+        UserError, match=r"(?s)with its own settings.*learning_rate is 0\.5 here, and 0\.001 in the run\nLeave"
     ):
         go_on(folder, learning_rate=0.5)
     go_on(folder, num_workers=1, learning_rate=1e-3)

@@ -230,17 +230,24 @@ def test_similarity_is_float32_under_autocast_and_without_gradients():
     assert all(block.dtype == torch.float32 and not block.requires_grad for block in blocks)
 
 
-def test_similarity_is_no_tf32_where_the_towers_are(monkeypatch):
+@pytest.fixture
+def tf32():
+    """As `--tf32` switches it on."""
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_tf32", True)
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+def test_similarity_is_no_tf32_where_the_towers_are(tf32):
     seen = []
 
     def aggregate(frames, queries):
-        seen.append(matmul.allow_tf32)
+        seen.append(tf32.allow_tf32)
         return frames.mean(dim=1).expand(len(queries), -1, -1)
 
     for _ in similarity_blocks(torch.randn(4, 3), torch.randn(5, 2, 3), 0.0, 2, aggregate):
-        seen.append(matmul.allow_tf32)
+        seen.append(tf32.allow_tf32)
     assert seen == [False, True] * 2
 
 

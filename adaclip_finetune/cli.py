@@ -18,6 +18,7 @@ from adaclip_finetune import __version__
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.continued import continued_config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.extract import options as extract_options
 from adaclip_finetune.paths import check_paths
 from adaclip_finetune.settings.flags import Parser, add_flags, given
 from adaclip_finetune.settings.layers import nearest
@@ -128,6 +129,21 @@ def export(words: Sequence[str]) -> int:
     return 0
 
 
+def extract(words: Sequence[str]) -> int:
+    """Extract the frames of a folder of videos as images, into a folder a video."""
+    parser = Parser(
+        "adaclip extract",
+        f"{extract.__doc__} `python utils/frame_extraction.py` is the same command. What is finished is skipped, what "
+        "was interrupted is done again. Exit code 1 if a video failed (FRAMES/extraction_report.json says why).",
+    )
+    extract_options.declare(parser)
+    request = extract_options.request_from(parser.read(words))
+
+    from adaclip_finetune.extract.run import extract as run_extraction
+
+    return run_extraction(request)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -138,6 +154,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
+    "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "schema": Command(schema, "print the JSON Schema of the settings"),
 }
 

@@ -1,0 +1,166 @@
+"""The whole of `adaclip extract`: what is to be done, several videos at a time, and the report of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.extract.manifest import State, encoded, state_of
+from adaclip_finetune.extract.options import Request
+from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan, printable
+from adaclip_finetune.extract.program import FULL, Failed, Program, find_program, from_file
+from adaclip_finetune.extract.progress import Progress
+from adaclip_finetune.extract.video import extract_video
+from adaclip_finetune.training.lock import FolderLock
+
+WORK = ".extraction"  # below FRAMES: the lock, and what is not complete
+LISTED = 20
+
+
+def extract(request: Request) -> int:
+    """Do it; returns the exit code, 1 if a video failed. UserError: nothing could be begun, or the disk is full."""
+    jobs = plan(request)
+    program = Program(find_program(), max(1, _cores() // request.num_workers), request.time_limit)
+    if request.dry_run:
+        return _tell(request, program, _to_do(request, jobs), len(jobs))
+    try:
+        request.frames.mkdir(parents=True, exist_ok=True)
+        with _work_folder(request.frames) as work:
+            return _extract(request, program, jobs, work)
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(
+                f"{request.frames}: {error.strerror}. What is complete stays; make room and run the same command again"
+            ) from None
+        raise UserError(f"{printable(error.filename or request.frames)}: {error.strerror}") from error
+
+
+def _extract(request: Request, program: Program, jobs: list[Job], work: Path) -> int:
+    to_do = _to_do(request, jobs)
+    start = time.monotonic()
+    print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier", flush=True)
+    frames, failed = 0, {}
+    with Progress(len(to_do)) as progress:
+        for job, count, reason in _all_done(request, program, to_do, work):
+            frames += count
+            if reason is not None:
+                failed[job.folder] = {"source": str(job.source), "reason": reason}
+            progress.add(count, reason is not None)
+    report = {
+        "videos": len(jobs),
+        "extracted": len(to_do) - len(failed),
+        "finished_earlier": len(jobs) - len(to_do),
+        "frames": frames,
+        "seconds": round(time.monotonic() - start, 1),
+        "ffmpeg": program.path,
+        "options": asdict(request.look),
+        "failed": dict(sorted(failed.items())),
+    }
+    (work / REPORT).write_bytes(encoded(report))
+    (work / REPORT).replace(request.frames / REPORT)
+    print(f"{report['extracted']} videos extracted, {frames} frames, {report['seconds']} s")
+    if failed:
+        print(f"{len(failed)} failed:")
+        for folder, facts in islice(sorted(failed.items()), LISTED):
+            print(f"  {printable(folder)}: {printable(facts['reason'])}")
+        more = f"and {len(failed) - LISTED} more; " if len(failed) > LISTED else ""
+        print(f"  {more}all of them in {request.frames / REPORT}")
+    return 1 if failed else 0
+
+
+def _to_do(request: Request, jobs: list[Job]) -> list[Job]:
+    """What is not finished. UserError where finished work was made with other options: nobody wants a mixture."""
+    if request.overwrite:
+        return jobs
+    to_do, other = [], []
+    for job in jobs:
+        state, differ = state_of(request.frames / job.folder, job.source, request.look, job.start, job.end)
+        if state is State.OPTIONS_CHANGED:
+            other.append(f"  {printable(job.folder)}: {differ}")
+        elif state is State.NOT_OURS:
+            problem = f"{request.frames / job.folder} is there and was not made by this tool; --overwrite replaces it"
+            to_do.append(Job(job.folder, job.source, job.start, job.end, problem))
+        elif state is not State.FINISHED:
+            to_do.append(job)
+    if other:
+        more = [f"  and {len(other) - SHOWN} more"] if len(other) > SHOWN else []
+        listing = "\n".join(other[:SHOWN] + more)
+        raise UserError(
+            f"{request.frames}: {len(other)} videos were extracted with other options:\n{listing}\n"
+            "Give --overwrite to extract them again, the same options to go on, or another folder"
+        )
+    return to_do
+
+
+def _tell(request: Request, program: Program, to_do: list[Job], videos: int) -> int:
+    """What a dry run says: the folders, and the command of the first."""
+    for job in to_do:
+        problem = f" (cannot be: {printable(job.problem)})" if job.problem else ""
+        print(f"{printable(job.source)} -> {printable(request.frames / job.folder)}{problem}")
+    print(f"{len(to_do)} videos to extract, {videos - len(to_do)} finished earlier; nothing was written")
+    if to_do and request.look.num_frames is None:
+        first = to_do[0]
+        print(f"the first: {program.words(from_file(request.look, first.source, 0, first.start, first.end))}")
+    return 0
+
+
+@contextmanager
+def _work_folder(frames: Path) -> Iterator[Path]:
+    """The hidden folder, ours alone, emptied of what a killed run left in it."""
+    work = frames / WORK
+    work.mkdir(exist_ok=True)
+    lock = FolderLock(work)
+    lock.take()
+    try:
+        for entry in list(work.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != lock.path:
+                entry.unlink(missing_ok=True)
+        yield work
+    finally:
+        lock.release()
+        with suppress(OSError):  # another run has come in
+            work.rmdir()
+
+
+def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -> Iterator[tuple[Job, int, str | None]]:
+    """Each job as it is done, with its images or the reason of its failure."""
+
+    def one(job: Job) -> tuple[Job, int, str | None]:
+        try:
+            return job, extract_video(job, request.look, program, request.frames, work), None
+        except Failed as failure:
+            return job, 0, str(failure)
+        except OSError as error:  # of this video alone, unless the disk is full
+            if error.errno in FULL:
+                raise
+            return job, 0, f"{error.strerror or error}"
+
+    pool = ThreadPoolExecutor(request.num_workers)
+    waiting = iter(jobs)
+    pending: set[Future[tuple[Job, int, str | None]]] = set()
+    try:
+        while True:
+            # A few ahead, not all: there may be millions.
+            pending |= {pool.submit(one, job) for job in islice(waiting, 2 * request.num_workers - len(pending))}
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        program.stop()
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

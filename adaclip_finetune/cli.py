@@ -129,6 +129,13 @@ def export(words: Sequence[str]) -> int:
     return 0
 
 
+def convert(words: Sequence[str]) -> int:
+    """Write the annotation files of a published data set as train/val/test JSON."""
+    from adaclip_finetune.data.formats.command import run
+
+    return run(words)
+
+
 def extract(words: Sequence[str]) -> int:
     """Extract the frames of a folder of videos as images, into a folder a video."""
     parser = Parser(
@@ -154,6 +161,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
+    "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "schema": Command(schema, "print the JSON Schema of the settings"),
 }

@@ -78,7 +78,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
-    _check_name(where, name)
+    check_name(where, name)
     if not isinstance(entry, _Object):
         raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {_shown(entry)}')
     if repeated := entry.repeated():
@@ -103,12 +103,12 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     )
 
 
-def _check_name(where: str, name: str) -> None:
+def check_name(where: str, name: str) -> None:
     """Refuse what is not a plain relative path on every system: names are joined to a folder and opened."""
     windows = PureWindowsPath(name)
     if not name.strip():
         reason = "is empty"
-    elif "\0" in name or "\\" in name or not _is_unicode(name):
+    elif "\0" in name or "\\" in name or not is_unicode(name):
         reason = "holds a character that no video name may hold (NUL, backslash or half a surrogate pair)"
     elif name.startswith("/") or windows.drive:
         reason = "is an absolute path"
@@ -125,7 +125,7 @@ def _sentences(where: str, value: Any) -> tuple[str, ...]:
     if not value:
         raise UserError(f'{where}: "sentences" is empty; give at least one, or take the video out')
     for row, sentence in enumerate(value, start=1):
-        if not isinstance(sentence, str) or not sentence.strip() or not _is_unicode(sentence):
+        if not isinstance(sentence, str) or not sentence.strip() or not is_unicode(sentence):
             raise UserError(f"{where}: sentence {row} of {len(value)} must be a text, got {_shown(sentence)}")
     return tuple(sentence.strip() for sentence in value)
 
@@ -160,7 +160,7 @@ def _seconds(where: str, key: str, value: Any) -> float | None:
 def _optional_text(where: str, key: str, value: Any) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
+    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
         raise UserError(f'{where}: "{key}" must be a string, got {_shown(value)}')
     return value
 
@@ -175,7 +175,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON can spell and no file system or tokenizer takes."""
     try:
         text.encode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,8 +27,10 @@ class Source:
 
     @staticmethod
     def of(path: Path) -> Source:
-        """Raises OSError."""
+        """Raises OSError; for what is no plain file too, since opening a pipe would wait for ever."""
         facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
         return Source(path.name, facts.st_size, facts.st_mtime_ns)
 
 
@@ -59,7 +63,7 @@ class State(Enum):
 
 def state_of(folder: Path, source: Path, look: Look, start: float | None, end: float | None) -> tuple[State, str]:
     """What stands there, and which options differ (in words)."""
-    if not os.path.lexists(folder):
+    if not os.path.lexists(folder) or _is_empty(folder):
         return State.MISSING, ""
     try:
         content: dict[str, Any] = json.loads((folder / NAME).read_bytes())
@@ -80,6 +84,10 @@ def state_of(folder: Path, source: Path, look: Look, start: float | None, end: f
     if not same or not whole:
         return State.SOURCE_CHANGED, ""
     return State.FINISHED, ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and next(folder.iterdir(), None) is None
 
 
 def holds_only_images(folder: Path) -> str | None:

@@ -136,13 +136,17 @@ def request_from(given: Namespace) -> Request:
         "dry_run",
         "time_limit",
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Request(
         **{name: getattr(given, name) for name in taken},
         look=Look(**looks),
         formats=_formats(given.accepted_formats),
-        num_workers=1 if not given.parallel else cores if given.num_workers is None else given.num_workers,
+        num_workers=1 if not given.parallel else cores() if given.num_workers is None else given.num_workers,
     )
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _formats(words: list[str]) -> tuple[str, ...]:

@@ -35,9 +35,10 @@ def plan(request: Request) -> list[Job]:
         raise UserError(f"VIDEOS: {request.videos} is not a folder")
     names = sorted(_listing(request))
     if request.clips:
-        jobs = [_clip(request, annotation, names) for annotation in _cuttable(request.clips)]
+        find = _Finder(names)
+        jobs = [_clip(request, annotation, find) for annotation in _cuttable(request.clips)]
     elif request.file_list:
-        jobs = list(_listed(request, names))
+        jobs = list(_listed(request, _Finder(names)))
     else:
         jobs = [Job(_stem(name), request.videos / name) for name in names]
     if not jobs:
@@ -83,7 +84,7 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _listed(request: Request, names: list[str]) -> Iterator[Job]:
+def _listed(request: Request, find: _Finder) -> Iterator[Job]:
     """One name a line, with extension or without."""
     assert request.file_list is not None
     try:
@@ -92,7 +93,6 @@ def _listed(request: Request, names: list[str]) -> Iterator[Job]:
         raise UserError(f"--file_list {request.file_list}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--file_list {request.file_list}: not UTF-8 (byte {error.start})") from None
-    find = _Finder(names)
     for line in text.splitlines():
         if name := line.strip():
             found, problem = find(name)
@@ -110,9 +110,8 @@ def _cuttable(path: Path) -> list[VideoAnnotation]:
     return annotations
 
 
-def _clip(request: Request, annotation: VideoAnnotation, names: list[str]) -> Job:
+def _clip(request: Request, annotation: VideoAnnotation, find: _Finder) -> Job:
     """The source is the file called as `group` says, or, where there is none, as the entry itself."""
-    find = _Finder(names)
     wanted = [annotation.group, annotation.video_id] if annotation.group else [annotation.video_id]
     problem = None
     for name in wanted:

@@ -10,18 +10,22 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, VideoIndex
+from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, TIMED_CONTAINERS, VideoIndex
 from adaclip_finetune.extract.program import INPUTS, Failed
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Seconds, frames a second; None where the file does not tell. `indexable`: data/video_file.py opens its kind."""
+    """Seconds, frames a second; None where the file does not tell.
+
+    indexable: data/video_file.py opens its kind. seeks: the container knows where its frames are.
+    """
 
     stream: int | None
     fps: float | None = None
     duration: float | None = None
     indexable: bool = False
+    seeks: bool = True
     tick: float = 0.0  # seconds, of the times in a VideoIndex
     begins: float = 0.0  # the time from which start and end of a clip count
 
@@ -36,11 +40,13 @@ def probe(source: Path) -> Facts:
                 raise Failed("it holds no video stream")
             if stream.disposition & av.stream.Disposition.attached_pic:
                 raise Failed("it holds no video stream, only a cover picture")
+            kind = container.format.name.partition(",")[0]
             return Facts(
                 stream.index,
                 float(stream.average_rate) if stream.average_rate else None,
                 container.duration / av.time_base if container.duration else None,
-                container.format.name.partition(",")[0] in CONTAINERS.split(","),
+                kind in CONTAINERS.split(","),
+                kind in (*TIMED_CONTAINERS, "asf"),
                 float(stream.time_base or 0),
                 (container.start_time or 0) / av.time_base,
             )

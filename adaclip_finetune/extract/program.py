@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,17 +53,31 @@ def find_program() -> str:
         raise UserError(f"there is no ffmpeg program: install one, or reinstall imageio-ffmpeg ({error})") from error
 
 
-def from_file(look: Look, source: Path, stream: int | None, start: float | None, end: float | None) -> Any:
-    """The stream of a file, cut to start ≤ t < end seconds, as ffmpeg-python's output node for `Program.run`.
+@dataclass(frozen=True)
+class Part:
+    """What of a file is read: the video stream of this number (None: ffmpeg chooses), where start ≤ t < end seconds.
 
-    `stream` is the number of the video stream; None leaves the choice to ffmpeg.
+    Without `seeks`, the container finds places by guessing: its frames are decoded from the first one on.
     """
-    return _images(_opened(source, stream, start, end), look)
+
+    source: Path
+    stream: int | None = None
+    start: float | None = None
+    end: float | None = None
+    seeks: bool = True
 
 
-def walk(source: Path, stream: int | None, start: float | None, end: float | None) -> Any:
+def from_file(look: Look, part: Part) -> Any:
+    """The images of a file, as ffmpeg-python's output node for `Program.run`."""
+    stream = _opened(part)
+    if not part.seeks and (part.start is not None or part.end is not None):
+        stream = stream.filter("trim", start=part.start or 0.0, **({} if part.end is None else {"end": part.end}))
+    return _images(stream, look)
+
+
+def walk(part: Part) -> Any:
     """Reading what `from_file` reads, decoding and writing nothing: `Program.run` then fails if the file is cut off."""
-    return ffmpeg.output(_opened(source, stream, start, end), "-", format="null", c="copy")
+    return ffmpeg.output(_opened(part), "-", format="null", c="copy")
 
 
 def from_pixels(look: Look, width: int, height: int) -> Any:
@@ -71,12 +86,12 @@ def from_pixels(look: Look, width: int, height: int) -> Any:
     return _images(ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=size, protocol_whitelist="pipe"), look)
 
 
-def _opened(source: Path, stream: int | None, start: float | None, end: float | None) -> Any:
-    cut = {} if start is None else {"ss": start}
-    if end is not None:
-        cut["t"] = end - (start or 0.0)
-    opened = ffmpeg.input(f"file:{source.absolute()}", format_whitelist=INPUTS, protocol_whitelist="file", **cut)
-    return opened["v" if stream is None else str(stream)]
+def _opened(part: Part) -> Any:
+    cut = {"ss": part.start} if part.seeks and part.start is not None else {}
+    if part.seeks and part.end is not None:
+        cut["t"] = part.end - (part.start or 0.0)
+    opened = ffmpeg.input(f"file:{part.source.absolute()}", format_whitelist=INPUTS, protocol_whitelist="file", **cut)
+    return opened["v" if part.stream is None else str(part.stream)]
 
 
 def _images(stream: Any, look: Look) -> Any:
@@ -90,11 +105,10 @@ def _images(stream: Any, look: Look) -> Any:
         stream = stream.filter("scale", **size, out_color_matrix="bt601", out_range="pc").filter("format", "yuvj420p")
     else:
         stream = stream.filter("scale", **size).filter("format", "rgb24")
-    # Left alone, ffmpeg repeats and drops frames until their rate is constant; the option against it has had a
-    # different name in each of its versions. Frames that are a tick apart leave it nothing to do.
+    # Frames that are shown a moment apart would be given the same time by the encoder, which refuses that: a tick each.
     stream = stream.filter("settb", "1/25").filter("setpts", "N")
     quality = {"q:v": look.quality} if look.is_jpeg else {}
-    return ffmpeg.output(stream, look.prefix, format="image2", r=25, **quality)
+    return ffmpeg.output(stream, look.prefix, format="image2", enc_time_base="1:25", **quality)
 
 
 class Program:
@@ -102,6 +116,7 @@ class Program:
 
     def __init__(self, path: str, threads: int, time_limit: float) -> None:
         self.path, self.threads, self.time_limit = path, threads, time_limit
+        self._all_frames = _all_frames(path)
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
         self._guard = threading.Lock()
@@ -112,7 +127,7 @@ class Program:
         said = ["-nostdin", "-hide_banner", "-v", "error", "-nostats", "-xerror"]
         filters = ["-filter_complex_threads", str(self.threads)]
         *words, target = output.compile(cmd=[self.path, *said, *filters, *threads])
-        return [*words, *threads, target]
+        return [*words, *self._all_frames, *threads, target]
 
     def run(self, output: Any, folder: Path, pixels: Iterable[bytes | memoryview] | None = None) -> None:
         """Write the images into the folder. Raises Failed with ffmpeg's reason, OSError where the disk is full."""
@@ -159,6 +174,15 @@ class Program:
             )
             self._running.add(process)
             return process
+
+
+def _all_frames(path: str) -> list[str]:
+    """The option against repeating and dropping frames until their rate is constant: its name depends on the age."""
+    try:
+        told = subprocess.run([path, "-hide_banner", "-h", "long"], capture_output=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{path} does not run as ffmpeg should: {error}") from error
+    return ["-fps_mode", "passthrough"] if b"-fps_mode" in told else ["-vsync", "passthrough"]
 
 
 def _feed(pipe: IO[bytes] | None, pixels: Iterable[bytes | memoryview]) -> None:

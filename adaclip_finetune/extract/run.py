@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.manifest import State, encoded, state_of
-from adaclip_finetune.extract.options import Request
+from adaclip_finetune.extract.options import Request, cores
 from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan, printable
-from adaclip_finetune.extract.program import FULL, Failed, Program, find_program, from_file
+from adaclip_finetune.extract.program import FULL, Failed, Part, Program, find_program, from_file
 from adaclip_finetune.extract.progress import Progress
 from adaclip_finetune.extract.video import extract_video
 from adaclip_finetune.training.lock import FolderLock
@@ -24,11 +23,13 @@ from adaclip_finetune.training.lock import FolderLock
 WORK = ".extraction"  # below FRAMES: the lock, and what is not complete
 LISTED = 20
 
+Done = tuple[Job, int, str | None]  # with the number of its images, or the reason of its failure
+
 
 def extract(request: Request) -> int:
     """Do it; returns the exit code, 1 if a video failed. UserError: nothing could be begun, or the disk is full."""
     jobs = plan(request)
-    program = Program(find_program(), max(1, _cores() // request.num_workers), request.time_limit)
+    program = Program(find_program(), max(1, cores() // request.num_workers), request.time_limit)
     if request.dry_run:
         return _tell(request, program, _to_do(request, jobs), len(jobs))
     try:
@@ -48,8 +49,8 @@ def _extract(request: Request, program: Program, jobs: list[Job], work: Path) ->
     start = time.monotonic()
     print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier", flush=True)
     frames, failed = 0, {}
-    with Progress(len(to_do)) as progress:
-        for job, count, reason in _all_done(request, program, to_do, work):
+    with Progress(len(to_do)) as progress, closing(_all_done(request, program, to_do, work)) as outcomes:
+        for job, count, reason in outcomes:
             frames += count
             if reason is not None:
                 failed[job.folder] = {"source": str(job.source), "reason": reason}
@@ -82,6 +83,9 @@ def _to_do(request: Request, jobs: list[Job]) -> list[Job]:
         return jobs
     to_do, other = [], []
     for job in jobs:
+        if job.problem:
+            to_do.append(job)
+            continue
         state, differ = state_of(request.frames / job.folder, job.source, request.look, job.start, job.end)
         if state is State.OPTIONS_CHANGED:
             other.append(f"  {printable(job.folder)}: {differ}")
@@ -108,7 +112,7 @@ def _tell(request: Request, program: Program, to_do: list[Job], videos: int) -> 
     print(f"{len(to_do)} videos to extract, {videos - len(to_do)} finished earlier; nothing was written")
     if to_do and request.look.num_frames is None:
         first = to_do[0]
-        print(f"the first: {program.words(from_file(request.look, first.source, 0, first.start, first.end))}")
+        print(f"the first: {program.words(from_file(request.look, Part(first.source, None, first.start, first.end)))}")
     return 0
 
 
@@ -118,7 +122,11 @@ def _work_folder(frames: Path) -> Iterator[Path]:
     work = frames / WORK
     work.mkdir(exist_ok=True)
     lock = FolderLock(work)
-    lock.take()
+    try:
+        lock.take()
+    except OSError:  # a full disk leaves it without its content, which the next run could not read
+        lock.path.unlink(missing_ok=True)
+        raise
     try:
         for entry in list(work.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
@@ -132,10 +140,10 @@ def _work_folder(frames: Path) -> Iterator[Path]:
             work.rmdir()
 
 
-def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -> Iterator[tuple[Job, int, str | None]]:
-    """Each job as it is done, with its images or the reason of its failure."""
+def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -> Generator[Done, None, None]:
+    """Each job as it is done."""
 
-    def one(job: Job) -> tuple[Job, int, str | None]:
+    def one(job: Job) -> Done:
         try:
             return job, extract_video(job, request.look, program, request.frames, work), None
         except Failed as failure:
@@ -147,7 +155,7 @@ def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -
 
     pool = ThreadPoolExecutor(request.num_workers)
     waiting = iter(jobs)
-    pending: set[Future[tuple[Job, int, str | None]]] = set()
+    pending: set[Future[Done]] = set()
     try:
         while True:
             # A few ahead, not all: there may be millions.
@@ -160,7 +168,3 @@ def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -
     finally:
         program.stop()
         pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,9 +17,9 @@ from adaclip_finetune.extract.manifest import Manifest, Source, holds_only_image
 from adaclip_finetune.extract.options import Look
 from adaclip_finetune.extract.plan import Job
 from adaclip_finetune.extract.probe import Facts, frames_between, probe
-from adaclip_finetune.extract.program import Failed, Program, from_file, from_pixels, walk
+from adaclip_finetune.extract.program import Failed, Part, Program, from_file, from_pixels, walk
 
-BYTES_AT_ONCE = 1 << 28  # of decoded frames
+BYTES_AT_ONCE = 1 << 27  # of decoded frames
 ENDS = {True: b"\xff\xd9", False: b"IEND\xaeB`\x82"}  # the last bytes of every JPEG, of every PNG
 
 
@@ -52,16 +52,17 @@ def extract_video(job: Job, look: Look, program: Program, frames: Path, work: Pa
 
 def _write_images(job: Job, look: Look, program: Program, facts: Facts, folder: Path) -> list[int] | None:
     """Returns the indices of the frames that num_frames picked, None where it was all of them."""
+    part = Part(job.source, facts.stream, job.start, job.end, facts.seeks)
     if look.num_frames is not None and facts.indexable:
         try:
             index = index_video(job.source)
             candidates = frames_between(index, facts, job.start, job.end)
             if candidates is not None:
-                program.run(walk(job.source, facts.stream, job.start, job.end), folder)
+                program.run(walk(part), folder)
                 return _write_picked(job.source, look, program, index, candidates, folder)
         except BrokenVideo as error:
             raise Failed(str(error)) from None
-    program.run(from_file(look, job.source, facts.stream, job.start, job.end), folder)
+    program.run(from_file(look, part), folder)
     return None if look.num_frames is None else _thin_out(folder, look)
 
 

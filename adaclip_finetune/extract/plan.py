@@ -40,7 +40,7 @@ def plan(request: Request) -> list[Job]:
     elif request.file_list:
         jobs = list(_listed(request, _Finder(names)))
     else:
-        jobs = [Job(_stem(name), request.videos / name) for name in names]
+        jobs = [_whole(request, name) for name in names]
     if not jobs:
         kinds = " ".join(f".{name}" for name in request.formats)
         deeper = "" if request.recursive else "; --recursive looks into its folders too"
@@ -76,6 +76,15 @@ def _listing(request: Request) -> Iterator[str]:
                 yield (here / name).relative_to(request.videos).as_posix()
 
 
+def _whole(request: Request, name: str) -> Job:
+    source = request.videos / name
+    try:
+        str(source.absolute()).encode()
+    except UnicodeEncodeError:  # such a name can stand in no annotation
+        return Job(_stem(name), source, problem="its name is not UTF-8: rename it")
+    return Job(_stem(name), source)
+
+
 def _same(one: Path, other: Path) -> bool:
     return other.exists() and one.samefile(other)
 
@@ -99,7 +108,7 @@ def _listed(request: Request, find: _Finder) -> Iterator[Job]:
             if found is None:
                 yield Job(name.lstrip("/"), request.videos / name, problem=problem)
             else:
-                yield Job(_stem(found), request.videos / found)
+                yield _whole(request, found)
 
 
 def _cuttable(path: Path) -> list[VideoAnnotation]:

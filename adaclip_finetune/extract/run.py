@@ -15,7 +15,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.manifest import State, encoded, state_of
 from adaclip_finetune.extract.options import Request, cores
 from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan, printable
-from adaclip_finetune.extract.program import FULL, Failed, Part, Program, find_program, from_file
+from adaclip_finetune.extract.program import FULL, Failed, Part, Program, Stopped, find_program, from_file
 from adaclip_finetune.extract.progress import Progress
 from adaclip_finetune.extract.video import extract_video
 from adaclip_finetune.training.lock import FolderLock
@@ -110,8 +110,8 @@ def _tell(request: Request, program: Program, to_do: list[Job], videos: int) -> 
         problem = f" (cannot be: {printable(job.problem)})" if job.problem else ""
         print(f"{printable(job.source)} -> {printable(request.frames / job.folder)}{problem}")
     print(f"{len(to_do)} videos to extract, {videos - len(to_do)} finished earlier; nothing was written")
-    if to_do and request.look.num_frames is None:
-        first = to_do[0]
+    first = next((job for job in to_do if not job.problem), None)
+    if first is not None and request.look.num_frames is None:
         print(f"the first: {program.words(from_file(request.look, Part(first.source, None, first.start, first.end)))}")
     return 0
 
@@ -152,6 +152,10 @@ def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -
             if error.errno in FULL:
                 raise
             return job, 0, f"{error.strerror or error}"
+        except Stopped:
+            raise
+        except Exception as error:  # decoders raise whatever they stumble over
+            return job, 0, f"{type(error).__name__}: {error}"
 
     pool = ThreadPoolExecutor(request.num_workers)
     waiting = iter(jobs)

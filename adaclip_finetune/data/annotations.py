@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.errors import UserError
@@ -105,12 +105,11 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
 
 def check_name(where: str, name: str) -> None:
     """Refuse what is not a plain relative path on every system: names are joined to a folder and opened."""
-    windows = PureWindowsPath(name)
     if not name.strip():
         reason = "is empty"
     elif "\0" in name or "\\" in name or not is_unicode(name):
         reason = "holds a character that no video name may hold (NUL, backslash or half a surrogate pair)"
-    elif name.startswith("/") or windows.drive:
+    elif name.startswith("/") or name[1:2] == ":":  # a drive of Windows
         reason = "is an absolute path"
     elif any(part in ("", ".", "..") for part in name.split("/")):
         reason = "leads out of the folder, or is not written plainly ('.', '..' or an empty part)"

@@ -19,6 +19,8 @@ from adaclip_finetune.data.formats.overlap import Contents, shared_between
 from adaclip_finetune.data.formats.present import Present
 from adaclip_finetune.errors import UserError
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 @dataclass
 class Counts:
@@ -109,7 +111,7 @@ def _write_clip(clip: Clip, file: IO[str], counts: Counts, contents: Contents) -
         if (value := getattr(clip, key)) is not None:
             entry[key] = value
     file.write(",\n" if counts.videos else "{\n")
-    file.write(f"{json.dumps(clip.video, ensure_ascii=False)}: {json.dumps(entry, ensure_ascii=False)}")
+    file.write(f"{_to_json(clip.video)}: {_to_json(entry)}")
     counts.videos += 1
     counts.captions += len(kept)
     contents.add(clip, entry["sentences"])

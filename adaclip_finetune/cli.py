@@ -82,7 +82,8 @@ def train(words: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from adaclip_finetune.processes import part
     from adaclip_finetune.training.dry_run import dry_run
-    from adaclip_finetune.training.trainer import evaluate_only, fit
+    from adaclip_finetune.training.evaluate_only import evaluate_only
+    from adaclip_finetune.training.trainer import fit
 
     try:
         if arguments.dry_run:

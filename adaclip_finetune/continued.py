@@ -14,6 +14,9 @@ FREE = frozenset(
     | {"num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug"}
 )
 
+# Which run it is; and what that run found out for itself.
+_SETTLED = {"resume", "auto_batch_size"}
+
 
 def continued_config(config: Config) -> Config:
     """The settings of the run in the folder that `config.resume` names, with those laid over them that are free.
@@ -33,7 +36,7 @@ def continued_config(config: Config) -> Config:
             f"resume: the run in {folder} trains; to evaluate what it learned, give its weights: "
             f"--config {path} --do_inference --resume {folder / 'best.safetensors'}"
         )
-    given = {name: getattr(config, name) for name in sorted(config.model_fields_set - {"resume"})}
+    given = {name: getattr(config, name) for name in sorted(config.model_fields_set - _SETTLED)}
     problems = [
         f"{name} is {show(value)} here, and {show(getattr(own, name))} in the run"
         for name, value in given.items()

@@ -64,7 +64,11 @@ def explain_lost_process(error: RuntimeError) -> UserError | None:
     """What to tell in a process that waited for one which is gone; None for other errors."""
     if not _group() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
         return None
-    return UserError("another process of this run has ended; what it said itself tells why")
+    first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return UserError(
+        "another process of this run has ended, and what it said itself tells why; or it cannot be reached: "
+        f"{first_line}"
+    )
 
 
 def part() -> None:

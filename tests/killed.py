@@ -15,6 +15,7 @@ from adaclip_finetune.continued import continued_config
 from adaclip_finetune.evaluation.evaluate import Evaluator
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.training import outcome, snapshot, trainer
+from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.loop import Trainer
 from adaclip_finetune.training.signals import Interrupted
 
@@ -51,7 +52,7 @@ def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int
     try:
         config = continued_config(config) if folder else config
         if config.do_inference:
-            trainer.evaluate_only(config, folder)
+            evaluate_only(config, folder)
         else:
             trainer.fit(config, folder=folder)
     except Interrupted as stop:

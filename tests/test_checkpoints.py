@@ -16,7 +16,7 @@ from torch import Tensor
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.checkpoints import Kind, check_settings, describe, read_checkpoint
+from adaclip_finetune.model.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip_weights import Weights, load_clip, load_pretrained
 from adaclip_finetune.model.published import to_our_names, to_published_names
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -362,3 +362,25 @@ def test_a_run_begins_with_a_published_checkpoint(project: dict[str, Any], tmp_p
     ours = to_our_names(state)
     for name, tensor in load_file(best).items():
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"),
+    [
+        ({"clip_backbone": "ViT-B-32:laion2b_s34b_b79k"}, {}, {"clip_backbone": "ViT-B-32:laion2b_s34b_b79k"}),
+        ({"clip_backbone": "ViT-B-32:laion2b_s34b_b79k"}, {"clip_backbone": "ViT-B/16"}, {"clip_backbone": "ViT-B/16"}),
+        ({"clip_backbone": "ViT-B/32", "clip_weights": "HERE"}, {}, {"clip_weights": "HERE"}),
+        ({"clip_backbone": "ViT-B/32", "clip_weights": "/gone"}, {}, {}),
+        ({"clip_backbone": "ViT-B/32", "resume": "such.pth"}, {}, {}),
+    ],
+    ids=["its tag", "given is given", "its folder", "its folder is gone", "a default that nobody meant"],
+)
+def test_a_checkpoint_of_ours_knows_its_clip(
+    stored: dict[str, str], given: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Shapes do not tell GELU from quick-GELU: the towers of LAION and OpenAI are alike in them."""
+    here = {name: str(tmp_path) if value == "HERE" else value for name, value in stored.items()}
+    save_file(CLIP, tmp_path / "a.safetensors", metadata={"format": "adaclip-finetune/1", "config": json.dumps(here)})
+    found = with_its_clip(read_checkpoint(tmp_path / "a.safetensors"), load_config(None, given))
+    chosen = {name: getattr(found, name) for name in found.model_fields_set}
+    assert chosen == {name: str(tmp_path) if value == "HERE" else value for name, value in expected.items()}

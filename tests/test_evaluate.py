@@ -10,9 +10,9 @@ import pytest
 import torch
 from evaluating import evaluated, killed, outcome, together
 
+from adaclip_finetune import durable
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation import parts
 from adaclip_finetune.evaluation.embed import on_main
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import is_main
@@ -168,15 +168,15 @@ def test_a_full_disk_is_said_and_leaves_what_was_kept(
 ) -> None:
     expected, keep = evaluated(small), tmp_path / "embeddings"
     with monkeypatch.context() as patch:
-        fsync, calls = parts.os.fsync, []
+        fsync, calls = durable.os.fsync, []
 
         def full(file: int) -> None:
             calls.append(1)
-            if len(calls) > 3:
+            if len(calls) > 6:  # a file and its folder: about.json, and two batches
                 raise OSError(28, "No space left on device")
             fsync(file)
 
-        patch.setattr(parts.os, "fsync", full)
+        patch.setattr(durable.os, "fsync", full)
         with pytest.raises(UserError, match=r"videos-000002.*No space left on device.*make room, and go on"):
             evaluated(small, keep)
     assert sorted(path.name for path in keep.iterdir()) == [

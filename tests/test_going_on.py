@@ -1,6 +1,7 @@
 """Runs that are killed, and go on: the result is bit for bit that of a run that never stopped."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from adaclip_finetune.config import load_config
 from adaclip_finetune.continued import continued_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.training import snapshot
+from adaclip_finetune.training import signals, snapshot
 from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
@@ -152,7 +153,7 @@ def test_a_snapshot_is_data_and_only_one_is_kept(project: Project, tmp_path: Pat
     assert found.group("model").keys() > {"clip.visual.proj"} and found.group("optimizer")
 
 
-@pytest.mark.parametrize("failing", ["save_tensors", "_flush_folder"])
+@pytest.mark.parametrize("failing", ["save_tensors", "flush_folder"])
 def test_a_full_disk_leaves_the_last_good_snapshot_and_says_so(
     failing: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,14 +196,44 @@ def test_evaluating_a_run_that_trains_says_how(project: Project, tmp_path: Path)
 
 def test_other_data_is_refused(project: Project, tmp_path: Path) -> None:
     folder = stopped_run(project, tmp_path)
-    other = tmp_path / "train.json"
-    annotation = json.loads(Path(project["train_annot"]).read_text())
-    annotation["video3"]["sentences"] = ["something else"]
-    other.write_text(json.dumps(annotation))
+    other = tmp_path / "other.json"
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"the training data is not what the run .* began with"):
-        go_on(folder, train_annot=str(other))
+    for name, words in (("train_annot", "training"), ("val_annot", "validation"), ("test_annot", "test")):
+        annotation = json.loads(Path(project[name]).read_text())
+        annotation["video5"]["sentences"] = ["something else"]
+        other.write_text(json.dumps(annotation))
+        with pytest.raises(UserError, match=rf"the {words} data is not what the run .* began with"):
+            go_on(folder, **{name: str(other)})
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_file_of_a_snapshot_is_no_checkpoint(project: Project, tmp_path: Path) -> None:
+    folder = stopped_run(project, tmp_path)
+    state = folder / "last-2" / "state.safetensors"
+    with pytest.raises(UserError, match=rf"belongs to a run that can go on: --resume {folder}$"):
+        fit(load_config(None, {**project, "resume": str(state), "no_output": True}))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+def test_a_launcher_may_signal_twice_and_only_a_person_stops_at_once(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # in the background it is ignored
+    clock = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    finished = []
+
+    def work() -> None:
+        with signals.StopSignals() as stop, stop.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            finished.append(True)
+
+    with pytest.raises(signals.Interrupted) as stopped:
+        work()
+    assert bool(finished) == (seconds == 0)
+    assert stopped.value.exit_code == 130
 
 
 @pytest.mark.parametrize("broken", ["last.json", "last-2/state.json", "last-2/state.safetensors"])

@@ -24,7 +24,7 @@ LAYERS = [
     {"settings"},
     {"strict_json"},
     {"processes"},
-    {"errors"},
+    {"durable", "errors"},
     {"__init__"},
 ]
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

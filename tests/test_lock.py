@@ -5,7 +5,6 @@ import os
 import socket
 from pathlib import Path
 
-import psutil
 import pytest
 
 from adaclip_finetune.errors import UserError
@@ -13,7 +12,7 @@ from adaclip_finetune.training.lock import FolderLock
 
 
 def write_owner(folder: Path, **changes: object) -> None:
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "began": psutil.Process().create_time(), **changes}
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "began": "then", **changes}
     (folder / "lock.json").write_text(json.dumps(owner))
 
 
@@ -28,7 +27,9 @@ def test_a_second_one_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dead", [{"began": 1.0}, {"pid": 2**22 + 1}], ids=["its number was given again", "no process"])
+@pytest.mark.parametrize(
+    "dead", [{"began": "another time"}, {"pid": 2**22 + 1}], ids=["its number was given again", "no process"]
+)
 def test_the_lock_of_a_dead_run_is_taken_over(dead: dict[str, object], tmp_path: Path) -> None:
     write_owner(tmp_path, **dead)
     lock = FolderLock(tmp_path)

@@ -123,7 +123,7 @@ def test_a_cpu_is_not_advised_to_search() -> None:
 def test_an_evaluation_is_told_from_training(gpu: torch.device) -> None:
     error = torch.OutOfMemoryError(CUDA_MESSAGE)
     message = str(explain_out_of_memory_in_evaluation(error, load_config(None, {"val_batch_size": 100}), gpu))
-    assert "val_batch_size 100" in message and "--val_batch_size 25" in message
+    assert "val_batch_size 100" in message and "--val_batch_size 8" in message
 
 
 # ---- the batch size that fits ----
@@ -162,13 +162,11 @@ class Search:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         return self._forward(self.model, videos, token_ids, k, temperature, noise)
 
-    def __call__(self, limit: int, batch_size: int, accelerator: Accelerator | None = None, epoch: int = 0) -> int:
+    def __call__(self, limit: int, batch_size: int, accelerator: Accelerator | None = None) -> int:
         self.limit, self.tried, self.said, self.cleared = limit, [], [], []
         self.k.clear()
         chosen = accelerator or make_accelerator(self.config)
-        return fitting_batch_size(
-            self.config, self.model, self.loaded.tokenize, chosen, self.said.append, batch_size, epoch
-        )
+        return fitting_batch_size(self.config, self.model, self.loaded.tokenize, chosen, self.said.append, batch_size)
 
 
 @pytest.fixture
@@ -211,17 +209,16 @@ def test_another_error_is_not_taken_for_memory(search: Search) -> None:
     assert all(torch.equal(before[name], value) for name, value in search.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("settings", "epoch", "k"), [
-    ({}, 0, 2),
-    ({"warmup_epochs": 2}, 0, 5),
-    ({"warmup_epochs": 2}, 1, 3),
-    ({"use_policy": False}, 0, 6),
+@pytest.mark.parametrize(("settings", "k"), [
+    ({}, 2),
+    ({"warmup_epochs": 2}, 5),
+    ({"use_policy": False}, 6),
 ])  # fmt: skip
-def test_it_tries_the_largest_k_from_there_on(
-    settings: dict[str, Any], epoch: int, k: int, project: Project, monkeypatch: pytest.MonkeyPatch
+def test_it_tries_the_largest_k_of_the_run(
+    settings: dict[str, Any], k: int, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = Search({**project, **settings}, monkeypatch)
-    search(8, 4, epoch=epoch)
+    search(8, 4)
     assert search.k == {k}
 
 

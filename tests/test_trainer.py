@@ -24,10 +24,11 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult
 from adaclip_finetune.training import loop
 from adaclip_finetune.training.dry_run import dry_run
+from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.loop import Interrupted
 from adaclip_finetune.training.optimizer import BertAdam, schedule
 from adaclip_finetune.training.outcome import FitResult
-from adaclip_finetune.training.trainer import evaluate_only, fit
+from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}

@@ -96,9 +96,13 @@ def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:
 
 
 def _share(batch: list[int]) -> list[int]:
-    """What of a batch this process reads: shares, one after the other, differ by one row at most."""
+    """What of a batch this process reads: shares, one after the other, differ by one row at most.
+
+    The main process's, whose batch statistics are kept, is never empty.
+    """
     size, here = len(batch), rank()
-    return batch[size * here // world_size() : size * (here + 1) // world_size()]
+    start, end = (-(-size * number // world_size()) for number in (here, here + 1))
+    return batch[start:end]
 
 
 class GalleryLoader:

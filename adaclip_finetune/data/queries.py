@@ -71,11 +71,11 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
     return Queries(texts, np.array(video_of_text, np.int64), video_ids)
 
 
-def fingerprint(entries: Sequence[TrainEntry], validation: Queries) -> dict[str, str]:
-    """A digest each of what is trained on and of what chooses the epoch, by which a run knows its data again."""
-    rows = [(entry.video_id, entry.sentences) for entry in entries]
-    queries = (validation.texts, validation.video_of_text.tolist(), validation.video_ids)
-    parts = {"training": rows, "validation": queries}
+def fingerprint(entries: Sequence[TrainEntry], **evaluated: Queries) -> dict[str, str]:
+    """A digest each of what is trained on and of what is evaluated, by which a run knows its data again."""
+    parts: dict[str, object] = {"training": [(entry.video_id, entry.sentences) for entry in entries]}
+    for name, queries in evaluated.items():
+        parts[name] = (queries.texts, queries.video_of_text.tolist(), queries.video_ids)
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
 
@@ -57,7 +57,7 @@ class PartFolder:
                 about.unlink(missing_ok=True)
                 for part in self.path.glob("*.safetensors"):
                     part.unlink()
-                _write(about, json.dumps(self._about, indent=1).encode())
+                write_durably(about, json.dumps(self._about, indent=1).encode())
         except OSError as error:
             raise UserError(f"{self.path}: embeddings cannot be kept here ({error})") from error
 
@@ -81,7 +81,7 @@ class PartFolder:
         tensors = {"places": part.places, "rows": part.rows.contiguous(), "usage": part.usage}
         path = self.path / f"{name}.safetensors"
         try:
-            _write(path, save(tensors, {"failed": json.dumps(part.failed)}))
+            write_durably(path, save(tensors, {"failed": json.dumps(part.failed)}))
         except OSError as error:
             raise UserError(
                 f"{path}: could not be written ({error}). The batches before it are kept: make room, and go on"
@@ -107,16 +107,3 @@ def _read(about: Path) -> Any:
         return read_json(about)
     except UserError:  # not all of it reached the disk
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise

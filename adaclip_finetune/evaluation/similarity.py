@@ -5,6 +5,7 @@ What is held at once is counted in bytes: 50,000 texts against 50,000 videos tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,9 +65,7 @@ def similarity_blocks(
     if aggregate is None:
         videos = F.normalize(_at_least_float32(videos), dim=-1)
     rows = min(block, rows_in_a_block(len(videos) * max(4, videos.element_size())))
-    return SimilarityBlocks(
-        text, videos, float(torch.as_tensor(logit_scale, dtype=torch.float64).exp()), rows, aggregate
-    )
+    return SimilarityBlocks(text, videos, math.exp(float(logit_scale)), rows, aggregate)
 
 
 @contextmanager

@@ -89,6 +89,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         raise UserError(f"resume: {path} is a folder; give a weights file in it, such as {path / 'best.safetensors'}")
     if path.suffix == ".safetensors" and (metadata := _metadata(path)).get("format", "").startswith(OWN_FORMAT):
+        if metadata.get("content") == "snapshot":
+            raise UserError(f"resume: {path} belongs to a run that can go on: --resume {path.parent.parent}")
         kind = Kind.ADAPTER if metadata.get("content") == "adapter" else Kind.OURS
         settings = parse_json(metadata.get("config", "{}"), f"resume: {path}, config in its metadata")
         if not isinstance(settings, dict):
@@ -99,6 +101,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"resume: {error}") from error
     return _foreign(path, content)
+
+
+def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
+    """`config` with the CLIP that a checkpoint of ours was made with, where none is given.
+
+    Shapes tell an architecture, but not its activation nor how its images are prepared: the stored settings do.
+    """
+    if checkpoint.is_foreign or config.model_fields_set & {"clip_backbone", "clip_weights"}:
+        return config
+    stored = checkpoint.settings
+    weights, backbone = stored.get("clip_weights"), stored.get("clip_backbone")
+    if weights and Path(weights).exists():
+        return config.model_copy(update={"clip_weights": weights})
+    # Where weights came from a file or another checkpoint, the backbone may be a default that nobody meant.
+    if backbone and not weights and not stored.get("resume"):
+        return config.model_copy(update={"clip_backbone": backbone})
+    return config
 
 
 def check_settings(checkpoint: Checkpoint, config: Config) -> None:

@@ -210,8 +210,7 @@ def _fill(module: nn.Module, towers: Towers) -> str:
     """Put the weights into the module; says where they came from."""
     if towers.weights is not None:
         strict_load(module, towers.weights.state, towers.weights.source)
-        kind = towers.name or "no published model, taken for quick-GELU and a head for every 64 channels"
-        told = f" (by its shapes {kind})" if towers.told_by_shapes else ""
+        told = f" (by its shapes {_told(towers.name)})" if towers.told_by_shapes else ""
         return towers.weights.source.partition(": ")[2] + told
     if towers.folder is not None and towers.name is not None:
         path = _weights_in(towers.folder)
@@ -222,6 +221,14 @@ def _fill(module: nn.Module, towers: Towers) -> str:
         strict_load(module, state, f"clip_weights: {path}")
         return str(path)
     return _fetch(module, f"{towers.name}:{towers.tag}", open_clip.get_pretrained_cfg(towers.name, towers.tag))
+
+
+def _told(name: str | None) -> str:
+    if name is None:
+        return "no published model, taken for quick-GELU and a head for every 64 channels"
+    twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    also = f", which {twin} has as well: if it is that, say so with clip_backbone"
+    return name + (also if twin in open_clip.list_models() else "")
 
 
 def _fetch(module: nn.Module, source: str, cfg: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.splits import TrainSplit, train_split
-from adaclip_finetune.model.checkpoints import check_settings, describe, read_checkpoint
+from adaclip_finetune.model.checkpoints import check_settings, describe, read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.model.flops import Gflops, count_gflops
@@ -24,7 +24,7 @@ from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import describe_device
 from adaclip_finetune.training.memory import fitting_batch_size
-from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.run_folder import RunFolder, environment
 
 
 @dataclass
@@ -47,13 +47,23 @@ class Session:
         """After the method changed what learns."""
         self.parameters = trainable_report(self.model)
 
+    def open_folder(self) -> None:
+        """Nothing is left to refuse: make the run folder."""
+        self.run.open(self.config)
+        self.run.write_json("environment.json", environment(self.device))
+        self.record()
+
+    def record(self) -> None:
+        """What learns, and what it costs, as the first line of metrics.jsonl."""
+        self.run.record("parameters", 0, **self.parameters.as_dict(), gflops=self.gflops.as_dict())
+
     @property
     def device(self) -> str:
         """In words."""
         several = f", {world_size()} processes" if world_size() > 1 else ""
         return describe_device(self.accelerator.device) + several
 
-    def fit_batches(self) -> Config:
+    def fit_batches(self) -> None:
         """Settle `auto_batch_size`: the batch sizes that fit into memory stand in the config from here on."""
 
         def fit(batch_size: int) -> int:
@@ -66,7 +76,6 @@ class Session:
         found = {"peft": peft, "batch_size": fit(self.config.batch_size), "auto_batch_size": False}
         self.config = self.config.model_copy(update=found)
         self.method = prepare_peft(self.model, self.config)
-        return self.config
 
     def pretrained(self) -> LoadedClip:
         """CLIP as it was before anything learned: the session's own at its start, a fresh one after `resume`."""
@@ -77,8 +86,10 @@ def build_session(config: Config, run: RunFolder, accelerator: Accelerator) -> S
     """Seed, model, `resume`'s weights, and what learns, in this order; says what it built. Raises UserError."""
     set_seed(config.seed)
     checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
-    if checkpoint is not None and checkpoint.is_foreign:
-        check_settings(checkpoint, config)
+    if checkpoint is not None:
+        config = with_its_clip(checkpoint, config)
+        if checkpoint.is_foreign:
+            check_settings(checkpoint, config)
     loaded = load_clip(config, from_checkpoint=checkpoint.towers() if checkpoint else None)
     # A checkpoint brings the CNN's weights too, so that none need be fetched.
     built = config.model_copy(update={"policy_weights": "random"}) if checkpoint else config

@@ -14,7 +14,7 @@ import torch
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.splits import evaluation_split
-from adaclip_finetune.model.checkpoints import read_checkpoint
+from adaclip_finetune.model.checkpoints import read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -29,7 +29,9 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     Weights that would have to be fetched are not: the model is then built on the meta device, of shapes alone.
     """
     run = RunFolder(config.model_copy(update={"no_output": True}), stream=sys.stderr if as_json else sys.stdout)
-    towers = read_checkpoint(Path(config.resume)).towers() if config.resume else None
+    checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
+    config = with_its_clip(checkpoint, config) if checkpoint else config
+    towers = checkpoint.towers() if checkpoint else None
     at_hand = config.clip_weights is not None or towers is not None
     # The CNN's weights do not change what is counted, and may need a download.
     built = config.model_copy(update={"policy_weights": "random"})

@@ -24,8 +24,7 @@ class FolderLock:
         """Raises UserError if a living run, or one on another machine, holds the folder."""
         while True:
             try:
-                with self.path.open("x", encoding="utf-8") as file:  # fails where there is one: the first comes first
-                    json.dump(_myself(), file)
+                self._create()
                 return
             except FileExistsError:
                 self._clear_away_the_dead()
@@ -35,6 +34,20 @@ class FolderLock:
         with suppress(FileNotFoundError):
             if _read(self.path) == _myself():
                 self.path.unlink()
+
+    def _create(self) -> None:
+        """Raises FileExistsError where there is one: the first comes first."""
+        mine = self.path.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
+        mine.write_text(json.dumps(_myself()), encoding="utf-8")
+        try:
+            os.link(mine, self.path)  # whole at once, where the file system has links
+        except FileExistsError:
+            raise
+        except OSError:
+            with self.path.open("x", encoding="utf-8") as file:
+                json.dump(_myself(), file)
+        finally:
+            mine.unlink()
 
     def _clear_away_the_dead(self) -> None:
         owner = _read(self.path)
@@ -50,7 +63,7 @@ class FolderLock:
                 f"{self.path.parent} is being written by process {owner['pid']} on this machine: wait for it, or stop "
                 "it"
             )
-        stale = self.path.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
+        stale = self.path.with_name(f".stale-{socket.gethostname()}-{os.getpid()}")
         with suppress(FileNotFoundError):  # another one was quicker
             self.path.rename(stale)
             if _read(stale) == owner:
@@ -61,14 +74,24 @@ class FolderLock:
 
 def _myself() -> dict[str, Any]:
     # A process id alone comes back, in containers within the minute.
-    return {"pid": os.getpid(), "host": socket.gethostname(), "began": psutil.Process().create_time()}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "began": _began(os.getpid())}
 
 
 def _alive(owner: dict[str, Any]) -> bool:
     try:
-        return bool(psutil.Process(owner["pid"]).create_time() == owner["began"])
+        return bool(_began(owner["pid"]) == owner["began"])
     except psutil.NoSuchProcess:
         return False
+
+
+def _began(pid: int) -> str:
+    """When a process began, on a clock that nobody sets. Raises psutil.NoSuchProcess."""
+    try:
+        # Linux: the boot, and the ticks since then (field 22 of proc(5), counted behind the command's name).
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()}+{ticks}"
+    except OSError:
+        return str(psutil.Process(pid).create_time())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -113,17 +113,18 @@ class Trainer:
         """What `restore` needs, by group: weights, optimizer, what the method remembers."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self._optimizer, self.model) if self._parts else {},
+            "optimizer": optimizer_tensors(self._optimizer, self.model),
             "method": self.method.state_dict().tensors,
         }
 
     def values(self) -> dict[str, Any]:
         """What else `restore` needs, as JSON can hold it."""
+        assert self._parts is not None, "saved is within an epoch"
         scaler = self.accelerator.scaler
         return {
             "position": asdict(self.position),
             "method": self.method.state_dict().values,
-            "updates_of_schedule": self._parts.schedule.last_epoch if self._parts else 0,
+            "updates_of_schedule": self._parts.schedule.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -178,7 +179,9 @@ class Trainer:
         k = annealed_k(epoch, c.num_frm, c.top_k, c.warmup_epochs) if c.use_policy else c.num_frm
         parts.model.train()
         per_update = c.gradient_accumulation_steps
-        batches = prefetched(self.data.epoch(epoch, phase.batch_size, position.batch), self.accelerator.device)
+        batches = self.data.epoch(epoch, phase.batch_size, position.batch)
+        if per_update == 1:  # who accumulates has no room for a batch that waits
+            batches = prefetched(batches, self.accelerator.device)
         meter = _Throughput()
         with tqdm(
             total=self.updates_per_epoch(phase.batch_size),
@@ -192,6 +195,7 @@ class Trainer:
                 shares, stop = self._exchange(window, signals)
                 if stop is not None:
                     hooks.save()
+                    gather_objects(None)  # a launcher ends the main process, which saves, as soon as another one ends
                     raise Interrupted(stop)
                 rates = learning_rates(self._optimizer)
                 loss = self._learn(window, shares, parts, phase, k, tau)
@@ -258,7 +262,8 @@ class Trainer:
             if not video_ids:
                 raise nothing_readable(self.data.take_failed())
             with nullcontext() if number == len(window) - 1 else self.accelerator.no_sync(wrapped):
-                similarity = wrapped(batch, [len(ids) for ids in share], k, tau)
+                there = batch.to(self.accelerator.device, non_blocking=self.config.pin_mem)
+                similarity = wrapped(there, [len(ids) for ids in share], k, tau)
                 loss = contrastive_loss(similarity, _groups(video_ids).to(similarity.device))
                 value = loss.item()
                 if not math.isfinite(value):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.hard_topk import annealed_k, selection_temperature
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -55,10 +56,11 @@ def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, de
     """The same for a batch of an evaluation."""
     if not is_out_of_memory(error):
         return None
+    at_once = FRAMES_A_GALLERY_BATCH // config.num_frm
     return UserError(
         f"out of memory on {_in_words(device)} in an evaluation, with val_batch_size {config.val_batch_size}, num_frm "
         f"{config.num_frm}, precision {config.precision} ({_first_line(str(error))}).\n"
-        f"Try --val_batch_size {max(1, config.val_batch_size // 4)}, which changes no figure, or --precision bf16"
+        f"Try --val_batch_size {max(1, min(config.val_batch_size, at_once) // 4)}, or --precision bf16"
     )
 
 
@@ -69,10 +71,9 @@ def fitting_batch_size(
     accelerator: Accelerator,
     say: Callable[[str], None],
     batch_size: int,
-    first_epoch: int = 0,
 ) -> int:
     """The largest of batch_size, its half, its quarter, … (at least 2, and one for each process) at which a training
-    step fits with what learns now, from `first_epoch` on; all processes agree on it.
+    step fits with what learns now, at the largest K of the run; all processes agree on it.
 
     Tries it out on blank videos and captions of max_txt_len. Weights, buffers, gradients and random states stay as they
     are. A CPU has no memory of its own: there it is batch_size. Raises UserError if nothing fits.
@@ -81,12 +82,8 @@ def fitting_batch_size(
     if not _refuses_memory(device):
         say("auto_batch_size has no effect on the CPU, which swaps or ends a process instead of refusing memory")
         return batch_size
-    k = (
-        annealed_k(first_epoch, config.num_frm, config.top_k, config.warmup_epochs)
-        if config.use_policy
-        else config.num_frm
-    )
-    tau = selection_temperature(first_epoch, config.init_tau, config.min_tau, config.exp_decay_factor)
+    k = annealed_k(0, config.num_frm, config.top_k, config.warmup_epochs) if config.use_policy else config.num_frm
+    tau = selection_temperature(0, config.init_tau, config.min_tau, config.exp_decay_factor)
     smallest = min(batch_size, max(2, world_size()))
     size = batch_size
     with _untouched(model, device):

@@ -47,8 +47,10 @@ class FitResult:
 
 
 def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
-    """Leave everything about the result in the run folder, and the short of it on the screen."""
-    run.write_json("metrics.json", result.as_dict())
+    """Leave everything about the result in the run folder, and the short of it on the screen.
+
+    metrics.json comes last: where it is, the run is finished.
+    """
     if (path := run.file("frame_usage.png")) and result.final.frame_usage is not None:
         draw_frame_usage(path, result.final.frame_usage, len(result.final.queries.video_ids), config.top_k)
     rule = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
@@ -63,6 +65,7 @@ def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
             "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
         )
     write_similarity(config, result.final, run)
+    run.write_json("metrics.json", result.as_dict())
     if run.path is not None:
         run.say(_what_next(run.path))
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.processes import is_main, world_size
 from adaclip_finetune.training.lock import FolderLock
@@ -52,6 +54,7 @@ class RunFolder:
 
     def __init__(self, config: Config, stream: TextIO | None = None) -> None:
         self.path: Path | None = None
+        self.going_on: Path | None = None  # the folder of an earlier run, from `lock` on
         self.events: list[dict[str, Any]] = []
         self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
         self._stream = stream or sys.stdout
@@ -70,9 +73,14 @@ class RunFolder:
 
     def lock(self, path: Path) -> None:
         """Take hold of an earlier run's folder, before anything is read from it. Raises UserError if another run has
-        it."""
+        it, or if it is finished."""
+        self.going_on = path
         if is_main():
             self._lock = _locked(path)
+        if (path / "metrics.json").exists():
+            best = path / "best.safetensors"
+            begin = f". To train on from its weights, begin a new run: --resume {best}" if best.exists() else ""
+            raise UserError(f"resume: what ran in {path} is finished (metrics.json){begin}")
 
     def reopen(self, path: Path, step: int, size: int) -> None:
         """Go on in the folder of an earlier run at update `step`, when metrics.jsonl had `size` bytes: what came after
@@ -100,9 +108,10 @@ class RunFolder:
         """Print without tearing a progress bar, and keep the text in train.log."""
         if not is_main():
             return
-        tqdm.write(text, file=self._stream)
-        self._stream.flush()
         self.append_text("train.log", f"{text}\n")
+        with suppress(BrokenPipeError):  # `… | tee log`, and tee has gone: no reason to lose what was learned
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
 
     def note_missing(self, reasons: Mapping[str, str]) -> None:
         """Video → reason: all of them go to missing_videos.txt, a line each."""
@@ -140,10 +149,14 @@ class RunFolder:
             return file.tell()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Written at once or never: for files that stand when the folder is open."""
-        if self.path is not None:
-            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            (self.path / name).write_text(text, encoding="utf-8")
+        """Written at once or never, for files that stand when the folder is open. Raises UserError."""
+        if self.path is None:
+            return
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            write_durably(self.path / name, text.encode())
+        except OSError as error:
+            raise UserError(f"{self.path / name} could not be written: {error}") from error
 
     def drop(self, name: str) -> None:
         """Delete a folder in it that has served its purpose."""
@@ -151,10 +164,13 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._writer is not None:
+                with suppress(OSError):  # a full disk has been told of by then
+                    self._writer.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from adaclip_finetune.processes import is_main
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75 is EX_TEMPFAIL of sysexits.h: "run me again later"
+
+_ONE_SIGNAL = 1.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,6 +35,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None  # a signal that waits
+        self._received_at = 0.0
         self._deferred = False
         self._previous: dict[int, Any] = {}
 
@@ -50,7 +54,7 @@ class StopSignals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """While an update or a save must not be torn: a signal is kept in `received`, for the loop to look at, and
-        raises at the end. A second one raises at once."""
+        raises at the end. A second Ctrl-C raises at once."""
         self._deferred = True
         try:
             yield
@@ -60,9 +64,14 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        if not self._deferred or self.received is not None:
+        if not self._deferred:
             raise Interrupted(signum)
-        self.received = signum
+        if self.received is not None:
+            # Schedulers and launchers signal twice, at once and each process again; a person takes a while.
+            if signum == signal.SIGINT and time.monotonic() - self._received_at > _ONE_SIGNAL:
+                raise Interrupted(signum)
+            return
+        self.received, self._received_at = signum, time.monotonic()
         if is_main():
             name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-            tqdm.write(f"{name}: finishing this update, then saving; once more to stop at once")
+            tqdm.write(f"{name}: finishing this update, then saving; Ctrl-C again to stop at once")

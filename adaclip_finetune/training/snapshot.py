@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from adaclip_finetune.durable import flush_folder, write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.checkpoint import save_tensors
 
@@ -50,15 +51,15 @@ def save_snapshot(folder: Path, snapshot: Snapshot, results: Iterable[str]) -> N
         _clear(part)
         part.mkdir()
         save_tensors(part / _TENSORS, snapshot.tensors, {"content": "snapshot"})
-        write_durably(part / _VALUES, json.dumps({"step": snapshot.step, **snapshot.values}, allow_nan=False))
+        write_durably(part / _VALUES, json.dumps({"step": snapshot.step, **snapshot.values}, allow_nan=False).encode())
         for result in results:
             if (folder / result).exists():
                 _same_file(folder / result, part / result)
-        _flush_folder(part)
+        flush_folder(part)
         _clear(folder / name)  # left by a run that died before it pointed there
         part.rename(folder / name)
-        _flush_folder(folder)
-        write_durably(folder / _POINTER, json.dumps({"snapshot": name}))
+        flush_folder(folder)
+        write_durably(folder / _POINTER, json.dumps({"snapshot": name}).encode())
     except (OSError, UserError) as error:
         _clear(part)
         raise UserError(
@@ -66,7 +67,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot, results: Iterable[str]) -> N
         ) from error
     for path in folder.glob("last-*"):
         if path.name != name:
-            _clear(path)
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it is deleted next time
 
 
 def load_snapshot(folder: Path) -> Snapshot | None:
@@ -78,7 +79,8 @@ def load_snapshot(folder: Path) -> Snapshot | None:
         path = folder / json.loads(pointer.read_text(encoding="utf-8"))["snapshot"]
         values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
         with safetensors.safe_open(path / _TENSORS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: a mapped file could not be deleted everywhere when the next snapshot takes its place.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"resume: what {pointer} points to cannot be read ({error})") from error
     return Snapshot(values.pop("step"), tensors, values)
@@ -101,18 +103,7 @@ def drop_snapshots(folder: Path) -> None:
     """A finished run needs none."""
     (folder / _POINTER).unlink(missing_ok=True)
     for path in [*folder.glob("last-*"), *folder.glob(".last-*.part")]:
-        _clear(path)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write beside, flush, rename, flush the folder: after a power cut there is the old text or the new."""
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _flush_folder(path.parent)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _good_one(folder: Path) -> str:
@@ -129,16 +120,6 @@ def _same_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # where folders cannot be opened, and renames are durable
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _clear(path: Path) -> None:

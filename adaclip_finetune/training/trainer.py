@@ -1,4 +1,4 @@
-"""`fit`: one run from settings to figures; `evaluate_only`: a checkpoint's, or CLIP's own.
+"""`fit`: one run from settings to figures.
 
 The order of a run is always the same: build, read the data, say what learns, measure zero-shot, train and keep the best
 epoch by validation, reload it, evaluate the test annotation once. A run that goes on takes up the thread where its
@@ -7,8 +7,8 @@ snapshot left it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,22 @@ from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.queries import fingerprint
 from adaclip_finetune.data.readable import listing
-from adaclip_finetune.data.splits import EvaluationSplit, evaluation_split
+from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator, Figures
-from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.clip_weights import strict_load
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft.base import Phase
-from adaclip_finetune.processes import copy_from_main, explain_lost_process, is_main
+from adaclip_finetune.processes import copy_from_main, gather_objects, is_main
 from adaclip_finetune.report import draw_curves, one_line, write_importance
-from adaclip_finetune.training.build import Session, build_session, say_cut, train_loader
+from adaclip_finetune.training.build import build_session, say_cut, train_loader
 from adaclip_finetune.training.checkpoint import load_weights, save_tensors
 from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.training.ending import ending_well
 from adaclip_finetune.training.loop import Hooks, Trainer
-from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
-from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write, say_table, write_similarity
-from adaclip_finetune.training.run_folder import RunFolder, environment
-from adaclip_finetune.training.signals import Interrupted, StopSignals
+from adaclip_finetune.training.measure import EMBEDDINGS, measure, measure_once, read_split, zero_shot
+from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write
+from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.signals import StopSignals
 from adaclip_finetune.training.snapshot import (
     Snapshot,
     drop_snapshots,
@@ -60,47 +59,8 @@ def fit(config: Config, on_epoch: OnEpoch | None = None, folder: Path | None = N
     """
     accelerator = make_accelerator(config)
     run = RunFolder(config)
-    with StopSignals() as signals, _ending_well(run):
+    with StopSignals() as signals, ending_well(run):
         return _Fit(config, run, accelerator, on_epoch).run_all(folder, signals)
-
-
-def evaluate_only(config: Config, folder: Path | None = None) -> EvaluationResult:
-    """Figures of `resume` on test_annot; of CLIP itself, zero-shot, where no checkpoint is given. `folder`: go on with
-    the evaluation that was interrupted there.
-
-    Raises UserError, and Interrupted after Ctrl-C or SIGTERM, when what was embedded is saved.
-    """
-    accelerator = make_accelerator(config)
-    run = RunFolder(config)
-    with StopSignals(), _ending_well(run):
-        return _evaluate_only(config, run, accelerator, folder)
-
-
-def _evaluate_only(config: Config, run: RunFolder, accelerator: Accelerator, folder: Path | None) -> EvaluationResult:
-    if folder is not None:
-        _lock(run, folder)
-    split = _split(config, config.test_annot, run, "test")
-    session = build_session(config, run, accelerator)
-    say_cut(session.loaded, split.queries.texts, config.max_txt_len, "test", run)
-    if folder is None:
-        _open(run, session)
-    else:
-        run.reopen(folder, step=0, size=0)
-        run.say(f"going on with {folder}")
-        _record_session(run, session)
-    zero_shot = _zero_shot(session, split, "test")
-    rows = {} if zero_shot is None else {"zero-shot": zero_shot}
-    if config.resume:
-        rows[Path(config.resume).name] = _evaluate_once(session, split, "test")
-    else:
-        run.say("no --resume FILE, so this is CLIP as it is")
-    result = list(rows.values())[-1]
-    run.say()
-    say_table({name: row.metrics for name, row in rows.items()}, result, run)
-    run.write_json("metrics.json", {name: row.as_dict() for name, row in rows.items()})
-    write_similarity(config, result, run)
-    run.drop(_EMBEDDINGS)
-    return result
 
 
 class _Fit:
@@ -116,30 +76,28 @@ class _Fit:
     def run_all(self, folder: Path | None, signals: StopSignals) -> FitResult:
         config, run = self.config, self.run
         if folder is not None:
-            _lock(run, folder)
-        validation = _split(config, config.val_annot, run, "validation")
+            run.lock(folder)
+        validation = read_split(config, config.val_annot, run, "validation")
         name = "test" if config.test_annot else "validation"
-        split = _split(config, config.test_annot, run, name) if config.test_annot else validation
+        split = read_split(config, config.test_annot, run, name) if config.test_annot else validation
         self.session = session = build_session(config, run, self.accelerator)
-        if config.auto_batch_size:
-            self.config = config = session.fit_batches()
+        if session.config.auto_batch_size:
+            session.fit_batches()
+        self.config = config = session.config
         loader = train_loader(config, session.loaded, run)
-        self.data = fingerprint(loader.dataset.entries, validation.queries)
+        self.data = fingerprint(loader.dataset.entries, validation=validation.queries, test=split.queries)
+        if any(data != self.data for data in gather_objects(self.data)):
+            raise UserError("the processes of this run read different data: other captions, or other readable videos")
         self.trainer = Trainer(config, session.model, session.method, loader, self.accelerator, run)
         say_cut(session.loaded, split.queries.texts, config.max_txt_len, name, run)
-        snapshot = self._open(folder)
+        self._begin(folder, split, name)
         selected_on_test = _same_captions(config)
         if selected_on_test:
             run.say(f"WARNING: every figure of this run is {SELECTED_ON_TEST}")
-        if snapshot is None:
-            zero_shot = _zero_shot(session, split, name)
-            self.zero_shot = zero_shot.figures if zero_shot else None
-        else:
-            self._restore(snapshot)
         with closing(loader), closing(Evaluator(validation, config, session.loaded, "validation")) as evaluator:
             self._train(loader, evaluator, signals)
         best = self._reload_best()
-        final = _evaluate_once(session, split, name)
+        final = measure_once(session, split, name)
         result = FitResult(
             zero_shot=self.zero_shot,
             final=final,
@@ -154,19 +112,27 @@ class _Fit:
         say_and_write(result, config, run)
         if run.path is not None:
             drop_snapshots(run.path)
-        run.drop(_EMBEDDINGS)
+        run.drop(EMBEDDINGS)
         return result
 
-    def _open(self, folder: Path | None) -> Snapshot | None:
-        """The run folder, a new one or the one to go on in, and where to go on from."""
+    def _begin(self, folder: Path | None, split: EvaluationSplit, name: str) -> None:
+        """Open the run folder and measure zero-shot; or take up both, and all else, where the run in `folder` left
+        them."""
         if folder is None:
-            _open(self.run, self.session)
-            return None
+            self.session.open_folder()
+        elif snapshot := self._reopen(folder):
+            self._restore(snapshot)
+            return
+        baseline = zero_shot(self.session, split, name)
+        self.zero_shot = baseline.figures if baseline else None
+
+    def _reopen(self, folder: Path) -> Snapshot | None:
+        """The folder to go on in, and where to go on from; None if nothing was saved there."""
         snapshot = load_snapshot(folder)
         if snapshot is None:
             self.run.reopen(folder, step=0, size=0)
             self.run.say(f"going on with {folder}: nothing was saved there yet, so from the beginning")
-            _record_session(self.run, self.session)
+            self.session.record()
             return None
         if snapshot.values["data"] != self.data:
             changed = [part for part, digest in self.data.items() if snapshot.values["data"][part] != digest]
@@ -217,7 +183,8 @@ class _Fit:
             self.trainer.train(hooks, signals)
         finally:
             if path := self.run.file("curves.png"):
-                draw_curves(path, self.run.events)
+                with suppress(OSError):  # a full disk has been told of by then
+                    draw_curves(path, self.run.events)
 
     def _epoch_end(self, epoch: int, phase: Phase, loader: TrainLoader, evaluator: Evaluator) -> None:
         if failed := loader.take_failed():
@@ -226,7 +193,7 @@ class _Fit:
         self._validate(epoch + 1, phase, evaluator)
 
     def _validate(self, epoch: int, phase: Phase, evaluator: Evaluator) -> None:
-        result, step = _evaluate(self.session, evaluator, self.session.model), self.trainer.position.step
+        result, step = measure(self.session, evaluator, self.session.model), self.trainer.position.step
         seconds = round(result.seconds, 3)
         self.run.record("validation", step, epoch=epoch, metrics=result.as_dict(), eval_seconds=seconds)
         # Strictly better: ties go to the earlier epoch.
@@ -276,104 +243,6 @@ class _Fit:
         if path := self.run.file(name):
             config = self.config.model_dump_json()
             save_tensors(path, tensors, {"content": content, "epoch": str(epoch), "config": config})
-
-
-_EMBEDDINGS = "embeddings"
-
-
-def _lock(run: RunFolder, folder: Path) -> None:
-    run.lock(folder)
-    if (folder / "metrics.json").exists():
-        raise UserError(
-            f"resume: the run in {folder} is finished (metrics.json). To train on from its weights, begin a new run: "
-            f"--resume {folder / _BEST}"
-        )
-
-
-@contextmanager
-def _ending_well(run: RunFolder) -> Iterator[None]:
-    """However a run ends: it is told how to go on, and the folder is let go."""
-    try:
-        yield
-    except Interrupted:
-        _say_how_to_go_on(run)
-        raise
-    except RuntimeError as error:
-        if explained := explain_lost_process(error):
-            _say_how_to_go_on(run)
-            raise explained from error
-        raise
-    finally:
-        run.close()
-
-
-def _say_how_to_go_on(run: RunFolder) -> None:
-    if run.path is None:
-        run.say("stopped; nothing is kept, and nothing can go on")
-    else:
-        run.say(f"stopped. To go on: python train.py --resume {run.path}")
-
-
-def _split(config: Config, annotation: str | None, run: RunFolder, name: str) -> EvaluationSplit:
-    assert annotation is not None, "check_paths refuses this"
-    split = evaluation_split(config, annotation)
-    if split.left_out:
-        run.say(f"{name}: evaluated WITHOUT {len(split.left_out)} of {split.num_listed} videos that cannot be read:")
-        run.say(listing(split.left_out))
-        run.note_missing(split.left_out)
-    if split.short:
-        run.say(f"{name}: {len(split.short)} videos have fewer than num_frm {config.num_frm} frames and repeat some")
-    return split
-
-
-def _open(run: RunFolder, session: Session) -> None:
-    """Nothing is left to refuse: make the run folder."""
-    run.open(session.config)
-    run.write_json("environment.json", environment(session.device))
-    _record_session(run, session)
-
-
-def _record_session(run: RunFolder, session: Session) -> None:
-    run.record("parameters", 0, **session.parameters.as_dict(), gflops=session.gflops.as_dict())
-
-
-def _zero_shot(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult | None:
-    """Measured with the pretrained towers, before anything learns, and printed first.
-
-    None, and said so, only where the model came from a checkpoint and CLIP itself is not at hand.
-    """
-    config = zero_shot_config(session.config)
-    try:
-        pretrained = session.pretrained()
-    except UserError as error:
-        if session.config.resume is None:
-            raise
-        session.run.say(f"WARNING: zero-shot is NOT measured, CLIP as it was before not being at hand. {error}")
-        return None
-    model = VideoRetriever(config, pretrained).to(session.accelerator.device)
-    with closing(Evaluator(split, config, pretrained, f"zero-shot on {name}")) as evaluator:
-        result = _evaluate(session, evaluator, model, session.run.file(f"{_EMBEDDINGS}/zero-shot"))
-    session.run.say(f"zero-shot on {name} ({config.num_frm} uniform frames, mean)  {one_line(result.metrics)}")
-    session.run.record("zero_shot", 0, metrics=result.as_dict())
-    return result
-
-
-def _evaluate_once(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult:
-    with closing(Evaluator(split, session.config, session.loaded, name)) as evaluator:
-        return _evaluate(session, evaluator, session.model, session.run.file(f"{_EMBEDDINGS}/{name}"))
-
-
-def _evaluate(
-    session: Session, evaluator: Evaluator, model: VideoRetriever, keep: Path | None = None
-) -> EvaluationResult:
-    try:
-        with session.accelerator.autocast():
-            return evaluator(model, keep)
-    except (RuntimeError, MemoryError) as error:
-        device = session.accelerator.device
-        if explained := explain_out_of_memory_in_evaluation(error, session.config, device):
-            raise explained from error
-        raise
 
 
 def _score(figures: Figures) -> float:

@@ -1,0 +1,32 @@
+"""Files that are whole after a crash or a power cut: written beside their place, flushed, then renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """There is the old content or the new, never a part. Raises OSError, leaving nothing beside."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    if os.name == "nt":  # where folders cannot be opened, and renames are durable
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

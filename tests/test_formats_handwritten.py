@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 from converting import Convert, convert, counts, save, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from adaclip_finetune.cli import main
+from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.formats import webvid
 from adaclip_finetune.data.formats.clip import Source
 from adaclip_finetune.data.formats.write import write_splits
@@ -217,3 +221,39 @@ def test_wrong_input_is_told_with_its_place(
     )
     assert re.search(told, printed), printed
     assert not list((tmp_path / "out").glob("*"))
+
+
+def known(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Objects with some of the keys that formats have."""
+    keys = "videos sentences annotations database video_id image_id caption url split subset recipe_type id segment"
+    more = "videoID enCap annotation_id video description times timestamps duration sentence clip_id text v c"
+    return st.fixed_dictionaries({}, optional=dict.fromkeys(f"{keys} {more}".split(), inner))
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["a", "../x", "train", " "]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3) | known(inner),
+    max_leaves=14,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=JUNK)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "msrvtt --data", "activitynet --test", "didemo --test", "youcook2 --data", "vatex --test", "clipvip --test",
+        "msrvtt --test", "lsmdc --test", "webvid --test",
+        "table --video-column v --caption-column c --split split --data",
+    ],
+)  # fmt: skip
+def test_junk_is_converted_or_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, words: str, content: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    path = save(folder / "junk.jsonl", json.dumps(content))
+    code = main(["convert", *words.split(), str(path), "-o", str(folder / "junk"), "--overwrite"])
+    assert code in (0, 2), "anything but a UserError would have been raised"
+    if code == 0:
+        for made in (folder / "junk").glob("*.json"):
+            assert load_annotations(made)

@@ -109,8 +109,8 @@ def _read_data(path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, An
 
 def _fact(where: str, entry: Any) -> tuple[str, dict[str, Any]]:
     expect(where, entry, dict, "an object {video_id, url, 'start time', 'end time', split}")
-    fact: dict[str, Any] = {"split": entry.get("split", "")}
-    if isinstance(url := entry.get("url"), str) and url:
+    fact: dict[str, Any] = {"split": str(entry.get("split", ""))}
+    if isinstance(url := entry.get("url"), str) and url.strip():
         found = _YOUTUBE.search(url)
         fact["group"] = found[1] if found else url
     if "start time" in entry and "end time" in entry:

@@ -121,8 +121,8 @@ def _write_clip(clip: Clip, file: IO[str], counts: Counts, contents: Contents) -
 def _kept(clip: Clip, counts: Counts) -> list[tuple[str, tuple[float, float] | None]]:
     """Captions with their times, without the blank and the repeated. Counts them, blank ones only beside others."""
     times = clip.timestamps if clip.timestamps is not None else [None] * len(clip.sentences)
-    if not all(map(is_unicode, clip.sentences)):
-        raise UserError(f"{clip.where}: a caption holds half a surrogate pair, which is no text")
+    if not all(map(is_unicode, (*clip.sentences, clip.group or ""))):
+        raise UserError(f"{clip.where}: a caption or its source holds half a surrogate pair, which is no text")
     stripped = [(sentence.strip(), time) for sentence, time in zip(clip.sentences, times, strict=True)]
     told = [pair for pair in stripped if pair[0]]
     kept = told if clip.paragraph else list(dict.fromkeys(told))

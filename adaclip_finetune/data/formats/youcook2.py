@@ -45,7 +45,8 @@ def read(arguments: Namespace) -> dict[str, Source]:
 
 def _clips(where: str, file: str, entry: dict[str, Any]) -> Iterator[Clip]:
     seen = set()
-    for row, part in enumerate(entry.get("annotations", []), start=1):
+    parts = expect(f"{where}: 'annotations'", entry.get("annotations", []), list, "a list of {id, segment, sentence}")
+    for row, part in enumerate(parts, start=1):
         here = f"{where}: annotation {row}"
         expect(here, part, dict, "an object {id, segment, sentence}")
         number = member(here, part, "id", (int, str), "a number")

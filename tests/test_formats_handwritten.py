@@ -197,6 +197,7 @@ def test_webvid_takes_no_more_than_its_hashes_in_memory(tmp_path: Path) -> None:
          "line 2: expected an end after the start, got 2 to 1"),
         ("table V C --start s --end t --train", "f.csv", "v,c,s,t\na,b,x,1\n",
          "line 2: start: expected a number of seconds from 0 up, got 'x'"),
+        ("table V C --start s --end t --train", "f.csv", "v,c,s,t\n ,b,1,2\n", "line 2: this name is empty"),
         ("didemo --train", "f.json", {}, "expected a list of"),
         ("didemo --train", "f.json", [{"annotation_id": 1, "video": "a", "description": "b", "times": [[3, 1]]}],
          "entry 1: 'times': expected .first, last. segment"),

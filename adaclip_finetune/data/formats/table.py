@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adaclip_finetune.data.annotations import check_name
 from adaclip_finetune.data.formats.clip import Clip, Source, merged
 from adaclip_finetune.data.formats.reading import (
     add_split_flags,
@@ -67,7 +68,8 @@ def _rows(path: Path, arguments: Namespace) -> Iterator[tuple[Clip, str]]:
     for line, values in _values(path, columns):
         where = f"{path}: line {line}"
         row = dict(zip(columns, values, strict=True))
-        video, extension = without_extension(_text(where, row[arguments.video_column]))
+        video, extension = without_extension(_text(where, row[arguments.video_column]).strip())
+        check_name(where, video)
         caption = row[arguments.caption_column]
         clip = Clip(where, video, _captions(where, caption), extension=extension)
         if arguments.start is not None:

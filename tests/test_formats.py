@@ -199,8 +199,9 @@ def test_existing_files_are_refused_and_nothing_is_left_behind(tmp_path: Path, c
 
 
 def test_all_splits_or_none(tmp_path: Path, convert: Convert) -> None:
-    words = [*table(tmp_path, "v,c\n/b,x\n"), "--train", save(tmp_path / "train.csv", "v,c\na,x\n")]
-    assert "t.csv: line 2: this name is an absolute path" in convert(*words, code=2)
+    train, test = save(tmp_path / "a.csv", "videoid,name\na,x\n"), save(tmp_path / "b.csv", "videoid,name\n/b,x\n")
+    told = convert("webvid", "--train", train, "--test", test, code=2)
+    assert "b.csv: line 2: this name is an absolute path" in told
     assert list((tmp_path / "out").iterdir()) == []
 
 

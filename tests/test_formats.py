@@ -198,6 +198,16 @@ def test_existing_files_are_refused_and_nothing_is_left_behind(tmp_path: Path, c
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["test.json"]
 
 
+def test_the_source_is_never_written_over(tmp_path: Path, convert: Convert) -> None:
+    (tmp_path / "out").mkdir()
+    source = save(tmp_path / "out/train.json", {"v_a": {"sentences": [" x"]}})
+    before = source.read_bytes()
+    assert "is what is converted" in convert("activitynet", "--train", source, "--overwrite", code=2)
+    assert source.read_bytes() == before
+    (tmp_path / "out/test.json").mkdir()
+    assert "test.json is there already" in convert(*table(tmp_path, "v,c\na,x\n"), "--overwrite", code=2)
+
+
 def test_all_splits_or_none(tmp_path: Path, convert: Convert) -> None:
     train, test = save(tmp_path / "a.csv", "videoid,name\na,x\n"), save(tmp_path / "b.csv", "videoid,name\n/b,x\n")
     told = convert("webvid", "--train", train, "--test", test, code=2)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaclip_finetune.data.formats import FORMATS
+from adaclip_finetune.data.formats.clip import SPLITS
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.settings.flags import Parser
 from adaclip_finetune.settings.layers import nearest
@@ -32,11 +33,15 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
     arguments = parser.read(words[1:])
+    targets = {(arguments.output / f"{split}.json").resolve() for split in SPLITS}
+    if sources := [path for path in vars(arguments).values() if isinstance(path, Path) and path.resolve() in targets]:
+        raise UserError(
+            f"{sources[0]}: would be written over, and is what is converted; choose another folder (-o DIR)"
+        )
 
     from adaclip_finetune.data.formats.write import write_splits
 
-    sources = FORMATS[name].read(arguments)
-    for line in write_splits(sources, arguments.output, arguments.overwrite, arguments.videos):
+    for line in write_splits(FORMATS[name].read(arguments), arguments.output, arguments.overwrite, arguments.videos):
         print(line)
     return 0
 

@@ -36,15 +36,16 @@ class Counts:
 
 def write_splits(
     sources: Mapping[str, Source], output: Path, overwrite: bool = False, videos: Path | None = None
-) -> Iterator[str]:
-    """Write a file for each split into the folder; gives the lines that tell of it.
+) -> list[str]:
+    """Write a file for each split into the folder; returns the lines that tell of it.
 
     Raises UserError, and has then written nothing: a file is there without `overwrite`, or the source is wrong.
     """
     splits = [split for split in SPLITS if split in sources]
     for split in splits:
-        if not overwrite and os.path.lexists(output / f"{split}.json"):
-            raise UserError(f"{output / f'{split}.json'} is there already; choose another folder, or give --overwrite")
+        target = output / f"{split}.json"
+        if target.is_dir() or (not overwrite and os.path.lexists(target)):
+            raise UserError(f"{target} is there already; choose another folder, or give --overwrite for a file")
     if videos is not None and not videos.is_dir():
         raise UserError(f"--videos {videos}: there is no such folder")
     present = Present(videos) if videos is not None else None
@@ -60,12 +61,11 @@ def write_splits(
         overlaps = list(shared_between({split: contents[split] for split in written}))
         for split in written:
             contents[split].path.replace(output / f"{split}.json")
-    yield from _table(counts, present)
-    yield from (_absent(split, sources[split].absent) for split in splits if sources[split].absent)
+    lines = [*_table(counts, present)]
+    lines += [_absent(split, sources[split].absent) for split in splits if sources[split].absent]
     if present and present.missing:
-        yield f"no file for {present.missing:,} of them in {videos}, such as {', '.join(present.examples)}"
-    yield from overlaps
-    yield from (f"{output / f'{split}.json'}" for split in written)
+        lines += [f"no file for {present.missing:,} of them in {videos}, such as {', '.join(present.examples)}"]
+    return [*lines, *overlaps, *(f"{output / f'{split}.json'}" for split in written)]
 
 
 def _partial(output: Path, split: str, stack: ExitStack) -> Path:

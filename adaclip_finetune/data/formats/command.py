@@ -35,9 +35,7 @@ def run(words: Sequence[str]) -> int:
     arguments = parser.read(words[1:])
     targets = {(arguments.output / f"{split}.json").resolve() for split in SPLITS}
     if sources := [path for path in vars(arguments).values() if isinstance(path, Path) and path.resolve() in targets]:
-        raise UserError(
-            f"{sources[0]}: is what is converted, and would be written over; give another -o DIR"
-        )
+        raise UserError(f"{sources[0]}: is what is converted, and would be written over; give another -o DIR")
 
     from adaclip_finetune.data.formats.write import write_splits
 

@@ -198,8 +198,9 @@ def _feed(pipe: IO[bytes] | None, pixels: Iterable[bytes | memoryview]) -> None:
 
 
 def _collect(pipe: IO[bytes], lines: deque[str]) -> None:
-    while line := pipe.readline(2000):
-        lines.append(line.decode("utf-8", "replace").strip())
+    with pipe:
+        while line := pipe.readline(2000):
+            lines.append(line.decode("utf-8", "replace").strip())
 
 
 def _judge(code: int, lines: list[str], exceeded: float | None) -> None:

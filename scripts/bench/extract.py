@@ -89,9 +89,8 @@ def main() -> None:
     for name in rows:
         wall, cpu = (min(column) for column in zip(*times[name], strict=True))
         count, size = disk[name]
-        print(
-            f"| {name} | {wall:.1f} | {cpu:.1f} | {base_wall / wall:.2f} | {base_cpu / cpu:.2f} | {count} | {size:.1f} |"
-        )
+        ratios = f"{base_wall / wall:.2f} | {base_cpu / cpu:.2f}"
+        print(f"| {name} | {wall:.1f} | {cpu:.1f} | {ratios} | {count} | {size:.1f} |")
 
 
 if __name__ == "__main__":

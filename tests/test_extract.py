@@ -240,7 +240,7 @@ def test_odd_sizes(tmp_path: Path, width: int, height: int) -> None:
         assert [index_of(frame) for frame in frames] == list(range(5))
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts", "a.mpg", "a.FLV", "a.wmv"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts", "a.mpg", "a.avi", "a.FLV", "a.wmv"])
 def test_clips_hold_the_frames_between_start_and_end(tmp_path: Path, name: str) -> None:
     with av.open(str(make(tmp_path / "videos" / name, 50))) as container:
         begins = container.start_time / av.time_base

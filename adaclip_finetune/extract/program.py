@@ -71,6 +71,8 @@ def from_file(look: Look, part: Part) -> Any:
     """The images of a file, as ffmpeg-python's output node for `Program.run`."""
     stream = _opened(part)
     if not part.seeks and (part.start is not None or part.end is not None):
+        # In units of a frame, such as an AVI has, start and end would be rounded to frames: microseconds first.
+        stream = stream.filter("settb", "AVTB")
         stream = stream.filter("trim", start=part.start or 0.0, **({} if part.end is None else {"end": part.end}))
     return _images(stream, look)
 

@@ -1,6 +1,7 @@
 """Shared fixtures: where ../shared is, and a CLIP of two blocks a tower that builds in milliseconds."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-# The tensors are tiny: more threads would only wait for each other.
+# The tensors are tiny: more threads would only wait for each other, here and in the programs that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -230,6 +230,7 @@ def _four_frames(name: str, kind: str) -> list[int]:
     return np.linspace(start, end, 4, endpoint=False).astype(int).tolist()
 
 
+@pytest.mark.slow
 def test_neither_colours_nor_the_average_frame_give_the_answer_away():
     rows = {split: leaks.features(DATA, split, every=6) for split in ("train", "val", "test")}
     captions = {split: leaks.first_sentences(DATA, split) for split in rows}

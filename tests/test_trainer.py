@@ -22,7 +22,7 @@ from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult
-from adaclip_finetune.training import loop
+from adaclip_finetune.training import loop, outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.loop import Interrupted
@@ -32,6 +32,13 @@ from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is a third of such a run's time; test_report.py draws."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda path, *_: path.write_bytes(b"a picture"))
+    monkeypatch.setattr(outcome, "draw_frame_usage", lambda path, *_: path.write_bytes(b"a picture"))
 
 
 def run(project: Project, tmp_path: Path, **settings: Any) -> FitResult:

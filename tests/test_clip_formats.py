@@ -194,7 +194,8 @@ def test_shards_stay_in_their_folder(state: State, tmp_path: Path) -> None:
 def test_the_code_of_an_archive_is_not_opened(state: State, tmp_path: Path) -> None:
     write_jit(tmp_path / "jit.pt", state)
     rewrite(tmp_path / "jit.pt", lambda name, data: b"not Python at all" if "/code/" in name else data)
-    load_clip(load_config(None, {"clip_weights": str(tmp_path / "jit.pt")}))
+    loaded = load_clip(load_config(None, {"clip_weights": str(tmp_path / "jit.pt")})).module.state_dict()
+    assert torch.equal(loaded["visual.proj"], state["visual.proj"].to(loaded["visual.proj"].dtype))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -23,7 +23,7 @@ LAYERS = [
     {"config"},
     {"settings"},
     {"strict_json"},
-    {"processes"},
+    {"lock", "processes"},
     {"durable", "errors"},
     {"__init__"},
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.training.lock import FolderLock
+from adaclip_finetune.lock import FolderLock
 
 
 def write_owner(folder: Path, **changes: object) -> None:

@@ -6,6 +6,7 @@ and several processes take shares of each batch of it.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,11 @@ def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> l
     return [order[start:end] for start, end in zip(starts, [*starts[1:], num_entries], strict=True)]
 
 
+def updates_per_epoch(num_entries: int, batch_size: int, gradient_accumulation_steps: int) -> int:
+    """Of the weights: one for gradient_accumulation_steps batches, or what is left of them."""
+    return math.ceil(len(epoch_batches(num_entries, batch_size, seed=0, epoch=0)) / gradient_accumulation_steps)
+
+
 class TrainLoader:
     """Training batches, of each the share of one process. `failed` gathers videos that turned out unreadable on the
     way: video → reason.
@@ -56,10 +62,6 @@ class TrainLoader:
         self.failed: dict[str, str] = {}
         self._plan = _Plan()
         self._loader = make_loader(dataset, config, self._plan)
-
-    def num_batches(self, batch_size: int) -> int:
-        """Of an epoch."""
-        return len(epoch_batches(len(self.dataset), batch_size, seed=0, epoch=0))
 
     def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
         """This process's shares of the batches of an epoch, from batch number `start` on."""

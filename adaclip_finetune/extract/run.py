@@ -18,7 +18,7 @@ from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan, printable
 from adaclip_finetune.extract.program import FULL, Failed, Part, Program, Stopped, find_program, from_file
 from adaclip_finetune.extract.progress import Progress
 from adaclip_finetune.extract.video import extract_video
-from adaclip_finetune.training.lock import FolderLock
+from adaclip_finetune.lock import FolderLock
 
 WORK = ".extraction"  # below FRAMES: the lock, and what is not complete
 LISTED = 20

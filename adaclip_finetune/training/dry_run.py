@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.loader import epoch_batches
+from adaclip_finetune.data.loader import updates_per_epoch
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.model.checkpoints import read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip_weights import load_clip
@@ -45,7 +44,8 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
         split = readable_train_split(config, run)
         say_cut(loaded, [text for entry in split.entries for text in entry.sentences], config.max_txt_len, "train", run)
         steps = sum(
-            phase.num_epochs * _updates(len(split.entries), phase.batch_size, config)
+            phase.num_epochs
+            * updates_per_epoch(len(split.entries), phase.batch_size, config.gradient_accumulation_steps)
             for phase in method.phases(config.num_epochs, config.batch_size)
         )
     evaluated = {config.test_annot, None if config.do_inference else config.val_annot}
@@ -60,11 +60,6 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     run.say(f"{steps} updates in {config.num_epochs} epochs" if steps else "no training")
     run.say(_would_write(config, parameters))
     return found
-
-
-def _updates(entries: int, batch_size: int, config: Config) -> int:
-    batches = len(epoch_batches(entries, batch_size, seed=0, epoch=0))
-    return math.ceil(batches / config.gradient_accumulation_steps)
 
 
 def _would_write(config: Config, parameters: TrainableReport) -> str:

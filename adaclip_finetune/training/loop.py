@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.data.loader import TrainLoader, nothing_readable
+from adaclip_finetune.data.loader import TrainLoader, nothing_readable, updates_per_epoch
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.hard_topk import annealed_k, selection_temperature
@@ -139,8 +139,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def updates_per_epoch(self, batch_size: int) -> int:
-        """Of the weights, in one epoch: one for gradient_accumulation_steps batches, or what is left of them."""
-        return math.ceil(self.data.num_batches(batch_size) / self.config.gradient_accumulation_steps)
+        """Of the weights."""
+        return updates_per_epoch(len(self.data.dataset), batch_size, self.config.gradient_accumulation_steps)
 
     @property
     def _optimizer(self) -> Optimizer:

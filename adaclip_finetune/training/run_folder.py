@@ -27,8 +27,8 @@ from tqdm import tqdm
 from adaclip_finetune.config import Config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.processes import is_main, world_size
-from adaclip_finetune.training.lock import FolderLock
 
 _EVENTS = "metrics.jsonl"
 _MISSING = "missing_videos.txt"

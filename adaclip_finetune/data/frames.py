@@ -1,4 +1,4 @@
-"""Where frames come from: a folder of images a video, or the video files themselves.
+"""Where frames come from: a folder of images a video, a pack of such folders, or the video files themselves.
 
 A store holds paths and what it has learned about the videos, no open files: it can be copied into worker processes,
 by fork or by pickle, and used in several threads. Whatever cannot be read is a FrameError; nothing is made up.
@@ -6,6 +6,7 @@ by fork or by pickle, and used in several threads. Whatever cannot be read is a 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +19,12 @@ from PIL import Image
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
+from adaclip_finetune.data.pack import BrokenPack, Pack
+from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
+from adaclip_finetune.data.index_cache import IndexCache, pack_index, unpack_index
 from adaclip_finetune.data.video_file import BrokenVideo, VideoIndex, index_video, read_frames
 from adaclip_finetune.errors import UserError
 
-VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "3gp", "ts", "flv")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 
 
@@ -49,10 +52,13 @@ class FrameStore(Protocol):
 
 
 def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:
-    """The store that `frames_dir` or `video_dir` names. Raises UserError if that folder is not there."""
+    """The store that `frames_dir` or `video_dir` names. Raises UserError if it is not there, or no pack where it is a
+    file."""
     key, folder = ("frames_dir", config.frames_dir) if config.frames_dir else ("video_dir", config.video_dir)
     if not folder:
         raise UserError("where are the videos? Give frames_dir (extracted frames) or video_dir (video files)")
+    if key == "frames_dir" and Path(folder).is_file():
+        return PackedFrames(Path(folder))
     if not Path(folder).is_dir():
         raise UserError(f"{key}: {folder} is not a folder")
     if key == "frames_dir":
@@ -77,12 +83,10 @@ class FrameFolder:
 
     def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
         images = {i: self._image(video_id, i) for i in sorted(set(indices))}
-        shapes = {image.shape for image in images.values()}
-        if len(shapes) > 1:
-            raise FrameError(video_id, self.folder / video_id, f"frames differ in size: {sorted(shapes)}")
-        return np.stack([images[i] for i in indices])
+        return _stacked(images, indices, video_id, self.folder / video_id)
 
-    def _count(self, video_id: str) -> int:
+    def numbers(self, video_id: str) -> set[int]:
+        """The numbers of the images in the video's folder. Raises FrameError if it cannot be listed."""
         folder = self.folder / video_id
         numbers = set()
         try:
@@ -93,6 +97,14 @@ class FrameFolder:
                         numbers.add(int(found[1]))
         except OSError as error:
             raise FrameError(video_id, folder, error.strerror or str(error)) from None
+        return numbers
+
+    def path(self, video_id: str, index: int) -> Path:
+        """The file of a frame."""
+        return self.folder / video_id / self.img_tmpl.format(index + 1)
+
+    def _count(self, video_id: str) -> int:
+        folder, numbers = self.folder / video_id, self.numbers(video_id)
         if not numbers:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
         if gaps := set(range(1, max(numbers) + 1)) - numbers:
@@ -101,22 +113,61 @@ class FrameFolder:
         return len(numbers)
 
     def _image(self, video_id: str, index: int) -> NDArray[np.uint8]:
-        path = self.folder / video_id / self.img_tmpl.format(index + 1)
+        path = self.path(video_id, index)
         try:
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return np.asarray(image.convert("RGB"))
+            return _decoded(path)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise FrameError(video_id, path, f"cannot be decoded ({error})") from None
 
 
+class PackedFrames:
+    """The file that `adaclip pack` made of such folders: the same frames."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the file is no pack."""
+        self._pack = Pack(path)
+        self._counts: dict[str, int] = {}
+
+    def count(self, video_id: str) -> int:
+        if video_id not in self._counts:
+            try:
+                record = self._pack.record(video_id)
+            except (BrokenPack, OSError) as error:
+                raise FrameError(video_id, self._pack.path, str(error)) from None
+            if record is None:
+                raise FrameError(video_id, self._pack.path, "holds no video of this name")
+            self._counts[video_id] = record.images
+        return self._counts[video_id]
+
+    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
+        different = sorted(set(indices))
+        try:
+            contents = self._pack.images(video_id, different)
+        except (BrokenPack, OSError) as error:
+            raise FrameError(video_id, self._pack.path, str(error)) from None
+        images = {i: self._image(video_id, i, content) for i, content in zip(different, contents, strict=True)}
+        return _stacked(images, indices, video_id, self._pack.path)
+
+    def _image(self, video_id: str, index: int, content: bytes) -> NDArray[np.uint8]:
+        try:
+            return _decoded(io.BytesIO(content))
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            reason = f"{self._pack.image_name(index)} cannot be decoded ({error})"
+            raise FrameError(video_id, self._pack.path, reason) from None
+
+
 class VideoFolder:
-    """`folder/<video>.mp4` and the like, read in place. `extensions` chooses where a video has several files."""
+    """`folder/<video>.mp4` and the like, read in place. `extensions` chooses where a video has several files.
+
+    Each file is scanned for its frames when it is first asked for, unless an earlier run did and called `remember`.
+    """
 
     def __init__(self, folder: Path, extensions: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.extensions = dict(extensions or {})
         self._listings: dict[Path, dict[str, list[str]]] = {}
-        self._indices: dict[str, VideoIndex] = {}
+        self._indices: dict[str, bytes] = {}  # packed: a hundred bytes for each of perhaps a million
+        self._cache = IndexCache(folder)
 
     def count(self, video_id: str) -> int:
         return self._index(video_id).num_frames
@@ -127,6 +178,10 @@ class VideoFolder:
             return read_frames(path, index, indices)
         except BrokenVideo as error:
             raise FrameError(video_id, path, str(error)) from None
+
+    def remember(self) -> None:
+        """Keep what was scanned for later runs."""
+        self._cache.save()
 
     def find(self, video_id: str) -> Path:
         """The file of a video: its name is the id and one of the known extensions, in any case."""
@@ -164,10 +219,34 @@ class VideoFolder:
         if video_id not in self._indices:
             path = self.find(video_id)
             try:
-                self._indices[video_id] = index_video(path)
+                self._indices[video_id] = self._cached_or_scanned(path)
             except BrokenVideo as error:
                 raise FrameError(video_id, path, str(error)) from None
-        return self._indices[video_id]
+            except OSError as error:
+                raise FrameError(video_id, path, error.strerror or str(error)) from None
+        return unpack_index(self._indices[video_id])
+
+    def _cached_or_scanned(self, path: Path) -> bytes:
+        name, video = path.relative_to(self.folder).as_posix(), path.stat()
+        packed = self._cache.find(name, video)
+        if packed is None:
+            packed = pack_index(index_video(path))
+            self._cache.add(name, video, packed)
+        return packed
+
+
+def _decoded(source: Path | io.BytesIO) -> NDArray[np.uint8]:
+    with Image.open(source, formats=IMAGE_FORMATS) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _stacked(
+    images: Mapping[int, NDArray[np.uint8]], indices: Sequence[int], video_id: str, path: Path
+) -> NDArray[np.uint8]:
+    shapes = {image.shape for image in images.values()}
+    if len(shapes) > 1:
+        raise FrameError(video_id, path, f"frames differ in size: {sorted(shapes)}")
+    return np.stack([images[i] for i in indices])
 
 
 def _name_pattern(img_tmpl: str) -> re.Pattern[str]:

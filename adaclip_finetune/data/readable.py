@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
 from adaclip_finetune.errors import UserError
 
 LISTED = 20
@@ -27,7 +27,8 @@ def find_unreadable(
 ) -> dict[str, str]:
     """Video → reason, for each that is missing, empty or does not open; in the order given.
 
-    Each video's frames are counted (which the store then remembers) and its first frame decoded; `deep` decodes all.
+    Each video's frames are counted (which the store then knows, and so do later runs) and its first frame decoded;
+    `deep` decodes all.
     """
 
     def reason(video_id: str) -> str | None:
@@ -45,6 +46,8 @@ def find_unreadable(
         reasons = list(tqdm(pool.map(reason, video_ids), "checking videos", len(video_ids), leave=False, disable=None))
     finally:
         pool.shutdown(cancel_futures=True)
+        if isinstance(store, VideoFolder):
+            store.remember()
     return {video_id: found for video_id, found in zip(video_ids, reasons, strict=True) if found}
 
 

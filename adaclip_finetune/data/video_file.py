@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
 
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf"
 # Where packets are frames: containers that keep both times of every packet, codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")
 ONE_FRAME_A_PACKET = ("h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg")

@@ -9,9 +9,8 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.errors import UserError
-
-FORMATS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "ts", "flv", "wmv")
 
 # No folder, no leading dash or dot, one place for the number: ffmpeg reads it as a pattern, and so does training.
 _PREFIX = re.compile(
@@ -67,7 +66,7 @@ class Request:
     videos: Path
     frames: Path
     look: Look
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = VIDEO_EXTENSIONS
     begin: int = 0
     end: int | None = None
     file_list: Path | None = None
@@ -81,8 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         """Raises UserError, naming flag and value."""
         for name in self.formats:
-            if name not in FORMATS:
-                raise UserError(f"--accepted_formats {name}: not among {' '.join(FORMATS)}")
+            if name not in VIDEO_EXTENSIONS:
+                raise UserError(f"--accepted_formats {name}: not among {' '.join(VIDEO_EXTENSIONS)}")
         if self.begin < 0 or (self.end is not None and self.end < self.begin):
             raise UserError(f"--begin {self.begin} --end {self.end}: must count up from 0; the last one is included")
         if self.num_workers < 1:
@@ -104,7 +103,8 @@ def declare(parser: ArgumentParser) -> None:
         default=Look.prefix,
         help=f"names of the images, from number 1 [default: {Look.prefix}]".replace("%", "%%"),
     )
-    add("--accepted_formats", nargs="+", default=list(FORMATS), metavar="EXT", help=f"[default: {' '.join(FORMATS)}]")
+    known = list(VIDEO_EXTENSIONS)
+    add("--accepted_formats", nargs="+", default=known, metavar="EXT", help=f"[default: {' '.join(known)}]")
     add("--begin", type=int, default=0, metavar="N", help="the first video of the sorted listing, from 0 [default: 0]")
     add("--end", type=int, metavar="N", help="the last one, included [default: the last]")
     add("--file_list", type=Path, metavar="FILE", help="only these videos, a name a line, with extension or without")

@@ -13,15 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from adaclip_finetune.search_settings import OptunaSettings
 from adaclip_finetune.settings.base import Contradictions, Problem, Settings, setting
 from adaclip_finetune.settings.layers import load
 
 # A JSON list becomes a tuple, so that a frozen config is frozen all the way down; what is in it stays strict.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
-Interval = Annotated[tuple[float, float], Field(strict=False)]
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
@@ -114,44 +114,6 @@ PeftChoice = Annotated[
 ]
 
 
-# ---- hyper-parameter search ----
-
-
-class SamplerSettings(Settings):
-    """The Optuna sampler by its class name; the arguments of the class may stand beside the name."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: Literal["TPESampler", "CmaEsSampler", "GPSampler", "RandomSampler", "GridSampler"] = setting(
-        "TPESampler", "the Optuna sampler"
-    )
-
-
-class SearchSpace(Settings):
-    """Between what and what one setting is searched."""
-
-    range: Interval = setting(..., "lowest and highest value")
-    log: bool = setting(False, "search on a logarithmic scale")
-
-    @model_validator(mode="after")
-    def _check(self) -> SearchSpace:
-        low, high = self.range
-        if low >= high:
-            raise ValueError(f"range [{low}, {high}] has no room: the first value is to be lower than the second")
-        if self.log and low <= 0:
-            raise ValueError(f"log needs a range above 0, and range begins at {low}")
-        return self
-
-
-class OptunaSettings(Settings):
-    """A hyper-parameter search around the training."""
-
-    n_trials: int = setting(30, "finished trials in all", unit="trials", ge=1)
-    n_warmup_steps: int = setting(0, "epochs before a trial may be pruned", unit="epochs", ge=0)
-    sampler: SamplerSettings = setting({}, "how the next point is chosen: name, and arguments of that class")
-    opt_params: dict[str, SearchSpace] = setting(..., "setting -> {range: [low, high], log}", min_length=1)
-
-
 # ---- the settings, a class a group; their order is that of `--help` ----
 
 
@@ -167,7 +129,9 @@ class DataSettings(Settings):
     train_annot: PathText | None = setting(None, "annotation (JSON) to train on; needed to train", unit="file")
     val_annot: PathText | None = setting(None, "annotation that chooses the best epoch; needed to train", unit="file")
     test_annot: PathText | None = setting(None, "annotation evaluated at the end, or by do_inference", unit="file")
-    frames_dir: PathText | None = setting(None, "extracted frames, a folder a video; or give video_dir", unit="folder")
+    frames_dir: PathText | None = setting(
+        None, "extracted frames, a folder a video, or a pack of them; or give video_dir", unit="folder or file"
+    )
     video_dir: PathText | None = setting(None, "videos, read in place; or give frames_dir", unit="folder")
     concat_captions: Literal["concat", "indep-one", "indep-all"] = setting(
         "concat", "captions of a video: joined into one; one at random each time; each by itself"

@@ -40,10 +40,10 @@ def _not_there(config: Config) -> Iterator[str]:
     for name, value in files.items():
         if value is not None and not Path(value).is_file():
             yield _wrong(name, value, "file")
-    for name, value in {"frames_dir": config.frames_dir, "video_dir": config.video_dir}.items():
-        if value is not None and not Path(value).is_dir():
-            yield _wrong(name, value, "folder")
-    for name, value in {"clip_weights": config.clip_weights, "resume": config.resume}.items():
+    if config.video_dir is not None and not Path(config.video_dir).is_dir():
+        yield _wrong("video_dir", config.video_dir, "folder")
+    either = {"frames_dir": config.frames_dir, "clip_weights": config.clip_weights, "resume": config.resume}
+    for name, value in either.items():
         if value is not None and not Path(value).exists():
             yield _wrong(name, value, "file or folder")
     if config.save_similarity is not None and not Path(config.save_similarity).parent.is_dir():

@@ -152,6 +152,41 @@ def extract(words: Sequence[str]) -> int:
     return run_extraction(request)
 
 
+def pack(words: Sequence[str]) -> int:
+    """Put the images of all videos into one file, which frames_dir takes in place of their folder."""
+    parser = Parser(
+        "adaclip pack",
+        f"{pack.__doc__} For disks that are slow with many small files. The images stay as they are, each with a "
+        "checksum. What was interrupted goes on with the same command. Exit code 1 if videos could not be packed; "
+        "the others are, and the reasons are told.",
+    )
+    parser.add_argument("frames_dir", metavar="FRAMES_DIR", type=Path, help="extracted frames, a folder a video")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.lmdb", type=Path, help="the pack that is made")
+    parser.add_argument(
+        "--annot",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="only the videos of this annotation; may be given several times. Else every folder that is not hidden",
+    )
+    img_tmpl = Config.model_fields["img_tmpl"].default
+    parser.add_argument("--img_tmpl", metavar="NAME", default=img_tmpl, help=f"as in the settings; default {img_tmpl}")
+    parser.add_argument("--overwrite", action="store_true", help="make it anew where it is there already")
+    arguments = parser.read(words)
+    img_tmpl = load_config(None, {"img_tmpl": arguments.img_tmpl}).img_tmpl
+
+    from adaclip_finetune.data.packing import pack as pack_frames
+
+    return pack_frames(arguments.frames_dir, arguments.output, arguments.annot, img_tmpl, arguments.overwrite)
+
+
+def check(words: Sequence[str]) -> int:
+    """Say before a run what would go wrong in it."""
+    from adaclip_finetune.check.command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -163,7 +198,9 @@ COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
+    "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
+    "pack": Command(pack, "the images of all videos in one file, for slow disks"),
     "schema": Command(schema, "print the JSON Schema of the settings"),
 }
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.pack import BrokenPack, Pack
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.data.index_cache import IndexCache, pack_index, unpack_index
+from adaclip_finetune.data.pack import BrokenPack, Pack
 from adaclip_finetune.data.video_file import BrokenVideo, VideoIndex, index_video, read_frames
 from adaclip_finetune.errors import UserError
 

@@ -75,13 +75,12 @@ class Pack:
 
     def record(self, video_id: str) -> VideoRecord | None:
         """None if the pack does not hold the video. Raises BrokenPack, OSError."""
-        key = video_key(video_id)
-        content = self._values([key])[0]
+        content = self._values([(video_key(video_id), "what it says of the video")])[0]
         return None if content is None else VideoRecord(**json.loads(content))
 
     def images(self, video_id: str, indices: Sequence[int]) -> list[bytes]:
         """The files of the images with these indices, from 0. Raises BrokenPack (a checksum is wrong, …), OSError."""
-        contents = self._values([image_key(video_id, index) for index in indices], [self.image_name(i) for i in indices])
+        contents = self._values([(image_key(video_id, index), self.image_name(index)) for index in indices])
         images = []
         for index, content in zip(indices, contents, strict=True):
             if content is None:
@@ -93,15 +92,16 @@ class Pack:
         """What the image was called in its folder."""
         return self.contents.img_tmpl.format(index + 1)
 
-    def _values(self, keys: Sequence[bytes], names: Sequence[str] = ("what it says of the video",)) -> list[bytes | None]:
+    def _values(self, named_keys: Sequence[tuple[bytes, str]]) -> list[bytes | None]:
+        """The contents under these keys, which a BrokenPack calls by the names given; None where there is none."""
         try:
             with self._opened().begin() as transaction:
-                values = [transaction.get(key) for key in keys]
+                values = [transaction.get(key) for key, _ in named_keys]
         except lmdb.Error as error:
             raise BrokenPack(f"it is damaged ({error}); pack anew") from None
         return [
             None if value is None else unsealed(key, bytes(value), name)
-            for key, value, name in zip(keys, values, names, strict=True)
+            for (key, name), value in zip(named_keys, values, strict=True)
         ]
 
     def _opened(self) -> lmdb.Environment:
@@ -115,7 +115,7 @@ class Pack:
         except lmdb.Error:
             raise BrokenPack("is no pack of frames; adaclip pack makes one") from None
         check_length(self.path, environment)
-        content = self._values([CONTENTS], ["what it says of itself"])[0]
+        content = self._values([(CONTENTS, "what it says of itself")])[0]
         if content is None:
             raise BrokenPack("is an LMDB file, but no finished pack of frames; adaclip pack makes one")
         fields = json.loads(content)
@@ -129,7 +129,7 @@ def check_length(path: Path, environment: lmdb.Environment) -> None:
     """Raises BrokenPack if the file is cut off: LMDB maps it into memory, and would die of a page that is not there."""
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if (size := path.stat().st_size) < needed and environment.stat()["entries"]:
-        raise BrokenPack(f"is cut off: {size} of {needed} bytes are there. Copy it again, or pack anew (--overwrite)")
+        raise BrokenPack(f"is cut off: {size} of {needed} bytes are there. Copy it again, or pack anew")
 
 
 def video_key(video_id: str) -> bytes:

@@ -1,0 +1,231 @@
+"""The making of a pack: `adaclip pack FRAMES_DIR -o data.lmdb`.
+
+The file grows in a hidden folder beside its place and is renamed when it is complete, so that nobody ever reads a part
+of one. A video's record is written after its images: what has a record is finished, and a run that was interrupted goes
+on after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from adaclip_finetune.data.annotations import check_name, load_annotations
+from adaclip_finetune.data.frames import IMAGE_FORMATS, FrameError, FrameFolder
+from adaclip_finetune.data.pack import BrokenPack, Contents, Pack, VideoRecord
+from adaclip_finetune.data.pack_writer import PackWriter
+from adaclip_finetune.durable import flush_folder
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.lock import FolderLock
+
+SUFFIX = ".lmdb"
+
+
+@dataclass
+class _Outcome:
+    """What was packed now and earlier, and why the others were not: video → reason."""
+
+    records: list[VideoRecord] = field(default_factory=list)
+    earlier: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: str, overwrite: bool) -> int:
+    """Pack the videos that the annotations list, or all below frames_dir; returns the exit code, 1 if some failed.
+
+    UserError: nothing to pack, another pack in the way, or no room (what is packed stays for the next run).
+    """
+    if output.suffix.lower() != SUFFIX:
+        raise UserError(f"-o {_shown(output)}: the name of a pack ends in {SUFFIX}")
+    if output.is_dir():
+        raise UserError(f"-o {_shown(output)}: is a folder")
+    if not frames_dir.is_dir():
+        raise UserError(f"{_shown(frames_dir)}: there is no such folder")
+    folder = FrameFolder(frames_dir, img_tmpl)
+    try:
+        videos = _listed(annotations) if annotations else _found(folder)
+        if output.exists() and not overwrite:
+            return _compare(Pack(output), folder, videos)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _work_folder(output) as work:
+            return _pack(folder, videos, work / output.name, output)
+    except OSError as error:
+        raise UserError(f"{_shown(error.filename or output)}: {error.strerror or error}") from error
+
+
+def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> int:
+    outcome = _Outcome()
+    try:
+        with PackWriter(part) as writer:
+            for video_id in tqdm(videos, "packing", unit="video", leave=False, disable=None):
+                _pack_video(folder, video_id, writer, outcome)
+            if not outcome.records:
+                raise UserError(f"none of {len(videos)} videos could be packed:\n{_listing(outcome.failed)}")
+            images, size = sum(r.images for r in outcome.records), sum(r.size for r in outcome.records)
+            writer.finish(outcome.records, Contents(folder.img_tmpl, len(outcome.records), images, size))
+    except (BrokenPack, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+        raise UserError(
+            f"{_shown(part)} was left by a run that did not finish, and is damaged ({error}): delete it and run the "
+            "same command again"
+        ) from None
+    except lmdb.Error as error:
+        raise UserError(
+            f"{_shown(part)}: {error.reason}. What was packed until then stays: make room, or mend what is wrong, "
+            "and run the same command again"
+        ) from None
+    part.replace(output)
+    flush_folder(output.parent)
+    earlier = f" ({outcome.earlier} of them earlier)" if outcome.earlier else ""
+    print(
+        f"{_shown(output)}: {len(outcome.records)} videos{earlier}, {images} images of {size / 1e6:.1f} MB, in "
+        f"{output.stat().st_size / 1e6:.1f} MB"
+    )
+    return _tell(outcome.failed)
+
+
+def _pack_video(folder: FrameFolder, video_id: str, writer: PackWriter, outcome: _Outcome) -> None:
+    try:
+        record = _record(folder, video_id)
+        if writer.record(video_id) == record:
+            outcome.earlier += 1
+        else:
+            writer.add(record, _images(folder, record))
+    except FrameError as error:
+        outcome.failed[video_id] = f"{error.path}: {error.reason}"
+    else:
+        outcome.records.append(record)
+
+
+def _record(folder: FrameFolder, video_id: str) -> VideoRecord:
+    """The video as its folder is now. Raises FrameError if the folder is not whole, or no annotation could name it."""
+    try:
+        check_name("no annotation could name it", video_id)
+    except UserError as error:
+        raise FrameError(video_id, folder.folder / video_id, str(error).partition(";")[0]) from None
+    listing, size = hashlib.sha256(), 0
+    count = folder.count(video_id)
+    for index in range(count):
+        path = folder.path(video_id, index)
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise FrameError(video_id, path, error.strerror or str(error)) from None
+        listing.update(f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        size += facts.st_size
+    return VideoRecord(video_id, count, size, listing.hexdigest())
+
+
+def _images(folder: FrameFolder, record: VideoRecord) -> Iterator[bytes]:
+    """The images as they are on disk, each opened but not decoded. Raises FrameError."""
+    size = 0
+    for index in range(record.images):
+        path = folder.path(record.video_id, index)
+        try:
+            content = path.read_bytes()
+            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).close()
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
+            raise FrameError(record.video_id, path, reason) from None
+        size += len(content)
+        yield content
+    if size != record.size:
+        raise FrameError(record.video_id, folder.folder / record.video_id, "changed while it was packed")
+
+
+def _listed(annotations: Sequence[str]) -> list[str]:
+    """The videos of all annotation files, each once."""
+    return list(dict.fromkeys(video.video_id for name in annotations for video in load_annotations(name)))
+
+
+def _found(folder: FrameFolder) -> list[str]:
+    """The folders below that hold images, or nothing at all (which will be told)."""
+    if folder.numbers("."):
+        name = folder.img_tmpl.format(1)
+        raise UserError(f"{_shown(folder.folder)} holds images itself ({name}): give the folder above it")
+    if videos := sorted(_folders_below(folder, "", ())):
+        return videos
+    raise UserError(f"{_shown(folder.folder)}: there are no folders in it, one a video is expected")
+
+
+def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Hidden folders are none: extraction keeps what is not complete in one. Links are followed, but not in circles."""
+    here = folder.folder / name
+    try:
+        with os.scandir(here) as entries:
+            below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:  # is told when its images are asked for
+        below = []
+    if name and (not below or folder.numbers(name)):
+        yield name
+    above = (*above, os.path.realpath(here))
+    for child in below:
+        if os.path.realpath(here / child) not in above:
+            yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
+
+
+def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
+    """What is said of a pack that is there already. UserError if it is not what packing would give."""
+    failed, lacking, changed = {}, [], []
+    for video_id in tqdm(videos, "comparing", unit="video", leave=False, disable=None):
+        try:
+            now, then = _record(folder, video_id), there.record(video_id)
+        except FrameError as error:
+            failed[video_id] = f"{error.path}: {error.reason}"
+            continue
+        except BrokenPack as error:
+            raise UserError(f"{_shown(there.path)}: {error}") from None
+        if then is None:
+            lacking.append(video_id)
+        elif then != now:
+            changed.append(video_id)
+    if lacking or changed:
+        example = _shown((lacking + changed)[0])
+        raise UserError(
+            f"{_shown(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
+            f"{len(changed)} have changed since ({example}, …): --overwrite packs all of them anew"
+        )
+    print(f"{_shown(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do")
+    return _tell(failed)
+
+
+def _tell(failed: Mapping[str, str]) -> int:
+    if failed:
+        print(f"{len(failed)} could not be packed:\n{_listing(failed)}")
+    return 1 if failed else 0
+
+
+def _listing(failed: Mapping[str, str]) -> str:
+    return "\n".join(f"  {_shown(video_id)}: {_shown(reason)}" for video_id, reason in failed.items())
+
+
+def _shown(text: object) -> str:
+    """On one line, and without what would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """The hidden folder where the file grows, ours alone."""
+    work = output.with_name(f".{output.name}.part")
+    work.mkdir(exist_ok=True)
+    lock = FolderLock(work)
+    try:
+        lock.take()
+    except OSError:  # a full disk leaves it without its content, which the next run could not read
+        lock.path.unlink(missing_ok=True)
+        raise
+    try:
+        yield work
+    finally:
+        lock.release()
+        with suppress(OSError):  # not finished
+            work.rmdir()

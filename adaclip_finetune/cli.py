@@ -187,6 +187,13 @@ def check(words: Sequence[str]) -> int:
     return run(words)
 
 
+def check(words: Sequence[str]) -> int:
+    """Say before a run what would go wrong in it."""
+    from adaclip_finetune.check.command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -198,6 +205,7 @@ COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
+    "check": Command(check, "what would go wrong in a run, and what it would take"),
     "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "pack": Command(pack, "the images of all videos in one file, for slow disks"),

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # From the top down; what stands in one line does not import each other.
 LAYERS = [
     {"cli"},
-    {"export", "extract", "tuning"},
+    {"check", "export", "extract", "tuning"},
     {"training"},
     {"report"},
     {"evaluation"},

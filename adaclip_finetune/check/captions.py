@@ -1,0 +1,82 @@
+"""What a run would do to the captions, and what they do to it: cut ones, and ones that do not tell videos apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+from tqdm import tqdm
+
+from adaclip_finetune.check.finding import Finding
+from adaclip_finetune.check.source import Split
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.queries import train_entries
+
+# How many of these texts do not fit into so many tokens: `LoadedClip.count_cut`.
+CountCut = Callable[[Sequence[str], int], int]
+
+
+def check_captions(split: Split, config: Config, count_cut: CountCut | None) -> Iterator[Finding]:
+    """`count_cut` is the tower's; None where it cannot be had."""
+    if not split.videos:
+        return
+    # What `concat_captions` makes of the sentences is what the towers see.
+    entries = train_entries(split.videos, config.concat_captions)
+    texts = [(entry.video_id, text) for entry in entries for text in entry.sentences]
+    yield _numbers(split)
+    yield from _shared_by_videos(split, texts)
+    if count_cut is not None:
+        yield _too_long(split, texts, config, count_cut)
+
+
+def _numbers(split: Split) -> Finding:
+    counts = [len(video.sentences) for video in split.videos]
+    few, many, middle = min(counts), max(counts), statistics.median(counts)
+    spread = f"{few} each" if few == many else f"{few} to {many} each, median {middle:g}"
+    message = f"{len(counts)} videos, {sum(counts)} captions ({spread})"
+    items = {"videos": len(counts), "captions": sum(counts), "min": few, "median": middle, "max": many}
+    return Finding("fine", "captions", split.name, message, items)
+
+
+def _shared_by_videos(split: Split, texts: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    videos_of: dict[str, dict[str, None]] = {}
+    spelled: dict[str, str] = {}
+    for video_id, text in texts:
+        key = " ".join(text.casefold().split())
+        videos_of.setdefault(key, {})[video_id] = None
+        spelled.setdefault(key, text)
+    if shared := {spelled[key]: list(videos) for key, videos in videos_of.items() if len(videos) > 1}:
+        videos = len({video_id for several in shared.values() for video_id in several})
+        what = (
+            "a batch may count them as each other's mistakes"
+            if split.trains
+            else "no model can tell which one is meant"
+        )
+        message = f"{len(shared)} captions stand with several videos ({videos} in all): {what}"
+        yield Finding("warning", "shared_captions", split.name, message, shared, "give captions that tell them apart")
+
+
+def _too_long(split: Split, texts: Sequence[tuple[str, str]], config: Config, count_cut: CountCut) -> Finding:
+    limit = config.max_txt_len
+    bar = tqdm(texts, f"captions of {split.name}", unit="caption", leave=False, disable=None)
+    long = [(video_id, text) for video_id, text in bar if count_cut([text], limit)]
+    if not long:
+        return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
+    items: dict[str, list[dict[str, str]]] = {}
+    for video_id, text in long:
+        kept = _fitting(text, limit, count_cut)
+        items.setdefault(video_id, []).append({"kept": kept, "cut": text[len(kept) :].strip()})
+    joined = ", which concat_captions joins from a video's sentences" if config.concat_captions == "concat" else ""
+    share = 100 * len(long) / len(texts)
+    message = f"max_txt_len {limit} cuts {len(long)} of {len(texts)} captions ({share:.1f} %){joined}"
+    return Finding("warning", "long_captions", split.name, message, items, f"raise max_txt_len above {limit}")
+
+
+def _fitting(text: str, limit: int, count_cut: CountCut) -> str:
+    """The whole words, from the first, that fit."""
+    ends = [at for at, letter in enumerate(text) if letter.isspace()]
+    low, high = 0, len(ends)  # that many words fit; that many and one more do not
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (low, middle - 1) if count_cut([text[: ends[middle - 1]]], limit) else (middle, high)
+    return text[: ends[low - 1]] if low else ""

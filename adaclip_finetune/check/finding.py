@@ -1,0 +1,29 @@
+"""What a check comes to: findings, each with what a run would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["fails", "warning", "fine"]
+
+SEVERITIES: tuple[Severity, ...] = ("fails", "warning", "fine")
+"""The worst first. fails: the run would stop, or an evaluation refuse; warning: it would go on, and say so at most."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `items` are all that it concerns (a video, a caption, …) and what of each."""
+
+    severity: Severity
+    check: str  # a word for programs, such as missing_videos
+    split: str  # "train", "train, test", or "run" where it concerns no split
+    message: str
+    items: Mapping[str, Any] = field(default_factory=dict)
+    advice: str = ""
+
+
+def worst(findings: Iterable[Finding]) -> Severity:
+    """The severity of the whole."""
+    return min((finding.severity for finding in findings), key=SEVERITIES.index, default="fine")

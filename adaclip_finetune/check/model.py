@@ -1,0 +1,45 @@
+"""The model of a run, to be measured and thrown away. Weights that would have to be fetched are random in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.model.checkpoints import read_checkpoint, with_its_clip
+from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.model.clip_weights import build_towers, find_towers, load_clip
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.peft import PeftMethod, prepare_peft
+from adaclip_finetune.training.device import make_accelerator
+
+
+@dataclass(frozen=True)
+class TrialModel:
+    """On its device, with what learns in it in the first epoch."""
+
+    config: Config
+    accelerator: Accelerator
+    loaded: LoadedClip
+    model: VideoRetriever
+    method: PeftMethod
+
+
+def build_trial_model(config: Config) -> TrialModel:
+    """Raises UserError where a run would, downloads aside."""
+    accelerator = make_accelerator(config)
+    checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
+    config = with_its_clip(checkpoint, config) if checkpoint else config
+    towers = checkpoint.towers() if checkpoint else None
+    if config.clip_weights is not None or towers is not None:
+        loaded = load_clip(config, from_checkpoint=towers)
+    else:
+        loaded = replace(load_clip(config, with_weights=False), module=build_towers(find_towers(config), "cpu"))
+    model = VideoRetriever(config.model_copy(update={"policy_weights": "random"}), loaded)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
+    method = prepare_peft(model, config)
+    method.on_epoch_start(0)
+    return TrialModel(config, accelerator, loaded, model.to(accelerator.device), method)

@@ -1,0 +1,74 @@
+"""A check in words for people, and as one JSON object for programs."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from adaclip_finetune.check.finding import SEVERITIES, Finding, worst
+from adaclip_finetune.check.source import Split
+
+_EXAMPLES = 2
+_LETTERS = 120  # of an example
+_FIGURES = ("captions", "disk", "memory", "gpu_memory", "time")  # whose items are numbers that the message tells
+
+
+def as_json(splits: Sequence[Split], findings: Sequence[Finding]) -> dict[str, Any]:
+    """All of it, nothing cut."""
+    return {
+        "verdict": worst(findings),
+        "splits": {split.name: {"path": split.path, "trains": split.trains} for split in splits},
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def as_text(splits: Sequence[Split], findings: Sequence[Finding]) -> str:
+    """A table, the worst first, with an example or two of each finding and what to do about it."""
+    columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
+    width = max(len(name) for name in ("run", *(finding.split for finding in findings)))
+    lines = [f"{split.name:{width}}  {split.path}{_role(split)}" for split in splits] + [""]
+    for severity in SEVERITIES:
+        for finding in findings:
+            if finding.severity == severity:
+                lines += _lines(finding, width, columns)
+    counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
+    verdict = {
+        "fails": "As things stand a run would fail.",
+        "warning": "A run would go through; look at the warnings.",
+        "fine": "Nothing stands against a run.",
+    }[worst(findings)]
+    told = ", ".join(f"{count} {severity}" for severity, count in counts.items())
+    return "\n".join([*lines, "", f"{verdict} ({told})"])
+
+
+def _role(split: Split) -> str:
+    return "  (to learn from)" if split.trains else "  (to evaluate)"
+
+
+def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
+    head, indent = f"{finding.severity:8} {finding.split:{width}}  ", " " * (width + 11)
+    yield textwrap.fill(finding.message, columns, initial_indent=head, subsequent_indent=indent)
+    if finding.severity != "fine":
+        for subject, detail in list(finding.items.items())[:_EXAMPLES]:
+            if finding.check not in _FIGURES:
+                yield f"{indent}· {_short(subject, detail)}"
+        if finding.check not in _FIGURES and len(finding.items) > _EXAMPLES:
+            yield f"{indent}· and {len(finding.items) - _EXAMPLES} more (--json lists all)"
+    if finding.advice:
+        yield textwrap.fill(finding.advice, columns, initial_indent=f"{indent}→ ", subsequent_indent=f"{indent}  ")
+
+
+def _short(subject: str, detail: Any) -> str:
+    text = f"{subject}: {_told(detail)}" if detail else subject
+    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+
+
+def _told(detail: Any) -> str:
+    """Videos by name; a cut caption by its end."""
+    if not isinstance(detail, list):
+        return str(detail)
+    parts = [f"“…{one['kept'][-30:]}” loses “{one['cut']}”" if isinstance(one, dict) else str(one) for one in detail]
+    return ", ".join(parts)

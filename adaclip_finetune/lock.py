@@ -1,4 +1,4 @@
-"""One run to a folder: a lock file that names who writes there, and which a dead run does not hold."""
+"""One run to a folder or a file: a lock file that names who writes there, and which a dead run does not hold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import psutil
 from adaclip_finetune.errors import UserError
 
 
-class FolderLock:
-    """Held from `take` to `release`. The file tells process id, host and when that process began."""
+class Lock:
+    """Held from `take` to `release`. The file at `path` tells process id, host and when that process began; `guarded`
+    is what only its holder may write."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "lock.json"
+    def __init__(self, path: Path, guarded: Path) -> None:
+        self.path, self._guarded = path, guarded
 
     def take(self) -> None:
-        """Raises UserError if a living run, or one on another machine, holds the folder."""
+        """Raises UserError if a living process, or one on another machine, holds it."""
         while True:
             try:
                 self._create()
@@ -32,20 +33,20 @@ class FolderLock:
     def release(self) -> None:
         """Let the next one in."""
         with suppress(FileNotFoundError):
-            if _read(self.path) == _myself():
+            if _read(self.path) == this_process():
                 self.path.unlink()
 
     def _create(self) -> None:
         """Raises FileExistsError where there is one: the first comes first."""
         mine = self.path.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
-        mine.write_text(json.dumps(_myself()), encoding="utf-8")
+        mine.write_text(json.dumps(this_process()), encoding="utf-8")
         try:
             os.link(mine, self.path)  # whole at once, where the file system has links
         except FileExistsError:
             raise
         except OSError:
             with self.path.open("x", encoding="utf-8") as file:
-                json.dump(_myself(), file)
+                json.dump(this_process(), file)
         finally:
             mine.unlink()
 
@@ -55,13 +56,12 @@ class FolderLock:
             return
         if owner["host"] != socket.gethostname():
             raise UserError(
-                f"{self.path.parent} is being written by process {owner['pid']} on {owner['host']}; whether that still "
+                f"{self._guarded} is being written by process {owner['pid']} on {owner['host']}; whether that still "
                 f"runs cannot be told from here. If it does not, delete {self.path}"
             )
-        if _alive(owner):
+        if is_alive(owner):
             raise UserError(
-                f"{self.path.parent} is being written by process {owner['pid']} on this machine: wait for it, or stop "
-                "it"
+                f"{self._guarded} is being written by process {owner['pid']} on this machine: wait for it, or stop it"
             )
         stale = self.path.with_name(f".stale-{socket.gethostname()}-{os.getpid()}")
         with suppress(FileNotFoundError):  # another one was quicker
@@ -72,12 +72,21 @@ class FolderLock:
                 stale.rename(self.path)
 
 
-def _myself() -> dict[str, Any]:
+class FolderLock(Lock):
+    """A folder's, in its lock.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "lock.json", folder)
+
+
+def this_process() -> dict[str, Any]:
+    """Who we are, to be told to others in JSON."""
     # A process id alone comes back, in containers within the minute.
     return {"pid": os.getpid(), "host": socket.gethostname(), "began": _began(os.getpid())}
 
 
-def _alive(owner: dict[str, Any]) -> bool:
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the process of this machine that said so of itself still runs."""
     try:
         return bool(_began(owner["pid"]) == owner["began"])
     except psutil.NoSuchProcess:
@@ -88,18 +97,22 @@ def _began(pid: int) -> str:
     """When a process began, on a clock that nobody sets. Raises psutil.NoSuchProcess."""
     try:
         # Linux: the boot, and the ticks since then (field 22 of proc(5), counted behind the command's name).
-        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()}+{ticks}"
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return str(psutil.Process(pid).create_time())
+    if fields[0] in "ZX":  # killed, and its parent does not look; in containers it may never do
+        raise psutil.ZombieProcess(pid)
+    return f"{boot}+{fields[19]}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds it; None where nobody does. Raises UserError for what is no lock."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         owner = {name: content[name] for name in ("pid", "host", "began")}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no lock of a run; if nothing writes into this folder, delete it") from error
+        raise UserError(f"{path} is no lock of a run; if no run is going on there, delete it") from error
     return owner

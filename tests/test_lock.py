@@ -1,14 +1,16 @@
-"""One run to a folder."""
+"""One run to a folder or a file."""
 
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.lock import FolderLock
+from adaclip_finetune.lock import FolderLock, Lock, _began, is_alive, this_process
 
 
 def write_owner(folder: Path, **changes: object) -> None:
@@ -55,3 +57,29 @@ def test_what_is_no_lock(content: str, tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text(content)
     with pytest.raises(UserError, match=r"lock\.json is no lock of a run"):
         FolderLock(tmp_path).take()
+
+
+def test_a_file_may_be_guarded_by_a_lock_beside_it(tmp_path: Path) -> None:
+    database = tmp_path / "optuna.db"
+    first, second = (Lock(tmp_path / ".optuna.db.lock", database) for _ in range(2))
+    first.take()
+    with pytest.raises(UserError, match=rf"{database} is being written by process {os.getpid()} on this machine"):
+        second.take()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_alive() -> None:
+    assert is_alive(this_process())
+    assert not is_alive({**this_process(), "began": "another time"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="where it is read is Linux's")
+def test_a_killed_process_that_its_parent_does_not_look_after_is_dead() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    owner = {**this_process(), "pid": child.pid, "began": _began(child.pid)}
+    assert is_alive(owner)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
+    assert not is_alive(owner)
+    child.wait()

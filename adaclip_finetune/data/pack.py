@@ -26,7 +26,8 @@ import lmdb
 
 from adaclip_finetune.errors import UserError
 
-FORMAT, VERSION = "frames of videos", 1
+FORMAT = "frames of videos"
+VERSION = 1
 CONTENTS = b"pack"
 
 
@@ -181,6 +182,8 @@ def _environment_of(path: Path) -> lmdb.Environment:
             for other, inherited in list(_ENVIRONMENTS.items()):
                 if other[1:] == key[1:]:
                     inherited.close()
+            # With readahead: the images of a video lie side by side. Without it each page of them is fetched by itself,
+            # which from a disk took eight times as long (scripts/bench/pack.py).
             environment = lmdb.open(str(path), subdir=False, readonly=True, create=False, lock=False)
             _ENVIRONMENTS[key] = environment
         return environment

@@ -67,11 +67,6 @@ def train(words: Sequence[str]) -> int:
     if arguments.json and not arguments.dry_run:
         raise UserError("--json belongs to --dry_run")
     config = load_config(arguments.config, given(arguments))
-    if config.optuna_cfg is not None or config.do_training_af_optuna:
-        raise UserError(
-            "optuna_cfg: the hyper-parameter search is not in this version; to train once, leave out optuna_cfg and "
-            "do_training_af_optuna (--optuna_cfg none --do_training_af_optuna false)"
-        )
     folder = None
     if config.resume is not None and Path(config.resume).is_dir():
         folder, config = Path(config.resume), continued_config(config)
@@ -86,6 +81,13 @@ def train(words: Sequence[str]) -> int:
     from adaclip_finetune.training.trainer import fit
 
     try:
+        if config.optuna_cfg is not None:
+            from adaclip_finetune.tuning.search import describe, search
+
+            if not arguments.dry_run:
+                search(config)
+                return 0
+            print(*describe(config), sep="\n", file=sys.stderr if arguments.json else sys.stdout)
         if arguments.dry_run:
             dry_run(config, as_json=arguments.json)
         elif config.do_inference:
@@ -187,13 +189,6 @@ def check(words: Sequence[str]) -> int:
     return run(words)
 
 
-def check(words: Sequence[str]) -> int:
-    """Say before a run what would go wrong in it."""
-    from adaclip_finetune.check.command import run
-
-    return run(words)
-
-
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -205,7 +200,6 @@ COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
-    "check": Command(check, "what would go wrong in a run, and what it would take"),
     "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "pack": Command(pack, "the images of all videos in one file, for slow disks"),

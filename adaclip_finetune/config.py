@@ -362,6 +362,8 @@ def contradictions(c: Config) -> Iterator[Problem]:
         yield "precision fp16 does not work on the CPU: take bf16 or fp32", ("precision", "device")
     if c.do_training_af_optuna and c.optuna_cfg is None:
         yield "do_training_af_optuna needs optuna_cfg: without it nothing is searched", ("do_training_af_optuna",)
+    if c.optuna_cfg is not None and c.do_inference:
+        yield "optuna_cfg and do_inference are both given: a search trains", ("optuna_cfg", "do_inference")
     selector_learns = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
     if c.freeze_clip and not selector_learns and not c.do_inference:
         what = "nothing would learn: freeze_clip, and no selector, header or aggregator that learns"

@@ -21,6 +21,7 @@ LAYERS = [
     {"data"},
     {"continued", "paths"},
     {"config"},
+    {"search_settings"},
     {"settings"},
     {"strict_json"},
     {"lock", "processes"},

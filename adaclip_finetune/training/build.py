@@ -129,6 +129,13 @@ def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
     return split
 
 
+def note_failed(loader: TrainLoader, run: RunFolder) -> None:
+    """Account for what could be read at first and then no more; to be called by all processes."""
+    if failed := loader.take_failed():
+        run.say(f"left out of their batches, because they could not be read any more:\n{listing(failed)}")
+        run.note_missing(failed)
+
+
 def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: str, run: RunFolder) -> None:
     """Say once how many captions max_txt_len cuts."""
     if texts and (cut := loaded.count_cut(texts, max_txt_len)):

@@ -9,7 +9,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.splits import EvaluationSplit, evaluation_split
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
+from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator, Figures
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import gather_objects
@@ -33,6 +33,11 @@ def read_split(config: Config, annotation: str | None, run: RunFolder, name: str
     if split.short:
         run.say(f"{name}: {len(split.short)} videos have fewer than num_frm {config.num_frm} frames and repeat some")
     return split
+
+
+def is_better(figures: Figures, best: Figures | None) -> bool:
+    """Whether these, on validation, make an epoch the best: strictly, so that ties go to the earlier one."""
+    return best is None or figures.metrics.t2v.recall(1) > best.metrics.t2v.recall(1)
 
 
 def zero_shot(session: Session, split: EvaluationSplit, name: str) -> EvaluationResult | None:

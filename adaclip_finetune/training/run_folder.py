@@ -52,8 +52,10 @@ class RunFolder:
     said and written until then is kept and follows.
     """
 
-    def __init__(self, config: Config, stream: TextIO | None = None) -> None:
+    def __init__(self, config: Config, stream: TextIO | None = None, trial: Path | None = None) -> None:
+        """trial: the folder to make for one of many runs, which leaves less behind: nothing for TensorBoard."""
         self.path: Path | None = None
+        self._trial = trial
         self.going_on: Path | None = None  # the folder of an earlier run, from `lock` on
         self.events: list[dict[str, Any]] = []
         self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
@@ -68,7 +70,7 @@ class RunFolder:
         if self._no_output or not is_main():
             self._waiting = None
             return
-        self._begin(_new_folder(config), step=0)
+        self._begin(_new_folder(config) if self._trial is None else _made(self._trial), step=0)
         self.write_json("config.json", config.model_dump(mode="json", exclude=_not_in_force(config)))
 
     def lock(self, path: Path) -> None:
@@ -99,7 +101,8 @@ class RunFolder:
     def _begin(self, path: Path, step: int) -> None:
         self.path = path
         self._lock = self._lock or _locked(path)
-        self._writer = SummaryWriter(self._tensorboard_dir or path / "tensorboard", purge_step=step + 1)
+        if self._trial is None:
+            self._writer = SummaryWriter(self._tensorboard_dir or path / "tensorboard", purge_step=step + 1)
         waiting, self._waiting = self._waiting or {}, None
         for name, text in waiting.items():
             self.append_text(name, text)
@@ -195,6 +198,14 @@ def _locked(path: Path) -> FolderLock:
     lock = FolderLock(path)
     lock.take()
     return lock
+
+
+def _made(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {path} cannot be made: {error.strerror}") from error
+    return path
 
 
 def _new_folder(config: Config) -> Path:

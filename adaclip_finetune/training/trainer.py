@@ -19,7 +19,6 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.queries import fingerprint
-from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator, Figures
@@ -27,12 +26,12 @@ from adaclip_finetune.model.clip_weights import strict_load
 from adaclip_finetune.peft.base import Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main
 from adaclip_finetune.report import draw_curves, one_line, write_importance
-from adaclip_finetune.training.build import build_session, say_cut, train_loader
+from adaclip_finetune.training.build import build_session, note_failed, say_cut, train_loader
 from adaclip_finetune.training.checkpoint import load_weights, save_tensors
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.ending import ending_well
 from adaclip_finetune.training.loop import Hooks, Trainer
-from adaclip_finetune.training.measure import EMBEDDINGS, measure, measure_once, read_split, zero_shot
+from adaclip_finetune.training.measure import EMBEDDINGS, is_better, measure, measure_once, read_split, zero_shot
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
@@ -52,8 +51,8 @@ _RESULTS = (_BEST, _ADAPTER)
 
 
 def fit(config: Config, on_epoch: OnEpoch | None = None, folder: Path | None = None) -> FitResult:
-    """Finetune as `config` says. `on_epoch(epoch, validation)`, epochs from 1, may end the run by raising (a pruned
-    trial). `folder`: go on with the run that was interrupted there, `config` being its own (`continued_config`).
+    """Finetune as `config` says. `on_epoch(epoch, validation)`, epochs from 1, may end the run by raising. `folder`: go
+    on with the run that was interrupted there, `config` being its own (`continued_config`).
 
     Raises UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM, when what was learned is saved.
     """
@@ -187,17 +186,14 @@ class _Fit:
                     draw_curves(path, self.run.events)
 
     def _epoch_end(self, epoch: int, phase: Phase, loader: TrainLoader, evaluator: Evaluator) -> None:
-        if failed := loader.take_failed():
-            self.run.say(f"left out of their batches, because they could not be read any more:\n{listing(failed)}")
-            self.run.note_missing(failed)
+        note_failed(loader, self.run)
         self._validate(epoch + 1, phase, evaluator)
 
     def _validate(self, epoch: int, phase: Phase, evaluator: Evaluator) -> None:
         result, step = measure(self.session, evaluator, self.session.model), self.trainer.position.step
         seconds = round(result.seconds, 3)
         self.run.record("validation", step, epoch=epoch, metrics=result.as_dict(), eval_seconds=seconds)
-        # Strictly better: ties go to the earlier epoch.
-        better = phase.may_be_best and (self.best is None or _score(result.figures) > _score(self.best))
+        better = phase.may_be_best and is_better(result.figures, self.best)
         mark = "  ← best so far" if better else ""
         self.run.say(f"epoch {epoch}/{self.config.num_epochs}  validation  {one_line(result.metrics)}{mark}")
         if better:
@@ -243,10 +239,6 @@ class _Fit:
         if path := self.run.file(name):
             config = self.config.model_dump_json()
             save_tensors(path, tensors, {"content": content, "epoch": str(epoch), "config": config})
-
-
-def _score(figures: Figures) -> float:
-    return figures.metrics.t2v.recall(1)
 
 
 def _same_captions(config: Config) -> bool:

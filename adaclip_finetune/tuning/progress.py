@@ -1,0 +1,87 @@
+"""What is said of a search in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.evaluation.evaluate import Figures
+from adaclip_finetune.tuning.folder import BEST_CONFIG, StudyFolder, best_trial, short
+from adaclip_finetune.tuning.ledger import counted
+
+
+class Progress:
+    """How trials end, and when all of them will have."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted, self._began, self._ended = wanted, time.monotonic(), 0
+
+    def line(self, study: optuna.Study, trial: FrozenTrial) -> str:
+        """One trial's end, the best so far, and the time that is left."""
+        self._ended += 1
+        trials, best = study.get_trials(deepcopy=False), best_trial(study)
+        parts = [f"  {_outcome(trial, best)}"]
+        if best is not None and best.number != trial.number:
+            parts.append(f"best so far {best.value:g} (trial {best.number})")
+        if left := max(0, self._wanted - len(counted(trials))):
+            workers = 1 + sum(other.state == TrialState.RUNNING for other in trials)
+            minutes = (time.monotonic() - self._began) / self._ended * left / workers / 60
+            parts.append(f"{left} to go, about {minutes:.1f} min")
+        return "   ".join(parts)
+
+
+def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterator[str]:
+    """What the whole search found, in lines."""
+    trials = counted(study.get_trials(deepcopy=False))
+    states = Counter(trial.state for trial in trials)
+    yield (
+        f"{len(trials)} trials: {states[TrialState.COMPLETE]} completed, {states[TrialState.PRUNED]} pruned, "
+        f"{states[TrialState.FAIL]} failed"
+    )
+    best = best_trial(study)
+    if best is None:
+        yield "no trial completed, so there is no best one"
+        return
+    assert config.optuna_cfg is not None
+    objective = config.optuna_cfg.objective
+    before = _zero_shot_value(study, objective)
+    yield f"best: trial {best.number}, {objective} {best.value:g} on validation" + (
+        "" if before is None else f" (zero-shot {before:g})"
+    )
+    yield from (f"  {name}  {short(value)}" for name, value in best.params.items())
+    if before is not None and not _beats(study, best, before):
+        yield "No trial beats zero-shot: widen the ranges, or give more epochs or more data."
+    if folder.path is not None:
+        yield (
+            f"study: {folder.path} (study.csv, {BEST_CONFIG}, pictures)\n"
+            f"next: python train.py --config {folder.path / BEST_CONFIG}"
+        )
+
+
+def _outcome(trial: FrozenTrial, best: FrozenTrial | None) -> str:
+    if trial.state == TrialState.COMPLETE:
+        mark = "  ← best so far" if best is not None and best.number == trial.number else ""
+        facts: dict[str, Any] = trial.user_attrs
+        return f"{trial.value:g} at epoch {facts['best_epoch']}, {facts['seconds']:g} s{mark}"
+    reason = str(trial.user_attrs.get("reason", ""))
+    return reason if trial.state == TrialState.PRUNED else f"failed: {reason}"
+
+
+def _zero_shot_value(study: optuna.Study, objective: str) -> float | None:
+    state = study.user_attrs.get("zero_shot")
+    if not state:
+        return None
+    direction, name = objective.split(".")
+    return float(Figures.from_state(state).as_dict()[direction][name])
+
+
+def _beats(study: optuna.Study, best: FrozenTrial, before: float) -> bool:
+    assert best.value is not None
+    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+    return best.value > before if maximize else best.value < before

@@ -1,0 +1,128 @@
+"""How the next point is chosen, and which trials are ended early: Optuna's samplers and pruners, by name."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PercentilePruner
+from optuna.samplers import BaseSampler, GridSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search_settings import OptunaSettings
+from adaclip_finetune.settings.layers import nearest
+from adaclip_finetune.settings.schema import show
+from adaclip_finetune.tuning.ledger import place
+from adaclip_finetune.tuning.space import Space
+
+_KEPT_BY_PERCENTILE = 25.0
+
+
+def make_sampler(config: Config, space: Space) -> BaseSampler:
+    """The sampler that `optuna_cfg.sampler` names. Raises UserError for arguments that its class does not take."""
+    assert config.optuna_cfg is not None
+    settings = config.optuna_cfg.sampler
+    arguments = dict(settings.model_extra or {})
+    if settings.name == "GridSampler":
+        _check_arguments(GridSampler, arguments)
+        # One order of the points for all trials and workers, since trials remember their place in it.
+        return GridSampler(space.grid(), seed=_seed(config, arguments))
+    kind: Any = getattr(optuna.samplers, settings.name)
+    _check_arguments(kind, arguments)
+    seed = _seed(config, arguments)
+    arguments.pop("seed", None)
+
+    def make(seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler: BaseSampler = kind(**arguments, seed=seed)
+        return sampler
+
+    try:
+        make(0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optuna_cfg.sampler: {settings.name} refuses {show(arguments)}: {error}") from None
+    return SeededByPlace(make, seed)
+
+
+def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
+    """The pruner that `optuna_cfg.pruner` names; steps are epochs, from 1."""
+    if settings.pruner == "median":
+        return MedianPruner(n_warmup_steps=settings.n_warmup_steps)
+    if settings.pruner == "percentile":
+        return PercentilePruner(_KEPT_BY_PERCENTILE, n_warmup_steps=settings.n_warmup_steps)
+    if settings.pruner == "hyperband":
+        return HyperbandPruner(min_resource=max(1, settings.n_warmup_steps), max_resource=num_epochs)
+    return NopPruner()
+
+
+class SeededByPlace(BaseSampler):
+    """A sampler that is made anew for each trial, seeded by the trial's place in the study.
+
+    So what it draws follows from the seed and from what the study has found: the same in one go or in several, and
+    never the same twice by several workers, of which no two have a trial of the same place.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._sampler = make(0)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        here = place(study.get_trials(deepcopy=False), trial.number)
+        self._sampler = self._make(int(np.random.SeedSequence((self._seed, here)).generate_state(1)[0]))
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._sampler.after_trial(study, trial, state, values)
+
+
+def _seed(config: Config, arguments: Mapping[str, Any]) -> int:
+    """The sampler's own, or that of the config."""
+    seed = arguments.get("seed")
+    if seed is None:
+        return config.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"optuna_cfg.sampler.seed is {show(seed)}, but must be a whole number from 0 to 2^32 - 1")
+    return seed
+
+
+def _check_arguments(kind: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises UserError for an argument that the class does not know, or that JSON cannot spell."""
+    known = [
+        name
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if _spelled_in_json(str(parameter.annotation))
+    ]
+    for name in arguments:
+        if name not in known:
+            raise UserError(
+                f"optuna_cfg.sampler: {kind.__name__} takes no {name} here; the nearest is {nearest(name, known)} "
+                f"(of {', '.join(known)})"
+            )
+
+
+def _spelled_in_json(annotation: str) -> bool:
+    return set(annotation.replace("|", " ").split()) <= {"bool", "int", "float", "str", "None", "dict[str,", "Any]"}

@@ -140,7 +140,7 @@ def test_extension_decides_between_two_files(tmp_path: Path) -> None:
 
 def test_a_broken_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(b"")
-    with pytest.raises(FrameError, match=r"v: .*v\.mp4: Invalid data") as caught:
+    with pytest.raises(FrameError, match=r"v: .*v\.mp4: the file is empty") as caught:
         VideoFolder(tmp_path).count("v")
     assert caught.value.video_id == "v"
 

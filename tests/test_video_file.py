@@ -107,7 +107,7 @@ def test_damage_is_reported_not_painted_over(tmp_path: Path) -> None:
     index = index_video(path)
     before, after = keys[1] - 3, keys[2]  # in other groups of pictures, which are sound
     assert [index_of(frame) for frame in read_frames(path, index, [before, after])] == [before, after]
-    with pytest.raises(BrokenVideo, match="it is damaged after frame"):
+    with pytest.raises(BrokenVideo, match=r"frame \d+ of 60 cannot be decoded: the file is damaged after \d+ sound frames \(Invalid data"):
         read_frames(path, index, [keys[1]])
 
 

@@ -9,8 +9,9 @@ a playlist or script that calls itself .mp4 cannot make us open anything else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     file which went bad does not quietly become other training data.
     """
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+    try:
+        opened = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+    except av.InvalidDataError as error:
+        what = "it is no video of a known kind, or was cut off" if path.stat().st_size else "the file is empty"
+        raise BrokenVideo(f"{what} ({_reason(error)})") from None
+    with opened as container:
         stream = container.streams.best("video")
         if stream is None:
             raise BrokenVideo("it holds no video stream")
@@ -133,22 +139,45 @@ def _first_pts(path: Path) -> int | None:
 
 def _sound_frames(path: Path) -> Iterator[Any]:
     """Decode everything in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
-    decoded, damage = 0, ""
+    decoded, damaged_at, damage, goes_on = 0, -1, "", False
     with _opened(path) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
-        for packet in container.demux(stream):
+        for at, packet in enumerate(container.demux(stream)):
+            if damage and not packet.size:
+                break
             try:
                 frames = stream.codec_context.decode(packet)
             except av.FFmpegError as error:
-                frames, damage = [], _reason(error)
-            else:
-                if damage and packet.size and (decoded or not may_start_anywhere):
-                    raise BrokenVideo(f"it is damaged after frame {decoded} ({damage})")
-                damage = ""
-            for frame in frames:
-                if not frame.is_corrupt:
-                    decoded += 1
-                    yield frame
+                if not damage:
+                    damaged_at, damage = at, _reason(error)
+                continue
+            goes_on = bool(damage) and (decoded > 0 or not may_start_anywhere)
+            if goes_on:
+                break
+            damage = ""
+            for frame in _whole(frames):
+                decoded += 1
+                yield frame
+    if (
+        damage
+    ):  # A decoder that fails may swallow a sound frame that it held back, and later give the one that it spoilt.
+        for frame in islice(_frames_of(path, damaged_at), decoded, None):
+            decoded += 1
+            yield frame
+    if goes_on:
+        raise BrokenVideo(f"the file is damaged after {decoded} sound frames ({damage})")
+
+
+def _frames_of(path: Path, num_packets: int) -> Iterator[Any]:
+    """What the first packets of a file give, which are known to be sound."""
+    with _opened(path) as (container, stream), suppress(av.FFmpegError):  # damage may show a packet late
+        for packet in islice(container.demux(stream), num_packets):
+            yield from _whole(stream.codec_context.decode(packet))
+        yield from _whole(stream.codec_context.decode(None))
+
+
+def _whole(frames: list[Any]) -> list[Any]:
+    return [frame for frame in frames if not frame.is_corrupt]
 
 
 def _read_by_seeking(path: Path, index: VideoIndex, wanted: list[int]) -> dict[int, Frame]:
@@ -220,14 +249,18 @@ def _read_from_start(path: Path, index: VideoIndex, wanted: list[int]) -> dict[i
     """The slow way, which needs nothing but a decoder. Raises BrokenVideo."""
     place = None if index.pts is None else {int(index.pts[i]): i for i in wanted}
     found: dict[int, Frame] = {}
-    for count, frame in enumerate(_sound_frames(path)):
-        i = count if place is None else place.get(frame.pts)
-        if i in wanted:
-            found[i] = _to_rgb(frame)
-            if len(found) == len(wanted):
-                return found
+    damage = ""
+    try:
+        for count, frame in enumerate(_sound_frames(path)):
+            i = count if place is None else place.get(frame.pts)
+            if i in wanted:
+                found[i] = _to_rgb(frame)
+                if len(found) == len(wanted):
+                    return found
+    except BrokenVideo as error:
+        damage = f": {error}"
     missing = next(i for i in wanted if i not in found)
-    raise BrokenVideo(f"frame {missing + 1} of {index.num_frames} cannot be decoded")
+    raise BrokenVideo(f"frame {missing + 1} of {index.num_frames} cannot be decoded{damage}")
 
 
 def _to_rgb(frame: Any) -> Frame:

@@ -1,0 +1,254 @@
+"""Frame n is the n-th that the ffmpeg program shows, pixel by pixel, whatever container, codec, times or damage."""
+
+import random
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from media import index_of, write_video
+
+from adaclip_finetune.data.video_file import Frame, VideoIndex, index_video, read_frames
+
+FRAMES = 60  # of the source, at 25 a second
+PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
+
+H264 = "-c:v libx264 -g 12 -bf 3 -pix_fmt yuv420p"
+OPEN = f"{H264} -x264-params open-gop=1:b-pyramid=2"
+HEVC = "-c:v libx265 -pix_fmt yuv420p -x265-params log-level=error:keyint=12:bframes=4"
+VP9 = "-c:v libvpx-vp9 -cpu-used 8 -g 20 -lag-in-frames 16 -auto-alt-ref 1 -pix_fmt yuv420p"
+AV1 = "-c:v libsvtav1 -preset 12 -g 20 -pix_fmt yuv420p"
+MPEG2 = "-c:v mpeg2video -bf 2 -g 12 -b:v 4M"
+VARIABLE = f"-vf select=not(mod(n\\,3))+gt(n\\,30) -fps_mode vfr {H264}"
+INTERLACED = "-vf scale=128:64,interlace,format=yuv420p -flags +ildct+ilme"
+
+# Name → what the ffmpeg program is told between the source, or the file named first, and the name.
+ENCODED = {
+    "h264.mp4": H264,
+    "h264.mkv": H264,
+    "h264.mov": H264,
+    "h264.ts": H264,
+    "h264.flv": H264,
+    "h264.avi": H264,
+    "open.mp4": OPEN,
+    "open.mkv": OPEN,
+    "open.ts": OPEN,
+    "hevc.mp4": f"{HEVC}:open-gop=0",
+    "hevc_open.mp4": f"{HEVC}:open-gop=1",
+    "hevc_open.mkv": f"{HEVC}:open-gop=1",
+    "hevc_open.ts": f"{HEVC}:open-gop=1",
+    "variable.mp4": VARIABLE,
+    "variable.mkv": VARIABLE,
+    "variable.webm": VARIABLE.replace(H264, VP9),
+    "vp9.webm": VP9,
+    "vp9.mp4": VP9,
+    "av1.webm": AV1,
+    "av1.mp4": f"{AV1} -svtav1-params film-grain=20",
+    "mpeg2.ts": MPEG2,
+    "mpeg2.mpg": MPEG2,
+    "mpeg1.mpeg": MPEG2.replace("mpeg2", "mpeg1"),
+    "mpeg4.avi": "-c:v mpeg4 -bf 2 -b:v 4M",
+    "mpeg4.mp4": "-c:v mpeg4 -bf 2 -b:v 4M",
+    "packed.avi": "-c:v libxvid -bf 2 -b:v 4M",
+    "wmv.wmv": "-c:v wmv2 -g 12 -b:v 4M",
+    "h263.3gp": "-s 176x144 -c:v h263 -b:v 1M",
+    "flv1.flv": "-c:v flv -g 12 -b:v 4M",
+    "mjpeg.avi": "-c:v mjpeg",
+}
+COPIED = {
+    "fragments.mp4": ("h264.mp4", "-movflags frag_keyframe+empty_moov"),
+    "negative_offsets.mp4": ("h264.mp4", "-movflags negative_cts_offsets"),
+    "no_edit_list.mp4": ("h264.mp4", "-use_editlist 0"),
+    "before_zero.mp4": ("h264.mp4", "-avoid_negative_ts disabled -output_ts_offset -0.5"),
+    "late.mp4": ("h264.mp4", "-output_ts_offset 1.5"),
+    "clock_starts_anew.ts": ("h264.mp4", "-output_ts_offset 95443.2"),  # 33 bits of 1/90000 s end within the file
+    "cut_h264.mp4": ("h264.mp4", "-ss 0.71 -t 1.2"),  # by an edit list, from the key frame before it
+    "cut_open.mp4": ("open.mp4", "-ss 0.71 -t 1.2"),
+    "cut_hevc_open.mp4": ("hevc_open.mp4", "-ss 0.71 -t 1.2"),
+    "cut_vp9.mp4": ("vp9.mp4", "-ss 0.71 -t 1.2"),
+    "cut_open.mkv": ("open.mkv", "-ss 0.71"),
+    "cut_open.ts": ("open.ts", "-ss 0.71"),
+    "cut_hevc_open.ts": ("hevc_open.ts", "-ss 0.71"),
+}
+# Edit lists that the program does not write: (milliseconds shown, from this second of the video; None: nothing).
+EDITS: dict[str, list[tuple[int, float | None]]] = {
+    "within": [(1000, 0.6)],
+    "two": [(520, 0.2), (720, 1.4)],
+    "overlapping": [(1000, 0.0), (1000, 0.48)],
+    "twice": [(600, 0.48), (600, 0.48)],
+    "turned": [(800, 1.2), (800, 0.0)],
+    "delayed": [(500, None), (1000, 0.7)],
+}
+
+
+def told(*words: object) -> bytes:
+    """What ffmpeg writes to its standard output. It ends well on damaged files, too."""
+    command = [PROGRAM, "-v", "error", "-y", *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+class Library:
+    """Makes each file when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = write_video(folder / "source.mkv", FRAMES, "ffv1")
+        self.encoders = told("-encoders").decode()
+
+    def __getitem__(self, name: str) -> Path:
+        path = self.folder / name
+        if name in ENCODED and not path.exists():
+            words = ENCODED[name].split()
+            if (encoder := words[words.index("-c:v") + 1]) not in self.encoders:
+                pytest.skip(f"this ffmpeg program has no encoder {encoder}")
+            told("-i", self.source, *words, path)
+        elif name in COPIED and not path.exists():
+            base, words_after = COPIED[name]
+            before, after = (words_after.split(), []) if words_after.startswith("-ss") else ([], words_after.split())
+            told(*before, "-i", self[base], "-c", "copy", *after, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("library"))
+
+
+def shown_by_ffmpeg(path: Path) -> Frame:
+    """Every frame, none repeated or dropped for an even rate: RGB (n, H, W, 3)."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        height, width = stream.height, stream.width
+    plain = "-map 0:v:0 -fps_mode passthrough -f rawvideo -pix_fmt rgb24"
+    raw = told("-noautorotate", "-i", path, *plain.split(), "-")
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+def everything(path: Path) -> tuple[VideoIndex, Frame]:
+    """The index, and all frames, of which any choice must be the same."""
+    index = index_video(path)
+    frames = read_frames(path, index, range(index.num_frames))
+    draw = random.Random(path.name)
+    for number in (1, 1, 1, 3, 3, 16):
+        chosen = [draw.randrange(index.num_frames) for _ in range(number)]
+        assert np.array_equal(read_frames(path, index, chosen), frames[chosen]), chosen
+    return index, frames
+
+
+@pytest.mark.parametrize("name", [*ENCODED, *COPIED])
+def test_frames_are_those_of_the_ffmpeg_program(library: Library, name: str) -> None:
+    expected = shown_by_ffmpeg(library[name])
+    assert len(expected) == FRAMES if name in ENCODED and "variable" not in name else 20 < len(expected) <= FRAMES
+    _, frames = everything(library[name])
+    assert np.array_equal(frames, expected)
+
+
+@pytest.mark.parametrize("base", ["h264.mp4", "hevc_open.mp4"])
+@pytest.mark.parametrize("edits", EDITS)
+def test_edit_lists(library: Library, tmp_path: Path, base: str, edits: str) -> None:
+    """What the list says. Of a part that begins between key frames of open groups of HEVC, the program, which does not
+    seek, cannot show the frames before the key frame: these three are what it lacks here."""
+    path = tmp_path / "edited.mp4"
+    path.write_bytes(with_edits(library[base].read_bytes(), EDITS[edits]))
+    _, frames = everything(path)
+    parts = [(round(start * 25), duration // 40) for duration, start in EDITS[edits] if start is not None]
+    assert [index_of(frame) for frame in frames] == [first + i for first, count in parts for i in range(count)]
+    expected = shown_by_ffmpeg(path)
+    if (base, edits) == ("hevc_open.mp4", "two"):
+        assert len(expected) == len(frames) - 3
+        frames = np.delete(frames, slice(parts[0][1], parts[0][1] + 3), axis=0)
+    assert np.array_equal(frames, expected)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+@pytest.mark.parametrize("container", ["mp4", "ts", "mpg", "mkv"])
+def test_interlaced(library: Library, tmp_path: Path, codec: str, container: str) -> None:
+    """Near, not equal: two versions of FFmpeg bring the colours of interlaced pictures to RGB by other rules."""
+    path = tmp_path / f"interlaced.{container}"
+    told("-i", library.source, *INTERLACED.split(), "-c:v", codec, "-b:v", "4M", path)
+    expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
+    assert [index_of(frame) for frame in frames] == [index_of(frame) for frame in expected]
+    assert len(frames) in (FRAMES // 2, FRAMES // 2 - 1) and mean_difference(frames, expected) < 3
+
+
+def test_ten_bits(library: Library, tmp_path: Path) -> None:
+    """Near, not equal: FFmpeg's versions differ in how they round."""
+    path = tmp_path / "ten.mkv"
+    told("-i", library.source, *HEVC.replace("yuv420p", "yuv420p10le").split(), path)
+    expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
+    assert [index_of(frame) for frame in frames] == list(range(FRAMES)) and mean_difference(frames, expected) < 3
+
+
+@pytest.mark.parametrize("name", ["h264.ts", "open.ts", "hevc_open.ts", "mpeg2.ts", "mpeg2.mpg"])
+def test_recordings_that_begin_anywhere(library: Library, tmp_path: Path, name: str) -> None:
+    content = library[name].read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content[len(content) // 3 // 188 * 188 :])
+    expected = shown_by_ffmpeg(path)
+    _, frames = everything(path)
+    assert 20 < len(frames) < FRAMES and np.array_equal(frames, expected)
+
+
+TAILS = [
+    *("h264.mkv", "open.mkv", "h264.ts", "open.ts", "h264.flv", "h264.avi", "hevc_open.mkv", "variable.mkv"),
+    *("fragments.mp4", "vp9.webm", "av1.webm", "mpeg2.ts", "mpeg2.mpg", "mpeg4.avi", "wmv.wmv"),
+    *("front.mp4", "front_hevc_open.mp4"),  # with the table of contents before the pictures
+]
+COPIED |= {
+    "front.mp4": ("h264.mp4", "-movflags +faststart"),
+    "front_hevc_open.mp4": ("hevc_open.mp4", "-movflags +faststart"),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("share", [0.45, 0.62, 0.9])
+def test_a_broken_tail(library: Library, tmp_path: Path, name: str, share: float) -> None:
+    """All that is whole is there, in order. Of the frame that was cut, ffmpeg shows what it can and paints the rest, or
+    shows another one twice: that is why only those of its frames count here which the whole file has, too."""
+    whole = {frame.tobytes(): number for number, frame in enumerate(shown_by_ffmpeg(library[name]))}
+    content = library[name].read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content[: int(len(content) * share)])
+    sound = dict.fromkeys(whole[frame.tobytes()] for frame in shown_by_ffmpeg(path) if frame.tobytes() in whole)
+    _, frames = everything(path)
+    assert [whole.get(frame.tobytes()) for frame in frames] == list(sound)
+    assert FRAMES // 5 < len(frames) < len(whole)
+
+
+def mean_difference(one: Frame, other: Frame) -> float:
+    return float(np.abs(one.astype(np.int16) - other).mean())
+
+
+def with_edits(mp4: bytes, edits: Sequence[tuple[int, float | None]]) -> bytes:
+    """The same file, whose table of contents stands at its end, with another edit list (ISO/IEC 14496-12, 8.6.6)."""
+    content = bytearray(mp4)
+    *outer, old = boxes(content, b"moov", b"trak", b"edts", b"elst")
+    zero = struct.unpack_from(">i", content, old + 20)[0]  # where the encoder began, in ticks of the track
+    header = boxes(content, b"moov", b"trak", b"mdia", b"mdhd")[-1]
+    ticks = struct.unpack_from(">I", content, header + 20)[0]
+    entries = [
+        struct.pack(">IiI", duration, -1 if start is None else zero + round(start * ticks), 1 << 16)
+        for duration, start in edits
+    ]
+    box = struct.pack(">I4sII", 16 + 12 * len(edits), b"elst", 0, len(edits)) + b"".join(entries)
+    size = struct.unpack_from(">I", content, old)[0]
+    content[old : old + size] = box
+    for at in outer:
+        struct.pack_into(">I", content, at, struct.unpack_from(">I", content, at)[0] + len(box) - size)
+    return bytes(content)
+
+
+def boxes(content: bytes | bytearray, *path: bytes) -> list[int]:
+    """Where each box of a path begins, the next one within it."""
+    found: list[int] = []
+    at = 0
+    for name in path:
+        while content[at + 4 : at + 8] != name:
+            at += struct.unpack_from(">I", content, at)[0]
+        found.append(at)
+        at += 8
+    return found

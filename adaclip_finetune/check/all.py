@@ -38,7 +38,7 @@ def check(config: Config, splits: Sequence[Split], deep: bool, estimate: bool, s
     except UserError as error:
         findings.append(Finding("fails", "model", "run", str(error)))
     for split in splits:
-        findings += check_captions(split, config, tower.count_cut if tower else None)
+        findings += check_captions(split, config, tower)
     if trial is not None:
         findings += check_cost(trial, splits, stores[0], readable[0])
     if sheet is not None:

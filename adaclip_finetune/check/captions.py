@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -11,13 +11,11 @@ from adaclip_finetune.check.finding import Finding
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.queries import train_entries
-
-# How many of these texts do not fit into so many tokens: `LoadedClip.count_cut`.
-CountCut = Callable[[Sequence[str], int], int]
+from adaclip_finetune.model.clip import LoadedClip
 
 
-def check_captions(split: Split, config: Config, count_cut: CountCut | None) -> Iterator[Finding]:
-    """`count_cut` is the tower's; None where it cannot be had."""
+def check_captions(split: Split, config: Config, loaded: LoadedClip | None) -> Iterator[Finding]:
+    """Tokens are those of the tower; without one (None) lengths are not looked at."""
     if not split.videos:
         return
     # What `concat_captions` makes of the sentences is what the towers see.
@@ -25,8 +23,8 @@ def check_captions(split: Split, config: Config, count_cut: CountCut | None) -> 
     texts = [(entry.video_id, text) for entry in entries for text in entry.sentences]
     yield _numbers(split)
     yield from _shared_by_videos(split, texts)
-    if count_cut is not None:
-        yield _too_long(split, texts, config, count_cut)
+    if loaded is not None:
+        yield _too_long(split, texts, config, loaded)
 
 
 def _numbers(split: Split) -> Finding:
@@ -56,27 +54,43 @@ def _shared_by_videos(split: Split, texts: Sequence[tuple[str, str]]) -> Iterato
         yield Finding("warning", "shared_captions", split.name, message, shared, "give captions that tell them apart")
 
 
-def _too_long(split: Split, texts: Sequence[tuple[str, str]], config: Config, count_cut: CountCut) -> Finding:
+def _too_long(split: Split, texts: Sequence[tuple[str, str]], config: Config, loaded: LoadedClip) -> Finding:
     limit = config.max_txt_len
     bar = tqdm(texts, f"captions of {split.name}", unit="caption", leave=False, disable=None)
-    long = [(video_id, text) for video_id, text in bar if count_cut([text], limit)]
+    long = [(video_id, text) for video_id, text in bar if loaded.count_cut([text], limit)]
     if not long:
         return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
     items: dict[str, list[dict[str, str]]] = {}
     for video_id, text in long:
-        kept = _fitting(text, limit, count_cut)
+        kept = _fitting(text, limit, loaded)
         items.setdefault(video_id, []).append({"kept": kept, "cut": text[len(kept) :].strip()})
-    joined = ", which concat_captions joins from a video's sentences" if config.concat_captions == "concat" else ""
+    joins = config.concat_captions == "concat" and any(len(video.sentences) > 1 for video in split.videos)
+    joined = ", which are all sentences of a video in one (concat_captions)" if joins else ""
     share = 100 * len(long) / len(texts)
     message = f"max_txt_len {limit} cuts {len(long)} of {len(texts)} captions ({share:.1f} %){joined}"
-    return Finding("warning", "long_captions", split.name, message, items, f"raise max_txt_len above {limit}")
+    advice = _enough([text for _, text in long], limit, loaded)
+    return Finding("warning", "long_captions", split.name, message, items, advice)
 
 
-def _fitting(text: str, limit: int, count_cut: CountCut) -> str:
+def _fitting(text: str, limit: int, loaded: LoadedClip) -> str:
     """The whole words, from the first, that fit."""
     ends = [at for at, letter in enumerate(text) if letter.isspace()]
-    low, high = 0, len(ends)  # that many words fit; that many and one more do not
+    low, high = 0, len(ends)  # that many words fit; of more than the other it is known that they do not
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (low, middle - 1) if count_cut([text[: ends[middle - 1]]], limit) else (middle, high)
+        low, high = (low, middle - 1) if loaded.count_cut([text[: ends[middle - 1]]], limit) else (middle, high)
     return text[: ends[low - 1]] if low else ""
+
+
+def _enough(texts: Sequence[str], limit: int, loaded: LoadedClip) -> str:
+    """What to make of max_txt_len."""
+    most = loaded.context_length
+    if limit == most:
+        return f"the tower takes no more than {most} tokens: shorten what matters"
+    if cut := loaded.count_cut(texts, most):
+        return f"max_txt_len {most}, the most that the tower takes, cuts {cut} of them"
+    low, high = limit, most  # cuts some; cuts none
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if loaded.count_cut(texts, middle) else (low, middle)
+    return f"max_txt_len {high} cuts none of them"

@@ -62,7 +62,9 @@ def _parser() -> Parser:
 
 
 def _config(arguments: Namespace) -> Config:
-    config = load_config(arguments.config, given(arguments))
+    # Without a run nothing chooses among the frames, and a low num_frm must not be held against the default of top_k.
+    without_run = {"use_policy": False} if arguments.annot else {}
+    config = load_config(arguments.config, without_run | given(arguments))
     if arguments.annot:
         taken = [name for name in ("train_annot", "val_annot", "test_annot") if getattr(config, name) is not None]
         if arguments.config or taken:

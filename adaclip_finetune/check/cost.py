@@ -51,9 +51,7 @@ def check_cost(trial: TrialModel, splits: Sequence[Split], store: FrameStore, re
 def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float) -> Finding:
     config, device = trial.config, trial.accelerator.device
     read, compute = reading * step.batch_size, step.seconds
-    # A CPU that computes reads at the cost of computing.
-    together = read + compute if device.type == "cpu" or not config.num_workers else max(read, compute)
-    batch = max(together, 1e-9)
+    batch = max(_together(read, compute, config.num_workers, device), 1e-9)
     epoch = batch * entries / step.batch_size
     times = _Times(step.batch_size, step.tried, compute, read, batch, epoch, epoch * config.num_epochs)
     measured = "" if step.tried == step.batch_size else f", extrapolated from {step.tried}"
@@ -70,6 +68,14 @@ def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float) -> F
             f"needed (adaclip extract --frame_size {trial.loaded.image.size})"
         )
     return Finding("fine", "time", "run", message, asdict(times) | {"threads": torch.get_num_threads()}, advice)
+
+
+def _together(read: float, compute: float, num_workers: int, device: torch.device) -> float:
+    """Seconds a batch, when reading goes on while the batch before is computed."""
+    if not num_workers:
+        return read + compute
+    busy = read * num_workers + (compute * torch.get_num_threads() if device.type == "cpu" else 0.0)
+    return max(read, compute, busy / (os.cpu_count() or 1))
 
 
 def _words(seconds: float) -> str:

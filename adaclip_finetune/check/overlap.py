@@ -60,4 +60,5 @@ def _shared(one: Split, other: Split, where: str) -> Iterator[Finding]:
     }
     if captions:
         message = f"share {len(captions)} captions, of different videos"
+        advice = "harmless where the words are common; see that they are no clips that stand there under two names"
         yield Finding("warning", "captions_of_both", where, message, captions, advice)

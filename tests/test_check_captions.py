@@ -1,0 +1,153 @@
+"""`adaclip check` of annotations: entries that are refused, captions that are cut or shared, splits that overlap."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+from checking import checked, finding, kinds, write_annotation
+from media import write_frames
+
+from adaclip_finetune.check.source import splits_of_files
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.errors import UserError
+
+LONG = "one two three four five six seven eight nine ten eleven twelve"
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("frames")
+    for name in "abcdef":
+        write_frames(folder / name, 4, height=8, width=8)
+    return str(folder)
+
+
+def words(frames: str, *paths: str) -> list[str]:
+    return [*(word for path in paths for word in ("--annot", path)), "--frames_dir", frames, "--num_frm", "4"]
+
+
+def test_all_that_is_refused_is_listed(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries: dict[str, Any] = {
+        "a": ["fine"],
+        "b": [""],
+        "c": {"sentences": []},
+        "d": ["fine, too"],
+        "e": {"sentences": ["x"], "extention": "mp4"},
+        "../f": ["x"],
+    }
+    path = write_annotation(tmp_path / "val.json", entries)
+    code, found = checked(capsys, *words(frames, path))
+    refused = finding(found, "annotation", "val")
+    assert (code, refused.severity) == (1, "fails") and "4 entries" in refused.message
+    for name, told in {"b": "sentence 1", "c": '"sentences" is empty', "e": "extension", "../f": "leads out"}.items():
+        assert [told in line for line in refused.items if line.startswith(f"video '{name}'")] == [True]
+    with pytest.raises(UserError) as first:  # what a run would say is one of them
+        load_annotations(path)
+    assert str(first.value).removeprefix(f"{path}: ") in refused.items
+    assert finding(found, "captions", "val").items["videos"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "expected an object"),
+        ("{", "not JSON"),
+        ('{"a": {"sentences": ["x"]}, "a": {}}', "stands twice"),
+        ("{}", "holds no video"),
+    ],
+)
+def test_files_that_are_none(
+    frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, told: str
+) -> None:
+    path = tmp_path / "val.json"
+    path.write_text(content)
+    code, found = checked(capsys, *words(frames, str(path)))
+    (problem,) = finding(found, "annotation", "val").items
+    assert code == 1 and told in problem
+
+
+def test_a_thousand_entries_one_of_them_wrong(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {f"v{number}": [f"caption {number}"] for number in range(1000)}
+    entries["v700"] = []
+    path = write_annotation(tmp_path / "train.json", entries)
+    (split,) = splits_of_files([path], load_config(None, {"data_subset": 800}))
+    assert [video.video_id for video in split.videos] == [f"v{number}" for number in range(801) if number != 700]
+    assert len(split.problems) == 1 and f"{path}: video 'v700'" in split.problems[0]
+
+
+def test_long_captions(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve words of a token each, and two for start and end: max_txt_len 14 suffices."""
+    tokens = open_clip.get_tokenizer("ViT-B-32")
+    assert len(tokens.encode(LONG)) == 12
+    path = write_annotation(
+        tmp_path / "val.json", {"a": [LONG], "b": ["short", LONG + " thirteen"], "c": ["short one"]}
+    )
+    options = ["--concat_captions", "indep-all", "--max_txt_len"]
+    code, found = checked(capsys, *words(frames, path), *options, "10")
+    long = finding(found, "long_captions", "val")
+    assert code == 0 and long.severity == "warning" and "2 of 4 captions (50.0 %)" in long.message
+    assert long.items["a"] == [{"kept": "one two three four five six seven eight", "cut": "nine ten eleven twelve"}]
+    assert long.advice == "max_txt_len 15 cuts none of them"
+    _, found = checked(capsys, *words(frames, path), *options, "15")
+    assert finding(found, "long_captions", "val").severity == "fine"
+    _, found = checked(capsys, *words(frames, path), "--concat_captions", "concat", "--max_txt_len", "15")
+    joined = finding(found, "long_captions", "val")
+    assert list(joined.items) == ["b"] and "concat_captions" in joined.message and "1 of 3" in joined.message
+    path = write_annotation(tmp_path / "val.json", {"a": [LONG * 10], "b": ["unbroken" * 60]})
+    _, found = checked(capsys, *words(frames, path), "--max_txt_len", "77")
+    assert finding(found, "long_captions", "val").items["b"] == [{"kept": "", "cut": "unbroken" * 60}]
+
+
+def test_captions_of_several_videos(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_annotation(
+        tmp_path / "train.json", {"a": ["A Dog", "x"], "b": ["a  dog"], "c": ["a cat"], "d": ["a dog"]}
+    )
+    code, found = checked(capsys, *words(frames, path), "--concat_captions", "indep-one")
+    shared = finding(found, "shared_captions", "train")
+    assert code == 0 and shared.severity == "warning" and shared.items == {"A Dog": ["a", "b", "d"]}
+    counts = finding(found, "captions", "train").items
+    assert counts == {"videos": 4, "captions": 5, "min": 1, "median": 1, "max": 2}
+
+
+def test_overlap(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of = {
+        name: {"sentences": [f"caption {name}"], "group": group} for name, group in zip("abcdef", "111223", strict=True)
+    }
+    splits = {"train": "ab", "val": "bc", "test": "def"}
+    paths = [
+        write_annotation(tmp_path / f"{split}.json", {name: of[name] for name in names})
+        for split, names in splits.items()
+    ]
+    code, found = checked(capsys, *words(frames, *paths))
+    assert code == 0
+    assert kinds(found, "warning") == {("shared_videos", "train, val"), ("shared_groups", "train, val")}
+    assert list(finding(found, "shared_videos", "train, val").items) == ["b"]
+    assert finding(found, "shared_groups", "train, val").items == {"1": ["c"]}
+
+    other = write_annotation(tmp_path / "other.json", {"f": {"sentences": ["Caption  A", "of its own"]}})
+    _, found = checked(capsys, *words(frames, paths[0], other))
+    both = finding(found, "captions_of_both", "train, other")
+    assert both.items == {"Caption  A": ["a", "f"]}
+
+    _, found = checked(capsys, *words(frames, paths[0], paths[2]))
+    assert finding(found, "overlap", "train, test").severity == "fine"
+
+
+def test_the_same_data_twice(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [write_annotation(tmp_path / f"{split}.json", {"a": ["one"]}) for split in ("val", "test")]
+    _, found = checked(capsys, *words(frames, *paths))
+    assert kinds(found, "warning") == {("same_data", "val, test")}
+
+
+def test_the_object_is_json_of_all(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_annotation(tmp_path / "val.json", {f"gone{number}": ["x y"] for number in range(40)})
+    code, found = checked(capsys, *words(frames, path))
+    assert code == 1 and set(found) == {"verdict", "splits", "findings"} and found["verdict"] == "fails"
+    assert found["splits"] == {"val": {"path": path, "trains": False}}
+    for entry in found["findings"]:
+        assert set(entry) == {"severity", "check", "split", "message", "items", "advice"}
+    assert len(finding(found, "missing_videos", "val").items) == 40
+    assert json.loads(json.dumps(found)) == found

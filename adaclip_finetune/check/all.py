@@ -43,5 +43,8 @@ def check(config: Config, splits: Sequence[Split], deep: bool, estimate: bool, s
         findings += check_cost(trial, splits, stores[0], readable[0])
     if sheet is not None:
         count = draw_sheet(sheet, list(zip(splits, stores, readable, strict=True)), config)
-        findings.append(Finding("fine", "sheet", "run", f"{sheet} shows {count} videos"))
+        if count:
+            findings.append(Finding("fine", "sheet", "run", f"{sheet} shows {count} videos"))
+        else:
+            findings.append(Finding("warning", "sheet", "run", f"{sheet} is not drawn: there is nothing to show"))
     return findings

@@ -1,4 +1,4 @@
-"""The contact sheet: a few videos of each split as a run would see them, sampled frames above each other's numbers."""
+"""The contact sheet: a few videos of each split as a run would see them, the frames that are sampled, and the captions."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class _Text(NamedTuple):
 
 
 def draw_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> int:
-    """Write the PNG; each split comes with its store and its readable videos. Returns how many videos are on it.
+    """Write the PNG; each split comes with its store and its readable videos. Returns how many videos are on it; for
+    none nothing is written.
 
     The choice and the frames are the same each time: frames as evaluations take them, and training does with sampling
-    uniform. Raises UserError where the file cannot be written, or nothing can be read.
+    uniform. Raises UserError where the file cannot be written.
     """
     rows = [
         _row(split, video, store, config)
@@ -47,7 +48,7 @@ def draw_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[st
         for video in _chosen(split, readable, store)
     ]
     if not rows:
-        raise UserError(f"--sheet {path}: none of the videos can be read, so there is nothing to show")
+        return 0
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:

@@ -1,0 +1,118 @@
+"""`adaclip check` as a command: what it is asked, what it prints, and real data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checking import checked, finding, kinds, made_up, write_annotation
+from PIL import Image
+
+from adaclip_finetune.cli import main
+from adaclip_finetune.data.sampling import frame_indices
+
+EXAMPLE = Path(__file__).parents[1] / "dataset_example"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--annot", "nowhere.json", "--frames_dir", "."], "--annot nowhere.json: there is no such file"),
+        (["--annot", str(EXAMPLE / "val.json")], "frames_dir"),
+        (["--annot", str(EXAMPLE / "val.json"), "--frames_dir", "nowhere"], "nowhere"),
+        (["--annot", str(EXAMPLE / "val.json"), "--config", "x.json"], "x.json"),
+        (["--annot", str(EXAMPLE / "val.json"), "--val_annot", "x.json"], "--annot is for files without a run"),
+        (["--annot", str(EXAMPLE / "val.json"), "--video_dir", ".", "--sheet", "no/where.png"], "--sheet no/where.png"),
+        (["--frames_dir", "."], "train_annot is needed"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--deepp"], "--deep"),
+    ],
+)
+def test_wrong_requests(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *words]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.out == "" and "Traceback" not in printed.err
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worst first, each with an example and what to do."""
+    frames = made_up(tmp_path)
+    videos = {name: [f"what {name} shows"] for name in ("good", "short", "gap", "gone", "gone too", "gone as well")}
+    path = write_annotation(tmp_path / "val.json", videos)
+    code = main(["check", "--annot", path, "--frames_dir", str(frames), "--num_frm", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in ("fails", "warning", "fine")]
+    assert code == 1 and starts == sorted(starts, key=("fails", "warning", "fine").index)
+    text = "\n".join(lines)
+    assert "3 of 6 videos are missing" in text and "· gone: " in text and "and 1 more (--json lists all)" in text
+    assert "→ extract or fetch them" in text and "--skip_missing" in text
+    assert lines[-1] == "As things stand a run would fail. (2 fails, 1 warning, 2 fine)"
+    columns = {line.index(word) for line in lines for word in ("3 of 6 videos", "1 of 6 videos") if word in line}
+    assert len(columns) == 1
+
+
+def test_the_example_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [word for split in ("train", "val", "test") for word in ("--annot", str(EXAMPLE / f"{split}.json"))]
+    settings = ["--clip_weights", str(EXAMPLE / "tiny_clip"), "--max_txt_len", "32", "--concat_captions", "indep-one"]
+    code, found = checked(capsys, *names, "--video_dir", str(EXAMPLE / "videos"), *settings)
+    assert code == 0 and found["verdict"] == "fine"
+    assert finding(found, "captions", "train").items["videos"] == 600
+
+
+def test_real_videos(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shared / "data" / "panda70m"
+    names = [word for split in ("val", "test") for word in ("--annot", str(folder / f"{split}.json"))]
+    code, found = checked(capsys, *names, "--video_dir", str(folder / "videos"))
+    assert code == 0 and kinds(found, "warning") == {("long_captions", "val"), ("long_captions", "test")}
+    assert ("overlap", "val, test") in kinds(found, "fine") and ("videos", "val") in kinds(found, "fine")
+
+
+def test_real_frames(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a count of the files themselves."""
+    folder = shared / "data" / "msrvtt_frames"
+    annotation = json.loads((folder / "val.json").read_text())
+    counts = {name: len(list((folder / "frames" / name).iterdir())) for name in annotation}
+    code, found = checked(capsys, "--annot", str(folder / "val.json"), "--frames_dir", str(folder / "frames"))
+    short = finding(found, "short_videos", "val")
+    assert code == 0 and short.items == {name: f"{count} frames" for name, count in counts.items() if count < 16}
+
+
+def test_the_sheet_shows_the_frames_that_are_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frames of one colour each, told by the index: the colours on the sheet are those of the indices."""
+    colours = [(30 * index, 255 - 30 * index, 40 + 20 * index) for index in range(8)]
+    for name, count in {"long": 8, "short": 2}.items():
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (160, 90), colours[index]).save(tmp_path / name / f"image_{index + 1:05d}.png")
+    videos = {
+        "long": {"sentences": ["what is long", "слово 猫", "x " * 300], "duration": 4.0},
+        "short": ["what is short"],
+    }
+    path, sheet = write_annotation(tmp_path / "val.json", videos), tmp_path / "sheet.png"
+    words = ("--annot", path, "--frames_dir", str(tmp_path), "--img_tmpl", "image_{:05d}.png", "--num_frm", "4")
+    assert main(["check", *words, "--sheet", str(sheet)]) == 0
+    assert f"{sheet} shows 2 videos" in " ".join(capsys.readouterr().out.split())
+    with Image.open(sheet, formats=["PNG"]) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    sampled = frame_indices(8, 4).tolist()
+    assert sampled == [0, 2, 4, 6]
+    for index, colour in enumerate(colours):
+        places = np.argwhere((pixels == colour).all(axis=2))
+        # `short` has 0 and 1, each twice, the second time with a border.
+        assert (len(places) > 0) is (index in (*sampled, 1)), index
+        if index in (2, 4, 6):
+            height, width = places.max(axis=0) - places.min(axis=0) + 1
+            assert (width, height) == (160, 90)
+    lefts = [np.argwhere((pixels == colours[index]).all(axis=2))[:, 1].min() for index in sampled]
+    assert lefts == sorted(lefts) and len(set(lefts)) == 4
+    assert (pixels == (230, 120, 0)).all(axis=2).sum() > 2 * 3 * 160  # what is repeated has a border
+    first = sheet.read_bytes()
+    assert main(["check", *words, "--sheet", str(sheet)]) == 0 and sheet.read_bytes() == first
+
+
+def test_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_annotation(tmp_path / "val.json", {"gone": ["x"]})
+    sheet = tmp_path / "sheet.png"
+    code, found = checked(capsys, "--annot", path, "--frames_dir", str(tmp_path), "--sheet", str(sheet))
+    assert code == 1 and ("missing_videos", "val") in kinds(found, "fails") and not sheet.exists()
+    assert "nothing to show" in finding(found, "sheet", "run").message

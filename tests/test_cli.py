@@ -95,9 +95,9 @@ def test_train_py_is_the_train_command_and_its_help_imports_no_torch() -> None:
     assert done.stdout.rstrip().endswith("torch imported: False")
 
 
-def test_search_is_refused_for_now(refusal: Callable[..., str]) -> None:
+def test_search_settings_that_contradict_others(refusal: Callable[..., str]) -> None:
     space = '{"coef_lr": {"range": [0.02, 0.5]}}'
-    assert "search is not in this version" in refusal("--optuna_cfg.opt_params", space)
+    assert "a search trains" in refusal("--optuna_cfg.opt_params", space, "--do_inference")
     assert "do_training_af_optuna needs optuna_cfg" in refusal("--do_training_af_optuna")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -78,9 +79,10 @@ def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> i
             "same command again"
         ) from None
     except lmdb.Error as error:
+        free = shutil.disk_usage(part.parent).free / 1e6  # LMDB calls a full disk an I/O error
         raise UserError(
-            f"{_shown(part)}: {error.reason}. What was packed until then stays: make room, or mend what is wrong, "
-            "and run the same command again"
+            f"{_shown(part)}: {error.reason} ({free:.1f} MB are free there). What was packed until then stays: make "
+            "room, or mend what is wrong, and run the same command again"
         ) from None
     part.replace(output)
     flush_folder(output.parent)

@@ -19,7 +19,7 @@ from adaclip_finetune.data.packing import pack
 from adaclip_finetune.data.sampling import frame_indices
 
 TEMPLATE = "image_{:05d}.jpg"
-PASSES = 5
+PASSES = 3
 
 
 def main(frames: Path, num_frm: int = 16) -> None:

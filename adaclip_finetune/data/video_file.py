@@ -90,13 +90,15 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:
         opened = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
-    except av.InvalidDataError as error:
+    except (av.InvalidDataError, av.EOFError) as error:
         what = "it is no video of a known kind, or was cut off" if path.stat().st_size else "the file is empty"
         raise BrokenVideo(f"{what} ({_reason(error)})") from None
     with opened as container:
         stream = container.streams.best("video")
         if stream is None:
             raise BrokenVideo("it holds no video stream")
+        if stream.disposition & av.stream.Disposition.attached_pic:
+            raise BrokenVideo("it holds no video stream, only a cover picture")
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
@@ -158,9 +160,8 @@ def _sound_frames(path: Path) -> Iterator[Any]:
             for frame in _whole(frames):
                 decoded += 1
                 yield frame
-    if (
-        damage
-    ):  # A decoder that fails may swallow a sound frame that it held back, and later give the one that it spoilt.
+    if damage:
+        # A decoder that fails may have swallowed a sound frame that it held back, and would now give the one it spoilt.
         for frame in islice(_frames_of(path, damaged_at), decoded, None):
             decoded += 1
             yield frame

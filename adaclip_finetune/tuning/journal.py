@@ -1,0 +1,126 @@
+"""A study in a journal file, which several processes write together, on one machine or on a folder that machines share.
+
+Who runs a trial says so in the trial's user attribute `lease`: process id, host, when that process began, and the time,
+renewed by a thread. On its own machine a process sees at once that another one died; of another machine's it takes
+silence for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.lock import is_alive, this_process
+from adaclip_finetune.tuning import signs
+from adaclip_finetune.tuning.kept import StudyStorage
+
+LEASE = "lease"
+
+
+def open_journal(name: str) -> JournalStudy:
+    """Made where there is none. Raises UserError for what is no journal, or cannot be one."""
+    path = Path(name)
+    if re.match(r"(sqlite|postgres|mysql)[\w+]*:", name):
+        raise UserError(
+            "optuna_cfg.storage: a database's URL has :// behind its first word, as in sqlite:///optuna.db; without, "
+            "it is the path of a journal file"
+        )
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"optuna_cfg.storage: the folder {path.absolute().parent} of {path.name} is not there; make it")
+    lock = (JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock)(name)  # as the dashboard chooses
+    try:
+        _check(path)
+        _cut_off_half_a_line(path, lock)
+        return JournalStudy(JournalStorage(JournalFileBackend(name, lock)), name)
+    except OSError as error:
+        raise UserError(f"optuna_cfg.storage: the journal file {path} cannot be used: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"optuna_cfg.storage: {path} is no whole journal of Optuna's ({type(error).__name__}: {error}); give "
+            "another file"
+        ) from None
+
+
+class JournalStudy(StudyStorage):
+    """See above."""
+
+    shared = True
+    storage: JournalStorage
+
+    def __init__(self, storage: JournalStorage, path: str) -> None:
+        super().__init__(storage, path)
+        self._silence = signs.Silence()
+
+    @contextmanager
+    def alive(self, trial: optuna.Trial) -> Iterator[None]:
+        """Holds the lease of the trial."""
+        with super().alive(trial):
+            self._sign(trial._trial_id)
+            ended = Event()
+            renewal = Thread(target=self._renew, args=(trial._trial_id, ended), daemon=True)
+            renewal.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                renewal.join()
+
+    def _renew(self, trial_id: int, ended: Event) -> None:
+        while not ended.wait(signs.EVERY_S):
+            try:
+                self._sign(trial_id)
+            except UpdateFinishedTrialError:  # another process has ended it
+                return
+            except OSError:  # a shared folder may come back
+                continue
+
+    def _sign(self, trial_id: int) -> None:
+        self.storage.set_trial_user_attr(trial_id, LEASE, {**this_process(), "time": time.time()})
+
+    def _died(self, trial: FrozenTrial) -> bool:
+        lease: dict[str, Any] | None = trial.user_attrs.get(LEASE)
+        if lease and lease["host"] == socket.gethostname():
+            # One of this very process is left where the end of a trial could not be written.
+            return lease["pid"] == os.getpid() or not is_alive(lease)
+        return self._silence.too_long(trial._trial_id, lease)
+
+
+def _check(path: Path) -> None:
+    """Before anything is written to it. Raises UserError, OSError, ValueError, KeyError or TypeError."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first_line = file.readline(1 << 20)
+    if first_line.startswith(b"SQLite format 3\0"):
+        raise UserError(f"optuna_cfg.storage: {path} is an SQLite database; write sqlite:///{path}")
+    if first_line:
+        json.loads(first_line)["op_code"]
+
+
+def _cut_off_half_a_line(path: Path, lock: JournalFileOpenLock | JournalFileSymlinkLock) -> None:
+    """What a full disk, or a power cut, leaves at the end of the file: the next line would be lost in it."""
+    lock.acquire()
+    try:
+        with path.open("a+b") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            while end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                end -= 1
+            if end < size:
+                file.truncate(end)
+    finally:
+        lock.release()

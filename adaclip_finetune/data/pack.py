@@ -183,7 +183,7 @@ def _environment_of(path: Path) -> lmdb.Environment:
                 if other[1:] == key[1:]:
                     inherited.close()
             # With readahead: the images of a video lie side by side. Without it each page of them is fetched by itself,
-            # which from a disk took eight times as long (scripts/bench/pack.py).
+            # and the cold reads of scripts/bench/pack.py took eight times as long.
             environment = lmdb.open(str(path), subdir=False, readonly=True, create=False, lock=False)
             _ENVIRONMENTS[key] = environment
         return environment

@@ -20,6 +20,7 @@ from adaclip_finetune.data.sampling import frame_indices
 
 TEMPLATE = "image_{:05d}.jpg"
 PASSES = 3
+VIDEOS = 400
 
 
 def main(frames: Path, num_frm: int = 16) -> None:
@@ -27,7 +28,7 @@ def main(frames: Path, num_frm: int = 16) -> None:
         packed = Path(folder) / "data.lmdb"
         pack(frames, packed, [], TEMPLATE, False)
         videos = [path.name for path in sorted(frames.iterdir()) if path.is_dir()]
-        np.random.default_rng(0).shuffle(videos)
+        videos = np.random.default_rng(0).permutation(videos)[:VIDEOS].tolist()
         files = [packed, *frames.rglob("*.jpg")]
 
         def whole(make: Callable[[], FrameStore]) -> None:

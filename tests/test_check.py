@@ -46,7 +46,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(lines)
     assert "3 of 6 videos are missing" in text and "· gone: " in text and "and 1 more (--json lists all)" in text
     assert "→ extract or fetch them" in text and "--skip_missing" in text
-    assert lines[-1] == "As things stand a run would fail. (2 fails, 1 warning, 2 fine)"
+    assert lines[-1] == "As things stand a run would fail. (2 would fail, 1 warning, 2 fine)"
     columns = {line.index(word) for line in lines for word in ("3 of 6 videos", "1 of 6 videos") if word in line}
     assert len(columns) == 1
 

@@ -86,7 +86,7 @@ def test_memory_that_is_too_small(
     needed = finding(found, "memory", "run").items
     assert needed["process"] > 100 * 2**20
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real()._replace(available=0))
-    code, found = checked(capsys, "--config", path, "--val_batch_size", "512", "--num_workers", "40")
+    code, found = checked(capsys, "--config", path)
     assert code == 1 and ("memory", "run") in kinds(found, "fails")
 
 
@@ -97,7 +97,7 @@ def test_activations_are_counted(project: dict[str, object]) -> None:
 
     trial = build_trial_model(load_config(None, project))
     optimizer, _ = build_optimizer(trial.model, trial.config, 2)
-    small, large = (_two_steps(trial, optimizer, size, 2)[1] for size in (4, 8))
+    small, large = (_two_steps(trial, optimizer, size, 2)[2] for size in (4, 8))
     assert 1.8 * small < large < 2.2 * small
 
 
@@ -136,13 +136,13 @@ def test_a_slow_step_is_extrapolated(project: dict[str, object], monkeypatch: py
 
     sizes = []
 
-    def slow(trial: Any, optimizer: Any, size: int, k: int) -> tuple[float, int]:
+    def slow(trial: Any, optimizer: Any, size: int, k: int) -> tuple[float, float, int]:
         sizes.append(size)
-        return float(size), 1000 * size
+        return float(size), 0.5, 1000 * size
 
     monkeypatch.setattr(steps, "_two_steps", slow)
     found = try_steps(build_trial_model(load_config(None, project)), 64)
-    assert sizes == [2, 4] and (found.tried, found.seconds, found.batch_size) == (4, 64.0, 64)
+    assert sizes == [2, 4] and (found.tried, found.seconds, found.batch_size) == (4, 64.5, 64)
 
 
 def test_the_model_is_no_other_than_a_run_would_build(

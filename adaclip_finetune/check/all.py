@@ -8,7 +8,7 @@ from pathlib import Path
 from adaclip_finetune.check.captions import check_captions
 from adaclip_finetune.check.cost import check_cost
 from adaclip_finetune.check.finding import Finding
-from adaclip_finetune.check.model import build_trial_model
+from adaclip_finetune.check.model import build_trial_model, load_tokenizer
 from adaclip_finetune.check.overlap import check_overlap
 from adaclip_finetune.check.sheet import draw_sheet
 from adaclip_finetune.check.source import Split, refused_entries
@@ -16,7 +16,6 @@ from adaclip_finetune.check.videos import check_videos
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.clip_weights import load_clip
 
 
 def check(config: Config, splits: Sequence[Split], deep: bool, estimate: bool, sheet: Path | None) -> list[Finding]:
@@ -30,17 +29,17 @@ def check(config: Config, splits: Sequence[Split], deep: bool, estimate: bool, s
         findings += found
         readable.append(good)
     findings += check_overlap(splits)
-    tower, trial = None, None
+    tower = None
     trains = estimate and not config.do_inference and splits[0].trains
     try:
         trial = build_trial_model(config) if trains and readable[0] else None
-        tower = trial.loaded if trial else load_clip(config, with_weights=False)
+        tower = trial.loaded if trial else load_tokenizer(config)
+        if trial is not None:
+            findings += check_cost(trial, splits, stores[0], readable[0])
     except UserError as error:
         findings.append(Finding("fails", "model", "run", str(error)))
     for split in splits:
         findings += check_captions(split, config, tower)
-    if trial is not None:
-        findings += check_cost(trial, splits, stores[0], readable[0])
     if sheet is not None:
         count = draw_sheet(sheet, list(zip(splits, stores, readable, strict=True)), config)
         if count:

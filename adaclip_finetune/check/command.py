@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
     splits = splits_of_files(arguments.annot, config) if arguments.annot else splits_of_config(config)
     findings = check(config, splits, arguments.deep, estimate=not arguments.annot, sheet=sheet)
     if arguments.json:
-        print(json.dumps(as_json(splits, findings), ensure_ascii=False))
+        print(json.dumps(as_json(splits, findings)))
     else:
         print(as_text(splits, findings))
     return 1 if worst(findings) == "fails" else 0

@@ -56,9 +56,9 @@ def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float) -> F
     times = _Times(step.batch_size, step.tried, compute, read, batch, epoch, epoch * config.num_epochs)
     measured = "" if step.tried == step.batch_size else f", extrapolated from {step.tried}"
     message = (
-        f"an estimate, on {describe_device(device)}: {_words(batch)} a batch of {step.batch_size} videos{measured} "
-        f"(computing {_words(compute)}, reading {_words(read)} with num_workers {config.num_workers}); an epoch "
-        f"{_words(epoch)}, {config.num_epochs} epochs {_words(times.run)}, evaluations not counted"
+        f"time, an estimate on {describe_device(device)}: {_words(batch)} a batch of {step.batch_size} videos"
+        f"{measured} (computing {_words(compute)}, reading {_words(read)} with num_workers {config.num_workers}); "
+        f"an epoch {_words(epoch)}, {config.num_epochs} epochs {_words(times.run)}, evaluations not counted"
     )
     advice = ""
     if read > compute:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from adaclip_finetune.config import Config
 from adaclip_finetune.model.checkpoints import read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.clip_weights import build_towers, find_towers, load_clip
+from adaclip_finetune.model.clip_weights import Weights, build_towers, find_towers, load_clip
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft import PeftMethod, prepare_peft
 from adaclip_finetune.training.device import make_accelerator
@@ -30,11 +30,9 @@ class TrialModel:
 def build_trial_model(config: Config) -> TrialModel:
     """Raises UserError where a run would, downloads aside."""
     accelerator = make_accelerator(config)
-    checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
-    config = with_its_clip(checkpoint, config) if checkpoint else config
-    towers = checkpoint.towers() if checkpoint else None
-    if config.clip_weights is not None or towers is not None:
-        loaded = load_clip(config, from_checkpoint=towers)
+    config, weights = _with_checkpoint(config)
+    if config.clip_weights is not None or weights is not None:
+        loaded = load_clip(config, from_checkpoint=weights)
     else:
         loaded = replace(load_clip(config, with_weights=False), module=build_towers(find_towers(config), "cpu"))
     model = VideoRetriever(config.model_copy(update={"policy_weights": "random"}), loaded)
@@ -43,3 +41,17 @@ def build_trial_model(config: Config) -> TrialModel:
     method = prepare_peft(model, config)
     method.on_epoch_start(0)
     return TrialModel(config, accelerator, loaded, model.to(accelerator.device), method)
+
+
+def load_tokenizer(config: Config) -> LoadedClip:
+    """The towers of the run as shapes alone, for what they say of texts. Raises UserError."""
+    config, weights = _with_checkpoint(config)
+    return load_clip(config, with_weights=False, from_checkpoint=weights)
+
+
+def _with_checkpoint(config: Config) -> tuple[Config, Weights | None]:
+    """The settings as the checkpoint of `resume` completes them, and the CLIP that is in it."""
+    if config.resume is None:
+        return config, None
+    checkpoint = read_checkpoint(Path(config.resume))
+    return with_its_clip(checkpoint, config), checkpoint.towers()

@@ -46,13 +46,10 @@ def check_disk(trial: TrialModel, splits: Iterable[Split]) -> Iterator[Finding]:
     peak = sum(needs.values()) - needs["left at the end"]
     folder = _existing(Path(config.output_dir))
     free = shutil.disk_usage(folder).free
-    message = f"the run folder takes up to {_size(peak)}, {_size(needs['left at the end'])} of it for good; "
-    items = {**needs, "peak": peak, "free": free}
-    if peak > free:
-        message += f"{folder} has only {_size(free)} free"
-        yield Finding("fails", "disk", "run", message, items, "make room, or set output_dir to another disk")
-    else:
-        yield Finding("fine", "disk", "run", f"{message}{_size(free)} are free", items)
+    message = f"disk: the run folder takes up to {_size(peak)}, {_size(needs['left at the end'])} of it for good; "
+    message += f"{_size(free)} are free in {folder}"
+    advice = "make room, or set output_dir to another disk" if peak > free else ""
+    yield Finding("fails" if advice else "fine", "disk", "run", message, {**needs, "peak": peak, "free": free}, advice)
 
 
 def check_memory(trial: TrialModel, step: StepTrial) -> Iterator[Finding]:
@@ -64,7 +61,7 @@ def check_memory(trial: TrialModel, step: StepTrial) -> Iterator[Finding]:
     # What this process holds already is not available any more, and is in `held`.
     free = psutil.virtual_memory().available + int(psutil.Process().memory_info().rss)
     items = {"process": held, "batches read ahead": ahead, "free": free}
-    message = f"about {_size(held + ahead)}, of which batches read ahead {_size(ahead)}; {_size(free)} are free"
+    message = f"memory: about {_size(held + ahead)}, of which batches read ahead {_size(ahead)}; {_size(free)} are free"
     advice = "lower num_workers, batch_size or num_frm" if held + ahead > free else ""
     yield Finding("fails" if advice else "fine", "memory", "run", message, items, advice)
     if config.num_workers and _SHARED_MEMORY.is_dir():

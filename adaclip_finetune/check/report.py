@@ -13,7 +13,14 @@ from adaclip_finetune.check.source import Split
 
 _EXAMPLES = 2
 _LETTERS = 120  # of an example
-_FIGURES = ("captions", "disk", "memory", "gpu_memory", "time")  # whose items are numbers that the message tells
+_FIGURES = (
+    "captions",
+    "disk",
+    "memory",
+    "shared_memory",
+    "gpu_memory",
+    "time",
+)  # whose items are numbers that the message tells
 
 
 def as_json(splits: Sequence[Split], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -40,7 +47,8 @@ def as_text(splits: Sequence[Split], findings: Sequence[Finding]) -> str:
         "warning": "A run would go through; look at the warnings.",
         "fine": "Nothing stands against a run.",
     }[worst(findings)]
-    told = ", ".join(f"{count} {severity}" for severity, count in counts.items())
+    plural = "" if counts["warning"] == 1 else "s"
+    told = f"{counts['fails']} would fail, {counts['warning']} warning{plural}, {counts['fine']} fine"
     return "\n".join([*lines, "", f"{verdict} ({told})"])
 
 
@@ -50,7 +58,8 @@ def _role(split: Split) -> str:
 
 def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
     head, indent = f"{finding.severity:8} {finding.split:{width}}  ", " " * (width + 11)
-    yield textwrap.fill(finding.message, columns, initial_indent=head, subsequent_indent=indent)
+    for number, line in enumerate(finding.message.splitlines()):
+        yield textwrap.fill(line, columns, initial_indent=indent if number else head, subsequent_indent=indent)
     if finding.severity != "fine":
         for subject, detail in list(finding.items.items())[:_EXAMPLES]:
             if finding.check not in _FIGURES:

@@ -1,4 +1,4 @@
-"""The contact sheet: a few videos of each split as a run would see them, the frames that are sampled, and the captions."""
+"""The contact sheet: a few videos of each split, with the frames that a run would sample and the captions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _LETTERS = 120  # in a line of text
 _CAPTIONS = 6  # of a video, at most
 _VIDEOS = 4  # of a split
 _REPEATED = (230, 120, 0)
-_BLACK, _GREY = (0, 0, 0), (110, 110, 110)
+_BLACK = (0, 0, 0)
+_GREY = (110, 110, 110)
 
 
 class _Text(NamedTuple):

@@ -25,6 +25,7 @@ from adaclip_finetune.training.gather import PairSimilarity
 from adaclip_finetune.training.memory import explain_out_of_memory, is_out_of_memory
 from adaclip_finetune.training.objective import contrastive_loss
 from adaclip_finetune.training.optimizer import build_optimizer, clip_gradients
+from adaclip_finetune.training.switches import explain_nondeterminism
 
 _PATIENCE = {"cpu": 4.0}  # seconds that a step may take for the batch to be doubled
 _ON_A_GPU = 30.0
@@ -46,7 +47,7 @@ class StepTrial:
 
 
 def try_steps(trial: TrialModel, batch_size: int) -> StepTrial:
-    """At the largest K of the run. Changes the weights of the trial model."""
+    """At the largest K of the run. Changes the weights of the trial model. Raises UserError where a run would."""
     config, device = trial.config, trial.accelerator.device
     optimizer, _ = build_optimizer(trial.model, config, total_steps=2)
     k = annealed_k(0, config.num_frm, config.top_k, config.warmup_epochs) if config.use_policy else config.num_frm
@@ -54,8 +55,10 @@ def try_steps(trial: TrialModel, batch_size: int) -> StepTrial:
     while True:
         refused = ""
         try:
-            seconds, activations = _two_steps(trial, optimizer, size, k)
+            learning, updating, activations = _two_steps(trial, optimizer, size, k)
         except (RuntimeError, MemoryError) as error:
+            if explained := explain_nondeterminism(error):
+                raise explained from error
             if not is_out_of_memory(error):
                 raise
             refused = str(explain_out_of_memory(error, config, device, size, k))
@@ -63,17 +66,18 @@ def try_steps(trial: TrialModel, batch_size: int) -> StepTrial:
             clear_device_cache(garbage_collection=True)
             return StepTrial(batch_size, size, 0.0, 0, refused)
         following = min(2 * size, batch_size)
-        too_slow = 2 * seconds > _PATIENCE.get(device.type, _ON_A_GPU)
+        too_slow = 2 * learning > _PATIENCE.get(device.type, _ON_A_GPU)
         too_large = device.type == "cpu" and activations * following / size > psutil.virtual_memory().available
         if size == batch_size or too_slow or too_large:
             more = activations * (batch_size - size) // size
             peak = _held_on_cpu(trial) + activations if device.type == "cpu" else int(peak_memory_mib(device) * 2**20)
-            return StepTrial(batch_size, size, seconds * batch_size / size, peak + more)
+            return StepTrial(batch_size, size, learning * batch_size / size + updating, peak + more)
         size = following
 
 
-def _two_steps(trial: TrialModel, optimizer: Optimizer, size: int, k: int) -> tuple[float, int]:
-    """Seconds of the second step, since the first one prepares what others find; bytes that its backward needs."""
+def _two_steps(trial: TrialModel, optimizer: Optimizer, size: int, k: int) -> tuple[float, float, int]:
+    """Of the second step, since the first one prepares what others find: seconds of forward and backward, which grow
+    with the batch; seconds of the update, which do not; bytes that the backward needs."""
     config, accelerator = trial.config, trial.accelerator
     batch = TrainBatch(
         blank_videos(config, trial.model.image_spec, size),
@@ -83,19 +87,28 @@ def _two_steps(trial: TrialModel, optimizer: Optimizer, size: int, k: int) -> tu
     tau = selection_temperature(0, config.init_tau, config.min_tau, config.exp_decay_factor)
     weights = {parameter.untyped_storage().data_ptr() for parameter in trial.model.parameters()}
     trial.model.train()
-    step, started = PairSimilarity(trial.model), 0.0
+    step, times, kept = PairSimilarity(trial.model), [0.0] * 3, dict[int, int]()
     for _ in range(2):
-        started, kept = time.monotonic(), dict[int, int]()
+        kept.clear()
+        times[0] = time.monotonic()
         with accelerator.autocast(), saved_tensors_hooks(partial(_note, kept), _same):
             similarity = step(batch.to(accelerator.device), [size], k, tau)
         loss = contrastive_loss(similarity)
         loss.backward()  # type: ignore[no-untyped-call]
+        times[1] = _now(accelerator.device)
         clip_gradients(trial.model.parameters(), config.grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-    return time.monotonic() - started, sum(size for place, size in kept.items() if place not in weights)
+        times[2] = _now(accelerator.device)
+    activations = sum(count for place, count in kept.items() if place not in weights)
+    return times[1] - times[0], times[2] - times[1], activations
+
+
+def _now(device: torch.device) -> float:
+    """The time at which all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic()
 
 
 def _note(kept: dict[int, int], tensor: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def test_what_is_no_video(tmp_path: Path, name: str, content: bytes | None) -> N
     if content is None:  # the table of contents stands at the end of an mp4 and is lost with it
         content = write_video(tmp_path / "whole.mp4", 20).read_bytes()[:-300]
     path.write_bytes(content)
-    reason = "the file is empty" if not content else "it is no video of a known kind, or was cut off"
-    with pytest.raises(BrokenVideo, match=rf"^{reason} \((Invalid data found when processing input|End of file)\)$"):
+    cut_off = r"it is no video of a known kind, or was cut off \((Invalid data found .*|End of file)\)"
+    with pytest.raises(BrokenVideo, match=f"^{cut_off if content else 'the file is empty'}$"):
         index_video(path)
 
 

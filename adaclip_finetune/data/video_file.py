@@ -91,8 +91,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         opened = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
     except (av.InvalidDataError, av.EOFError) as error:
-        what = "it is no video of a known kind, or was cut off" if path.stat().st_size else "the file is empty"
-        raise BrokenVideo(f"{what} ({_reason(error)})") from None
+        what = f"it is no video of a known kind, or was cut off ({_reason(error)})"
+        raise BrokenVideo(what if path.stat().st_size else "the file is empty") from None
     with opened as container:
         stream = container.streams.best("video")
         if stream is None:

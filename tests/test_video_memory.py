@@ -1,0 +1,78 @@
+"""Opening videos, sound and broken ones, leaves nothing behind. A minute: `pytest -m slow -n 0 -s` this file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from media import write_video
+
+from adaclip_finetune.data.frames import FrameError, VideoFolder
+from adaclip_finetune.data.readable import find_unreadable
+from adaclip_finetune.data.video_file import BrokenVideo, index_video, read_frames
+
+OPENS = 10_000
+MEGABYTE = 2**20
+ENCODINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "a.mp4": ("libx264", {}),
+    "b.mkv": ("libx264", {}),
+    "c.ts": ("libx264", {}),
+    "d.mp4": ("libx265", {"x265-params": "log-level=error"}),
+    "e.webm": ("libvpx-vp9", {"cpu-used": "8"}),
+    "f.mpg": ("mpeg2video", {}),
+    "g.avi": ("mpeg4", {}),
+    "h.wmv": ("wmv2", {"bf": "0"}),
+}
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> list[Path]:
+    """Each of ENCODINGS whole, cut, and damaged in the middle; and what is no video at all."""
+    folder = tmp_path / "videos"
+    for name, (codec, options) in ENCODINGS.items():
+        content = write_video(folder / name, 20, codec, height=34, width=66, **options).read_bytes()
+        middle = len(content) // 2
+        (folder / f"cut_{name}").write_bytes(content[: len(content) * 2 // 3])
+        (folder / f"damaged_{name}").write_bytes(content[:middle] + bytes(300) + content[middle + 300 :])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mkv").write_text("not a video")
+    return sorted(folder.iterdir())
+
+
+def index_and_read(path: Path) -> int:
+    """Returns how often the file was opened, at least."""
+    try:
+        index = index_video(path)
+        read_frames(path, index, [0, index.num_frames // 2, index.num_frames - 1])
+    except BrokenVideo:
+        return 1
+    return 2
+
+
+def as_a_folder(path: Path) -> int:
+    """Through a store of its own, with threads; the cache spares it a scan of what it has seen."""
+    store = VideoFolder(path.parent)
+    try:
+        find_unreadable(store, [path.stem], 2)
+        store.read(path.stem, [0])
+    except FrameError:
+        return 1
+    return 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", [index_and_read, as_a_folder])
+def test_fault_ten_thousand_opens_leave_nothing_behind(videos: list[Path], use: Callable[[Path], int]) -> None:
+    """Resident memory in MB, and open files, after a tenth of the opens and after all."""
+    process = psutil.Process(os.getpid())
+    opens, early = 0, None
+    while opens < OPENS:
+        for path in videos:
+            opens += use(path)
+        if early is None and opens > OPENS // 10:
+            early = process.memory_info().rss, process.num_fds()
+    assert early is not None
+    grown, left_open = process.memory_info().rss - early[0], process.num_fds() - early[1]
+    print(f"{opens} opens: {early[0] / MEGABYTE:.1f} MB, {grown / MEGABYTE:+.1f} MB; files left open: {left_open}")
+    assert grown < 4 * MEGABYTE and left_open == 0

@@ -9,9 +9,11 @@ import pytest
 from checking import checked, finding, kinds, write_annotation
 from media import write_frames
 
-from adaclip_finetune.check.source import splits_of_files
+from adaclip_finetune.check.captions import check_captions
+from adaclip_finetune.check.model import load_tokenizer
+from adaclip_finetune.check.source import Split, splits_of_files
 from adaclip_finetune.config import load_config
-from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.errors import UserError
 
 LONG = "one two three four five six seven eight nine ten eleven twelve"
@@ -99,6 +101,19 @@ def test_long_captions(frames: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     path = write_annotation(tmp_path / "val.json", {"a": [LONG * 10], "b": ["unbroken" * 60]})
     _, found = checked(capsys, *words(frames, path), "--max_txt_len", "77")
     assert finding(found, "long_captions", "val").items["b"] == [{"kept": "", "cut": "unbroken" * 60}]
+
+
+@pytest.mark.parametrize("limit", [3, 8, 20, 76, 77])
+def test_what_is_cut_is_what_the_tower_cuts(limit: int) -> None:
+    """Held against a count of tokens, of captions of every length, some with what the tokenizer pads by ("!")."""
+    loaded = load_tokenizer(load_config(None, {}))
+    tokens = open_clip.get_tokenizer("ViT-B-32")
+    texts = [" ".join(["cat"] * count) + end for count in range(90) for end in ("", " !", " dog !")]
+    videos = [VideoAnnotation(f"v{number}", (text,)) for number, text in enumerate(texts) if text.strip()]
+    config = load_config(None, {"max_txt_len": limit})
+    found = {one.check: one for one in check_captions(Split("train", "x", True, videos, []), config, loaded)}
+    cut = {video.video_id for video in videos if len(tokens.encode(video.sentences[0])) + 2 > limit}
+    assert set(found["long_captions"].items) == cut
 
 
 def test_captions_of_several_videos(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

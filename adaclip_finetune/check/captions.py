@@ -13,6 +13,8 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.model.clip import LoadedClip
 
+_AT_ONCE = 1024  # captions
+
 
 def check_captions(split: Split, config: Config, loaded: LoadedClip | None) -> Iterator[Finding]:
     """Tokens are those of the tower; without one (None) lengths are not looked at."""
@@ -56,8 +58,7 @@ def _shared_by_videos(split: Split, texts: Sequence[tuple[str, str]]) -> Iterato
 
 def _too_long(split: Split, texts: Sequence[tuple[str, str]], config: Config, loaded: LoadedClip) -> Finding:
     limit = config.max_txt_len
-    bar = tqdm(texts, f"captions of {split.name}", unit="caption", leave=False, disable=None)
-    long = [(video_id, text) for video_id, text in bar if loaded.count_cut([text], limit)]
+    long = [pair for pair in _perhaps_too_long(split.name, texts, limit, loaded) if loaded.count_cut([pair[1]], limit)]
     if not long:
         return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
     items: dict[str, list[dict[str, str]]] = {}
@@ -70,6 +71,19 @@ def _too_long(split: Split, texts: Sequence[tuple[str, str]], config: Config, lo
     message = f"max_txt_len {limit} cuts {len(long)} of {len(texts)} captions ({share:.1f} %){joined}"
     advice = _enough([text for _, text in long], limit, loaded)
     return Finding("warning", "long_captions", split.name, message, items, advice)
+
+
+def _perhaps_too_long(
+    name: str, texts: Sequence[tuple[str, str]], limit: int, loaded: LoadedClip
+) -> Iterator[tuple[str, str]]:
+    """All that do not fit, and some that just do: one by one would take minutes for a large split."""
+    padding = loaded.tokenize([""], limit)[0, -1]
+    for start in tqdm(range(0, len(texts), _AT_ONCE), f"captions of {name}", leave=False, disable=None):
+        some = texts[start : start + _AT_ONCE]
+        ids = loaded.tokenize([text for _, text in some], limit)
+        # Some tokenizers end a text with what they pad by, so that only the place before tells a full row.
+        full = (ids[:, limit - 2 : limit] != padding).any(dim=1).tolist()
+        yield from (pair for pair, is_full in zip(some, full, strict=True) if is_full)
 
 
 def _fitting(text: str, limit: int, loaded: LoadedClip) -> str:

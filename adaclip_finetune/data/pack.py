@@ -129,8 +129,8 @@ class Pack:
 def check_length(path: Path, environment: lmdb.Environment) -> None:
     """Raises BrokenPack if the file is cut off: LMDB maps it into memory, and would die of a page that is not there."""
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if (size := path.stat().st_size) < needed and environment.stat()["entries"]:
-        raise BrokenPack(f"is cut off: {size} of {needed} bytes are there. Copy it again, or pack anew")
+    if (size := path.stat().st_size) < needed:
+        raise BrokenPack(f"is cut off, {size} of {needed} bytes are there: copy it again, or pack anew")
 
 
 def video_key(video_id: str) -> bytes:

@@ -73,10 +73,10 @@ def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> i
                 raise UserError(f"none of {len(videos)} videos could be packed:\n{_listing(outcome.failed)}")
             images, size = sum(r.images for r in outcome.records), sum(r.size for r in outcome.records)
             writer.finish(outcome.records, Contents(folder.img_tmpl, len(outcome.records), images, size))
-    except (BrokenPack, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+    except (BrokenPack, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError):
         raise UserError(
-            f"{_shown(part)} was left by a run that did not finish, and is damaged ({error}): delete it and run the "
-            "same command again"
+            f"{_shown(part)} was left by a run that did not finish, and is damaged: delete it and run the same command "
+            "again"
         ) from None
     except lmdb.Error as error:
         free = shutil.disk_usage(part.parent).free / 1e6  # LMDB calls a full disk an I/O error

@@ -16,6 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.tuning.rdb import cannot_be_used, without_password
 
+_BROKEN = (SQLAlchemyError, StorageInternalError)
+
 
 class StudyStorage(ABC):
     """`storage` is for Optuna; `shared` tells whether several processes may work on one study in it; `shown` is what
@@ -25,7 +27,7 @@ class StudyStorage(ABC):
 
     def __init__(self, storage: BaseStorage, place: URL | str) -> None:
         self.storage = storage
-        self.shown = without_password(place) if isinstance(place, URL) else place
+        self.shown = without_password(place)
         self._place = place
         self._mine: set[int] = set()
 
@@ -58,17 +60,21 @@ class StudyStorage(ABC):
         name = study.study_name
         try:
             yield
-        except KeyError as error:
-            if self._is_there(name, study._study_id):
-                raise
-            raise UserError(
-                f"optuna_cfg.storage: the study {name} was deleted or renamed while this search ran, and what it had "
-                "found is not here any more; run the command again to begin anew"
-            ) from error
-        except (SQLAlchemyError, StorageInternalError) as error:
-            if not isinstance(self._place, URL):
-                raise
-            raise cannot_be_used(self._place, error) from error
+        except UserError:
+            raise
+        except Exception as error:  # Optuna, which did not expect it, may end in any
+            try:
+                there = self._is_there(name, study._study_id)
+            except (*_BROKEN, OSError) as broken:
+                raise cannot_be_used(self._place, broken) from error
+            if not there:
+                raise UserError(
+                    f"optuna_cfg.storage: the study {name} was deleted or renamed while this search ran, and what it "
+                    "had found is not here any more; run the command again to begin anew"
+                ) from error
+            if isinstance(error, _BROKEN):
+                raise cannot_be_used(self._place, error) from error
+            raise
 
     @abstractmethod
     def _died(self, trial: FrozenTrial) -> bool:

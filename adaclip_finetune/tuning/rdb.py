@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+import time
 import warnings
 from typing import Any
 
@@ -9,9 +12,19 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from adaclip_finetune.errors import UserError
+
+_ATTEMPTS = 10
 
 # Module that SQLAlchemy asks for → what to install, where the two differ.
 _PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -45,34 +58,47 @@ def parse_url(url: str) -> URL:
 
 def open_rdb(url: URL, **options: Any) -> RDBStorage:
     """Tables are made where there are none. Raises UserError."""
-    text = url.render_as_string(hide_password=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-            return RDBStorage(text.replace("{", "{{").replace("}", "}}"), **options)  # Optuna takes it for a template
-    except ImportError as error:
-        cause = error.__cause__ or error.__context__ or error
-        raise _missing_driver(url, cause) from None
-    except (SQLAlchemyError, StorageInternalError) as error:
-        raise cannot_be_used(url, error) from None
-    except RuntimeError as error:  # "The runtime optuna version … is no longer compatible with the table schema …"
-        raise UserError(f"optuna_cfg.storage: {without_password(url)}: {error}") from None
+    for _ in range(_ATTEMPTS):
+        try:
+            return _open(url, options)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if not re.search("exists|duplicate", str(error), re.IGNORECASE):
+                raise cannot_be_used(url, error) from None
+            failure: Exception = error
+            time.sleep(random.random())  # another process, begun at the same moment, is making the tables too
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise cannot_be_used(url, error) from None
+        except RuntimeError as error:  # "The runtime optuna version … is no longer compatible with the table schema …"
+            raise UserError(f"optuna_cfg.storage: {without_password(url)}: {error}") from None
+        except ImportError as error:
+            raise _missing_driver(url, error.__cause__ or error) from None
+    raise cannot_be_used(url, failure)
 
 
-def cannot_be_used(url: URL, error: Exception) -> UserError:
-    """What a database, or its driver, said."""
+def cannot_be_used(place: URL | str, error: Exception) -> UserError:
+    """What a database, its driver, or the file system said."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     said = str(cause.orig if isinstance(cause, DBAPIError) else cause).strip() or type(cause).__name__
-    for secret in _secrets(url).values():
-        said = said.replace(secret, "***")
+    if isinstance(place, URL):
+        for secret in _secrets(place).values():
+            said = said.replace(secret, "***")
     lines = " ".join(line.strip() for line in said.splitlines())
-    return UserError(f"optuna_cfg.storage: {without_password(url)} cannot be used: {lines}")
+    return UserError(f"optuna_cfg.storage: {without_password(place)} cannot be used: {lines}")
 
 
-def without_password(url: URL) -> str:
+def without_password(place: URL | str) -> str:
     """For messages."""
-    hidden = url.update_query_dict({name: "***" for name in _secrets(url) if name in url.query})
+    if isinstance(place, str):
+        return place
+    hidden = place.update_query_dict({name: "***" for name in _secrets(place) if name in place.query})
     return hidden.render_as_string(hide_password=True)
+
+
+def _open(url: URL, options: dict[str, Any]) -> RDBStorage:
+    text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # for Optuna, a template
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
+        return RDBStorage(text, **options)
 
 
 def _secrets(url: URL) -> dict[str, str]:

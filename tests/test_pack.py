@@ -144,7 +144,9 @@ def test_training_batches_are_the_same_to_the_bit(frames: Path, packed: Path, nu
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_a_run_has_the_same_figures(project: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_has_the_same_figures(project: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for picture in ("trainer.draw_curves", "outcome.draw_frame_usage"):  # seconds, and tested elsewhere
+        monkeypatch.setattr(f"adaclip_finetune.training.{picture}", lambda *_: None)
     assert run(Path(project["frames_dir"]), tmp_path / "data.lmdb") == 0
     figures = []
     for frames_dir in (project["frames_dir"], str(tmp_path / "data.lmdb")):
@@ -216,6 +218,23 @@ HOSTILE = [
     "x.jpg",
     "%05d",
 ]
+
+
+def test_a_folder_that_cannot_be_listed(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scandir(path: Path, original: Any = os.scandir) -> Any:
+        if Path(path).name in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    forbidden = {"b"}
+    assert run(frames, tmp_path / "p.lmdb") == 1
+    assert f"1 could not be packed:\n  b: {frames / 'b'}: Permission denied\n" in capsys.readouterr().out
+    forbidden = {"frames"}
+    assert run(frames, tmp_path / "q.lmdb") == 2
+    assert f"{frames}: Permission denied" in capsys.readouterr().err
 
 
 def test_hostile_names(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
         output.parent.mkdir(parents=True, exist_ok=True)
         with _work_folder(output) as work:
             return _pack(folder, videos, work / output.name, output)
+    except FrameError as error:  # of frames_dir itself
+        raise UserError(f"{_shown(error.path)}: {error.reason}") from error
     except OSError as error:
         raise UserError(f"{_shown(error.filename or output)}: {error.strerror or error}") from error
 

@@ -11,7 +11,8 @@ from media import write_frames
 
 from adaclip_finetune.check.captions import check_captions
 from adaclip_finetune.check.model import load_tokenizer
-from adaclip_finetune.check.source import Split, splits_of_files
+from adaclip_finetune.check.overlap import check_overlap
+from adaclip_finetune.check.source import Split, splits_of_config, splits_of_files
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.errors import UserError
@@ -151,10 +152,34 @@ def test_overlap(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert finding(found, "overlap", "train, test").severity == "fine"
 
 
+def test_files_of_one_name(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their folders tell them apart, and which one is learned from."""
+    for split, video in (("training", "a"), ("held out", "b")):
+        (tmp_path / split).mkdir()
+        write_annotation(tmp_path / split / "captions.json", {video: [f"what {video} shows"]})
+    paths = [str(tmp_path / split / "captions.json") for split in ("training", "held out")]
+    _, found = checked(capsys, *words(frames, *paths))
+    told = {name: split["trains"] for name, split in found["splits"].items()}
+    assert told == {"training/captions": True, "held out/captions": False}
+    with pytest.raises(UserError, match="rename one"):
+        splits_of_files([paths[0], paths[0]], load_config())
+
+
+def test_one_file_for_validation_and_test(tmp_path: Path) -> None:
+    paths = [write_annotation(tmp_path / f"{split}.json", {split: [split]}) for split in ("train", "held")]
+    values = {"train_annot": paths[0], "val_annot": paths[1], "test_annot": str(tmp_path / "." / "held.json")}
+    splits = splits_of_config(load_config(None, values))
+    assert [(split.name, split.trains) for split in splits] == [("train", True), ("val, test", False)]
+    assert {one.check: one.severity for one in check_overlap(splits)} == {"same_data": "warning"}
+
+
 def test_the_same_data_twice(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [write_annotation(tmp_path / f"{split}.json", {"a": ["one"]}) for split in ("val", "test")]
     _, found = checked(capsys, *words(frames, *paths))
     assert kinds(found, "warning") == {("same_data", "val, test")}
+    paths[0] = write_annotation(tmp_path / "train.json", {"a": ["one"]})
+    _, found = checked(capsys, *words(frames, *paths))
+    assert kinds(found, "warning") == {("shared_videos", "train, test")}
 
 
 def test_the_object_is_json_of_all(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

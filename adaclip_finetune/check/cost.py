@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from adaclip_finetune.check.finding import Finding
+from adaclip_finetune.check.finding import Finding, Severity
 from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.needs import check_disk, check_memory
 from adaclip_finetune.check.reading import seconds_a_video
@@ -43,21 +43,22 @@ def check_cost(trial: TrialModel, splits: Sequence[Split], store: FrameStore, re
     step = try_steps(trial, min(entries, max(phase.batch_size for phase in phases)))
     findings = list(check_disk(trial, splits))
     if step.refused:
-        severity, advice = ("warning", "auto_batch_size halves it") if config.auto_batch_size else ("fails", "")
-        return [*findings, Finding(severity, "gpu_memory", "run", step.refused, advice=advice)]  # type: ignore[arg-type]
-    return [*findings, *check_memory(trial, step), _time(trial, step, entries, reading or 0.0)]
+        severity: Severity = "warning" if config.auto_batch_size else "fails"
+        return [*findings, Finding(severity, "gpu_memory", "run", step.refused)]
+    return [*findings, *check_memory(trial, step), _time(trial, step, entries, reading)]
 
 
-def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float) -> Finding:
+def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float | None) -> Finding:
     config, device = trial.config, trial.accelerator.device
-    read, compute = reading * step.batch_size, step.seconds
+    read, compute = (reading or 0.0) * step.batch_size, step.seconds
     batch = max(_together(read, compute, config.num_workers, device), 1e-9)
     epoch = batch * entries / step.batch_size
     times = _Times(step.batch_size, step.tried, compute, read, batch, epoch, epoch * config.num_epochs)
     measured = "" if step.tried == step.batch_size else f", extrapolated from {step.tried}"
+    told = f"{_words(read)} with num_workers {config.num_workers}" if reading else "not timed, for too few videos"
     message = (
         f"time, an estimate on {describe_device(device)}: {_words(batch)} a batch of {step.batch_size} videos"
-        f"{measured} (computing {_words(compute)}, reading {_words(read)} with num_workers {config.num_workers}); "
+        f"{measured} (computing {_words(compute)}, reading {told}); "
         f"an epoch {_words(epoch)}, {config.num_epochs} epochs {_words(times.run)}, evaluations not counted"
     )
     advice = ""

@@ -19,6 +19,8 @@ from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
 
+VAL_AND_TEST = "val, test"  # one file for both
+
 
 @dataclass(frozen=True)
 class Split:
@@ -34,27 +36,30 @@ class Split:
 
 def splits_of_config(config: Config) -> list[Split]:
     """What a run reads, in its order. One file for validation and test is one split."""
-    wanted = {"test": config.test_annot}
-    if not config.do_inference:
-        wanted = {"train": config.train_annot, "val": config.val_annot, **wanted}
-    names: dict[str, str] = {}
-    for name, path in wanted.items():
-        if path is not None:
-            same = next((known for known in names if Path(known).resolve() == Path(path).resolve()), path)
-            names[same] = f"{names[same]}, {name}" if same in names else name
-    return [_read(name, path, config) for path, name in names.items()]
+    train, val, test = config.train_annot, config.val_annot, config.test_annot
+    if config.do_inference:
+        wanted = {"test": test}
+    elif val and test and Path(val).resolve() == Path(test).resolve():
+        wanted = {"train": train, VAL_AND_TEST: test}
+    else:
+        wanted = {"train": train, "val": val, "test": test}
+    return [_read(name, path, name == "train", config) for name, path in wanted.items() if path is not None]
 
 
 def splits_of_files(paths: Sequence[str], config: Config) -> list[Split]:
-    """Files by themselves, named as they are; one with `train` in its name counts as what is learned from.
+    """Files by themselves, named as they are (and as their folder, where that tells them apart); one with `train` in
+    this name counts as what is learned from.
 
     Raises UserError for one that is not there.
     """
     if absent := [path for path in paths if not Path(path).is_file()]:
         raise UserError(f"--annot {absent[0]}: there is no such file in {Path.cwd()}")
-    stems = [Path(path).stem for path in paths]
-    names = paths if len(set(stems)) < len(stems) else stems
-    return [_read(name, path, config) for name, path in zip(names, paths, strict=True)]
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{Path(path).absolute().parent.name}/{name}" for name, path in zip(names, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError("--annot: two files have the same name in folders of the same name; rename one")
+    return [_read(name, path, "train" in name.lower(), config) for name, path in zip(names, paths, strict=True)]
 
 
 def refused_entries(splits: Sequence[Split]) -> Iterator[Finding]:
@@ -66,9 +71,8 @@ def refused_entries(splits: Sequence[Split]) -> Iterator[Finding]:
             yield Finding("fails", "annotation", split.name, message, items, f"mend {split.path}")
 
 
-def _read(name: str, path: str, config: Config) -> Split:
+def _read(name: str, path: str, trains: bool, config: Config) -> Split:
     videos, problems = _entries(path)
-    trains = "train" in name.lower()
     subset = config.data_subset if trains else 0
     return Split(name, path, trains, videos[:subset] if subset else videos, problems)
 

@@ -70,7 +70,7 @@ def _consequence(split: Split, config: Config, none_left: bool, on_the_way: bool
         return "warning", "left out of their batches" if on_the_way else "left out of training"
     if config.skip_missing:
         return "warning", "left out of the evaluation, and of its gallery (skip_missing)"
-    return "fails", "an evaluation stops at them"
+    return "fails", "an evaluation stops"
 
 
 def _by_kind(
@@ -81,7 +81,7 @@ def _by_kind(
         found = {video_id: reason for video_id, reason in reasons.items() if _kind(reason) == words}
         if found:
             skip = "; or --skip_missing" if severity == "fails" and not split.trains else ""
-            message = f"{len(found)} of {of} videos are {what}: {consequence}"
+            message = f"{len(found)} of {of} videos {'is' if len(found) == 1 else 'are'} {what}: {consequence}"
             yield Finding(
                 severity, check, split.name, message, found, f"{help_first} take them out of {split.path}{skip}"
             )
@@ -95,10 +95,13 @@ def _look_through(store: FrameStore, ids: Sequence[str], split: Split, config: C
     """Video → what is wrong with it, for those where something is."""
     # A run that draws its frames comes upon any of them.
     draws = split.trains and config.sampling == "random" and not config.segment_sampling
-    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, config.num_workers))
+    try:
         looks = pool.map(lambda video_id: _look(store, video_id, config, draws), ids)
         bar = tqdm(looks, f"decoding {split.name}", len(ids), unit="video", leave=False, disable=None)
         return {video_id: look for video_id, look in zip(ids, bar, strict=True) if look.reasons}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _look(store: FrameStore, video_id: str, config: Config, draws: bool) -> _Look:

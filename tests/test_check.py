@@ -110,6 +110,19 @@ def test_the_sheet_shows_the_frames_that_are_sampled(tmp_path: Path, capsys: pyt
     assert main(["check", *words, "--sheet", str(sheet)]) == 0 and sheet.read_bytes() == first
 
 
+def test_a_sheet_of_hostile_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["two\nlines", "$(touch canary)", "é; ü", "n" * 200]
+    for name in names:
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 9)).save(tmp_path / "frames" / name / "image_00001.jpg")
+    path = write_annotation(tmp_path / "val.json", {name: [f"a\n{name}"] * 9 for name in names})
+    sheet = tmp_path / "sheet.png"
+    words = ("--annot", path, "--frames_dir", str(tmp_path / "frames"), "--num_frm", "1", "--sheet", str(sheet))
+    assert checked(capsys, *words)[0] == 0
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.height > 4 * 90
+
+
 def test_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_annotation(tmp_path / "val.json", {"gone": ["x"]})
     sheet = tmp_path / "sheet.png"

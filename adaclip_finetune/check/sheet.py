@@ -74,11 +74,11 @@ def _chosen(split: Split, readable: Sequence[str], store: FrameStore) -> list[Vi
 def _row(split: Split, video: VideoAnnotation, store: FrameStore, config: Config) -> Image.Image:
     count = store.count(video.video_id)
     indices = frame_indices(count, config.num_frm, segment=config.segment_sampling, subset=config.num_frm_subset)
-    texts = [_Text(f"{split.name}   {video.video_id}   {count} frames", _GREY), *_captions(video)]
+    texts = [_Text(f"{split.name}   {_on_one_line(video.video_id)}   {count} frames", _GREY), *_captions(video)]
     try:
         pixels = store.read(video.video_id, indices.tolist())
     except FrameError as error:
-        return _drawn([*texts, _Text(f"cannot be read: {error.reason}", _REPEATED)], [], [])
+        return _drawn([*texts, _Text(_on_one_line(f"cannot be read: {error.reason}"), _REPEATED)], [], [])
     height, width = pixels.shape[1:3]
     size = (max(1, round(width * HEIGHT / height)), HEIGHT)
     thumbnails = [Image.fromarray(np.ascontiguousarray(frame)).resize(size) for frame in pixels]
@@ -93,14 +93,18 @@ def _row(split: Split, video: VideoAnnotation, store: FrameStore, config: Config
 def _captions(video: VideoAnnotation) -> list[_Text]:
     lines = []
     for sentence in video.sentences[:_CAPTIONS]:
-        lines += textwrap.wrap(" ".join(sentence.split()), _LETTERS, initial_indent="• ", subsequent_indent="   ")[:4]
-    if more := len(video.sentences) - _CAPTIONS:
-        lines += [f"and {more} more"] if more > 0 else []
+        lines += textwrap.wrap(_on_one_line(sentence), _LETTERS, initial_indent="• ", subsequent_indent="   ")[:4]
+    if len(video.sentences) > _CAPTIONS:
+        lines.append(f"and {len(video.sentences) - _CAPTIONS} more")
     font = FT2Font(str(_font_file()))
     if absent := sorted({letter for line in lines for letter in line if not font.get_char_index(ord(letter))}):
         codes = " ".join(f"U+{ord(letter):04X}" for letter in absent[:3])
         lines.append(f"(boxes are letters that DejaVu Sans lacks: {codes}{' …' if len(absent) > 3 else ''})")
     return [_Text(line) for line in lines]
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _drawn(texts: Sequence[_Text], thumbnails: Sequence[Image.Image], labels: Sequence[_Text]) -> Image.Image:

@@ -1,7 +1,9 @@
-"""A study in pictures, by Optuna's own matplotlib plots."""
+"""A study in pictures: Optuna's own matplotlib plots, and on them what Optuna leaves out (which trials were pruned,
+which is the best)."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,34 +12,122 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
+from matplotlib.ticker import MaxNLocator
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
-_INCHES_A_PARAMETER = 3.5
+from adaclip_finetune.durable import write_durably
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.tuning.folder import best_trial
+
+_INCHES_AN_AXIS = 2.2
+_BEST, _COMPLETED, _PRUNED = "tab:red", "tab:blue", "0.55"
 
 
 def draw_study(study: optuna.Study, folder: Path, objective: str) -> None:
     """Write history.png, intermediate_values.png, and, from two completed trials with different values on,
-    importances.png, slices.png and parallel_coordinates.png."""
+    importances.png, slices.png and parallel_coordinates.png. Raises UserError where they cannot be written."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from optuna.visualization import matplotlib as plots
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    drawings: dict[str, Callable[[], Any]] = {}
+    drawings: dict[str, Callable[[optuna.Study, str], Any]] = {}
     if done:
-        drawings["history"] = lambda: plots.plot_optimization_history(study, target_name=objective)
+        drawings["history"] = _history
     if any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
-        drawings["intermediate_values"] = lambda: plots.plot_intermediate_values(study)
+        drawings["intermediate_values"] = _intermediate_values
     if len({trial.value for trial in done}) > 1:
-        drawings["importances"] = lambda: plots.plot_param_importances(study, target_name=objective)
-        drawings["slices"] = lambda: plots.plot_slice(study, target_name=objective)
-        drawings["parallel_coordinates"] = lambda: plots.plot_parallel_coordinate(study, target_name=objective)
-    with warnings.catch_warnings():
+        drawings |= {"importances": _importances, "slices": _slices, "parallel_coordinates": _parallel_coordinates}
+    # Optuna sets a style of its own for the whole process; the curves of a run are not to get it.
+    with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Attempting to set identical")  # of a setting with one value
         for name, draw in drawings.items():
-            axes = np.ravel(draw())
-            figure = axes[0].figure
-            figure.set_size_inches(max(8.0, _INCHES_A_PARAMETER * len(axes)), 5.0)
-            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            figure = np.ravel(draw(study, objective))[0].figure
+            figure.set_size_inches(max(8.0, _INCHES_AN_AXIS * len(figure.axes)), 5.0)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
+            try:
+                write_durably(folder / f"{name}.png", picture.getvalue())
+            except OSError as error:
+                raise UserError(f"{folder / name}.png could not be written: {error}") from error
+
+
+def _history(study: optuna.Study, objective: str) -> Any:
+    from optuna.visualization import matplotlib as plots
+
+    axes: Any = plots.plot_optimization_history(study, target_name=objective)
+    for line in axes.lines:
+        line.set_drawstyle("steps-post")
+    pruned = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        if trial.value is not None  # the last that it reported
+    ]
+    if pruned:
+        numbers, values = [trial.number for trial in pruned], [trial.value for trial in pruned]
+        axes.scatter(numbers, values, color=_PRUNED, marker="x", label="pruned")
+    axes.set(title=f"{study.study_name}: trials", xlabel="trial", ylabel=f"{objective} on validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    completed, best, *rest = axes.get_legend_handles_labels()[0]
+    axes.legend([completed, *rest, best], ["completed", *["pruned" for _ in rest], "best so far"])
+    return axes
+
+
+def _intermediate_values(study: optuna.Study, objective: str) -> Any:
+    from optuna.visualization import matplotlib as plots
+
+    axes: Any = plots.plot_intermediate_values(study)
+    states = {trial.number: trial.state for trial in study.get_trials(deepcopy=False)}
+    best = best_trial(study)
+    kinds: dict[str, Any] = {}
+    for line in axes.lines:
+        number = int(line.get_label().removeprefix("Trial"))
+        if best is not None and number == best.number:
+            kind, colour = f"trial {number}, the best", _BEST
+        elif states[number] == TrialState.COMPLETE:
+            kind, colour = "completed", _COMPLETED
+        else:
+            kind, colour = "pruned, failed or running", _PRUNED
+        line.set(color=colour, zorder=3 if colour == _BEST else 2)
+        kinds[kind] = line
+    axes.legend(kinds.values(), kinds.keys())
+    axes.set(title=f"{study.study_name}: epochs", xlabel="epoch", ylabel=f"{objective} on validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def _importances(study: optuna.Study, objective: str) -> Any:
+    from optuna.visualization import matplotlib as plots
+
+    axes: Any = plots.plot_param_importances(study, target_name=objective)
+    done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    axes.set_title("", loc="left")
+    axes.set(
+        title=f"{study.study_name}: what {objective} depends on",
+        xlabel=f"share of the variance, estimated from {done} completed trials",
+        ylabel=None,
+    )
+    axes.get_legend().remove()
+    return axes
+
+
+def _slices(study: optuna.Study, objective: str) -> Any:
+    from optuna.visualization import matplotlib as plots
+
+    axes: Any = plots.plot_slice(study, target_name=objective)
+    first = np.ravel(axes)[0]
+    first.set_title("")  # where it is the only one
+    first.figure.suptitle(f"{study.study_name}: completed trials")
+    return axes
+
+
+def _parallel_coordinates(study: optuna.Study, objective: str) -> Any:
+    from optuna.visualization import matplotlib as plots
+
+    axes: Any = plots.plot_parallel_coordinate(study, target_name=objective)
+    axes.set_title(f"{study.study_name}: completed trials")
+    for scale in axes.figure.axes:  # one a parameter, each with lines of its own
+        scale.grid(False)
+    return axes

@@ -65,6 +65,8 @@ class StopSignals:
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if not self._deferred:
+            # Should Python be in the middle of ending a generator, it drops what is raised: the loop is to see it later.
+            self.received = signum
             raise Interrupted(signum)
         if self.received is not None:
             # Schedulers and launchers signal twice, at once and each process again; a person takes a while.

@@ -39,8 +39,13 @@ def place(trials: Sequence[FrozenTrial], number: int) -> int:
     """How many points of the study come before trial `number`. A point that is tried again comes once, with the trial
     that does so last: a study that was interrupted goes on as it would have gone on."""
     earlier = [trial for trial in trials if trial.number < number and "surplus" not in trial.user_attrs]
-    tried_again = {again for trial in earlier for again in history(trial)}
+    tried_again = {again for trial in trials if trial.number <= number for again in history(trial)}
     return sum(trial.number not in tried_again and not _is_second_heir(trial, trials) for trial in earlier)
+
+
+def may_begin(trials: Sequence[FrozenTrial], wanted: int) -> bool:
+    """Whether there is a point left to take. Without one, others are at work on the rest."""
+    return any(trial.state == TrialState.WAITING for trial in trials) or place(trials, len(trials)) < wanted
 
 
 def is_surplus(trials: Sequence[FrozenTrial], number: int, wanted: int) -> bool:

@@ -37,7 +37,7 @@ def parse_url(url: str) -> URL:
         "optuna_cfg.storage is no URL of a database such as postgresql://USER:PASSWORD@HOST:5432/DATABASE; in a "
         "password, write @ as %40, / as %2F, : as %3A and % as %25"
     )
-    if url.count("@") > 1:
+    if url.count("@") > 1 and not url.startswith("sqlite"):
         raise unreadable
     try:
         parsed = make_url(url)

@@ -20,12 +20,13 @@ from adaclip_finetune.training.signals import StopSignals
 from adaclip_finetune.training.trial import validation_zero_shot
 from adaclip_finetune.tuning.final import train_best
 from adaclip_finetune.tuning.folder import StudyFolder, best_trial
-from adaclip_finetune.tuning.ledger import counted
+from adaclip_finetune.tuning.ledger import counted, may_begin
 from adaclip_finetune.tuning.pictures import draw_study
 from adaclip_finetune.tuning.progress import Progress, summary
+from adaclip_finetune.tuning.retries import requeue_lost
 from adaclip_finetune.tuning.sampler import make_sampler
 from adaclip_finetune.tuning.space import search_space, with_values
-from adaclip_finetune.tuning.storage import StudyStorage, open_storage, requeue_lost
+from adaclip_finetune.tuning.storage import StudyStorage, open_storage
 from adaclip_finetune.tuning.study import open_study, study_name
 from adaclip_finetune.tuning.trial import Objective, Surplus, TrialFailed
 
@@ -69,9 +70,10 @@ def search(config: Config) -> None:
         if isinstance(study.sampler, GridSampler):
             wanted = min(wanted, _grid_size(study.sampler))
         objective = Objective(config, space, folder, wanted, storage.alive)
-        with _told_how_to_go_on(study, folder):
-            _run_trials(study, storage, objective, folder, wanted)
-        _finish(config, study, folder)
+        with storage.explained(study):
+            with _told_how_to_go_on(study, folder):
+                _run_trials(study, storage, objective, folder, wanted)
+            _finish(config, study, folder)
 
 
 def _run_trials(
@@ -82,11 +84,9 @@ def _run_trials(
         storage.fail_dead(study)
         requeue_lost(study)
         trials = study.get_trials(deepcopy=False)
-        finished = len(counted(trials))
-        if finished >= wanted:
+        if len(counted(trials)) >= wanted:
             return
-        others = sum(trial.state == TrialState.RUNNING for trial in trials)
-        if finished + others >= wanted:  # should one of their processes die, its point is to be tried again
+        if not may_begin(trials, wanted):  # should another's process die, its point is to be tried again
             time.sleep(_WAIT)
             continue
         ended = _run_one(study, objective)

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from adaclip_finetune.tuning.journal import open_journal
 from adaclip_finetune.tuning.kept import StudyStorage
 from adaclip_finetune.tuning.rdb import parse_url
-from adaclip_finetune.tuning.retries import requeue_lost
 from adaclip_finetune.tuning.server import open_server
 from adaclip_finetune.tuning.sqlite import open_sqlite
 
-__all__ = ["StudyStorage", "open_storage", "requeue_lost"]
+__all__ = ["StudyStorage", "open_storage"]
 
 
 @contextmanager

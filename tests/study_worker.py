@@ -13,8 +13,9 @@ import optuna
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.tuning import signs
-from adaclip_finetune.tuning.ledger import counted, is_surplus, place
-from adaclip_finetune.tuning.storage import open_storage, requeue_lost
+from adaclip_finetune.tuning.ledger import counted, is_surplus, may_begin, place
+from adaclip_finetune.tuning.retries import requeue_lost
+from adaclip_finetune.tuning.storage import open_storage
 
 STUDY = "numbers"
 
@@ -59,13 +60,12 @@ def work(url: str, points: int, seconds: float) -> None:
                 storage.fail_dead(study)
                 requeue_lost(study)
                 trials = study.get_trials(deepcopy=False)
-                finished = len(counted(trials))
-                if finished >= points:
+                if len(counted(trials)) >= points:
                     return
-                if finished + sum(trial.state == optuna.trial.TrialState.RUNNING for trial in trials) >= points:
+                if may_begin(trials, points):
+                    study.optimize(objective, n_trials=1, catch=(Surplus,))
+                else:
                     time.sleep(0.2)
-                    continue
-                study.optimize(objective, n_trials=1, catch=(Surplus,))
 
 
 if __name__ == "__main__":

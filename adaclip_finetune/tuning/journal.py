@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import is_alive, this_process
 from adaclip_finetune.tuning import signs
-from adaclip_finetune.tuning.kept import StudyStorage
+from adaclip_finetune.tuning.kept import StudyStorage, check_folder
 
 LEASE = "lease"
 
@@ -40,8 +40,7 @@ def open_journal(name: str) -> JournalStudy:
             "optuna_cfg.storage: a database's URL has :// behind its first word, as in sqlite:///optuna.db; without, "
             "it is the path of a journal file"
         )
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"optuna_cfg.storage: the folder {path.absolute().parent} of {path.name} is not there; make it")
+    check_folder(path)
     lock = (JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock)(name)  # as the dashboard chooses
     try:
         _check(path)

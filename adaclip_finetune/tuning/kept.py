@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -85,3 +86,14 @@ class StudyStorage(ABC):
             return self.storage.get_study_id_from_name(name) == study_id
         except KeyError:
             return False
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where a file cannot be, for want of its folder."""
+    try:
+        if path.absolute().parent.is_dir():
+            return
+        problem = "is not there; make it"
+    except OSError as error:  # one above it is closed to us
+        problem = f"cannot be entered ({error.strerror}); choose another"
+    raise UserError(f"optuna_cfg.storage: the folder {path.absolute().parent} of {path.name} {problem}")

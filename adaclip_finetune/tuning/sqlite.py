@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import Lock
-from adaclip_finetune.tuning.kept import StudyStorage
+from adaclip_finetune.tuning.kept import StudyStorage, check_folder
 from adaclip_finetune.tuning.rdb import open_rdb
 
 # How long a write waits for readers; the dashboard's take milliseconds.
@@ -39,8 +39,7 @@ def open_sqlite(url: URL) -> Iterator[SQLiteStudy]:
     if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
         raise UserError("optuna_cfg.storage: give the path of a file behind sqlite:///, as in sqlite:///optuna.db")
     path = Path(url.database).resolve()
-    if not path.parent.is_dir():
-        raise UserError(f"optuna_cfg.storage: the folder {path.parent} of {path.name} is not there; make it")
+    check_folder(path)
     with _alone(path), _connected(path) as connection:
         options = {"timeout": PATIENCE_S, "factory": _WithKey}
         storage = open_rdb(url, engine_kwargs={"connect_args": options})

@@ -95,7 +95,8 @@ def test_nothing_happens_at_import() -> None:
 
 def defines(node: ast.stmt) -> bool:
     if isinstance(node, ast.Assign):
-        return all(isinstance(target, ast.Name) for target in node.targets)
+        targets = [name for target in node.targets for name in getattr(target, "elts", [target])]
+        return all(isinstance(target, ast.Name) for target in targets)
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant)  # a docstring
     return isinstance(node, ast.AnnAssign | ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)

@@ -89,11 +89,12 @@ class JournalStudy(StudyStorage):
                 continue
 
     def _sign(self, trial_id: int) -> None:
-        self.storage.set_trial_user_attr(trial_id, LEASE, {**this_process(), "time": time.time()})
+        lease = {**this_process(), "within": _process_ids(), "time": time.time()}
+        self.storage.set_trial_user_attr(trial_id, LEASE, lease)
 
     def _died(self, trial: FrozenTrial) -> bool:
         lease: dict[str, Any] | None = trial.user_attrs.get(LEASE)
-        if lease and lease["host"] == socket.gethostname():
+        if lease and lease["within"] == _process_ids():
             # One of this very process is left where the end of a trial could not be written.
             return lease["pid"] == os.getpid() or not is_alive(lease)
         return self._silence.too_long(trial._trial_id, lease)
@@ -116,10 +117,19 @@ def _cut_off_half_a_line(path: Path, lock: JournalFileOpenLock | JournalFileSyml
     lock.acquire()
     try:
         with path.open("a+b") as file:
-            size = end = file.seek(0, os.SEEK_END)
-            while end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                end -= 1
-            if end < size:
-                file.truncate(end)
+            file.seek(0)
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
     finally:
         lock.release()
+
+
+def _process_ids() -> dict[str, str]:
+    """What process ids can be compared within. Machines may have one name, and so may containers of a machine, which
+    number their processes apart."""
+    began = str(this_process()["began"])
+    try:
+        numbering = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        return {"host": socket.gethostname()}
+    return {"host": socket.gethostname(), "boot": began.partition("+")[0], "numbering": numbering}

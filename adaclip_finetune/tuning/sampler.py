@@ -33,8 +33,7 @@ def make_sampler(config: Config, space: Space) -> BaseSampler:
     arguments = dict(settings.model_extra or {})
     if settings.name == "GridSampler":
         _check_arguments(GridSampler, arguments)
-        # One order of the points for all trials and workers, since trials remember their place in it.
-        return GridSampler(space.grid(), seed=_seed(config, arguments))
+        return GridByPlace(space.grid(), seed=_seed(config, arguments))
     kind: Any = getattr(optuna.samplers, settings.name)
     _check_arguments(kind, arguments)
     seed = _seed(config, arguments)
@@ -62,6 +61,24 @@ def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
     if settings.pruner == "hyperband":
         return HyperbandPruner(min_resource=max(1, settings.n_warmup_steps), max_resource=num_epochs)
     return NopPruner()
+
+
+class GridByPlace(GridSampler):
+    """Each point of the grid once, in an order that follows from the seed: that of the trial's place in the study.
+
+    Optuna's own chooses at random once it has come round, so that two workers may choose the same point.
+    """
+
+    @property
+    def size(self) -> int:
+        """Points of the grid."""
+        return len(self._all_grids)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        if "grid_id" not in trial.system_attrs:  # else a point that is tried again
+            here = place(study.get_trials(deepcopy=False), trial.number) % self.size
+            study._storage.set_trial_system_attr(trial._trial_id, "search_space", self._search_space)
+            study._storage.set_trial_system_attr(trial._trial_id, "grid_id", here)
 
 
 class SeededByPlace(BaseSampler):

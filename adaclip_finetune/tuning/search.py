@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import optuna
-from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from adaclip_finetune.config import Config
@@ -24,7 +23,7 @@ from adaclip_finetune.tuning.ledger import counted, may_begin
 from adaclip_finetune.tuning.pictures import draw_study
 from adaclip_finetune.tuning.progress import Progress, summary
 from adaclip_finetune.tuning.retries import requeue_lost
-from adaclip_finetune.tuning.sampler import make_sampler
+from adaclip_finetune.tuning.sampler import GridByPlace, make_sampler
 from adaclip_finetune.tuning.space import search_space, with_values
 from adaclip_finetune.tuning.storage import StudyStorage, open_storage
 from adaclip_finetune.tuning.study import open_study, study_name
@@ -40,7 +39,7 @@ def describe(config: Config) -> list[str]:
     assert settings is not None
     space = search_space(config)
     sampler = make_sampler(config, space)
-    points = f", {_grid_size(sampler)} points" if isinstance(sampler, GridSampler) else ""
+    points = f", {sampler.size} points" if isinstance(sampler, GridByPlace) else ""
     return [
         f"study {study_name(config)}, {settings.n_trials} trials: {settings.objective} on validation, by "
         f"{settings.sampler.name}{points}, pruner {settings.pruner}",
@@ -67,8 +66,8 @@ def search(config: Config) -> None:
         folder.say(f"watch it: optuna-dashboard {storage.shown}" + (f"   files: {folder.path}" if folder.path else ""))
         _zero_shot(config, study, folder)
         wanted = settings.n_trials
-        if isinstance(study.sampler, GridSampler):
-            wanted = min(wanted, _grid_size(study.sampler))
+        if isinstance(study.sampler, GridByPlace):
+            wanted = min(wanted, study.sampler.size)
         objective = Objective(config, space, folder, wanted, storage.alive)
         with storage.explained(study):
             with _told_how_to_go_on(study, folder):
@@ -140,7 +139,3 @@ def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
     best = best_trial(study)
     if config.do_training_af_optuna and best is not None:
         train_best(with_values(config, best.params), study, best, folder)
-
-
-def _grid_size(sampler: GridSampler) -> int:
-    return len(sampler._all_grids)

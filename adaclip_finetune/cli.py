@@ -1,7 +1,8 @@
 """The command line: which command, with which settings. Everything heavy is imported by the command that needs it.
 
-A command is a function from its words to an exit code, and a line in `COMMANDS`. Exit codes: 0 done, 2 something the
-user can mend (one message, no traceback unless --debug), 75 stopped by SIGTERM (go on with --resume), 130 by Ctrl-C.
+A command is a function from its words to an exit code, and a line in `COMMANDS`. Exit codes: 0 done, 1 done, but some
+of it failed, 2 something the user can mend (one message, no traceback unless --debug), 75 stopped by SIGTERM (go on
+with --resume), 130 by Ctrl-C.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, TIMED_CONTAINERS, VideoIndex
-from adaclip_finetune.extract.program import INPUTS, Failed
+from adaclip_finetune.extract.program import Failed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Facts:
 def probe(source: Path) -> Facts:
     """Open the file without decoding. What does not open has no facts: ffmpeg will say why. Raises Failed."""
     try:
-        options = {"format_whitelist": INPUTS, "protocol_whitelist": "file"}
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         with av.open(f"file:{source}", container_options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:

@@ -26,7 +26,6 @@ from adaclip_finetune.data.video_file import CONTAINERS
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.options import Look
 
-INPUTS = f"{CONTAINERS},asf"  # asf holds .wmv
 KEPT_LINES = 50
 # What ffmpeg says of files that were cut off and then exits with 0.
 CUT_OFF = ("File ended prematurely", "partial file")
@@ -92,7 +91,8 @@ def _opened(part: Part) -> Any:
     cut = {"ss": part.start} if part.seeks and part.start is not None else {}
     if part.seeks and part.end is not None:
         cut["t"] = part.end - (part.start or 0.0)
-    opened = ffmpeg.input(f"file:{part.source.absolute()}", format_whitelist=INPUTS, protocol_whitelist="file", **cut)
+    safe = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    opened = ffmpeg.input(f"file:{part.source.absolute()}", **safe, **cut)
     return opened["v" if part.stream is None else str(part.stream)]
 
 

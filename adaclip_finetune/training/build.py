@@ -130,9 +130,9 @@ def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
 
 
 def note_failed(loader: TrainLoader, run: RunFolder) -> None:
-    """Account for what could be read at first and then no more; to be called by all processes."""
+    """Account for videos that opened at first and could not be read then; to be called by all processes."""
     if failed := loader.take_failed():
-        run.say(f"left out of their batches, because they could not be read any more:\n{listing(failed)}")
+        run.say(f"left out of their batches, because they could not be read:\n{listing(failed)}")
         run.note_missing(failed)
 
 

@@ -65,7 +65,7 @@ class StopSignals:
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if not self._deferred:
-            # Should Python be in the middle of ending a generator, it drops what is raised: the loop is to see it later.
+            # Python drops what is raised while it ends a generator: then the loop is to see it.
             self.received = signum
             raise Interrupted(signum)
         if self.received is not None:

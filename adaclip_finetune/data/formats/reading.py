@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.data.formats.clip import SPLITS
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json, read_json
 
-_VIDEO_FILE = re.compile(r"(.+)\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|3gp|ts|flv|wmv)", re.IGNORECASE | re.DOTALL)
+_VIDEO_FILE = re.compile(rf"(.+)\.({'|'.join(VIDEO_EXTENSIONS)})", re.IGNORECASE | re.DOTALL)
 
 
 def add_split_flags(parser: ArgumentParser, what: str) -> None:

@@ -24,8 +24,9 @@ from optuna.trial import TrialState
 from study_worker import STUDY
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.lock import this_process
+from adaclip_finetune.lock import _began
 from adaclip_finetune.tuning import signs
+from adaclip_finetune.tuning.journal import _process_ids
 from adaclip_finetune.tuning.kept import StudyStorage
 from adaclip_finetune.tuning.retries import requeue_lost
 from adaclip_finetune.tuning.storage import open_storage
@@ -292,28 +293,33 @@ def journal_trial(storage: StudyStorage, study: optuna.Study, lease: dict[str, A
 def test_on_its_own_machine_a_dead_process_is_seen_at_once() -> None:
     with open_storage("optuna.journal") as storage:
         study = new_study(storage)
-        journal_trial(storage, study, {**this_process(), "began": "another time", "time": time.time()})
-        journal_trial(storage, study, {**this_process(), "pid": os.getppid(), "began": began(os.getppid())})
-        assert storage.fail_dead(study) == [0]  # the second one's process is alive
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        for pid, began in ((os.getpid(), "another time"), (child.pid, _began(child.pid))):
+            lease = {"pid": pid, "began": began, "within": _process_ids(), "time": time.time()}
+            journal_trial(storage, study, lease)
+        assert storage.fail_dead(study) == [0]
         assert storage.fail_dead(study) == []
+        child.kill()
+        child.wait()
+        assert storage.fail_dead(study) == [1]
 
 
-def began(pid: int) -> str:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}+{fields[19]}"
-
-
-@pytest.mark.parametrize("lease", [None, {"pid": 7, "host": "elsewhere", "began": "then", "time": 0.0}])
-def test_of_another_machine_silence_is_taken_for_death(
-    lease: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "within",
+    [None, {"host": "elsewhere"}, {**_process_ids(), "boot": "other"}, {**_process_ids(), "numbering": "other"}],
+    ids=["no lease yet", "another machine", "of the same name", "another container"],
+)
+def test_where_it_cannot_be_seen_silence_is_taken_for_death(
+    within: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signs, "SILENCE_S", 0.3)
+    lease = within and {"pid": 2**22 + 1, "began": "then", "within": within, "time": 0.0}
     with open_storage("optuna.journal") as storage:
         study = new_study(storage)
         trial = journal_trial(storage, study, lease)
         assert storage.fail_dead(study) == []
         time.sleep(0.4)
-        if lease is not None:  # its clock may say what it likes: it is the change that counts
+        if lease:  # its clock may say what it likes: it is the change that counts
             storage.storage.set_trial_user_attr(trial, "lease", {**lease, "time": -5.0})
             assert storage.fail_dead(study) == []
             time.sleep(0.4)

@@ -1,0 +1,112 @@
+"""`VideoIndex`: a folder of videos that was embedded by `adaclip index`, in memory and ready to be asked.
+
+index = VideoIndex.load("my.index")
+hits = index.search(model.encode_text(["two dogs run along the water"]), k=10)[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.nearest import Nearest, load
+from adaclip_finetune.search.stored import THUMBS, About, read_index
+
+
+@dataclass(frozen=True)
+class IndexedVideo:
+    """One row. `frames`, `times` and `weights` are of the frames that its vector was made of, in the order of time;
+    `best` is the place among them of the one that weighs most."""
+
+    id: str
+    path: Path  # the video's file, a folder of frames, or a pack of them
+    duration: float | None  # seconds, where known
+    frames: tuple[int, ...]  # from 0
+    times: tuple[float | None, ...]  # seconds from the first frame, None where the frames' source does not tell
+    weights: tuple[float, ...]  # sum 1
+    best: int
+    captions: tuple[str, ...]
+    thumb: Path | None  # a picture of the best frame
+
+    @property
+    def best_time(self) -> float | None:
+        """Seconds from the first frame to the one that weighs most."""
+        return self.times[self.best] if self.times else None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An answer: `score` is the cosine, `rank` counts from 1."""
+
+    video: IndexedVideo
+    score: float
+    rank: int
+
+
+class VideoIndex:
+    """The videos of an index in the order of its rows, and their vectors."""
+
+    def __init__(self, folder: Path, about: About, videos: list[IndexedVideo], nearest: Nearest, width: int) -> None:
+        self.folder, self.about, self.videos, self.width = folder, about, videos, width
+        self._nearest = nearest
+
+    @classmethod
+    def load(cls, path: str | Path) -> VideoIndex:
+        """Raises UserError where there is no index, or it was altered."""
+        folder = Path(path)
+        stored = read_index(folder)
+        videos = [_video(folder, number, row) for number, row in enumerate(stored.videos, 1)]
+        nearest = load(folder, stored.vectors, stored.about.kind, stored.digest)
+        return cls(folder, stored.about, videos, nearest, stored.vectors.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def search(self, vectors: Any, k: int) -> list[list[Hit]]:
+        """The k nearest videos, fewer if there are no more, to each of the vectors (Q, D), an array or a tensor of any
+        length of rows: they are normalised here. Raises UserError for vectors of another width."""
+        queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise UserError(
+                f"{self.folder}: its vectors have the width {self.width}, a query the shape {queries.shape}"
+            )
+        length = np.linalg.norm(queries, axis=1, keepdims=True)
+        if not (np.isfinite(length).all() and (length > 0).all()):
+            raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
+        scores, rows = self._nearest.search(queries / length, k)
+        return [
+            [Hit(self.videos[row], float(score), rank) for rank, (score, row) in enumerate(zip(*found, strict=True), 1)]
+            for found in zip(scores, rows, strict=True)
+        ]
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raises UserError if that is not the model whose vectors these are."""
+        if fingerprint != self.about.fingerprint:
+            raise UserError(
+                f"{self.folder}: was made with another model ({self.about.run}, fingerprint "
+                f"{self.about.fingerprint[:12]}; this one has {fingerprint[:12]}), and vectors of two models cannot be "
+                "compared: give the model that it was made with (--model), or index the videos anew"
+            )
+
+
+def _video(folder: Path, number: int, row: Any) -> IndexedVideo:
+    try:
+        frames: Sequence[Mapping[str, Any]] = row["frames"]
+        return IndexedVideo(
+            id=str(row["id"]),
+            path=Path(row["path"]),
+            duration=None if row["duration"] is None else float(row["duration"]),
+            frames=tuple(int(frame["index"]) for frame in frames),
+            times=tuple(None if frame["time"] is None else float(frame["time"]) for frame in frames),
+            weights=tuple(float(frame["weight"]) for frame in frames),
+            best=int(row["best"]),
+            captions=tuple(map(str, row["captions"])),
+            thumb=folder / THUMBS / Path(row["thumb"]).name if row["thumb"] else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'videos.jsonl'}, line {number}: not as adaclip writes it ({error!r})") from error

@@ -68,7 +68,7 @@ def running() -> Iterator[Server]:
         pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
     driver = next((name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name)), None)
     if driver is None:
-        pytest.skip("no driver for PostgreSQL here (pip install psycopg2-binary)")
+        pytest.skip("no driver for PostgreSQL here (pip install 'psycopg[binary]')")
     account: dict[str, Any] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to be root
         try:

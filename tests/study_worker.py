@@ -13,8 +13,9 @@ import optuna
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.tuning import signs
-from adaclip_finetune.tuning.ledger import counted, is_surplus, may_begin, place
+from adaclip_finetune.tuning.ledger import counted, is_surplus, may_begin
 from adaclip_finetune.tuning.retries import requeue_lost
+from adaclip_finetune.tuning.sampler import GridByPlace
 from adaclip_finetune.tuning.storage import open_storage
 
 STUDY = "numbers"
@@ -24,25 +25,13 @@ class Surplus(Exception):
     pass
 
 
-class InOrder(optuna.samplers.GridSampler):
-    """Optuna's own chooses at random towards the end, so that two workers may choose the same."""
-
-    def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        if "grid_id" not in trial.system_attrs:
-            for name, value in (
-                ("search_space", self._search_space),
-                ("grid_id", place(study.get_trials(deepcopy=False), trial.number) % len(self._all_grids)),
-            ):
-                study._storage.set_trial_system_attr(trial._trial_id, name, value)
-
-
 def work(url: str, points: int, seconds: float) -> None:
     with open_storage(url) as storage:
         study = optuna.create_study(
             storage=storage.storage,
             study_name=STUDY,
             load_if_exists=True,
-            sampler=InOrder({"x": list(range(points))}, seed=0),
+            sampler=GridByPlace({"x": list(range(points))}, seed=0),
         )
 
         def objective(trial: optuna.Trial) -> float:

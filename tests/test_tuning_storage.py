@@ -458,7 +458,7 @@ def test_what_a_server_refuses_is_told_without_the_password(server: postgres.Ser
 
 
 def test_an_unreachable_server_is_told() -> None:
-    driver = pytest.importorskip("psycopg2").__name__
+    driver = pytest.importorskip("psycopg").__name__
     refused = pytest.raises(UserError, match=r"u:\*\*\*@127\.0\.0\.1:1/d cannot be used: .*refused")
     with refused as told, open_storage(f"postgresql+{driver}://u:geheim@127.0.0.1:1/d"):
         pass

@@ -1,0 +1,129 @@
+"""Scores corrected by what other queries score: dual softmax and QB-Norm, in log space and float64.
+
+Dual softmax (Cheng et al. 2021, "Improving video-text retrieval by multi-stream corpus alignment and dual softmax
+loss") multiplies a score by the softmax of the candidate's scores over all queries of the test: it is transductive.
+QB-Norm (Bogolin et al. 2022, "Cross modal retrieval with querybank normalisation") divides exp(score) by its sum over a
+bank of other queries, such as training captions; its dynamic inverted softmax does so only for queries whose best
+candidate is a hub, the best of some query in the bank.
+
+Multiplied out in float32, as usual, most of these scores underflow to the same 0, and ranks become a matter of how ties
+are counted. Here no exponential is ever taken of a score that is ranked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray, Metrics, retrieval_metrics
+
+Blocks = Iterable[Tensor]
+
+DUAL_SOFTMAX_TEMPERATURE = 1.0
+"""Logits are taken as they are: exp(logit_scale), which CLIP learned, is the temperature."""
+QB_NORM_TEMPERATURE = 5.0
+"""The paper multiplies cosines by 20; logits are 100 times the cosine where CLIP's scale is at its bound."""
+
+_LOG_OF_SMALLEST = math.log(5e-324)
+
+
+def dual_softmax_metrics(blocks: Blocks, video_of_text: IntArray, temperature: float) -> Metrics:
+    """Metrics of the logits (T, V), each multiplied by softmax(logits / temperature) over the queries of its direction:
+    all texts in t2v, in v2t all videos that have a text."""
+    asked = torch.from_numpy(np.unique(video_of_text))
+    by_text = retrieval_metrics(DualSoftmax(blocks, temperature, over_texts=True), video_of_text)
+    by_video = retrieval_metrics(DualSoftmax(blocks, temperature, over_texts=False, asked=asked), video_of_text)
+    return Metrics(by_text.t2v, by_video.v2t)
+
+
+def qb_norm_metrics(blocks: Blocks, bank: Blocks, video_of_text: IntArray, temperature: float) -> DirectionMetrics:
+    """T2V metrics of the logits (T, V) corrected by those of the bank's texts to the same videos (B, V). The other
+    direction would need a bank of videos."""
+    return retrieval_metrics(QueryBankNorm(blocks, bank, temperature), video_of_text).t2v
+
+
+class DualSoftmax:
+    """Iterates over row blocks (t, V) in float64 that are ordered exactly as the products logit · softmax, anew each
+    time.
+
+    `over_texts`: the softmax runs down each column, for t2v; else along each row, over the videos numbered in `asked`
+    (default all), for v2t. What is given for a product x is sign(x) · (ln|x| + c), c being large enough to keep signs
+    apart. Values may be compared where products may.
+    """
+
+    def __init__(
+        self, blocks: Blocks, temperature: float, over_texts: bool = True, asked: Tensor | None = None
+    ) -> None:
+        self._blocks, self._temperature, self._asked = blocks, _checked(temperature), asked
+        sums = _LogSums(blocks, temperature)
+        self._columns = sums.by_column if over_texts else None
+        # No product is smaller than the smallest number times the smallest softmax.
+        self._offset = 1 - _LOG_OF_SMALLEST + sums.spread + math.log(max(sums.rows, sums.columns, 1))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for block in self._blocks:
+            logits = _exact(block)
+            scaled = logits / self._temperature
+            prior = scaled - (self._row_sums(scaled) if self._columns is None else self._columns)
+            yield logits.sign() * torch.where(logits == 0, 0, logits.abs().log() + prior + self._offset)
+
+    def _row_sums(self, scaled: Tensor) -> Tensor:
+        return (scaled if self._asked is None else scaled[:, self._asked]).logsumexp(dim=1, keepdim=True)
+
+
+class QueryBankNorm:
+    """Iterates over row blocks (t, V) in float64, anew each time: ln(exp(logit / temperature) / sum over the bank) for
+    queries whose best video is a hub, the logits themselves for the others. Rows are comparable within themselves
+    only."""
+
+    def __init__(self, blocks: Blocks, bank: Blocks, temperature: float) -> None:
+        self._blocks, self._temperature = blocks, _checked(temperature)
+        self._columns = _LogSums(bank, temperature).by_column
+        self._is_hub = torch.zeros(len(self._columns), dtype=torch.bool)
+        for block in bank:
+            self._is_hub[block.argmax(dim=1).cpu()] = True
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for block in self._blocks:
+            logits = _exact(block)
+            corrected = self._is_hub[logits.argmax(dim=1)][:, None]
+            yield torch.where(corrected, logits / self._temperature - self._columns, logits)
+
+
+@dataclass(init=False)
+class _LogSums:
+    """ln of the sum of exp(logit / temperature) over each column (V,), and the size of the matrix; `spread` is the
+    largest scaled logit minus the smallest."""
+
+    by_column: Tensor
+    rows: int
+    columns: int
+    spread: float
+
+    def __init__(self, blocks: Blocks, temperature: float) -> None:
+        self.rows, low, high = 0, math.inf, -math.inf
+        parts: Tensor | None = None
+        for block in blocks:
+            scaled = _exact(block) / temperature
+            sums = scaled.logsumexp(dim=0)
+            parts = sums if parts is None else torch.logaddexp(parts, sums)
+            low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
+            self.rows += len(block)
+        if parts is None:
+            raise ValueError("there are no rows")
+        self.by_column, self.columns, self.spread = parts, len(parts), high - low
+
+
+def _exact(block: Tensor) -> Tensor:
+    return block.cpu().double()
+
+
+def _checked(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"a temperature is above 0, not {temperature}")
+    return temperature

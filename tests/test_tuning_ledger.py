@@ -70,6 +70,21 @@ def test_no_two_trials_at_work_have_one_place() -> None:
     assert place(study, 6) == 4
 
 
+def test_a_second_heir_that_dies_before_it_is_told_leaves_no_heir() -> None:
+    assert lost(trials("died", ("done", [0]), ("died", [0]))) == []
+
+
+def test_an_heir_has_the_place_of_the_first_that_tried() -> None:
+    study = trials("done", "done", "died", "running", "running", ("running", [2]))
+    assert [place(study, number) for number in range(6)] == [0, 1, 2, 3, 4, 2]
+
+
+def test_a_surplus_trial_that_died_takes_no_place_for_ever() -> None:
+    study = trials("done", "died", ("surplus", [1]), "running")
+    assert (lost(study), place(study, 3)) == ([], 1)
+    assert is_surplus(trials("done", "died", ("surplus", [1]), ("running", [1])), 3, 9)
+
+
 def test_surplus_is_what_is_beyond_the_number_wanted_and_a_second_heir() -> None:
     study = trials("done", "died", ("running", [1]), ("running", [1]), "running")
     assert [is_surplus(study, number, 3) for number in (2, 3, 4)] == [False, True, False]

@@ -76,7 +76,7 @@ def test_a_search(project: Project, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found.test_annot == config.test_annot
     out = capsys.readouterr().out
     assert out.index("zero-shot on validation") < out.index("trial 0 (1 of 3): learning_rate")
-    assert f"best: trial {best.number}, t2v.R@1 {best.value:g} on validation" in out
+    assert f"best: trial {best.number}, t2v.R@1 {best.value:.1f} on validation" in out
     assert "3 trials: 3 completed, 0 pruned, 0 failed" in out
     assert f"python train.py --config {folder / 'best_config.json'}" in out
 

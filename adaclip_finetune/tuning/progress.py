@@ -28,11 +28,11 @@ class Progress:
         trials, best = study.get_trials(deepcopy=False), best_trial(study)
         parts = [f"  {_outcome(trial, best)}"]
         if best is not None and best.number != trial.number:
-            parts.append(f"best so far {best.value:g} (trial {best.number})")
+            parts.append(f"best so far {best.value:.1f} (trial {best.number})")
         if left := max(0, self._wanted - len(counted(trials))):
             workers = 1 + sum(other.state == TrialState.RUNNING for other in trials)
-            minutes = (time.monotonic() - self._began) / self._ended * left / workers / 60
-            parts.append(f"{left} to go, about {minutes:.1f} min")
+            seconds = (time.monotonic() - self._began) / self._ended * left / workers
+            parts.append(f"{left} to go, about {_duration(seconds)}")
         return "   ".join(parts)
 
 
@@ -51,10 +51,11 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
     assert config.optuna_cfg is not None
     objective = config.optuna_cfg.objective
     before = _zero_shot_value(study, objective)
-    yield f"best: trial {best.number}, {objective} {best.value:g} on validation" + (
-        "" if before is None else f" (zero-shot {before:g})"
+    yield f"best: trial {best.number}, {objective} {best.value:.1f} on validation" + (
+        "" if before is None else f" (zero-shot {before:.1f})"
     )
-    yield from (f"  {name}  {short(value)}" for name, value in best.params.items())
+    width = max(map(len, best.params))
+    yield from (f"  {name:{width}}  {short(value)}" for name, value in best.params.items())
     if before is not None and not _beats(study, best, before):
         yield "No trial beats zero-shot: widen the ranges, or give more epochs or more data."
     if folder.path is not None:
@@ -68,9 +69,15 @@ def _outcome(trial: FrozenTrial, best: FrozenTrial | None) -> str:
     if trial.state == TrialState.COMPLETE:
         mark = "  ← best so far" if best is not None and best.number == trial.number else ""
         facts: dict[str, Any] = trial.user_attrs
-        return f"{trial.value:g} at epoch {facts['best_epoch']}, {facts['seconds']:g} s{mark}"
+        return f"{trial.value:.1f} at epoch {facts['best_epoch']}, {facts['seconds']:g} s{mark}"
     reason = str(trial.user_attrs.get("reason", ""))
     return reason if trial.state == TrialState.PRUNED else f"failed: {reason}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _zero_shot_value(study: optuna.Study, objective: str) -> float | None:

@@ -190,6 +190,13 @@ def check(words: Sequence[str]) -> int:
     return run(words)
 
 
+def index(words: Sequence[str]) -> int:
+    """Embed videos, to be searched."""
+    from adaclip_finetune.search.index_command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -201,6 +208,7 @@ COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
+    "index": Command(index, "embed videos with a trained model, to be searched"),
     "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "pack": Command(pack, "the images of all videos in one file, for slow disks"),

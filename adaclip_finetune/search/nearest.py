@@ -82,7 +82,8 @@ def keep(folder: Path, nearest: Nearest, kind: str, digest: str) -> None:
 
 
 def _empty(width: int, kind: str, half: bool) -> Any:
-    metric, fp16 = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_fp16
+    metric: Any = faiss.METRIC_INNER_PRODUCT
+    fp16: Any = faiss.ScalarQuantizer.QT_fp16
     if kind == "flat":
         return faiss.IndexScalarQuantizer(width, fp16, metric) if half else faiss.IndexFlatIP(width)
     graph = faiss.IndexHNSWSQ(width, fp16, _LINKS, metric) if half else faiss.IndexHNSWFlat(width, _LINKS, metric)

@@ -197,6 +197,20 @@ def index(words: Sequence[str]) -> int:
     return run(words)
 
 
+def search(words: Sequence[str]) -> int:
+    """Find videos in an index by a text or a picture."""
+    from adaclip_finetune.search.search_command import run
+
+    return run(words)
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Figures of checkpoints on data sets, in one table."""
+    from adaclip_finetune.compare.evaluate_command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -206,9 +220,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
+    "evaluate": Command(evaluate, "compare checkpoints with zero-shot and with each other, on one data set or several"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
     "index": Command(index, "embed videos with a trained model, to be searched"),
+    "search": Command(search, "find videos in an index by a text or a picture"),
     "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "pack": Command(pack, "the images of all videos in one file, for slow disks"),

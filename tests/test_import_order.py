@@ -13,11 +13,11 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # From the top down; what stands in one line does not import each other.
 LAYERS = [
     {"cli"},
-    {"check", "export", "extract", "tuning"},
+    {"check", "compare", "export", "extract", "search", "tuning"},
     {"training"},
     {"report"},
     {"evaluation"},
-    {"search", "model", "peft"},
+    {"model", "peft"},
     {"data"},
     {"continued", "paths"},
     {"config"},

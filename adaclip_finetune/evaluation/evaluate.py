@@ -59,7 +59,8 @@ class Figures:
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
     """Figures of one gallery, and what they came from. `similarity` is None except on the main process; `frame_usage`
-    (N,): how often each candidate frame was chosen, None without a selector."""
+    (N,): how often each candidate frame was chosen, None without a selector; `video_seconds`: the part of `seconds` in
+    which the gallery was read and embedded."""
 
     metrics: Metrics
     queries: Queries
@@ -67,6 +68,7 @@ class EvaluationResult:
     frame_usage: NDArray[np.int64] | None
     num_listed: int
     seconds: float
+    video_seconds: float = 0.0
 
     @property
     def figures(self) -> Figures:
@@ -110,7 +112,9 @@ class Evaluator:
         copy_from_main(model.buffers())
         folder = self._part_folder(model, keep) if keep and is_main() else None
         on_main(folder.open if folder else lambda: None)
+        begun = time.monotonic()
         videos = self._embed_videos(model, folder)
+        video_seconds = time.monotonic() - begun
         queries = self.split.queries.within(
             [name for name in self.split.queries.video_ids if name not in videos.failed]
         )
@@ -125,7 +129,7 @@ class Evaluator:
         metrics = on_main(ranks)
         usage = None if model.selector is None else videos.usage.numpy()
         seconds = time.monotonic() - started
-        return EvaluationResult(metrics, queries, similarity, usage, self.split.num_listed, seconds)
+        return EvaluationResult(metrics, queries, similarity, usage, self.split.num_listed, seconds, video_seconds)
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
         """The gallery's vectors (V, D), or its frames (V, K, D) if they depend on the query."""

@@ -62,8 +62,9 @@ class SimilarityFile:
         return block
 
 
-def similarity_file(path: Path) -> SimilarityFile:
-    """A matrix that `write_similarity_file` wrote, or another program in the same form. Nothing is unpickled.
+def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
+    """A matrix that `write_similarity_file` wrote, or another program in the same form. Nothing is unpickled. Its ids
+    are in the JSON file `ids`, by default the one of its name beside it.
 
     Raises UserError for a file that is not there or no .npy, for a shape or dtype that is none of a similarity, and for
     ids that do not fit it.
@@ -80,12 +81,13 @@ def similarity_file(path: Path) -> SimilarityFile:
         raise UserError(f"{path}: has the dtype {header.dtype}; a similarity is one of {', '.join(_FLOATS)}")
     if not header.flags.c_contiguous:
         raise UserError(f"{path}: lies column by column; save it row by row (numpy.ascontiguousarray)")
-    queries = _read_ids(path.with_suffix(".json"))
+    ids = path.with_suffix(".json") if ids is None else ids
+    queries = _read_ids(ids)
     expected = (len(queries.texts), len(queries.video_ids))
     if header.shape != expected:
+        beside = f"{ids.name} beside it" if ids.parent == path.parent else f"{ids}"
         raise UserError(
-            f"{path}: has the shape {header.shape}, but {path.with_suffix('.json').name} beside it lists "
-            f"{expected[0]} queries and {expected[1]} videos"
+            f"{path}: has the shape {header.shape}, but {beside} lists {expected[0]} queries and {expected[1]} videos"
         )
     return SimilarityFile(path, queries, header.dtype, header.offset)
 

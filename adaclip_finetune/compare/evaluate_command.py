@@ -1,0 +1,247 @@
+"""`adaclip evaluate`: figures of checkpoints on data sets, in one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaclip_finetune.compare.options import add_overrides, check_file, check_target
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.flags import Parser, given
+
+if TYPE_CHECKING:
+    from adaclip_finetune.compare.rows import Table
+
+RERANKINGS = ("dual_softmax", "qb_norm")
+_MOST_SHARES = 101
+
+
+def run(words: Sequence[str]) -> int:
+    """Evaluate, and print the tables. Returns 0; raises UserError."""
+    arguments = _parser().read(words)
+    overrides = given(arguments)
+    _check(arguments, overrides)
+    curve: list[Any] = []
+    if arguments.similarity:
+        tables = [_saved(arguments)]
+    elif arguments.interpolate:
+        curve, tables = _interpolated(arguments, overrides)
+    else:
+        tables = _measured(arguments, overrides)
+    _show(arguments, tables, curve)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "adaclip evaluate",
+        "Evaluate checkpoints on data sets: one table a data set, zero-shot first, 95 % intervals, paired p-values, "
+        "what it costs.",
+        "adaclip evaluate RUN_OR_CHECKPOINT [MORE ...] --annot FILE [--annot FILE ...] [--SETTING VALUE ...]\n"
+        "       adaclip evaluate --interpolate zero-shot RUN_OR_CHECKPOINT --val-annot FILE --annot FILE\n"
+        "       adaclip evaluate --similarity S.npy [--ids S.json]",
+        "A checkpoint is evaluated with its own settings. Reranking is a row of its own below the model's, and marked, "
+        "since it uses other queries than the one that is asked.",
+    )
+    parser.add_argument(
+        "checkpoints",
+        metavar="RUN_OR_CHECKPOINT",
+        nargs="*",
+        type=Path,
+        help="a run folder (its best.safetensors), or a weights file: ours, an adapter, or a published one",
+    )
+    parser.add_argument(
+        "--annot", metavar="FILE", action="append", help="captions to evaluate; several times if need be"
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that brings none")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures as JSON too")
+    parser.add_argument(
+        "--errors",
+        metavar="FILE.html",
+        type=Path,
+        help="write an error analysis of the one checkpoint on the one annotation: a page with the worst queries, as "
+        "frames, and recall by length",
+    )
+    rerank = parser.add_argument_group("Reranking")
+    rerank.add_argument(
+        "--rerank",
+        action="append",
+        choices=RERANKINGS,
+        default=[],
+        help="dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. May be given twice",
+    )
+    rerank.add_argument(
+        "--bank",
+        metavar="TRAIN.json",
+        help="training captions for qb_norm; beside --similarity the .npy of their similarity to the same videos",
+    )
+    rerank.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm; with --val-annot the best "
+        "there]",
+    )
+    rerank.add_argument(
+        "--val-annot",
+        metavar="FILE",
+        help="validation that chooses temperature or alpha; beside --similarity the .npy of it",
+    )
+    mix = parser.add_argument_group("Interpolation (WiSE-FT)")
+    mix.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("ZERO_SHOT", "FINETUNED"),
+        help="mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint",
+    )
+    mix.add_argument("--alpha", metavar="FROM:TO:STEP", default="0:1:0.1", help="shares to try [default: 0:1:0.1]")
+    saved = parser.add_argument_group("Without a model")
+    saved.add_argument(
+        "--similarity",
+        metavar="S.npy",
+        type=Path,
+        action="append",
+        help="a matrix from `adaclip train --save_similarity`; several of the same queries are compared",
+    )
+    saved.add_argument(
+        "--ids", metavar="IDS.json", type=Path, help="its ids [default: the .json of its name beside it]"
+    )
+    add_overrides(parser)
+    return parser
+
+
+def _check(arguments: Namespace, overrides: dict[str, Any]) -> None:
+    """What argparse cannot know: which flags go together, and whether files are there."""
+    modes = {
+        "RUN_OR_CHECKPOINT": bool(arguments.checkpoints),
+        "--interpolate": bool(arguments.interpolate),
+        "--similarity": bool(arguments.similarity),
+    }
+    chosen = [name for name, there in modes.items() if there]
+    if len(chosen) != 1:
+        what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
+        raise UserError(f"{what} (adaclip evaluate --help)")
+    if arguments.similarity:
+        _refuse(arguments, "--similarity", "annot", "config", "errors")
+        if overrides:
+            raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
+    elif not arguments.annot:
+        raise UserError("--annot FILE is needed: the captions to evaluate")
+    if arguments.ids and not arguments.similarity:
+        raise UserError("--ids belongs to --similarity")
+    if arguments.interpolate:
+        _refuse(arguments, "--interpolate", "rerank", "errors")
+        if not arguments.val_annot:
+            raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
+    _check_reranking(arguments)
+    if arguments.errors and (len(arguments.checkpoints) > 1 or len(arguments.annot) > 1):
+        raise UserError("--errors is of one checkpoint on one annotation: give one of each")
+    for name in ("annot", "similarity"):
+        for path in getattr(arguments, name) or []:
+            check_file(f"--{name}", Path(path))
+    for name in ("config", "bank", "val_annot", "ids"):
+        if path := getattr(arguments, name):
+            check_file(f"--{name.replace('_', '-')}", Path(path))
+    for name in ("markdown", "json", "errors"):
+        check_target(f"--{name}", getattr(arguments, name))
+
+
+def _check_reranking(arguments: Namespace) -> None:
+    repeated = [name for name in RERANKINGS if arguments.rerank.count(name) > 1]
+    if repeated:
+        raise UserError(f"--rerank {repeated[0]} is given twice")
+    if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
+        raise UserError(f"--temperature {arguments.temperature:g}: must be a number above 0")
+    for name in ("temperature", "bank"):
+        if getattr(arguments, name) is not None and not arguments.rerank:
+            raise UserError(f"--{name} belongs to --rerank")
+    if ("qb_norm" in arguments.rerank) != (arguments.bank is not None):
+        raise UserError("--rerank qb_norm and --bank TRAIN.json belong together: the captions are its bank of queries")
+    if arguments.val_annot and not arguments.rerank and not arguments.interpolate:
+        raise UserError("--val-annot chooses a temperature (--rerank) or alpha (--interpolate), and neither is given")
+    if arguments.val_annot and arguments.temperature is not None:
+        raise UserError("--val-annot would choose the temperature, and --temperature gives it: leave one out")
+
+
+def _refuse(arguments: Namespace, beside: str, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise UserError(f"--{name} does not go with {beside}: leave it out")
+
+
+def _measured(arguments: Namespace, overrides: dict[str, Any]) -> list[Table]:
+    from adaclip_finetune.compare.evaluate import Reranking, evaluate
+
+    reranking = Reranking(arguments.rerank, arguments.temperature, arguments.bank, arguments.val_annot)
+    return evaluate(arguments.checkpoints, arguments.annot, arguments.config, overrides, reranking)
+
+
+def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list[Any], list[Table]]:
+    from adaclip_finetune.compare.interpolate import curve_lines, interpolate
+
+    zero_shot, finetuned = arguments.interpolate
+    curve, tables = interpolate(
+        zero_shot,
+        Path(finetuned),
+        read_shares(arguments.alpha),
+        arguments.val_annot,
+        arguments.annot,
+        arguments.config,
+        overrides,
+    )
+    print(*curve_lines(curve, arguments.val_annot), "", sep="\n")
+    return curve, tables
+
+
+def _saved(arguments: Namespace) -> Table:
+    from adaclip_finetune.compare.saved import SavedReranking, evaluate_saved
+
+    bank = None if arguments.bank is None else Path(arguments.bank)
+    validation = None if arguments.val_annot is None else Path(arguments.val_annot)
+    reranking = SavedReranking(arguments.rerank, arguments.temperature, bank, validation)
+    return evaluate_saved(arguments.similarity, arguments.ids, reranking)
+
+
+def read_shares(text: str) -> list[float]:
+    """`0:1:0.1` as numbers, the ends included. Raises UserError."""
+    wrong = UserError(f"--alpha {text}: must be FROM:TO:STEP between 0 and 1, such as 0:1:0.1")
+    try:
+        start, end, step = map(float, text.split(":"))
+    except ValueError:
+        raise wrong from None
+    if not (0 <= start <= end <= 1 and step > 0):
+        raise wrong
+    count = int((end - start) / step + 1e-9) + 1
+    if count > _MOST_SHARES:
+        raise UserError(f"--alpha {text}: is {count:,} shares, each an evaluation; at most {_MOST_SHARES}")
+    return [round(start + number * step, 10) for number in range(count)]
+
+
+def _show(arguments: Namespace, tables: list[Table], curve: list[Any]) -> None:
+    from adaclip_finetune.compare.table import as_markdown, as_text
+
+    print("\n\n".join(map(as_text, tables)))
+    if arguments.markdown:
+        _write("--markdown", arguments.markdown, "\n".join(map(as_markdown, tables)))
+    if arguments.json:
+        content: dict[str, Any] = {
+            "command": ["adaclip", *sys.argv[1:]],
+            "tables": [table.as_dict() for table in tables],
+        }
+        if curve:
+            content["validation"] = [{"alpha": point.alpha, **point.metrics.as_dict()} for point in curve]
+        _write("--json", arguments.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(flag: str, path: Path, text: str) -> None:
+    from adaclip_finetune.durable import write_durably
+
+    try:
+        write_durably(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,134 @@
+"""Weights between zero-shot CLIP and the finetuned one (WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of zero-shot
+models"): CLIP's parameters are mixed, selector and aggregator stay those of the finetuned model.
+
+The share is chosen on validation, and the test is evaluated with that one alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaclip_finetune.compare.evaluate import Found, measure_on, own_captions
+from adaclip_finetune.compare.model import OpenModel, tell
+from adaclip_finetune.compare.rows import Table
+from adaclip_finetune.compare.source import find_source
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.evaluate import Evaluator
+from adaclip_finetune.evaluation.metrics import Metrics
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.training.measure import measure
+
+ZERO_SHOT = "zero-shot"
+
+State = dict[str, Tensor]
+
+
+class Point(NamedTuple):
+    """Figures on validation with the share `alpha` of the finetuned weights."""
+
+    alpha: float
+    metrics: Metrics
+
+
+def interpolate(
+    zero_shot: str,
+    finetuned: Path,
+    alphas: Sequence[float],
+    validation: str,
+    annotations: Sequence[str],
+    settings: Path | None,
+    overrides: Mapping[str, Any],
+) -> tuple[list[Point], list[Table]]:
+    """The curve on validation, and a table for each annotation: zero-shot, finetuned, and the best mix.
+
+    `zero_shot`: that word for the CLIP of the model's own settings, or CLIP weights on disk. Raises UserError.
+    """
+    source = find_source(finetuned, settings, overrides, validation)
+    model = OpenModel(source)
+    end = _copied(model.session.model.clip.state_dict())
+    start = _start(model, zero_shot, end)
+    curve = _curve(model, start, end, alphas, validation)
+    best = best_point(curve)
+    tables = []
+    for annotation in annotations:
+        found = Found()
+        model.session.model.clip.load_state_dict(end)
+        split, result = measure_on(model, annotation, source.label, found)
+        model.session.model.clip.load_state_dict(mixed(start, end, best.alpha))
+        result = model.measure(split, "interpolated")
+        note = f"WiSE-FT: the best of {len(curve)} shares on {validation}" + own_captions(validation, annotation)
+        row = model.row(result, f"interpolated, α = {best.alpha:g}", note)
+        found.rows.append(replace(row, baseline=found.rows[0].baseline))
+        tables.append(found.table(annotation))
+    return curve, tables
+
+
+def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> State:
+    """(1 − alpha) · start + alpha · end, exactly the ends at 0 and 1; what is no float is that of `end`."""
+    return {
+        name: torch.lerp(start[name], value, alpha) if value.is_floating_point() else value
+        for name, value in end.items()
+    }
+
+
+def best_point(curve: Sequence[Point]) -> Point:
+    """The highest T2V R@1; of equals the lowest mean rank, then the first."""
+    return max(curve, key=lambda point: (point.metrics.t2v.recall(1), -point.metrics.t2v.mean_rank))
+
+
+def curve_lines(curve: Sequence[Point], validation: str) -> list[str]:
+    """For the screen: the whole curve, the chosen share marked."""
+    lines = [
+        f"{validation}, the share α of the finetuned weights:",
+        f"{'α':>6}{'T2V R@1':>10}{'R@5':>7}{'V2T R@1':>10}",
+    ]
+    best = best_point(curve)
+    for point in curve:
+        t2v, v2t = point.metrics.t2v, point.metrics.v2t
+        mark = "  ← chosen" if point is best else ""
+        lines.append(f"{point.alpha:6.3g}{t2v.recall(1):10.1f}{t2v.recall(5):7.1f}{v2t.recall(1):10.1f}{mark}")
+    return lines
+
+
+def _curve(model: OpenModel, start: State, end: State, alphas: Sequence[float], validation: str) -> list[Point]:
+    session, curve = model.session, []
+    with closing(Evaluator(model.read(validation), model.config, session.loaded, "validation")) as evaluator:
+        for alpha in alphas:
+            session.model.clip.load_state_dict(mixed(start, end, alpha))
+            curve.append(Point(alpha, measure(session, evaluator, session.model).metrics))
+            tell(f"α {alpha:g} on {validation}: T2V R@1 {curve[-1].metrics.t2v.recall(1):.1f}")
+    return curve
+
+
+def _start(model: OpenModel, zero_shot: str, end: State) -> State:
+    if zero_shot == ZERO_SHOT:
+        towers = model.session.pretrained()
+    elif not Path(zero_shot).exists():
+        raise UserError(f"--interpolate {zero_shot}: neither the word {ZERO_SHOT} nor a file or folder of CLIP weights")
+    else:
+        towers = load_clip(model.config.model_copy(update={"clip_weights": zero_shot}))
+    device = model.session.accelerator.device
+    start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
+    if different := sorted(
+        name for name in start.keys() | end.keys() if _shape(start.get(name)) != _shape(end.get(name))
+    ):
+        raise UserError(
+            f"--interpolate: the CLIP of {towers.source} is of another architecture than that of {model.source.label}: "
+            f"{different[0]} is {_shape(start.get(different[0]))} there and {_shape(end.get(different[0]))} here"
+        )
+    return start
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | str:
+    return "not there" if tensor is None else tuple(tensor.shape)
+
+
+def _copied(state: Mapping[str, Tensor]) -> State:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}

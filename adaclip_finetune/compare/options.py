@@ -1,0 +1,52 @@
+"""What `adaclip evaluate` and `adaclip predict` have in common on the command line: settings that no figure of a
+checkpoint hangs on may be given as flags, all others are the checkpoint's own. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import create_model
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.settings.base import Settings
+from adaclip_finetune.settings.flags import Parser, add_flags
+
+OVERRIDABLE = (
+    "frames_dir",
+    "video_dir",
+    "img_tmpl",
+    "clip_weights",
+    "concat_captions",
+    "skip_missing",
+    "device",
+    "xpu",
+    "precision",
+    "val_batch_size",
+    "num_workers",
+    "debug",
+)
+
+
+def add_overrides(parser: Parser) -> None:
+    """Flags for `OVERRIDABLE`, declared as in `adaclip train`, but for their defaults: those are the checkpoint's."""
+    fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in OVERRIDABLE}
+    group = create_model(
+        "Overrides",
+        __base__=Settings,
+        __doc__="In place of the checkpoint's own settings (the defaults are those of `adaclip train`)",
+        **fields,  # type: ignore[call-overload]
+    )
+    add_flags(parser, type("GivenOverrides", (group,), {}))
+
+
+def check_file(flag: str, path: Path) -> None:
+    """UserError unless it is there."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file (looked for in {Path.cwd()})")
+
+
+def check_target(flag: str, path: Path | None) -> None:
+    """UserError, before hours of work, where nothing can be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'there is no such folder to write into'}")

@@ -1,0 +1,112 @@
+"""What a comparison found: rows of figures on one data set, and the differences between them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.evaluation.bootstrap import Difference, intervals, paired_difference
+from adaclip_finetune.evaluation.metrics import DirectionMetrics
+
+Kind = Literal["zero-shot", "model", "reranked"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes: parameters that learned, in percent of CLIP's and of all (None where that is not known);
+    10⁹ multiply-adds a video; videos a second, reading included, as measured in this run."""
+
+    percent_of_clip: float | None
+    percent_of_all: float | None
+    gflops: float
+    videos_per_second: float
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table. `v2t` is None where a method has no such direction. `baseline` is the label of the
+    zero-shot row that belongs to a model."""
+
+    label: str
+    kind: Kind
+    t2v: DirectionMetrics
+    v2t: DirectionMetrics | None
+    queries: Queries
+    num_listed: int
+    cost: Cost | None = None
+    baseline: str | None = None
+    note: str = ""
+
+    @property
+    def missing(self) -> int:
+        """Videos of the annotation that were left out, on request (`skip_missing`)."""
+        return self.num_listed - len(self.queries.video_ids)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        of = {"videos_evaluated": len(self.queries.video_ids), "videos_listed": self.num_listed}
+        figures = {
+            name: None if direction is None else _with_intervals(direction) | of
+            for name, direction in (("t2v", self.t2v), ("v2t", self.v2t))
+        }
+        cost = None if self.cost is None else asdict(self.cost)
+        return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": cost}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """R@1 of one row minus that of another, in both directions."""
+
+    label: str
+    other: str
+    t2v: Difference
+    v2t: Difference
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"label": self.label, "minus": self.other, "t2v": self.t2v.as_dict(), "v2t": self.v2t.as_dict()}
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """All rows of one data set. `remarks` are lines for below it."""
+
+    name: str
+    rows: list[Row]
+    remarks: list[str] = field(default_factory=list)
+
+    def comparisons(self) -> list[Comparison]:
+        """Each model against its zero-shot row, and against the first model; only where both were asked the same."""
+        of = {row.label: row for row in self.rows}
+        models = [row for row in self.rows if row.kind == "model"]
+        pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
+        pairs += [(row, models[0]) for row in models[1:]]
+        return [_compared(row, other) for row, other in pairs if _asked_the_same(row, other)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "annotation": self.name,
+            "captions": len(self.rows[0].queries.texts),
+            "rows": [row.as_dict() for row in self.rows],
+            "differences_in_R@1": [comparison.as_dict() for comparison in self.comparisons()],
+            "remarks": self.remarks,
+        }
+
+
+def _compared(row: Row, other: Row) -> Comparison:
+    assert row.v2t is not None and other.v2t is not None, "models and zero-shot have both directions"
+    t2v = paired_difference(row.t2v.ranks, other.t2v.ranks)
+    return Comparison(row.label, other.label, t2v, paired_difference(row.v2t.ranks, other.v2t.ranks))
+
+
+def _asked_the_same(row: Row, other: Row) -> bool:
+    one, two = row.queries, other.queries
+    owners = one.video_of_text.tolist() == two.video_of_text.tolist()
+    return owners and one.texts == two.texts and one.video_ids == two.video_ids
+
+
+def _with_intervals(direction: DirectionMetrics) -> dict[str, Any]:
+    found = {f"{name} 95%": interval for name, interval in intervals(direction.ranks).items()}
+    return {**direction.as_dict(), **found}

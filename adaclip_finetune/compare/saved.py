@@ -1,0 +1,68 @@
+"""`adaclip evaluate --similarity`: the same table from matrices that were saved, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
+from adaclip_finetune.compare.rows import Row, Table
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.metrics import retrieval_metrics
+from adaclip_finetune.evaluation.similarity_file import SimilarityFile, similarity_file
+
+
+@dataclass(frozen=True)
+class SavedReranking:
+    """What reranking needs, as files: the bank's similarity to the same videos, and that of the validation."""
+
+    methods: Sequence[str]
+    temperature: float | None
+    bank: Path | None
+    validation: Path | None
+
+
+def evaluate_saved(paths: Sequence[Path], ids: Path | None, reranking: SavedReranking) -> Table:
+    """One row a matrix, in the order given; all are of the same queries and videos. Raises UserError."""
+    files = [similarity_file(path, ids) for path in paths]
+    for file in files[1:]:
+        _check_same(files[0], file)
+    validation = None if reranking.validation is None else similarity_file(reranking.validation)
+    bank = None if reranking.bank is None else similarity_file(reranking.bank)
+    if bank is not None and validation is not None:
+        raise UserError(
+            f"--val-annot {validation.path}: a saved bank is of the videos of the test, and says nothing of those of "
+            "the validation; give --temperature instead"
+        )
+    rows: list[Row] = []
+    for file in files:
+        metrics = retrieval_metrics(file, file.queries.video_of_text)
+        label = file.path.stem if len({path.stem for path in paths}) == len(paths) else str(file.path)
+        row = Row(label, "model", metrics.t2v, metrics.v2t, file.queries, len(file.queries.video_ids))
+        rows.append(row)
+        scores = Scores(str(file.path), file, file.queries, _bank(bank, file))
+        held_out = None if validation is None else Scores(str(validation.path), validation, validation.queries)
+        rows += reranked_rows(row, scores, reranking.methods, reranking.temperature, held_out)
+    remark = "saved matrices: which model is zero-shot, and what a matrix left out of the gallery, they do not say"
+    return Table(", ".join(map(str, paths)), rows, [remark])
+
+
+def _bank(bank: SimilarityFile | None, file: SimilarityFile) -> Bank | None:
+    if bank is None:
+        return None
+    if bank.queries.video_ids != file.queries.video_ids:
+        raise UserError(f"--bank {bank.path}: its videos are not those of {file.path}, in the same order")
+    return Bank(bank, bank.queries.texts)
+
+
+def _check_same(first: SimilarityFile, other: SimilarityFile) -> None:
+    if (
+        first.queries.texts != other.queries.texts
+        or first.queries.video_ids != other.queries.video_ids
+        or first.queries.video_of_text.tolist() != other.queries.video_of_text.tolist()
+    ):
+        raise UserError(
+            f"--similarity {other.path}: its queries or videos are not those of {first.path}; one table is of one data "
+            "set, so evaluate them one by one"
+        )

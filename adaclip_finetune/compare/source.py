@@ -1,0 +1,115 @@
+"""From the words of a command to a checkpoint and its settings: a run folder, or a weights file of any known kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.checkpoints import Checkpoint, check_settings, read_checkpoint
+from adaclip_finetune.paths import check_paths
+
+WEIGHTS = "best.safetensors"
+
+# A checkpoint is evaluated as it is: no search, no batch to fit, nothing written.
+_AS_IT_IS = {"do_inference": True, "no_output": True, "optuna_cfg": None, "do_training_af_optuna": False}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and its settings, whose `resume` is the weights file. `folder` is its run's, or None."""
+
+    label: str
+    config: Config
+    folder: Path | None
+
+    def acquainted(self, annotation: str) -> str:
+        """How the checkpoint already knows these captions, in words; empty if it does not, as far as is known."""
+        if same_captions(self.config.train_annot, annotation):
+            return "it learned from these very captions"
+        if same_captions(self.config.val_annot, annotation):
+            return "its epoch was chosen on these very captions"
+        return ""
+
+
+def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str | None) -> Source:
+    """`given`: a run folder or a weights file; `settings`: a settings file for checkpoints that bring none;
+    `overrides`: flags; `annotation`: what is to be evaluated first, if that is known.
+
+    Raises UserError for what is not there, and for settings that the checkpoint contradicts.
+    """
+    folder = given if given.is_dir() else None
+    weights = given / WEIGHTS if folder else given
+    if not weights.is_file():
+        raise UserError(
+            f"{given}: is no run folder, it holds no {WEIGHTS}"
+            if folder
+            else f"{given}: there is no such file or folder (looked for in {Path.cwd()})"
+        )
+    laid = {**_without_rivals(overrides), **_AS_IT_IS, "resume": str(weights), "test_annot": annotation}
+    # A checkpoint brings the weights of the policy's CNN.
+    laid["policy_weights"] = "random"
+    config = _settings(given, weights, settings, laid)
+    try:
+        check_paths(config if annotation else config.model_copy(update={"test_annot": str(weights)}))
+    except UserError as error:
+        raise UserError(
+            f"{given} was made where the data lay elsewhere, or its settings do not say where; give the flags of what "
+            f"is named here: {error}"
+        ) from error
+    return Source(_label(given, folder), config, folder or (weights.parent if weights.name == WEIGHTS else None))
+
+
+def same_captions(one: str | None, other: str) -> bool:
+    """Whether two annotations are the same file, or hold the same under two names."""
+    if one is None or not Path(one).is_file():
+        return False
+    return Path(one).resolve() == Path(other).resolve() or load_annotations(one) == load_annotations(other)
+
+
+def _settings(given: Path, weights: Path, settings: Path | None, laid: Mapping[str, Any]) -> Config:
+    """The checkpoint's own settings: of its run folder, of its metadata, of the file that was given; flags above."""
+    if given.is_dir() and (path := given / "config.json").is_file():
+        return load_config(path, laid)
+    checkpoint = read_checkpoint(weights)
+    if checkpoint.is_foreign:
+        config = load_config(settings, laid)
+        try:
+            check_settings(checkpoint, config)
+        except UserError as error:
+            raise UserError(f"{error}\nWrite them into a settings file, and give it as --config FILE") from error
+        return config
+    if not checkpoint.settings and settings is None:
+        raise UserError(f"{weights}: holds no settings; give those of its run as --config FILE")
+    return load_config(None, {**_stored(checkpoint), **laid}) if settings is None else load_config(settings, laid)
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A backbone that was only a default does not say which CLIP it is, where its weights came from a file."""
+    stored = dict(checkpoint.settings)
+    backbone = Config.model_fields["clip_backbone"].default
+    if stored.get("clip_backbone") == backbone and (stored.get("clip_weights") or stored.get("resume")):
+        del stored["clip_backbone"]
+    return stored
+
+
+def _without_rivals(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Frames come from one place, and one device computes: what is given replaces the other that the settings name."""
+    laid = dict(overrides)
+    for given, other, nothing in (
+        ("frames_dir", "video_dir", None),
+        ("video_dir", "frames_dir", None),
+        ("device", "xpu", False),
+        ("xpu", "device", "auto"),
+    ):
+        if given in overrides and other not in overrides:
+            laid[other] = nothing
+    return laid
+
+
+def _label(given: Path, folder: Path | None) -> str:
+    return given.resolve().name if folder else f"{given.resolve().parent.name}/{given.name}"

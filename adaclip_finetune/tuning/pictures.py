@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import optuna
 from matplotlib.ticker import MaxNLocator
+from optuna.distributions import IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
@@ -20,7 +21,7 @@ from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.tuning.folder import best_trial
 
-_INCHES_AN_AXIS = 2.2
+_INCHES_AN_AXIS = 2.6
 _BEST, _COMPLETED, _PRUNED = "tab:red", "tab:blue", "0.55"
 
 
@@ -117,9 +118,15 @@ def _slices(study: optuna.Study, objective: str) -> Any:
     from optuna.visualization import matplotlib as plots
 
     axes: Any = plots.plot_slice(study, target_name=objective)
-    first = np.ravel(axes)[0]
-    first.set_title("")  # where it is the only one
-    first.figure.suptitle(f"{study.study_name}: completed trials")
+    kinds = {
+        name: type(kind) for trial in study.get_trials(deepcopy=False) for name, kind in trial.distributions.items()
+    }
+    for part in np.ravel(axes):
+        name = part.get_xlabel()
+        if kinds.get(name) == IntDistribution and part.get_xscale() == "linear":
+            part.xaxis.set_major_locator(MaxNLocator(integer=True))
+        part.set_title("")  # where there is one only
+    part.figure.suptitle(f"{study.study_name}: completed trials")
     return axes
 
 

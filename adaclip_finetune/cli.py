@@ -211,6 +211,13 @@ def evaluate(words: Sequence[str]) -> int:
     return run(words)
 
 
+def serve(words: Sequence[str]) -> int:
+    """A page to search an index."""
+    from adaclip_finetune.search.serve.command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -225,6 +232,7 @@ COMMANDS = {
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
     "index": Command(index, "embed videos with a trained model, to be searched"),
     "search": Command(search, "find videos in an index by a text or a picture"),
+    "serve": Command(serve, "a page on this machine to search an index by text or picture"),
     "check": Command(check, "what would go wrong in a run, and what it would take"),
     "extract": Command(extract, "frames of videos as images; the same as `python utils/frame_extraction.py`"),
     "pack": Command(pack, "the images of all videos in one file, for slow disks"),

@@ -1,0 +1,157 @@
+"""The page and its JSON API. /openapi.json describes it; there is no /docs, which would load its scripts from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import ASGIApp
+
+from adaclip_finetune import __version__
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.index import Hit
+from adaclip_finetune.search.serve.answers import Answer, Status, found
+from adaclip_finetune.search.serve.engine import Engine, NotReady
+from adaclip_finetune.search.serve.guard import Guard, Policy
+from adaclip_finetune.search.serve.media import Gone, Media
+from adaclip_finetune.search.serve.picture import FORMATS, MAX_BYTES, BadPicture
+from adaclip_finetune.search.serve.ranges import file_response
+from adaclip_finetune.search.serve.worker import Busy
+
+MAX_TEXT = 500  # characters
+MAX_K, MAX_PAGE = 50, 50
+
+_PAGE = Path(__file__).parent / "page"
+_ON_PAGE = {"/": "index.html"} | {
+    f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "icon.svg")
+}
+_BODY_TIME = 60  # seconds in which a picture must have arrived
+
+Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
+PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="from 1")]
+PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="how many videos a page")]
+Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="a video, as a search names it")]
+Place = Annotated[int, InPath(ge=0, le=10_000, description="among the frames of the video, from 0")]
+
+
+def create_app(engine: Engine, media: Media, policy: Policy) -> ASGIApp:
+    """Everything that is served, behind its guard."""
+    app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    api = _Api(engine, media)
+    app.add_api_route("/api/status", api.status)
+    app.add_api_route("/api/search", api.search)
+    body = {"content": {f"image/{kind.lower()}": {} for kind in FORMATS}, "required": True}
+    app.add_api_route("/api/search/image", api.search_image, methods=["POST"], openapi_extra={"requestBody": body})
+    app.add_api_route("/api/videos/{key}/file", api.file, response_class=Response)
+    app.add_api_route("/api/videos/{key}/poster", api.poster, response_class=Response)
+    app.add_api_route("/api/videos/{key}/frames/{place}", api.frame, response_class=Response)
+    for path, name in _ON_PAGE.items():
+        app.add_route(path, _Static(_PAGE / name).answer)
+    for kind, status in {Gone: 404, NotReady: 503, Busy: 503, UserError: 500}.items():
+        app.add_exception_handler(kind, _Says(status))
+    app.add_exception_handler(BadPicture, _bad_picture)
+    app.add_exception_handler(RequestValidationError, _wrong_request)
+    app.add_exception_handler(Exception, _unforeseen)
+    return Guard(app, policy)
+
+
+class _Api:
+    def __init__(self, engine: Engine, media: Media) -> None:
+        self.engine, self.media = engine, media
+
+    async def status(self) -> Status:
+        """Whether the model is ready, and how many videos there are."""
+        state, message = self.engine.state
+        return Status(state=state, message=message, index=self.engine.index.folder.name, videos=len(self.engine.index))
+
+    async def search(self, q: Text, page: PageNumber = 1, k: PageSize = 12) -> Answer:
+        """Videos that show what a text says, the best first."""
+        if not q.strip():
+            raise HTTPException(422, "q: is empty")
+        return self._answer(await self.engine.by_text(q.strip(), page * k), page, k)
+
+    async def search_image(self, request: Request, page: PageNumber = 1, k: PageSize = 12) -> Answer:
+        """Videos that look like a picture, which is the body of the request."""
+        try:
+            content = await asyncio.wait_for(_body(request), _BODY_TIME)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the picture did not arrive within {_BODY_TIME} seconds") from None
+        return self._answer(await self.engine.by_picture(content, page * k), page, k)
+
+    def file(self, key: Key, request: Request) -> Response:
+        """The video itself; ranges are understood."""
+        file, media_type = self.media.video(key)
+        return file_response(file, media_type, request.headers.get("range"), request.headers.get("if-range"))
+
+    def poster(self, key: Key) -> Response:
+        """The frame that weighs most, as a small JPEG."""
+        return file_response(self.media.poster(key), "image/jpeg", None, None)
+
+    async def frame(self, key: Key, place: Place) -> Response:
+        """One of the frames that the selector kept, as a small JPEG."""
+        return Response(await self.media.frame(key, place), headers={"cache-control": "private, max-age=600"},
+                        media_type="image/jpeg")  # fmt: skip
+
+    def _answer(self, hits: list[Hit], page: int, k: int) -> Answer:
+        videos = len(self.engine.index)
+        shown = hits[(page - 1) * k : page * k]
+        return Answer(
+            page=page,
+            pages=min(-(-videos // k), MAX_PAGE),
+            videos=videos,
+            found=[found(hit, self.media) for hit in shown],
+        )
+
+
+class _Static:
+    """One file of the page."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    async def answer(self, _request: Request) -> Response:
+        """It."""
+        return FileResponse(self.path, headers={"cache-control": "no-cache"})
+
+
+class _Says:
+    """The message of an exception, under one status."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    async def __call__(self, _request: Request, error: Exception) -> Response:
+        headers = {"retry-after": "2"} if self.status == 503 else None
+        return JSONResponse({"detail": str(error) or "too many are asking; wait a moment"}, self.status, headers)
+
+
+async def _body(request: Request) -> bytes:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_BYTES:
+            raise HTTPException(413, f"the picture has more than {MAX_BYTES // 2**20} MB")
+    return bytes(content)
+
+
+async def _bad_picture(_request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 413 if getattr(error, "too_large", False) else 400)
+
+
+async def _wrong_request(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    wrong = "; ".join(f"{what['loc'][-1]}: {what['msg']}" for what in error.errors())
+    return JSONResponse({"detail": wrong}, 422)
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    traceback.print_exception(error)
+    print(f"adaclip serve: {request.method} {request.url.path}: {error!r}", file=sys.stderr)
+    return JSONResponse({"detail": "something went wrong here; the terminal tells more"}, 500)

@@ -1,0 +1,126 @@
+"""`adaclip serve`: its flags, and the server."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.model_flags import add_model_flags, model_settings
+from adaclip_finetune.search.serve.address import is_loopback, listen, url
+from adaclip_finetune.settings.flags import Parser
+
+if TYPE_CHECKING:
+    from adaclip_finetune.search.serve.engine import Encoder, Engine
+
+PORT = 8765
+
+
+def run(words: Sequence[str]) -> int:
+    """Serve until Ctrl-C, which raises KeyboardInterrupt. Raises UserError."""
+    arguments = _parser().read(words)
+    token, settings = _token(arguments), model_settings(arguments)
+    listening = listen(arguments.host, arguments.port)
+    port = listening.getsockname()[1]
+
+    import uvicorn
+
+    from adaclip_finetune.search.index import VideoIndex
+    from adaclip_finetune.search.serve.app import create_app
+    from adaclip_finetune.search.serve.engine import Engine
+    from adaclip_finetune.search.serve.guard import Policy
+    from adaclip_finetune.search.serve.media import Media
+    from adaclip_finetune.search.serve.picture import MAX_BYTES
+
+    index = VideoIndex.load(arguments.index)
+
+    def load() -> Encoder:
+        from adaclip_finetune.search.retriever import retriever_of
+
+        return retriever_of(index, arguments.model, **settings)
+
+    engine = Engine(index, load)
+    app = create_app(engine, Media(index), Policy(arguments.host, port, token, MAX_BYTES))
+    print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
+    print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
+    engine.start()
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        access_log=False,  # an address may hold the token
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=0,
+    )
+    try:
+        uvicorn.Server(config).run([listening])
+    except KeyboardInterrupt:
+        _end_at_once(engine)
+        raise
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "adaclip serve",
+        "A page to search an index by text or picture, in a browser on this machine. It comes at once; the model is "
+        "loaded meanwhile. Ctrl-C ends it. /openapi.json describes the JSON API behind the page.",
+    )
+    parser.add_argument("index", metavar="NAME.index", type=Path, help="what `adaclip index` made")
+    parser.add_argument(
+        "--model", metavar="RUN", type=Path, help="the run or checkpoint that the index was made with, if it has moved"
+    )
+    parser.add_argument("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
+    parser.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="listen there; default 127.0.0.1, which only this machine reaches. Any other needs --token. There is no "
+        "encryption: what is sent can be read on the way",
+    )
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        nargs="?",
+        const="",
+        help="only who knows it may ask: letters, digits, - and _, at least 16; left out, one is made. The address "
+        "that is printed holds it",
+    )
+    add_model_flags(parser)
+    return parser
+
+
+def _token(arguments: Namespace) -> str | None:
+    """What was given, or made; None where none is asked for. Raises UserError."""
+    if not 0 <= arguments.port <= 65535:
+        raise UserError(f"--port {arguments.port}: must be from 0 to 65535")
+    if arguments.token is None:
+        if not is_loopback(arguments.host):
+            raise UserError(
+                f"--host {arguments.host}: others can reach that, and would see the videos: add --token (one is made), "
+                "or leave --host out"
+            )
+        return None
+    if not arguments.token:
+        return secrets.token_urlsafe(24)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", arguments.token):
+        raise UserError("--token: must be 16 to 200 letters, digits, - and _; --token alone makes one")
+    return str(arguments.token)
+
+
+def _end_at_once(engine: Engine) -> None:
+    """A thread that is inside torch cannot be interrupted, and Python would wait for it, or fall over it."""
+    if engine.working:
+        print("adaclip: interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)

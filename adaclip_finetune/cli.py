@@ -218,6 +218,13 @@ def serve(words: Sequence[str]) -> int:
     return run(words)
 
 
+def predict(words: Sequence[str]) -> int:
+    """For each query the best videos, as a file."""
+    from adaclip_finetune.compare.predict_command import run
+
+    return run(words)
+
+
 class Command(NamedTuple):
     """What runs, and the line that tells of it."""
 
@@ -228,6 +235,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train, "finetune a retriever, or evaluate one; the same as `python train.py`"),
     "evaluate": Command(evaluate, "compare checkpoints with zero-shot and with each other, on one data set or several"),
+    "predict": Command(predict, "for each query the best videos with their scores, as a file"),
     "export": Command(export, "write a run's weights for the published AdaCLIP, open_clip or transformers"),
     "convert": Command(convert, "annotation files of published data sets, or tables, to train/val/test JSON"),
     "index": Command(index, "embed videos with a trained model, to be searched"),

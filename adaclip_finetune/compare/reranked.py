@@ -81,8 +81,8 @@ def _best_temperature(method: str, validation: Scores) -> float:
 
 def _seen(method: str, scores: Scores) -> str:
     if method == "dual_softmax":
-        return "transductive: sees all test queries at once"
+        return "sees all test queries at once"
     assert scores.bank is not None
     both = len(set(scores.bank.texts) & set(scores.queries.texts))
     same = f", {both:,} of them also asked here" if both else ""
-    return f"query bank: {len(scores.bank.texts):,} training captions{same}; text to video only"
+    return f"bank of {len(scores.bank.texts):,} training captions{same}; text to video only"

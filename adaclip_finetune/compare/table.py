@@ -34,7 +34,7 @@ def as_markdown(table: Table) -> str:
     head = ["", *names, *_COSTS]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for row in table.rows:
-        cells = [_label(row), *_figures(row), *_costs(row)]
+        cells = [row.label, *_figures(row), *_costs(row)]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([f"### {_title(table)}", "", *lines, "", *[f"- {line}" for line in _below(table)], ""])
 
@@ -48,7 +48,8 @@ def _title(table: Table) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"+ {row.label}" if row.kind == "reranked" else row.label
+    """What was done to a model's scores stands below the model, whose name need not be said again."""
+    return f"  + {row.label.rpartition(' + ')[2]}" if row.kind == "reranked" else row.label
 
 
 def _figures(row: Row) -> Cells:

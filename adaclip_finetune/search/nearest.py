@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ class Nearest:
         k = min(k, self._index.ntotal)
         if k == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        faiss.omp_set_num_threads(_threads())
         if isinstance(self._index, faiss.IndexHNSW):
             self._index.hnsw.efSearch = max(_CANDIDATES, 2 * k)
         scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k)
@@ -46,7 +44,6 @@ class Nearest:
 
 def build(vectors: Rows, kind: str) -> Nearest:
     """An index of FAISS over the rows (V, D)."""
-    faiss.omp_set_num_threads(_threads())
     index = _empty(vectors.shape[1], kind, half=vectors.dtype == np.float16)
     rows = np.ascontiguousarray(vectors, np.float32)
     if not index.is_trained:
@@ -89,9 +86,3 @@ def _empty(width: int, kind: str, half: bool) -> Any:
     graph = faiss.IndexHNSWSQ(width, fp16, _LINKS, metric) if half else faiss.IndexHNSWFlat(width, _LINKS, metric)
     graph.hnsw.efConstruction = _CANDIDATES
     return graph
-
-
-def _threads() -> int:
-    """As many as OpenMP was told; torch brings an OpenMP of its own, which is asked the same way."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1

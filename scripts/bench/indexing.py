@@ -1,0 +1,108 @@
+"""What it costs to index a video, split into decoding, choosing frames, encoding them and aggregating.
+
+    python scripts/bench/indexing.py RUN dataset_example/videos --videos 100
+    python scripts/bench/indexing.py vit-b-32 dataset_example/videos --videos 20
+
+RUN is a run folder; `vit-b-32` stands for ViT-B/32 with random weights (time does not depend on them) that encodes 12
+of 32 frames, MobileNetV3-Large choosing. One process reads and computes, batch by batch. `decode` is reading, decoding
+and resizing, `select` policy backbone and selector, `encode` CLIP's image tower on the chosen frames, `aggregate`
+header and aggregator; what is between them (normalising pixels, mostly) is `rest`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import nn
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.data.dataset import VideoReader, collate
+from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.search.retriever import load_retriever
+from adaclip_finetune.search.videos import videos_of_folder
+
+RANDOM = "vit-b-32"
+BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("folder", type=Path)
+    for name, default in (("videos", 100), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    model, config, image = random_model() if a.run == RANDOM else trained_model(a.run)
+    source = videos_of_folder(a.folder)
+    reader = VideoReader(source.store, config, image)
+    spent = Clock(model)
+    ids = [clip.id for clip in source.clips[: a.videos + BATCH]]
+    for start in range(0, len(ids), BATCH):
+        if start == BATCH:  # the first batch warms up
+            spent.seconds = dict.fromkeys(spent.seconds, 0.0)
+        began = time.perf_counter()
+        videos = collate([reader.read(name) for name in ids[start : start + BATCH]]).videos
+        read = time.perf_counter()
+        assert videos is not None
+        with torch.inference_mode():
+            model.encode_video(videos)
+        spent.seconds["decode"] += read - began
+        spent.seconds["model"] += time.perf_counter() - read
+    spent.seconds["rest"] = 2 * spent.seconds["model"] - sum(spent.seconds.values()) + spent.seconds["decode"]
+    del spent.seconds["model"]
+    total, count = sum(spent.seconds.values()), len(ids) - BATCH
+    print(
+        f"{a.run}: {config.num_frm} frames, of which {model.top_k} are encoded; {count} videos, {a.threads} threads\n"
+    )
+    print(f"| | {' | '.join(spent.seconds)} | all |\n|---|{'---|' * (len(spent.seconds) + 1)}")
+    print(f"| ms a video | {' | '.join(f'{1000 * s / count:.2f}' for s in [*spent.seconds.values(), total])} |")
+    print(f"| % | {' | '.join(f'{100 * s / total:.1f}' for s in [*spent.seconds.values(), total])} |")
+
+
+class Clock:
+    """Adds up the time that the parts of a model take."""
+
+    def __init__(self, model: VideoRetriever) -> None:
+        self.seconds = dict.fromkeys(("decode", "select", "encode", "aggregate", "rest", "model"), 0.0)
+        self._began = 0.0
+        assert model.selector is not None and model.selector.backbone is not None
+        visual = model.clip.get_submodule("visual")
+        parts = {"select": [model.selector, model.selector.backbone], "encode": [visual]}
+        parts["aggregate"] = [model.aggregator, *([model.header] if model.header else [])]
+        for name, modules in parts.items():
+            for module in modules:
+                self._watch(name, module)
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def begin(*_: object) -> None:
+            self._began = time.perf_counter()
+
+        def end(*_: object) -> None:
+            self.seconds[name] += time.perf_counter() - self._began
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
+
+
+def trained_model(run: str) -> tuple[VideoRetriever, Config, ImageSpec]:
+    retriever = load_retriever(run, device="cpu")
+    return retriever.model, retriever.config, retriever.loaded.image
+
+
+def random_model() -> tuple[VideoRetriever, Config, ImageSpec]:
+    config = load_config(None, {"num_frm": 32, "top_k": 12, "policy_weights": "random", "frame_agg": "mlp"})
+    image = ImageSpec(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    clip = open_clip.create_model("ViT-B-32-quickgelu")
+    model = VideoRetriever(config, LoadedClip(clip, image, None, None, 77, "random"))  # type: ignore[arg-type]
+    return model.eval(), config, image
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What a text query costs: vectors that were made in advance, against matching that depends on the query.
+
+    python scripts/bench/search.py --threads 2
+
+Synthetic embeddings, the same for all rows: V videos of K frames of width D, float32, in memory. A video is a point of
+a 64-dimensional space; its frames and the query are that point with noise. One query at a time, as somebody waits for
+it; of each row the best time of the rounds, in which all rows take turns. The rows:
+
+    exact        (a) MLP-Score in advance: gallery (V, D) times query, then the 10 best
+    flat, hnsw   (b) the same vectors in FAISS, with recall@10 against exact
+    qscore       (c) frames weighed by their cosine to the query (CLIP-Hitchhiker, Bain et al. 2022)
+    attention    (c) cross-attention of the query over the frames (X-Pool, Gorti et al. 2022), with one head
+    mlp again    (d) MLP-Score's weights computed anew for every query, although they do not depend on it
+
+(c) is written for speed: each frame is read from memory once, keys are folded into the query and values into the
+output, which changes nothing (checked at the start). Times are held against a floor: the bytes of the gallery over the
+copy rate, that of `copy_` between two buffers of the gallery's size in the same rounds, in which what is read and what
+is written both count. A pass that only reads can be faster than a copy, so a ratio below 1 is possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import faiss
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaclip_finetune.model.aggregator import MlpAggregator
+from adaclip_finetune.search.nearest import build
+
+FOUND = 10
+LATENT = 64
+BLOCK = 256  # videos: their frames, 6 MB, stay in the cache between the two passes over them
+MLP_BLOCK = 128
+
+
+class Gallery(NamedTuple):
+    """Frames (V, K, D), of each 1 / length and mean and 1 / deviation (V, K), and vectors (V, D) of length 1."""
+
+    frames: Tensor
+    inverse_length: Tensor
+    mean: Tensor
+    inverse_deviation: Tensor
+    vectors: Tensor
+
+
+class Attention(NamedTuple):
+    """The weights of the matcher, (D, D): what makes query, key, value and output of normalised vectors, and the layer
+    behind it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    layer: Tensor
+
+
+@dataclass
+class Row:
+    """What is measured, and what of the gallery it reads, in bytes."""
+
+    run: Callable[[Tensor], Tensor]  # query (D,) → the FOUND best rows
+    touched: float
+    rounds: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    for name, default in (("frames", 12), ("width", 512), ("threads", 2), ("rounds", 15), ("queries", 100)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    faiss.omp_set_num_threads(a.threads)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        check(a.width)
+        for count in a.videos:
+            measure(count, a)
+
+
+def measure(count: int, a: argparse.Namespace) -> None:
+    """Print the table of one size."""
+    aggregator = MlpAggregator(a.width, 1.0)
+    weights = random_attention(a.width)
+    gallery, queries = make_gallery(count, a.frames, a.width, a.queries, aggregator)
+    vectors, frame_bytes = gallery.vectors, gallery.frames.numel() * 4
+    flat, started = build(vectors.numpy(), "flat"), time.perf_counter()
+    graph = build(vectors.numpy(), "hnsw")
+    built = time.perf_counter() - started
+    other = torch.empty_like(vectors)
+
+    def by(nearest: object) -> Callable[[Tensor], Tensor]:
+        return lambda query: torch.from_numpy(nearest.search(query[None].numpy(), FOUND)[1][0])  # type: ignore[attr-defined]
+
+    few = max(2, min(a.rounds, 20_000 // count))
+    once = max(1, min(a.rounds, 10_000 // count))
+    own = vectors.numel() * 4
+    rows = {
+        "exact": Row(lambda query: best(vectors @ query), own, a.rounds),
+        "flat": Row(by(flat), own, a.rounds),
+        "hnsw": Row(by(graph), visited(graph, queries) * a.width * 4, a.rounds),
+        "qscore": Row(lambda query: best(qscore(gallery, query)), frame_bytes, few),
+        "attention": Row(lambda query: best(attention(gallery, weights, query)), frame_bytes, few),
+        "mlp again": Row(lambda query: best(mlp_again(gallery, aggregator, query)), frame_bytes, once),
+        "copy": Row(lambda query: other.copy_(vectors), 2 * own, a.rounds),
+        "read": Row(lambda query: vectors.sum(), own, a.rounds),
+    }
+    for turn in range(a.rounds + 1):  # the first one warms up
+        for row in rows.values():
+            if turn <= row.rounds and not (turn == 0 and row.rounds == 1):
+                started = time.perf_counter()
+                row.run(queries[turn % len(queries)])
+                if turn:
+                    row.seconds.append(time.perf_counter() - started)
+    recalls = {kind: recall(vectors, queries, by(index)) for kind, index in (("flat", flat), ("hnsw", graph))}
+    tell(count, a, rows, own, recalls)
+    print(f"exact, {len(queries)} queries at once: {1000 * batched(vectors, queries):.4f} ms a query; ", end="")
+    print(f"the graph was built in {built:.1f} s\n", flush=True)
+
+
+def tell(count: int, a: argparse.Namespace, rows: dict[str, Row], own: int, recalls: dict[str, float]) -> None:
+    """Markdown."""
+    rate, read = rows["copy"].touched / rows["copy"].best, own / rows["read"].best
+    floor = own / rate
+    print(f"V = {count:,}, K = {a.frames}, D = {a.width}, {a.threads} threads: ", end="")
+    print(f"copy {rate / 1e9:.1f} GB/s (read + written), reading alone {read / 1e9:.1f} GB/s, ", end="")
+    print(f"floor {1000 * floor:.3f} ms\n")
+    print("| | ms | MB read | times as fast as qscore | as attention | as mlp again | ms ÷ floor | recall@10 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        if name in ("copy", "read"):
+            continue
+        against = [f"{rows[other].best / row.best:.3g}" for other in ("qscore", "attention", "mlp again")]
+        found = f"{100 * recalls[name]:.1f}" if name in recalls else "100" if name == "exact" else ""
+        cells = [name, f"{1000 * row.best:.3f}", f"{row.touched / 1e6:.3g}", *against, f"{row.best / floor:.2f}", found]
+        print(f"| {' | '.join(cells)} |")
+    print(flush=True)
+
+
+def make_gallery(
+    count: int, frames: int, width: int, queries: int, aggregator: MlpAggregator
+) -> tuple[Gallery, Tensor]:
+    """Random, and queries (Q, D) of length 1 of videos spread over the gallery."""
+    basis = torch.randn(LATENT, width) / LATENT**0.5
+    points = torch.randn(count, LATENT) @ basis
+    pixels = torch.empty(count, frames, width)
+    vectors = torch.empty(count, width)
+    for rows in blocks(count, BLOCK):
+        noise = 0.5 * torch.randn(len(points[rows]), frames, LATENT) @ basis + 0.1 * torch.randn(1, frames, width)
+        pixels[rows] = points[rows, None] + noise
+        vectors[rows] = F.normalize(aggregator(pixels[rows]), dim=-1)
+    spread = torch.arange(queries) * count // queries
+    asked = F.normalize(points[spread] + 0.5 * torch.randn(queries, LATENT) @ basis, dim=-1)
+    deviation, mean = torch.std_mean(pixels, dim=-1, correction=0)
+    length = pixels.norm(dim=-1)
+    return Gallery(pixels, 1 / length, mean, 1 / deviation, vectors), asked
+
+
+def qscore(gallery: Gallery, query: Tensor) -> Tensor:
+    """Cosines (V,) of the query (D,) to each video, whose frames are weighed by the softmax of their own cosines."""
+    scores = torch.empty(len(gallery.frames))
+    for rows in blocks(len(scores), BLOCK):
+        frames = gallery.frames[rows]
+        products = frames @ query
+        weights = (products * gallery.inverse_length[rows]).softmax(dim=1)
+        pooled = torch.bmm(weights[:, None], frames)[:, 0]
+        scores[rows] = (weights * products).sum(dim=1) / pooled.norm(dim=1)
+    return scores
+
+
+def attention(gallery: Gallery, weights: Attention, query: Tensor) -> Tensor:
+    """Cosines (V,) of the query (D,) to each video, pooled by attention from the query over the video's frames.
+
+    With n(x) the normalisation of a layer: a = softmax(n(q)W_Q · n(f)W_K / √D) over frames, r = n(Σ a n(f)W_V W_O),
+    z = n(r + rW), cosine(q, z).
+    """
+    width = len(query)
+    asked = weights.key @ (F.layer_norm(query, (width,)) @ weights.query) / width**0.5  # key folded into the query
+    after = weights.value @ weights.output
+    scores, total = torch.empty(len(gallery.frames)), asked.sum()
+    for rows in blocks(len(scores), BLOCK):
+        frames, mean, inverse = gallery.frames[rows], gallery.mean[rows], gallery.inverse_deviation[rows]
+        shares = ((frames @ asked - mean * total) * inverse).softmax(dim=1) * inverse
+        pooled = torch.bmm(shares[:, None], frames)[:, 0] - (shares * mean).sum(dim=1, keepdim=True)
+        found = F.layer_norm(pooled @ after, (width,))
+        scores[rows] = F.cosine_similarity(F.layer_norm(found + found @ weights.layer, (width,)), query[None])
+    return scores
+
+
+def mlp_again(gallery: Gallery, aggregator: MlpAggregator, query: Tensor) -> Tensor:
+    """Cosines (V,) of the query (D,) to the videos, whose vectors are made of their frames anew."""
+    scores = torch.empty(len(gallery.frames))
+    for rows in blocks(len(scores), MLP_BLOCK):
+        scores[rows] = F.normalize(aggregator(gallery.frames[rows]), dim=-1) @ query
+    return scores
+
+
+def best(scores: Tensor) -> Tensor:
+    """The rows of the FOUND highest."""
+    return scores.topk(FOUND).indices
+
+
+def batched(vectors: Tensor, queries: Tensor) -> float:
+    """Seconds a query of the exact search of all of them together."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        (queries @ vectors.T).topk(FOUND)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) / len(queries)
+
+
+def recall(vectors: Tensor, queries: Tensor, search: Callable[[Tensor], Tensor]) -> float:
+    """Of the FOUND rows that are right, the share that is found."""
+    found = [len(set(best(vectors @ query).tolist()) & set(search(query).tolist())) for query in queries]
+    return sum(found) / FOUND / len(queries)
+
+
+def visited(graph: object, queries: Tensor) -> float:
+    """How many rows the graph looks at for a query, on average."""
+    faiss.cvar.hnsw_stats.reset()
+    graph.search(queries.numpy(), FOUND)  # type: ignore[attr-defined]
+    return float(faiss.cvar.hnsw_stats.ndis) / len(queries)
+
+
+def check(width: int) -> None:
+    """The folded attention gives what its formula gives word by word."""
+    gallery, queries = make_gallery(8, 3, width, 2, MlpAggregator(width, 1.0))
+    weights, query = random_attention(width), queries[0]
+    normalised = F.layer_norm(gallery.frames, (width,))
+    keys, values = normalised @ weights.key, normalised @ weights.value
+    shares = (keys @ (F.layer_norm(query, (width,)) @ weights.query) / width**0.5).softmax(dim=1)
+    found = F.layer_norm((shares[..., None] * values).sum(dim=1) @ weights.output, (width,))
+    written = F.cosine_similarity(F.layer_norm(found + found @ weights.layer, (width,)), query[None])
+    # The normalisation of a layer adds 1e-5 to a variance of about 1, which the folded form leaves out.
+    torch.testing.assert_close(attention(gallery, weights, query), written, rtol=1e-3, atol=1e-4)
+
+
+def random_attention(width: int) -> Attention:
+    return Attention(*(torch.randn(5, width, width) / width**0.5))
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,18 +31,16 @@ def is_loopback(host: str) -> bool:
     return ipaddress.ip_address(_resolved(host, 0)[1][0].partition("%")[0]).is_loopback
 
 
-def may_be_called(header: str, host: str) -> bool:
-    """Whether a Host header names this server, which listens on `host`.
+def may_be_called(header: str, host: str, reachable: bool) -> bool:
+    """Whether a Host header names this server, which listens on `host`, where other machines can reach it or not.
 
     A page of another site whose name was made to point here (DNS rebinding) calls us by its own name. An address
-    cannot be made to point elsewhere, so where we can be reached from outside, any address will do.
+    cannot be made to point elsewhere, so where we are reachable, any address will do.
     """
     name = _without_port(header).lower().rstrip(".")
     if name in LOOPBACK_NAMES or name == host.lower():
         return True
-    if is_loopback(host):
-        return False
-    return _is_address(name) or name in _own_names()
+    return reachable and (_is_address(name) or name in _own_names())
 
 
 def url(host: str, port: int) -> str:

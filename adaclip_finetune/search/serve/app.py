@@ -1,4 +1,4 @@
-"""The page and its JSON API. /openapi.json describes it; there is no /docs, which would load its scripts from elsewhere."""
+"""The page and its JSON API, which /openapi.json describes. There is no /docs: it would load scripts from elsewhere."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def run(words: Sequence[str]) -> int:
         return retriever_of(index, arguments.model, **settings)
 
     engine = Engine(index, load)
-    app = create_app(engine, Media(index), Policy(arguments.host, port, token, MAX_BYTES))
+    policy = Policy(arguments.host, port, not is_loopback(arguments.host), token, MAX_BYTES)
+    app = create_app(engine, Media(index), policy)
     print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
     print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
     engine.start()

@@ -1,4 +1,4 @@
-"""What every request must pass before it is answered: rate, Host, origin, size, token. And the headers of every answer."""
+"""What every request must pass before it is answered (rate, Host, origin, size, token), and headers of every answer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Who may ask, and how much. `host` is what we listen on; `costly` are paths that make the model work."""
+    """Who may ask, and how much. `host` is what we listen on, `reachable` whether other machines can reach that;
+    `costly` is how the paths begin that make the model work."""
 
     host: str
     port: int
+    reachable: bool
     token: str | None
     max_body: int  # bytes
     costly: str = "/api/search"
@@ -64,7 +66,7 @@ class Guard:
         if slow or (scope["path"].startswith(policy.costly) and not policy.queries.allows(address)):
             return _refused(429, "too many requests; wait a moment", {"retry-after": "2"})
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not may_be_called(hosts[0], policy.host):
+        if len(hosts) != 1 or not may_be_called(hosts[0], policy.host, policy.reachable):
             return _refused(421, "this server does not go by that name (Host)")
         if not _same_site(scope, headers, hosts[0]):
             return _refused(403, "a page of another site asks; open this server's own page")
@@ -88,7 +90,9 @@ class Guard:
         if _one_is([bearer.strip()] if scheme.lower() == "bearer" else _cookies(headers, cookie), token):
             return None
         return _refused(
-            401, "the token is missing or wrong: open the address that the terminal shows", {"www-authenticate": "Bearer"}
+            401,
+            "the token is missing or wrong: open the address that the terminal shows",
+            {"www-authenticate": "Bearer"},
         )
 
 
@@ -103,7 +107,7 @@ def _same_site(scope: Scope, headers: Headers, host: str) -> bool:
 
 def _one_is(given: Iterable[str], token: str) -> bool:
     """In a time that does not tell how much of it was right."""
-    return any([hmac.compare_digest(one.encode(), token.encode()) for one in given])
+    return any(hmac.compare_digest(one.encode(), token.encode()) for one in given)
 
 
 def _cookies(headers: Headers, name: str) -> list[str]:

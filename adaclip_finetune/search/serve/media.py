@@ -81,8 +81,7 @@ class Media:
         video = self._found(key)
         if not 0 <= place < len(video.frames):
             raise Gone(f"{video.id}: has {len(video.frames)} frames here")
-        if _is_video(video.path):
-            _opened(video.path, self._stamps[key]).close()
+        _check(video.path, self._stamps[key])
         return (await self._frames.pictures(video))[place]
 
     def _found(self, key: str) -> IndexedVideo:
@@ -148,19 +147,31 @@ def _jpegs(store: FrameStore, name: str, frames: Sequence[int]) -> list[bytes]:
 
 
 def _opened(path: Path, stamp: Stamp | None = None) -> BinaryIO:
-    """The file, if it is a plain one and as `stamp` says. A pipe is not waited for. Raises Gone."""
+    """The file, if it is a plain one, and as `stamp` says. Without a stamp no link is followed. Raises Gone."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe is not waited for
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags if stamp else flags | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         raise Gone(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     found = os.fstat(descriptor)
-    file = os.fdopen(descriptor, "rb") if stat.S_ISREG(found.st_mode) else os.close(descriptor)
-    if file is None:
-        raise Gone(f"{path}: is no plain file any more")
-    if stamp is not None and (found.st_size, found.st_mtime_ns) != stamp:
-        file.close()
-        raise Gone(f"{path}: has changed since it was indexed; `adaclip index` again")
-    return file
+    if stat.S_ISREG(found.st_mode) and stamp in (None, (found.st_size, found.st_mtime_ns)):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise _changed(path)
+
+
+def _check(path: Path, stamp: Stamp) -> None:
+    """Of a file, a pack, or a folder of frames. Raises Gone."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise Gone(f"{path}: {error.strerror}") from error
+    if (found.st_size, found.st_mtime_ns) != stamp:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> Gone:
+    return Gone(f"{path}: is not what it was when it was indexed; `adaclip index` again")
 
 
 def _stamp(row: dict[str, object]) -> Stamp:

@@ -4,7 +4,7 @@ export function card(video, play) {
   const button = element("button", "card");
   button.type = "button";
   const best = video.frames[video.best];
-  const moment = best && best.time !== null ? `, best moment at ${clock(best.time)}` : "";
+  const moment = best && best.time !== null ? `, best moment at ${clock(best.time, video.duration)}` : "";
   button.setAttribute("aria-label", `${video.rank}. ${video.captions[0] || video.id}, score ${video.score.toFixed(3)}${moment}. Play`);
   button.append(seen(video, best), timeline(video), words(video));
   button.addEventListener("click", () => play(video));
@@ -20,8 +20,9 @@ export function element(name, className = "", text = "") {
   return made;
 }
 
-// 75.4 → 1:15
-export function clock(seconds) {
+// 75.4 → 1:15; in a video of less than a minute 15.4 → 0:15.4
+export function clock(seconds, duration) {
+  if (duration < 60) return `0:${seconds.toFixed(1).padStart(4, "0")}`;
   const whole = Math.floor(seconds), hours = Math.floor(whole / 3600);
   const two = (number) => String(number).padStart(2, "0");
   return hours ? `${hours}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}` : `${Math.floor(whole / 60)}:${two(whole % 60)}`;
@@ -37,7 +38,7 @@ function seen(video, best) {
     image.addEventListener("error", () => image.remove());
     box.append(image);
   }
-  if (best && best.time !== null) box.append(element("span", "at", clock(best.time)));
+  if (best && best.time !== null) box.append(element("span", "at", clock(best.time, video.duration)));
   return box;
 }
 

@@ -18,7 +18,7 @@ export function play(video) {
   const screen = video.video ? moving(video, best?.time ?? 0) : still(video);
   if (!video.video) say("This index was made of frames: there is no video file to play.");
   stage.replaceChildren(screen);
-  get("frames").replaceChildren(...video.frames.map((frame, place) => shown(frame, place === video.best)));
+  get("frames").replaceChildren(...video.frames.map((frame, place) => shown(frame, place === video.best, video.duration)));
   dialog.showModal();
   dialog.scrollTop = 0;
   screen.focus?.();
@@ -79,9 +79,9 @@ async function unplayable(screen, video) {
   say(reason);
 }
 
-function shown(frame, best) {
+function shown(frame, best, duration) {
   const button = element("button", best ? "best" : ""), picture = element("img"), line = element("span", "line"), bar = element("span", "weight");
-  const weight = `${Math.round(100 * frame.weight)} %`, time = frame.time === null ? `frame ${frame.index + 1}` : clock(frame.time);
+  const weight = `${Math.round(100 * frame.weight)} %`, time = frame.time === null ? `frame ${frame.index + 1}` : clock(frame.time, duration);
   button.type = "button";
   button.setAttribute("aria-label", `${best ? "Best frame" : "Frame"} at ${time}, weight ${weight}`);
   picture.alt = "";

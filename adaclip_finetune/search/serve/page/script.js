@@ -13,7 +13,7 @@ let page = 1;
 let ready = false;
 let waiting = false;  // something is asked, and the model is not there yet
 let running = null;  // AbortController of the search under way
-let typing = 0;  // timer
+let typing = 0, watching = 0;  // timers
 
 start();
 
@@ -71,7 +71,7 @@ async function ask(number, address) {
     fail(GONE);
     ready = false;
     waiting = true;
-    setTimeout(watch, 2000);
+    watchSoon(2000);
   } finally {
     if (running === mine) results.removeAttribute("aria-busy");
   }
@@ -119,12 +119,12 @@ async function watch() {
     const answer = await fetch("/api/status");
     status = await answer.json();
     if (!answer.ok) {
-      if (answer.status !== 401) setTimeout(watch, 2000);
+      if (answer.status !== 401) watchSoon(2000);
       return fail(status.detail);
     }
   } catch {
     fail(GONE);
-    return setTimeout(watch, 2000);
+    return watchSoon(2000);
   }
   get("name").textContent = status.index;
   document.title = `${status.index} · video search`;
@@ -133,12 +133,17 @@ async function watch() {
   if (status.state === "failed") return fail(`The model could not be loaded: ${status.message}`);
   if (status.state === "loading") {
     say(waiting ? "Loading the model; your search starts when it is there…" : "Loading the model…", true);
-    return setTimeout(watch, 500);
+    return watchSoon(500);
   }
   ready = true;
   if (!status.videos) return say("This index is empty: `adaclip index` puts videos into it.");
   if (waiting) ask(page, picture ? "turn" : "keep");
   else if (!results.children.length) say("Ready");
+}
+
+function watchSoon(milliseconds) {
+  clearTimeout(watching);
+  watching = setTimeout(watch, milliseconds);
 }
 
 function byPicture(file) {

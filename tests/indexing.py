@@ -1,0 +1,53 @@
+"""A run folder with random weights, and indexes without any model: for the tests of search."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.model.clip_weights import load_clip
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.search.stored import About, write_index
+from adaclip_finetune.training.checkpoint import save_tensors
+
+
+def write_run(folder: Path, settings: dict[str, Any], seed: int = 0) -> Path:
+    """As `adaclip train` leaves it: best.safetensors and config.json."""
+    folder.mkdir()
+    config = load_config(None, settings)
+    torch.manual_seed(seed)
+    model = VideoRetriever(config, load_clip(config))
+    stored = config.model_dump(mode="json", exclude={"clip_backbone"})
+    (folder / "config.json").write_text(json.dumps(stored))
+    metadata = {"content": "model", "epoch": "0", "config": json.dumps(stored)}
+    save_tensors(folder / "best.safetensors", model.state_dict(), metadata)
+    return folder
+
+
+def unit_rows(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
+    """(count, width), float32, of length 1."""
+    rows = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def about(kind: str = "flat", dtype: str = "float32", **others: Any) -> About:
+    facts = {"fingerprint": "f" * 64, "run": "/run", "settings": {}, "source": "/videos", "root": "/videos"}
+    return About(**facts | {"made": "2026-01-01", "changed": "2026-01-01"} | others, kind=kind, dtype=dtype)
+
+
+def row(number: int) -> dict[str, Any]:
+    """A line of videos.jsonl."""
+    frames = [{"index": 3, "time": 0.5, "weight": 0.25}, {"index": 400, "time": 65.0, "weight": 0.75}]
+    facts = {"id": f"video{number}", "path": f"/videos/video{number}.mp4", "size": 1, "mtime_ns": 2, "duration": 70.0}
+    return facts | {"captions": ["a ä"], "frames": frames, "best": 1, "thumb": "a.jpg"}
+
+
+def write_random_index(folder: Path, count: int = 50, kind: str = "flat", dtype: str = "float32") -> np.ndarray:
+    """Gives the vectors."""
+    folder.mkdir(exist_ok=True)
+    vectors = unit_rows(count)
+    write_index(folder, about(kind, dtype), vectors, [row(number) for number in range(count)])
+    return vectors

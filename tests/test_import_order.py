@@ -99,7 +99,10 @@ def defines(node: ast.stmt) -> bool:
         return all(isinstance(target, ast.Name) for target in targets)
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant)  # a docstring
-    return isinstance(node, ast.AnnAssign | ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"  # never true when a program runs
+    functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return isinstance(node, ast.AnnAssign | ast.Import | ast.ImportFrom | functions)
 
 
 def test_settings_and_commands_do_not_import_torch() -> None:

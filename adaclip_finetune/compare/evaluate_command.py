@@ -9,22 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.compare.options import add_overrides, check_file, check_target
-from adaclip_finetune.errors import UserError
+from adaclip_finetune.compare.options import add_overrides, write_file
+from adaclip_finetune.compare.request import RERANKINGS, check, read_shares
 from adaclip_finetune.settings.flags import Parser, given
 
 if TYPE_CHECKING:
     from adaclip_finetune.compare.rows import Table
-
-RERANKINGS = ("dual_softmax", "qb_norm")
-_MOST_SHARES = 101
 
 
 def run(words: Sequence[str]) -> int:
     """Evaluate, and print the tables. Returns 0; raises UserError."""
     arguments = _parser().read(words)
     overrides = given(arguments)
-    _check(arguments, overrides)
+    check(arguments, overrides)
     curve: list[Any] = []
     if arguments.similarity:
         tables = [_saved(arguments)]
@@ -115,70 +112,18 @@ def _parser() -> Parser:
     return parser
 
 
-def _check(arguments: Namespace, overrides: dict[str, Any]) -> None:
-    """What argparse cannot know: which flags go together, and whether files are there."""
-    modes = {
-        "RUN_OR_CHECKPOINT": bool(arguments.checkpoints),
-        "--interpolate": bool(arguments.interpolate),
-        "--similarity": bool(arguments.similarity),
-    }
-    chosen = [name for name, there in modes.items() if there]
-    if len(chosen) != 1:
-        what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
-        raise UserError(f"{what} (adaclip evaluate --help)")
-    if arguments.similarity:
-        _refuse(arguments, "--similarity", "annot", "config", "errors")
-        if overrides:
-            raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
-    elif not arguments.annot:
-        raise UserError("--annot FILE is needed: the captions to evaluate")
-    if arguments.ids and not arguments.similarity:
-        raise UserError("--ids belongs to --similarity")
-    if arguments.interpolate:
-        _refuse(arguments, "--interpolate", "rerank", "errors")
-        if not arguments.val_annot:
-            raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
-    _check_reranking(arguments)
-    if arguments.errors and (len(arguments.checkpoints) > 1 or len(arguments.annot) > 1):
-        raise UserError("--errors is of one checkpoint on one annotation: give one of each")
-    for name in ("annot", "similarity"):
-        for path in getattr(arguments, name) or []:
-            check_file(f"--{name}", Path(path))
-    for name in ("config", "bank", "val_annot", "ids"):
-        if path := getattr(arguments, name):
-            check_file(f"--{name.replace('_', '-')}", Path(path))
-    for name in ("markdown", "json", "errors"):
-        check_target(f"--{name}", getattr(arguments, name))
-
-
-def _check_reranking(arguments: Namespace) -> None:
-    repeated = [name for name in RERANKINGS if arguments.rerank.count(name) > 1]
-    if repeated:
-        raise UserError(f"--rerank {repeated[0]} is given twice")
-    if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
-        raise UserError(f"--temperature {arguments.temperature:g}: must be a number above 0")
-    for name in ("temperature", "bank"):
-        if getattr(arguments, name) is not None and not arguments.rerank:
-            raise UserError(f"--{name} belongs to --rerank")
-    if ("qb_norm" in arguments.rerank) != (arguments.bank is not None):
-        raise UserError("--rerank qb_norm and --bank TRAIN.json belong together: the captions are its bank of queries")
-    if arguments.val_annot and not arguments.rerank and not arguments.interpolate:
-        raise UserError("--val-annot chooses a temperature (--rerank) or alpha (--interpolate), and neither is given")
-    if arguments.val_annot and arguments.temperature is not None:
-        raise UserError("--val-annot would choose the temperature, and --temperature gives it: leave one out")
-
-
-def _refuse(arguments: Namespace, beside: str, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name):
-            raise UserError(f"--{name} does not go with {beside}: leave it out")
-
-
 def _measured(arguments: Namespace, overrides: dict[str, Any]) -> list[Table]:
+    from adaclip_finetune.compare.error_page import error_page
+    from adaclip_finetune.compare.error_report import error_report
     from adaclip_finetune.compare.evaluate import Reranking, evaluate
 
+    def analyse(model: Any, split: Any, result: Any) -> None:
+        page = error_page(error_report(model, arguments.annot[0], split, result))
+        write_file("--errors", arguments.errors, page.encode())
+
     reranking = Reranking(arguments.rerank, arguments.temperature, arguments.bank, arguments.val_annot)
-    return evaluate(arguments.checkpoints, arguments.annot, arguments.config, overrides, reranking)
+    on_result = analyse if arguments.errors else None
+    return evaluate(arguments.checkpoints, arguments.annot, arguments.config, overrides, reranking, on_result)
 
 
 def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list[Any], list[Table]]:
@@ -207,27 +152,12 @@ def _saved(arguments: Namespace) -> Table:
     return evaluate_saved(arguments.similarity, arguments.ids, reranking)
 
 
-def read_shares(text: str) -> list[float]:
-    """`0:1:0.1` as numbers, the ends included. Raises UserError."""
-    wrong = UserError(f"--alpha {text}: must be FROM:TO:STEP between 0 and 1, such as 0:1:0.1")
-    try:
-        start, end, step = map(float, text.split(":"))
-    except ValueError:
-        raise wrong from None
-    if not (0 <= start <= end <= 1 and step > 0):
-        raise wrong
-    count = int((end - start) / step + 1e-9) + 1
-    if count > _MOST_SHARES:
-        raise UserError(f"--alpha {text}: is {count:,} shares, each an evaluation; at most {_MOST_SHARES}")
-    return [round(start + number * step, 10) for number in range(count)]
-
-
 def _show(arguments: Namespace, tables: list[Table], curve: list[Any]) -> None:
     from adaclip_finetune.compare.table import as_markdown, as_text
 
     print("\n\n".join(map(as_text, tables)))
     if arguments.markdown:
-        _write("--markdown", arguments.markdown, "\n".join(map(as_markdown, tables)))
+        write_file("--markdown", arguments.markdown, "\n".join(map(as_markdown, tables)).encode())
     if arguments.json:
         content: dict[str, Any] = {
             "command": ["adaclip", *sys.argv[1:]],
@@ -235,13 +165,5 @@ def _show(arguments: Namespace, tables: list[Table], curve: list[Any]) -> None:
         }
         if curve:
             content["validation"] = [{"alpha": point.alpha, **point.metrics.as_dict()} for point in curve]
-        _write("--json", arguments.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(flag: str, path: Path, text: str) -> None:
-    from adaclip_finetune.durable import write_durably
-
-    try:
-        write_durably(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_file("--json", arguments.json, text.encode())

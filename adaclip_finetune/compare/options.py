@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import create_model
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.settings.base import Settings
 from adaclip_finetune.settings.flags import Parser, add_flags
@@ -50,3 +51,11 @@ def check_target(flag: str, path: Path | None) -> None:
     """UserError, before hours of work, where nothing can be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'there is no such folder to write into'}")
+
+
+def write_file(flag: str, path: Path, content: bytes) -> None:
+    """What was at `path` before is replaced, or left whole. Raises UserError."""
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from adaclip_finetune.compare.model import OpenModel
+from adaclip_finetune.compare.options import write_file
 from adaclip_finetune.compare.source import find_source
-from adaclip_finetune.durable import write_durably
-from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 
 COLUMNS = ("query", "rank", "video", "score")
@@ -74,7 +73,7 @@ def predict(
 def write_predictions(path: Path, predicted: Predicted) -> None:
     """JSON Lines, an object a query; or CSV, a line a query and video, where the name ends so. Raises UserError."""
     text = _as_csv(predicted) if path.suffix == ".csv" else _as_json_lines(predicted)
-    _write("--output", path, text.encode())
+    write_file("--output", path, text.encode())
 
 
 def write_embeddings(path: Path, predicted: Predicted) -> None:
@@ -87,10 +86,10 @@ def write_embeddings(path: Path, predicted: Predicted) -> None:
     tensors = {"queries": F.normalize(found.text.float(), dim=-1), "videos": found.videos.float()}
     metadata = {"scale": repr(found.scale), "per_query": "true" if found.aggregate else "false"}
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    _write("--save-embeddings", path, content)
+    write_file("--save-embeddings", path, content)
     ids = {"queries": predicted.queries, "videos": predicted.videos}
     text = json.dumps(ids, ensure_ascii=False, indent=1) + "\n"
-    _write("--save-embeddings", path.with_suffix(".json"), text.encode())
+    write_file("--save-embeddings", path.with_suffix(".json"), text.encode())
 
 
 def _as_json_lines(predicted: Predicted) -> str:
@@ -109,10 +108,3 @@ def _as_csv(predicted: Predicted) -> str:
         for rank, (name, score) in enumerate(zip(one.videos, one.scores, strict=True), start=1):
             writer.writerow([one.query, rank, name, score])
     return text.getvalue()
-
-
-def _write(flag: str, path: Path, content: bytes) -> None:
-    try:
-        write_durably(path, content)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

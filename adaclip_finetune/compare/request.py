@@ -1,0 +1,88 @@
+"""What argparse cannot know of `adaclip evaluate`: which flags go together, and whether files are there."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from adaclip_finetune.compare.options import check_file, check_target
+from adaclip_finetune.errors import UserError
+
+RERANKINGS = ("dual_softmax", "qb_norm")
+_MOST_SHARES = 101
+
+
+def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
+    """Raise UserError for flags that do not go together, and for files that are not there."""
+    modes = {
+        "RUN_OR_CHECKPOINT": bool(arguments.checkpoints),
+        "--interpolate": bool(arguments.interpolate),
+        "--similarity": bool(arguments.similarity),
+    }
+    chosen = [name for name, there in modes.items() if there]
+    if len(chosen) != 1:
+        what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
+        raise UserError(f"{what} (adaclip evaluate --help)")
+    if arguments.similarity:
+        _refuse(arguments, "--similarity", "annot", "config", "errors")
+        if overrides:
+            raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
+    elif not arguments.annot:
+        raise UserError("--annot FILE is needed: the captions to evaluate")
+    if arguments.ids and not arguments.similarity:
+        raise UserError("--ids belongs to --similarity")
+    read_shares(arguments.alpha)
+    if arguments.interpolate:
+        _refuse(arguments, "--interpolate", "rerank", "errors")
+        if not arguments.val_annot:
+            raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
+    _check_reranking(arguments)
+    if arguments.errors and (len(arguments.checkpoints) > 1 or len(arguments.annot) > 1):
+        raise UserError("--errors is of one checkpoint on one annotation: give one of each")
+    for name in ("annot", "similarity"):
+        for path in getattr(arguments, name) or []:
+            check_file(f"--{name}", Path(path))
+    for name in ("config", "bank", "val_annot", "ids"):
+        if path := getattr(arguments, name):
+            check_file(f"--{name.replace('_', '-')}", Path(path))
+    for name in ("markdown", "json", "errors"):
+        check_target(f"--{name}", getattr(arguments, name))
+
+
+def read_shares(text: str) -> list[float]:
+    """`0:1:0.1` as numbers, the ends included. Raises UserError."""
+    wrong = UserError(f"--alpha {text}: must be FROM:TO:STEP between 0 and 1, such as 0:1:0.1")
+    try:
+        start, end, step = map(float, text.split(":"))
+    except ValueError:
+        raise wrong from None
+    if not (0 <= start <= end <= 1 and step > 0):
+        raise wrong
+    count = int((end - start) / step + 1e-9) + 1
+    if count > _MOST_SHARES:
+        raise UserError(f"--alpha {text}: is {count:,} shares, each an evaluation; at most {_MOST_SHARES}")
+    return [round(start + number * step, 10) for number in range(count)]
+
+
+def _check_reranking(arguments: Namespace) -> None:
+    repeated = [name for name in RERANKINGS if arguments.rerank.count(name) > 1]
+    if repeated:
+        raise UserError(f"--rerank {repeated[0]} is given twice")
+    if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
+        raise UserError(f"--temperature {arguments.temperature:g}: must be a number above 0")
+    for name in ("temperature", "bank"):
+        if getattr(arguments, name) is not None and not arguments.rerank:
+            raise UserError(f"--{name} belongs to --rerank")
+    if ("qb_norm" in arguments.rerank) != (arguments.bank is not None):
+        raise UserError("--rerank qb_norm and --bank TRAIN.json belong together: the captions are its bank of queries")
+    if arguments.val_annot and not arguments.rerank and not arguments.interpolate:
+        raise UserError("--val-annot chooses a temperature (--rerank) or alpha (--interpolate), and neither is given")
+    if arguments.val_annot and arguments.temperature is not None:
+        raise UserError("--val-annot would choose the temperature, and --temperature gives it: leave one out")
+
+
+def _refuse(arguments: Namespace, beside: str, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise UserError(f"--{name} does not go with {beside}: leave it out")

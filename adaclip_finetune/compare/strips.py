@@ -1,0 +1,109 @@
+"""Frames that a model chose of a video, small enough to stand inside a page, with their scores."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from adaclip_finetune.compare.model import OpenModel
+from adaclip_finetune.data.annotations import VideoAnnotation
+from adaclip_finetune.data.dataset import VideoReader, collate
+from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
+
+_HEIGHT = 96  # pixels
+_MOST = 16  # frames of a strip
+_MICROSECONDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """`index` from 0; `seconds` from the start where the length is known; `share` of the selector's softmax over all
+    candidates in percent, where there is a selector; `picture` a JPEG as data URI."""
+
+    index: int
+    seconds: float | None
+    share: float | None
+    picture: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Chosen frames in the order of time; `problem` says why there are none."""
+
+    frames: list[ShownFrame] = field(default_factory=list)
+    problem: str = ""
+
+
+class StripMaker:
+    """Makes each video's strip once."""
+
+    def __init__(self, model: OpenModel, store: FrameStore, videos: dict[str, VideoAnnotation]) -> None:
+        self._model, self._store, self._videos = model, store, videos
+        self._reader = VideoReader(store, model.config, model.session.loaded.image)
+        self._made: dict[str, Strip] = {}
+
+    def __call__(self, video_id: str) -> Strip:
+        if video_id not in self._made:
+            try:
+                self._made[video_id] = self._make(video_id)
+            except FrameError as error:
+                self._made[video_id] = Strip(problem=error.reason)
+        return self._made[video_id]
+
+    def seconds(self, video_id: str) -> float | None:
+        """The length of a video, as far as it is known."""
+        return video_seconds(self._videos[video_id], self._store)
+
+    def _make(self, video_id: str) -> Strip:
+        chosen = self._chosen(video_id)
+        count, length = self._store.count(video_id), self.seconds(video_id)
+        pixels = self._store.read(video_id, [index for index, _ in chosen])
+        frames = []
+        for (index, share), image in zip(chosen, pixels, strict=True):
+            seconds = None if length is None else index / count * length
+            frames.append(ShownFrame(index, seconds, share, _picture(image)))
+        return Strip(frames)
+
+    @torch.no_grad()
+    def _chosen(self, video_id: str) -> Sequence[tuple[int, float | None]]:
+        """Indices in the video, ascending, each with its share."""
+        session = self._model.session
+        batch = collate([self._reader.read(video_id)]).videos
+        assert batch is not None, "a video that cannot be read is a FrameError"
+        places = batch.frame_indices[0]
+        with session.accelerator.autocast():
+            selection = session.model.eval().encode_video(batch.to(session.accelerator.device)).selection
+        if selection is None:
+            return [(index, None) for index in places.tolist() if index >= 0][:_MOST]
+        shares = 100 * selection.logits[0].float().softmax(dim=0).cpu()
+        chosen = [(int(places[number]), float(shares[number])) for number in sorted(selection.indices[0].tolist())]
+        return [(index, share) for index, share in chosen if index >= 0][:_MOST]
+
+
+def video_seconds(video: VideoAnnotation, store: FrameStore) -> float | None:
+    """As the annotation says, else as a video file says of itself; None for frames of unknown rate."""
+    if video.duration is not None:
+        return video.duration
+    if not isinstance(store, VideoFolder):
+        return None if video.start is None or video.end is None else video.end - video.start
+    try:
+        with av.open(str(store.find(video.video_id))) as container:
+            return None if container.duration is None else container.duration / _MICROSECONDS
+    except (OSError, av.FFmpegError, FrameError):
+        return None
+
+
+def _picture(pixels: NDArray[np.uint8]) -> str:
+    image = Image.fromarray(pixels)
+    image = image.resize((max(1, round(image.width * _HEIGHT / image.height)), _HEIGHT))
+    content = io.BytesIO()
+    image.save(content, format="JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -75,7 +75,7 @@ class _Api:
         """Videos that show what a text says, the best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        return self._answer(await self.engine.by_text(q.strip(), page * k), page, k)
+        return self._answer(await self.engine.by_text(q.strip(), k * MAX_PAGE), page, k)
 
     async def search_image(self, request: Request, page: PageNumber = 1, k: PageSize = 12) -> Answer:
         """Videos that look like a picture, which is the body of the request."""
@@ -83,7 +83,7 @@ class _Api:
             content = await asyncio.wait_for(_body(request), _BODY_TIME)
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the picture did not arrive within {_BODY_TIME} seconds") from None
-        return self._answer(await self.engine.by_picture(content, page * k), page, k)
+        return self._answer(await self.engine.by_picture(content, k * MAX_PAGE), page, k)
 
     def file(self, key: Key, request: Request) -> Response:
         """The video itself; ranges are understood."""
@@ -100,6 +100,8 @@ class _Api:
                         media_type="image/jpeg")  # fmt: skip
 
     def _answer(self, hits: list[Hit], page: int, k: int) -> Answer:
+        """A part of all hits that pages may show: asked for fewer, FAISS may order equal scores otherwise, and a video
+        would stand on two pages or on none."""
         videos = len(self.engine.index)
         shown = hits[(page - 1) * k : page * k]
         return Answer(

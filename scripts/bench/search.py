@@ -104,7 +104,7 @@ def measure(count: int, a: argparse.Namespace) -> None:
     def by(nearest: object) -> Callable[[Tensor], Tensor]:
         return lambda query: torch.from_numpy(nearest.search(query[None].numpy(), FOUND)[1][0])  # type: ignore[attr-defined]
 
-    few = max(2, min(a.rounds, 20_000 // count))
+    few = max(5, min(a.rounds, 50_000 // count))
     once = max(1, min(a.rounds, 10_000 // count))
     own = vectors.numel() * 4
     rows = {

@@ -108,5 +108,7 @@ def test_what_cannot_be_is_refused() -> None:
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="temperature"):
             DualSoftmax([torch.eye(2)], temperature)
+    with pytest.raises(ValueError, match="no finite number"):
+        DualSoftmax([torch.tensor([[1.0, float("inf")]])], 1.0)
     with pytest.raises(ValueError, match="no rows"):
         QueryBankNorm([torch.eye(2)], [], 1.0)

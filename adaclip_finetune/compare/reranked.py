@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaclip_finetune.compare.rows import Row
 from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 from adaclip_finetune.evaluation.rerank import (
     DUAL_SOFTMAX_TEMPERATURE,
@@ -44,8 +45,11 @@ def reranked_rows(
     row: Row, scores: Scores, methods: Sequence[str], temperature: float | None, validation: Scores | None
 ) -> list[Row]:
     """A row for each of the methods. The temperature is the given one; else the best by T2V R@1 on `validation`; else
-    fixed in advance."""
-    return [_reranked(row, scores, method, temperature, validation) for method in methods]
+    fixed in advance. Raises UserError for scores that are no finite numbers."""
+    try:
+        return [_reranked(row, scores, method, temperature, validation) for method in methods]
+    except ValueError as error:
+        raise UserError(f"{scores.name}: {error}") from error
 
 
 def _reranked(row: Row, scores: Scores, method: str, temperature: float | None, validation: Scores | None) -> Row:
@@ -83,6 +87,7 @@ def _seen(method: str, scores: Scores) -> str:
     if method == "dual_softmax":
         return "sees all test queries at once"
     assert scores.bank is not None
-    both = len(set(scores.bank.texts) & set(scores.queries.texts))
+    asked = set(scores.queries.texts)
+    both = sum(text in asked for text in scores.bank.texts)
     same = f", {both:,} of them also asked here" if both else ""
     return f"bank of {len(scores.bank.texts):,} training captions{same}; text to video only"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from adaclip_finetune.data.queries import Queries
-from adaclip_finetune.evaluation.bootstrap import Difference, intervals, paired_difference
+from adaclip_finetune.evaluation.bootstrap import Difference, Interval, intervals, paired_difference
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 
 Kind = Literal["zero-shot", "model", "reranked"]
@@ -43,13 +44,18 @@ class Row:
         """Videos of the annotation that were left out, on request (`skip_missing`)."""
         return self.num_listed - len(self.queries.video_ids)
 
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """95 % intervals of the figures of `t2v`, and of `v2t` where there is that."""
+        directions = {"t2v": self.t2v, "v2t": self.v2t}
+        return {name: intervals(found.ranks) for name, found in directions.items() if found is not None}
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         of = {"videos_evaluated": len(self.queries.video_ids), "videos_listed": self.num_listed}
-        figures = {
-            name: None if direction is None else _with_intervals(direction) | of
-            for name, direction in (("t2v", self.t2v), ("v2t", self.v2t))
-        }
+        figures: dict[str, Any] = {"t2v": self.t2v.as_dict() | of, "v2t": self.v2t and self.v2t.as_dict() | of}
+        for name, found in self.intervals.items():
+            figures[name] |= {f"{figure} 95%": interval for figure, interval in found.items()}
         cost = None if self.cost is None else asdict(self.cost)
         return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": cost}
 
@@ -105,8 +111,3 @@ def _asked_the_same(row: Row, other: Row) -> bool:
     one, two = row.queries, other.queries
     owners = one.video_of_text.tolist() == two.video_of_text.tolist()
     return owners and one.texts == two.texts and one.video_ids == two.video_ids
-
-
-def _with_intervals(direction: DirectionMetrics) -> dict[str, Any]:
-    found = {f"{name} 95%": interval for name, interval in intervals(direction.ranks).items()}
-    return {**direction.as_dict(), **found}

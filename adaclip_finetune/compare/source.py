@@ -16,7 +16,14 @@ from adaclip_finetune.paths import check_paths
 WEIGHTS = "best.safetensors"
 
 # A checkpoint is evaluated as it is: no search, no batch to fit, nothing written.
-_AS_IT_IS = {"do_inference": True, "no_output": True, "optuna_cfg": None, "do_training_af_optuna": False}
+_AS_IT_IS = {
+    "do_inference": True,
+    "no_output": True,
+    "save_similarity": None,
+    "optuna_cfg": None,
+    "do_training_af_optuna": False,
+    "policy_weights": "random",  # the checkpoint brings the weights of the policy's CNN
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Source:
         return ""
 
 
-def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str | None) -> Source:
+def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Source:
     """`given`: a run folder or a weights file; `settings`: a settings file for checkpoints that bring none;
-    `overrides`: flags; `annotation`: what is to be evaluated first, if that is known.
+    `overrides`: flags; `annotation`: what is to be evaluated first.
 
     Raises UserError for what is not there, and for settings that the checkpoint contradicts.
     """
@@ -51,11 +58,9 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
             else f"{given}: there is no such file or folder (looked for in {Path.cwd()})"
         )
     laid = {**_without_rivals(overrides), **_AS_IT_IS, "resume": str(weights), "test_annot": annotation}
-    # A checkpoint brings the weights of the policy's CNN.
-    laid["policy_weights"] = "random"
     config = _settings(given, weights, settings, laid)
     try:
-        check_paths(config if annotation else config.model_copy(update={"test_annot": str(weights)}))
+        check_paths(config)
     except UserError as error:
         raise UserError(
             f"{given} was made where the data lay elsewhere, or its settings do not say where; give the flags of what "

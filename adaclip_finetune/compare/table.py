@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from adaclip_finetune.compare.rows import Comparison, Row, Table
-from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, intervals
+from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 
 _FIGURES = ("R@1", "95 %", "R@5", "R@10", "MedR", "MeanR")
@@ -53,13 +53,13 @@ def _label(row: Row) -> str:
 
 
 def _figures(row: Row) -> Cells:
-    return [*_direction(row.t2v), *_direction(row.v2t)]
+    return [*_direction(row, "t2v", row.t2v), *_direction(row, "v2t", row.v2t)]
 
 
-def _direction(found: DirectionMetrics | None) -> Cells:
+def _direction(row: Row, name: str, found: DirectionMetrics | None) -> Cells:
     if found is None:
         return [_NOTHING] * len(_FIGURES)
-    low, high = intervals(found.ranks)["R@1"]
+    low, high = row.intervals[name]["R@1"]
     recalls = [f"{found.recall(k):.1f}" for k in (1, 5, 10)]
     return [recalls[0], f"[{low:.1f}, {high:.1f}]", *recalls[1:], f"{found.median_rank:.1f}", f"{found.mean_rank:.1f}"]
 

@@ -120,7 +120,10 @@ class _LogSums:
 
 
 def _exact(block: Tensor) -> Tensor:
-    return block.cpu().double()
+    exact = block.cpu().double()
+    if not exact.isfinite().all():
+        raise ValueError("the similarity holds a value that is no finite number: nothing can be reranked by it")
+    return exact
 
 
 def _checked(temperature: float) -> float:

@@ -1,0 +1,170 @@
+"""The error analysis: what it tells is true, nothing in it runs, and a browser shows it."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comparing import Project, trained_run
+from PIL import Image
+
+from adaclip_finetune.cli import main
+from adaclip_finetune.compare.bars import Bar, draw_bars, rank_bars, recall_bars
+
+HEADLESS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+HOSTILE = "a <script>document.title='run'</script> & \"quoted\" 'thing' <img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run whose test holds a hostile caption and a hostile name."""
+    folder = tmp_path_factory.mktemp("page")
+    run = trained_run(project, folder / "work", concat_captions="indep-all", num_epochs=1)
+    frames = folder / "frames"
+    shutil.copytree(project["frames_dir"], frames)
+    annotation = json.loads(Path(project["test_annot"]).read_text())
+    name = '"><b onclick=x>video7'
+    annotation[name] = {"sentences": [HOSTILE, "it is grey"], "duration": 8.0}
+    (frames / "video7").rename(frames / name)
+    del annotation["video7"]
+    (folder / "test.json").write_text(json.dumps(annotation))
+    target = folder / "errors.html"
+    words = ["evaluate", run, "--annot", folder / "test.json", "--frames_dir", frames, "--errors", target]
+    assert main([*map(str, words), "--json", str(folder / "found.json")]) == 0
+    return target
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, and the words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += f"{data} "
+
+
+def test_the_page_stands_alone_and_nothing_in_it_runs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    seen = Seen(text)
+    names = {tag for tag, _ in seen.tags}
+    assert not names & {"script", "link", "iframe", "object", "form", "a", "b"}
+    assert not any(attribute.startswith("on") for _, attributes in seen.tags for attribute in attributes)
+    sources = [attributes["src"] or "" for tag, attributes in seen.tags if tag == "img"]
+    assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert "url(" not in text and not re.findall(r"https?://", text)
+    policy = next(a["content"] for _, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert HOSTILE in seen.words and '"><b onclick=x>video7' in seen.words
+
+
+def test_what_the_page_tells_is_what_was_measured(page: Path) -> None:
+    (table,) = json.loads((page.parent / "found.json").read_text())["tables"]
+    model, text = table["rows"][1], page.read_text(encoding="utf-8")
+    seen = Seen(text)
+    words = " ".join(seen.words.split())
+    assert f"{model['t2v']['R@1']:.1f}" in words and f"{model['t2v']['MeanR']:.1f}" in words
+    told = [int(rank) for rank in re.findall(r"Should have been found: rank (\d+)", words)]
+    assert told == sorted(told, reverse=True) and min(told) > 1
+    wrong = round(model["t2v"]["queries"] * (1 - model["t2v"]["R@1"] / 100))
+    assert len(told) == min(20, wrong) and f"The worst {len(told)} of {wrong} queries" in words
+    assert max(told) <= 8
+    first = next(attributes for tag, attributes in seen.tags if tag == "img")
+    picture = Image.open(io.BytesIO(base64.b64decode((first["src"] or "").partition(",")[2])))
+    assert picture.height == 96 and re.fullmatch(r"frame \d of .+", first["alt"] or "")
+    # Two frames a strip, in the order of time, with shares of the softmax; seconds where the length is known.
+    for strip in re.findall(r'<ol class="strip">(.*?)</ol>', text):
+        items = re.findall(r'">(\d+)(, [\d.]+ s)?<br>(\d+) %</li>', strip)
+        assert len(items) == 2 and int(items[0][0]) < int(items[1][0])
+        assert sum(int(item[2]) for item in items) <= 101
+    assert re.search(r">\d, \d\.\d s<br>", text)
+    charts = [attributes for tag, attributes in seen.tags if tag == "svg"]
+    assert len(charts) == 3 and all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
+    assert "8 s" in (charts[2]["aria-label"] or "")
+
+
+def test_ranks_are_counted() -> None:
+    ranks = np.array([1, 1, 2, 5, 6, 30, 240])
+    bars = rank_bars(ranks)
+    assert [(bar.label, bar.count) for bar in bars] == [
+        ("1", 2), ("2–5", 2), ("6–10", 1), ("11–20", 0), ("21–50", 1), ("51–100", 0), ("101–240", 1),
+    ]  # fmt: skip
+    assert sum(bar.share for bar in bars) == pytest.approx(100)
+    assert rank_bars(np.array([1, 1])) == [Bar("1", 100.0, 2)]
+    assert [bar.label for bar in rank_bars(np.array([5000]))][-2:] == ["101–1,000", "1,001–5,000"]
+
+
+def test_recall_is_counted_by_group() -> None:
+    random = np.random.default_rng(0)
+    values, ranks = random.integers(3, 30, 500).astype(float), random.integers(1, 4, 500)
+    bars = recall_bars(values, ranks, "words")
+    assert len(bars) == 5 and sum(bar.count for bar in bars) == 500
+    last = -1
+    for bar in bars:
+        low, high = (int(part) for part in bar.label.removesuffix(" words").split("–"))
+        assert low > last, "equal values stay together"
+        here = (values >= low) & (values <= high)
+        assert bar.count == here.sum() and bar.share == pytest.approx(100 * (ranks[here] == 1).mean())
+        last = high
+    assert recall_bars(np.full(4, 2.5), np.array([1, 2, 1, 1]), "s") == [Bar("2.5 s", 75.0, 4)]
+
+
+def test_bars_are_as_long_as_they_should_be() -> None:
+    drawn = draw_bars([Bar("a & b", 50.0, 5), Bar("c", 0.0, 0), Bar("d", 100.0, 5)], 'said "so"', "of ")
+    full, *_ = re.findall(r'class="track" x="\d+" y="\d+" width="(\d+)"', drawn)
+    widths = [float(width) for width in re.findall(r'class="bar" x="\d+" y="\d+" width="([\d.]+)"', drawn)]
+    assert widths == [int(full) / 2, 0, int(full)]
+    assert "a &amp; b" in drawn and 'aria-label="said &quot;so&quot;"' in drawn
+
+
+def chromium(*words: object) -> str:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    done = subprocess.run([program, *HEADLESS, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_browser_reads_it(page: Path, tmp_path: Path) -> None:
+    seen = Seen(chromium(f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()))
+    assert HOSTILE in seen.words and "Where recall is lost" in seen.words
+    assert not {"script", "b"} & {tag for tag, _ in seen.tags}
+    assert seen.words.strip().startswith("What ")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_on_a_phone_in_light_and_dark(scheme: str, page: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "page.png"
+    dark: list[Any] = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    chromium(f"--user-data-dir={tmp_path}", *dark, "--window-size=500,1400", f"--screenshot={picture}", page.as_uri())
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    ground = pixels[5, 5]
+    assert (ground.sum() < 150) == (scheme == "dark") and (ground.sum() > 700) == (scheme == "light")
+    different = (np.abs(pixels - ground).sum(axis=2) > 60).mean()
+    assert 0.02 < different < 0.9, "text, bars and pictures"
+    colourful = (pixels.max(axis=2) - pixels.min(axis=2) > 80).mean()
+    assert colourful > 0.005, "the frames themselves"

@@ -1,0 +1,337 @@
+"""`adaclip evaluate`: figures are those of the run, whichever way the checkpoint is given; what is beside them is
+true."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparing import Project, evaluated, figures, trained_run
+from conftest import write_clip_folder
+
+from adaclip_finetune.cli import main
+from adaclip_finetune.compare.interpolate import Point, best_point, mixed
+from adaclip_finetune.compare.request import read_shares
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.metrics import DirectionMetrics, Metrics
+
+
+@pytest.fixture(scope="module")
+def run(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(project, tmp_path_factory.mktemp("evaluate") / "work", concat_captions="indep-all")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Any:
+    def refuse(*words: object) -> str:
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err and captured.out == ""
+        return captured.err
+
+    return refuse
+
+
+def matrix_of(run: Path) -> Path:
+    return run.parents[2] / "test.npy"
+
+
+def test_figures_are_those_of_the_run_and_zero_shot_comes_first(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (table,) = evaluated(run, "--annot", project["test_annot"], folder=tmp_path)["tables"]
+    noted = json.loads((run / "metrics.json").read_text())
+    baseline, model = table["rows"]
+    assert (baseline["kind"], model["kind"]) == ("zero-shot", "model")
+    assert figures(baseline) == noted["zero_shot"] and figures(model) == noted["finetuned"]
+    clip, everything = noted["parameters"]["clip"], noted["parameters"].values()
+    assert model["cost"]["percent_of_clip"] == pytest.approx(100 * clip["trainable"] / clip["total"])
+    learned, total = (sum(part[key] for part in everything) for key in ("trainable", "total"))
+    assert model["cost"]["percent_of_all"] == pytest.approx(100 * learned / total)
+    assert model["cost"]["gflops"] == pytest.approx(noted["gflops"]["video"])
+    assert baseline["cost"]["percent_of_all"] == 0 and model["cost"]["videos_per_second"] > 0
+    low, high = model["t2v"]["R@5 95%"]
+    assert low <= model["t2v"]["R@5"] <= high and low < high
+    printed = capsys.readouterr().out
+    assert printed.index("zero-shot, 2 frames") < printed.index(run.name)
+    assert f"R@1 of {run.name} minus zero-shot, 2 frames: T2V" in printed
+
+
+def test_a_run_its_weights_and_its_adapter_are_the_same_on_several_data_sets(
+    run: Path, project: Project, tmp_path: Path
+) -> None:
+    given = [run, run / "best.safetensors", run / "adapter.safetensors"]
+    annotations = ["--annot", project["test_annot"], "--annot", project["val_annot"]]
+    markdown = tmp_path / "found.md"
+    tables = evaluated(*given, *annotations, "--markdown", markdown, folder=tmp_path)["tables"]
+    assert [table["annotation"] for table in tables] == [project["test_annot"], project["val_annot"]]
+    for table in tables:
+        baseline, *models = table["rows"]
+        assert [row["kind"] for row in table["rows"]] == ["zero-shot", "model", "model", "model"]
+        assert len({json.dumps(figures(row)) for row in models}) == 1
+        assert len({json.dumps(row["cost"] | {"videos_per_second": 0}) for row in models}) == 1
+        pairs = {(found["label"], found["minus"]): found for found in table["differences_in_R@1"]}
+        labels = [row["label"] for row in models]
+        assert labels[1:] == [f"{run.name}/best.safetensors", f"{run.name}/adapter.safetensors"]
+        assert set(pairs) == {(label, baseline["label"]) for label in labels} | {
+            (labels[1], labels[0]), (labels[2], labels[0]),
+        }  # fmt: skip
+        same = pairs[labels[1], labels[0]]["t2v"]
+        assert (same["points"], same["p"]) == (0, 1)
+        won = pairs[labels[0], baseline["label"]]["t2v"]
+        points = models[0]["t2v"]["R@1"] - baseline["t2v"]["R@1"]
+        assert won["points"] == pytest.approx(points) and won["interval"][0] <= points <= won["interval"][1]
+    assert {row["note"] for row in tables[0]["rows"][1:]} == {""}
+    assert {row["note"] for row in tables[1]["rows"][1:]} == {"its epoch was chosen on these very captions"}
+    lines = markdown.read_text().splitlines()
+    assert sum(line.startswith("### ") for line in lines) == 2
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_a_published_checkpoint_takes_its_settings_from_a_file(
+    run: Path, project: Project, tmp_path: Path, refused: Any
+) -> None:
+    published = tmp_path / "adaclip.pth"
+    assert main(["export", str(run), "--format", "published", "-o", str(published)]) == 0
+    settings = run.parents[2] / "settings.json"
+    words = [published, "--config", settings, "--annot", project["test_annot"]]
+    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    assert figures(table["rows"][1]) == json.loads((run / "metrics.json").read_text())["finetuned"]
+    (tmp_path / "other.json").write_text(json.dumps({**project, "hidden_dim": 128}))
+    told = refused(published, "--config", tmp_path / "other.json", "--annot", project["test_annot"])
+    assert "hidden_dim is 128, there 64" in told and "--config FILE" in told
+
+
+def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(run / "best.safetensors", moved)
+    (moved / "config.json").write_text(json.dumps({**settings, "frames_dir": None, "video_dir": "/nowhere/videos"}))
+    told = refused(moved, "--annot", project["test_annot"])
+    assert "video_dir /nowhere/videos: there is no such folder" in told and "give the flags" in told
+    words = [moved, "--annot", project["test_annot"], "--frames_dir", project["frames_dir"], "--val_batch_size", 3]
+    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    assert figures(table["rows"][1])["t2v"]["R@1"] == pytest.approx(
+        json.loads((run / "metrics.json").read_text())["finetuned"]["t2v"]["R@1"]
+    )
+
+
+def test_missing_videos_are_an_error_or_stand_beside_the_figures(
+    run: Path, project: Project, tmp_path: Path, refused: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = tmp_path / "frames"
+    shutil.copytree(project["frames_dir"], frames)
+    shutil.rmtree(frames / "video7")
+    words = [run, "--annot", project["test_annot"], "--frames_dir", frames]
+    assert "video7" in refused(*words)
+    (table,) = evaluated(*words, "--skip_missing", folder=tmp_path)["tables"]
+    printed = capsys.readouterr()
+    assert "7 videos, 1 of 8 MISSING" in printed.out and "WITHOUT 1 of 8 videos" in printed.err
+    for row in table["rows"]:
+        assert (row["t2v"]["videos_evaluated"], row["t2v"]["videos_listed"]) == (7, 8)
+
+
+def test_without_the_old_clip_zero_shot_is_said_to_be_missing(run: Path, project: Project, tmp_path: Path) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run / "best.safetensors", alone)
+    (alone / "config.json").write_text(json.dumps({**settings, "clip_weights": None}))
+    (table,) = evaluated(alone, "--annot", project["test_annot"], folder=tmp_path)["tables"]
+    assert [row["kind"] for row in table["rows"]] == ["model"] and not table["differences_in_R@1"]
+    assert any("zero-shot of alone is NOT measured" in line for line in table["remarks"])
+
+
+def test_reranking_stands_below_the_model_and_is_marked(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [run, "--annot", project["test_annot"], "--rerank", "dual_softmax"]
+    both = ["--rerank", "qb_norm", "--bank", project["train_annot"]]
+    (table,) = evaluated(*words, *both, "--val-annot", project["val_annot"], folder=tmp_path)["tables"]
+    _, model, dual, bank = table["rows"]
+    assert (dual["kind"], bank["kind"]) == ("reranked", "reranked")
+    assert dual["label"] == f"{run.name} + dual_softmax (transductive)" and "sees all test queries" in dual["note"]
+    assert bank["label"] == f"{run.name} + qb_norm (query bank)" and bank["v2t"] is None
+    # The bank of this test holds captions of the test too (8 of its videos, 4 colours of the others): that is told.
+    assert "bank of 24 training captions, 20 of them also asked here" in bank["note"]
+    assert "the best of 10 on" in dual["note"]
+    assert not any("+" in found["label"] for found in table["differences_in_R@1"])
+    printed = capsys.readouterr().out
+    assert printed.index(f"\n{run.name} ") < printed.index("+ dual_softmax (transductive)")
+    (again,) = evaluated(*words, folder=tmp_path)["tables"]
+    assert figures(again["rows"][1]) == figures(model)
+    assert "temperature 1, fixed in advance" in again["rows"][2]["note"]
+
+
+def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
+    words = ["--annot", project["test_annot"], "--rerank", "dual_softmax", "--temperature", 0.3]
+    (of_model,) = evaluated(run, *words, folder=tmp_path)["tables"]
+    matrix = matrix_of(run)
+    other = tmp_path / "other.npy"
+    np.save(other, np.load(matrix)[:, ::-1])
+    words = ["--similarity", matrix, "--similarity", other, "--ids", matrix.with_suffix(".json")]
+    (saved,) = evaluated(*words, "--rerank", "dual_softmax", "--temperature", 0.3, folder=tmp_path)["tables"]
+    assert [row["label"] for row in saved["rows"]] == [
+        "test", "test + dual_softmax (transductive)", "other", "other + dual_softmax (transductive)",
+    ]  # fmt: skip
+    assert figures(saved["rows"][0]) == figures(of_model["rows"][1])
+    assert saved["rows"][0]["t2v"]["R@1 95%"] == of_model["rows"][1]["t2v"]["R@1 95%"]
+    assert figures(saved["rows"][1]) == figures(of_model["rows"][2])
+    (pair,) = saved["differences_in_R@1"]
+    assert (pair["label"], pair["minus"]) == ("other", "test")
+
+    np.save(other, np.where(np.eye(16, 8) > 0, np.inf, np.load(matrix)))
+    words = ["--similarity", other, "--ids", matrix.with_suffix(".json"), "--rerank", "dual_softmax"]
+    assert "other.npy: the similarity holds a value that is no finite number" in refused(*words)
+
+    np.save(tmp_path / "bank.npy", np.load(matrix)[:5])
+    ids = json.loads(matrix.with_suffix(".json").read_text())
+    few = {**ids, "queries": ids["queries"][:5], "video_of_query": ids["video_of_query"][:5]}
+    (tmp_path / "bank.json").write_text(json.dumps(few))
+    bank = ["--rerank", "qb_norm", "--bank", tmp_path / "bank.npy"]
+    (with_bank,) = evaluated("--similarity", matrix, *bank, folder=tmp_path)["tables"]
+    assert "bank of 5 training captions" in with_bank["rows"][1]["note"]
+    (tmp_path / "bank.json").write_text(json.dumps({**few, "videos": few["videos"][::-1]}))
+    assert "its videos are not those of" in refused("--similarity", matrix, *bank)
+    assert "has the shape (5, 8)" in refused("--similarity", matrix, "--similarity", tmp_path / "bank.npy",
+                                             "--ids", matrix.with_suffix(".json"))  # fmt: skip
+
+
+def test_interpolation_chooses_on_validation_and_tests_once(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = ["--val-annot", project["val_annot"], "--annot", project["test_annot"]]
+    words = ["--interpolate", "zero-shot", run, "--alpha", "0:1:0.5", *annotations]
+    found = evaluated(*words, folder=tmp_path)
+    assert [point["alpha"] for point in found["validation"]] == [0, 0.5, 1]
+    noted = json.loads((run / "metrics.json").read_text())
+    whole = noted["best_validation"]["t2v"]
+    assert (
+        found["validation"][2]["t2v"]["R@1"] == whole["R@1"]
+        and found["validation"][2]["t2v"]["MeanR"] == whole["MeanR"]
+    )
+    (table,) = found["tables"]
+    baseline, model, mix = table["rows"]
+    assert figures(baseline) == noted["zero_shot"] and figures(model) == noted["finetuned"]
+    best = max(point["t2v"]["R@1"] for point in found["validation"])
+    alpha = float(mix["label"].rpartition("= ")[2])
+    assert next(point for point in found["validation"] if point["alpha"] == alpha)["t2v"]["R@1"] == best
+    assert "the best of 3 shares" in mix["note"]
+    assert "← chosen" in capsys.readouterr().out
+    # The end of the line is the model itself.
+    words = ["--interpolate", project["clip_weights"], run, "--alpha", "1:1:1", *annotations]
+    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    assert figures(table["rows"][2]) == figures(table["rows"][1])
+
+
+def test_weights_are_mixed_as_said() -> None:
+    start = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    end = {"w": torch.tensor([3.0, -2.0]), "n": torch.tensor(5)}
+    assert mixed(start, end, 0.25)["w"].tolist() == [1.5, 1.0]
+    assert mixed(start, end, 0)["w"].equal(start["w"]) and mixed(start, end, 1)["w"].equal(end["w"])
+    assert mixed(start, end, 0.25)["n"] == 5
+
+    def point(alpha: float, *ranks: int) -> Point:
+        direction = DirectionMetrics(np.arange(len(ranks)), np.array(ranks))
+        return Point(alpha, Metrics(direction, direction))
+
+    assert best_point([point(0, 1, 9), point(0.3, 1, 4), point(0.6, 1, 4), point(1, 2, 2)]).alpha == 0.3
+
+
+def test_shares() -> None:
+    assert read_shares("0:1:0.1") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert read_shares("0.5:0.5:1") == [0.5]
+    for wrong in ("0:1", "1:0:0.1", "0:2:0.1", "0:1:0", "a:b:c", "0:1:nan", "0:1:0.001", "nan:nan:1"):
+        with pytest.raises(UserError, match="--alpha"):
+            read_shares(wrong)
+
+
+def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
+    words = ["--val-annot", project["val_annot"], "--annot", project["test_annot"], "--alpha", "0:1:1"]
+    assert "neither the word zero-shot" in refused("--interpolate", "nothing", run, *words)
+    write_clip_folder(tmp_path / "clip")
+    described = tmp_path / "clip" / "open_clip_config.json"
+    content = json.loads(described.read_text())
+    content["model_cfg"]["vision_cfg"]["layers"] = 1
+    described.write_text(json.dumps(content))
+    from safetensors.torch import load_file, save_file
+
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    kept = {
+        name: tensor for name, tensor in load_file(weights).items() if "visual.transformer.resblocks.1." not in name
+    }
+    save_file(kept, weights)
+    assert "is of another architecture" in refused("--interpolate", tmp_path / "clip", run, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "give a run folder or weights file"),
+        (["RUN"], "--annot FILE is needed"),
+        (["RUN", "--annot", "none.json"], "--annot none.json: there is no such file"),
+        (["EMPTY", "--annot", "TEST"], "is no run folder, it holds no best.safetensors"),
+        (["nowhere", "--annot", "TEST"], "nowhere: there is no such file or folder"),
+        (["TEST", "--annot", "TEST"], "cannot be read"),
+        (["RUN", "--annot", "TEST", "--similarity", "x.npy"], "exclude each other"),
+        (["--similarity", "x.npy"], "x.npy: there is no such file"),
+        (["--similarity", "x.npy", "--annot", "TEST"], "--annot does not go with --similarity"),
+        (["--similarity", "x.npy", "--num_workers", "1"], "--num_workers belongs to a model"),
+        (["RUN", "--annot", "TEST", "--ids", "TEST"], "--ids belongs to --similarity"),
+        (["RUN", "--annot", "TEST", "--rerank", "qb_norm"], "belong together"),
+        (["RUN", "--annot", "TEST", "--bank", "TEST"], "--bank belongs to --rerank"),
+        (["RUN", "--annot", "TEST", "--rerank", "qb"], "invalid choice"),
+        (["RUN", "--annot", "TEST", "--temperature", "1"], "--temperature belongs to --rerank"),
+        (["RUN", "--annot", "TEST", "--rerank", "dual_softmax", "--temperature", "0"], "above 0"),
+        (["RUN", "--annot", "TEST", "--rerank", "dual_softmax", "--temperature", "nan"], "above 0"),
+        (["RUN", "--annot", "TEST", "--rerank", "dual_softmax", "--rerank", "dual_softmax"], "given twice"),
+        (["RUN", "--annot", "TEST", "--val-annot", "TEST"], "neither is given"),
+        (
+            ["RUN", "--annot", "TEST", "--val-annot", "TEST", "--rerank", "dual_softmax", "--temperature", "2"],
+            "leave one out",
+        ),
+        (["--interpolate", "zero-shot", "RUN", "--annot", "TEST"], "needs --val-annot"),
+        (["--interpolate", "zero-shot", "RUN", "--annot", "TEST", "--errors", "x.html"], "does not go with"),
+        (["RUN", "RUN", "--annot", "TEST", "--errors", "x.html"], "one checkpoint on one annotation"),
+        (["RUN", "--annot", "TEST", "--json", "no/such/folder/x.json"], "there is no such folder to write into"),
+        (["RUN", "--annot", "TEST", "--top_k", "3"], "there is no flag --top_k"),
+        (["RUN", "--annot", "TEST", "--frames_dir", "nowhere"], "frames_dir nowhere: there is no such"),
+    ],
+)
+def test_refusals(words: list[str], told: str, run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
+    names = {"RUN": run, "TEST": project["test_annot"], "EMPTY": tmp_path}
+    assert told in refused(*[names.get(word, word) for word in words])
+
+
+def test_several_processes_are_refused(
+    run: Path, project: Project, monkeypatch: pytest.MonkeyPatch, refused: Any
+) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert "are for one process" in refused(run, "--annot", project["test_annot"])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = f"""
+import sys
+from adaclip_finetune.cli import main
+assert main(["{command}", "--help"]) == 0
+heavy = set(sys.modules) & {{"torch", "numpy", "scipy", "open_clip", "av", "PIL"}}
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "--skip_missing" in done.stdout

@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,26 +118,24 @@ class Server:
 
 
 @contextmanager
-def running(index: VideoIndex, encoder: Encoder | None = None, **policy: Any) -> Iterator[Server]:
-    """Serves the index, with the model `Axes` or another one ready."""
+def running(
+    index: VideoIndex, encoder: Encoder | None = None, load: Callable[[], Encoder] | None = None, **policy: Any
+) -> Iterator[Server]:
+    """Serves the index, with the model `Axes` or another one ready; or with one that `load` gives some time."""
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    engine = Engine(index, lambda: encoder or Axes())
-    app = create_app(
-        engine,
-        Media(index),
-        Policy(
-            **{"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
-        ),
+    engine = Engine(index, load or (lambda: encoder or Axes()))
+    given = {"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
+    app = create_app(engine, Media(index), Policy(**given))
+    config = uvicorn.Config(
+        app, http="h11", ws="none", log_config=None, log_level="critical", timeout_graceful_shutdown=0
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, http="h11", ws="none", log_config=None, log_level="critical", timeout_graceful_shutdown=0)
-    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     engine.start()
     try:
-        while engine.state.name == "loading" or not server.started:
+        while not server.started or (load is None and engine.state.name == "loading"):
             time.sleep(0.01)
         yield Server(port)
     finally:

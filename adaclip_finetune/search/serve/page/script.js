@@ -13,6 +13,7 @@ let page = 1;
 let ready = false;
 let waiting = false;  // something is asked, and the model is not there yet
 let running = null;  // AbortController of the search under way
+let current = null;  // what is being asked, or is shown
 let typing = 0, watching = 0;  // timers
 
 start();
@@ -45,19 +46,23 @@ function fromAddress() {
 
 async function ask(number, address) {
   clearTimeout(typing);
-  running?.abort();
-  page = number;
   const words = query.value.trim();
   if (words && picture && address !== "turn") dropPicture();
+  const wanted = JSON.stringify([words, Boolean(picture), number]);
+  if (wanted === current) return;  // Enter, when it was found while one typed
+  running?.abort();
+  page = number;
   remember(words, address);
   if (!words && !picture) {
     waiting = false;
+    current = null;
     show(null);
     return say(ready ? "" : "Loading the model…", !ready);
   }
   waiting = !ready;
   if (!ready) return say("Loading the model; your search starts when it is there…", true);
   const mine = running = new AbortController();
+  current = wanted;
   say("Searching…", true);
   results.setAttribute("aria-busy", "true");
   try {
@@ -65,9 +70,12 @@ async function ask(number, address) {
     const content = await answer.json();
     if (mine.signal.aborted) return;
     show(answer.ok ? content : null);
-    if (!answer.ok) fail(content.detail);
+    if (answer.ok) return;
+    current = null;
+    fail(content.detail);
   } catch (error) {
     if (error.name === "AbortError") return;
+    current = null;
     fail(GONE);
     ready = false;
     waiting = true;
@@ -153,6 +161,7 @@ function byPicture(file) {
   query.value = "";
   dropPicture();
   picture = file;
+  current = null;
   get("picture-seen").src = URL.createObjectURL(file);
   get("picture-seen").alt = `Searching by the picture ${file.name}`;
   get("picture").hidden = false;

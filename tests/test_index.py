@@ -142,6 +142,19 @@ def test_a_library_that_moved_is_not_embedded_again(
     assert all(video.path.is_file() for video in VideoIndex.load(tmp_path / "i").videos)
 
 
+def test_a_folder_that_is_empty_now_drops_nothing(
+    run: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is not mounted is an empty folder."""
+    command = ["index", str(run), str(library), "-o", str(tmp_path / "i"), "--sync"]
+    assert main(command) == 0
+    shutil.rmtree(library)
+    library.mkdir()
+    assert main(command) == 2
+    assert "holds no video; nothing is dropped" in capsys.readouterr().err
+    assert len(VideoIndex.load(tmp_path / "i")) == 5
+
+
 def test_an_interruption_keeps_what_is_finished(
     run: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +171,7 @@ def test_an_interruption_keeps_what_is_finished(
     monkeypatch.setattr(Parts, "write", write)
     assert main(command) == 130
     assert written == [2, 2]
+    assert "the same command goes on" in capsys.readouterr().err
     with pytest.raises(UserError, match="goes on"):
         VideoIndex.load(tmp_path / "i")
     capsys.readouterr()

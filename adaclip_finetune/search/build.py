@@ -100,10 +100,12 @@ class _Indexing:
     def run(self) -> Indexed:
         same = {name for name, clip in self.clips.items() if name in self.known and self._is_as_it_was(clip)}
         broken = dict(self.source.broken)
+        if not (self.clips or broken):
+            raise UserError(f"{self.source.name}: holds no video" + ("; nothing is dropped" if self.known else ""))
         new = [clip for clip in self.source.clips if clip.id not in same]
         broken |= find_unreadable(self.source.store, [clip.id for clip in new], self.model.config.num_workers)
-        if not (same or self.known or len(new) > len(broken)):
-            raise _nothing(self.source, broken)
+        if not self.known and all(clip.id in broken for clip in new):
+            raise UserError(f"{self.source.name}: none of its videos can be read:\n{listing(broken)}")
         started = time.monotonic()
         fresh = self._embed([clip for clip in new if clip.id not in broken], broken)
         seconds = time.monotonic() - started
@@ -185,9 +187,3 @@ def _check_same(model: Retriever, source: Source, request: Request, about: About
         raise UserError(
             f"-o {folder}: holds float16, and what was rounded away cannot be had back; give another name, or remove it"
         )
-
-
-def _nothing(source: Source, broken: Mapping[str, str]) -> UserError:
-    if broken:
-        return UserError(f"{source.name}: none of its videos can be read:\n{listing(broken)}")
-    return UserError(f"{source.name}: holds no video")

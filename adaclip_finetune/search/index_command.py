@@ -44,7 +44,11 @@ def run(words: Sequence[str]) -> int:
         source = _source(arguments.videos, model, places)
         print(f"{arguments.run} → {arguments.output}: {len(source.clips) + len(source.broken)} videos of {source.name}")
         request = Request(arguments.kind, arguments.dtype, arguments.sync, settings)
-        return _tell(index_videos(model, source, arguments.output, request), arguments)
+        try:
+            return _tell(index_videos(model, source, arguments.output, request), arguments)
+        except KeyboardInterrupt:
+            print("what is finished is kept; the same command goes on", file=sys.stderr)
+            raise
 
 
 def _parser() -> Parser:

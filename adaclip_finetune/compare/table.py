@@ -41,10 +41,12 @@ def as_markdown(table: Table) -> str:
 
 def _title(table: Table) -> str:
     first = table.rows[0]
-    videos = f"{len(first.queries.video_ids):,} videos"
-    if first.missing:
-        videos += f", {first.missing} of {first.num_listed} MISSING"
-    return f"{table.name}: {len(first.queries.texts):,} captions, {videos}"
+    missing = f", {first.missing} of {first.num_listed} MISSING" if first.missing else ""
+    return f"{table.name}: {_asked(first)}{missing}"
+
+
+def _asked(row: Row) -> str:
+    return f"{len(row.queries.texts):,} captions, {len(row.queries.video_ids):,} videos"
 
 
 def _label(row: Row) -> str:
@@ -74,21 +76,15 @@ def _costs(row: Row) -> Cells:
 
 
 def _below(table: Table) -> Iterator[str]:
-    first = table.rows[0]
     for row in table.rows:
-        other = (len(row.queries.texts), len(row.queries.video_ids)) != (
-            len(first.queries.texts),
-            len(first.queries.video_ids),
-        )
-        of = f"{len(row.queries.texts):,} captions, {len(row.queries.video_ids):,} videos" if other else ""
+        asked = _asked(row) if _asked(row) != _asked(table.rows[0]) else ""
         missing = f"{row.missing} of {row.num_listed} videos MISSING" if row.missing else ""
-        if said := "; ".join(filter(None, (of, missing, row.note))):
+        if said := "; ".join(filter(None, (asked, missing, row.note))):
             yield f"{row.label}: {said}"
     yield from map(_sentence, table.comparisons())
     yield from table.remarks
-    yield f"95 %: bootstrap over queries, {RESAMPLES:,} draws; p: exact permutation of signs (McNemar), two-sided; " + (
-        "ties count against"
-    )
+    test = "p: exact permutation of signs (McNemar), two-sided; " if table.comparisons() else ""
+    yield f"95 %: bootstrap over queries, {RESAMPLES:,} draws; {test}ties count against"
     if any(row.cost for row in table.rows):
         yield "GFLOPs: multiply-adds a video; videos/s: measured here in this one run, reading included"
 

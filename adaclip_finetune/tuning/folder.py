@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -29,6 +30,7 @@ from adaclip_finetune.tuning.space import with_values
 
 BEST_CONFIG = "best_config.json"
 _ATTRIBUTES = ("best_epoch", "seconds", "peak_memory_mib", "trainable_parameters", "reason", "folder")
+_MOMENT_S = 0.3  # from reading that a study has no folder to writing that it has one, and more
 
 
 class StudyFolder:
@@ -45,9 +47,13 @@ class StudyFolder:
     def say(self, text: str) -> None:
         """On the screen and in search.log."""
         tqdm.write(text)
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             with (self.path / "search.log").open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written: {error}") from error
 
     def say_begin(self, study: optuna.Study, number: int, values: Mapping[str, Any], wanted: int) -> None:
         """A trial and what is tried in it."""
@@ -81,7 +87,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def _folder(config: Config, study: optuna.Study) -> Path:
-    """Where this study writes, from its first command on."""
+    """Where this study writes, from its first command on; of processes that begin it at once, the last word stands."""
     known = study.user_attrs.get("folder")
     name = known or f"{config.output_dir}/{config.dataset}/{datetime.now():%Y%m%d-%H%M%S}-{study.study_name}"
     try:
@@ -90,6 +96,11 @@ def _folder(config: Config, study: optuna.Study) -> Path:
         raise UserError(f"output_dir: cannot make the study's folder {name} ({error}); set no_output") from error
     if not known:
         study.set_user_attr("folder", name)
+        time.sleep(_MOMENT_S)
+        if study.user_attrs["folder"] != name:
+            with suppress(OSError):
+                Path(name).rmdir()
+            return _folder(config, study)
     return Path(name)
 
 

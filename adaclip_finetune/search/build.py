@@ -32,6 +32,9 @@ from adaclip_finetune.search.stored import (
 from adaclip_finetune.search.thumbnails import remove_others
 from adaclip_finetune.search.videos import Clip, Source
 
+# What an index does not ask for again where it is searched.
+_OF_THE_MACHINE = frozenset({"device", "xpu", "precision", "tf32", "num_workers", "pin_mem", "val_batch_size"})
+
 
 @dataclass(frozen=True)
 class Request:
@@ -157,7 +160,7 @@ def _about(model: Retriever, source: Source, request: Request, old: StoredIndex 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if old is not None:
         _check_same(model, source, request, old.about, folder)
-    settings = dict(request.settings)
+    settings = {name: value for name, value in request.settings.items() if name not in _OF_THE_MACHINE}
     if model.config.clip_weights is not None:
         settings["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     return About(

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.model_flags import add_model_flags, model_settings
+from adaclip_finetune.search.model_flags import add_model_flags, given_of, model_settings
 from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.build import Indexed
     from adaclip_finetune.search.retriever import Retriever
     from adaclip_finetune.search.videos import Source
+
+_PLACES = ("video_dir", "frames_dir", "img_tmpl")
+_READING = ("num_workers", "val_batch_size")
 
 
 def run(words: Sequence[str]) -> int:
@@ -26,13 +29,12 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"-o {arguments.output}: is a file; an index is a folder")
     if not arguments.videos.exists():
         raise UserError(f"{arguments.videos}: there is no such folder of videos, or annotation")
-    places = {name: getattr(arguments, name) for name in ("video_dir", "frames_dir", "img_tmpl")}
-    places = {name: value for name, value in places.items() if value is not None}
+    places = given_of(arguments, *_PLACES)
     if places and arguments.videos.is_dir():
         raise UserError(
             f"--{next(iter(places))} says where the videos of an annotation are; {arguments.videos} is a folder"
         )
-    settings = model_settings(arguments)
+    settings = model_settings(arguments, *_READING)
 
     from adaclip_finetune.search.build import Request, index_videos
     from adaclip_finetune.search.retriever import load_retriever
@@ -74,7 +76,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of the vectors; float16 takes half the room. Default: float32"
     )
-    add_model_flags(parser, "video_dir", "frames_dir", "img_tmpl")
+    add_model_flags(parser, *_PLACES, *_READING)
     return parser
 
 

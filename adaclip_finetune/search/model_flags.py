@@ -9,7 +9,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.settings.flags import Parser
 from adaclip_finetune.settings.layers import read_object
 
-_MODEL = ("clip_weights", "device", "precision", "num_workers", "val_batch_size")
+_MODEL = ("clip_weights", "device", "precision")
 
 
 def add_model_flags(parser: Parser, *others: str) -> None:
@@ -20,17 +20,21 @@ def add_model_flags(parser: Parser, *others: str) -> None:
     )
     for name in (*others, *_MODEL):
         field = Config.model_fields[name]
-        number = field.annotation is int
+        number, path = field.annotation is int, name.endswith(("_dir", "_weights"))
         group.add_argument(
             f"--{name}",
-            metavar="N" if number else "NAME",
+            metavar="N" if number else "PATH" if path else "NAME",
             type=int if number else str,
             help=(field.description or "").replace("%", "%%"),
         )
 
 
-def model_settings(arguments: Namespace) -> dict[str, Any]:
-    """What was given of them, and the settings of --config below that. Raises UserError."""
+def model_settings(arguments: Namespace, *others: str) -> dict[str, Any]:
+    """What was given of them (and of `others`), over the settings of --config. Raises UserError."""
     settings = read_object(arguments.config) if arguments.config else {}
-    given = {name: getattr(arguments, name) for name in _MODEL}
-    return settings | {name: value for name, value in given.items() if value is not None}
+    return settings | given_of(arguments, *others, *_MODEL)
+
+
+def given_of(arguments: Namespace, *names: str) -> dict[str, Any]:
+    """Of these flags, those that were given."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

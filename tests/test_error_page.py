@@ -106,6 +106,23 @@ def test_what_the_page_tells_is_what_was_measured(page: Path) -> None:
     assert "8 s" in (charts[2]["aria-label"] or "")
 
 
+def test_a_matrix_alone_gives_a_page_without_frames(tmp_path: Path) -> None:
+    matrix = np.array([[5, 1, 2], [9, 3, 4], [1, 7, 6]], np.float32)
+    np.save(tmp_path / "m.npy", matrix)
+    ids = {"queries": ["first one", HOSTILE, "third"], "videos": ["a", "b<i>", "c"], "video_of_query": [0, 1, 2]}
+    (tmp_path / "m.json").write_text(json.dumps(ids))
+    target = tmp_path / "errors.html"
+    assert main(["evaluate", "--similarity", str(tmp_path / "m.npy"), "--errors", str(target)]) == 0
+    seen = Seen(target.read_text(encoding="utf-8"))
+    words = " ".join(seen.words.split())
+    assert not {"img", "i", "script"} & {tag for tag, _ in seen.tags}
+    assert "without videos, so there are no frames to show" in words and "The length is not known" in words
+    assert "The worst 2 of 2 queries" in words
+    first, second = words.split("“third”", maxsplit=1)
+    assert "rank 3 , score 3.00: b<i>" in first and "Found first instead , score 9.00: a" in first
+    assert "rank 2 , score 6.00: c" in second and "Found first instead , score 7.00: b<i>" in second
+
+
 def test_ranks_are_counted() -> None:
     ranks = np.array([1, 1, 2, 5, 6, 30, 240])
     bars = rank_bars(ranks)

@@ -11,6 +11,11 @@ from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 
 _CAPTIONS = 3  # of a video, at most
+_FRAMES = (
+    "The frames that the model looked at, in the order of time: number from 0, time, and the share of the selector's "
+    "softmax over all candidates, where there is a selector."
+)
+_NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show."
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #5b6570;
@@ -38,9 +43,10 @@ article { margin: 1rem 0; padding: 1rem; background: var(--card); border-radius:
 section { border-left: .25rem solid var(--line); padding-left: .75rem; min-width: 0; }
 section.right { border-color: var(--right); }
 section.wrong { border-color: var(--wrong); }
-.strip { display: flex; gap: .5rem; overflow-x: auto; padding: .5rem 0; margin: 0; list-style: none; }
-.strip li { flex: none; font-size: .8rem; color: var(--quiet); }
-.strip img { display: block; height: 96px; width: auto; border-radius: .25rem; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .5rem; padding: .5rem 0;
+  margin: 0; list-style: none; }
+.strip li { font-size: .8rem; color: var(--quiet); }
+.strip img { display: block; width: 100%; height: auto; border-radius: .25rem; }
 table { border-collapse: collapse; }
 th, td { text-align: right; white-space: nowrap; padding: .15rem .75rem .15rem 0; font-variant-numeric: tabular-nums; }
 th:first-child { text-align: left; }
@@ -73,8 +79,7 @@ def error_page(report: ErrorReport) -> str:
 {_charts(report)}
 </div>
 <h2>{_heading(report)}</h2>
-<p class="quiet">The frames that the model looked at, in the order of time: number from 0, time, and the share of the
-selector's softmax over all candidates, where there is a selector. Scores are the scaled cosine of text and video.</p>
+<p class="quiet">{_FRAMES if report.has_frames else _NO_FRAMES} Scores are the scaled cosine of text and video.</p>
 {"".join(map(_miss, report.misses))}
 </main>
 </body>
@@ -134,7 +139,8 @@ def _video(video: ShownVideo, kind: str, what: str) -> str:
     said = "; ".join(f"“{escape(text)}”" for text in video.captions[:_CAPTIONS])
     more = f" and {len(video.captions) - _CAPTIONS} more" if len(video.captions) > _CAPTIONS else ""
     frames = "".join(_frame(frame, video.video_id) for frame in video.strip.frames)
-    strip = f'<ol class="strip">{frames}</ol>' if frames else f"<p>No frames: {escape(video.strip.problem)}</p>"
+    problem = f'<p class="quiet">{escape(video.strip.problem)}</p>' if video.strip.problem else ""
+    strip = f'<ol class="strip">{frames}</ol>' if frames else problem
     return (
         f'<section class="{kind}"><p><strong>{what}</strong>, score {video.score:.2f}: '
         f'<bdi>{escape(video.video_id)}</bdi></p>{strip}<p class="quiet"><bdi>{said}{more}</bdi></p></section>'

@@ -62,7 +62,7 @@ def _parser() -> Parser:
         metavar="FILE.html",
         type=Path,
         help="write an error analysis of the one checkpoint on the one annotation: a page with the worst queries, as "
-        "frames, and recall by length",
+        "frames, and recall by length; of a matrix without frames",
     )
     rerank = parser.add_argument_group("Reranking")
     rerank.add_argument(
@@ -149,7 +149,15 @@ def _saved(arguments: Namespace) -> Table:
     bank = None if arguments.bank is None else Path(arguments.bank)
     validation = None if arguments.val_annot is None else Path(arguments.val_annot)
     reranking = SavedReranking(arguments.rerank, arguments.temperature, bank, validation)
-    return evaluate_saved(arguments.similarity, arguments.ids, reranking)
+    table = evaluate_saved(arguments.similarity, arguments.ids, reranking)
+    if arguments.errors:
+        from adaclip_finetune.compare.error_page import error_page
+        from adaclip_finetune.compare.error_report import error_report_of_matrix
+        from adaclip_finetune.evaluation.similarity_file import similarity_file
+
+        page = error_page(error_report_of_matrix(similarity_file(arguments.similarity[0], arguments.ids)))
+        write_file("--errors", arguments.errors, page.encode())
+    return table
 
 
 def _show(arguments: Namespace, tables: list[Table], curve: list[Any]) -> None:

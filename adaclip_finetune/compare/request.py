@@ -25,7 +25,7 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
         what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
         raise UserError(f"{what} (adaclip evaluate --help)")
     if arguments.similarity:
-        _refuse(arguments, "--similarity", "annot", "config", "errors")
+        _refuse(arguments, "--similarity", "annot", "config")
         if overrides:
             raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
     elif not arguments.annot:
@@ -38,8 +38,9 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
         if not arguments.val_annot:
             raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
     _check_reranking(arguments)
-    if arguments.errors and (len(arguments.checkpoints) > 1 or len(arguments.annot) > 1):
-        raise UserError("--errors is of one checkpoint on one annotation: give one of each")
+    several = any(len(given or []) > 1 for given in (arguments.checkpoints, arguments.annot, arguments.similarity))
+    if arguments.errors and several:
+        raise UserError("--errors is of one checkpoint on one annotation, or of one matrix: give one of each")
     for name in ("annot", "similarity"):
         for path in getattr(arguments, name) or []:
             check_file(f"--{name}", Path(path))

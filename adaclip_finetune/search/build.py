@@ -49,8 +49,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Indexed:
-    """What was done: how many videos were embedded in how many seconds, how many were kept, which are `broken` (id →
-    reason) or `vanished` (and dropped, if that was asked), and what is in the index now."""
+    """What was done: how many videos were `embedded`, and checked before, in how many `seconds`; how many were `kept`;
+    which are `broken` (id → reason) or `vanished` (and dropped, if that was asked); and what is in the index now."""
 
     embedded: int
     seconds: float
@@ -105,11 +105,11 @@ class _Indexing:
         broken = dict(self.source.broken)
         if not (self.clips or broken):
             raise UserError(f"{self.source.name}: holds no video" + ("; nothing is dropped" if self.known else ""))
+        started = time.monotonic()
         new = [clip for clip in self.source.clips if clip.id not in same]
         broken |= find_unreadable(self.source.store, [clip.id for clip in new], self.model.config.num_workers)
         if not self.known and all(clip.id in broken for clip in new):
             raise UserError(f"{self.source.name}: none of its videos can be read:\n{listing(broken)}")
-        started = time.monotonic()
         fresh = self._embed([clip for clip in new if clip.id not in broken], broken)
         seconds = time.monotonic() - started
         rows = {name: fresh.get(name) or self.known[name] for name in self.clips if name in fresh or name in same}

@@ -1,7 +1,9 @@
-"""`VideoIndex`: a folder of videos that was embedded by `adaclip index`, in memory and ready to be asked.
+"""`VideoIndex`: what `adaclip index` made of a library of videos, in memory and ready to be asked.
 
-index = VideoIndex.load("my.index")
-hits = index.search(model.encode_text(["two dogs run along the water"]), k=10)[0]
+    index = VideoIndex.load("my.index")
+    hits = index.search(model.encode_text(["two dogs run along the water"]), k=10)[0]
+
+The model is `retriever_of(index)`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A trained model as whoever searches needs it: texts, pictures and videos to vectors of one space.
 
-model = load_retriever("output/my/20260101-120000-bitfit")
-model.encode_text(["two dogs run along the water"])  # (1, D)
+    model = load_retriever("output/my/20260101-120000-bitfit")
+    vector = model.encode_text(["two dogs run along the water"])  # (1, D)
+
+Whatever it gives is float32, on the CPU and of length 1.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def retriever_of(index: VideoIndex, source: str | Path | None = None, **settings
 
 
 class Retriever:
-    """All vectors that it gives are float32, on the CPU and L2-normalised."""
+    """Encodes; `fingerprint` tells it from any other model."""
 
     def __init__(
         self, source: Path, config: Config, loaded: LoadedClip, model: VideoRetriever, accelerator: Accelerator

@@ -108,6 +108,23 @@ def test_a_published_checkpoint_takes_its_settings_from_a_file(
     assert "hidden_dim is 128, there 64" in told and "--config FILE" in told
 
 
+@pytest.mark.parametrize("noted", ["[]", "{", '{"parameters": 3}', '{"parameters": {"clip": {"trainable": 1}}}', None])
+def test_what_ibs_selected_is_known_from_its_folder_only(
+    noted: str | None, run: Path, project: Project, tmp_path: Path
+) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    selected = {"method": "ibs", "config": {"num_pre_epochs": 1}}
+    shutil.copy(run / "best.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "peft": selected}))
+    if noted is None:
+        shutil.copy(run / "metrics.json", tmp_path)
+    else:
+        (tmp_path / "metrics.json").write_text(noted)
+    (table,) = evaluated(tmp_path, "--annot", project["val_annot"], folder=tmp_path)["tables"]
+    cost = table["rows"][1]["cost"]
+    assert (cost["percent_of_clip"] is None) == (cost["percent_of_all"] is None) == (noted is not None)
+
+
 def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
     settings = json.loads((run / "config.json").read_text())
     moved = tmp_path / "moved"
@@ -117,6 +134,7 @@ def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_pat
     told = refused(moved, "--annot", project["test_annot"])
     assert "video_dir /nowhere/videos: there is no such folder" in told and "give the flags" in told
     words = [moved, "--annot", project["test_annot"], "--frames_dir", project["frames_dir"], "--val_batch_size", 3]
+    assert main(["evaluate", *map(str, words), "--precision", "bf16"]) == 0
     (table,) = evaluated(*words, folder=tmp_path)["tables"]
     assert figures(table["rows"][1])["t2v"]["R@1"] == pytest.approx(
         json.loads((run / "metrics.json").read_text())["finetuned"]["t2v"]["R@1"]
@@ -285,6 +303,7 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         (["--similarity", "x.npy", "--annot", "TEST"], "--annot does not go with --similarity"),
         (["--similarity", "x.npy", "--num_workers", "1"], "--num_workers belongs to a model"),
         (["RUN", "--annot", "TEST", "--ids", "TEST"], "--ids belongs to --similarity"),
+        (["RUN", "--annot", "TEST", "--annot", "TEST"], "is given twice"),
         (["RUN", "--annot", "TEST", "--rerank", "qb_norm"], "belong together"),
         (["RUN", "--annot", "TEST", "--bank", "TEST"], "--bank belongs to --rerank"),
         (["RUN", "--annot", "TEST", "--rerank", "qb"], "invalid choice"),

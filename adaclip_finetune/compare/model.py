@@ -120,13 +120,21 @@ class OpenModel:
 def trained_shares(source: Source, session: Session) -> tuple[float | None, float | None]:
     """Percent of the parameters of CLIP, and of all, that learned: as the run noted, else as its settings say. What IBS
     selected is known only from its run folder."""
-    path = (source.folder or Path()) / "metrics.json"
-    if source.folder is not None and path.is_file() and (noted := read_json(path).get("parameters")):
-        parts = {name: Count(**part) for name, part in noted.items()}
-        return parts["clip"].percent, TrainableReport(**parts).all.percent
-    if session.config.peft.method == "ibs":
+    noted = None if source.folder is None else _noted(source.folder / "metrics.json")
+    if noted is None and session.config.peft.method == "ibs":
         return None, None
-    return session.parameters.clip.percent, session.parameters.all.percent
+    report = noted or session.parameters
+    return report.clip.percent, report.all.percent
+
+
+def _noted(path: Path) -> TrainableReport | None:
+    """What a finished run wrote of its parameters; None for a file that says nothing of the kind."""
+    if not path.is_file():
+        return None
+    try:
+        return TrainableReport(**{name: Count(**part) for name, part in read_json(path)["parameters"].items()})
+    except (UserError, AttributeError, KeyError, TypeError):
+        return None
 
 
 def videos_per_second(result: EvaluationResult) -> float:

@@ -42,7 +42,10 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
     if arguments.errors and several:
         raise UserError("--errors is of one checkpoint on one annotation, or of one matrix: give one of each")
     for name in ("annot", "similarity"):
-        for path in getattr(arguments, name) or []:
+        paths = getattr(arguments, name) or []
+        if repeated := [path for path in paths if paths.count(path) > 1]:
+            raise UserError(f"--{name} {repeated[0]} is given twice")
+        for path in paths:
             check_file(f"--{name}", Path(path))
     for name in ("config", "bank", "val_annot", "ids"):
         if path := getattr(arguments, name):

@@ -10,20 +10,30 @@ from PIL import Image
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, VideoFolder, open_store
+from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, PackedFrames, VideoFolder, open_store
+from adaclip_finetune.data.packing import pack
+from adaclip_finetune.data.readable import find_errors
 from adaclip_finetune.errors import UserError
 
 TEMPLATE = "image_{:05d}.jpg"
 
 
-def folder_store(tmp_path: Path) -> FrameFolder:
-    write_frames(tmp_path / "a.1", 7)
+def folder_store(tmp_path: Path, kept: bool = False) -> FrameFolder:
+    """`kept`: of the frames that are there."""
+    if not kept:
+        write_frames(tmp_path / "a.1", 7)
     return FrameFolder(tmp_path, TEMPLATE)
 
 
 def video_store(tmp_path: Path) -> VideoFolder:
     write_video(tmp_path / "a.1.mp4", 7)
     return VideoFolder(tmp_path)
+
+
+def pack_store(tmp_path: Path, kept: bool = False) -> PackedFrames:
+    folder_store(tmp_path, kept)
+    assert pack(tmp_path, tmp_path / "p.lmdb", [], TEMPLATE, overwrite=False) == 0
+    return PackedFrames(tmp_path / "p.lmdb")
 
 
 @pytest.mark.parametrize("make", [folder_store, video_store])
@@ -46,10 +56,81 @@ def test_a_store_travels_with_what_it_knows(tmp_path: Path, make: object) -> Non
 
 
 def test_errors_travel_too() -> None:
-    error = pickle.loads(pickle.dumps(FrameError("v", Path("/x/v.mp4"), "broken")))
-    assert (error.video_id, error.path, error.reason, str(error)) == (
-        "v", Path("/x/v.mp4"), "broken", "v: /x/v.mp4: broken",
+    error = pickle.loads(pickle.dumps(FrameError("v", Path("/x/v.mp4"), "broken", "damaged")))
+    assert (error.video_id, error.path, error.reason, error.kind, str(error)) == (
+        "v", Path("/x/v.mp4"), "broken", "damaged", "v: /x/v.mp4: broken",
     )  # fmt: skip
+    assert FrameError("v", "x", "broken").kind == "unreadable"
+
+
+@pytest.mark.parametrize("make", [folder_store, video_store, pack_store])
+def test_a_scan_gives_every_frame_once_and_can_be_stopped(tmp_path: Path, make: object) -> None:
+    store: FrameStore = make(tmp_path)  # type: ignore[operator]
+    found = list(store.scan("a.1"))
+    assert [index for index, _ in found] == list(range(7))
+    assert np.array_equal(np.stack([frame for _, frame in found]), store.read("a.1", range(7)))
+    seen: list[int] = []
+    for index, _ in store.scan("a.1", stopped=lambda: len(seen) >= 2):
+        seen.append(index)
+    assert seen[:2] == [0, 1] and len(seen) < 7
+    with pytest.raises(FrameError) as caught:
+        next(iter(store.scan("nowhere")))
+    assert caught.value.kind == "missing"
+
+
+@pytest.mark.parametrize("make", [folder_store, pack_store])
+def test_a_scan_ends_at_an_image_that_cannot_be_read(tmp_path: Path, make: object) -> None:
+    path = write_frames(tmp_path / "a.1", 7) / TEMPLATE.format(4)
+    image = path.read_bytes()
+    path.write_bytes(image[: len(image) // 2])
+    store: FrameStore = make(tmp_path, kept=True)  # type: ignore[operator]
+    seen: list[int] = []
+    with pytest.raises(FrameError, match=r"image_00004\.jpg.* cannot be decoded") as caught:
+        seen.extend(index for index, _ in store.scan("a.1"))
+    assert seen == [0, 1, 2] and caught.value.kind == "damaged"
+
+
+def test_a_scan_gives_frames_of_any_size(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6)).save(write_frames(tmp_path / "v", 2) / TEMPLATE.format(2))
+    shapes = [frame.shape for _, frame in FrameFolder(tmp_path, TEMPLATE).scan("v")]
+    assert shapes == [(66, 130, 3), (6, 8, 3)]
+
+
+def test_kinds_of_errors(tmp_path: Path) -> None:
+    """Words of the path, which belongs to the user, do not matter."""
+    folder = tmp_path / "cannot be decoded, though it is missing"
+    (write_frames(folder / "gap", 3) / TEMPLATE.format(2)).unlink()
+    (folder / "empty").mkdir()
+    first = write_frames(folder / "dangling", 2) / TEMPLATE.format(1)
+    first.unlink()
+    first.symlink_to("nowhere")
+    (write_frames(folder / "noise", 2) / TEMPLATE.format(1)).write_bytes(b"x" * 100)
+    Image.new("RGB", (8, 6)).save(write_frames(folder / "sizes", 2) / TEMPLATE.format(2))
+    store = FrameFolder(folder, TEMPLATE)
+    expected = {
+        "gone": "missing", "gap": "gap", "empty": "unreadable", "dangling": "unreadable", "noise": "damaged",
+        "sizes": "sizes",
+    }  # fmt: skip
+    for video_id, kind in expected.items():
+        with pytest.raises(FrameError) as caught:
+            store.read(video_id, range(store.count(video_id)))
+        assert caught.value.kind == kind, video_id
+    errors = find_errors(store, ["gone", "gap", "sizes"], 2)
+    assert {video_id: error.kind for video_id, error in errors.items()} == {"gone": "missing", "gap": "gap"}
+
+
+def test_kinds_of_errors_of_videos(tmp_path: Path) -> None:
+    content = bytearray(write_video(tmp_path / "hurt.avi", 60).read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 1500] = bytes(1500)
+    (tmp_path / "hurt.avi").write_bytes(content)
+    write_video(tmp_path / "two.mp4", 2)
+    write_video(tmp_path / "two.mkv", 2)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    store = VideoFolder(tmp_path)
+    for video_id, kind in {"hurt": "damaged", "two": "unreadable", "empty": "unreadable", "a/b": "missing"}.items():
+        with pytest.raises(FrameError) as caught:
+            store.count(video_id)
+        assert caught.value.kind == kind, video_id
 
 
 def test_only_files_of_the_template_count(tmp_path: Path) -> None:

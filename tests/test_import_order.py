@@ -13,7 +13,8 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # From the top down; what stands in one line does not import each other.
 LAYERS = [
     {"cli"},
-    {"check", "compare", "export", "extract", "search", "tuning"},
+    {"check"},
+    {"compare", "export", "extract", "search", "tuning"},
     {"training"},
     {"report"},
     {"evaluation"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"settings"},
     {"strict_json"},
     {"lock", "processes"},
-    {"durable", "errors"},
+    {"durable", "errors", "printable"},
     {"__init__"},
 ]
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -107,8 +107,9 @@ def test_it_reads_as_the_folder_does(frames: Path, packed: Path) -> None:
             found = store.read(video_id, indices)
             assert np.array_equal(found, folder.read(video_id, indices))
             assert [index_of(frame) for frame in found] == indices
-    with pytest.raises(FrameError, match=r"nowhere: .*data\.lmdb: holds no video of this name"):
+    with pytest.raises(FrameError, match=r"nowhere: .*data\.lmdb: holds no video of this name") as caught:
         store.count("nowhere")
+    assert caught.value.kind == "missing"
 
 
 def test_other_images_under_other_names(tmp_path: Path) -> None:
@@ -418,7 +419,7 @@ def test_the_map_grows(frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pack_writer, "ROOM", 1 << 16)
     assert run(frames, tmp_path / "p.lmdb") == 0
     assert (tmp_path / "p.lmdb").stat().st_size > 2 << 16
-    assert not find_unreadable(PackedFrames(tmp_path / "p.lmdb"), list(COUNTS), 1, deep=True)
+    assert read_all(PackedFrames(tmp_path / "p.lmdb"))
 
 
 def test_a_damaged_part_is_told(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,7 +445,11 @@ def test_a_damaged_image_is_named_and_the_others_are_read(frames: Path, packed: 
     with pytest.raises(FrameError, match=r"e: .*data\.lmdb: image_00002\.jpg is damaged \(its checksum does not match"):
         store.read("e", [0, 1, 2])
     assert [index_of(frame) for frame in store.read("e", [0, 2])] == [0, 2]
-    assert list(find_unreadable(store, list(COUNTS), 2, deep=True)) == ["e"]
+    assert not find_unreadable(store, list(COUNTS), 2)
+    assert all(list(store.scan(video_id)) for video_id in COUNTS if video_id != "e")
+    with pytest.raises(FrameError) as caught:
+        list(store.scan("e"))
+    assert caught.value.kind == "damaged"
 
 
 def test_images_in_each_others_place_are_damage(packed: Path) -> None:
@@ -452,7 +457,7 @@ def test_images_in_each_others_place_are_damage(packed: Path) -> None:
     held = values(packed)
     keys = sorted(key for key in held if key.startswith(b"i"))
     change(packed, keys[0], held[keys[1]])
-    assert len(find_unreadable(PackedFrames(packed), list(COUNTS), 1, deep=True)) == 1
+    assert len(find_unreadable(PackedFrames(packed), list(COUNTS), 1)) == 1
 
 
 def test_damaged_records_and_missing_images(packed: Path) -> None:

@@ -6,12 +6,13 @@ by fork or by pickle, and used in several threads. Whatever cannot be read is a 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,25 +23,42 @@ from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.data.index_cache import IndexCache, pack_index, unpack_index
 from adaclip_finetune.data.pack import BrokenPack, Pack
-from adaclip_finetune.data.video_file import BrokenVideo, VideoIndex, index_video, read_frames
+from adaclip_finetune.data.video_file import (
+    BrokenVideo,
+    Stopped,
+    VideoIndex,
+    index_video,
+    never,
+    read_frames,
+    scan_frames,
+)
 from adaclip_finetune.errors import UserError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 
+Scan = Iterator[tuple[int, NDArray[np.uint8]]]  # frames with their indices
+Kind = Literal[
+    "missing",  # the video is not there
+    "gap",  # an image is not there, though one behind it is
+    "sizes",  # frames differ in size
+    "damaged",  # what is there has gone bad
+    "unreadable",  # what else may be
+]
+
 
 class FrameError(Exception):
-    """A video, or one of its frames, that cannot be read: which, where, and why."""
+    """A video, or one of its frames, that cannot be read: which, where, and why; and what kind of reason that is."""
 
-    def __init__(self, video_id: str, path: str | Path, reason: str) -> None:
-        super().__init__(video_id, path, reason)
-        self.video_id, self.path, self.reason = video_id, path, reason
+    def __init__(self, video_id: str, path: str | Path, reason: str, kind: Kind = "unreadable") -> None:
+        super().__init__(video_id, path, reason, kind)
+        self.video_id, self.path, self.reason, self.kind = video_id, path, reason, kind
 
     def __str__(self) -> str:
         return f"{self.video_id}: {self.path}: {self.reason}"
 
 
 class FrameStore(Protocol):
-    """Frames by video and index; both methods raise FrameError."""
+    """Frames by video and index; all methods raise FrameError."""
 
     def count(self, video_id: str) -> int:
         """How many frames the video has, at least 1. Cheap when asked again."""
@@ -48,6 +66,11 @@ class FrameStore(Protocol):
 
     def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The frames with these indices, from 0, in any order and repeated at will: RGB (n, H, W, 3)."""
+        ...
+
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        """Every frame with its index, in order, RGB (H, W, 3), a frame at a time in memory; a video file is decoded
+        once. It ends early when `stopped` says so, and at the first frame that cannot be read, which raises."""
         ...
 
 
@@ -85,6 +108,9 @@ class FrameFolder:
         images = {i: self._image(video_id, i) for i in sorted(set(indices))}
         return _stacked(images, indices, video_id, self.folder / video_id)
 
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        return _one_by_one(self, video_id, stopped)
+
     def numbers(self, video_id: str) -> set[int]:
         """The numbers of the images in the video's folder. Raises FrameError if it cannot be listed."""
         folder = self.folder / video_id
@@ -96,7 +122,7 @@ class FrameFolder:
                     if found and self.img_tmpl.format(int(found[1])) == entry.name:
                         numbers.add(int(found[1]))
         except OSError as error:
-            raise FrameError(video_id, folder, error.strerror or str(error)) from None
+            raise _unlisted(video_id, folder, error) from None
         return numbers
 
     def path(self, video_id: str, index: int) -> Path:
@@ -109,7 +135,7 @@ class FrameFolder:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
         if gaps := set(range(1, max(numbers) + 1)) - numbers:
             first, last = self.img_tmpl.format(min(gaps)), self.img_tmpl.format(max(numbers))
-            raise FrameError(video_id, folder, f"{first} is missing, though {last} is there")
+            raise FrameError(video_id, folder, f"{first} is missing, though {last} is there", "gap")
         return len(numbers)
 
     def _image(self, video_id: str, index: int) -> NDArray[np.uint8]:
@@ -117,7 +143,9 @@ class FrameFolder:
         try:
             return _decoded(path)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise FrameError(video_id, path, f"cannot be decoded ({error})") from None
+            # What the system refuses is no damage.
+            kind: Kind = "unreadable" if isinstance(error, OSError) and error.errno else "damaged"
+            raise FrameError(video_id, path, f"cannot be decoded ({error})", kind) from None
 
 
 class PackedFrames:
@@ -133,9 +161,9 @@ class PackedFrames:
             try:
                 record = self._pack.record(video_id)
             except (BrokenPack, OSError) as error:
-                raise FrameError(video_id, self._pack.path, str(error)) from None
+                raise self._error(video_id, error) from None
             if record is None:
-                raise FrameError(video_id, self._pack.path, "holds no video of this name")
+                raise FrameError(video_id, self._pack.path, "holds no video of this name", "missing")
             self._counts[video_id] = record.images
         return self._counts[video_id]
 
@@ -144,16 +172,23 @@ class PackedFrames:
         try:
             contents = self._pack.images(video_id, different)
         except (BrokenPack, OSError) as error:
-            raise FrameError(video_id, self._pack.path, str(error)) from None
+            raise self._error(video_id, error) from None
         images = {i: self._image(video_id, i, content) for i, content in zip(different, contents, strict=True)}
         return _stacked(images, indices, video_id, self._pack.path)
+
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        return _one_by_one(self, video_id, stopped)
+
+    def _error(self, video_id: str, error: BrokenPack | OSError) -> FrameError:
+        kind: Kind = "damaged" if isinstance(error, BrokenPack) else "unreadable"
+        return FrameError(video_id, self._pack.path, str(error), kind)
 
     def _image(self, video_id: str, index: int, content: bytes) -> NDArray[np.uint8]:
         try:
             return _decoded(io.BytesIO(content))
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             reason = f"{self._pack.image_name(index)} cannot be decoded ({error})"
-            raise FrameError(video_id, self._pack.path, reason) from None
+            raise FrameError(video_id, self._pack.path, reason, "damaged") from None
 
 
 class VideoFolder:
@@ -177,7 +212,14 @@ class VideoFolder:
         try:
             return read_frames(path, index, indices)
         except BrokenVideo as error:
-            raise FrameError(video_id, path, str(error)) from None
+            raise FrameError(video_id, path, str(error), error.kind) from None
+
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        path, index = self.find(video_id), self._index(video_id)
+        try:
+            yield from scan_frames(path, index, stopped)
+        except BrokenVideo as error:
+            raise FrameError(video_id, path, str(error), error.kind) from None
 
     def remember(self) -> None:
         """Keep what was scanned for later runs."""
@@ -194,7 +236,7 @@ class VideoFolder:
         ]
         if not names:
             extensions = extension or f"({'|'.join(VIDEO_EXTENSIONS)})"
-            raise FrameError(video_id, path.parent, f"there is no file {path.name}.{extensions}")
+            raise FrameError(video_id, path.parent, f"there is no file {path.name}.{extensions}", "missing")
         if len(names) > 1:
             several = " and ".join(sorted(names))
             raise FrameError(video_id, path.parent, f'{several} are there: say which by "extension" in the annotation')
@@ -211,7 +253,7 @@ class VideoFolder:
                         if extension.lower() in VIDEO_EXTENSIONS and entry.is_file():
                             listing.setdefault(stem, []).append(entry.name)
             except OSError as error:
-                raise FrameError(video_id, folder, error.strerror or str(error)) from None
+                raise _unlisted(video_id, folder, error) from None
             self._listings[folder] = listing
         return self._listings[folder]
 
@@ -221,7 +263,7 @@ class VideoFolder:
             try:
                 self._indices[video_id] = self._cached_or_scanned(path)
             except BrokenVideo as error:
-                raise FrameError(video_id, path, str(error)) from None
+                raise FrameError(video_id, path, str(error), error.kind) from None
             except OSError as error:
                 raise FrameError(video_id, path, error.strerror or str(error)) from None
         return unpack_index(self._indices[video_id])
@@ -235,6 +277,19 @@ class VideoFolder:
         return packed
 
 
+def _unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:
+    kind: Kind = "missing" if error.errno == errno.ENOENT else "unreadable"
+    return FrameError(video_id, folder, error.strerror or str(error), kind)
+
+
+def _one_by_one(store: FrameStore, video_id: str, stopped: Stopped) -> Scan:
+    """`scan` where no frame needs another one."""
+    for index in range(store.count(video_id)):
+        if stopped():
+            return
+        yield index, store.read(video_id, [index])[0]
+
+
 def _decoded(source: Path | io.BytesIO) -> NDArray[np.uint8]:
     with Image.open(source, formats=IMAGE_FORMATS) as image:
         return np.asarray(image.convert("RGB"))
@@ -245,7 +300,7 @@ def _stacked(
 ) -> NDArray[np.uint8]:
     shapes = {image.shape for image in images.values()}
     if len(shapes) > 1:
-        raise FrameError(video_id, path, f"frames differ in size: {sorted(shapes)}")
+        raise FrameError(video_id, path, f"frames differ in size: {sorted(shapes)}", "sizes")
     return np.stack([images[i] for i in indices])
 
 

@@ -27,6 +27,7 @@ from adaclip_finetune.data.pack_writer import PackWriter
 from adaclip_finetune.durable import flush_folder
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
+from adaclip_finetune.printable import printable
 
 SUFFIX = ".lmdb"
 
@@ -46,11 +47,11 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
     UserError: nothing to pack, another pack in the way, or no room (what is packed stays for the next run).
     """
     if output.suffix.lower() != SUFFIX:
-        raise UserError(f"-o {_shown(output)}: the name of a pack ends in {SUFFIX}")
+        raise UserError(f"-o {printable(output)}: the name of a pack ends in {SUFFIX}")
     if output.is_dir():
-        raise UserError(f"-o {_shown(output)}: is a folder")
+        raise UserError(f"-o {printable(output)}: is a folder")
     if not frames_dir.is_dir():
-        raise UserError(f"{_shown(frames_dir)}: there is no such folder")
+        raise UserError(f"{printable(frames_dir)}: there is no such folder")
     folder = FrameFolder(frames_dir, img_tmpl)
     try:
         videos = _listed(annotations) if annotations else _found(folder)
@@ -60,9 +61,9 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
         with _work_folder(output) as work:
             return _pack(folder, videos, work / output.name, output)
     except FrameError as error:  # of frames_dir itself
-        raise UserError(f"{_shown(error.path)}: {error.reason}") from error
+        raise UserError(f"{printable(error.path)}: {error.reason}") from error
     except OSError as error:
-        raise UserError(f"{_shown(error.filename or output)}: {error.strerror or error}") from error
+        raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from error
 
 
 def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> int:
@@ -77,20 +78,20 @@ def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> i
             writer.finish(outcome.records, Contents(folder.img_tmpl, len(outcome.records), images, size))
     except (BrokenPack, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError):
         raise UserError(
-            f"{_shown(part)} was left by a run that did not finish, and is damaged: delete it and run the same command "
-            "again"
+            f"{printable(part)} was left by a run that did not finish, and is damaged: delete it and run the same "
+            "command again"
         ) from None
     except lmdb.Error as error:
         free = shutil.disk_usage(part.parent).free / 1e6  # LMDB calls a full disk an I/O error
         raise UserError(
-            f"{_shown(part)}: {error.reason} ({free:.1f} MB are free there). What was packed until then stays: make "
+            f"{printable(part)}: {error.reason} ({free:.1f} MB are free there). What was packed until then stays: make "
             "room, or mend what is wrong, and run the same command again"
         ) from None
     part.replace(output)
     flush_folder(output.parent)
     earlier = f" ({outcome.earlier} of them earlier)" if outcome.earlier else ""
     print(
-        f"{_shown(output)}: {len(outcome.records)} videos{earlier}, {images} images of {size / 1e6:.1f} MB, in "
+        f"{printable(output)}: {len(outcome.records)} videos{earlier}, {images} images of {size / 1e6:.1f} MB, in "
         f"{output.stat().st_size / 1e6:.1f} MB"
     )
     return _tell(outcome.failed)
@@ -154,10 +155,10 @@ def _found(folder: FrameFolder) -> list[str]:
     """The folders below that hold images, or nothing at all (which will be told)."""
     if folder.numbers("."):
         name = folder.img_tmpl.format(1)
-        raise UserError(f"{_shown(folder.folder)} holds images itself ({name}): give the folder above it")
+        raise UserError(f"{printable(folder.folder)} holds images itself ({name}): give the folder above it")
     if videos := sorted(_folders_below(folder, "", ())):
         return videos
-    raise UserError(f"{_shown(folder.folder)}: there are no folders in it, one a video is expected")
+    raise UserError(f"{printable(folder.folder)}: there are no folders in it, one a video is expected")
 
 
 def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
@@ -186,18 +187,18 @@ def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
             failed[video_id] = f"{error.path}: {error.reason}"
             continue
         except BrokenPack as error:
-            raise UserError(f"{_shown(there.path)}: {error}") from None
+            raise UserError(f"{printable(there.path)}: {error}") from None
         if then is None:
             lacking.append(video_id)
         elif then != now:
             changed.append(video_id)
     if lacking or changed:
-        example = _shown((lacking + changed)[0])
+        example = printable((lacking + changed)[0])
         raise UserError(
-            f"{_shown(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
+            f"{printable(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
             f"{len(changed)} have changed since ({example}, …): --overwrite packs all of them anew"
         )
-    print(f"{_shown(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do")
+    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do")
     return _tell(failed)
 
 
@@ -208,12 +209,7 @@ def _tell(failed: Mapping[str, str]) -> int:
 
 
 def _listing(failed: Mapping[str, str]) -> str:
-    return "\n".join(f"  {_shown(video_id)}: {_shown(reason)}" for video_id, reason in failed.items())
-
-
-def _shown(text: object) -> str:
-    """On one line, and without what would steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "\n".join(f"  {printable(video_id)}: {printable(reason)}" for video_id, reason in failed.items())
 
 
 @contextmanager

@@ -22,33 +22,35 @@ class UnreadableVideos(UserError):
         self.reasons = dict(reasons)
 
 
-def find_unreadable(
-    store: FrameStore, video_ids: Sequence[str], num_workers: int, deep: bool = False
-) -> dict[str, str]:
-    """Video → reason, for each that is missing, empty or does not open; in the order given.
+def find_unreadable(store: FrameStore, video_ids: Sequence[str], num_workers: int) -> dict[str, str]:
+    """Video → place and reason, for each that `find_errors` finds."""
+    errors = find_errors(store, video_ids, num_workers)
+    return {video_id: f"{error.path}: {error.reason}" for video_id, error in errors.items()}
 
-    Each video's frames are counted (which the store then knows, and so do later runs) and its first frame decoded;
-    `deep` decodes all.
+
+def find_errors(store: FrameStore, video_ids: Sequence[str], num_workers: int) -> dict[str, FrameError]:
+    """Video → what is wrong, for each that is missing, empty or does not open; in the order given.
+
+    Each video's frames are counted (which the store then knows, and so do later runs) and its first frame decoded.
     """
 
-    def reason(video_id: str) -> str | None:
+    def tried(video_id: str) -> FrameError | None:
         try:
-            count = store.count(video_id)
-            for start in range(0, count if deep else 1, FRAMES_AT_ONCE):
-                store.read(video_id, range(start, min(start + FRAMES_AT_ONCE, count) if deep else 1))
+            store.count(video_id)
+            store.read(video_id, [0])
         except FrameError as error:
-            return f"{error.path}: {error.reason}"
+            return error
         return None
 
     # Threads, because decoders release the interpreter and what the store learns stays here, to be handed to workers.
     pool = ThreadPoolExecutor(max(1, num_workers))
     try:
-        reasons = list(tqdm(pool.map(reason, video_ids), "checking videos", len(video_ids), leave=False, disable=None))
+        errors = list(tqdm(pool.map(tried, video_ids), "checking videos", len(video_ids), leave=False, disable=None))
     finally:
         pool.shutdown(cancel_futures=True)
         if isinstance(store, VideoFolder):
             store.remember()
-    return {video_id: found for video_id, found in zip(video_ids, reasons, strict=True) if found}
+    return {video_id: error for video_id, error in zip(video_ids, errors, strict=True) if error}
 
 
 def short_videos(store: FrameStore, video_ids: Iterable[str], num_frm: int) -> list[str]:

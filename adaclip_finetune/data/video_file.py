@@ -8,18 +8,19 @@ a playlist or script that calls itself .mp4 cannot make us open anything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
+Stopped = Callable[[], bool]
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf"
 # Where packets are frames: containers that keep both times of every packet, codecs that put one frame into each.
@@ -30,6 +31,13 @@ READ_ERRORS = (av.FFmpegError, OSError, ValueError)  # what PyAV raises for file
 
 class BrokenVideo(Exception):
     """The file cannot give what was asked of it; the message is the reason, without the file's name."""
+
+    def __init__(self, reason: str, kind: Literal["sizes", "damaged", "unreadable"] = "unreadable") -> None:
+        super().__init__(reason, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,35 @@ def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame:
     except READ_ERRORS as error:
         raise BrokenVideo(_reason(error)) from None
     if len({frame.shape for frame in found.values()}) > 1:
-        raise BrokenVideo("its frames differ in size")
+        raise BrokenVideo("its frames differ in size", "sizes")
     return np.stack([found[i] for i in indices])
+
+
+def never() -> bool:
+    """For a pass that nobody stops."""
+    return False
+
+
+def scan_frames(path: Path, index: VideoIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
+    """Every frame with its index, in order, in one pass: RGB (H, W, 3), upright. They may differ in size.
+
+    It ends early when `stopped`, which is asked before each packet, says so. Raises BrokenVideo at the first frame
+    that `read_frames` could not give either.
+    """
+    damage: list[str] = []
+    ahead = 0
+    try:
+        for i, frame in _in_one_pass(path, index, stopped, damage):
+            for passed_over in range(ahead, i):
+                yield passed_over, _seek(path, index, passed_over, damage)
+            yield i, _to_rgb(frame)
+            ahead = i + 1
+        for left in range(ahead, index.num_frames):
+            if stopped():
+                return
+            yield left, _seek(path, index, left, damage)
+    except READ_ERRORS as error:
+        raise BrokenVideo(_reason(error)) from None
 
 
 @contextmanager
@@ -139,12 +174,14 @@ def _first_pts(path: Path) -> int | None:
     return next((frame.pts for frame in _sound_frames(path)), None)
 
 
-def _sound_frames(path: Path) -> Iterator[Any]:
+def _sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
     """Decode everything in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
     decoded, damaged_at, damage, goes_on = 0, -1, "", False
     with _opened(path) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
         for at, packet in enumerate(container.demux(stream)):
+            if stopped():
+                return
             if damage and not packet.size:
                 break
             try:
@@ -162,17 +199,19 @@ def _sound_frames(path: Path) -> Iterator[Any]:
                 yield frame
     if damage:
         # A decoder that fails may have swallowed a sound frame that it held back, and would now give the one it spoilt.
-        for frame in islice(_frames_of(path, damaged_at), decoded, None):
+        for frame in islice(_frames_of(path, damaged_at, stopped), decoded, None):
             decoded += 1
             yield frame
     if goes_on:
-        raise BrokenVideo(f"the file is damaged after {decoded} sound frames ({damage})")
+        raise BrokenVideo(f"the file is damaged after {decoded} sound frames ({damage})", "damaged")
 
 
-def _frames_of(path: Path, num_packets: int) -> Iterator[Any]:
+def _frames_of(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:
     """What the first packets of a file give, which are known to be sound."""
     with _opened(path) as (container, stream), suppress(av.FFmpegError):  # damage may show a packet late
         for packet in islice(container.demux(stream), num_packets):
+            if stopped():
+                return
             yield from _whole(stream.codec_context.decode(packet))
         yield from _whole(stream.codec_context.decode(None))
 
@@ -260,8 +299,33 @@ def _read_from_start(path: Path, index: VideoIndex, wanted: list[int]) -> dict[i
                     return found
     except BrokenVideo as error:
         damage = f": {error}"
-    missing = next(i for i in wanted if i not in found)
-    raise BrokenVideo(f"frame {missing + 1} of {index.num_frames} cannot be decoded{damage}")
+    raise _undecodable(next(i for i in wanted if i not in found), index, damage)
+
+
+def _in_one_pass(path: Path, index: VideoIndex, stopped: Stopped, damage: list[str]) -> Iterator[tuple[int, Any]]:
+    """What decoding from the start gives, with its index; into `damage` goes why it went no further."""
+    place = None if index.pts is None else {int(pts): i for i, pts in enumerate(index.pts)}
+    ahead = 0
+    try:
+        for count, frame in enumerate(_sound_frames(path, stopped)):
+            i = count if place is None else place.get(frame.pts, -1)
+            if ahead <= i < index.num_frames:
+                yield i, frame
+                ahead = i + 1
+    except BrokenVideo as error:
+        damage.append(f": {error}")
+
+
+def _seek(path: Path, index: VideoIndex, i: int, damage: list[str]) -> Frame:
+    """One frame that decoding from the start did not give. Raises BrokenVideo."""
+    found = _read_by_seeking(path, index, [i])
+    if i not in found:
+        raise _undecodable(i, index, "".join(damage))
+    return found[i]
+
+
+def _undecodable(i: int, index: VideoIndex, why: str) -> BrokenVideo:
+    return BrokenVideo(f"frame {i + 1} of {index.num_frames} cannot be decoded{why}", "damaged")
 
 
 def _to_rgb(frame: Any) -> Frame:

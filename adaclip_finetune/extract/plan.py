@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.options import Request
+from adaclip_finetune.printable import printable
 
 REPORT = "extraction_report.json"
 SHOWN = 5
@@ -51,11 +52,6 @@ def plan(request: Request) -> list[Job]:
     chosen = list(dict.fromkeys(chosen))  # a file list may name one twice
     _check_folders(chosen)
     return chosen
-
-
-def printable(text: object) -> str:
-    """A name as it can be shown: on one line, and without what would steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _listing(request: Request) -> Iterator[str]:

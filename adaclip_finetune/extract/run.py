@@ -14,11 +14,12 @@ from pathlib import Path
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.manifest import State, encoded, state_of
 from adaclip_finetune.extract.options import Request, cores
-from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan, printable
+from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan
 from adaclip_finetune.extract.program import FULL, Failed, Part, Program, Stopped, find_program, from_file
 from adaclip_finetune.extract.progress import Progress
 from adaclip_finetune.extract.video import extract_video
 from adaclip_finetune.lock import FolderLock
+from adaclip_finetune.printable import printable
 
 WORK = ".extraction"  # below FRAMES: the lock, and what is not complete
 LISTED = 20

@@ -186,6 +186,9 @@ def test_reranking_stands_below_the_model_and_is_marked(
     (again,) = evaluated(*words, folder=tmp_path)["tables"]
     assert figures(again["rows"][1]) == figures(model)
     assert "temperature 1, fixed in advance" in again["rows"][2]["note"]
+    (flattered,) = evaluated(*words, "--val-annot", project["test_annot"], folder=tmp_path)["tables"]
+    assert "which holds the very captions of this table" in flattered["rows"][2]["note"]
+    assert "very captions" not in dual["note"]
 
 
 def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:

@@ -88,7 +88,7 @@ class Table:
         models = [row for row in self.rows if row.kind == "model"]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
         pairs += [(row, models[0]) for row in models[1:]]
-        return [_compared(row, other) for row, other in pairs if _asked_the_same(row, other)]
+        return [_compared(row, other) for row, other in pairs if same_queries(row.queries, other.queries)]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -107,7 +107,7 @@ def _compared(row: Row, other: Row) -> Comparison:
     return Comparison(row.label, other.label, t2v, paired_difference(row.v2t.ranks, other.v2t.ranks))
 
 
-def _asked_the_same(row: Row, other: Row) -> bool:
-    one, two = row.queries, other.queries
-    owners = one.video_of_text.tolist() == two.video_of_text.tolist()
-    return owners and one.texts == two.texts and one.video_ids == two.video_ids
+def same_queries(one: Queries, other: Queries) -> bool:
+    """Whether the same texts are asked of the same videos, in the same order."""
+    owners = one.video_of_text.tolist() == other.video_of_text.tolist()
+    return owners and one.texts == other.texts and one.video_ids == other.video_ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
-from adaclip_finetune.compare.rows import Row, Table
+from adaclip_finetune.compare.rows import Row, Table, same_queries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile, similarity_file
@@ -57,11 +57,7 @@ def _bank(bank: SimilarityFile | None, file: SimilarityFile) -> Bank | None:
 
 
 def _check_same(first: SimilarityFile, other: SimilarityFile) -> None:
-    if (
-        first.queries.texts != other.queries.texts
-        or first.queries.video_ids != other.queries.video_ids
-        or first.queries.video_of_text.tolist() != other.queries.video_of_text.tolist()
-    ):
+    if not same_queries(first.queries, other.queries):
         raise UserError(
             f"--similarity {other.path}: its queries or videos are not those of {first.path}; one table is of one data "
             "set, so evaluate them one by one"

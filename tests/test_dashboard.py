@@ -137,6 +137,7 @@ def test_watching_a_search_that_runs(project: dict[str, object], tmp_path: Path)
                 if refused is None:
                     with pytest.raises(HTTPError) as refused:
                         asked(f"{url}/api/studies/1", "DELETE")
+                    refused.value.close()
                 time.sleep(0.2)
             last = asked(f"{url}/api/studies/1?after=0")
     finally:

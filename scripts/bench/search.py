@@ -17,8 +17,9 @@ output, which changes nothing (checked at the start). Times are held against a f
 copy rate, that of `copy_` between two buffers of the gallery's size in the same rounds, in which what is read and what
 is written both count. A pass that only reads can be faster than a copy, so a ratio below 1 is possible.
 
-Beside the time there is the processor time of both threads together, least of the rounds. On a machine that does other
-work it says more, provided that threads which wait for each other sleep: hence the variable in the command.
+Beside the time there is the CPU time of all threads together, the least of the rounds; ratios are of both. On a
+machine that does other work it says more, provided that threads which wait for each other sleep: hence the variable in
+the command.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def measure(count: int, a: argparse.Namespace) -> None:
     recalls = {kind: recall(vectors, queries, by(index)) for kind, index in (("flat", flat), ("hnsw", graph))}
     tell(count, a, rows, own, recalls)
     print(f"exact, {len(queries)} queries at once: {1000 * batched(vectors, queries):.4f} ms a query; ", end="")
-    print(f"the graph was built in {built:.1f} s of processor time\n", flush=True)
+    print(f"the graph was built in {built:.1f} s of CPU time\n", flush=True)
 
 
 def tell(count: int, a: argparse.Namespace, rows: dict[str, Row], own: int, recalls: dict[str, float]) -> None:
@@ -143,8 +144,8 @@ def tell(count: int, a: argparse.Namespace, rows: dict[str, Row], own: int, reca
     rate, floor = 2 * own / wall["copy"], wall["copy"] / 2
     print(f"V = {count:,}, K = {a.frames}, D = {a.width}, {a.threads} threads: ", end="")
     print(f"copy {rate / 1e9:.1f} GB/s (read + written), reading alone {own / wall['read'] / 1e9:.1f} GB/s, ", end="")
-    print(f"floor {1000 * floor:.3f} ms, copy's processor time {1000 * processor['copy']:.3f} ms\n")
-    print("| | ms | processor ms | MB read | qscore ÷ it | attention ÷ it | mlp again ÷ it | ÷ floor | recall@10 |")
+    print(f"floor {1000 * floor:.3f} ms, copy's CPU time {1000 * processor['copy']:.3f} ms\n")
+    print("| | ms | CPU ms | MB read | qscore ÷ it | attention ÷ it | mlp again ÷ it | ÷ floor | recall@10 |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         if name in ("copy", "read"):

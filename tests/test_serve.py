@@ -209,6 +209,7 @@ def test_pages_of_other_sites(server: Server, index: VideoIndex) -> None:
     for path, method, body in (("/api/search/image", "POST", picture()), ("/api/search?q=1", "GET", None)):
         assert server.ask(path, method, body, origin="http://evil.example").status == 403
         assert server.ask(path, method, body, origin="null").status == 403
+        assert server.ask(path, method, body, origin="http://[").status == 403
         assert server.ask(path, method, body, Sec_Fetch_Site="cross-site").status == 403
         assert server.ask(path, method, body, Sec_Fetch_Site="same-site").status == 403  # another port of this machine
         assert server.ask(path, method, body, origin=f"http://127.0.0.1:{server.port}").status == 200
@@ -341,7 +342,8 @@ def test_with_the_token(locked: Server) -> None:
     assert (answer.status, answer.headers["location"]) == (303, "/?q=red+%26+blue")
     cookie = answer.headers["set-cookie"]
     assert "HttpOnly" in cookie and "SameSite=lax" in cookie
-    assert locked.ask("/", Cookie=cookie.partition(";")[0]).status == 200
+    for others in ("", "odd[name]=1; ", "=; a b=c; "):  # of other servers on this machine
+        assert locked.ask("/", Cookie=others + cookie.partition(";")[0]).status == 200
 
 
 # What may change behind it
@@ -472,6 +474,7 @@ def test_a_port_that_is_taken(index: VideoIndex, capsys: pytest.CaptureFixture[s
         (["--host", "0.0.0.0"], "add --token"),
         (["--host", "0.0.0.0", "--token", "short"], "16 to 200"),
         (["--token", "sixteen letters; two"], "16 to 200"),
+        (["--host", "203.0.113.1", "--token"], "no address of this machine"),
         (["--port", "65536"], "0 to 65535"),
         (["--hots", "x"], "the nearest is --host"),
     ],

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class Page:
         return self.driver.execute_script(f"return {code}")
 
     def press(self, *keys: str) -> None:
-        self.driver.switch_to.active_element.send_keys(*keys)
+        webdriver.ActionChains(self.driver).send_keys(*keys).perform()
 
     def until(self, holds: Callable[[], Any], what: str = "") -> Any:
         """What `holds` gives as soon as that is true; a page that is being redrawn is looked at again."""
@@ -178,6 +180,7 @@ def test_a_kind_that_the_browser_does_not_play(page: Page, server: Server, index
     page.until(page.names)
     page.find(".card").click()
     page.until(lambda: "cannot play this kind of file" in page.text("#player-trouble"))
+    assert page.js("document.activeElement.id") == "player-close"  # the focus does not go with the screen
     assert page.text("#player-path") == str(index.videos[14].path)
     assert page.find("#download").get_attribute("href").endswith("/file")
     page.until(lambda: page.js("document.querySelector('#stage img').naturalWidth") == 130)
@@ -403,13 +406,8 @@ def test_the_command_itself(page: Page, project: dict[str, Any], tmp_path: Path)
     for number in range(3):
         write_video(videos / f"clip{number}.mp4", 30)
     assert main(["index", str(run), str(videos), "-o", str(index)]) == 0
-    words = ["serve", str(index), "--port", "0", "--token"]
-    code = "import sys; from adaclip_finetune.cli import main; sys.exit(main())"
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=output, stderr=output, env=environment)
-    try:
+    with started(index, log) as process:
         address = page.until(lambda: re.search(r"http://127\.0\.0\.1:(\d+)/(\?token=\S+)", log.read_text()))
         page.open(Server(int(address[1])), address[2])
         assert page.js("location.href") == f"http://127.0.0.1:{address[1]}/"  # without the token
@@ -422,8 +420,35 @@ def test_the_command_itself(page: Page, project: dict[str, Any], tmp_path: Path)
         assert process.wait(10) == 130
         assert log.read_text().count(address[2].removeprefix("?token=")) == 1  # where the address is told
         assert log.read_text().endswith("adaclip: interrupted\n") and "Traceback" not in log.read_text()
+
+
+def test_it_is_stopped_while_the_model_is_loading(project: dict[str, Any], tmp_path: Path) -> None:
+    run, index, log = write_run(tmp_path / "run", project), write_small_index(tmp_path, 1), tmp_path / "log"
+    stored = read_index(index.folder)
+    write_index(index.folder, replace(stored.about, run=str(run)), stored.vectors, stored.videos)
+    with started(index.folder, log) as process:
+        deadline = time.monotonic() + PATIENCE
+        while "http://" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)  # into torch
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert log.read_text().endswith("adaclip: interrupted\n") and "Traceback" not in log.read_text()
+
+
+@contextmanager
+def started(index: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`adaclip serve` on a free port, with a token; what it says goes to `log`."""
+    code = "import sys; from adaclip_finetune.cli import main; sys.exit(main())"
+    words = ["serve", str(index), "--port", "0", "--token"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=output, stderr=output, env=environment)
+    try:
+        yield process
     finally:
         process.kill()
+        process.wait()
 
 
 def _colour(css: str) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 
@@ -20,6 +21,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host {host}: is no address of this machine") from error
         raise UserError(
             f"port {port} of {host} cannot be had ({error.strerror}); --port N takes another, --port 0 a free one"
         ) from error
@@ -53,7 +56,7 @@ def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, in
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host}: is no address of this machine ({error})") from error
+        raise UserError(f"--host {host}: stands for no address ({error})") from error
     family, _, _, _, address = found[0]
     return family, (str(address[0]), int(address[1]))
 

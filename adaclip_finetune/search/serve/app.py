@@ -32,6 +32,7 @@ _PAGE = Path(__file__).parent / "page"
 _ON_PAGE = {"/": "index.html"} | {
     f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "icon.svg")
 }
+_FOR_A_WHILE = "private, max-age=600"
 _BODY_TIME = 60  # seconds in which a picture must have arrived
 
 Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
@@ -92,12 +93,14 @@ class _Api:
 
     def poster(self, key: Key) -> Response:
         """The frame that weighs most, as a small JPEG."""
-        return file_response(self.media.poster(key), "image/jpeg", None, None)
+        answer = file_response(self.media.poster(key), "image/jpeg", None, None)
+        answer.headers["cache-control"] = _FOR_A_WHILE
+        return answer
 
     async def frame(self, key: Key, place: Place) -> Response:
         """One of the frames that the selector kept, as a small JPEG."""
-        return Response(await self.media.frame(key, place), headers={"cache-control": "private, max-age=600"},
-                        media_type="image/jpeg")  # fmt: skip
+        content = await self.media.frame(key, place)
+        return Response(content, headers={"cache-control": _FOR_A_WHILE}, media_type="image/jpeg")
 
     def _answer(self, hits: list[Hit], page: int, k: int) -> Answer:
         """A part of all hits that pages may show: asked for fewer, FAISS may order equal scores otherwise, and a video

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.model_flags import add_model_flags, model_settings
@@ -17,7 +17,7 @@ from adaclip_finetune.search.serve.address import is_loopback, listen, url
 from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
-    from adaclip_finetune.search.serve.engine import Encoder, Engine
+    from adaclip_finetune.search.serve.engine import Encoder
 
 PORT = 8765
 
@@ -45,9 +45,9 @@ def run(words: Sequence[str]) -> int:
 
         return retriever_of(index, arguments.model, **settings)
 
-    engine = Engine(index, load)
+    engine, media = Engine(index, load), Media(index)
     policy = Policy(arguments.host, port, not is_loopback(arguments.host), token, MAX_BYTES)
-    app = create_app(engine, Media(index), policy)
+    app = create_app(engine, media, policy)
     print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
     print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
     engine.start()
@@ -66,7 +66,8 @@ def run(words: Sequence[str]) -> int:
     try:
         uvicorn.Server(config).run([listening])
     except KeyboardInterrupt:
-        _end_at_once(engine)
+        if engine.working or media.working:
+            _end_at_once()
         raise
     return 0
 
@@ -119,9 +120,8 @@ def _token(arguments: Namespace) -> str | None:
     return str(arguments.token)
 
 
-def _end_at_once(engine: Engine) -> None:
-    """A thread that is inside torch cannot be interrupted, and Python would wait for it, or fall over it."""
-    if engine.working:
-        print("adaclip: interrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)
+def _end_at_once() -> NoReturn:
+    """A thread that is inside torch or FFmpeg cannot be interrupted, and Python may fall over it while it ends."""
+    print("adaclip: interrupted", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(130)

@@ -58,6 +58,11 @@ class Media:
         self._videos = {key_of(video): video for video in index.videos}
         self._frames = _Frames(index)
 
+    @property
+    def working(self) -> bool:
+        """Whether frames are being decoded at this moment."""
+        return self._frames.working
+
     def is_file(self, video: IndexedVideo) -> bool:
         """Whether the video is one file by itself, and not frames in a folder or a pack."""
         return _is_video(video.path)
@@ -105,6 +110,11 @@ class _Frames:
         self._img_tmpl = str(index.about.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default))
         self._worker = Worker("frames", _WAITING)
         self._known: OrderedDict[str, list[bytes]] = OrderedDict()
+
+    @property
+    def working(self) -> bool:
+        """Whether frames are being decoded at this moment."""
+        return self._worker.working
 
     async def pictures(self, video: IndexedVideo) -> list[bytes]:
         """A JPEG a frame. Raises Gone, Busy."""

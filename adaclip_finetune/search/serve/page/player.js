@@ -67,6 +67,7 @@ function still(video) {
 // Why it does not play: the server knows if the file has gone, else it is the browser that cannot.
 async function unplayable(screen, video) {
   if (!screen.isConnected) return;
+  if (document.activeElement === screen) get("player-close").focus();
   stage.replaceChildren(still(video));
   for (const button of get("frames").querySelectorAll("button")) button.disabled = true;
   let reason = "This browser cannot play this kind of file. Open it in a video player: its place is below, or download it.";

@@ -63,8 +63,8 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
         check_paths(config)
     except UserError as error:
         raise UserError(
-            f"{given} was made where the data lay elsewhere, or its settings do not say where; give the flags of what "
-            f"is named here: {error}"
+            f"{given}: {error}\nIts settings tell where things lay when it was made; say where they lie here: "
+            "--frames_dir, --video_dir, --clip_weights"
         ) from error
     return Source(_label(given, folder), config, folder or (weights.parent if weights.name == WEIGHTS else None))
 

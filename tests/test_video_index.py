@@ -46,6 +46,14 @@ def test_more_asked_than_there_is(tmp_path: Path) -> None:
     assert VideoIndex.load(tmp_path / "none").search(unit_rows(2), 10) == [[], []]
 
 
+def test_what_a_graph_does_not_reach_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_random_index(tmp_path / "i")
+    index = VideoIndex.load(tmp_path / "i")
+    found = np.array([[0.9, 0.5, -1e38]], np.float32), np.array([[4, 2, -1]])
+    monkeypatch.setattr(nearest.Nearest, "search", lambda *_: found)
+    assert [(hit.video.id, hit.rank) for hit in index.search(unit_rows(1), 3)[0]] == [("video4", 1), ("video2", 2)]
+
+
 def test_queries_that_cannot_be_answered(tmp_path: Path) -> None:
     write_random_index(tmp_path / "i")
     index = VideoIndex.load(tmp_path / "i")

@@ -81,10 +81,7 @@ class VideoIndex:
         if not (np.isfinite(length).all() and (length > 0).all()):
             raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
         scores, rows = self._nearest.search(queries / length, k)
-        return [
-            [Hit(self.videos[row], float(score), rank) for rank, (score, row) in enumerate(zip(*found, strict=True), 1)]
-            for found in zip(scores, rows, strict=True)
-        ]
+        return [self._hits(*found) for found in zip(scores.tolist(), rows.tolist(), strict=True)]
 
     def check_model(self, fingerprint: str) -> None:
         """Raises UserError if that is not the model whose vectors these are."""
@@ -94,6 +91,11 @@ class VideoIndex:
                 f"{self.about.fingerprint[:12]}; this one has {fingerprint[:12]}), and vectors of two models cannot be "
                 "compared: give the model that it was made with (--model), or index the videos anew"
             )
+
+    def _hits(self, scores: list[float], rows: list[int]) -> list[Hit]:
+        # A graph that is not all connected gives -1 for what it did not reach.
+        found = [(score, row) for score, row in zip(scores, rows, strict=True) if row >= 0]
+        return [Hit(self.videos[row], score, rank) for rank, (score, row) in enumerate(found, 1)]
 
 
 def _video(folder: Path, number: int, row: Any) -> IndexedVideo:

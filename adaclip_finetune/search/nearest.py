@@ -32,7 +32,7 @@ class Nearest:
         self._index = index
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Queries (Q, D) → scores and rows (Q, min(k, V)), best first."""
+        """Queries (Q, D) → scores and rows (Q, min(k, V)), best first; row -1 for what a graph did not find."""
         k = min(k, self._index.ntotal)
         if k == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)

@@ -45,7 +45,7 @@ def recall_at(
     _, rows = nearest.search(queries, more)
     found = []
     for query, row in enumerate(rows):
-        others = (row if own is None else row[row != own[query]])[:k]
+        others = row[(row >= 0) & (row != (-1 if own is None else own[query]))][:k]
         found.append(int((exact[others] @ queries[query] >= best[query, -1] - _TIE).sum()) / k)
     return float(np.mean(found))
 

@@ -124,9 +124,10 @@ def running(
     """Serves the index, with the model `Axes` or another one ready; or with one that `load` gives some time."""
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    engine = Engine(index, load or (lambda: encoder or Axes()))
+    engine, media = Engine(index, load or (lambda: encoder or Axes())), Media(index)
+    media.learn_stamps()
     given = {"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
-    app = create_app(engine, Media(index), Policy(**given))
+    app = create_app(engine, media, Policy(**given))
     config = uvicorn.Config(
         app, http="h11", ws="none", log_config=None, log_level="critical", timeout_graceful_shutdown=0
     )

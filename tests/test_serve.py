@@ -23,7 +23,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.address import is_loopback, listen, may_be_called, url
 from adaclip_finetune.search.serve.engine import Engine
-from adaclip_finetune.search.serve.media import key_of
+from adaclip_finetune.search.serve.media import Gone, Media, key_of
 from adaclip_finetune.search.serve.picture import MAX_BYTES, BadPicture, decode_picture
 from adaclip_finetune.search.serve.ranges import Span, Unsatisfiable, parse_range
 from adaclip_finetune.search.serve.rates import Rate
@@ -494,8 +494,16 @@ def test_what_is_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_an_index_that_is_rewritten_meanwhile(tmp_path: Path) -> None:
     index = write_small_index(tmp_path, 2)
     write_index(index.folder, about(tmp_path), axis(0)[None], [row(write_video(tmp_path / "new.mp4", 40), "")])
-    with pytest.raises(UserError, match="is being rewritten"), running(index):
-        pass
+    media = Media(index)
+    with pytest.raises(UserError, match="is being rewritten"):
+        media.learn_stamps()
+    with pytest.raises(Gone, match="still being read"):
+        media.video(key_of(index.videos[0]))
+    write_index(index.folder, about(tmp_path), np.stack([axis(0), axis(1)]), [
+        {name: value for name, value in row(video.path, "").items() if name != "size"} for video in index.videos
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="not as adaclip writes it"):
+        media.learn_stamps()
 
 
 def test_json_says_what_the_page_reads(server: Server) -> None:

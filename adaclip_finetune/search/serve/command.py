@@ -39,13 +39,15 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.search.serve.picture import MAX_BYTES
 
     index = VideoIndex.load(arguments.index)
+    media = Media(index)
 
     def load() -> Encoder:
         from adaclip_finetune.search.retriever import retriever_of
 
+        media.learn_stamps()
         return retriever_of(index, arguments.model, **settings)
 
-    engine, media = Engine(index, load), Media(index)
+    engine = Engine(index, load)
     policy = Policy(arguments.host, port, not is_loopback(arguments.host), token, MAX_BYTES)
     app = create_app(engine, media, policy)
     print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")

@@ -47,16 +47,27 @@ class Stamp(NamedTuple):
 
 
 class Media:
-    """By key: files, and pictures of frames."""
+    """By key: files, and pictures of frames. None but pictures of best frames before `learn_stamps`."""
 
     def __init__(self, index: VideoIndex) -> None:
-        """Raises UserError if the index is being rewritten at this moment."""
-        rows = read_index(index.folder).videos
-        if [row["id"] for row in rows] != [video.id for video in index.videos]:
-            raise UserError(f"{index.folder}: is being rewritten; try again when `adaclip index` is done")
-        self._stamps = {key_of(v): _stamp(row) for row, v in zip(rows, index.videos, strict=True)}
+        self._index = index
         self._videos = {key_of(video): video for video in index.videos}
+        self._stamps: dict[str, Stamp] = {}
         self._frames = _Frames(index)
+
+    def learn_stamps(self) -> None:
+        """What the files were like when they were indexed; takes its time where they are many. Raises UserError if the
+        index is being rewritten at this moment."""
+        rows = read_index(self._index.folder).videos
+        if [row["id"] for row in rows] != [video.id for video in self._index.videos]:
+            raise UserError(f"{self._index.folder}: is being rewritten; try again when `adaclip index` is done")
+        try:
+            stamps = [Stamp(int(row["size"]), int(row["mtime_ns"])) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._index.folder}: its videos.jsonl is not as adaclip writes it ({error!r})"
+            ) from error
+        self._stamps = dict(zip(map(key_of, self._index.videos), stamps, strict=True))
 
     @property
     def working(self) -> bool:
@@ -72,7 +83,7 @@ class Media:
         video = self._found(key)
         if not _is_video(video.path):
             raise Gone(f"{video.id}: the index was made of its frames; there is no video file")
-        return _opened(video.path, self._stamps[key]), MEDIA_TYPES.get(_extension(video.path), "video/mp4")
+        return _opened(video.path, self._stamp(key)), MEDIA_TYPES.get(_extension(video.path), "video/mp4")
 
     def poster(self, key: str) -> BinaryIO:
         """The picture of the best frame (JPEG), opened. Raises Gone."""
@@ -86,8 +97,13 @@ class Media:
         video = self._found(key)
         if not 0 <= place < len(video.frames):
             raise Gone(f"{video.id}: has {len(video.frames)} frames here")
-        _check(video.path, self._stamps[key])
+        _check(video.path, self._stamp(key))
         return (await self._frames.pictures(video))[place]
+
+    def _stamp(self, key: str) -> Stamp:
+        if key not in self._stamps:
+            raise Gone("the index is still being read")
+        return self._stamps[key]
 
     def _found(self, key: str) -> IndexedVideo:
         if key not in self._videos:
@@ -182,10 +198,6 @@ def _check(path: Path, stamp: Stamp) -> None:
 
 def _changed(path: Path) -> Gone:
     return Gone(f"{path}: is not what it was when it was indexed; `adaclip index` again")
-
-
-def _stamp(row: dict[str, object]) -> Stamp:
-    return Stamp(int(str(row["size"])), int(str(row["mtime_ns"])))
 
 
 def _is_video(path: Path) -> bool:

@@ -118,33 +118,36 @@ def test_a_browser_finds_the_trials(
     assert "reason refused: top_k 7 is more than num_frm 6" in trials
 
 
-def test_watching_a_search_that_runs(project: dict[str, object], tmp_path: Path) -> None:
+def test_watching_a_search_that_runs(
+    project: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "draw_study", lambda *_: None)
     space = {"learning_rate": {"range": [1e-5, 1e-2], "log": True}}
-    given = settings(project, tmp_path, n_trials=2, pruner="none", opt_params=space)
-    (tmp_path / "search.json").write_text(json.dumps(given))
-    with (tmp_path / "search.log").open("w") as output:
+    begun = settings(project, tmp_path, n_trials=1, pruner="none", opt_params=space)
+    searching.search(load_config(None, begun))
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    (tmp_path / "search.json").write_text(json.dumps(begun))
+    log = tmp_path / "search.log"
+    seen, refused = [], None
+    with dashboard(begun["optuna_cfg"]["storage"], tmp_path / "dashboard.log") as url, log.open("w") as output:
         running = subprocess.Popen(
-            [sys.executable, TRAIN, "--config", tmp_path / "search.json"], stdout=output, stderr=output
+            [sys.executable, TRAIN, "--config", tmp_path / "search.json", "--optuna_cfg.n_trials", "3"],
+            stdout=output,
+            stderr=output,
         )
-    try:
-        while "trial 0" not in (tmp_path / "search.log").read_text():
-            assert running.poll() is None, (tmp_path / "search.log").read_text()
-            time.sleep(0.05)
-        with dashboard(given["optuna_cfg"]["storage"], tmp_path / "dashboard.log") as url:
-            seen, refused = [], None
+        try:
             while running.poll() is None:
                 seen += [trial["state"] for trial in asked(f"{url}/api/studies/1?after=0")["trials"]]
-                if refused is None:
+                if refused is None and "Running" in seen:
                     with pytest.raises(HTTPError) as refused:
                         asked(f"{url}/api/studies/1", "DELETE")
                     refused.value.close()
                 time.sleep(0.2)
-            last = asked(f"{url}/api/studies/1?after=0")
-    finally:
-        running.kill()
-    assert running.returncode == 0, (tmp_path / "search.log").read_text()
-    assert "Running" in seen, "the search was over before it was looked at"
-    assert refused is not None
-    assert [trial["state"] for trial in last["trials"]] == ["Complete"] * 2
-    assert [len(trial["intermediate_values"]) for trial in last["trials"]] == [2] * 2
-    assert "2 trials: 2 completed, 0 pruned, 0 failed" in (tmp_path / "search.log").read_text()
+        finally:
+            running.kill()
+        last = asked(f"{url}/api/studies/1?after=0")
+    assert running.returncode == 0, log.read_text()
+    assert refused is not None, "the search was over before it was looked at"
+    assert [trial["state"] for trial in last["trials"]] == ["Complete"] * 3
+    assert [len(trial["intermediate_values"]) for trial in last["trials"]] == [2] * 3
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in log.read_text()

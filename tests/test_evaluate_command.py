@@ -132,7 +132,9 @@ def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_pat
     shutil.copy(run / "best.safetensors", moved)
     (moved / "config.json").write_text(json.dumps({**settings, "frames_dir": None, "video_dir": "/nowhere/videos"}))
     told = refused(moved, "--annot", project["test_annot"])
-    assert "video_dir /nowhere/videos: there is no such folder" in told and "say where they lie here: --frames_dir" in told
+    assert (
+        "video_dir /nowhere/videos: there is no such folder" in told and "say where they lie here: --frames_dir" in told
+    )
     words = [moved, "--annot", project["test_annot"], "--frames_dir", project["frames_dir"], "--val_batch_size", 3]
     assert main(["evaluate", *map(str, words), "--precision", "bf16"]) == 0
     (table,) = evaluated(*words, folder=tmp_path)["tables"]

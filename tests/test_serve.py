@@ -294,6 +294,13 @@ def test_too_many_searches(index: VideoIndex) -> None:
         assert server.ask("/api/status").status == 200  # the page itself goes on
 
 
+def test_others_do_not_use_up_the_rate(index: VideoIndex) -> None:
+    with running(index, requests=Rate(0.001, 2)) as server:
+        assert {server.ask("/api/status", host="evil.example").status for _ in range(5)} == {421}
+        assert {server.ask("/api/status", origin="http://evil.example").status for _ in range(5)} == {403}
+        assert [server.ask("/api/status").status for _ in range(3)] == [200, 200, 429]
+
+
 def test_too_many_at_once(index: VideoIndex) -> None:
     class Slow(Axes):
         def encode_text(self, texts: Sequence[str]) -> Any:

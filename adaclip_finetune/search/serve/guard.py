@@ -1,4 +1,4 @@
-"""What every request must pass before it is answered (rate, Host, origin, size, token), and headers of every answer."""
+"""What every request must pass before it is answered (Host, origin, rate, size, token), and headers of every answer."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a request that may not pass."""
         policy = self.policy
-        address = (scope.get("client") or ("",))[0]
-        slow = not policy.requests.allows(address)
-        if slow or (scope["path"].startswith(policy.costly) and not policy.queries.allows(address)):
-            return _refused(429, "too many requests; wait a moment", {"retry-after": "2"})
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not may_be_called(hosts[0], policy.host, policy.reachable):
             return _refused(421, "this server does not go by that name (Host)")
         if not _same_site(scope, headers, hosts[0]):
             return _refused(403, "a page of another site asks; open this server's own page")
+        # After the pages of others were sent away, who could else use up what the user may ask.
+        address = (scope.get("client") or ("",))[0]
+        slow = not policy.requests.allows(address)
+        if slow or (scope["path"].startswith(policy.costly) and not policy.queries.allows(address)):
+            return _refused(429, "too many requests; wait a moment", {"retry-after": "2"})
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL:
             return _refused(414, f"the address is longer than {MAX_URL} bytes")
         announced = headers.get("content-length", "0")

@@ -83,7 +83,8 @@ class Media:
         video = self._found(key)
         if not _is_video(video.path):
             raise Gone(f"{video.id}: the index was made of its frames; there is no video file")
-        return _opened(video.path, self._stamp(key)), MEDIA_TYPES.get(_extension(video.path), "application/octet-stream")
+        media_type = MEDIA_TYPES.get(_extension(video.path), "application/octet-stream")
+        return _opened(video.path, self._stamp(key)), media_type
 
     def poster(self, key: str) -> BinaryIO:
         """The picture of the best frame (JPEG), opened. Raises Gone."""

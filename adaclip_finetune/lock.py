@@ -22,7 +22,7 @@ class Lock:
         self.path, self._guarded = path, guarded
 
     def take(self) -> None:
-        """Raises UserError if a living process, or one on another machine, holds it."""
+        """Raises UserError if a living process, or one on another machine, holds it; OSError if there is no room."""
         while True:
             try:
                 self._create()
@@ -37,18 +37,26 @@ class Lock:
                 self.path.unlink()
 
     def _create(self) -> None:
-        """Raises FileExistsError where there is one: the first comes first."""
+        """Raises FileExistsError where there is one: the first comes first. OSError leaves nothing behind."""
         mine = self.path.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
-        mine.write_text(json.dumps(this_process()), encoding="utf-8")
         try:
+            mine.write_text(json.dumps(this_process()), encoding="utf-8")
             os.link(mine, self.path)  # whole at once, where the file system has links
         except FileExistsError:
             raise
         except OSError:
-            with self.path.open("x", encoding="utf-8") as file:
-                json.dump(this_process(), file)
+            self._create_without_links()
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
+
+    def _create_without_links(self) -> None:
+        file = self.path.open("x", encoding="utf-8")
+        try:
+            with file:
+                json.dump(this_process(), file)
+        except OSError:  # a full disk leaves it without its content, which nobody could read
+            self.path.unlink(missing_ok=True)
+            raise
 
     def _clear_away_the_dead(self) -> None:
         owner = _read(self.path)

@@ -1,6 +1,7 @@
 """The two frame stores: what they find, what they refuse, and that workers can have them."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,34 @@ def test_gap_in_the_numbering(tmp_path: Path, missing: int) -> None:
     (write_frames(tmp_path / "v", 4) / TEMPLATE.format(missing)).unlink()
     with pytest.raises(FrameError, match=f"image_0000{missing}.jpg is missing, though image_00004.jpg is there"):
         FrameFolder(tmp_path, TEMPLATE).count("v")
+
+
+def test_numbers_that_are_times(tmp_path: Path) -> None:
+    """Nobody counts up to them."""
+    folder = write_frames(tmp_path / "v", 2)
+    (folder / "image_1700000000.jpg").write_bytes(b"")
+    tracemalloc.start()
+    with pytest.raises(FrameError, match=r"image_00003\.jpg is missing, though image_1700000000\.jpg is there"):
+        FrameFolder(tmp_path, TEMPLATE).count("v")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_numbers_begin_at_one(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "v", 2)
+    (folder / TEMPLATE.format(2)).rename(folder / TEMPLATE.format(0))
+    with pytest.raises(FrameError, match=r"image_00000\.jpg is there, but images are numbered from 1"):
+        FrameFolder(tmp_path, TEMPLATE).count("v")
+
+
+def test_a_link_in_a_circle_spoils_one_video(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 3)
+    (tmp_path / "x.mp4").symlink_to("x.mp4")
+    store = VideoFolder(tmp_path)
+    assert store.count("a") == 3
+    with pytest.raises(FrameError, match=r"x\.mp4: Too many levels of symbolic links"):
+        store.count("x")
 
 
 def test_absent_and_empty_folders(tmp_path: Path) -> None:

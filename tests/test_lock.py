@@ -1,5 +1,6 @@
 """One run to a folder or a file."""
 
+import errno
 import json
 import os
 import socket
@@ -66,6 +67,51 @@ def test_a_file_may_be_guarded_by_a_lock_beside_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{database} is being written by process {os.getpid()} on this machine"):
         second.take()
     first.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files can be made, and hold nothing."""
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def nothing(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(json, "dump", nothing)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        FolderLock(tmp_path).take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_lock_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FolderLock(tmp_path).take()
+    held = (tmp_path / "lock.json").read_text()
+    full_disk(monkeypatch)
+    with pytest.raises(UserError, match="is being written by process"):
+        FolderLock(tmp_path).take()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+    assert (tmp_path / "lock.json").read_text() == held
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    assert json.loads(lock.path.read_text()) == this_process()
+    with pytest.raises(UserError, match="is being written by process"):
+        FolderLock(tmp_path).take()
+    lock.release()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,15 +238,74 @@ def test_a_folder_that_cannot_be_listed(
     assert f"{frames}: Permission denied" in capsys.readouterr().err
 
 
-def test_hostile_names(tmp_path: Path) -> None:
-    canary = tmp_path / "frames" / "canary"
-    for number, name in enumerate([*HOSTILE, "é" * 60 + "/" + "語" * 80], start=1):
+def test_hostile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in names, were they run, would leave something in the current directory."""
+    names = [*HOSTILE, "é" * 60 + "/" + "語" * 80]
+    for number, name in enumerate(names, start=1):
         write_frames(tmp_path / "frames" / name, number)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert run(tmp_path / "frames", tmp_path / "-o; x.lmdb") == 0
     store = PackedFrames(tmp_path / "-o; x.lmdb")
-    for number, name in enumerate(HOSTILE, start=1):
+    for number, name in enumerate(names, start=1):
         assert store.count(name) == number and index_of(store.read(name, [number - 1])[0]) == number - 1
-    assert not canary.exists() and {path.name for path in tmp_path.iterdir()} == {"-o; x.lmdb", "frames"}
+    assert not list((tmp_path / "here").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"-o; x.lmdb", "frames", "here"}
+
+
+def test_a_pack_whose_name_is_no_text(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / os.fsdecode(b"\xff.lmdb")
+    try:
+        packed.touch()
+        packed.unlink()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert run(frames, packed) == 0
+    assert r"\udcff.lmdb: 5 videos" in capsys.readouterr().out
+    assert read_all(PackedFrames(packed))
+    assert run(frames, tmp_path / f"{'x' * 257}.lmdb") == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_links_that_cannot_be_followed(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None hides the others, at the top or below."""
+    for folder in (frames, frames / "deep"):
+        (folder / "circle").symlink_to("circle")
+        (folder / "nothing").symlink_to("nowhere")
+    assert run(frames, tmp_path / "p.lmdb") == 0
+    assert "5 videos, 37 images" in capsys.readouterr().out
+    image = frames / "b" / TEMPLATE.format(1)
+    image.unlink()
+    image.symlink_to(image.name)
+    assert run(frames, tmp_path / "q.lmdb") == 1
+    told = capsys.readouterr().out
+    assert "1 could not be packed:\n  b: " in told and "image_00001.jpg: Too many levels of symbolic links" in told
+
+
+def test_a_link_behind_a_closed_folder_is_told(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may look into any: the entry is made up."""
+
+    class Closed:
+        name = "closed"
+
+        def is_dir(self) -> bool:
+            raise PermissionError(13, "Permission denied", "closed")
+
+    original = os.scandir
+
+    @contextmanager
+    def scandir(path: Path) -> Iterator[list[Any]]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        with original(path) as entries:
+            yield [*entries, Closed()] if Path(path).name == "deep" else list(entries)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert run(frames, tmp_path / "p.lmdb") == 1
+    told = capsys.readouterr().out
+    assert "5 videos" in told and f"1 could not be packed:\n  deep/closed: {frames / 'deep/closed'}: Permission" in told
 
 
 def test_names_longer_than_a_key(tmp_path: Path) -> None:
@@ -282,6 +341,15 @@ def test_a_pack_that_is_there_is_left_alone(frames: Path, packed: Path, capsys: 
     assert (packed.stat().st_ino, packed.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_what_a_pack_holds_beyond_the_folder_is_told(
+    frames: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(frames / "b")
+    capsys.readouterr()
+    assert run(frames, packed) == 0
+    assert "already: 4 videos (and 1 that are not among them), nothing to do" in capsys.readouterr().out
+
+
 def test_overwriting_leaves_readers_what_they_read(frames: Path, packed: Path) -> None:
     reader = Pack(packed)
     old = reader.images("a", [1])
@@ -299,6 +367,25 @@ def test_only_one_packs(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is being written by process" in capsys.readouterr().err
     lock.release()
     assert run(frames, tmp_path / "data.lmdb") == 0
+
+
+def test_a_full_disk_lets_no_second_one_in(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / ".data.lmdb.part"
+    work.mkdir()
+    FolderLock(work).take()
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert run(frames, tmp_path / "data.lmdb") == 2
+    assert [path.name for path in work.iterdir()] == ["lock.json"]
+    assert run(frames, tmp_path / "data.lmdb") == 2
+    assert capsys.readouterr().err.count("is being written by process") == 2
 
 
 @pytest.mark.parametrize(
@@ -496,6 +583,35 @@ def test_what_is_no_pack(frames: Path, packed: Path, tmp_path: Path) -> None:
         t.put(b"key", b"value")
     with pytest.raises(UserError, match="is an LMDB file, but no finished pack"):
         PackedFrames(tmp_path / "foreign")
+
+
+def test_a_pack_that_cannot_be_opened(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a pack all the same. (Root may open any file, so another one that LMDB cannot open stands for it.)"""
+
+    def refused(_: bytes, original: Any = lmdb.open, **named: Any) -> Any:
+        return original(str(packed.parent), **named)
+
+    store = PackedFrames(packed)
+    copy = pickle.loads(pickle.dumps(store))
+    del store
+    monkeypatch.setattr(lmdb, "open", refused)
+    with pytest.raises(UserError, match=r"data\.lmdb: cannot be opened: Is a directory") as caught:
+        PackedFrames(packed)
+    assert "is no pack" not in str(caught.value)
+    with pytest.raises(FrameError, match="cannot be opened") as failed:
+        copy.count("a")
+    assert failed.value.kind == "unreadable"
+
+
+def test_a_pack_that_is_cut_after_it_was_opened(packed: Path) -> None:
+    """A worker opens it anew; LMDB would die of the pages that are not there."""
+    code = (
+        "import os, pickle, sys; from pathlib import Path; from adaclip_finetune.data.frames import PackedFrames\n"
+        "packed = Path(sys.argv[1]); copy = pickle.loads(pickle.dumps(PackedFrames(packed)))\n"
+        "os.truncate(packed, 12000); copy.read('a', range(copy.count('a')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, packed], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "data.lmdb: is cut off, 12000 of" in done.stderr, done.stderr
 
 
 def test_a_run_says_what_is_wrong_with_frames_dir(

@@ -102,6 +102,22 @@ def test_splits_of_a_folder_add_up(cache: Path, videos: Path, scanned: list[str]
     assert scanned == [] and len(files(cache)) == 1
 
 
+def test_videos_that_are_gone_are_dropped(cache: Path, videos: Path, scanned: list[str]) -> None:
+    run(videos)
+    (videos / "b.mkv").unlink()
+    shutil.rmtree(videos / "deep")
+    assert b"b.mkv" in files(cache)[0].read_bytes()  # nothing new to be kept
+    write_video(videos / "e.mp4", 15)
+    run(videos, ["e"])
+    content = files(cache)[0].read_bytes()
+    assert [name in content for name in (b"b.mkv", b"c.1.webm", b"a.mp4", b"d.avi", b"e.mp4")] == [False] * 2 + [
+        True
+    ] * 3
+    scanned.clear()
+    run(videos, ["a", "d", "e"])
+    assert scanned == []
+
+
 def test_folders_do_not_share(cache: Path, videos: Path, scanned: list[str]) -> None:
     run(videos)
     other = shutil.copytree(videos, videos.with_name("other"))  # copies times, too
@@ -218,6 +234,15 @@ def test_workers_get_what_is_known(cache: Path, videos: Path, scanned: list[str]
     scanned.clear()
     copy: VideoFolder = pickle.loads(pickle.dumps(store))
     assert [copy.count(video_id) for video_id in IDS] == list(VIDEOS.values()) and scanned == []
+
+
+def test_workers_get_only_what_they_need(cache: Path, videos: Path) -> None:
+    run(videos)
+    store = VideoFolder(videos)
+    assert store.count("a") == 30
+    content = pickle.dumps(store)
+    assert pack_index(index_video(videos / "a.mp4")) in content
+    assert pack_index(index_video(videos / "b.mkv")) not in content
 
 
 @pytest.mark.parametrize("frames", [0, 1, 500])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from media import index_of, write_video
 
-from adaclip_finetune.data.video_file import Frame, VideoIndex, index_video, read_frames
+from adaclip_finetune.data.video_file import Frame, VideoIndex, index_video, read_frames, scan_frames
 
 FRAMES = 60  # of the source, at 25 a second
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
@@ -129,9 +129,11 @@ def shown_by_ffmpeg(path: Path) -> Frame:
 
 
 def everything(path: Path) -> tuple[VideoIndex, Frame]:
-    """The index, and all frames, of which any choice must be the same."""
+    """The index, and all frames, of which any choice must be the same, and one pass over all."""
     index = index_video(path)
     frames = read_frames(path, index, range(index.num_frames))
+    numbers, scanned = zip(*scan_frames(path, index), strict=True)
+    assert numbers == tuple(range(index.num_frames)) and np.array_equal(np.stack(scanned), frames)
     draw = random.Random(path.name)
     for number in (1, 1, 1, 3, 3, 16):
         chosen = [draw.randrange(index.num_frames) for _ in range(number)]

@@ -11,6 +11,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -118,12 +119,17 @@ class FrameFolder:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    found = self._name.fullmatch(entry.name)
-                    if found and self.img_tmpl.format(int(found[1])) == entry.name:
-                        numbers.add(int(found[1]))
+                    number = self.number(entry.name)
+                    if number is not None:
+                        numbers.add(number)
         except OSError as error:
             raise _unlisted(video_id, folder, error) from None
         return numbers
+
+    def number(self, name: str) -> int | None:
+        """Of the image that is called so; None for what is called otherwise."""
+        found = self._name.fullmatch(name)
+        return int(found[1]) if found and self.img_tmpl.format(int(found[1])) == name else None
 
     def path(self, video_id: str, index: int) -> Path:
         """The file of a frame."""
@@ -133,8 +139,11 @@ class FrameFolder:
         folder, numbers = self.folder / video_id, self.numbers(video_id)
         if not numbers:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
-        if gaps := set(range(1, max(numbers) + 1)) - numbers:
-            first, last = self.img_tmpl.format(min(gaps)), self.img_tmpl.format(max(numbers))
+        if 0 in numbers:
+            raise FrameError(video_id, folder, f"{self.img_tmpl.format(0)} is there, but images are numbered from 1")
+        if (greatest := max(numbers)) > len(numbers):  # which may be a time of day: as many cannot be gone through
+            gap = next(number for number in count(1) if number not in numbers)
+            first, last = self.img_tmpl.format(gap), self.img_tmpl.format(greatest)
             raise FrameError(video_id, folder, f"{first} is missing, though {last} is there", "gap")
         return len(numbers)
 
@@ -250,7 +259,7 @@ class VideoFolder:
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         stem, _, extension = entry.name.rpartition(".")
-                        if extension.lower() in VIDEO_EXTENSIONS and entry.is_file():
+                        if extension.lower() in VIDEO_EXTENSIONS and _may_be_file(entry):
                             listing.setdefault(stem, []).append(entry.name)
             except OSError as error:
                 raise _unlisted(video_id, folder, error) from None
@@ -275,6 +284,14 @@ class VideoFolder:
             packed = pack_index(index_video(path))
             self._cache.add(name, video, packed)
         return packed
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    """True for a link that cannot be followed: opening the video will tell why."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return True
 
 
 def _unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:

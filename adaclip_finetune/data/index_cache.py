@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -37,6 +37,10 @@ class IndexCache:
         self._known: dict[str, _Record] | None = None  # what the file held
         self._new: dict[str, _Record] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker is told by the store what it needs, and can read the file."""
+        return {"folder": self.folder, "_known": None, "_new": {}}
+
     def find(self, name: str, video: os.stat_result) -> bytes | None:
         """The index of a video that is as it was when it was scanned; else None."""
         if self._known is None:
@@ -49,7 +53,8 @@ class IndexCache:
         self._new[name] = _Record(video.st_size, video.st_mtime_ns, packed)
 
     def save(self) -> None:
-        """Add what is new to the file, if anything is. Nothing is lost but time where that is not possible."""
+        """Add what is new to the file, if anything is, and drop the videos that are gone. Nothing is lost but time
+        where that is not possible."""
         path = self._path()
         if not self._new or not path:
             return
@@ -60,15 +65,39 @@ class IndexCache:
         with suppress(OSError):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(beside, _dump(stored | self._new))
+                write_durably(beside, _dump(self._present(stored | self._new)))
                 beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)
+
+    def _present(self, records: Mapping[str, _Record]) -> dict[str, _Record]:
+        """Those of videos that are still there. Folders are listed, because asking for each of a million takes long."""
+        listings: dict[str, set[str] | None] = {}
+        present = {}
+        for name, record in records.items():
+            folder, _, file = name.rpartition("/")
+            if folder not in listings:
+                listings[folder] = _listing(self.folder / folder)
+            listing = listings[folder]
+            if listing is None or file in listing:
+                present[name] = record
+        return present
 
     def _path(self) -> Path | None:
         folder = _cache_folder()
         name = hashlib.sha256(os.fsencode(os.path.realpath(self.folder))).hexdigest()[:32]
         return folder / "video-index" / name if folder else None
+
+
+def _listing(folder: Path) -> set[str] | None:
+    """None if it cannot be told what is there."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError:
+        return None
 
 
 class _Record(NamedTuple):

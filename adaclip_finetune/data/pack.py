@@ -29,6 +29,7 @@ from adaclip_finetune.errors import UserError
 FORMAT = "frames of videos"
 VERSION = 1
 CONTENTS = b"pack"
+NO_PACK = "is no pack of frames; adaclip pack makes one"
 
 
 class BrokenPack(Exception):
@@ -111,11 +112,6 @@ class Pack:
         return self._environment
 
     def _read_contents(self) -> Contents:
-        try:
-            environment = self._opened()
-        except lmdb.Error:
-            raise BrokenPack("is no pack of frames; adaclip pack makes one") from None
-        check_length(self.path, environment)
         content = self._values([(CONTENTS, "what it says of itself")])[0]
         if content is None:
             raise BrokenPack("is an LMDB file, but no finished pack of frames; adaclip pack makes one")
@@ -173,7 +169,7 @@ _LOCKS: dict[int, threading.Lock] = {}
 
 
 def _environment_of(path: Path) -> lmdb.Environment:
-    """The only environment of this file in this process. Raises OSError, lmdb.Error."""
+    """The only environment of this file in this process. Raises OSError, BrokenPack."""
     facts, process = path.stat(), os.getpid()
     key = (process, facts.st_dev, facts.st_ino)
     with _LOCKS.setdefault(process, threading.Lock()):
@@ -184,6 +180,24 @@ def _environment_of(path: Path) -> lmdb.Environment:
                     inherited.close()
             # With readahead: the images of a video lie side by side. Without it each page of them is fetched by itself,
             # and the cold reads of scripts/bench/pack.py took eight times as long.
-            environment = lmdb.open(str(path), subdir=False, readonly=True, create=False, lock=False)
+            environment = _open(path)
             _ENVIRONMENTS[key] = environment
         return environment
+
+
+def _open(path: Path) -> lmdb.Environment:
+    """Raises OSError, and BrokenPack if it is no pack, or not whole."""
+    if path.stat().st_size == 0:
+        raise BrokenPack(NO_PACK)
+    try:
+        environment = lmdb.open(os.fsencode(path), subdir=False, readonly=True, create=False, lock=False)
+    except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError):
+        raise BrokenPack(NO_PACK) from None
+    except lmdb.Error as error:  # the system's reason, which is none of the file's
+        raise OSError(f"cannot be opened: {error.reason}") from None
+    try:
+        check_length(path, environment)
+    except BrokenPack:
+        environment.close()
+        raise
+    return environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class PackWriter:
 
     def __init__(self, path: Path) -> None:
         """An unfinished file is gone on with."""
-        self._environment = lmdb.open(str(path), subdir=False, lock=False, map_size=ROOM)
+        self._environment = lmdb.open(os.fsencode(path), subdir=False, lock=False, map_size=ROOM)
         check_length(path, self._environment)
         self._waiting: list[tuple[bytes, bytes | None]] = []  # key and value; None: to be deleted
         self._size = 0

@@ -7,6 +7,7 @@ on after it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -48,12 +49,12 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
     """
     if output.suffix.lower() != SUFFIX:
         raise UserError(f"-o {printable(output)}: the name of a pack ends in {SUFFIX}")
-    if output.is_dir():
-        raise UserError(f"-o {printable(output)}: is a folder")
-    if not frames_dir.is_dir():
-        raise UserError(f"{printable(frames_dir)}: there is no such folder")
     folder = FrameFolder(frames_dir, img_tmpl)
     try:
+        if output.is_dir():
+            raise UserError(f"-o {printable(output)}: is a folder")
+        if not frames_dir.is_dir():
+            raise UserError(f"{printable(frames_dir)}: there is no such folder")
         videos = _listed(annotations) if annotations else _found(folder)
         if output.exists() and not overwrite:
             return _compare(Pack(output), folder, videos)
@@ -166,7 +167,11 @@ def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> It
     here = folder.folder / name
     try:
         with os.scandir(here) as entries:
-            below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            below = [
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".") and folder.number(entry.name) is None and _may_be_folder(entry)
+            ]
     except OSError:  # is told when its images are asked for
         below = []
     if name and (not below or folder.numbers(name)):
@@ -177,12 +182,23 @@ def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> It
             yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
 
 
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a link behind a closed folder: that it cannot be followed will be told, so that no video is lost."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return error.errno != errno.ELOOP  # which leads to nothing
+
+
 def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
-    """What is said of a pack that is there already. UserError if it is not what packing would give."""
+    """What is said of a pack that is there already. UserError unless it holds these videos as packing would."""
     failed, lacking, changed = {}, [], []
+    others = there.contents.videos
     for video_id in tqdm(videos, "comparing", unit="video", leave=False, disable=None):
         try:
-            now, then = _record(folder, video_id), there.record(video_id)
+            then = there.record(video_id)
+            others -= then is not None
+            now = _record(folder, video_id)
         except FrameError as error:
             failed[video_id] = f"{error.path}: {error.reason}"
             continue
@@ -198,7 +214,8 @@ def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
             f"{printable(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
             f"{len(changed)} have changed since ({example}, …): --overwrite packs all of them anew"
         )
-    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do")
+    more = f" (and {others} that are not among them)" if others else ""
+    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos{more}, nothing to do")
     return _tell(failed)
 
 
@@ -218,11 +235,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     work = output.with_name(f".{output.name}.part")
     work.mkdir(exist_ok=True)
     lock = FolderLock(work)
-    try:
-        lock.take()
-    except OSError:  # a full disk leaves it without its content, which the next run could not read
-        lock.path.unlink(missing_ok=True)
-        raise
+    lock.take()
     try:
         yield work
     finally:

@@ -123,11 +123,7 @@ def _work_folder(frames: Path) -> Iterator[Path]:
     work = frames / WORK
     work.mkdir(exist_ok=True)
     lock = FolderLock(work)
-    try:
-        lock.take()
-    except OSError:  # a full disk leaves it without its content, which the next run could not read
-        lock.path.unlink(missing_ok=True)
-        raise
+    lock.take()
     try:
         for entry in list(work.iterdir()):
             if entry.is_dir() and not entry.is_symlink():

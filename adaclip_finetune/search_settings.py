@@ -73,12 +73,14 @@ class OptunaSettings(Settings):
     """A hyper-parameter search around the training."""
 
     n_trials: int = setting(30, "finished trials in all, those of earlier commands too", unit="trials", ge=1)
-    n_warmup_steps: int = setting(0, "epochs before a trial may be pruned", unit="epochs", ge=0)
+    n_warmup_steps: int = setting(0, "first epochs, in which no trial is pruned", unit="epochs", ge=0)
     sampler: SamplerSettings = setting({}, "how the next point is chosen: name, and arguments of that class")
     pruner: Literal["median", "hyperband", "percentile", "none"] = setting(
         "median", "which trials are ended early: below the median, below the best quarter, by halving, or none"
     )
-    objective: Objective = setting("t2v.R@1", "the validation metric that is searched for its best")
+    objective: Objective = setting(
+        "t2v.R@1", "the validation metric that is searched for its best, at each trial's best epoch (by T2V R@1)"
+    )
     storage: str = setting(
         "sqlite:///optuna.db",
         "where the study is kept: a URL of SQLite, PostgreSQL or MySQL, or the path of a journal file",

@@ -21,7 +21,6 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult
 from adaclip_finetune.training import loop, outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
@@ -301,17 +300,23 @@ def test_two_fits_in_one_process_may_differ_in_precision(project: Project, tmp_p
     assert not torch.is_anomaly_enabled(), "a fault: anomaly detection left on"
 
 
-def test_training_ends_when_nothing_of_a_batch_can_be_read_any_more(project: Project, tmp_path: Path) -> None:
+def test_training_ends_when_nothing_of_a_batch_can_be_read_any_more(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames = tmp_path / "frames"
     shutil.copytree(project["frames_dir"], frames)
 
-    def unplug(epoch: int, _: EvaluationResult) -> None:
+    real = trainer._Fit._validate
+
+    def unplug(*arguments: Any) -> None:
+        real(*arguments)
         for path in frames.glob("*/*.jpg"):
             path.write_bytes(b"")
 
+    monkeypatch.setattr(trainer._Fit, "_validate", unplug)
     config = load_config(None, {**project, "output_dir": str(tmp_path), "frames_dir": str(frames)})
     with pytest.raises(UnreadableVideos, match=r"nothing of a training batch could be read(.|\n)*image_0000"):
-        fit(config, on_epoch=unplug)
+        fit(config)
 
 
 def test_gradient_checkpointing_changes_nothing(project: Project, tmp_path: Path) -> None:
@@ -325,22 +330,6 @@ def test_gradient_checkpointing_changes_nothing(project: Project, tmp_path: Path
 def test_fault_a_batch_larger_than_the_data(project: Project, tmp_path: Path) -> None:
     result = run(project, tmp_path, batch_size=500, gradient_accumulation_steps=4, num_epochs=1)
     assert len(events(result.folder, "train")) == 1
-
-
-def test_on_epoch_reports_and_may_stop(project: Project, tmp_path: Path) -> None:
-    seen: list[tuple[int, float]] = []
-
-    class Pruned(Exception):
-        pass
-
-    def on_epoch(epoch: int, result: EvaluationResult) -> None:
-        seen.append((epoch, result.metrics.t2v.recall(1)))
-        if epoch == 2:
-            raise Pruned
-
-    with pytest.raises(Pruned):
-        fit(load_config(None, {**project, "output_dir": str(tmp_path), "num_epochs": 5}), on_epoch)
-    assert [epoch for epoch, _ in seen] == [1, 2]
 
 
 def test_a_missing_training_video_is_left_out_by_name(

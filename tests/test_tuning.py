@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,16 @@ from optuna.trial import TrialState
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.training import loop
+from adaclip_finetune.training import trial as trial_run
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.tuning import search as searching
+from adaclip_finetune.tuning.folder import StudyFolder, best_trial, order
 from adaclip_finetune.tuning.search import search
+from adaclip_finetune.tuning.space import search_space
+from adaclip_finetune.tuning.storage import open_storage
+from adaclip_finetune.tuning.study import open_study
 
 Project = dict[str, Any]
 SPACE = {"learning_rate": {"range": [1e-5, 1e-2], "log": True}}
@@ -204,8 +213,126 @@ def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Pa
     assert config.optuna_cfg is not None
     theirs = optuna.create_study(storage=config.optuna_cfg.storage, study_name="tiny-full")
     theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(UserError, match="holds trials of another program"):
+    with pytest.raises(UserError, match="was made by another program"):
         search(config)
+
+
+def test_a_study_keeps_to_its_data_and_weights(project: Project, tmp_path: Path) -> None:
+    search(settings(project, tmp_path, {"n_trials": 1}))
+    captions = json.loads(Path(project["val_annot"]).read_text())
+    captions["video0"]["sentences"] = ["something else"]
+    other = tmp_path / "val.json"
+    other.write_text(json.dumps(captions))
+    with pytest.raises(UserError, match="the validation data is"):
+        search(settings(project, tmp_path, val_annot=str(other)))
+    shutil.copytree(project["clip_weights"], tmp_path / "clip")
+    search(settings(project, tmp_path, {"n_trials": 1}, clip_weights=str(tmp_path / "clip")))
+    (tmp_path / "clip" / "more.bin").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="the content of clip_weights is"):
+        search(settings(project, tmp_path, clip_weights=str(tmp_path / "clip")))
+
+
+def test_searches_of_one_second_have_folders_of_their_own(project: Project, tmp_path: Path) -> None:
+    storages = [f"sqlite:///{tmp_path}/{name}.db" for name in "ab"]
+    folders = set()
+    for storage in storages:
+        config = settings(project, tmp_path, {"n_trials": 1, "storage": storage})
+        with open_storage(storage) as opened:
+            folders.add(open_study(config, search_space(config), opened.storage).user_attrs["folder"])
+    assert len(folders) == 2
+
+
+def test_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Path) -> None:
+    """Of two workers the later trial ends first, with the same value."""
+    config = settings(project, tmp_path, {"n_trials": 1})
+    search(config)
+    assert config.optuna_cfg is not None
+    study, folder = study_of(config), folder_of(config)
+    (folder / "trial-0001").mkdir()
+    (folder / "trial-0001" / "best.safetensors").touch()
+    study.add_trial(optuna.create_trial(value=study.trials[0].value))
+    StudyFolder(config, study).write(study)
+    assert best_trial(study).number == 0  # type: ignore[union-attr]
+    assert [path.parent.name for path in folder.glob("*/best.safetensors")] == ["trial-0000"]
+    value = study.trials[0].value
+    assert value is not None
+    assert order(study, value, 0) < order(study, value, 1) < order(study, value - 1, 0)
+
+
+@pytest.mark.parametrize("ending", ["failed", "pruned"])
+def test_no_model_is_alive_when_the_next_trial_begins(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    made, alive = list[weakref.ref[VideoRetriever]](), list[int]()
+    real = trial_run.build_session
+
+    def counted(*arguments: Any) -> Any:
+        alive.append(sum(model() is not None for model in made))
+        session = real(*arguments)
+        made.append(weakref.ref(session.model))
+        return session
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trial_run, "build_session", counted)
+    if ending == "failed":
+        monkeypatch.setattr(loop, "contrastive_loss", fails)
+    else:
+        monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda *_: True)
+    search(settings(project, tmp_path))
+    assert alive == [0, 0, 0, 0]  # zero-shot's too
+    attributes = study_of(settings(project, tmp_path)).trials[-1].user_attrs
+    assert attributes["trainable_parameters"] > 0
+    assert ending == "failed" or attributes["peak_memory_mib"] > 0
+
+
+def test_a_trial_that_another_process_ended_is_let_go(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(project, tmp_path, {"n_trials": 2})
+    real, calls = loop.contrastive_loss, list[int]()
+
+    def declared_dead(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            storage = searched_in[0].storage
+            study_id = storage.get_study_id_from_name("tiny-full")
+            storage.set_trial_state_values(storage.get_all_trials(study_id)[-1]._trial_id, TrialState.FAIL)
+        return real(*arguments)
+
+    searched_in: list[Any] = []
+    opening = searching.open_storage
+
+    @contextmanager
+    def remembered(url: str) -> Iterator[Any]:
+        with opening(url) as storage:
+            searched_in.append(storage)
+            yield storage
+
+    monkeypatch.setattr(searching, "open_storage", remembered)
+    monkeypatch.setattr(loop, "contrastive_loss", declared_dead)
+    search(config)
+    assert "trial 0 was taken for dead and ended by another process" in capsys.readouterr().out
+    trials = study_of(config).trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].params == trials[0].params
+
+
+def test_a_search_on_the_test_says_so(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search(settings(project, tmp_path, {"n_trials": 1}, test_annot=project["val_annot"]))
+    out = capsys.readouterr().out
+    assert "WARNING: every figure of this search is selected on test" in out
+    assert "best: trial 0, t2v.R@1" in out and out.count("selected on test") == 2
+
+
+def test_what_is_left_out_stands_beside_the_figures(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = json.loads(Path(project["val_annot"]).read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**captions, "gone": {"sentences": ["nobody saw it"]}}))
+    search(settings(project, tmp_path, {"n_trials": 1}, val_annot=str(tmp_path / "val.json"), skip_missing=True))
+    assert ", WITHOUT 1 of 7 videos" in capsys.readouterr().out
 
 
 def test_ranks_are_minimised(project: Project, tmp_path: Path) -> None:
@@ -235,6 +362,29 @@ def test_the_best_values_are_trained_with_and_tested_once(
     capsys.readouterr()
     search(config)
     assert f"already: {run}" in capsys.readouterr().out
+
+
+def test_the_training_with_the_best_values_goes_on_where_it_was_stopped(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(project, tmp_path, {"n_trials": 1}, do_training_af_optuna=True)
+    real, calls = loop.contrastive_loss, list[int]()
+
+    def stopped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:  # six updates are the trial's
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "contrastive_loss", stopped)
+    with pytest.raises(Interrupted):
+        search(config)
+    trained = study_of(config).user_attrs["trained_with_the_best"]
+    assert json.loads((Path(trained["folder"]) / "study.json").read_text())["trial"] == 0
+    search(config)
+    assert study_of(config).user_attrs["trained_with_the_best"].keys() == {"trial", "folder", "test"}
+    assert len([path for path in (tmp_path / "out" / "tiny").iterdir() if path.name.endswith("-full")]) == 2
+    assert len(calls) == 12, "no update is made twice"
 
 
 def test_no_output(project: Project, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.tuning import folder
 from adaclip_finetune.tuning.folder import StudyFolder
 
 
@@ -16,20 +15,9 @@ def config(tmp_path: Path) -> Config:
     return load_config(None, {"dataset": "shapes", "output_dir": str(tmp_path / "out")})
 
 
-def test_two_processes_that_begin_a_study_at_once_write_to_one_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = optuna.create_study(study_name="s")
-    others = tmp_path / "out" / "shapes" / "20260101-000000-s"
-    monkeypatch.setattr(folder.time, "sleep", lambda _: study.set_user_attr("folder", str(others)))
-    first = StudyFolder(config(tmp_path), study)
-    monkeypatch.undo()
-    assert first.path == StudyFolder(config(tmp_path), study).path == others
-    assert list((tmp_path / "out" / "shapes").iterdir()) == [others]
-
-
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     study = optuna.create_study(study_name="s")
+    study.set_user_attr("folder", str(tmp_path / "out" / "tiny-s"))
     gone = StudyFolder(config(tmp_path), study)
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(UserError, match=r"-s could not be written"):

@@ -80,11 +80,14 @@ def test_kinds_follow_from_the_settings() -> None:
         ({"frame_agg": {"range": [0, 1]}}, "is no number, and cannot be searched in a range; give choices"),
         ({"frame_agg": {"choices": ["mlp", "mean"]}}, 'takes one of mlp, transformer, qscore, or null, and not "mean"'),
         ({"frame_agg": {"choices": ["mlp", "mlp"]}}, "\"mlp\" stands twice among the choices"),
-        ({"test_annot": {"choices": ["a", "b"]}}, "is the same in all trials"),
+        ({"test_annot": {"choices": ["a", "b"]}}, "is nothing that a model or its training depends on"),
         ({"output_dir": {"choices": ["a", "b"]}}, "is the same in all trials"),
         ({"peft": {"choices": ["ibs"]}}, "is no single value"),
         ({"peft.method": {"choices": ["ibs", "full"]}}, "is no single value"),
         ({"betas": {"range": [0, 0.9]}}, "is no single value"),
+        ({"optuna_cfg.n_trials": {"range": [1, 3]}}, "is nothing that a model or its training depends on"),
+        ({"num_workers": {"range": [0, 3]}}, "is nothing that a model or its training depends on"),
+        ({"top_k": {"range": [17, 30]}}, "no trial could be trained: top_k 17 is more than num_frm 16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_searched(opt_params: dict[str, Any], told: str) -> None:
@@ -110,6 +113,42 @@ def test_values_replace_settings_and_nothing_else() -> None:
 def test_a_combination_that_the_schema_refuses() -> None:
     with pytest.raises(Impossible, match="top_k 9 is more than num_frm 4: lower top_k"):
         with_values(searched({"top_k": {"range": [2, 8]}}), {"top_k": 9, "num_frm": 4})
+
+
+def test_what_another_searched_setting_may_mend_is_not_refused() -> None:
+    assert search_space(searched({"top_k": {"range": [17, 30]}, "num_frm": {"range": [16, 64]}}))
+    assert "auto_batch_size" in refusal({"batch_size": {"range": [8, 64]}}, auto_batch_size=True)
+
+
+def test_steps_of_a_grid_stay_in_the_range() -> None:
+    space = search_space(searched({"weight_decay": {"range": [0.1, 0.3], "step": 0.1}}))
+    values = space.grid()["weight_decay"]
+    assert values == [0.1, 0.2, 0.3]
+    for value in values:
+        optuna.create_trial(value=0.0, params={"weight_decay": value}, distributions=dict(space.distributions))
+
+
+@pytest.mark.parametrize("name", ["RandomSampler", "GridSampler"])
+def test_hyperband_does_not_make_points_come_twice(name: str) -> None:
+    space = {"coef_lr": {"choices": [0.1, 0.2, 0.3]}, "top_k": {"range": [1, 3]}}
+    if name == "RandomSampler":
+        space = {"coef_lr": {"range": [0, 1]}}
+    config = searched(space, optuna_cfg={"sampler": {"name": name}, "pruner": "hyperband"}, num_epochs=9)
+    assert config.optuna_cfg is not None
+    study = optuna.create_study(
+        sampler=make_sampler(config, search_space(config)), pruner=make_pruner(config.optuna_cfg, 9)
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        value = float(suggest(trial, search_space(config))["coef_lr"])
+        for epoch in range(1, 10):
+            trial.report(value, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study.optimize(objective, n_trials=9)
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 9
 
 
 def test_suggestions_have_the_types_of_the_settings() -> None:
@@ -159,6 +198,10 @@ def test_a_study_in_one_go_and_in_parts_tries_the_same_points(name: str) -> None
         ({"name": "TPESampler", "n_startup": 3}, "TPESampler takes no n_startup here; the nearest is n_startup_trials"),
         ({"name": "TPESampler", "gamma": 3}, "TPESampler takes no gamma here"),
         ({"name": "RandomSampler", "seed": -1}, "optuna_cfg.sampler.seed is -1, but must be a whole number"),
+        ({"name": "TPESampler", "n_startup_trials": "ten"}, 'n_startup_trials is "ten", but must be a whole number'),
+        ({"name": "TPESampler", "multivariate": "yes"}, 'multivariate is "yes", but must be true or false or null'),
+        ({"name": "CmaEsSampler", "popsize": 1}, "CmaEsSampler refuses"),
+        ({"name": "CmaEsSampler", "x0": {"lr": 5}}, "CmaEsSampler refuses"),
         ({"name": "CmaEsSampler", "use_separable_cma": True, "with_margin": True}, "CmaEsSampler refuses"),
     ],
 )
@@ -180,7 +223,7 @@ def test_pruners_wait_for_the_warmup(pruner: str, prunes: bool) -> None:
     for epoch in range(1, 6):
         trial.report(1.0, epoch)
         asked.append(trial.should_prune())
-    assert asked == [False, False, prunes, prunes, prunes]
+    assert asked == [False, False, False, prunes, prunes]
 
 
 def test_objectives_are_what_is_measured() -> None:

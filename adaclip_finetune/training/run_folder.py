@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.processes import is_main, world_size
 
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]+@")  # in the URL of a database
 _EVENTS = "metrics.jsonl"
 _MISSING = "missing_videos.txt"
 _PACKAGES = (
@@ -179,7 +181,7 @@ class RunFolder:
 def environment(device: str) -> dict[str, Any]:
     """What a figure was measured on: versions, machine, command."""
     return {
-        "command": sys.argv,
+        "command": [_PASSWORD.sub(r"\1***@", word) for word in sys.argv],
         "processes": world_size(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -210,20 +212,24 @@ def _made(path: Path) -> Path:
 
 def _new_folder(config: Config) -> Path:
     parent = Path(config.output_dir) / config.dataset
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{config.peft.method}"
     try:
-        for attempt in range(1000):
-            path = parent / (stamp if attempt == 0 else f"{stamp}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            return path
+        return new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{config.peft.method}")
     except OSError as error:
         raise UserError(
             f"output_dir: cannot make a run folder in {parent} ({error}); set output_dir or no_output"
         ) from error
-    raise UserError(f"output_dir: {parent} holds a thousand run folders of this very second")
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """A folder of this name, or with a number behind it where others came first. Raises OSError."""
+    for attempt in range(1000):
+        path = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise OSError(f"there are a thousand folders {name} already")
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

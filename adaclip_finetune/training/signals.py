@@ -33,7 +33,9 @@ class StopSignals:
     Outside the main thread it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saving: bool = True) -> None:
+        """saving: whether what was learned is saved at the end of `deferred`, for the message."""
+        self._then = ", then saving" if saving else ""
         self.received: int | None = None  # a signal that waits
         self._received_at = 0.0
         self._deferred = False
@@ -76,4 +78,4 @@ class StopSignals:
         self.received, self._received_at = signum, time.monotonic()
         if is_main():
             name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-            tqdm.write(f"{name}: finishing this update, then saving; Ctrl-C again to stop at once")
+            tqdm.write(f"{name}: finishing this update{self._then}; Ctrl-C again to stop at once")

@@ -21,7 +21,7 @@ from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.queries import fingerprint
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator, Figures
+from adaclip_finetune.evaluation.evaluate import Evaluator, Figures
 from adaclip_finetune.model.clip_weights import strict_load
 from adaclip_finetune.peft.base import Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main
@@ -43,30 +43,30 @@ from adaclip_finetune.training.snapshot import (
     save_snapshot,
 )
 
-OnEpoch = Callable[[int, EvaluationResult], None]
-
 _BEST = "best.safetensors"
 _ADAPTER = "adapter.safetensors"
 _RESULTS = (_BEST, _ADAPTER)
 
 
-def fit(config: Config, on_epoch: OnEpoch | None = None, folder: Path | None = None) -> FitResult:
-    """Finetune as `config` says. `on_epoch(epoch, validation)`, epochs from 1, may end the run by raising. `folder`: go
-    on with the run that was interrupted there, `config` being its own (`continued_config`).
+def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], None] | None = None) -> FitResult:
+    """Finetune as `config` says. `folder`: go on with the run that was interrupted there, `config` being its own
+    (`continued_config`). `opened` is told the folder of a new run as soon as it is made.
 
     Raises UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM, when what was learned is saved.
     """
     accelerator = make_accelerator(config)
     run = RunFolder(config)
     with StopSignals() as signals, ending_well(run):
-        return _Fit(config, run, accelerator, on_epoch).run_all(folder, signals)
+        return _Fit(config, run, accelerator, opened).run_all(folder, signals)
 
 
 class _Fit:
     """One run, step by step. It holds what the steps share."""
 
-    def __init__(self, config: Config, run: RunFolder, accelerator: Accelerator, on_epoch: OnEpoch | None) -> None:
-        self.config, self.run, self.accelerator, self.on_epoch = config, run, accelerator, on_epoch
+    def __init__(
+        self, config: Config, run: RunFolder, accelerator: Accelerator, opened: Callable[[Path], None] | None
+    ) -> None:
+        self.config, self.run, self.accelerator, self.opened = config, run, accelerator, opened
         self.best: Figures | None = None
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}  # only with no_output: else it lies in the run folder
@@ -90,7 +90,7 @@ class _Fit:
         self.trainer = Trainer(config, session.model, session.method, loader, self.accelerator, run)
         say_cut(session.loaded, split.queries.texts, config.max_txt_len, name, run)
         self._begin(folder, split, name)
-        selected_on_test = _same_captions(config)
+        selected_on_test = same_captions(config)
         if selected_on_test:
             run.say(f"WARNING: every figure of this run is {SELECTED_ON_TEST}")
         with closing(loader), closing(Evaluator(validation, config, session.loaded, "validation")) as evaluator:
@@ -119,6 +119,8 @@ class _Fit:
         them."""
         if folder is None:
             self.session.open_folder()
+            if self.run.path is not None and self.opened is not None:
+                self.opened(self.run.path)
         elif snapshot := self._reopen(folder):
             self._restore(snapshot)
             return
@@ -202,8 +204,6 @@ class _Fit:
             self._keep_best()
         if self.config.save_last:
             self._save("last.safetensors", self.session.model.state_dict(), epoch)
-        if self.on_epoch is not None:
-            self.on_epoch(epoch, result)
 
     def _keep_best(self) -> None:
         model, method = self.session.model, self.session.method
@@ -241,7 +241,7 @@ class _Fit:
             save_tensors(path, tensors, {"content": content, "epoch": str(epoch), "config": config})
 
 
-def _same_captions(config: Config) -> bool:
+def same_captions(config: Config) -> bool:
     """Whether val_annot and test_annot are one: the same file, or the same content under two names."""
     if not config.val_annot or not config.test_annot:
         return False

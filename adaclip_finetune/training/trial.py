@@ -21,7 +21,7 @@ from adaclip_finetune.peft.base import Phase
 from adaclip_finetune.report import one_line
 from adaclip_finetune.training.build import Session, build_session, note_failed, train_loader
 from adaclip_finetune.training.checkpoint import save_tensors
-from adaclip_finetune.training.device import make_accelerator, peak_memory_mib
+from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.loop import Hooks, Trainer
 from adaclip_finetune.training.measure import is_better, measure, read_split, zero_shot
 from adaclip_finetune.training.run_folder import RunFolder
@@ -36,8 +36,6 @@ class TrialResult:
 
     best: Figures
     best_epoch: int
-    trainable: int  # parameters, of the whole model
-    peak_memory_mib: float  # on a CPU: of the process so far
     config: Config  # as it was in the end: auto_batch_size settles batch_size
     weights: dict[str, Tensor] = field(repr=False)
 
@@ -48,12 +46,13 @@ class TrialResult:
 
 
 def run_trial(config: Config, run: RunFolder, on_epoch: OnEpoch) -> TrialResult:
-    """Train, and validate each epoch. `on_epoch(epoch, validation)`, epochs from 1, may end the trial by raising.
+    """Train, and validate each epoch. `on_epoch(epoch, validation)`, of each epoch (from 1) that may be the best, may
+    end the trial by raising.
 
     Raises UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM. `run` is closed in the end.
     """
     accelerator = make_accelerator(config)
-    with StopSignals() as signals, closing(run):
+    with StopSignals(saving=False) as signals, closing(run):
         validation = read_split(config, config.val_annot, run, "validation")
         session = build_session(config, run, accelerator)
         _forget_peak_memory(accelerator.device)
@@ -71,7 +70,7 @@ def run_trial(config: Config, run: RunFolder, on_epoch: OnEpoch) -> TrialResult:
 def validation_zero_shot(config: Config, run: RunFolder) -> Figures | None:
     """CLIP as it is, on val_annot; None, and said so, where it is not at hand. Raises as `run_trial` does."""
     accelerator = make_accelerator(config)
-    with StopSignals():
+    with StopSignals(saving=False):
         validation = read_split(config, config.val_annot, run, "validation")
         measured = zero_shot(build_session(config, run, accelerator), validation, "validation")
     return measured.figures if measured else None
@@ -92,7 +91,9 @@ class _Trial:
         found = measure(session, self.evaluator, session.model).figures
         session.run.record("validation", self.trainer.position.step, epoch=number, metrics=found.as_dict())
         session.run.say(f"epoch {number}/{session.config.num_epochs}  validation  {one_line(found.metrics)}")
-        if phase.may_be_best and is_better(found, self.best):
+        if not phase.may_be_best:  # what IBS learns before it selects must not be taken for IBS
+            return
+        if is_better(found, self.best):
             self.best, self.best_epoch = found, number
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in session.model.state_dict().items()}
         self.on_epoch(number, found)
@@ -102,8 +103,6 @@ class _Trial:
         found = TrialResult(
             best=self.best,
             best_epoch=self.best_epoch,
-            trainable=self.session.parameters.all.trainable,
-            peak_memory_mib=peak_memory_mib(self.session.accelerator.device),
             config=self.session.config,
             weights=self.weights,
         )

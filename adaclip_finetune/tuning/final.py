@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from adaclip_finetune.config import Config
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.continued import continued_config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
@@ -35,14 +37,22 @@ def train_best(best_config: Config, study: optuna.Study, best: FrozenTrial, fold
 
 
 def _train(best_config: Config, study: optuna.Study, best: FrozenTrial, folder: StudyFolder) -> None:
-    done = study.user_attrs.get(_RUN)
-    if done and done["trial"] == best.number:
-        folder.say(f"trained with the values of trial {best.number} already: {done['folder']}")
+    known = study.user_attrs.get(_RUN, {})
+    begun = Path(known["folder"]) if known.get("trial") == best.number and known.get("folder") else None
+    if begun is not None and (begun / "metrics.json").is_file():
+        folder.say(f"trained with the values of trial {best.number} already: {begun}")
         return
-    folder.say(f"training once with the values of trial {best.number}")
-    result = fit(best_config)
+
+    def opened(run: Path) -> None:
+        study.set_user_attr(_RUN, {"trial": best.number, "folder": str(run)})
+        about = {"study": study.study_name, "folder": str(folder.path), "trial": best.number}
+        write_durably(run / "study.json", (json.dumps(about, indent=2) + "\n").encode())
+
+    if begun is not None and (begun / "config.json").is_file():
+        folder.say(f"going on with the training with the values of trial {best.number}")
+        result = fit(continued_config(load_config(None, {"resume": str(begun)})), folder=begun)
+    else:
+        folder.say(f"training once with the values of trial {best.number}")
+        result = fit(best_config, opened=opened)
     where = str(result.folder) if result.folder else None
     study.set_user_attr(_RUN, {"trial": best.number, "folder": where, result.evaluated_on: result.final.as_dict()})
-    if result.folder is not None:
-        about = {"study": study.study_name, "folder": str(folder.path), "trial": best.number}
-        write_durably(result.folder / "study.json", (json.dumps(about, indent=2) + "\n").encode())

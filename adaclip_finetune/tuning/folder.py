@@ -10,10 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,12 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.settings.schema import show
-from adaclip_finetune.tuning.ledger import place
+from adaclip_finetune.tuning.ledger import DEATHS, given_up, place
 from adaclip_finetune.tuning.space import with_values
+from adaclip_finetune.tuning.study import FOLDER
 
 BEST_CONFIG = "best_config.json"
 _ATTRIBUTES = ("best_epoch", "seconds", "peak_memory_mib", "trainable_parameters", "reason", "folder")
-_MOMENT_S = 0.3  # from reading that a study has no folder to writing that it has one, and more
 
 
 class StudyFolder:
@@ -38,7 +36,13 @@ class StudyFolder:
 
     def __init__(self, config: Config, study: optuna.Study) -> None:
         self.config = config
-        self.path = None if config.no_output else _folder(config, study)
+        known = study.user_attrs.get(FOLDER)
+        self.path = None if config.no_output or known is None else Path(known)
+        if self.path is not None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.path}, where the study writes, cannot be made: {error.strerror}") from error
 
     def of_trial(self, number: int) -> Path | None:
         """The folder of one trial."""
@@ -82,26 +86,12 @@ class StudyFolder:
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """None before any has completed. The earliest of equals."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-    return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+    return min(done, key=lambda trial: order(study, trial.value or 0.0, trial.number), default=None)
 
 
-def _folder(config: Config, study: optuna.Study) -> Path:
-    """Where this study writes, from its first command on; of processes that begin it at once, the last word stands."""
-    known = study.user_attrs.get("folder")
-    name = known or f"{config.output_dir}/{config.dataset}/{datetime.now():%Y%m%d-%H%M%S}-{study.study_name}"
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot make the study's folder {name} ({error}); set no_output") from error
-    if not known:
-        study.set_user_attr("folder", name)
-        time.sleep(_MOMENT_S)
-        if study.user_attrs["folder"] != name:
-            with suppress(OSError):
-                Path(name).rmdir()
-            return _folder(config, study)
-    return Path(name)
+def order(study: optuna.Study, value: float, number: int) -> tuple[float, int]:
+    """By which trials stand in line, the best first."""
+    return (-value if study.direction == optuna.study.StudyDirection.MAXIMIZE else value), number
 
 
 def _table(trials: list[FrozenTrial]) -> str:
@@ -116,10 +106,16 @@ def _table(trials: list[FrozenTrial]) -> str:
             rows.writerow(
                 [trial.number, trial.state.name.lower(), "" if trial.value is None else trial.value]
                 + [trial.params.get(name, "") for name in parameters]
-                + [trial.user_attrs.get(name, "") for name in _ATTRIBUTES]
+                + [_attribute(trial, name, trials) for name in _ATTRIBUTES]
                 + [again[-1] if again else ""]
             )
     return text.getvalue()
+
+
+def _attribute(trial: FrozenTrial, name: str, trials: list[FrozenTrial]) -> Any:
+    if name == "reason" and given_up(trial, trials):
+        return f"its process died, as those of {DEATHS - 1} others that tried this point"
+    return trial.user_attrs.get(name, "")
 
 
 def short(value: Any) -> str:

@@ -51,6 +51,12 @@ def is_surplus(trials: Sequence[FrozenTrial], number: int, wanted: int) -> bool:
     return tries is None or tries.number != number or place(trials, number) >= wanted
 
 
+def given_up(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether its point is not tried again, though it came to no end of its own."""
+    failed = trial.state == TrialState.FAIL and not {"reason", "surplus"} & trial.user_attrs.keys()
+    return failed and not _is_lost(trial, trials)
+
+
 def _points(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
     """Of every point the trial that tried it last, by the number of the one that did first. A point that was given up
     as surplus is none, whoever began it."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.evaluation.evaluate import Figures
+from adaclip_finetune.training.outcome import SELECTED_ON_TEST
+from adaclip_finetune.training.trainer import same_captions
 from adaclip_finetune.tuning.folder import BEST_CONFIG, StudyFolder, best_trial, short
 from adaclip_finetune.tuning.ledger import counted
 
@@ -51,8 +52,9 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
     assert config.optuna_cfg is not None
     objective = config.optuna_cfg.objective
     before = _zero_shot_value(study, objective)
-    yield f"best: trial {best.number}, {objective} {best.value:.1f} on validation" + (
-        "" if before is None else f" (zero-shot {before:.1f})"
+    on = SELECTED_ON_TEST if same_captions(config) else "on validation"
+    yield f"best: trial {best.number}, {objective} {best.value:.1f} {on}" + (
+        "" if before is None else f" (zero-shot {before:.1f}){without(study.user_attrs['zero_shot'])}"
     )
     width = max(map(len, best.params))
     yield from (f"  {name:{width}}  {short(value)}" for name, value in best.params.items())
@@ -65,12 +67,18 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
         )
 
 
+def without(found: Mapping[str, Any]) -> str:
+    """What is to stand beside figures of a gallery that is not whole (skip_missing)."""
+    evaluated, listed = found["t2v"]["videos_evaluated"], found["t2v"]["videos_listed"]
+    return f", WITHOUT {listed - evaluated} of {listed} videos" if evaluated < listed else ""
+
+
 def _outcome(trial: FrozenTrial, best: FrozenTrial | None) -> str:
     if trial.state == TrialState.COMPLETE:
         mark = "  ← best so far" if best is not None and best.number == trial.number else ""
         facts: dict[str, Any] = trial.user_attrs
         return f"{trial.value:.1f} at epoch {facts['best_epoch']}, {facts['seconds']:g} s{mark}"
-    reason = str(trial.user_attrs.get("reason", ""))
+    reason = str(trial.user_attrs.get("reason", "")).partition("\n")[0]
     return reason if trial.state == TrialState.PRUNED else f"failed: {reason}"
 
 
@@ -81,11 +89,11 @@ def _duration(seconds: float) -> str:
 
 
 def _zero_shot_value(study: optuna.Study, objective: str) -> float | None:
-    state = study.user_attrs.get("zero_shot")
-    if not state:
+    found = study.user_attrs.get("zero_shot")
+    if not found:
         return None
     direction, name = objective.split(".")
-    return float(Figures.from_state(state).as_dict()[direction][name])
+    return float(found[direction][name])
 
 
 def _beats(study: optuna.Study, best: FrozenTrial, before: float) -> bool:

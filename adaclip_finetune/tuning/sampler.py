@@ -21,9 +21,11 @@ from adaclip_finetune.search_settings import OptunaSettings
 from adaclip_finetune.settings.layers import nearest
 from adaclip_finetune.settings.schema import show
 from adaclip_finetune.tuning.ledger import place
-from adaclip_finetune.tuning.space import Space
+from adaclip_finetune.tuning.space import Space, suggest
 
 _KEPT_BY_PERCENTILE = 25.0
+_RANDOM_POINTS = 12  # more than any sampler asks for by default before it begins its own way
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object"}
 
 
 def make_sampler(config: Config, space: Space) -> BaseSampler:
@@ -46,20 +48,21 @@ def make_sampler(config: Config, space: Space) -> BaseSampler:
         return sampler
 
     try:
-        make(0)
-    except (TypeError, ValueError) as error:
+        _rehearse(make(0), space)
+    except Exception as error:  # samplers raise whatever they stumble over, some of them trials later
         raise UserError(f"optuna_cfg.sampler: {settings.name} refuses {show(arguments)}: {error}") from None
     return SeededByPlace(make, seed)
 
 
 def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
     """The pruner that `optuna_cfg.pruner` names; steps are epochs, from 1."""
+    first = settings.n_warmup_steps + 1  # after which a trial may be pruned
     if settings.pruner == "median":
-        return MedianPruner(n_warmup_steps=settings.n_warmup_steps)
+        return MedianPruner(n_warmup_steps=first)
     if settings.pruner == "percentile":
-        return PercentilePruner(_KEPT_BY_PERCENTILE, n_warmup_steps=settings.n_warmup_steps)
+        return PercentilePruner(_KEPT_BY_PERCENTILE, n_warmup_steps=first)
     if settings.pruner == "hyperband":
-        return HyperbandPruner(min_resource=max(1, settings.n_warmup_steps), max_resource=num_epochs)
+        return HyperbandPruner(min_resource=first, max_resource=max(first, num_epochs))
     return NopPruner()
 
 
@@ -76,7 +79,7 @@ class GridByPlace(GridSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if "grid_id" not in trial.system_attrs:  # else a point that is tried again
-            here = place(study.get_trials(deepcopy=False), trial.number) % self.size
+            here = _place(study, trial) % self.size
             study._storage.set_trial_system_attr(trial._trial_id, "search_space", self._search_space)
             study._storage.set_trial_system_attr(trial._trial_id, "grid_id", here)
 
@@ -93,7 +96,7 @@ class SeededByPlace(BaseSampler):
         self._sampler = make(0)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        here = place(study.get_trials(deepcopy=False), trial.number)
+        here = _place(study, trial)
         self._sampler = self._make(int(np.random.SeedSequence((self._seed, here)).generate_state(1)[0]))
         self._sampler.before_trial(study, trial)
 
@@ -116,6 +119,11 @@ class SeededByPlace(BaseSampler):
         self._sampler.after_trial(study, trial, state, values)
 
 
+def _place(study: optuna.Study, trial: FrozenTrial) -> int:
+    """In the whole study: a pruner may show a sampler a part of it only, as Hyperband does."""
+    return place(study._storage.get_all_trials(study._study_id, deepcopy=False), trial.number)
+
+
 def _seed(config: Config, arguments: Mapping[str, Any]) -> int:
     """The sampler's own, or that of the config."""
     seed = arguments.get("seed")
@@ -126,20 +134,37 @@ def _seed(config: Config, arguments: Mapping[str, Any]) -> int:
     return seed
 
 
+def _rehearse(sampler: BaseSampler, space: Space) -> None:
+    """Ask for points, the first and those after random ones are known."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    study.optimize(lambda trial: len(suggest(trial, space)) + trial.number, n_trials=_RANDOM_POINTS)
+    for known in ([], study.trials):
+        rehearsal = optuna.create_study(sampler=sampler)
+        rehearsal.add_trials(known)
+        rehearsal.optimize(lambda trial: float(len(suggest(trial, space))), n_trials=2)
+
+
 def _check_arguments(kind: Any, arguments: Mapping[str, Any]) -> None:
     """Raises UserError for an argument that the class does not know, or that JSON cannot spell."""
-    known = [
-        name
+    known = {
+        name: types
         for name, parameter in inspect.signature(kind).parameters.items()
-        if _spelled_in_json(str(parameter.annotation))
-    ]
-    for name in arguments:
+        if (types := _spelled_in_json(str(parameter.annotation)))
+    }
+    for name, value in arguments.items():
         if name not in known:
             raise UserError(
                 f"optuna_cfg.sampler: {kind.__name__} takes no {name} here; the nearest is {nearest(name, known)} "
                 f"(of {', '.join(known)})"
             )
+        if type(value) not in known[name]:
+            allowed = " or ".join(_NAMES.get(one, "null") for one in known[name])
+            raise UserError(f"optuna_cfg.sampler.{name} is {show(value)}, but must be {allowed}")
 
 
-def _spelled_in_json(annotation: str) -> bool:
-    return set(annotation.replace("|", " ").split()) <= {"bool", "int", "float", "str", "None", "dict[str,", "Any]"}
+def _spelled_in_json(annotation: str) -> list[type]:
+    """The types of JSON that an annotation such as `int | None` allows; none if it asks for other things too."""
+    words = annotation.replace("dict[str, Any]", "dict").replace("|", " ").split()
+    types: dict[str, list[type]] = {"bool": [bool], "int": [int], "float": [float, int], "str": [str], "dict": [dict]}
+    types["None"] = [type(None)]
+    return [one for word in words for one in types[word]] if set(words) <= types.keys() else []

@@ -17,6 +17,7 @@ from optuna.distributions import (
 from pydantic import ValidationError
 
 from adaclip_finetune.config import Config, DataSettings, DeviceSettings, RunSettings, SearchGroup
+from adaclip_finetune.continued import FREE
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search_settings import SearchSpace
 from adaclip_finetune.settings.base import Contradictions, Settings
@@ -24,13 +25,17 @@ from adaclip_finetune.settings.layers import nearest, together
 from adaclip_finetune.settings.schema import schema_of, show
 
 # What is no hyper-parameter, unless it is a number: where data lie, what is measured, what is written.
-_NOT_SEARCHED = {
-    name for group in (DataSettings, RunSettings, DeviceSettings, SearchGroup) for name in group.model_fields
-}
+_NOT_SEARCHED = {name for group in (DataSettings, RunSettings, DeviceSettings) for name in group.model_fields}
+# What no figure depends on, or the search itself.
+_NEVER_SEARCHED = {*FREE, *SearchGroup.model_fields, "img_tmpl", "val_batch_size"}
 
 
 class Impossible(Exception):
-    """A combination of values that the settings refuse; the message says which and why."""
+    """A combination of values that the settings refuse; the message says why, `names` of which settings."""
+
+    def __init__(self, message: str, names: set[str]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ def search_space(config: Config) -> Space:
             found[name] = _distribution(config, name, space)
         except ValueError as error:
             problems.append(f"optuna_cfg.opt_params.{name}: {error}")
+    if config.auto_batch_size and (sizes := [name for name in found if name.endswith("batch_size")]):
+        problems.append(f"optuna_cfg.opt_params.{sizes[0]}: auto_batch_size would train with another; give one of them")
     if problems:
         raise UserError(together(problems))
     return Space(found)
@@ -82,7 +89,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise Impossible("; ".join(_reasons(error))) from None
+        raise Impossible("; ".join(_reasons(error)), _named(error)) from None
 
 
 def _distribution(config: Config, name: str, space: SearchSpace) -> BaseDistribution:
@@ -97,8 +104,9 @@ def _distribution(config: Config, name: str, space: SearchSpace) -> BaseDistribu
     else:
         assert space.range is not None
         ends = [_whole(end) if kind is int else end for end in space.range]
-    for end in ends:
-        _check_alone(config, name, end)
+    refused = [reason for end in ends if (reason := _refused_alone(config, name, end))]
+    if len(refused) == len(ends):
+        raise ValueError(f"no trial could be trained: {refused[0]}")
     if space.choices is not None:
         return CategoricalDistribution(space.choices)
     low, high = ends
@@ -122,6 +130,8 @@ def _type_of(config: Config, name: str) -> Any:
     kind = _single(fields[last].annotation)
     if (isinstance(kind, type) and issubclass(kind, Settings)) or kind is tuple or last == "method":
         raise ValueError("is no single value; search the settings in it, each by its own name")
+    if name.split(".")[0] in _NEVER_SEARCHED:
+        raise ValueError("is nothing that a model or its training depends on")
     if kind not in (int, float) and name.split(".")[0] in _NOT_SEARCHED:
         raise ValueError("says where things are or what is measured, and is the same in all trials")
     return kind
@@ -155,20 +165,24 @@ def _step(space: SearchSpace, low: float, high: float, otherwise: int | None) ->
     return _whole(space.step) if otherwise == 1 else space.step
 
 
-def _check_alone(config: Config, name: str, value: Any) -> None:
-    """Raises ValueError for a value that the setting itself does not take, whatever the others are."""
+def _refused_alone(config: Config, name: str, value: Any) -> str:
+    """Why the value cannot be with the others as they are, where no other that is searched has a part in it. Raises
+    ValueError for a value that the setting itself does not take, whatever the others are."""
+    assert config.optuna_cfg is not None
     try:
         with_values(config, {name: value})
     except Impossible as error:
-        cause = error.__context__
-        if isinstance(cause, ValidationError) and not _is_combination(cause):
-            kind = schema_of(Config)
-            allowed = kind.words(*kind.paths()[name])
-            raise ValueError(f"takes {allowed}, and not {show(value)}") from None
+        if not error.names:
+            known = schema_of(Config)
+            raise ValueError(f"takes {known.words(*known.paths()[name])}, and not {show(value)}") from None
+        return "" if error.names & config.optuna_cfg.opt_params.keys() - {name} else str(error)
+    return ""
 
 
-def _is_combination(error: ValidationError) -> bool:
-    return all(isinstance(one.get("ctx", {}).get("error"), Contradictions) for one in error.errors())
+def _named(error: ValidationError) -> set[str]:
+    """The settings of combinations that cannot be; none where a value is wrong by itself."""
+    raised = [one.get("ctx", {}).get("error") for one in error.errors()]
+    return {name for one in raised if isinstance(one, Contradictions) for _, names in one.problems for name in names}
 
 
 def _reasons(error: ValidationError) -> list[str]:
@@ -194,7 +208,8 @@ def _all_values(name: str, distribution: BaseDistribution) -> list[Any]:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         count = round((distribution.high - distribution.low) / distribution.step)
-        return [distribution.low + i * distribution.step for i in range(count + 1)]
+        low, high = distribution.low, distribution.high
+        return [min(round(low + i * distribution.step, 12), high) for i in range(count + 1)]
     raise UserError(f"optuna_cfg.opt_params.{name}: GridSampler needs a step, without log, or choices")
 
 

@@ -6,7 +6,6 @@ was interrupted, and its point is tried again.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 import traceback
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from accelerate.utils.memory import clear_device_cache
-from optuna.study import StudyDirection
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from sqlalchemy.exc import SQLAlchemyError
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
@@ -25,7 +24,7 @@ from adaclip_finetune.evaluation.evaluate import Figures
 from adaclip_finetune.training.memory import is_out_of_memory
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trial import TrialResult, run_trial
-from adaclip_finetune.tuning.folder import StudyFolder
+from adaclip_finetune.tuning.folder import StudyFolder, best_trial, order
 from adaclip_finetune.tuning.ledger import is_surplus
 from adaclip_finetune.tuning.space import Impossible, Space, suggest, with_values
 
@@ -54,22 +53,30 @@ class Objective:
         assert config.optuna_cfg is not None
         self.config, self.space, self.folder, self.wanted, self.alive = config, space, folder, wanted, alive
         self.metric = config.optuna_cfg.objective
+        self.taken_away: int | None = None  # the trial that another process ended
 
     def __call__(self, trial: optuna.Trial) -> float:
-        with self.alive(trial):
-            if is_surplus(trial.study.get_trials(deepcopy=False), trial.number, self.wanted):
-                trial.set_user_attr("surplus", True)
-                raise Surplus
-            started = time.monotonic()
-            values = suggest(trial, self.space)
-            self.folder.say_begin(trial.study, trial.number, values, self.wanted)
-            try:
-                return self._run(trial, values)
-            except KeyboardInterrupt:
-                trial.set_user_attr("interrupted", True)
-                raise
-            finally:
-                trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+        try:
+            with self.alive(trial):
+                return self._begin(trial)
+        except KeyboardInterrupt:
+            trial.set_user_attr("interrupted", True)
+            raise
+        except UpdateFinishedTrialError:  # this process slept, and another one took it for dead
+            self.taken_away = trial.number
+            raise
+
+    def _begin(self, trial: optuna.Trial) -> float:
+        if is_surplus(trial.study.get_trials(deepcopy=False), trial.number, self.wanted):
+            trial.set_user_attr("surplus", True)
+            raise Surplus
+        started = time.monotonic()
+        values = suggest(trial, self.space)
+        self.folder.say_begin(trial.study, trial.number, values, self.wanted)
+        try:
+            return self._run(trial, values)
+        finally:
+            trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
 
     def _run(self, trial: optuna.Trial, values: Mapping[str, Any]) -> float:
         try:
@@ -81,16 +88,12 @@ class Objective:
             run = RunFolder(config, stream=silent, trial=self.folder.of_trial(trial.number))
             try:
                 result = run_trial(config, run, lambda epoch, found: self._report(trial, epoch, found))
-            except optuna.TrialPruned:
-                raise
+            except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
+                raise  # none of the trial's own fault
             except Exception as error:
                 raise TrialFailed(self._failed(trial, run, error)) from error
             finally:
-                # What a failed trial held on a device must not be missed by the next one.
-                gc.collect()
-                clear_device_cache()
-                if run.path is not None:
-                    trial.set_user_attr("folder", str(run.path))
+                _note_cost(trial, run)
         return self._keep(trial, result, run)
 
     def _for_a_trial(self) -> Config:
@@ -103,7 +106,7 @@ class Objective:
         value = self._value(found)
         trial.report(value, epoch)
         if trial.should_prune():
-            trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {value:g}")
+            trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {value:.1f}")
             raise optuna.TrialPruned
 
     def _failed(self, trial: optuna.Trial, run: RunFolder, error: Exception) -> str:
@@ -118,11 +121,11 @@ class Objective:
 
     def _keep(self, trial: optuna.Trial, result: TrialResult, run: RunFolder) -> float:
         value = self._value(result.best)
-        if run.path is not None and _beats_all(trial.study, value):
+        best = best_trial(trial.study)
+        mine = order(trial.study, value, trial.number)
+        if run.path is not None and (best is None or mine < order(trial.study, best.value or 0.0, best.number)):
             result.save(run.path / BEST)
         trial.set_user_attr("best_epoch", result.best_epoch)
-        trial.set_user_attr("peak_memory_mib", round(result.peak_memory_mib))
-        trial.set_user_attr("trainable_parameters", result.trainable)
         return value
 
     def _value(self, found: Figures) -> float:
@@ -130,8 +133,14 @@ class Objective:
         return float(found.as_dict()[direction][name])
 
 
-def _beats_all(study: optuna.Study, value: float) -> bool:
-    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    values = [trial.value for trial in done if trial.value is not None]
-    best = max if study.direction == StudyDirection.MAXIMIZE else min
-    return not values or (value != best(values) and value == best([*values, value]))
+def _note_cost(trial: optuna.Trial, run: RunFolder) -> None:
+    """What the trial took, however it ended. Memory of a CPU is that of the process so far."""
+    learning = [event for event in run.events if event["event"] == "parameters"]
+    memory = [event["memory_mib"] for event in run.events if event["event"] == "train"]
+    if learning:
+        parts = (part for part in learning[-1].values() if isinstance(part, dict))
+        trial.set_user_attr("trainable_parameters", sum(part.get("trainable", 0) for part in parts))
+    if memory:
+        trial.set_user_attr("peak_memory_mib", round(max(memory)))
+    if run.path is not None:
+        trial.set_user_attr("folder", str(run.path))

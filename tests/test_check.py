@@ -1,17 +1,23 @@
 """`adaclip check` as a command: what it is asked, what it prints, and real data."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checking import checked, finding, kinds, made_up, write_annotation
+from media import write_frames
 from PIL import Image
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.sampling import frame_indices
 
 EXAMPLE = Path(__file__).parents[1] / "dataset_example"
+VAL = ("--annot", str(EXAMPLE / "val.json"), "--video_dir", str(EXAMPLE / "videos"))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,9 @@ EXAMPLE = Path(__file__).parents[1] / "dataset_example"
         (["--annot", str(EXAMPLE / "val.json"), "--frames_dir", "nowhere"], "nowhere"),
         (["--annot", str(EXAMPLE / "val.json"), "--config", "x.json"], "x.json"),
         (["--annot", str(EXAMPLE / "val.json"), "--val_annot", "x.json"], "--annot is for files without a run"),
-        (["--annot", str(EXAMPLE / "val.json"), "--video_dir", ".", "--sheet", "no/where.png"], "--sheet no/where.png"),
+        ([*VAL, "--sheet", "no/where.png"], "--sheet no/where.png"),
+        ([*VAL, "--sheet", str(EXAMPLE / "val.json")], "ends in .png"),
+        ([*VAL, "--annot", str(EXAMPLE / "." / "val.json")], "is given twice"),
         (["--frames_dir", "."], "train_annot is needed"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--deepp"], "--deep"),
@@ -110,7 +118,10 @@ def test_the_sheet_shows_the_frames_that_are_sampled(tmp_path: Path, capsys: pyt
     assert main(["check", *words, "--sheet", str(sheet)]) == 0 and sheet.read_bytes() == first
 
 
-def test_a_sheet_of_hostile_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sheet_of_hostile_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a shell would leave its traces
     names = ["two\nlines", "$(touch canary)", "é; ü", "n" * 200]
     for name in names:
         (tmp_path / "frames" / name).mkdir(parents=True)
@@ -121,6 +132,60 @@ def test_a_sheet_of_hostile_names(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert checked(capsys, *words)[0] == 0
     with Image.open(sheet) as image:
         assert image.format == "PNG" and image.height > 4 * 90
+    assert {path.name for path in tmp_path.iterdir()} == {"frames", "val.json", "sheet.png"}
+
+
+def test_a_sheet_takes_the_place_of_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_annotation(tmp_path / "val.json", {"v": ["x"]})
+    write_frames(tmp_path / "v", 2)
+    words = ["check", "--annot", path, "--frames_dir", str(tmp_path), "--num_frm", "2", "--sheet"]
+    other = tmp_path / "other.png"
+    other.write_text("notes that somebody called so")
+    (tmp_path / "folder.png").mkdir()
+    for name, told in {
+        path: "ends in .png",
+        str(other): "is no PNG",
+        str(tmp_path / "folder.png"): "directory",
+    }.items():
+        assert main([*words, name]) == 2 and told in capsys.readouterr().err
+    assert other.read_text() == "notes that somebody called so" and json.loads(Path(path).read_text())
+    sheet = tmp_path / "sheet.png"
+    for _ in range(2):  # the second time it replaces a sheet
+        assert main([*words, str(sheet)]) == 0 and sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sheet_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is told all the same."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_annotation(tmp_path / "val.json", {"v": ["x"]})
+    write_frames(tmp_path / "v", 2)
+    monkeypatch.setattr(Image.Image, "save", full)
+    words = ("--annot", path, "--frames_dir", str(tmp_path), "--num_frm", "2", "--sheet", str(tmp_path / "sheet.png"))
+    code, found = checked(capsys, *words)
+    assert code == 0 and kinds(found, "warning") == {("sheet", "run")} and ("videos", "val") in kinds(found, "fine")
+    assert "No space left" in finding(found, "sheet", "run").message
+
+
+def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "go\x1b]0;hacked\x07ne\nfails    val  what is not so"
+    path = write_annotation(tmp_path / "val.json", {name: ["x"]})
+    assert main(["check", "--annot", path, "--frames_dir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and r"go\x1b]0;hacked\x07ne\nfails" in printed
+    assert sum(line.startswith("fails") for line in printed.splitlines()) == 1
+
+
+def test_a_terminal_without_our_signs(tmp_path: Path) -> None:
+    path = write_annotation(tmp_path / "val.json", {"gone ü": ["x"]})
+    words = [sys.executable, "-m", "adaclip_finetune.cli", "check", "--annot", path, "--frames_dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1 and done.stderr == b""
+    assert rb"- gone \xfc: " in done.stdout and b"-> extract" in done.stdout
 
 
 def test_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

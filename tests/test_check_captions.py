@@ -81,6 +81,21 @@ def test_a_thousand_entries_one_of_them_wrong(tmp_path: Path) -> None:
     assert len(split.problems) == 1 and f"{path}: video 'v700'" in split.problems[0]
 
 
+def test_one_wrong_entry_hides_no_other(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key twice, a NaN, a name twice: each is one problem of one entry."""
+    path = tmp_path / "val.json"
+    path.write_text(
+        '{"a": {"sentences": ["x"], "sentences": ["y"]}, "b": {"sentences": []}, '
+        '"c": {"sentences": ["x"], "duration": NaN}, "d": {"sentences": ["x"]}, "d": {"sentences": ["y"]}}'
+    )
+    code, found = checked(capsys, *words(frames, str(path)))
+    refused = finding(found, "annotation", "val")
+    assert code == 1 and len(refused.items) == 4
+    for told in ("'sentences' stands twice", '"sentences" is empty', '"duration" must be', "'d' stands twice"):
+        assert [told in problem for problem in refused.items].count(True) == 1
+    assert finding(found, "captions", "val").items["videos"] == 1
+
+
 def test_long_captions(frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twelve words of a token each, and two for start and end: max_txt_len 14 suffices."""
     tokens = open_clip.get_tokenizer("ViT-B-32")
@@ -101,7 +116,20 @@ def test_long_captions(frames: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert list(joined.items) == ["b"] and "concat_captions" in joined.message and "1 of 3" in joined.message
     path = write_annotation(tmp_path / "val.json", {"a": [LONG * 10], "b": ["unbroken" * 60]})
     _, found = checked(capsys, *words(frames, path), "--max_txt_len", "77")
-    assert finding(found, "long_captions", "val").items["b"] == [{"kept": "", "cut": "unbroken" * 60}]
+    (unbroken,) = finding(found, "long_captions", "val").items["b"]
+    assert unbroken["kept"] + unbroken["cut"] == "unbroken" * 60
+    assert 70 <= len(tokens.encode(unbroken["kept"])) <= 75
+
+
+def test_what_is_cut_of_a_script_without_spaces(
+    frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, tokens = "一个男人在公园里跑步然后停下来和他的狗玩耍", open_clip.get_tokenizer("ViT-B-32")
+    path = write_annotation(tmp_path / "val.json", {"a": [f"狗 {text}"]})
+    _, found = checked(capsys, *words(frames, path), "--max_txt_len", "20")
+    (told,) = finding(found, "long_captions", "val").items["a"]
+    assert f"狗 {text}" == told["kept"] + told["cut"] and len(told["kept"]) > 3
+    assert len(tokens.encode(told["kept"])) <= 18 < len(tokens.encode(told["kept"] + told["cut"][0]))
 
 
 @pytest.mark.parametrize("limit", [3, 8, 20, 76, 77])
@@ -161,8 +189,22 @@ def test_files_of_one_name(frames: str, tmp_path: Path, capsys: pytest.CaptureFi
     _, found = checked(capsys, *words(frames, *paths))
     told = {name: split["trains"] for name, split in found["splits"].items()}
     assert told == {"training/captions": True, "held out/captions": False}
-    with pytest.raises(UserError, match="rename one"):
+    with pytest.raises(UserError, match="given twice"):
         splits_of_files([paths[0], paths[0]], load_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [("train", True), ("msrvtt_train9k", True), ("Training-1", True), ("restrained", False), ("constraints", False)],
+)
+def test_the_word_train_tells_what_is_learned_from(tmp_path: Path, name: str, trains: bool) -> None:
+    (split,) = splits_of_files([write_annotation(tmp_path / f"{name}.json", {"a": ["x"]})], load_config())
+    assert split.trains is trains
+
+
+def test_a_file_called_val_and_test_is_one_file(tmp_path: Path) -> None:
+    paths = [write_annotation(tmp_path / f"{name}.json", {name: [name]}) for name in ("val, test", "other")]
+    assert {one.severity for one in check_overlap(splits_of_files(paths, load_config()))} == {"fine"}
 
 
 def test_one_file_for_validation_and_test(tmp_path: Path) -> None:

@@ -1,13 +1,22 @@
 """`adaclip check` of videos: what a run would find, what --deep finds, and what a run would make of it."""
 
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from checking import checked, finding, kinds, made_up, write_annotation
 from media import write_frames, write_video
 
+from adaclip_finetune.check import videos
+from adaclip_finetune.check.source import Split
+from adaclip_finetune.check.videos import check_videos
+from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
+from adaclip_finetune.data import video_file
+from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.splits import evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 
@@ -120,10 +129,102 @@ def test_video_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 1 and told == {"text", "empty", "hurt", "gone"}
 
 
+def test_the_kind_is_not_read_off_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder may be called like any reason; what a pack lacks is missing, and what is damaged in it is damaged."""
+    folder = tmp_path / "cannot be decoded yet, though there is no file"
+    write_frames(folder / "v", 4)
+    (folder / "empty").mkdir()
+    path = annotations(tmp_path, "v", "empty")["val"]
+    code, found = checked(capsys, "--annot", path, "--frames_dir", str(folder), "--num_frm", "4")
+    assert code == 1 and kinds(found, "fails") == {("unreadable_videos", "val")}
+    packed = tmp_path / "frames.lmdb"
+    assert main(["pack", str(folder), "-o", str(packed)]) == 1  # for the empty one
+    capsys.readouterr()
+    code, found = checked(capsys, "--annot", path, "--frames_dir", str(packed), "--num_frm", "4")
+    assert code == 1 and kinds(found, "fails") == {("missing_videos", "val")}
+
+
+def test_skip_missing_is_advised_where_it_helps(
+    frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--frames_dir", str(frames), "--num_frm", "4")
+    for names, more, helps in (
+        (("good", "gone"), (), True),
+        (("gone",), (), False),  # nothing would be left
+        (("gone",), ("--skip_missing",), False),
+        (("good", "gone"), ("--skip_missing",), False),
+    ):
+        _, found = checked(capsys, "--annot", annotations(tmp_path, *names)["val"], *words, *more)
+        assert ("--skip_missing" in finding(found, "missing_videos", "val").advice) is helps
+
+
+def test_clips_that_are_read_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The frames of the run are those of the whole file: start and end do not matter to it."""
+    write_video(tmp_path / "v.mp4", 50)
+    write_video(tmp_path / "w.mp4", 50)
+    clip = {"sentences": ["x"], "start": 1.0, "end": 1.5}
+    path = write_annotation(tmp_path / "val.json", {"v": clip, "w": ["y"]})
+    code, found = checked(capsys, "--annot", path, "--video_dir", str(tmp_path))
+    clips = finding(found, "clips", "val")
+    assert code == 0 and clips.severity == "warning" and clips.items == {"v": "1 s to 1.5 s"}
+    assert f"adaclip extract --clips {path}" in clips.advice
+    write_frames(tmp_path / "v", 20)
+    write_frames(tmp_path / "w", 20)
+    assert ("clips", "val") not in kinds(checked(capsys, "--annot", path, "--frames_dir", str(tmp_path))[1], "warning")
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_deep_decodes_a_video_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """Counted in frames that a decoder gave, of a video of which some hold no seeking."""
+    name = {"mpeg4": "v.avi", "libx264": "v.mp4"}[codec]
+    write_video(tmp_path / name, 200, codec, g="200")
+    path = annotations(tmp_path, "v")["val"]
+    words = ("--annot", path, "--video_dir", str(tmp_path), "--num_workers", "1")
+    checked(capsys, *words)  # indexed from here on
+    real, given = video_file._whole, []
+
+    def counted(frames: list[Any]) -> list[Any]:
+        given.extend(frames)
+        return real(frames)
+
+    monkeypatch.setattr(video_file, "_whole", counted)
+    code, found = checked(capsys, *words, "--deep")
+    assert code == 0 and ("videos", "val") in kinds(found, "fine")
+    assert len(given) <= 200 + 2  # the first frame, to see whether it can be read, and each frame once
+
+
+def test_deep_stops_when_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the main thread, while a thread is in the middle of an endless video."""
+    going, ended = threading.Event(), threading.Event()
+
+    class Endless:
+        def count(self, video_id: str) -> int:
+            return 10**9
+
+        def read(self, video_id: str, indices: Any) -> Any:
+            return np.zeros((len(indices), 4, 4, 3), np.uint8)
+
+        def scan(self, video_id: str, stopped: Any = lambda: False) -> Any:
+            while not stopped():
+                going.set()
+                yield 0, np.zeros((4, 4, 3), np.uint8)
+            ended.set()
+
+    def interrupted(looks: Any, *_: object, **__: object) -> Any:
+        assert going.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(videos, "tqdm", interrupted)
+    split = Split("val", "val.json", False, [VideoAnnotation("v", ("x",))], [])
+    with pytest.raises(KeyboardInterrupt):
+        check_videos(split, Endless(), load_config(None, {"video_dir": str(tmp_path)}), deep=True)
+    assert ended.is_set()
+
+
 def test_a_pack_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its checksums are compared by --deep."""
-    from adaclip_finetune.cli import main
-
     write_frames(tmp_path / "frames" / "v", 8)
     write_frames(tmp_path / "frames" / "w", 8, height=80)
     path, packed = annotations(tmp_path, "v", "w")["val"], tmp_path / "frames.lmdb"
@@ -136,10 +237,5 @@ def test_a_pack_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str
     at = content.index(image[-64:])
     packed.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     code, found = checked(capsys, *words)
-    told = {
-        name: what
-        for entry in found["findings"]
-        if entry["severity"] == "fails"
-        for name, what in entry["items"].items()
-    }
+    told = finding(found, "broken_frames", "val").items
     assert code == 1 and list(told) == ["w"] and "image_00004.jpg" in told["w"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from adaclip_finetune.check.finding import Finding
+from adaclip_finetune.check.finding import Finding, plural
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.printable import printable
 
 _AT_ONCE = 1024  # captions
+_A_WORD = 30  # letters, at most; Chinese sentences are longer
 
 
 def check_captions(split: Split, config: Config, loaded: LoadedClip | None) -> Iterator[Finding]:
@@ -33,7 +36,7 @@ def _numbers(split: Split) -> Finding:
     counts = [len(video.sentences) for video in split.videos]
     few, many, middle = min(counts), max(counts), statistics.median(counts)
     spread = f"{few} each" if few == many else f"{few} to {many} each, median {middle:g}"
-    message = f"{len(counts)} videos, {sum(counts)} captions ({spread})"
+    message = f"{plural(len(counts), 'video')}, {plural(sum(counts), 'caption')} ({spread})"
     items = {"videos": len(counts), "captions": sum(counts), "min": few, "median": middle, "max": many}
     return Finding("fine", "captions", split.name, message, items)
 
@@ -52,7 +55,8 @@ def _shared_by_videos(split: Split, texts: Sequence[tuple[str, str]]) -> Iterato
             if split.trains
             else "no model can tell which one is meant"
         )
-        message = f"{len(shared)} captions stand with several videos ({videos} in all): {what}"
+        stand = "stands" if len(shared) == 1 else "stand"
+        message = f"{plural(len(shared), 'caption')} {stand} with several videos ({videos} in all): {what}"
         yield Finding("warning", "shared_captions", split.name, message, shared, "give captions that tell them apart")
 
 
@@ -78,7 +82,7 @@ def _perhaps_too_long(
 ) -> Iterator[tuple[str, str]]:
     """All that do not fit, and some that just do: one by one would take minutes for a large split."""
     padding = loaded.tokenize([""], limit)[0, -1]
-    for start in tqdm(range(0, len(texts), _AT_ONCE), f"captions of {name}", leave=False, disable=None):
+    for start in tqdm(range(0, len(texts), _AT_ONCE), f"captions of {printable(name)}", leave=False, disable=None):
         some = texts[start : start + _AT_ONCE]
         ids = loaded.tokenize([text for _, text in some], limit)
         # Some tokenizers end a text with what they pad by, so that only the place before tells a full row.
@@ -87,13 +91,15 @@ def _perhaps_too_long(
 
 
 def _fitting(text: str, limit: int, loaded: LoadedClip) -> str:
-    """The whole words, from the first, that fit."""
-    ends = [at for at, letter in enumerate(text) if letter.isspace()]
-    low, high = 0, len(ends)  # that many words fit; of more than the other it is known that they do not
+    """What fits, from the first letter on: whole words, where the script has a space now and then."""
+    low, high = 0, len(text) - 1  # that many letters fit; of more than the other it is known that they do not
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (low, middle - 1) if loaded.count_cut([text[: ends[middle - 1]]], limit) else (middle, high)
-    return text[: ends[low - 1]] if low else ""
+        low, high = (low, middle - 1) if loaded.count_cut([text[:middle]], limit) else (middle, high)
+    begun = re.search(rf"(?<=\s)\S{{1,{_A_WORD}}}$", text[:low])
+    if begun and not text[low].isspace():
+        low = begun.start()
+    return text[:low].rstrip()
 
 
 def _enough(texts: Sequence[str], limit: int, loaded: LoadedClip) -> str:

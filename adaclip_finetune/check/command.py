@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +18,22 @@ from adaclip_finetune.settings.flags import Parser, add_flags, given
 def run(words: Sequence[str]) -> int:
     """Check, and print what was found. Returns 0, or 1 if a run would fail; raises UserError for a wrong request."""
     arguments = _parser().read(words)
-    config = _config(arguments)
-    if (sheet := arguments.sheet) is not None and not sheet.absolute().parent.is_dir():
-        raise UserError(f"--sheet {sheet}: there is no folder {sheet.absolute().parent}")
+    config, folder = _config(arguments)
 
-    from adaclip_finetune.check.all import check
+    from adaclip_finetune.check.all import Request, check
     from adaclip_finetune.check.finding import worst
     from adaclip_finetune.check.report import as_json, as_text
+    from adaclip_finetune.check.sheet import refuse_other_files
     from adaclip_finetune.check.source import splits_of_config, splits_of_files
 
+    if arguments.sheet is not None:
+        refuse_other_files(arguments.sheet)
     splits = splits_of_files(arguments.annot, config) if arguments.annot else splits_of_config(config)
-    findings = check(config, splits, arguments.deep, estimate=not arguments.annot, sheet=sheet)
+    findings = check(Request(config, splits, not arguments.annot, folder, arguments.deep, arguments.sheet))
     if arguments.json:
         print(json.dumps(as_json(splits, findings)))
     else:
-        print(as_text(splits, findings))
+        print(as_text(splits, findings, sys.stdout.encoding or "ascii"))
     return 1 if worst(findings) == "fails" else 0
 
 
@@ -49,8 +51,8 @@ def _parser() -> Parser:
         "--annot",
         metavar="FILE",
         action="append",
-        help="check this annotation, without a run; one with 'train' in its name counts as what is learned from, "
-        "others as what is evaluated. May be given several times",
+        help="check this annotation, without a run; one with the word 'train' in its name counts as what is learned "
+        "from, others as what is evaluated. May be given several times",
     )
     parser.add_argument("--deep", action="store_true", help="decode every frame, in num_workers threads")
     parser.add_argument("--json", action="store_true", help="all findings as one JSON object, with all that they list")
@@ -61,7 +63,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _config(arguments: Namespace) -> Config:
+def _config(arguments: Namespace) -> tuple[Config, Path | None]:
+    """The settings, and the folder of the run that goes on."""
     # Without a run nothing chooses among the frames, and a low num_frm must not be held against the default of top_k.
     without_run = {"use_policy": False} if arguments.annot else {}
     config = load_config(arguments.config, without_run | given(arguments))
@@ -69,8 +72,9 @@ def _config(arguments: Namespace) -> Config:
         taken = [name for name in ("train_annot", "val_annot", "test_annot") if getattr(config, name) is not None]
         if arguments.config or taken:
             raise UserError("--annot is for files without a run: leave it out beside --config and --train_annot")
-        return config
+        return config, None
+    folder = None
     if config.resume is not None and Path(config.resume).is_dir():
-        config = continued_config(config)
+        folder, config = Path(config.resume), continued_config(config)
     check_paths(config)
-    return config
+    return config, folder

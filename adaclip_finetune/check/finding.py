@@ -24,6 +24,16 @@ class Finding:
     advice: str = ""
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 video`, `2 videos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def in_bytes(count: int) -> str:
+    """`1.5 GiB`."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def worst(findings: Iterable[Finding]) -> Severity:
     """The severity of the whole."""
     return min((finding.severity for finding in findings), key=SEVERITIES.index, default="fine")

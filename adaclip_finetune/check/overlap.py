@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from adaclip_finetune.check.finding import Finding
-from adaclip_finetune.check.source import VAL_AND_TEST, Split
+from adaclip_finetune.check.finding import Finding, plural
+from adaclip_finetune.check.source import Split
 
 
 def check_overlap(splits: Sequence[Split]) -> Iterator[Finding]:
     """A finding for each two splits and each kind of thing that they share; one that is fine where none do."""
     sound = True
     for split in splits:
-        if split.name == VAL_AND_TEST:
+        if split.chosen_and_judged:
             sound = False
             yield _same_data(split.name)
     for one, other in itertools.combinations([split for split in splits if split.videos], 2):
@@ -37,13 +37,13 @@ def _shared(one: Split, other: Split, where: str) -> Iterator[Finding]:
     videos = {video.video_id: "" for video in one.videos if video.video_id in there}
     advice = f"take them out of {one.path if one.trains else other.path}"
     if videos:
-        yield Finding("warning", "shared_videos", where, f"share {len(videos)} videos", videos, advice)
+        yield Finding("warning", "shared_videos", where, f"share {plural(len(videos), 'video')}", videos, advice)
     groups: dict[str, list[str]] = {video.group: [] for video in one.videos if video.group is not None}
     for video in other.videos:
         if video.group in groups and video.group is not None and video.video_id not in videos:
             groups[video.group].append(video.video_id)
     if common := {group: ids for group, ids in groups.items() if ids}:
-        message = f"share {len(common)} source videos (group), from which different clips are cut"
+        message = f"share {plural(len(common), 'source video')} (group), from which different clips are cut"
         yield Finding("warning", "shared_groups", where, message, common, advice)
     # Those of shared videos are told of already.
     known = {
@@ -60,6 +60,6 @@ def _shared(one: Split, other: Split, where: str) -> Iterator[Finding]:
         if (key := " ".join(sentence.casefold().split())) in known
     }
     if captions:
-        message = f"share {len(captions)} captions, of different videos"
+        message = f"share {plural(len(captions), 'caption')}, of different videos"
         advice = "harmless where the words are common; see that they are no clips that stand there under two names"
         yield Finding("warning", "captions_of_both", where, message, captions, advice)

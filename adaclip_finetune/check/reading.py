@@ -12,28 +12,28 @@ from adaclip_finetune.data.loader import make_loader, stop_workers
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.data.queries import TrainEntry
 
-_VIDEOS = 48
+_VIDEOS = 48  # for each reader at least three
 _SECONDS = 8.0
 
 
-def seconds_a_video(video_ids: Sequence[str], store: FrameStore, config: Config, image: ImageSpec) -> float | None:
-    """With all readers at work; None for too few videos to tell."""
-    chosen = evenly(video_ids, _VIDEOS)
+def seconds_a_video(video_ids: Sequence[str], store: FrameStore, config: Config, image: ImageSpec) -> float:
+    """With all readers at work; where there are too few videos to tell, their first ones count, too."""
+    readers = max(1, config.num_workers)
+    chosen = evenly(video_ids, max(_VIDEOS, 3 * readers))
     dataset = TrainDataset([TrainEntry(video_id, ("",)) for video_id in chosen], VideoReader(store, config, image))
     loader = make_loader(dataset, config, [[(0, index)] for index in range(len(chosen))])
-    # The first video of each reader takes its start with it.
-    warm_up = max(1, config.num_workers)
-    begun = started = time.monotonic()
-    read = 0
+    arrived = []
     try:
-        for number, _ in enumerate(loader, start=1):
-            now = time.monotonic()
-            if number == warm_up:
-                started = now
-            read = max(0, number - warm_up)
-            if read >= warm_up and now - begun > _SECONDS:
+        batches = iter(loader)  # starts the processes
+        begun = time.monotonic()
+        for _ in batches:
+            arrived.append(time.monotonic())
+            if arrived[-1] - begun > _SECONDS:
                 break
-        return (time.monotonic() - started) / read if read else None
+        # The first video of each reader takes a part of its start with it.
+        warm = len(arrived) >= 2 * readers
+        read, started = (len(arrived) - readers, arrived[readers - 1]) if warm else (len(arrived), begun)
+        return (arrived[-1] - started) / read
     finally:
         stop_workers(loader)
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from adaclip_finetune.check.finding import SEVERITIES, Finding, worst
 from adaclip_finetune.check.source import Split
+from adaclip_finetune.printable import printable
 
 _EXAMPLES = 2
 _LETTERS = 120  # of an example
+_PLAIN = str.maketrans({"·": "-", "→": "->", "…": "...", "“": '"', "”": '"'})
 _FIGURES = (
     "captions",
     "disk",
@@ -32,11 +34,12 @@ def as_json(splits: Sequence[Split], findings: Sequence[Finding]) -> dict[str, A
     }
 
 
-def as_text(splits: Sequence[Split], findings: Sequence[Finding]) -> str:
-    """A table, the worst first, with an example or two of each finding and what to do about it."""
+def as_text(splits: Sequence[Split], findings: Sequence[Finding], encoding: str = "utf-8") -> str:
+    """A table, the worst first, with an example or two of each finding and what to do about it; in letters that the
+    encoding has."""
     columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
-    width = max(len(name) for name in ("run", *(finding.split for finding in findings)))
-    lines = [f"{split.name:{width}}  {split.path}{_role(split)}" for split in splits] + [""]
+    width = max(len(printable(name)) for name in ("run", *(finding.split for finding in findings)))
+    lines = [f"{printable(split.name):{width}}  {printable(split.path)}{_role(split)}" for split in splits] + [""]
     for severity in SEVERITIES:
         for finding in findings:
             if finding.severity == severity:
@@ -49,7 +52,15 @@ def as_text(splits: Sequence[Split], findings: Sequence[Finding]) -> str:
     }[worst(findings)]
     plural = "" if counts["warning"] == 1 else "s"
     told = f"{counts['fails']} would fail, {counts['warning']} warning{plural}, {counts['fine']} fine"
-    return "\n".join([*lines, "", f"{verdict} ({told})"])
+    return _spelled("\n".join([*lines, "", f"{verdict} ({told})"]), encoding)
+
+
+def _spelled(text: str, encoding: str) -> str:
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _role(split: Split) -> str:
@@ -57,9 +68,11 @@ def _role(split: Split) -> str:
 
 
 def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
-    head, indent = f"{finding.severity:8} {finding.split:{width}}  ", " " * (width + 11)
-    for number, line in enumerate(finding.message.splitlines()):
-        yield textwrap.fill(line, columns, initial_indent=indent if number else head, subsequent_indent=indent)
+    head, indent = f"{finding.severity:8} {printable(finding.split):{width}}  ", " " * (width + 11)
+    for number, line in enumerate(finding.message.split("\n")):
+        yield textwrap.fill(
+            printable(line), columns, initial_indent=indent if number else head, subsequent_indent=indent
+        )
     if finding.severity != "fine":
         for subject, detail in list(finding.items.items())[:_EXAMPLES]:
             if finding.check not in _FIGURES:
@@ -67,11 +80,13 @@ def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
         if finding.check not in _FIGURES and len(finding.items) > _EXAMPLES:
             yield f"{indent}· and {len(finding.items) - _EXAMPLES} more (--json lists all)"
     if finding.advice:
-        yield textwrap.fill(finding.advice, columns, initial_indent=f"{indent}→ ", subsequent_indent=f"{indent}  ")
+        yield textwrap.fill(
+            printable(finding.advice), columns, initial_indent=f"{indent}→ ", subsequent_indent=f"{indent}  "
+        )
 
 
 def _short(subject: str, detail: Any) -> str:
-    text = f"{subject}: {_told(detail)}" if detail else subject
+    text = printable(f"{subject}: {_told(detail)}" if detail else subject)
     return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from adaclip_finetune.check.finding import Finding, plural
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
@@ -19,6 +20,7 @@ from adaclip_finetune.data.frames import FrameError, FrameStore
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.errors import UserError
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 HEIGHT = 90  # pixels of a thumbnail; its width follows from the video's shape
 _A_LINE = 8  # thumbnails
 _MARGIN = 12
@@ -36,13 +38,40 @@ class _Text(NamedTuple):
     colour: tuple[int, int, int] = _BLACK
 
 
-def draw_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> int:
-    """Write the PNG; each split comes with its store and its readable videos. Returns how many videos are on it; for
-    none nothing is written.
+def refuse_other_files(path: Path) -> None:
+    """Raises UserError where the sheet would take the place of what is no picture, or cannot be at all."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--sheet {path}: it is a PNG; give it a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--sheet {path}: there is no folder {path.absolute().parent}")
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(_PNG))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"--sheet {path}: cannot be written ({error.strerror})") from None
+    if begins and begins != _PNG:
+        raise UserError(f"--sheet {path}: this file is there, and is no PNG; give another name")
+
+
+def check_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> Finding:
+    """Draw the sheet, and say what is on it. Each split comes with its store and its readable videos.
 
     The choice and the frames are the same each time: frames as evaluations take them, and training does with sampling
-    uniform. Raises UserError where the file cannot be written.
+    uniform.
     """
+    try:
+        count = _draw(path, splits, config)
+    except OSError as error:
+        return Finding("warning", "sheet", "run", f"{path} cannot be written ({error.strerror or error})")
+    if count:
+        return Finding("fine", "sheet", "run", f"{path} shows {plural(count, 'video')}")
+    return Finding("warning", "sheet", "run", f"{path} is not drawn: there is nothing to show")
+
+
+def _draw(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> int:
+    """Returns how many videos are on it; for none nothing is written. Raises OSError."""
     rows = [
         _row(split, video, store, config)
         for split, store, readable in splits
@@ -55,10 +84,7 @@ def draw_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[st
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    try:
-        sheet.save(path, format="PNG")
-    except OSError as error:
-        raise UserError(f"--sheet {path}: cannot be written ({error.strerror or error})") from error
+    sheet.save(path, format="PNG")
     return len(rows)
 
 

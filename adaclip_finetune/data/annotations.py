@@ -39,15 +39,30 @@ def load_annotations(path: str | Path, data_subset: int = 0) -> list[VideoAnnota
 
     Raises UserError, naming file, video and value, for anything that is not as the format says.
     """
-    content = _read_json(Path(path))
-    if not isinstance(content, _Object):
-        raise UserError(f'{path}: expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}')
-    if not content:
-        raise UserError(f"{path}: holds no video")
+    content = _content(path)
     if repeated := content.repeated():
-        raise UserError(f"{path}: the video {repeated!r} stands twice; put all its sentences into one entry")
+        raise UserError(_stands_twice(path, repeated))
     videos = [_parse_video(f"{path}: video {name!r}", name, entry) for name, entry in content]
     return videos[:data_subset] if data_subset > 0 else videos
+
+
+def sound_entries(path: str | Path) -> tuple[list[VideoAnnotation], list[str]]:
+    """Every entry by itself: the videos of those that `load_annotations` takes, and why it refuses the others.
+
+    Raises UserError for a file that has no entries.
+    """
+    videos: list[VideoAnnotation] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for name, entry in _content(path):
+        try:
+            if name in seen:
+                raise UserError(_stands_twice(path, name))
+            seen.add(name)
+            videos.append(_parse_video(f"{path}: video {name!r}", name, entry))
+        except UserError as error:
+            problems.append(str(error))
+    return videos, problems
 
 
 class _Object(list[tuple[str, Any]]):
@@ -60,6 +75,20 @@ class _Object(list[tuple[str, Any]]):
                 return key
             seen.add(key)
         return None
+
+
+def _content(path: str | Path) -> _Object:
+    """Video names and entries, of which there is at least one."""
+    content = _read_json(Path(path))
+    if not isinstance(content, _Object):
+        raise UserError(f'{path}: expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}')
+    if not content:
+        raise UserError(f"{path}: holds no video")
+    return content
+
+
+def _stands_twice(path: str | Path, name: str) -> str:
+    return f"{path}: the video {name!r} stands twice; put all its sentences into one entry"
 
 
 def _read_json(path: Path) -> Any:

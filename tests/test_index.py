@@ -345,6 +345,20 @@ def test_names_that_are_no_names(clips: Path, tmp_path: Path) -> None:
     json.dumps(source.broken).encode()
 
 
+def test_a_folder_whose_name_is_no_text(
+    run: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b"))
+    folder.mkdir()
+    shutil.copy(clips / "clip 0.mp4", folder)
+    assert main(["index", str(run), str(folder), "-o", str(tmp_path / "i")]) == 0
+    assert main(["search", str(tmp_path / "i"), "a \x1b thing"]) == 0
+    told = capsys.readouterr().out
+    assert "\\udcff\\x1b/clip 0.mp4" in told and "\x1b" not in told
+    (video,) = VideoIndex.load(tmp_path / "i").videos
+    assert video.path.is_file()
+
+
 @pytest.mark.parametrize("suffix", ["avi", "ts", "mkv"])
 def test_times_of_other_containers(tmp_path: Path, suffix: str) -> None:
     codec = "mpeg4" if suffix == "avi" else "libx264"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.printable import printable
 from adaclip_finetune.search.model_flags import add_model_flags, given_of, model_settings
 from adaclip_finetune.settings.flags import Parser
 
@@ -44,7 +45,8 @@ def run(words: Sequence[str]) -> int:
         model = load_retriever(arguments.run, **settings)
         model.refuse_query_dependent()
         source = _source(arguments.videos, model, places)
-        print(f"{arguments.run} → {arguments.output}: {len(source.clips) + len(source.broken)} videos of {source.name}")
+        count = len(source.clips) + len(source.broken)
+        print(f"{arguments.run} → {arguments.output}: {count} videos of {printable(source.name)}")
         request = Request(arguments.kind, arguments.dtype, arguments.sync, settings)
         try:
             return _tell(index_videos(model, source, arguments.output, request), arguments)
@@ -100,7 +102,7 @@ def _tell(done: Indexed, arguments: Any) -> int:
     if done.vanished and arguments.sync:
         print(f"{len(done.vanished)} vanished ones dropped")
     elif done.vanished:
-        names = ", ".join(done.vanished[:5]) + (" …" if len(done.vanished) > 5 else "")
+        names = ", ".join(map(printable, done.vanished[:5])) + (" …" if len(done.vanished) > 5 else "")
         print(f"{len(done.vanished)} are in the index and no longer there ({names}): --sync drops them")
     if done.recall is not None:
         what = f"{done.about.kind}, {done.about.dtype}"

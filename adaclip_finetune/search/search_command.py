@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.printable import printable
 from adaclip_finetune.search.model_flags import add_model_flags, model_settings
 from adaclip_finetune.settings.flags import Parser
 
@@ -94,9 +95,10 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
     if arguments.json:
         print(json.dumps({"query": query, "hits": [_as_json(hit, arguments.explain) for hit in hits]}))
         return
-    print(query)
+    print(printable(query))
     for hit in hits:
-        print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>7}  {hit.video.id}  {hit.video.path}")
+        names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
+        print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>7}  {names}")
         if arguments.explain:
             print(f"{'':23}{', '.join(_explained(hit.video))}")
 

@@ -182,7 +182,8 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_terminal_without_our_signs(tmp_path: Path) -> None:
     path = write_annotation(tmp_path / "val.json", {"gone ü": ["x"]})
-    words = [sys.executable, "-m", "adaclip_finetune.cli", "check", "--annot", path, "--frames_dir", str(tmp_path)]
+    code = "import sys; from adaclip_finetune.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, "check", "--annot", path, "--frames_dir", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 1 and done.stderr == b""
     assert rb"- gone \xfc: " in done.stdout and b"-> extract" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +15,7 @@ from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.printable import printable
 
 _AT_ONCE = 1024  # captions
-_A_WORD = 30  # letters, at most; Chinese sentences are longer
+_A_WORD = 30  # letters, at most
 
 
 def check_captions(split: Split, config: Config, loaded: LoadedClip | None) -> Iterator[Finding]:
@@ -91,15 +90,24 @@ def _perhaps_too_long(
 
 
 def _fitting(text: str, limit: int, loaded: LoadedClip) -> str:
-    """What fits, from the first letter on: whole words, where the script has a space now and then."""
-    low, high = 0, len(text) - 1  # that many letters fit; of more than the other it is known that they do not
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (low, middle - 1) if loaded.count_cut([text[:middle]], limit) else (middle, high)
-    begun = re.search(rf"(?<=\s)\S{{1,{_A_WORD}}}$", text[:low])
-    if begun and not text[low].isspace():
-        low = begun.start()
-    return text[:low].rstrip()
+    """What fits, from the first letter on: whole words, of a script that has no spaces whole letters."""
+    ends = [0, *(at for at, letter in enumerate(text) if letter.isspace()), len(text)]
+    last = _last_that_fits(text, ends, limit, loaded)
+    begin, end = ends[last], ends[last + 1]
+    has_spaces = all(letter.lower() != letter.upper() for letter in text[begin:end] if letter.isalpha())
+    if has_spaces and end - begin <= _A_WORD:
+        return text[:begin]
+    places = range(begin, end + 1)
+    return text[: places[_last_that_fits(text, places, limit, loaded)]]
+
+
+def _last_that_fits(text: str, places: Sequence[int], limit: int, loaded: LoadedClip) -> int:
+    """The number of the last place up to which the text is not cut; up to the first it is not, up to the last it is."""
+    low, high = 0, len(places) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loaded.count_cut([text[: places[middle]]], limit) else (middle, high)
+    return low
 
 
 def _enough(texts: Sequence[str], limit: int, loaded: LoadedClip) -> str:

@@ -19,7 +19,7 @@ from adaclip_finetune.model.clip import embedding_width
 def check_disk(trial: TrialModel, splits: Sequence[Split], folder: Path | None) -> Iterator[Finding]:
     """The run folder at its largest, and the matrix of save_similarity. `folder`: that of a run that goes on."""
     config = trial.config
-    here = _existing(folder or Path(config.output_dir))
+    here = _existing(folder or Path(config.output_dir, config.dataset))
     there = Path(config.save_similarity).absolute().parent if config.save_similarity else None
     together = there is not None and not config.no_output and here.stat().st_dev == there.stat().st_dev
     matrix = _matrix(trial, splits[-1]) if there is not None else 0

@@ -195,6 +195,18 @@ def test_recordings_that_begin_anywhere(library: Library, tmp_path: Path, name: 
     assert 20 < len(frames) < FRAMES and np.array_equal(frames, expected)
 
 
+@pytest.mark.parametrize("container", ["mp4", "mkv", "avi"])
+def test_cut_where_pictures_let_go_of_some_before(tmp_path: Path, container: str) -> None:
+    """That is an error to a decoder that knows none before, though the pictures themselves are sound."""
+    path, whole = tmp_path / f"cut.{container}", tmp_path / f"whole.{container}"
+    source = "-f lavfi -i testsrc=size=96x64:rate=25:duration=3"
+    options = "open-gop=1:keyint=20:bframes=3:b-pyramid=normal"
+    told(*source.split(), "-c:v", "libx264", "-x264-params", options, whole)
+    told("-ss", "1.3", "-i", whole, "-t", "1.5", "-c", "copy", path)
+    expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
+    assert len(frames) == len(expected) > 30 and mean_difference(frames, expected) < 1
+
+
 TAILS = [
     *("h264.mkv", "open.mkv", "h264.ts", "open.ts", "h264.flv", "h264.avi", "hevc_open.mkv", "variable.mkv"),
     *("fragments.mp4", "vp9.webm", "av1.webm", "mpeg2.ts", "mpeg2.mpg", "mpeg4.avi", "wmv.wmv"),

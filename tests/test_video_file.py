@@ -11,7 +11,7 @@ from media import index_of, write_video
 from PIL import Image
 
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.data.video_file import BrokenVideo, index_video, read_frames
+from adaclip_finetune.data.video_file import BrokenVideo, index_video, read_frames, scan_frames
 
 
 def decode_everything(path: Path) -> np.ndarray:
@@ -77,6 +77,44 @@ def test_damage_is_reported_not_painted_over(tmp_path: Path) -> None:
     for wanted in ([keys[1]], list(range(60))):
         with pytest.raises(BrokenVideo, match=reason):
             read_frames(path, index, wanted)
+    given: list[int] = []
+    with pytest.raises(BrokenVideo, match=reason) as caught:
+        given.extend(i for i, _ in scan_frames(path, index))
+    assert given == list(range(keys[1])) and caught.value.kind == "damaged"
+
+
+def test_damage_behind_the_first_frame_is_no_cut(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 30)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    damage(path, packets[1:2])
+    with pytest.raises(BrokenVideo, match=r"the file is damaged after \d sound frames"):
+        index = index_video(path)
+        read_frames(path, index, range(30))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "cut.avi"])
+def test_a_scan_is_one_pass_that_can_be_stopped(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding anew for every frame, or going on to the end after a stop, would show in the packets that are asked
+    for. The tail of the cut file is broken, where frames that a decoder held back cost a second pass."""
+    path = write_video(tmp_path / name, 60, "mpeg4" if name.endswith("avi") else "libx264", bf="0")
+    if name == "cut.avi":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    index = index_video(path)
+    asked: list[int] = []
+
+    def stopped() -> bool:
+        asked.append(1)
+        return len(asked) > limit
+
+    limit = 10**6
+    assert len(list(scan_frames(path, index, stopped))) == index.num_frames > 8
+    packets, once = len(asked), index.num_frames + 2
+    assert packets <= 2 * once if name == "cut.avi" else packets <= once
+    for limit in (0, 5, packets - 2):
+        asked.clear()
+        assert len(list(scan_frames(path, index, stopped))) <= limit
+        assert len(asked) <= limit + 2
 
 
 @pytest.mark.parametrize(("codec", "name"), [("libx264", "a.ts"), ("mpeg2video", "a.mpg"), ("mpeg4", "a.avi")])

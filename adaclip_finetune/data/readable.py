@@ -11,7 +11,6 @@ from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
 from adaclip_finetune.errors import UserError
 
 LISTED = 20
-FRAMES_AT_ONCE = 64  # of a deep check, to bound its memory
 
 
 class UnreadableVideos(UserError):

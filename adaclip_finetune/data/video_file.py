@@ -8,6 +8,7 @@ a playlist or script that calls itself .mp4 cannot make us open anything else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -182,6 +183,8 @@ def _sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
         for at, packet in enumerate(container.demux(stream)):
             if stopped():
                 return
+            if at == 0:
+                may_start_anywhere |= _is_cut_out(stream.codec_context, bytes(packet))
             if damage and not packet.size:
                 break
             try:
@@ -204,6 +207,22 @@ def _sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
             yield frame
     if goes_on:
         raise BrokenVideo(f"the file is damaged after {decoded} sound frames ({damage})", "damaged")
+
+
+def _is_cut_out(context: Any, first: bytes) -> bool:
+    """Whether H.264 begins with a key frame that is no IDR picture, as where a stream of open groups of pictures was
+    cut: what follows may speak of pictures before it, which the decoder then calls an error, though it needs none."""
+    if context.codec.canonical_name != "h264":
+        return False
+    header = context.extradata or b""
+    if header[:1] != b"\x01":  # units behind start codes: ITU-T H.264, annex B
+        kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", first, re.DOTALL)}
+    else:  # units behind their lengths: ISO/IEC 14496-15, 5.3.3
+        kinds, at, bytes_of_length = set(), 0, (header[4] & 3) + 1
+        while at + bytes_of_length < len(first):
+            kinds.add(first[at + bytes_of_length] & 31)
+            at += bytes_of_length + int.from_bytes(first[at : at + bytes_of_length], "big")
+    return 1 in kinds and 5 not in kinds
 
 
 def _frames_of(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:

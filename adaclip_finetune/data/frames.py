@@ -141,7 +141,7 @@ class FrameFolder:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
         if 0 in numbers:
             raise FrameError(video_id, folder, f"{self.img_tmpl.format(0)} is there, but images are numbered from 1")
-        if (greatest := max(numbers)) > len(numbers):  # which may be a time of day: as many cannot be gone through
+        if (greatest := max(numbers)) > len(numbers):  # it may be a time, and too large to count up to
             gap = next(number for number in count(1) if number not in numbers)
             first, last = self.img_tmpl.format(gap), self.img_tmpl.format(greatest)
             raise FrameError(video_id, folder, f"{first} is missing, though {last} is there", "gap")

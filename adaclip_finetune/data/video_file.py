@@ -215,7 +215,7 @@ def _is_cut_out(context: Any, first: bytes) -> bool:
     if context.codec.canonical_name != "h264":
         return False
     header = context.extradata or b""
-    if header[:1] != b"\x01":  # units behind start codes: ITU-T H.264, annex B
+    if len(header) < 5 or header[0] != 1:  # units behind start codes: ITU-T H.264, annex B
         kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", first, re.DOTALL)}
     else:  # units behind their lengths: ISO/IEC 14496-15, 5.3.3
         kinds, at, bytes_of_length = set(), 0, (header[4] & 3) + 1

@@ -18,6 +18,7 @@ from killed import run
 
 from adaclip_finetune.check.cost import _together
 from adaclip_finetune.check.disk import check_disk
+from adaclip_finetune.check.finding import in_bytes
 from adaclip_finetune.check.memory import Reading, check_memory, read_ahead
 from adaclip_finetune.check.model import build_trial_model
 from adaclip_finetune.check.source import splits_of_config
@@ -41,6 +42,10 @@ def config_file(folder: Path, project: dict[str, object], **changes: Any) -> str
     path = folder / "config.json"
     path.write_text(json.dumps(project | {"output_dir": str(folder / "output")} | changes))
     return str(path)
+
+
+def test_bytes_in_words() -> None:
+    assert [in_bytes(count) for count in (0, 512, 3 << 19, 5 << 29)] == ["0.0 KiB", "0.5 KiB", "1.5 MiB", "2.5 GiB"]
 
 
 def test_a_sound_project(project: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +134,33 @@ def test_the_figures_of_an_evaluation(
     _, found = checked(capsys, "--config", path, "--no_output")
     disk = finding(found, "disk", "run").items
     assert disk["peak"] == disk["similarity"] == 4 * 8 * 8
+
+
+def test_an_evaluation_that_does_not_fit(
+    project: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaclip_finetune.check import evaluation
+
+    path, real = config_file(tmp_path, project, do_inference=True), psutil.virtual_memory
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real()._replace(available=0))
+    code, found = checked(capsys, "--config", path)
+    assert code == 1 and kinds(found, "fails") == {("memory", "run")}
+    assert "val_batch_size" in finding(found, "memory", "run").advice
+
+    def scarce(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(evaluation, "blank_videos", scarce)
+    code, found = checked(capsys, "--config", path)
+    assert code == 1 and "--val_batch_size" in finding(found, "gpu_memory", "run").message
+
+
+def test_what_an_evaluation_takes_grows_with_its_batch(project: dict[str, object]) -> None:
+    from adaclip_finetune.check.evaluation import _forward
+
+    trial = build_trial_model(load_config(None, project))
+    one, three = _forward(trial, 1), _forward(trial, 3)
+    assert one >= 2 * 4 * 3 * 32 * 32 and three == 3 * one  # the pixels of top_k frames, at least
 
 
 def test_a_folder_that_is_closed(

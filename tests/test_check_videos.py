@@ -177,22 +177,22 @@ def test_clips_that_are_read_in_place(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_deep_decodes_a_video_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    """Counted in frames that a decoder gave, of a video of which some hold no seeking."""
+    """Told by how often the file is opened: for its first frame, and for all of them."""
     name = {"mpeg4": "v.avi", "libx264": "v.mp4"}[codec]
-    write_video(tmp_path / name, 200, codec, g="200")
+    write_video(tmp_path / name, 200, codec, g="200")  # a key frame at the start, and no other
     path = annotations(tmp_path, "v")["val"]
     words = ("--annot", path, "--video_dir", str(tmp_path), "--num_workers", "1")
     checked(capsys, *words)  # indexed from here on
-    real, given = video_file._whole, []
+    real, opened = video_file._opened, []
 
-    def counted(frames: list[Any]) -> list[Any]:
-        given.extend(frames)
-        return real(frames)
+    def counted(path: Path) -> Any:
+        opened.append(path)
+        return real(path)
 
-    monkeypatch.setattr(video_file, "_whole", counted)
+    monkeypatch.setattr(video_file, "_opened", counted)
     code, found = checked(capsys, *words, "--deep")
     assert code == 0 and ("videos", "val") in kinds(found, "fine")
-    assert len(given) <= 200 + 2  # the first frame, to see whether it can be read, and each frame once
+    assert len(opened) == 2
 
 
 def test_deep_stops_when_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

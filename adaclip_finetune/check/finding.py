@@ -31,7 +31,10 @@ def plural(count: int, noun: str) -> str:
 
 def in_bytes(count: int) -> str:
     """`1.5 GiB`."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
 
 
 def worst(findings: Iterable[Finding]) -> Severity:

@@ -262,6 +262,9 @@ def test_open_store(tmp_path: Path) -> None:
     assert isinstance(open_store(load_config(None, {"frames_dir": str(tmp_path)}), videos), FrameFolder)
     with pytest.raises(UserError, match=r"frames_dir: .*absent is not a folder"):
         open_store(load_config(None, {"frames_dir": str(tmp_path / "absent")}), videos)
+    for key in ("frames_dir", "video_dir"):
+        with pytest.raises(UserError, match=rf"{key}: x+: File name too long"):
+            open_store(load_config(None, {key: "x" * 257}), videos)
     with pytest.raises(UserError, match=r"frames_dir .* or video_dir"):
         open_store(load_config(None), videos)
 

@@ -347,7 +347,7 @@ def test_what_a_pack_holds_beyond_the_folder_is_told(
     shutil.rmtree(frames / "b")
     capsys.readouterr()
     assert run(frames, packed) == 0
-    assert "already: 4 videos (and 1 that are not among them), nothing to do" in capsys.readouterr().out
+    assert "already: 4 videos, nothing to do; it holds 1 besides them" in capsys.readouterr().out
 
 
 def test_overwriting_leaves_readers_what_they_read(frames: Path, packed: Path) -> None:

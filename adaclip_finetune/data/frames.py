@@ -81,9 +81,13 @@ def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:
     key, folder = ("frames_dir", config.frames_dir) if config.frames_dir else ("video_dir", config.video_dir)
     if not folder:
         raise UserError("where are the videos? Give frames_dir (extracted frames) or video_dir (video files)")
-    if key == "frames_dir" and Path(folder).is_file():
+    try:
+        is_file, is_folder = Path(folder).is_file(), Path(folder).is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{key}: {folder}: {error.strerror}") from None
+    if key == "frames_dir" and is_file:
         return PackedFrames(Path(folder))
-    if not Path(folder).is_dir():
+    if not is_folder:
         raise UserError(f"{key}: {folder} is not a folder")
     if key == "frames_dir":
         return FrameFolder(Path(folder), config.img_tmpl)

@@ -214,8 +214,8 @@ def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
             f"{printable(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
             f"{len(changed)} have changed since ({example}, …): --overwrite packs all of them anew"
         )
-    more = f" (and {others} that are not among them)" if others else ""
-    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos{more}, nothing to do")
+    more = f"; it holds {others} besides them" if others else ""
+    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do{more}")
     return _tell(failed)
 
 

@@ -190,6 +190,7 @@ def test_a_checkpoint_that_does_not_fit(
     code, found = checked(capsys, *words, "--hidden_dim", "128")
     assert code == 1 and kinds(found, "fails") == {("model", "run")}
     assert "does not fit the model" in finding(found, "model", "run").message
+    assert any(check == "long_captions" for check, _ in kinds(found, "fine"))
 
 
 def test_a_run_that_goes_on(project: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,12 +22,7 @@ from adaclip_finetune.printable import printable
 _KINDS: dict[Kind, tuple[str, str, str, str]] = {
     "missing": ("missing_videos", "is missing", "are missing", "extract or fetch them, or"),
     "gap": ("gaps", "lacks frames", "lack frames", "extract them again, or"),
-    "sizes": (
-        "frame_sizes",
-        "has frames that differ in size",
-        "have frames that differ in size",
-        "extract them again, or",
-    ),
+    "sizes": ("frame_sizes", "has frames of several sizes", "have frames of several sizes", "extract them again, or"),
     "damaged": ("broken_frames", "is damaged", "are damaged", "extract or fetch them again, or"),
     "unreadable": ("unreadable_videos", "is not readable", "are not readable", "mend them, or"),
 }
@@ -69,13 +64,8 @@ def check_videos(split: Split, store: FrameStore, config: Config, deep: bool) ->
     ids = [video.video_id for video in split.videos]
     errors = find_errors(store, ids, config.num_workers)
     opened = good = [video_id for video_id in ids if video_id not in errors]
-    findings = list(
-        _by_kind(
-            split,
-            {name: [_wrong(error)] for name, error in errors.items()},
-            _consequence(split, config, none_left=not opened),
-        )
-    )
+    shut = {video_id: [_wrong(error)] for video_id, error in errors.items()}
+    findings = list(_by_kind(split, shut, _consequence(split, config, none_left=not opened)))
     if deep:
         looks = _look_through(store, opened, split, config)
         hurt = {video_id: look.wrong for video_id, look in looks.items() if look.hurts}
@@ -97,9 +87,8 @@ def _short(split: Split, store: FrameStore, opened: Sequence[str], config: Confi
         have = "has" if len(short) == 1 else "have"
         message = f"{_of(len(short), split)} {have} fewer than num_frm {config.num_frm} frames, some of them repeated"
         items = {video_id: f"{count} frames" for video_id, count in short.items()}
-        yield Finding(
-            "warning", "short_videos", split.name, message, items, "lower num_frm, or extract more frames a second"
-        )
+        advice = "lower num_frm, or extract more frames a second"
+        yield Finding("warning", "short_videos", split.name, message, items, advice)
 
 
 def _clips(split: Split, config: Config) -> Iterator[Finding]:
@@ -134,7 +123,7 @@ def _by_kind(split: Split, videos: Mapping[str, Sequence[_Wrong]], consequence: 
     """A finding for each kind of what is wrong first with a video."""
     for kind, (check, one, several, help_first) in _KINDS.items():
         found = {
-            video_id: "; ".join(one_of.told for one_of in wrong)
+            video_id: "; ".join(part.told for part in wrong)
             for video_id, wrong in videos.items()
             if wrong[0].kind == kind
         }

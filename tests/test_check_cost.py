@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import psutil
 import pytest
 import torch
@@ -234,7 +235,9 @@ def test_what_would_be_searched(project: dict[str, object], tmp_path: Path, caps
         choices = {name: {"range": [1e-4, 1e-2]}}
         return config_file(tmp_path, project, optuna_cfg={"n_trials": 3, "opt_params": choices})
 
+    optuna.logging.set_verbosity(optuna.logging.INFO)
     code, found = checked(capsys, "--config", search("learning_rate"))
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
     assert code == 0 and "3 trials" in finding(found, "search", "run").message
     path = search("learning_rat")
     code, found = checked(capsys, "--config", path)

@@ -78,8 +78,11 @@ def _cost(
 
 
 def _search(config: Config) -> Finding:
+    import optuna
+
     from adaclip_finetune.tuning.search import describe
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the sampler is tried out, which is nobody's study
     try:
         return Finding("fine", "search", "run", describe(config)[0])
     except UserError as error:

@@ -41,6 +41,7 @@ def describe(config: Config) -> list[str]:
     """What would be searched, in lines, everything in it being checked. Raises UserError."""
     settings = config.optuna_cfg
     assert settings is not None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = search_space(config)
     sampler = make_sampler(config, space)
     points = f", {sampler.size} points" if isinstance(sampler, GridByPlace) else ""
@@ -60,7 +61,6 @@ def search(config: Config) -> None:
             "optuna_cfg: a trial runs in one process; to spread a search, start the command several times on one "
             "study (docs/search.md), without torchrun or accelerate launch"
         )
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     lines, space = describe(config), search_space(config)
     with open_storage(settings.storage) as storage:
         study = open_study(config, space, storage.storage)

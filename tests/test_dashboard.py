@@ -16,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+import browser
 import optuna
 import pytest
 
@@ -23,19 +24,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.tuning import search as searching
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-# What Chromium starts by itself is turned off: it talks to nobody but the dashboard.
-HEADLESS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--virtual-time-budget=20000",  # milliseconds, of which waiting for nothing takes none
-]
+HEADLESS = [*browser.HEADLESS, "--virtual-time-budget=20000"]  # milliseconds; waiting for nothing takes none
 
 
 @contextmanager

@@ -12,23 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import HEADLESS
 from comparing import Project, trained_run
 from PIL import Image
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.compare.bars import Bar, draw_bars, rank_bars, recall_bars
 
-HEADLESS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 HOSTILE = "a <script>document.title='run'</script> & \"quoted\" 'thing' <img src=x onerror=alert(1)>"
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 from indexing import write_run
 from media import write_video
@@ -30,19 +31,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here (
 By = pytest.importorskip("selenium.webdriver.common.by").By
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
-# What Chromium starts by itself is turned off: it talks to nobody but the page's server.
-HEADLESS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--mute-audio",
-]
+HEADLESS = [*browser.HEADLESS, "--mute-audio"]
 PATIENCE = 30  # seconds
 
 

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,7 @@ def test_a_folder_and_all_below_it(run: Path, clips: Path, tmp_path: Path, capsy
     assert [video.id for video in index.videos] == IDS
     assert list(index.about.settings) == ["clip_weights"]  # it may be searched on another machine
     assert sorted(path.name for path in (tmp_path / "my.index").iterdir()) == [
+        ".adaclip-index",
         "index.json", "thumbs", "vectors.safetensors", "videos.jsonl",
     ]  # fmt: skip
     model = load_retriever(run)
@@ -155,6 +158,61 @@ def test_a_folder_that_is_empty_now_drops_nothing(
     assert main(command) == 2
     assert "holds no video; nothing is dropped" in capsys.readouterr().err
     assert len(VideoIndex.load(tmp_path / "i")) == 5
+
+
+def test_a_folder_of_other_things_is_refused(
+    run: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (library / "parts").mkdir()
+    shutil.copy(library / "clip 0.mp4", library / "parts" / "holiday.mp4")
+    before = sorted(path.relative_to(library) for path in library.rglob("*"))
+    assert main(["index", str(run), str(library), "-o", str(library)]) == 2
+    assert "holds other things and is no index" in capsys.readouterr().err
+    assert sorted(path.relative_to(library) for path in library.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert main(["index", str(run), str(library), "-o", str(tmp_path / "empty")]) == 0
+
+
+def test_what_an_annotation_lists_and_is_gone_stays_until_sync(
+    run: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({f"clip {n}": {"sentences": ["a clip"]} for n in (0, 2, 4)}))
+    command = ["index", str(run), str(tmp_path / "a.json"), "--video_dir", str(library), "-o", str(tmp_path / "i")]
+    assert main(command) == 0
+    (library / "clip 2.mp4").unlink()
+    assert main(command) == 1
+    assert "1 are in the index and no longer there (clip 2): --sync drops them" in capsys.readouterr().out
+    assert list(rows(tmp_path / "i")) == ["clip 0", "clip 4", "clip 2"]
+    for number in (0, 4):
+        (library / f"clip {number}.mp4").unlink()
+    assert main([*command, "--sync"]) == 2
+    assert "none of its videos can be read; nothing is dropped:" in capsys.readouterr().err
+    assert len(rows(tmp_path / "i")) == 3
+
+
+def test_times_are_those_of_a_player(tmp_path: Path) -> None:
+    """Sound from 0 on, a picture from 2 s on; a frame's time is never before the frame."""
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        picture = container.add_stream("libx264", rate=30)
+        picture.width, picture.height, picture.pix_fmt = 64, 64, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000 * 5), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 16000, 0
+        container.mux(sound.encode(silence))
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 60 + number, Fraction(1, 30)
+            container.mux(picture.encode(frame))
+        container.mux([*picture.encode(), *sound.encode()])
+    with av.open(str(path)) as container:
+        begins = (container.start_time or 0) / av.time_base
+        true = sorted(float(frame.pts * frame.time_base) - begins for frame in container.decode(video=0))
+    assert true[0] > 1.9
+    source = videos_of_folder(tmp_path)
+    _, shown = source.times(source.clips[0], range(60))
+    assert all(real - 1e-9 <= told < real + 0.0011 for real, told in zip(true, shown, strict=True) if told is not None)
+    assert None not in shown
 
 
 def test_an_interruption_keeps_what_is_finished(

@@ -21,6 +21,7 @@ from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.frames import FrameFolder
 from adaclip_finetune.data.video_file import index_video, read_frames
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.search import retriever
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.retriever import load_retriever, retriever_of
 from adaclip_finetune.search.search_command import clock
@@ -253,3 +254,23 @@ assert not set(sys.modules) & {"torch", "faiss", "numpy", "open_clip"}, "too muc
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--explain" in done.stdout and "--sync" in done.stdout
+
+
+def test_a_picture_like_a_thread_is_cut_before_it_is_brought_to_size(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = load_retriever(run), list[tuple[int, ...]]()
+    real = retriever.to_square
+
+    def noted(frames: Any, spec: Any) -> Any:
+        seen.append(frames.shape)
+        return real(frames, spec)
+
+    monkeypatch.setattr(retriever, "to_square", noted)
+    ramp = np.linspace(0, 255, 600).astype(np.uint8)
+    wide = Image.fromarray(np.repeat(np.tile(ramp, (60, 1))[..., None], 3, axis=2))
+    middle = wide.crop((180, 0, 420, 60))
+    torch.testing.assert_close(model.encode_image(wide), model.encode_image(middle))
+    model.encode_image(Image.new("RGB", (50_000, 1)))
+    model.encode_image(Image.new("RGB", (1, 50_000)))
+    assert seen == [(1, 60, 240, 3), (1, 60, 240, 3), (1, 1, 4, 3), (1, 4, 1, 3)]

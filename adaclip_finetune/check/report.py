@@ -23,6 +23,8 @@ _FIGURES = (
     "gpu_memory",
     "time",
 )  # whose items are numbers that the message tells
+# Paths and flags are to be copied from the screen.
+_WHOLE_WORDS: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
 
 
 def as_json(splits: Sequence[Split], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -71,7 +73,11 @@ def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
     head, indent = f"{finding.severity:8} {printable(finding.split):{width}}  ", " " * (width + 11)
     for number, line in enumerate(finding.message.split("\n")):
         yield textwrap.fill(
-            printable(line), columns, initial_indent=indent if number else head, subsequent_indent=indent
+            printable(line),
+            columns,
+            initial_indent=indent if number else head,
+            subsequent_indent=indent,
+            **_WHOLE_WORDS,
         )
     if finding.severity != "fine":
         for subject, detail in list(finding.items.items())[:_EXAMPLES]:
@@ -81,7 +87,11 @@ def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
             yield f"{indent}· and {len(finding.items) - _EXAMPLES} more (--json lists all)"
     if finding.advice:
         yield textwrap.fill(
-            printable(finding.advice), columns, initial_indent=f"{indent}→ ", subsequent_indent=f"{indent}  "
+            printable(finding.advice),
+            columns,
+            initial_indent=f"{indent}→ ",
+            subsequent_indent=f"{indent}  ",
+            **_WHOLE_WORDS,
         )
 
 

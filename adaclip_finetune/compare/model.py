@@ -84,7 +84,8 @@ class OpenModel:
         """
         config, pretrained = zero_shot_config(self.config), self.session.pretrained()
         seen = (config.num_frm, config.segment_sampling, config.max_txt_len, config.concat_captions, config.precision)
-        key = (weights_digest(pretrained.module), *seen)
+        frames = (config.frames_dir, config.video_dir, config.img_tmpl, config.skip_missing)
+        key = (weights_digest(pretrained.module), *seen, *frames)
         if same := [baseline for baseline in known if baseline.key == key]:
             return same[0]
         model = VideoRetriever(config, pretrained).to(self.session.accelerator.device)

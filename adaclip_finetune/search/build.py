@@ -21,6 +21,7 @@ from adaclip_finetune.search.parts import Parts
 from adaclip_finetune.search.recall import recall_of
 from adaclip_finetune.search.retriever import Retriever
 from adaclip_finetune.search.stored import (
+    MARK,
     THUMBS,
     About,
     StoredIndex,
@@ -66,10 +67,7 @@ class Indexed:
 def index_videos(model: Retriever, source: Source, folder: Path, request: Request) -> Indexed:
     """Raises UserError; what was embedded until then is kept, and the same call goes on from there."""
     model.refuse_query_dependent()
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"-o {folder}: cannot be made ({error.strerror})") from error
+    _make_ours(folder)
     lock = FolderLock(folder)
     lock.take()
     try:
@@ -80,6 +78,18 @@ def index_videos(model: Retriever, source: Source, folder: Path, request: Reques
         raise UserError(f"{folder}: {error}. What is finished is kept; the same command goes on") from error
     finally:
         lock.release()
+
+
+def _make_ours(folder: Path) -> None:
+    """Everything in an index's folder may be replaced or removed: it must be one, or hold nothing. Raises UserError."""
+    try:
+        folder.mkdir(exist_ok=True)
+        if not (is_index(folder) or (folder / MARK).exists()):
+            if any(not path.name.startswith((".lock-", "lock.json")) for path in folder.iterdir()):
+                raise UserError(f"-o {folder}: holds other things and is no index; give the name of a new folder")
+            (folder / MARK).touch()
+    except OSError as error:
+        raise UserError(f"-o {folder}: cannot be made ({error.strerror})") from error
 
 
 class _Row(NamedTuple):
@@ -108,12 +118,13 @@ class _Indexing:
         started = time.monotonic()
         new = [clip for clip in self.source.clips if clip.id not in same]
         broken |= find_unreadable(self.source.store, [clip.id for clip in new], self.model.config.num_workers)
-        if not self.known and all(clip.id in broken for clip in new):
-            raise UserError(f"{self.source.name}: none of its videos can be read:\n{listing(broken)}")
+        if not same and all(clip.id in broken for clip in new):
+            kept = "; nothing is dropped" if self.known else ""
+            raise UserError(f"{self.source.name}: none of its videos can be read{kept}:\n{listing(broken)}")
         fresh = self._embed([clip for clip in new if clip.id not in broken], broken)
         seconds = time.monotonic() - started
         rows = {name: fresh.get(name) or self.known[name] for name in self.clips if name in fresh or name in same}
-        vanished = [name for name in self.known if name not in self.clips and name not in broken]
+        vanished = [name for name in self.known if name not in self.clips]
         if not self.request.sync:
             rows |= {name: self.known[name] for name in vanished}
         recall, asked = self._write(list(rows.values()))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ class Parts:
 
     def remove(self) -> None:
         """What was kept is part of the index now."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._paths():
+            path.unlink()
+        with suppress(OSError):  # there is none, or it holds what is not ours
+            self.folder.rmdir()
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.safetensors") if path.stem.isdecimal())

@@ -113,7 +113,7 @@ class Retriever:
     def encode_image(self, image: Image.Image | str | Path) -> Tensor:
         """(D,), that of a video of this one frame. Raises UserError for a file that is no picture."""
         picture = _opened(image) if isinstance(image, str | Path) else image
-        pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+        pixels = np.asarray(_without_far_ends(ImageOps.exif_transpose(picture)).convert("RGB"))[None]
         spec, clip = self.loaded.image, self.model.clip
         frame = torch.from_numpy(to_square(pixels, spec)).to(self.device)
         with torch.no_grad(), self._accelerator.autocast():
@@ -202,6 +202,15 @@ def _opened(path: str | Path) -> Image.Image:
         kinds = ", ".join(IMAGE_FORMATS)
         reason = getattr(error, "strerror", None) or f"cannot be decoded as one of {kinds}"
         raise UserError(f"{path}: {reason}; a picture is needed") from error
+
+
+def _without_far_ends(picture: Image.Image) -> Image.Image:
+    """Only the middle square is looked at, but all of a picture is brought to size for it: of one that is as long as a
+    thread that would fill the memory."""
+    width, height = picture.size
+    longest = 4 * min(width, height)
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return picture.crop((left, top, width - left, height - top)) if left or top else picture
 
 
 def _normalised(vectors: Tensor) -> Tensor:

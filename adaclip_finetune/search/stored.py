@@ -4,6 +4,7 @@
     vectors.safetensors  `vectors` (V, D), L2-normalised rows, float32 or float16: the truth
     videos.jsonl         a line a row: the video, its file, and the frames that its vector was made of
     thumbs/              a picture a row
+    .adaclip-index       that the folder is one, from before it is finished
     faiss.index          of kind hnsw: made from the vectors, and made anew where it is missing or of other vectors
 
 The three files are written together in `next/`, which appears whole or not at all, and then move to their places. So
@@ -30,7 +31,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json, read_json
 
 FORMAT = "adaclip-index/1"
-THUMBS = "thumbs"
+THUMBS, MARK = "thumbs", ".adaclip-index"
 
 _ABOUT, _VECTORS, _VIDEOS = "index.json", "vectors.safetensors", "videos.jsonl"
 _NEXT, _UNFINISHED = "next", ".next.part"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Source:
     store: FrameStore
 
     def times(self, clip: Clip, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
-        """Seconds: how long the video is, and when these frames are shown, from the first one on. None: not known."""
+        """Seconds: how long the video is, and when a player shows these frames. None: not known."""
         if isinstance(self.store, VideoFiles):
             return self.store.times(clip.id, frames)
         if clip.duration is None:
@@ -74,10 +75,9 @@ class VideoFiles(VideoFolder):
         except READ_ERRORS as error:
             raise FrameError(video_id, path, str(error)) from None
         if index.pts is not None and clock.tick is not None:
-            start = int(index.pts[0])
-            shown: list[float | None] = [round((int(index.pts[frame]) - start) * clock.tick, 3) for frame in frames]
+            shown: list[float | None] = [_milliseconds(int(index.pts[i]) * clock.tick - clock.begins) for i in frames]
         else:
-            shown = [None if clock.rate is None else round(frame / clock.rate, 3) for frame in frames]
+            shown = [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
         counted = None if clock.rate is None else index.num_frames / clock.rate
         return (counted if clock.duration is None else clock.duration), shown
 
@@ -122,6 +122,7 @@ def videos_of_annotation(annotation: Path, config: Config) -> Source:
 
 class _Clock(NamedTuple):
     tick: float | None  # seconds that a pts of 1 stands for
+    begins: float  # where a player's clock is 0: sound may begin before the picture
     rate: float | None  # frames a second
     duration: float | None  # seconds
 
@@ -132,9 +133,15 @@ def _clock(path: Path) -> _Clock:
         stream: Any = container.streams.best("video")
         return _Clock(
             float(stream.time_base) if stream.time_base else None,
+            (container.start_time or 0) / av.time_base,
             float(stream.average_rate) if stream.average_rate else None,
             round(container.duration / av.time_base, 3) if container.duration else None,
         )
+
+
+def _milliseconds(seconds: float) -> float:
+    """Rounded up: a moment earlier, a player would show the frame before."""
+    return math.ceil(seconds * 1000 - 1e-3) / 1000
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -40,7 +40,7 @@ class TrialFailed(Exception):
 
 
 class Objective:
-    """A trial's number of the objective. For study.optimize, which is to catch Surplus and TrialFailed."""
+    """One trial, to the value that it has. For study.optimize, which is to catch Surplus and TrialFailed."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Objective:
             try:
                 result = run_trial(config, run, lambda epoch, found: self._report(trial, epoch, found))
             except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
-                raise  # none of the trial's own fault
+                raise  # no failure of the trial's own
             except Exception as error:
                 raise TrialFailed(self._failed(trial, run, error)) from error
             finally:

@@ -48,10 +48,21 @@ def make_sampler(config: Config, space: Space) -> BaseSampler:
         return sampler
 
     try:
-        _rehearse(make(0), space)
-    except Exception as error:  # samplers raise whatever they stumble over, some of them trials later
-        raise UserError(f"optuna_cfg.sampler: {settings.name} refuses {show(arguments)}: {error}") from None
-    return SeededByPlace(make, seed)
+        return SeededByPlace(make, seed)
+    except (TypeError, ValueError) as error:
+        raise _refuses(settings.name, arguments, error) from None
+
+
+def check_sampler(config: Config, space: Space) -> BaseSampler:
+    """The same, when it has drawn points. Raises UserError for arguments that only then are seen to be wrong."""
+    assert config.optuna_cfg is not None
+    settings, sampler = config.optuna_cfg.sampler, make_sampler(config, space)
+    if isinstance(sampler, SeededByPlace):
+        try:
+            _rehearse(sampler, space)
+        except Exception as error:  # samplers raise whatever they stumble over, some of them trials later
+            raise _refuses(settings.name, settings.model_extra, error) from None
+    return sampler
 
 
 def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
@@ -132,6 +143,10 @@ def _seed(config: Config, arguments: Mapping[str, Any]) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(f"optuna_cfg.sampler.seed is {show(seed)}, but must be a whole number from 0 to 2^32 - 1")
     return seed
+
+
+def _refuses(name: str, arguments: Mapping[str, Any] | None, error: Exception) -> UserError:
+    return UserError(f"optuna_cfg.sampler: {name} refuses {show(arguments)}: {error}")
 
 
 def _rehearse(sampler: BaseSampler, space: Space) -> None:

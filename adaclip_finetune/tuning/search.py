@@ -27,7 +27,7 @@ from adaclip_finetune.tuning.ledger import counted, may_begin
 from adaclip_finetune.tuning.pictures import draw_study
 from adaclip_finetune.tuning.progress import Progress, summary, without
 from adaclip_finetune.tuning.retries import requeue_lost
-from adaclip_finetune.tuning.sampler import GridByPlace, make_sampler
+from adaclip_finetune.tuning.sampler import GridByPlace, check_sampler
 from adaclip_finetune.tuning.space import search_space, with_values
 from adaclip_finetune.tuning.storage import StudyStorage, open_storage
 from adaclip_finetune.tuning.study import open_study, study_name
@@ -43,7 +43,7 @@ def describe(config: Config) -> list[str]:
     assert settings is not None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = search_space(config)
-    sampler = make_sampler(config, space)
+    sampler = check_sampler(config, space)
     points = f", {sampler.size} points" if isinstance(sampler, GridByPlace) else ""
     return [
         f"study {study_name(config)}, {settings.n_trials} trials: {settings.objective} on validation, by "

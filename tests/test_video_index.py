@@ -7,15 +7,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import safetensors
 import torch
 from indexing import about, row, unit_rows, write_random_index
-from safetensors.numpy import load_file, save_file
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import nearest, stored
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.recall import recall_at, recall_of
+from adaclip_finetune.search.stamp import stamp_of
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -106,7 +105,7 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "adaclip-index/2"}, "has the format 'adaclip-index/2'; this version of adaclip reads"),
+        ({"format": "adaclip-index/3"}, "has the format 'adaclip-index/3'; this version of adaclip reads"),
         ({"kind": "ivf"}, "kind 'ivf'"),
         ({"run": 3}, "run is missing or of another type"),
         ({"settings": None}, "settings is missing"),
@@ -142,12 +141,9 @@ def test_altered_files_are_refused(tmp_path: Path) -> None:
 
 def test_rows_are_as_many_as_vectors(tmp_path: Path) -> None:
     folder = tmp_path / "i"
-    write_random_index(folder)
-    path = folder / "vectors.safetensors"
-    with safetensors.safe_open(path, "np") as file:
-        metadata = file.metadata()
-    save_file({"vectors": load_file(path)["vectors"][1:]}, path, metadata)
-    with pytest.raises(UserError, match=r"has 49 rows, videos\.jsonl 50"):
+    folder.mkdir()
+    stored.write_index(folder, about(), unit_rows(3), [row(0), row(1)])
+    with pytest.raises(UserError, match=r"has 3 rows, videos\.jsonl 2"):
         VideoIndex.load(folder)
 
 
@@ -155,8 +151,41 @@ def test_a_row_of_another_form_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "i"
     folder.mkdir()
     stored.write_index(folder, about(), unit_rows(2), [row(0), {"id": "b"}])
+    videos = VideoIndex.load(folder).videos
+    assert videos[0].id == "video0"
     with pytest.raises(UserError, match=r"videos\.jsonl, line 2: not as adaclip writes it"):
-        VideoIndex.load(folder)
+        list(videos)
+
+
+def test_rows_are_a_sequence(tmp_path: Path) -> None:
+    write_random_index(tmp_path / "i")
+    videos = VideoIndex.load(tmp_path / "i").videos
+    names = [f"video{number}" for number in range(50)]
+    assert [video.id for video in videos] == names and len(videos) == 50
+    assert [video.id for video in videos[-3:]] == names[-3:] and videos[-1].id == names[-1]
+    with pytest.raises(IndexError):
+        videos[50]
+
+
+def test_a_reader_can_tell_what_changed(tmp_path: Path) -> None:
+    """The folder since it was loaded, and a file since it was indexed."""
+    path = tmp_path / "video0.mp4"
+    path.write_text("a")
+    stamp = stamp_of(path)
+    rows = [row(0) | {"path": str(path), "size": stamp.size, "mtime_ns": stamp.mtime_ns}]
+    (tmp_path / "i").mkdir()
+    stored.write_index(tmp_path / "i", about(), unit_rows(1), rows)
+    index = VideoIndex.load(tmp_path / "i")
+    assert index.is_current()
+    assert index.videos[0].stamp == stamp_of(path)
+    path.write_text("ab")
+    assert index.videos[0].stamp != stamp_of(path)
+    stored.write_index(tmp_path / "i", about(), unit_rows(1), rows)  # the same, to the letter
+    assert not index.is_current()
+    index = VideoIndex.load(tmp_path / "i")
+    assert index.is_current()
+    shutil.rmtree(tmp_path / "i")
+    assert not index.is_current()
 
 
 @pytest.mark.parametrize("moved", range(4))

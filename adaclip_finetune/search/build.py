@@ -16,6 +16,7 @@ from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search import nearest
+from adaclip_finetune.search.about import About
 from adaclip_finetune.search.embed import Video, embed_clips
 from adaclip_finetune.search.parts import Parts
 from adaclip_finetune.search.recall import recall_of
@@ -23,7 +24,6 @@ from adaclip_finetune.search.retriever import Retriever
 from adaclip_finetune.search.stored import (
     MARK,
     THUMBS,
-    About,
     StoredIndex,
     finish_move,
     is_index,

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.about import About
+from adaclip_finetune.search.json_lines import JsonLines
 from adaclip_finetune.search.nearest import Nearest, load
-from adaclip_finetune.search.stored import THUMBS, About, read_index
+from adaclip_finetune.search.stamp import Stamp
+from adaclip_finetune.search.stored import THUMBS, read_index, version_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class IndexedVideo:
     best: int
     captions: tuple[str, ...]
     thumb: Path | None  # a picture of the best frame
+    stamp: Stamp  # of what is at `path`, as it was indexed; search/stamp.py:stamp_of tells what it is now
 
     @property
     def best_time(self) -> float | None:
@@ -50,11 +54,35 @@ class Hit:
     rank: int
 
 
-class VideoIndex:
-    """The videos of an index in the order of its rows, and their vectors."""
+class IndexedVideos(Sequence[IndexedVideo]):
+    """Rows, made of their lines when they are asked for; that raises UserError for a line of another form."""
 
-    def __init__(self, folder: Path, about: About, videos: list[IndexedVideo], nearest: Nearest, width: int) -> None:
-        self.folder, self.about, self.videos, self.width = folder, about, videos, width
+    def __init__(self, folder: Path, lines: JsonLines) -> None:
+        self._folder, self._lines = folder, lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, place: int) -> IndexedVideo: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[IndexedVideo]: ...
+    def __getitem__(self, place: int | slice) -> IndexedVideo | list[IndexedVideo]:
+        rows = range(len(self))[place]
+        return self._video(rows) if isinstance(rows, int) else [self._video(row) for row in rows]
+
+    def _video(self, row: int) -> IndexedVideo:
+        return _video(self._folder, row + 1, self._lines[row])
+
+
+class VideoIndex:
+    """The videos of an index in the order of its rows, and their vectors. `version` is another one whenever the folder
+    was written anew."""
+
+    def __init__(
+        self, folder: Path, about: About, videos: Sequence[IndexedVideo], nearest: Nearest, width: int, version: str
+    ) -> None:
+        self.folder, self.about, self.videos, self.width, self.version = folder, about, videos, width, version
         self._nearest = nearest
 
     @classmethod
@@ -62,9 +90,13 @@ class VideoIndex:
         """Raises UserError where there is no index, or it was altered."""
         folder = Path(path)
         stored = read_index(folder)
-        videos = [_video(folder, number, row) for number, row in enumerate(stored.videos, 1)]
         nearest = load(folder, stored.vectors, stored.about.kind, stored.digest)
-        return cls(folder, stored.about, videos, nearest, stored.vectors.shape[1])
+        videos = IndexedVideos(folder, stored.lines)
+        return cls(folder, stored.about, videos, nearest, stored.vectors.shape[1], stored.version)
+
+    def is_current(self) -> bool:
+        """Whether the folder still holds what was loaded; cheap."""
+        return version_of(self.folder) == self.version
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -111,6 +143,7 @@ def _video(folder: Path, number: int, row: Any) -> IndexedVideo:
             best=int(row["best"]),
             captions=tuple(map(str, row["captions"])),
             thumb=folder / THUMBS / Path(row["thumb"]).name if row["thumb"] else None,
+            stamp=Stamp(int(row["size"]), int(row["mtime_ns"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'videos.jsonl'}, line {number}: not as adaclip writes it ({error!r})") from error

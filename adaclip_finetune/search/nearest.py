@@ -18,8 +18,6 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.stored import Rows
 from adaclip_finetune.strict_json import read_json
 
-KINDS = ("flat", "hnsw")
-
 _LINKS = 32  # of a row in the graph
 _CANDIDATES = 128  # kept while a row is linked, and at least so many while a query is answered
 _GRAPH, _GRAPH_OF = "faiss.index", "faiss.json"

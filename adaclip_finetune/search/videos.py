@@ -17,13 +17,7 @@ from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder, open_store
 from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS
 from adaclip_finetune.errors import UserError
-
-
-class Stamp(NamedTuple):
-    """By which a file is known to be as it was."""
-
-    size: int  # bytes
-    mtime_ns: int
+from adaclip_finetune.search.stamp import Stamp, stamp_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def videos_of_folder(folder: Path) -> Source:
         name = path.relative_to(root).as_posix()
         try:
             check_name("video", name)
-            clips.append(Clip(name, path, _stamp(path)))
+            clips.append(Clip(name, path, stamp_of(path)))
         except (OSError, UserError) as error:
             shown = name.encode("utf-8", "replace").decode()
             broken[shown] = getattr(error, "strerror", None) or str(error)
@@ -110,7 +104,7 @@ def videos_of_annotation(annotation: Path, config: Config) -> Source:
     for video in listed:
         try:
             path = _place(store, root, video)
-            clips.append(Clip(video.video_id, path, _stamp(path), video.sentences, video.duration))
+            clips.append(Clip(video.video_id, path, stamp_of(path), video.sentences, video.duration))
         except FrameError as error:
             broken[video.video_id] = f"{error.path}: {error.reason}"
         except OSError as error:
@@ -163,9 +157,3 @@ def _place(store: FrameStore, root: Path, video: VideoAnnotation) -> Path:
     if isinstance(store, VideoFolder):
         return store.find(video.video_id)
     return root if root.is_file() else root / video.video_id
-
-
-def _stamp(path: Path) -> Stamp:
-    """Of a folder of frames: when one came or went last. Raises OSError."""
-    found = path.stat()
-    return Stamp(found.st_size, found.st_mtime_ns)

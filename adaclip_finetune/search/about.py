@@ -1,0 +1,61 @@
+"""index.json: where the model and the videos of an index lie, and what its vectors are."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import parse_json
+
+FORMAT = "adaclip-index/2"
+KINDS = ("flat", "hnsw")
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class About:
+    """What there is to tell of an index."""
+
+    fingerprint: str  # of the model
+    run: str  # a run folder or a checkpoint, absolute
+    settings: dict[str, Any]  # what was given beside the run to load it: clip_weights, say
+    source: str  # the folder or annotation that was indexed, absolute
+    root: str  # the folder that the videos' files lie in, absolute
+    kind: str  # flat or hnsw
+    dtype: str  # float32 or float16
+    made: str  # ISO 8601
+    changed: str
+
+
+class Digests(NamedTuple):
+    """SHA-256 of what belongs to it."""
+
+    vectors: str
+    videos: str
+
+
+def about_to_json(about: About, digests: Digests, shape: tuple[int, int]) -> bytes:
+    """Never the same twice, so that whoever has read it can tell that another one was written."""
+    content = {"format": FORMAT, **asdict(about), "count": shape[0], "width": shape[1]}
+    return json.dumps(content | {"sha256": digests._asdict(), "version": secrets.token_hex(8)}, indent=1).encode()
+
+
+def about_of_json(content: bytes, where: Path) -> tuple[About, Digests]:
+    """Raises UserError where that is not what this version wrote."""
+    facts = parse_json(content.decode("utf-8", "replace"), str(where))
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        found = facts.get("format") if isinstance(facts, dict) else facts
+        raise UserError(f"{where}: has the format {found!r}; this version of adaclip reads {FORMAT}. Make it anew")
+    texts = ("fingerprint", "run", "source", "root", "kind", "dtype", "made", "changed")
+    wrong = [name for name in texts if not isinstance(facts.get(name), str)]
+    wrong += [name for name in ("settings", "sha256") if not isinstance(facts.get(name), dict)]
+    if wrong:
+        raise UserError(f"{where}: {', '.join(wrong)} is missing or of another type; make it anew")
+    if facts["kind"] not in KINDS or facts["dtype"] not in DTYPES:
+        raise UserError(f"{where}: kind {facts['kind']!r} or dtype {facts['dtype']!r} is not known here")
+    digests = (str(facts["sha256"].get(name)) for name in Digests._fields)
+    return About(**{name: facts[name] for name in (*texts, "settings")}), Digests(*digests)

@@ -17,6 +17,7 @@ from PIL import Image
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.address import listen
 from adaclip_finetune.search.serve.app import create_app
+from adaclip_finetune.search.serve.connection import Connection, server_config
 from adaclip_finetune.search.serve.engine import Encoder, Engine
 from adaclip_finetune.search.serve.guard import Policy
 from adaclip_finetune.search.serve.media import Media
@@ -119,7 +120,11 @@ class Server:
 
 @contextmanager
 def running(
-    index: VideoIndex, encoder: Encoder | None = None, load: Callable[[], Encoder] | None = None, **policy: Any
+    index: VideoIndex,
+    encoder: Encoder | None = None,
+    load: Callable[[], Encoder] | None = None,
+    connection: type[Connection] = Connection,
+    **policy: Any,
 ) -> Iterator[Server]:
     """Serves the index, with the model `Axes` or another one ready; or with one that `load` gives some time."""
     listening = listen("127.0.0.1", 0)
@@ -128,10 +133,7 @@ def running(
     media.learn_stamps()
     given = {"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
     app = create_app(engine, media, Policy(**given))
-    config = uvicorn.Config(
-        app, http="h11", ws="none", log_config=None, log_level="critical", timeout_graceful_shutdown=0
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, connection))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     engine.start()

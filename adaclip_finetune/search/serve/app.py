@@ -33,7 +33,7 @@ _ON_PAGE = {"/": "index.html"} | {
     f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "icon.svg")
 }
 _FOR_A_WHILE = "private, max-age=600"
-_BODY_TIME = 60  # seconds in which a picture must have arrived
+BODY_TIME = 60  # seconds in which a picture must have arrived
 
 Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
 PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="from 1")]
@@ -81,9 +81,9 @@ class _Api:
     async def search_image(self, request: Request, page: PageNumber = 1, k: PageSize = 12) -> Answer:
         """Videos that look like a picture, which is the body of the request."""
         try:
-            content = await asyncio.wait_for(_body(request), _BODY_TIME)
+            content = await asyncio.wait_for(_body(request), BODY_TIME)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"the picture did not arrive within {_BODY_TIME} seconds") from None
+            raise HTTPException(408, f"the picture did not arrive within {BODY_TIME} seconds") from None
         return self._answer(await self.engine.by_picture(content, k * MAX_PAGE), page, k)
 
     def file(self, key: Key, request: Request) -> Response:

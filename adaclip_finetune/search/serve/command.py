@@ -33,6 +33,7 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.serve.app import create_app
+    from adaclip_finetune.search.serve.connection import server_config
     from adaclip_finetune.search.serve.engine import Engine
     from adaclip_finetune.search.serve.guard import Policy
     from adaclip_finetune.search.serve.media import Media
@@ -53,20 +54,8 @@ def run(words: Sequence[str]) -> int:
     print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
     print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
     engine.start()
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        access_log=False,  # an address may hold the token
-        log_config=None,
-        log_level="critical",
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=100,
-        timeout_graceful_shutdown=0,
-    )
     try:
-        uvicorn.Server(config).run([listening])
+        uvicorn.Server(server_config(app)).run([listening])
     except KeyboardInterrupt:
         if engine.working or media.working:
             _end_at_once()

@@ -77,6 +77,9 @@ def test_what_the_page_tells_is_what_was_measured(page: Path) -> None:
     seen = Seen(text)
     words = " ".join(seen.words.split())
     assert f"{model['t2v']['R@1']:.1f}" in words and f"{model['t2v']['MeanR']:.1f}" in words
+    for direction in ("t2v", "v2t"):
+        low, high = model[direction]["R@1 95%"]
+        assert f"[{low:.1f}, {high:.1f}]" in words
     told = [int(rank) for rank in re.findall(r"Should have been found: rank (\d+)", words)]
     assert told == sorted(told, reverse=True) and min(told) > 1
     wrong = round(model["t2v"]["queries"] * (1 - model["t2v"]["R@1"] / 100))

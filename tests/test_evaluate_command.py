@@ -18,6 +18,7 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.compare.interpolate import Point, best_point, mixed
 from adaclip_finetune.compare.request import read_shares
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.metrics import DirectionMetrics, Metrics
 
 
@@ -58,6 +59,10 @@ def test_figures_are_those_of_the_run_and_zero_shot_comes_first(
     assert baseline["cost"]["percent_of_all"] == 0 and model["cost"]["videos_per_second"] > 0
     low, high = model["t2v"]["R@5 95%"]
     assert low <= model["t2v"]["R@5"] <= high and low < high
+    ids = json.loads(matrix_of(run).with_suffix(".json").read_text())
+    matrix, videos = np.load(matrix_of(run)), np.array(ids["video_of_query"])
+    ranks = (matrix >= matrix[np.arange(len(matrix)), videos][:, None]).sum(axis=1)
+    assert model["t2v"]["MeanR 95%"] == list(intervals(ranks, videos)["MeanR"]) != list(intervals(ranks)["MeanR"])
     printed = capsys.readouterr().out
     assert printed.index("zero-shot, 2 frames") < printed.index(run.name)
     assert f"R@1 of {run.name} minus zero-shot, 2 frames: T2V" in printed

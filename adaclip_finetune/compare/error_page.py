@@ -8,7 +8,7 @@ from adaclip_finetune.compare.bars import draw_bars
 from adaclip_finetune.compare.error_report import ErrorReport, Miss, ShownVideo
 from adaclip_finetune.compare.strips import ShownFrame
 from adaclip_finetune.evaluation.bootstrap import intervals
-from adaclip_finetune.evaluation.metrics import DirectionMetrics
+from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray
 
 _CAPTIONS = 3  # of a video, at most
 _FRAMES = (
@@ -57,7 +57,8 @@ th:first-child { text-align: left; }
 def error_page(report: ErrorReport) -> str:
     """The whole file. Everything that comes from captions and names is escaped."""
     title = f"What {report.label} gets wrong on {report.annotation}"
-    missing = report.num_listed - report.num_videos
+    videos = len(report.queries.video_ids)
+    missing = report.num_listed - videos
     left_out = f", <strong>{missing:,} of {report.num_listed:,} videos MISSING</strong>" if missing else ""
     queries = len(report.metrics.t2v.ranks)
     return f"""<!DOCTYPE html>
@@ -72,7 +73,7 @@ def error_page(report: ErrorReport) -> str:
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p class="quiet">{queries:,} captions, {report.num_videos:,} videos{left_out}; ties count against</p>
+<p class="quiet">{queries:,} captions, {videos:,} videos{left_out}; ties count against</p>
 {_figures(report)}
 <h2>Where recall is lost</h2>
 <div class="charts">
@@ -88,15 +89,16 @@ def error_page(report: ErrorReport) -> str:
 
 
 def _figures(report: ErrorReport) -> str:
-    rows = [("text → video", report.metrics.t2v), ("video → text", report.metrics.v2t)]
+    videos = report.queries.video_of_text
+    rows = [("text → video", report.metrics.t2v, videos), ("video → text", report.metrics.v2t, None)]
     names = ("R@1", "95 %", "R@5", "R@10", "MedR", "MeanR")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    lines = "".join(f'<tr><th scope="row">{name}</th>{_cells(direction)}</tr>' for name, direction in rows)
+    lines = "".join(f'<tr><th scope="row">{name}</th>{_cells(found, of)}</tr>' for name, found, of in rows)
     return f'<div class="scroll"><table><tr><td></td>{head}</tr>{lines}</table></div>'
 
 
-def _cells(direction: DirectionMetrics) -> str:
-    low, high = intervals(direction.ranks)["R@1"]
+def _cells(direction: DirectionMetrics, videos: IntArray | None) -> str:
+    low, high = intervals(direction.ranks, videos)["R@1"]
     recalls = [f"{direction.recall(k):.1f}" for k in (1, 5, 10)]
     cells = [recalls[0], f"[{low:.1f}, {high:.1f}]", *recalls[1:]]
     cells += [f"{direction.median_rank:.1f}", f"{direction.mean_rank:.1f}"]

@@ -49,8 +49,8 @@ class ErrorReport:
 
     label: str
     annotation: str
+    queries: Queries
     metrics: Metrics
-    num_videos: int
     num_listed: int
     ranks: list[Bar]
     words: list[Bar]
@@ -97,8 +97,8 @@ def _report(
     return ErrorReport(
         label=label,
         annotation=annotation,
+        queries=queries,
         metrics=metrics,
-        num_videos=len(queries.video_ids),
         num_listed=len(queries.video_ids),
         ranks=rank_bars(ranks),
         words=recall_bars(words, ranks, "words"),

@@ -47,8 +47,8 @@ class Row:
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """95 % intervals of the figures of `t2v`, and of `v2t` where there is that."""
-        directions = {"t2v": self.t2v, "v2t": self.v2t}
-        return {name: intervals(found.ranks) for name, found in directions.items() if found is not None}
+        found = {"t2v": intervals(self.t2v.ranks, self.queries.video_of_text)}
+        return found if self.v2t is None else {**found, "v2t": intervals(self.v2t.ranks)}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -103,7 +103,7 @@ class Table:
 
 def _compared(row: Row, other: Row) -> Comparison:
     assert row.v2t is not None and other.v2t is not None, "models and zero-shot have both directions"
-    t2v = paired_difference(row.t2v.ranks, other.t2v.ranks)
+    t2v = paired_difference(row.t2v.ranks, other.t2v.ranks, row.queries.video_of_text)
     return Comparison(row.label, other.label, t2v, paired_difference(row.v2t.ranks, other.v2t.ranks))
 
 

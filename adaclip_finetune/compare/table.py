@@ -83,8 +83,8 @@ def _below(table: Table) -> Iterator[str]:
             yield f"{row.label}: {said}"
     yield from map(_sentence, table.comparisons())
     yield from table.remarks
-    test = "p: exact permutation of signs (McNemar), two-sided; " if table.comparisons() else ""
-    yield f"95 %: bootstrap over queries, {RESAMPLES:,} draws; {test}ties count against"
+    test = "p: exact permutation of signs, by video, two-sided; " if table.comparisons() else ""
+    yield f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; {test}ties count against"
     if any(row.cost for row in table.rows):
         yield "GFLOPs: multiply-adds a video; videos/s: measured here in this one run, reading included"
 

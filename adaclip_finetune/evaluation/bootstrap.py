@@ -1,26 +1,29 @@
-"""How far figures would move with other queries of the same kind: 95 % intervals, and whether two models differ.
+"""How far figures would move with other videos of the same kind: 95 % intervals, and whether two models differ.
 
-Queries are drawn again with replacement (Efron 1979), and the 2.5 and 97.5 percentiles of the figures taken. What a
-draw of queries leaves is how often each distinct rank, or each outcome of a pair, was drawn: that is multinomial, and
-drawn at once. Two models are compared query by query: if they do not differ, each query that one of them alone answers
-might as well be the other's. The p-value is the share of all such exchanges of signs that would give a difference as
-large; for recalls this permutation test is McNemar's (1947), and exact.
+Captions of one video are answered well or badly together, so what is drawn again with replacement (Efron 1979) is
+videos, each with all its captions (the cluster bootstrap of Davison and Hinkley 1997, 3.8), and the 2.5 and 97.5
+percentiles of the figures are taken. Two models are compared query by query: if they do not differ, what one of them
+wins on a video might as well be what it loses there. The p-value is the share of all such exchanges of signs that would
+give a difference as large. It is exact; where each video has one caption, it is McNemar's (1947).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.sparse import csr_array
+from scipy.stats import binom, binomtest
 
 from adaclip_finetune.evaluation.metrics import IntArray
 
 RESAMPLES = 10_000
 RECALLS = (1, 5, 10)
-_AT_ONCE = 4_000_000  # counts that are held, 32 MB
+_AT_ONCE = 200_000  # numbers in a block of draws: what fits a processor's cache
+_VIDEOS_A_BINOMIAL = 8  # that are drawn one by one in the time that a multinomial takes for each kind
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -42,44 +45,105 @@ class Difference:
         return asdict(self)
 
 
-def intervals(ranks: IntArray, seed: int = 0) -> dict[str, Interval]:
-    """95 % intervals of R@1, R@5, R@10 (percent), MedR and MeanR over the queries with these ranks (Q,), from 1."""
-    found = [_figures(values, counts) for values, counts in _resampled(ranks, seed)]
-    return {name: _percentiles(np.concatenate([part[name] for part in found])) for name in found[0]}
+def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) -> dict[str, Interval]:
+    """95 % intervals of R@1, R@5, R@10 (percent), MedR and MeanR of the queries with these ranks (Q,), from 1.
+
+    `videos` (Q,): numbers by which queries that share a video are known; by default each has its own. A recall of 0 or
+    100 stays so in every draw, and says less of other videos than that: it gets Clopper and Pearson's exact interval
+    (1934), the number of trials being that of the videos.
+    """
+    of_query, count = _clusters(ranks, videos)
+    values, table, of_video = _profiles(ranks, of_query, count)
+    parts = [_figures(values, counts @ table) for counts in _draws(of_video, table.shape[0], seed)]
+    found = {name: _percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    for k in RECALLS:
+        if (hits := ranks <= k).all() or not hits.any():
+            exact = binomtest(count if hits.all() else 0, count).proportion_ci(0.95, method="exact")
+            found[f"R@{k}"] = 100 * float(exact.low), 100 * float(exact.high)
+    return found
 
 
-def paired_difference(ranks: IntArray, other: IntArray, k: int = 1, seed: int = 0) -> Difference:
-    """R@k of `ranks` minus R@k of `other`, query i being the same in both (Q,)."""
-    if ranks.shape != other.shape or not len(ranks):
+def paired_difference(
+    ranks: IntArray, other: IntArray, videos: IntArray | None = None, k: int = 1, seed: int = 0
+) -> Difference:
+    """R@k of `ranks` minus R@k of `other`, query i being the same in both (Q,); `videos` as in `intervals`. Models that
+    answer the very same queries differ by 0 in every draw."""
+    if ranks.shape != other.shape:
         raise ValueError(f"ranks of the same queries are needed, not of {len(ranks)} and {len(other)}")
-    hits, others = ranks <= k, other <= k
-    won, lost = int((hits & ~others).sum()), int((~hits & others).sum())
-    shares = np.array([won, lost, len(ranks) - won - lost]) / len(ranks)
-    drawn = np.random.default_rng(seed).multinomial(len(ranks), shares, size=RESAMPLES)
-    points = 100 * (drawn[:, 0] - drawn[:, 1]) / len(ranks)
-    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    of_query, count = _clusters(ranks, videos)
+    signs = (ranks <= k).astype(np.int64) - (other <= k)
+    of_each = np.stack([np.bincount(of_query, signs, count), np.bincount(of_query, minlength=count)], axis=1)
+    different, of_video = np.unique(of_each.astype(np.int64), axis=0, return_inverse=True)
+    drawn = np.concatenate([counts @ different for counts in _draws(of_video.reshape(-1), len(different), seed)])
+    points = 100 * drawn[:, 0] / drawn[:, 1]
+    won, lost = int((signs > 0).sum()), int((signs < 0).sum())
+    p = _share_of_signs(of_each[:, 0].astype(np.int64))
     return Difference(100 * (won - lost) / len(ranks), _percentiles(points), p, won, lost)
 
 
-def _resampled(ranks: IntArray, seed: int) -> Iterator[tuple[IntArray, IntArray]]:
-    """The distinct ranks (U,), ascending, and how often each was drawn (b, U), RESAMPLES rows in all."""
+def _clusters(ranks: IntArray, videos: IntArray | None) -> tuple[IntArray, int]:
+    """The videos of the queries (Q,), numbered from 0, and how many they are."""
     if not len(ranks):
         raise ValueError("there are no queries")
-    values, counts = np.unique(ranks, return_counts=True)
-    random, rows = np.random.default_rng(seed), max(1, _AT_ONCE // len(values))
-    for start in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - start)
-        yield values, random.multinomial(len(ranks), counts / len(ranks), size=size)
+    if videos is None:
+        return np.arange(len(ranks)), len(ranks)
+    if videos.shape != ranks.shape:
+        raise ValueError(f"{len(ranks)} queries have {len(ranks)} videos, not {len(videos)}")
+    different, numbers = np.unique(videos, return_inverse=True)
+    return numbers.reshape(-1), len(different)
+
+
+def _profiles(ranks: IntArray, of_query: IntArray, count: int) -> tuple[IntArray, Any, IntArray]:
+    """The distinct ranks (U,), ascending; the distinct sets of ranks that videos have, as a sparse table (P, U) of how
+    often each rank stands in them; and the row in it of each video (V,)."""
+    values, places = np.unique(ranks, return_inverse=True)
+    places = places.reshape(-1).astype(np.int64)
+    order = np.lexsort((places, of_query))
+    ends = np.cumsum(np.bincount(of_query, minlength=count))
+    rows: dict[bytes, int] = {}
+    of_video = [rows.setdefault(part.tobytes(), len(rows)) for part in np.split(places[order], ends[:-1])]
+    columns = [np.frombuffer(row, np.int64) for row in rows]
+    starts = np.cumsum([0, *map(len, columns)])
+    whole = np.concatenate(columns)
+    return values, csr_array((np.ones_like(whole), whole, starts), (len(rows), len(values))), np.array(of_video)
+
+
+def _draws(of_video: IntArray, rows: int, seed: int) -> Iterator[IntArray]:
+    """How often each of `rows` kinds of videos was drawn (b, P), RESAMPLES draws in all."""
+    random, count = np.random.default_rng(seed), len(of_video)
+    few = _VIDEOS_A_BINOMIAL * rows < count
+    at_once = max(1, _AT_ONCE // (rows if few else count))
+    for start in range(0, RESAMPLES, at_once):
+        size = min(at_once, RESAMPLES - start)
+        if few:
+            yield random.multinomial(count, np.bincount(of_video) / count, size)
+            continue
+        drawn = of_video[random.integers(count, size=(size, count))] + rows * np.arange(size)[:, None]
+        yield np.bincount(drawn.reshape(-1), minlength=size * rows).reshape(size, rows)
 
 
 def _figures(values: IntArray, counts: IntArray) -> dict[str, Floats]:
-    """The figures (b,) of each draw."""
-    total = int(counts[0].sum())
+    """The figures (b,) of draws in which the ranks `values` (U,) came `counts` (b, U) times."""
     reached = counts.cumsum(axis=1)
+    total = reached[:, -1]
     # The median of an even number of ranks is the mean of the two in the middle.
-    middle = [values[(reached > place).argmax(axis=1)] for place in ((total - 1) // 2, total // 2)]
+    middle = [values[(reached > place[:, None]).argmax(axis=1)] for place in ((total - 1) // 2, total // 2)]
     recalls = {f"R@{k}": 100 * counts[:, values <= k].sum(axis=1) / total for k in RECALLS}
     return {**recalls, "MedR": (middle[0] + middle[1]) / 2, "MeanR": counts @ values / total}
+
+
+def _share_of_signs(differences: IntArray) -> float:
+    """The share of all signs s (V,) with |s · differences| as large as with no minus: half the distance of that sum
+    from the smallest one is a sum of binomials, one for each size that differences have."""
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    chances = np.ones(1)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        wider = np.zeros(len(chances) + size * count)
+        for number, chance in enumerate(binom.pmf(np.arange(count + 1), count, 0.5)):
+            wider[number * size : number * size + len(chances)] += chance * chances
+        chances = wider
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def _percentiles(values: Floats) -> Interval:

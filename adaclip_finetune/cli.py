@@ -7,6 +7,7 @@ with --resume), 130 by Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -21,8 +22,12 @@ from adaclip_finetune.continued import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract import options as extract_options
 from adaclip_finetune.paths import check_paths
+from adaclip_finetune.printable import printable
 from adaclip_finetune.settings.flags import Parser, add_flags, given
 from adaclip_finetune.settings.layers import nearest
+
+# What is wrong with a name that somebody gave, wherever it is first asked for.
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        if _debug(words):
-            traceback.print_exc()
-        print(f"adaclip{_process()}: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error), words)
     except KeyboardInterrupt as stop:
         print("adaclip: interrupted", file=sys.stderr)
         return int(getattr(stop, "exit_code", 130))
     except BrokenPipeError:  # `adaclip schema | head`: the reader has gone, and nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _OF_NAMES or error.filename is None:
+            raise
+        return _refused(f"{printable(os.fsdecode(error.filename))}: {error.strerror}", words)
 
 
 def train(words: Sequence[str]) -> int:
@@ -263,6 +269,13 @@ def _run(words: Sequence[str]) -> int:
         return COMMANDS[words[0]].run(words[1:])
     except SystemExit as done:  # argparse has printed its help
         return int(done.code or 0)
+
+
+def _refused(message: str, words: Sequence[str]) -> int:
+    if _debug(words):
+        traceback.print_exc()
+    print(f"adaclip{_process()}: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _process() -> str:

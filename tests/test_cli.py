@@ -300,6 +300,22 @@ def test_errors_and_interruption_while_training(
     assert capsys.readouterr().err == "adaclip: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--train_annot", "NAME"],
+        ["train", "--resume", "NAME"],
+        ["index", "RUN", "NAME", "-o", "new.index"],
+        ["search", "NAME", "a dog"],
+        ["extract", "NAME", "frames"],
+    ],
+)
+def test_a_name_that_is_too_long_is_no_traceback(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x" * 300
+    assert cli.main([name if word == "NAME" else word for word in words]) == 2
+    assert capsys.readouterr().err.startswith(f"adaclip: error: {name}: File name too long")
+
+
 # ---- the commands ----
 
 

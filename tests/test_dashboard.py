@@ -100,6 +100,7 @@ def test_a_browser_finds_the_trials(
         overview = shown(f"{url}/dashboard/studies/1", tmp_path / "profile")
         assert "shapes-full (id=1)" in overview and f"Best Trial (number={best.number})" in overview
         assert "learning_rate: 0.00125" in overview and "top_k: 2" in overview
+        assert "t2v.R@1 on validation" in overview
         trials = shown(f"{url}/dashboard/studies/1/trials?numbers={refused.number}", tmp_path / "profile")
     assert "2 Trials" in trials
     assert f"Trial {best.number} Complete" in trials and f"Trial {refused.number} Pruned" in trials

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
@@ -46,6 +47,9 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> Study:
     else:  # of several processes that begin together, one makes the study, and the folder of all
         if not config.no_output:
             study.set_user_attr(FOLDER, str(_new_folder(config, name)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names([f"{config.optuna_cfg.objective} on validation"])  # what optuna-dashboard calls it
         study.set_user_attr(_SETTINGS, mine)
     known = _settings_of(study)
     if known is None:

@@ -2,6 +2,7 @@
 true."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def matrix_of(run: Path) -> Path:
 def test_figures_are_those_of_the_run_and_zero_shot_comes_first(
     run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (table,) = evaluated(run, "--annot", project["test_annot"], folder=tmp_path)["tables"]
+    table = evaluated(run, "--annot", project["test_annot"], folder=tmp_path)
     noted = json.loads((run / "metrics.json").read_text())
     baseline, model = table["rows"]
     assert (baseline["kind"], model["kind"]) == ("zero-shot", "model")
@@ -68,35 +69,49 @@ def test_figures_are_those_of_the_run_and_zero_shot_comes_first(
     assert f"R@1 of {run.name} minus zero-shot, 2 frames: T2V" in printed
 
 
-def test_a_run_its_weights_and_its_adapter_are_the_same_on_several_data_sets(
-    run: Path, project: Project, tmp_path: Path
+def test_a_run_its_weights_and_its_adapter_are_the_same_in_one_table_of_several_data_sets(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [run, run / "best.safetensors", run / "adapter.safetensors"]
     annotations = ["--annot", project["test_annot"], "--annot", project["val_annot"]]
     markdown = tmp_path / "found.md"
-    tables = evaluated(*given, *annotations, "--markdown", markdown, folder=tmp_path)["tables"]
-    assert [table["annotation"] for table in tables] == [project["test_annot"], project["val_annot"]]
-    for table in tables:
-        baseline, *models = table["rows"]
-        assert [row["kind"] for row in table["rows"]] == ["zero-shot", "model", "model", "model"]
+    found = evaluated(*given, *annotations, "--markdown", markdown, folder=tmp_path)
+    data_sets = [project["test_annot"], project["val_annot"]]
+    assert [row["annotation"] for row in found["rows"]] == [name for name in data_sets for _ in range(4)]
+    for name in data_sets:
+        baseline, *models = [row for row in found["rows"] if row["annotation"] == name]
+        assert [row["kind"] for row in (baseline, *models)] == ["zero-shot", "model", "model", "model"]
         assert len({json.dumps(figures(row)) for row in models}) == 1
         assert len({json.dumps(row["cost"] | {"videos_per_second": 0}) for row in models}) == 1
-        pairs = {(found["label"], found["minus"]): found for found in table["differences_in_R@1"]}
+        of_name = [pair for pair in found["differences_in_R@1"] if pair["annotation"] == name]
+        pairs = {(pair["label"], pair["minus"]): pair for pair in of_name}
         labels = [row["label"] for row in models]
         assert labels[1:] == [f"{run.name}/best.safetensors", f"{run.name}/adapter.safetensors"]
         assert set(pairs) == {(label, baseline["label"]) for label in labels} | {
-            (labels[1], labels[0]), (labels[2], labels[0]),
+            (labels[1], labels[0]), (labels[2], labels[0]), (labels[2], labels[1]),
         }  # fmt: skip
         same = pairs[labels[1], labels[0]]["t2v"]
         assert (same["points"], same["p"]) == (0, 1)
         won = pairs[labels[0], baseline["label"]]["t2v"]
         points = models[0]["t2v"]["R@1"] - baseline["t2v"]["R@1"]
         assert won["points"] == pytest.approx(points) and won["interval"][0] <= points <= won["interval"][1]
-    assert {row["note"] for row in tables[0]["rows"][1:]} == {""}
-    assert {row["note"] for row in tables[1]["rows"][1:]} == {"its epoch was chosen on these very captions"}
-    lines = markdown.read_text().splitlines()
-    assert sum(line.startswith("### ") for line in lines) == 2
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert {row["note"] for row in found["rows"][1:4]} == {""}
+    assert {row["note"] for row in found["rows"][5:]} == {"its epoch was chosen on these very captions"}
+    printed, lines = capsys.readouterr().out, markdown.read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row[0] for row in cells] == ["data set", "---", *(row["annotation"] for row in found["rows"])]
+    assert [row[1] for row in cells[2:]] == [row["label"] for row in found["rows"]]
+    assert len({len(row) for row in cells}) == 1 and sum(line.startswith("#") for line in lines) == 1
+    # On the terminal it is one table too: one head, and columns that end at the same place in all rows.
+    assert printed.count("text → video") == printed.count("learned of CLIP") == printed.count("95 %: bootstrap") == 1
+    table = printed[: printed.index("learned of CLIP")].splitlines()
+    for name in data_sets:
+        (place,) = [number for number, line in enumerate(table) if re.match(rf"{name}: \d+ captions, \d videos$", line)]
+        assert [line.split("  ")[0] for line in table[place + 1 : place + 5]] == [
+            row["label"] for row in found["rows"] if row["annotation"] == name
+        ]
+    assert len({len(line) for line in table if " [" in line}) == 1
+    assert "not corrected for how many they are" in printed
 
 
 def test_a_published_checkpoint_takes_its_settings_from_a_file(
@@ -106,7 +121,7 @@ def test_a_published_checkpoint_takes_its_settings_from_a_file(
     assert main(["export", str(run), "--format", "published", "-o", str(published)]) == 0
     settings = run.parents[2] / "settings.json"
     words = [published, "--config", settings, "--annot", project["test_annot"]]
-    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    table = evaluated(*words, folder=tmp_path)
     assert figures(table["rows"][1]) == json.loads((run / "metrics.json").read_text())["finetuned"]
     (tmp_path / "other.json").write_text(json.dumps({**project, "hidden_dim": 128}))
     told = refused(published, "--config", tmp_path / "other.json", "--annot", project["test_annot"])
@@ -125,7 +140,7 @@ def test_what_ibs_selected_is_known_from_its_folder_only(
         shutil.copy(run / "metrics.json", tmp_path)
     else:
         (tmp_path / "metrics.json").write_text(noted)
-    (table,) = evaluated(tmp_path, "--annot", project["val_annot"], folder=tmp_path)["tables"]
+    table = evaluated(tmp_path, "--annot", project["val_annot"], folder=tmp_path)
     cost = table["rows"][1]["cost"]
     assert (cost["percent_of_clip"] is None) == (cost["percent_of_all"] is None) == (noted is not None)
 
@@ -142,7 +157,7 @@ def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_pat
     )
     words = [moved, "--annot", project["test_annot"], "--frames_dir", project["frames_dir"], "--val_batch_size", 3]
     assert main(["evaluate", *map(str, words), "--precision", "bf16"]) == 0
-    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    table = evaluated(*words, folder=tmp_path)
     assert figures(table["rows"][1])["t2v"]["R@1"] == pytest.approx(
         json.loads((run / "metrics.json").read_text())["finetuned"]["t2v"]["R@1"]
     )
@@ -156,7 +171,7 @@ def test_missing_videos_are_an_error_or_stand_beside_the_figures(
     shutil.rmtree(frames / "video7")
     words = [run, "--annot", project["test_annot"], "--frames_dir", frames]
     assert "video7" in refused(*words)
-    (table,) = evaluated(*words, "--skip_missing", folder=tmp_path)["tables"]
+    table = evaluated(*words, "--skip_missing", folder=tmp_path)
     printed = capsys.readouterr()
     assert "7 videos, 1 of 8 MISSING" in printed.out and "WITHOUT 1 of 8 videos" in printed.err
     for row in table["rows"]:
@@ -169,9 +184,9 @@ def test_without_the_old_clip_zero_shot_is_said_to_be_missing(run: Path, project
     alone.mkdir()
     shutil.copy(run / "best.safetensors", alone)
     (alone / "config.json").write_text(json.dumps({**settings, "clip_weights": None}))
-    (table,) = evaluated(alone, "--annot", project["test_annot"], folder=tmp_path)["tables"]
+    table = evaluated(alone, "--annot", project["test_annot"], folder=tmp_path)
     assert [row["kind"] for row in table["rows"]] == ["model"] and not table["differences_in_R@1"]
-    assert any("zero-shot of alone is NOT measured" in line for line in table["remarks"])
+    assert any("zero-shot of alone is NOT measured" in said["remark"] for said in table["remarks"])
 
 
 def test_reranking_stands_below_the_model_and_is_marked(
@@ -179,7 +194,7 @@ def test_reranking_stands_below_the_model_and_is_marked(
 ) -> None:
     words = [run, "--annot", project["test_annot"], "--rerank", "dual_softmax"]
     both = ["--rerank", "qb_norm", "--bank", project["train_annot"]]
-    (table,) = evaluated(*words, *both, "--val-annot", project["val_annot"], folder=tmp_path)["tables"]
+    table = evaluated(*words, *both, "--val-annot", project["val_annot"], folder=tmp_path)
     _, model, dual, bank = table["rows"]
     assert (dual["kind"], bank["kind"]) == ("reranked", "reranked")
     assert dual["label"] == f"{run.name} + dual_softmax (transductive)" and "sees all test queries" in dual["note"]
@@ -190,22 +205,22 @@ def test_reranking_stands_below_the_model_and_is_marked(
     assert not any("+" in found["label"] for found in table["differences_in_R@1"])
     printed = capsys.readouterr().out
     assert printed.index(f"\n{run.name} ") < printed.index("+ dual_softmax (transductive)")
-    (again,) = evaluated(*words, folder=tmp_path)["tables"]
+    again = evaluated(*words, folder=tmp_path)
     assert figures(again["rows"][1]) == figures(model)
     assert "temperature 1, fixed in advance" in again["rows"][2]["note"]
-    (flattered,) = evaluated(*words, "--val-annot", project["test_annot"], folder=tmp_path)["tables"]
+    flattered = evaluated(*words, "--val-annot", project["test_annot"], folder=tmp_path)
     assert "which holds the very captions of this table" in flattered["rows"][2]["note"]
     assert "very captions" not in dual["note"]
 
 
 def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
     words = ["--annot", project["test_annot"], "--rerank", "dual_softmax", "--temperature", 0.3]
-    (of_model,) = evaluated(run, *words, folder=tmp_path)["tables"]
+    of_model = evaluated(run, *words, folder=tmp_path)
     matrix = matrix_of(run)
     other = tmp_path / "other.npy"
     np.save(other, np.load(matrix)[:, ::-1])
     words = ["--similarity", matrix, "--similarity", other, "--ids", matrix.with_suffix(".json")]
-    (saved,) = evaluated(*words, "--rerank", "dual_softmax", "--temperature", 0.3, folder=tmp_path)["tables"]
+    saved = evaluated(*words, "--rerank", "dual_softmax", "--temperature", 0.3, folder=tmp_path)
     assert [row["label"] for row in saved["rows"]] == [
         "test", "test + dual_softmax (transductive)", "other", "other + dual_softmax (transductive)",
     ]  # fmt: skip
@@ -224,7 +239,7 @@ def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_pa
     few = {**ids, "queries": ids["queries"][:5], "video_of_query": ids["video_of_query"][:5]}
     (tmp_path / "bank.json").write_text(json.dumps(few))
     bank = ["--rerank", "qb_norm", "--bank", tmp_path / "bank.npy"]
-    (with_bank,) = evaluated("--similarity", matrix, *bank, folder=tmp_path)["tables"]
+    with_bank = evaluated("--similarity", matrix, *bank, folder=tmp_path)
     assert "bank of 5 training captions" in with_bank["rows"][1]["note"]
     (tmp_path / "bank.json").write_text(json.dumps({**few, "videos": few["videos"][::-1]}))
     assert "its videos are not those of" in refused("--similarity", matrix, *bank)
@@ -245,7 +260,7 @@ def test_interpolation_chooses_on_validation_and_tests_once(
         found["validation"][2]["t2v"]["R@1"] == whole["R@1"]
         and found["validation"][2]["t2v"]["MeanR"] == whole["MeanR"]
     )
-    (table,) = found["tables"]
+    table = found
     baseline, model, mix = table["rows"]
     assert figures(baseline) == noted["zero_shot"] and figures(model) == noted["finetuned"]
     best = max(point["t2v"]["R@1"] for point in found["validation"])
@@ -255,7 +270,7 @@ def test_interpolation_chooses_on_validation_and_tests_once(
     assert "← chosen" in capsys.readouterr().out
     # The end of the line is the model itself.
     words = ["--interpolate", project["clip_weights"], run, "--alpha", "1:1:1", *annotations]
-    (table,) = evaluated(*words, folder=tmp_path)["tables"]
+    table = evaluated(*words, folder=tmp_path)
     assert figures(table["rows"][2]) == figures(table["rows"][1])
 
 

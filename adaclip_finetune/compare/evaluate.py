@@ -9,7 +9,7 @@ from typing import Any
 
 from adaclip_finetune.compare.model import Baseline, OpenModel, tell
 from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
-from adaclip_finetune.compare.rows import Row, Table
+from adaclip_finetune.compare.rows import Group, Row
 from adaclip_finetune.compare.source import Source, find_source, same_captions
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
@@ -38,9 +38,9 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    def table(self, name: str) -> Table:
+    def group(self, name: str) -> Group:
         """Zero-shot first."""
-        return Table(name, [*(baseline.row for baseline in self.baselines), *self.rows], self.remarks)
+        return Group(name, [*(baseline.row for baseline in self.baselines), *self.rows], self.remarks)
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
     overrides: Mapping[str, Any],
     reranking: Reranking,
     on_result: OnResult | None = None,
-) -> list[Table]:
-    """A table for each annotation. `on_result` may look at each model's result before the model is dropped.
+) -> list[Group]:
+    """The rows of each annotation. `on_result` may look at each model's result before the model is dropped.
 
     Raises UserError, before anything is measured where that can be told.
     """
@@ -70,7 +70,7 @@ def evaluate(
                 )
             if on_result is not None:
                 on_result(model, split, result)
-    return [found[annotation].table(annotation) for annotation in annotations]
+    return [found[annotation].group(annotation) for annotation in annotations]
 
 
 def measure_on(model: OpenModel, annotation: str, label: str, found: Found) -> tuple[EvaluationSplit, EvaluationResult]:

@@ -14,30 +14,30 @@ from adaclip_finetune.compare.request import RERANKINGS, check, read_shares
 from adaclip_finetune.settings.flags import Parser, given
 
 if TYPE_CHECKING:
-    from adaclip_finetune.compare.rows import Table
+    from adaclip_finetune.compare.rows import Group
 
 
 def run(words: Sequence[str]) -> int:
-    """Evaluate, and print the tables. Returns 0; raises UserError."""
+    """Evaluate, and print the table. Returns 0; raises UserError."""
     arguments = _parser().read(words)
     overrides = given(arguments)
     check(arguments, overrides)
     curve: list[Any] = []
     if arguments.similarity:
-        tables = [_saved(arguments)]
+        groups = [_saved(arguments)]
     elif arguments.interpolate:
-        curve, tables = _interpolated(arguments, overrides)
+        curve, groups = _interpolated(arguments, overrides)
     else:
-        tables = _measured(arguments, overrides)
-    _show(arguments, tables, curve)
+        groups = _measured(arguments, overrides)
+    _show(arguments, groups, curve)
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(
         "adaclip evaluate",
-        "Evaluate checkpoints on data sets: one table a data set, zero-shot first, 95 % intervals, paired p-values, "
-        "what it costs.",
+        "Evaluate checkpoints on data sets, in one table: zero-shot first, with 95 % intervals, paired p-values and "
+        "costs.",
         "adaclip evaluate RUN_OR_CHECKPOINT [MORE ...] --annot FILE [--annot FILE ...] [--SETTING VALUE ...]\n"
         "       adaclip evaluate --interpolate zero-shot RUN_OR_CHECKPOINT --val-annot FILE --annot FILE\n"
         "       adaclip evaluate --similarity S.npy [--ids S.json]",
@@ -55,7 +55,7 @@ def _parser() -> Parser:
         "--annot", metavar="FILE", action="append", help="captions to evaluate; several times if need be"
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that brings none")
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown too")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures as JSON too")
     parser.add_argument(
         "--errors",
@@ -112,25 +112,25 @@ def _parser() -> Parser:
     return parser
 
 
-def _measured(arguments: Namespace, overrides: dict[str, Any]) -> list[Table]:
+def _measured(arguments: Namespace, overrides: dict[str, Any]) -> list[Group]:
     from adaclip_finetune.compare.error_page import error_page
     from adaclip_finetune.compare.error_report import error_report
     from adaclip_finetune.compare.evaluate import Reranking, evaluate
 
     def analyse(model: Any, split: Any, result: Any) -> None:
         page = error_page(error_report(model, arguments.annot[0], split, result))
-        write_file("--errors", arguments.errors, page.encode())
+        write_file("--errors", arguments.errors, page)
 
     reranking = Reranking(arguments.rerank, arguments.temperature, arguments.bank, arguments.val_annot)
     on_result = analyse if arguments.errors else None
     return evaluate(arguments.checkpoints, arguments.annot, arguments.config, overrides, reranking, on_result)
 
 
-def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list[Any], list[Table]]:
+def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list[Any], list[Group]]:
     from adaclip_finetune.compare.interpolate import curve_lines, interpolate
 
     zero_shot, finetuned = arguments.interpolate
-    curve, tables = interpolate(
+    curve, groups = interpolate(
         zero_shot,
         Path(finetuned),
         read_shares(arguments.alpha),
@@ -140,38 +140,35 @@ def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list
         overrides,
     )
     print(*curve_lines(curve, arguments.val_annot), "", sep="\n")
-    return curve, tables
+    return curve, groups
 
 
-def _saved(arguments: Namespace) -> Table:
+def _saved(arguments: Namespace) -> Group:
     from adaclip_finetune.compare.saved import SavedReranking, evaluate_saved
 
     bank = None if arguments.bank is None else Path(arguments.bank)
     validation = None if arguments.val_annot is None else Path(arguments.val_annot)
     reranking = SavedReranking(arguments.rerank, arguments.temperature, bank, validation)
-    table = evaluate_saved(arguments.similarity, arguments.ids, reranking)
+    group = evaluate_saved(arguments.similarity, arguments.ids, reranking)
     if arguments.errors:
         from adaclip_finetune.compare.error_page import error_page
         from adaclip_finetune.compare.error_report import error_report_of_matrix
         from adaclip_finetune.evaluation.similarity_file import similarity_file
 
         page = error_page(error_report_of_matrix(similarity_file(arguments.similarity[0], arguments.ids)))
-        write_file("--errors", arguments.errors, page.encode())
-    return table
+        write_file("--errors", arguments.errors, page)
+    return group
 
 
-def _show(arguments: Namespace, tables: list[Table], curve: list[Any]) -> None:
+def _show(arguments: Namespace, groups: list[Group], curve: list[Any]) -> None:
+    from adaclip_finetune.compare.rows import as_dict
     from adaclip_finetune.compare.table import as_markdown, as_text
 
-    print("\n\n".join(map(as_text, tables)))
+    print(as_text(groups))
     if arguments.markdown:
-        write_file("--markdown", arguments.markdown, "\n".join(map(as_markdown, tables)).encode())
+        write_file("--markdown", arguments.markdown, as_markdown(groups))
     if arguments.json:
-        content: dict[str, Any] = {
-            "command": ["adaclip", *sys.argv[1:]],
-            "tables": [table.as_dict() for table in tables],
-        }
+        content: dict[str, Any] = {"command": ["adaclip", *sys.argv[1:]], **as_dict(groups)}
         if curve:
             content["validation"] = [{"alpha": point.alpha, **point.metrics.as_dict()} for point in curve]
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_file("--json", arguments.json, text.encode())
+        write_file("--json", arguments.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

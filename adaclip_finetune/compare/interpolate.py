@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaclip_finetune.compare.evaluate import Found, measure_on, own_captions
 from adaclip_finetune.compare.model import OpenModel, tell
-from adaclip_finetune.compare.rows import Table
+from adaclip_finetune.compare.rows import Group
 from adaclip_finetune.compare.source import find_source
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import Evaluator
@@ -45,8 +45,8 @@ def interpolate(
     annotations: Sequence[str],
     settings: Path | None,
     overrides: Mapping[str, Any],
-) -> tuple[list[Point], list[Table]]:
-    """The curve on validation, and a table for each annotation: zero-shot, finetuned, and the best mix.
+) -> tuple[list[Point], list[Group]]:
+    """The curve on validation, and for each annotation its rows: zero-shot, finetuned, and the best mix.
 
     `zero_shot`: that word for the CLIP of the model's own settings, or CLIP weights on disk. Raises UserError.
     """
@@ -56,7 +56,7 @@ def interpolate(
     start = _start(model, zero_shot, end)
     curve = _curve(model, start, end, alphas, validation)
     best = best_point(curve)
-    tables = []
+    groups = []
     for annotation in annotations:
         found = Found()
         model.session.model.clip.load_state_dict(end)
@@ -66,8 +66,8 @@ def interpolate(
         note = f"WiSE-FT: the best of {len(curve)} shares on {validation}" + own_captions(validation, annotation)
         row = model.row(result, f"interpolated, α = {best.alpha:g}", note)
         found.rows.append(replace(row, baseline=found.rows[0].baseline))
-        tables.append(found.table(annotation))
-    return curve, tables
+        groups.append(found.group(annotation))
+    return curve, groups
 
 
 def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> State:

@@ -53,9 +53,10 @@ def check_target(flag: str, path: Path | None) -> None:
         raise UserError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'there is no such folder to write into'}")
 
 
-def write_file(flag: str, path: Path, content: bytes) -> None:
-    """What was at `path` before is replaced, or left whole. Raises UserError."""
+def write_file(flag: str, path: Path, content: str | bytes) -> None:
+    """What was at `path` before is replaced, or left whole. Text is UTF-8; half a surrogate pair, such as in names that
+    are no text, is written as its escape, which in JSON is what it means. Raises UserError."""
     try:
-        write_durably(path, content)
+        write_durably(path, content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

@@ -73,7 +73,7 @@ def predict(
 def write_predictions(path: Path, predicted: Predicted) -> None:
     """JSON Lines, an object a query; or CSV, a line a query and video, where the name ends so. Raises UserError."""
     text = _as_csv(predicted) if path.suffix == ".csv" else _as_json_lines(predicted)
-    write_file("--output", path, text.encode())
+    write_file("--output", path, text)
 
 
 def write_embeddings(path: Path, predicted: Predicted) -> None:
@@ -89,7 +89,7 @@ def write_embeddings(path: Path, predicted: Predicted) -> None:
     write_file("--save-embeddings", path, content)
     ids = {"queries": predicted.queries, "videos": predicted.videos}
     text = json.dumps(ids, ensure_ascii=False, indent=1) + "\n"
-    write_file("--save-embeddings", path.with_suffix(".json"), text.encode())
+    write_file("--save-embeddings", path.with_suffix(".json"), text)
 
 
 def _as_json_lines(predicted: Predicted) -> str:

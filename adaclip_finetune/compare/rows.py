@@ -1,7 +1,8 @@
-"""What a comparison found: rows of figures on one data set, and the differences between them."""
+"""What a comparison found: rows of figures, data set by data set, and the differences between them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -75,30 +76,33 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """All rows of one data set. `remarks` are lines for below it."""
+class Group:
+    """The rows of one data set: the part of the table that is named after it. `remarks` are lines for below it."""
 
     name: str
     rows: list[Row]
     remarks: list[str] = field(default_factory=list)
 
+    @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Each model against its zero-shot row, and against the first model; only where both were asked the same."""
+        """Each model against its zero-shot row, then each against every model before it; only where both were asked the
+        same."""
         of = {row.label: row for row in self.rows}
         models = [row for row in self.rows if row.kind == "model"]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
-        pairs += [(row, models[0]) for row in models[1:]]
+        pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
         return [_compared(row, other) for row, other in pairs if same_queries(row.queries, other.queries)]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "annotation": self.name,
-            "captions": len(self.rows[0].queries.texts),
-            "rows": [row.as_dict() for row in self.rows],
-            "differences_in_R@1": [comparison.as_dict() for comparison in self.comparisons()],
-            "remarks": self.remarks,
-        }
+
+def as_dict(groups: Sequence[Group]) -> dict[str, Any]:
+    """For JSON: one list of rows, one of differences, one of remarks; each entry names its data set."""
+    content: dict[str, Any] = {"rows": [], "differences_in_R@1": [], "remarks": []}
+    for group in groups:
+        of = {"annotation": group.name}
+        content["rows"] += [of | row.as_dict() for row in group.rows]
+        content["differences_in_R@1"] += [of | comparison.as_dict() for comparison in group.comparisons]
+        content["remarks"] += [of | {"remark": remark} for remark in group.remarks]
+    return content
 
 
 def _compared(row: Row, other: Row) -> Comparison:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
-from adaclip_finetune.compare.rows import Row, Table, same_queries
+from adaclip_finetune.compare.rows import Group, Row, same_queries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile, similarity_file
@@ -23,7 +23,7 @@ class SavedReranking:
     validation: Path | None
 
 
-def evaluate_saved(paths: Sequence[Path], ids: Path | None, reranking: SavedReranking) -> Table:
+def evaluate_saved(paths: Sequence[Path], ids: Path | None, reranking: SavedReranking) -> Group:
     """One row a matrix, in the order given; all are of the same queries and videos. Raises UserError."""
     files = [similarity_file(path, ids) for path in paths]
     for file in files[1:]:
@@ -45,7 +45,7 @@ def evaluate_saved(paths: Sequence[Path], ids: Path | None, reranking: SavedRera
         held_out = None if validation is None else Scores(str(validation.path), validation, validation.queries)
         rows += reranked_rows(row, scores, reranking.methods, reranking.temperature, held_out)
     remark = "saved matrices: which model is zero-shot, and what a matrix left out of the gallery, they do not say"
-    return Table(", ".join(map(str, paths)), rows, [remark])
+    return Group(", ".join(map(str, paths)), rows, [remark])
 
 
 def _bank(bank: SimilarityFile | None, file: SimilarityFile) -> Bank | None:

@@ -1,48 +1,73 @@
-"""The rows of a comparison as text for a terminal, and as Markdown."""
+"""The one table of a comparison as text for a terminal, and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from adaclip_finetune.compare.rows import Comparison, Row, Table
+from adaclip_finetune.compare.rows import Comparison, Group, Row
 from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
+from adaclip_finetune.printable import printable
 
 _FIGURES = ("R@1", "95 %", "R@5", "R@10", "MedR", "MeanR")
 _COSTS = ("learned of CLIP", "learned of all", "GFLOPs", "videos/s")
 _NOTHING = "–"
 
 Cells = list[str]
+Line = tuple[str, Cells]
+"""A label, and the cells behind it."""
 
 
-def as_text(table: Table) -> str:
-    """For a terminal: figures, then costs, each in lines of one width, then what is to be said of them."""
-    labels = ["", "", *map(_label, table.rows)]
-    head = [["text → video", *[""] * 5, "video → text", *[""] * 5], [*_FIGURES, *_FIGURES]]
-    figures = [*head, *map(_figures, table.rows)]
-    costs = [list(_COSTS), *[_costs(row) for row in table.rows if row.cost]]
-    cost_labels = ["", *[_label(row) for row in table.rows if row.cost]]
-    parts = [[_title(table)], _aligned(labels, figures), [""]]
-    if len(costs) > 1:
-        parts += [_aligned(cost_labels, costs), [""]]
-    return "\n".join(line for part in (*parts, [*_below(table)]) for line in part)
+def as_text(groups: Sequence[Group]) -> str:
+    """For a terminal: figures, then costs, in columns that all data sets share; then what is to be said of them."""
+    head: list[Line] = [("", ["text → video", *[""] * 5, "video → text", *[""] * 5]), ("", [*_FIGURES, *_FIGURES])]
+    lines = [_title(groups[0])] if len(groups) == 1 else []
+    lines += [*_aligned([*head, *_lines([(_title(group), group.rows) for group in groups], _figures)]), ""]
+    with_cost = [(group.name, [row for row in group.rows if row.cost]) for group in groups]
+    if any(rows for _, rows in with_cost):
+        lines += [*_aligned([("", list(_COSTS)), *_lines(with_cost, _costs)]), ""]
+    for group in groups:
+        said = list(_said(group))
+        lines += said if len(groups) == 1 else [group.name, *(f"  {line}" for line in said)]
+    return "\n".join(map(printable, [*lines, *_explained(groups)]))
 
 
-def as_markdown(table: Table) -> str:
-    """One table; zero-shot and models, then what reranking makes of them, each with its label."""
+def as_markdown(groups: Sequence[Group]) -> str:
+    """One table; of each data set zero-shot and models, and what reranking makes of them, each with its label."""
+    several = len(groups) > 1
     names = [f"{direction} {name}" for direction in ("T2V", "V2T") for name in _FIGURES]
-    head = ["", *names, *_COSTS]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    for row in table.rows:
-        cells = [row.label, *_figures(row), *_costs(row)]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([f"### {_title(table)}", "", *lines, "", *[f"- {line}" for line in _below(table)], ""])
+    head = [*(["data set"] if several else []), "", *names, *_COSTS]
+    lines = [_cells(head), "|---" * (len(head) - len(names) - len(_COSTS)) + "|---:" * len([*names, *_COSTS]) + "|"]
+    for group in groups:
+        for row in group.rows:
+            lines.append(_cells([*([group.name] if several else []), row.label, *_figures(row), *_costs(row)]))
+    title = f"{len(groups)} data sets" if several else _title(groups[0])
+    below = []
+    for group in groups:
+        said = [f"- {line}" for line in _said(group)]
+        below += [f"- {_title(group)}", *(f"  {line}" for line in said)] if several else said
+    below += [f"- {line}" for line in _explained(groups)]
+    return "\n".join(map(printable, [f"### {title}", "", *lines, "", *below])) + "\n"
 
 
-def _title(table: Table) -> str:
-    first = table.rows[0]
+def _cells(cells: Cells) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _lines(groups: Sequence[tuple[str, Sequence[Row]]], cells: Callable[[Row], Cells]) -> Iterator[Line]:
+    """Of each data set its heading, where they are several, and its rows."""
+    for number, (heading, rows) in enumerate(groups):
+        if number:
+            yield "", []
+        if len(groups) > 1:
+            yield heading, []
+        yield from ((_label(row), cells(row)) for row in rows)
+
+
+def _title(group: Group) -> str:
+    first = group.rows[0]
     missing = f", {first.missing} of {first.num_listed} MISSING" if first.missing else ""
-    return f"{table.name}: {_asked(first)}{missing}"
+    return f"{group.name}: {_asked(first)}{missing}"
 
 
 def _asked(row: Row) -> str:
@@ -75,17 +100,25 @@ def _costs(row: Row) -> Cells:
     return [*shares, f"{row.cost.gflops:.3g}", f"{row.cost.videos_per_second:.1f}"]
 
 
-def _below(table: Table) -> Iterator[str]:
-    for row in table.rows:
-        asked = _asked(row) if _asked(row) != _asked(table.rows[0]) else ""
+def _said(group: Group) -> Iterator[str]:
+    """What is to be said of a data set's rows."""
+    for row in group.rows:
+        asked = _asked(row) if _asked(row) != _asked(group.rows[0]) else ""
         missing = f"{row.missing} of {row.num_listed} videos MISSING" if row.missing else ""
         if said := "; ".join(filter(None, (asked, missing, row.note))):
             yield f"{row.label}: {said}"
-    yield from map(_sentence, table.comparisons())
-    yield from table.remarks
-    test = "p: exact permutation of signs, by video, two-sided; " if table.comparisons() else ""
-    yield f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; {test}ties count against"
-    if any(row.cost for row in table.rows):
+    yield from map(_sentence, group.comparisons)
+    yield from group.remarks
+
+
+def _explained(groups: Sequence[Group]) -> Iterator[str]:
+    """What is to be said of the figures of all."""
+    compared = sum(len(group.comparisons) for group in groups)
+    test = "p: exact permutation of signs, by video, two-sided" if compared else ""
+    alone = ", each by itself, not corrected for how many they are" if compared > 1 else ""
+    drawn = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws"
+    yield "; ".join(filter(None, (drawn, f"{test}{alone}", "ties count against")))
+    if any(row.cost for group in groups for row in group.rows):
         yield "GFLOPs: multiply-adds a video; videos/s: measured here in this one run, reading included"
 
 
@@ -100,16 +133,17 @@ def _difference(found: Difference) -> str:
     return f"{found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})"
 
 
-def _aligned(labels: Sequence[str], rows: Sequence[Cells]) -> list[str]:
-    """The first row may span: a cell before empty ones takes their room."""
-    width = max(map(len, labels))
-    widths = [max(len(row[column]) for row in rows if "" not in row) + 2 for column in range(len(rows[0]))]
-    lines = []
-    for label, row in zip(labels, rows, strict=True):
-        if "" in row:
-            half = len(row) // 2
-            cells = [row[start].center(sum(widths[start : start + half])) for start in (0, half)]
-        else:
-            cells = [cell.rjust(room) for cell, room in zip(row, widths, strict=True)]
-        lines.append(f"{label:<{width}}{''.join(cells)}".rstrip())
-    return lines
+def _aligned(lines: Sequence[Line]) -> list[str]:
+    """In columns as wide as they must be. A cell before empty ones takes their room; a line without cells is a heading,
+    and takes none."""
+    width = max(len(label) for label, cells in lines if cells)
+    full = [cells for _, cells in lines if cells and "" not in cells]
+    widths = [max(map(len, column)) + 2 for column in zip(*full, strict=True)]
+    return [f"{label:<{width}}{''.join(_spaced(cells, widths) if cells else [])}".rstrip() for label, cells in lines]
+
+
+def _spaced(cells: Cells, widths: Sequence[int]) -> Cells:
+    if "" not in cells:
+        return [cell.rjust(room) for cell, room in zip(cells, widths, strict=True)]
+    half = len(cells) // 2
+    return [cells[start].center(sum(widths[start : start + half])) for start in (0, half)]

@@ -20,8 +20,9 @@ from adaclip_finetune.search.serve.app import create_app
 from adaclip_finetune.search.serve.connection import Connection, server_config
 from adaclip_finetune.search.serve.engine import Encoder, Engine
 from adaclip_finetune.search.serve.guard import Policy
-from adaclip_finetune.search.serve.media import Media
+from adaclip_finetune.search.serve.library import Library
 from adaclip_finetune.search.serve.picture import MAX_BYTES
+from adaclip_finetune.search.stamp import stamp_of
 from adaclip_finetune.search.stored import THUMBS, About, write_index
 
 WIDTH = 16
@@ -62,13 +63,13 @@ def about(root: Path) -> About:
 
 
 def row(path: Path, thumb: str) -> dict[str, Any]:
-    found = path.stat()
+    found = stamp_of(path)
     frames = [{"index": 5, "time": 0.2, "weight": 0.25}, {"index": 30, "time": 1.2, "weight": 0.75}]
     return {
         "id": path.name,
         "path": str(path),
-        "size": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
+        "size": found.size,
+        "mtime_ns": found.mtime_ns,
         "duration": 2.0,
         "captions": ["two dogs run"],
         "frames": frames,
@@ -124,15 +125,16 @@ def running(
     encoder: Encoder | None = None,
     load: Callable[[], Encoder] | None = None,
     connection: type[Connection] = Connection,
+    port: int = 0,
     **policy: Any,
 ) -> Iterator[Server]:
     """Serves the index, with the model `Axes` or another one ready; or with one that `load` gives some time."""
-    listening = listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", port)
     port = listening.getsockname()[1]
-    engine, media = Engine(index, load or (lambda: encoder or Axes())), Media(index)
-    media.learn_stamps()
+    engine, library = Engine(load or (lambda: encoder or Axes())), Library(index)
+    library.open()
     given = {"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
-    app = create_app(engine, media, Policy(**given))
+    app = create_app(engine, library, Policy(**given))
     server = uvicorn.Server(server_config(app, connection))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from media import index_of, write_frames, write_video
+from media import index_of, write_frames
 from PIL import Image
 from serving import Axes, Server, about, axis, row, running, write_small_index
 
@@ -23,7 +23,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.address import is_loopback, listen, may_be_called, url
 from adaclip_finetune.search.serve.engine import Engine
-from adaclip_finetune.search.serve.media import Gone, Media, key_of
+from adaclip_finetune.search.serve.media import key_of
 from adaclip_finetune.search.serve.picture import MAX_BYTES, BadPicture, decode_picture
 from adaclip_finetune.search.serve.ranges import Span, Unsatisfiable, parse_range
 from adaclip_finetune.search.serve.rates import Rate
@@ -368,8 +368,11 @@ def test_a_file_that_is_not_what_it_was(tmp_path: Path) -> None:
     with running(index) as server:
         for video in index.videos:
             expected = 200 if video.path == same else 404
-            assert server.ask(f"/api/videos/{key_of(video)}/file").status == expected
-            assert server.ask(f"/api/videos/{key_of(video)}/frames/0").status == expected
+            for place in ("file", "frames/0"):
+                reply = server.ask(f"/api/videos/{key_of(video)}/{place}")
+                assert reply.status == expected
+                if video.path in (changed, linked, pipe):
+                    assert "was changed since it was indexed; run `adaclip index` again" in reply.json["detail"]
 
 
 def test_a_picture_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -410,7 +413,8 @@ def test_an_index_of_frames(tmp_path: Path) -> None:
 
 def test_an_empty_index(tmp_path: Path) -> None:
     with running(write_small_index(tmp_path, 0)) as server:
-        assert server.ask("/api/search?q=1").json == {"page": 1, "pages": 0, "videos": 0, "found": []}
+        answer = server.ask("/api/search?q=1").json
+        assert (answer["page"], answer["pages"], answer["videos"], answer["found"]) == (1, 0, 0, [])
 
 
 def test_a_damaged_video(tmp_path: Path) -> None:
@@ -418,7 +422,8 @@ def test_a_damaged_video(tmp_path: Path) -> None:
     path = index.videos[0].path
     path.write_bytes(path.read_bytes()[:300])
     write_index(index.folder, about(path.parent), axis(0)[None], [row(path, "")])
-    with running(VideoIndex.load(index.folder)) as server:
+    index = VideoIndex.load(index.folder)
+    with running(index) as server:
         reply = server.ask(f"/api/videos/{key_of(index.videos[0])}/frames/0")
         assert (reply.status, "cannot be read" in reply.json["detail"]) == (404, True)
 
@@ -426,12 +431,12 @@ def test_a_damaged_video(tmp_path: Path) -> None:
 # The model
 
 
-def test_a_model_that_is_loading_and_one_that_fails(index: VideoIndex, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_loading_and_one_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     def load() -> Axes:
         gate.wait(30)
         raise UserError("it is another model")
 
-    gate, engine = threading.Event(), Engine(index, load)
+    gate, engine = threading.Event(), Engine(load)
     engine.start()
     assert engine.state == ("loading", None)
     gate.set()
@@ -496,21 +501,6 @@ def test_flags_that_are_refused(
 def test_what_is_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "none.index"), "--port", "0"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
-
-
-def test_an_index_that_is_rewritten_meanwhile(tmp_path: Path) -> None:
-    index = write_small_index(tmp_path, 2)
-    write_index(index.folder, about(tmp_path), axis(0)[None], [row(write_video(tmp_path / "new.mp4", 40), "")])
-    media = Media(index)
-    with pytest.raises(UserError, match="is being rewritten"):
-        media.learn_stamps()
-    with pytest.raises(Gone, match="still being read"):
-        media.video(key_of(index.videos[0]))
-    write_index(index.folder, about(tmp_path), np.stack([axis(0), axis(1)]), [
-        {name: value for name, value in row(video.path, "").items() if name != "size"} for video in index.videos
-    ])  # fmt: skip
-    with pytest.raises(UserError, match="not as adaclip writes it"):
-        media.learn_stamps()
 
 
 def test_json_says_what_the_page_reads(server: Server) -> None:

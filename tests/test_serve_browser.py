@@ -24,6 +24,7 @@ from serving import Axes, Server, about, axis, row, running, write_small_index
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.serve.library import Library
 from adaclip_finetune.search.serve.rates import Rate
 from adaclip_finetune.search.stored import read_index, write_index
 
@@ -183,7 +184,7 @@ def test_a_video_that_has_gone(page: Page, tmp_path: Path) -> None:
         page.open(server, "/?q=1")
         page.until(page.names)
         page.find(".card").click()
-        page.until(lambda: "is not what it was when it was indexed" in page.text("#player-trouble"))
+        page.until(lambda: "was changed since it was indexed" in page.text("#player-trouble"))
 
 
 def test_pages(page: Page, server: Server) -> None:
@@ -356,7 +357,34 @@ def test_it_says_why_there_is_no_model(page: Page, index: VideoIndex) -> None:
 
     with running(index, load=load) as server:
         page.open(server, "/?q=1")
-        page.until(lambda: "could not be loaded: the model is not there" in page.text("#trouble"))
+        page.until(lambda: "Nothing can be searched: the model is not there; say where" in page.text("#trouble"))
+        page.find("#query").send_keys("3", Keys.ENTER)
+        time.sleep(1)  # longer than it takes to search while one types
+        assert "the model is not there" in page.text("#trouble") and page.text("#status") == ""
+        port = server.port
+    with running(index, port=port):  # the address is all that the page knows of a server
+        page.until(lambda: page.names() and page.names()[0] == "video13.mp4")
+
+
+def test_an_index_that_is_made_anew(page: Page, tmp_path: Path) -> None:
+    index = write_small_index(tmp_path, 15)
+    stored = read_index(index.folder)
+    with running(index) as server:
+        page.open(server, "/?q=7")
+        page.until(lambda: len(page.names()) == 12)
+        assert page.names()[0] == "video7.mp4"
+        write_index(index.folder, stored.about, stored.vectors[1:], stored.videos[1:])
+        time.sleep(Library.often)
+        page.find("#next").click()  # of other pages than the first one was of
+        page.until(lambda: page.text("#status").startswith("The index was made anew meanwhile: from the beginning."))
+        assert (page.text("#page"), page.text("#count"), page.names()[0]) == ("Page 1 of 2", "14 videos", "video7.mp4")
+        page.find("#next").click()
+        page.until(lambda: page.text("#status") == "Videos 13 to 14 of 14, the best first")
+        write_index(index.folder, replace(stored.about, fingerprint="e" * 64), stored.vectors, stored.videos)
+        time.sleep(Library.often)
+        page.find("#query").send_keys(Keys.ENTER)
+        page.until(lambda: "was made anew with another model" in page.text("#trouble"))
+        assert page.names() == []
 
 
 def test_it_says_that_the_index_is_empty(page: Page, tmp_path: Path) -> None:

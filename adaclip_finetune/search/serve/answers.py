@@ -14,7 +14,7 @@ class Status(BaseModel):
     """How far the server is."""
 
     state: Literal["loading", "ready", "failed"] = Field(description="of the model")
-    message: str | None = Field(description="why the model could not be loaded")
+    message: str | None = Field(description="why nothing can be searched, and the way out")
     index: str = Field(description="the name of the index")
     videos: int = Field(description="how many it holds")
 
@@ -49,6 +49,7 @@ class Answer(BaseModel):
     page: int = Field(description="from 1")
     pages: int = Field(description="how many there are")
     videos: int = Field(description="how many the index holds")
+    version: str = Field(description="of the index: pages of two versions do not belong together")
     found: list[Found]
 
 

@@ -18,12 +18,13 @@ from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import Hit
 from adaclip_finetune.search.serve.answers import Answer, Status, found
-from adaclip_finetune.search.serve.engine import Engine, NotReady
+from adaclip_finetune.search.serve.engine import Engine, State
 from adaclip_finetune.search.serve.guard import Guard, Policy
+from adaclip_finetune.search.serve.library import Library
 from adaclip_finetune.search.serve.media import Gone, Media
 from adaclip_finetune.search.serve.picture import FORMATS, MAX_BYTES, BadPicture
 from adaclip_finetune.search.serve.ranges import file_response
-from adaclip_finetune.search.serve.worker import Busy
+from adaclip_finetune.search.serve.worker import Busy, NotReady
 
 MAX_TEXT = 500  # characters
 MAX_K, MAX_PAGE = 50, 50
@@ -42,10 +43,10 @@ Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="a video, as a
 Place = Annotated[int, InPath(ge=0, le=10_000, description="among the frames of the video, from 0")]
 
 
-def create_app(engine: Engine, media: Media, policy: Policy) -> ASGIApp:
+def create_app(engine: Engine, library: Library, policy: Policy) -> ASGIApp:
     """Everything that is served, behind its guard."""
     app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api = _Api(engine, media)
+    api = _Api(engine, library)
     app.add_api_route("/api/status", api.status)
     app.add_api_route("/api/search", api.search)
     body = {"content": {f"image/{kind.lower()}": {} for kind in FORMATS}, "required": True}
@@ -64,19 +65,22 @@ def create_app(engine: Engine, media: Media, policy: Policy) -> ASGIApp:
 
 
 class _Api:
-    def __init__(self, engine: Engine, media: Media) -> None:
-        self.engine, self.media = engine, media
+    def __init__(self, engine: Engine, library: Library) -> None:
+        self.engine, self.library = engine, library
 
     async def status(self) -> Status:
         """Whether the model is ready, and how many videos there are."""
-        state, message = self.engine.state
-        return Status(state=state, message=message, index=self.engine.index.folder.name, videos=len(self.engine.index))
+        await self.library.follow()
+        state, message = State("failed", self.library.refused) if self.library.refused else self.engine.state
+        index = self.library.index
+        return Status(state=state, message=message, index=index.folder.name, videos=len(index))
 
     async def search(self, q: Text, page: PageNumber = 1, k: PageSize = 12) -> Answer:
         """Videos that show what a text says, the best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        return self._answer(await self.engine.by_text(q.strip(), k * MAX_PAGE), page, k)
+        media = await self._searched()
+        return _answer(media, await self.engine.by_text(media.index, q.strip(), k * MAX_PAGE), page, k)
 
     async def search_image(self, request: Request, page: PageNumber = 1, k: PageSize = 12) -> Answer:
         """Videos that look like a picture, which is the body of the request."""
@@ -84,35 +88,31 @@ class _Api:
             content = await asyncio.wait_for(_body(request), BODY_TIME)
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the picture did not arrive within {BODY_TIME} seconds") from None
-        return self._answer(await self.engine.by_picture(content, k * MAX_PAGE), page, k)
+        media = await self._searched()
+        return _answer(media, await self.engine.by_picture(media.index, content, k * MAX_PAGE), page, k)
 
     def file(self, key: Key, request: Request) -> Response:
         """The video itself; ranges are understood."""
-        file, media_type = self.media.video(key)
+        file, media_type = self.library.media.video(key)
         return file_response(file, media_type, request.headers.get("range"), request.headers.get("if-range"))
 
     def poster(self, key: Key) -> Response:
         """The frame that weighs most, as a small JPEG."""
-        answer = file_response(self.media.poster(key), "image/jpeg", None, None)
+        answer = file_response(self.library.media.poster(key), "image/jpeg", None, None)
         answer.headers["cache-control"] = _FOR_A_WHILE
         return answer
 
     async def frame(self, key: Key, place: Place) -> Response:
         """One of the frames that the selector kept, as a small JPEG."""
-        content = await self.media.frame(key, place)
+        content = await self.library.media.frame(key, place)
         return Response(content, headers={"cache-control": _FOR_A_WHILE}, media_type="image/jpeg")
 
-    def _answer(self, hits: list[Hit], page: int, k: int) -> Answer:
-        """A part of all hits that pages may show: asked for fewer, FAISS may order equal scores otherwise, and a video
-        would stand on two pages or on none."""
-        videos = len(self.engine.index)
-        shown = hits[(page - 1) * k : page * k]
-        return Answer(
-            page=page,
-            pages=min(-(-videos // k), MAX_PAGE),
-            videos=videos,
-            found=[found(hit, self.media) for hit in shown],
-        )
+    async def _searched(self) -> Media:
+        """What is in the folder now, as far as it is loaded; one request sees one index. Raises NotReady."""
+        await self.library.follow()
+        if self.library.refused:
+            raise NotReady(self.library.refused)
+        return self.library.media
 
 
 class _Static:
@@ -135,6 +135,19 @@ class _Says:
     async def __call__(self, _request: Request, error: Exception) -> Response:
         headers = {"retry-after": "2"} if self.status == 503 else None
         return JSONResponse({"detail": str(error) or "too many are asking; wait a moment"}, self.status, headers)
+
+
+def _answer(media: Media, hits: list[Hit], page: int, k: int) -> Answer:
+    """A part of all hits that pages may show: asked for fewer, FAISS may order equal scores otherwise, and a video
+    would stand on two pages or on none."""
+    videos = len(media.index)
+    return Answer(
+        page=page,
+        pages=min(-(-videos // k), MAX_PAGE),
+        videos=videos,
+        version=media.index.version,
+        found=[found(hit, media) for hit in hits[(page - 1) * k : page * k]],
+    )
 
 
 async def _body(request: Request) -> bytes:

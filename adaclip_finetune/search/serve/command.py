@@ -36,28 +36,28 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.search.serve.connection import server_config
     from adaclip_finetune.search.serve.engine import Engine
     from adaclip_finetune.search.serve.guard import Policy
-    from adaclip_finetune.search.serve.media import Media
+    from adaclip_finetune.search.serve.library import Library
     from adaclip_finetune.search.serve.picture import MAX_BYTES
 
     index = VideoIndex.load(arguments.index)
-    media = Media(index)
+    library = Library(index)
 
     def load() -> Encoder:
         from adaclip_finetune.search.retriever import retriever_of
 
-        media.learn_stamps()
+        library.open()
         return retriever_of(index, arguments.model, **settings)
 
-    engine = Engine(index, load)
+    engine = Engine(load)
     policy = Policy(arguments.host, port, not is_loopback(arguments.host), token, MAX_BYTES)
-    app = create_app(engine, media, policy)
+    app = create_app(engine, library, policy)
     print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
     print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
     engine.start()
     try:
         uvicorn.Server(server_config(app)).run([listening])
     except KeyboardInterrupt:
-        if engine.working or media.working:
+        if engine.working or library.working:
             _end_at_once()
         raise
     return 0

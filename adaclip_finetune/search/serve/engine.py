@@ -1,4 +1,4 @@
-"""The model and the index behind the page: loaded beside it, and asked one query at a time."""
+"""The model behind the page: loaded beside it, and asked one query at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import Hit, VideoIndex
 from adaclip_finetune.search.serve.picture import decode_picture
-from adaclip_finetune.search.serve.worker import Worker
+from adaclip_finetune.search.serve.worker import NotReady, Worker
 
 WAITING = 8  # queries
 
@@ -37,15 +37,11 @@ class State(NamedTuple):
     message: str | None = None
 
 
-class NotReady(Exception):
-    """There is no model yet, or none at all; the message says which."""
-
-
 class Engine:
     """Queries (texts, pictures) to hits. The model is loaded by the thread that then asks it."""
 
-    def __init__(self, index: VideoIndex, load: Callable[[], Encoder]) -> None:
-        self.index, self.state = index, State("loading")
+    def __init__(self, load: Callable[[], Encoder]) -> None:
+        self.state = State("loading")
         self._load = load
         self._encoder: Encoder | None = None
         self._worker = Worker("model", WAITING)
@@ -59,17 +55,15 @@ class Engine:
         """Whether the model is being loaded or asked at this moment."""
         return self._worker.working
 
-    async def by_text(self, text: str, k: int) -> list[Hit]:
+    async def by_text(self, index: VideoIndex, text: str, k: int) -> list[Hit]:
         """The k nearest videos. Raises NotReady, Busy, UserError."""
         encoder = self._ready()
-        return await self._worker.do(lambda: self.index.search(encoder.encode_text([text]), k)[0])
+        return await self._worker.do(lambda: index.search(encoder.encode_text([text]), k)[0])
 
-    async def by_picture(self, content: bytes, k: int) -> list[Hit]:
+    async def by_picture(self, index: VideoIndex, content: bytes, k: int) -> list[Hit]:
         """The k nearest videos to a picture as it was sent. Raises BadPicture, NotReady, Busy, UserError."""
         encoder = self._ready()
-        return await self._worker.do(
-            lambda: self.index.search(encoder.encode_image(decode_picture(content))[None], k)[0]
-        )
+        return await self._worker.do(lambda: index.search(encoder.encode_image(decode_picture(content))[None], k)[0])
 
     def _ready(self) -> Encoder:
         if self._encoder is None:

@@ -13,7 +13,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -23,7 +23,7 @@ from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, Pa
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import IndexedVideo, VideoIndex
 from adaclip_finetune.search.serve.worker import Worker
-from adaclip_finetune.search.stored import read_index
+from adaclip_finetune.search.stamp import Stamp, stamp_of
 from adaclip_finetune.search.videos import VideoFiles
 
 MEDIA_TYPES = {"mp4": "video/mp4", "m4v": "video/mp4", "mov": "video/quicktime", "webm": "video/webm"} | {
@@ -32,47 +32,20 @@ MEDIA_TYPES = {"mp4": "video/mp4", "m4v": "video/mp4", "mov": "video/quicktime",
 
 _SIDE = 320  # pixels, the longer one of a frame's picture
 _REMEMBERED = 100  # videos whose frames' pictures are kept in memory
-_WAITING = 64  # requests for frames
 
 
 class Gone(Exception):
     """There is nothing of that key, or it is not any more what was indexed; the message says which."""
 
 
-class Stamp(NamedTuple):
-    """By which a file is known to be as it was indexed."""
-
-    size: int  # bytes
-    mtime_ns: int
-
-
 class Media:
-    """By key: files, and pictures of frames. None but pictures of best frames before `learn_stamps`."""
+    """By key: files, and pictures of frames."""
 
-    def __init__(self, index: VideoIndex) -> None:
-        self._index = index
-        self._videos = {key_of(video): video for video in index.videos}
-        self._stamps: dict[str, Stamp] = {}
-        self._frames = _Frames(index)
-
-    def learn_stamps(self) -> None:
-        """What the files were like when they were indexed; takes its time where they are many. Raises UserError if the
-        index is being rewritten at this moment."""
-        rows = read_index(self._index.folder).videos
-        if [row["id"] for row in rows] != [video.id for video in self._index.videos]:
-            raise UserError(f"{self._index.folder}: is being rewritten; try again when `adaclip index` is done")
-        try:
-            stamps = [Stamp(int(row["size"]), int(row["mtime_ns"])) for row in rows]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self._index.folder}: its videos.jsonl is not as adaclip writes it ({error!r})"
-            ) from error
-        self._stamps = dict(zip(map(key_of, self._index.videos), stamps, strict=True))
-
-    @property
-    def working(self) -> bool:
-        """Whether frames are being decoded at this moment."""
-        return self._frames.working
+    def __init__(self, index: VideoIndex, frames: Worker) -> None:
+        """Takes its time where videos are many. `frames` is who decodes. Raises UserError for an altered index."""
+        self.index = index
+        self._rows = {key_of(video): row for row, video in enumerate(index.videos)}
+        self._frames = _Frames(index, frames)
 
     def is_file(self, video: IndexedVideo) -> bool:
         """Whether the video is one file by itself, and not frames in a folder or a pack."""
@@ -84,7 +57,7 @@ class Media:
         if not _is_video(video.path):
             raise Gone(f"{video.id}: the index was made of its frames; there is no video file")
         media_type = MEDIA_TYPES.get(_extension(video.path), "application/octet-stream")
-        return _opened(video.path, self._stamp(key)), media_type
+        return _opened(video.path, video.stamp), media_type
 
     def poster(self, key: str) -> BinaryIO:
         """The picture of the best frame (JPEG), opened. Raises Gone."""
@@ -98,46 +71,35 @@ class Media:
         video = self._found(key)
         if not 0 <= place < len(video.frames):
             raise Gone(f"{video.id}: has {len(video.frames)} frames here")
-        _check(video.path, self._stamp(key))
         return (await self._frames.pictures(video))[place]
 
-    def _stamp(self, key: str) -> Stamp:
-        if key not in self._stamps:
-            raise Gone("the index is still being read")
-        return self._stamps[key]
-
     def _found(self, key: str) -> IndexedVideo:
-        if key not in self._videos:
-            raise Gone("the index has no such video")
-        return self._videos[key]
+        if key not in self._rows:
+            raise Gone("the index has no such video, or none any more that is as it was; search again")
+        return self.index.videos[self._rows[key]]
 
 
 def key_of(video: IndexedVideo) -> str:
-    """The same for the same video in every index, and nothing that a path could be made of."""
-    return hashlib.sha256(repr((video.id, str(video.path))).encode()).hexdigest()[:20]
+    """The same for the same video in every index, another one for a file that was changed, and nothing that a path
+    could be made of."""
+    return hashlib.sha256(repr((video.id, str(video.path), *video.stamp)).encode()).hexdigest()[:20]
 
 
 class _Frames:
     """Pictures of frames, decoded for all frames of a video at once by a thread of its own, and remembered."""
 
-    def __init__(self, index: VideoIndex) -> None:
-        root = Path(index.about.root)
-        inside = [video for video in index.videos if _is_video(video.path) and video.path.is_relative_to(root)]
-        self._files = VideoFiles(root, {video.id: video.path.relative_to(root).as_posix() for video in inside})
+    def __init__(self, index: VideoIndex, worker: Worker) -> None:
+        self._files = VideoFiles(Path(index.about.root), {})
         self._img_tmpl = str(index.about.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default))
-        self._worker = Worker("frames", _WAITING)
+        self._worker = worker
         self._known: OrderedDict[str, list[bytes]] = OrderedDict()
-
-    @property
-    def working(self) -> bool:
-        """Whether frames are being decoded at this moment."""
-        return self._worker.working
 
     async def pictures(self, video: IndexedVideo) -> list[bytes]:
         """A JPEG a frame. Raises Gone, Busy."""
         return await self._worker.do(lambda: self._pictures(video))
 
     def _pictures(self, video: IndexedVideo) -> list[bytes]:
+        _check(video.path, video.stamp)
         if video.id not in self._known:
             self._known[video.id] = self._decoded(video)
             if len(self._known) > _REMEMBERED:
@@ -157,6 +119,7 @@ class _Frames:
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Where its frames are, and under which name."""
         if _is_video(video.path):
+            self._files.files[video.id] = str(video.path)
             return self._files, video.id
         if video.path.is_dir():
             return FrameFolder(video.path.parent, self._img_tmpl), video.path.name
@@ -190,15 +153,15 @@ def _opened(path: Path, stamp: Stamp | None = None) -> BinaryIO:
 def _check(path: Path, stamp: Stamp) -> None:
     """Of a file, a pack, or a folder of frames. Raises Gone."""
     try:
-        found = path.stat()
+        found = stamp_of(path)
     except OSError as error:
         raise Gone(f"{path}: {error.strerror}") from error
-    if (found.st_size, found.st_mtime_ns) != stamp:
+    if found != stamp:
         raise _changed(path)
 
 
 def _changed(path: Path) -> Gone:
-    return Gone(f"{path}: is not what it was when it was indexed; `adaclip index` again")
+    return Gone(f"{path}: was changed since it was indexed; run `adaclip index` again")
 
 
 def _is_video(path: Path) -> bool:

@@ -16,6 +16,10 @@ class Busy(Exception):
     """As much is waiting already as may wait."""
 
 
+class NotReady(Exception):
+    """What is asked for is not there yet, or not at all; the message says which."""
+
+
 class Worker:
     """One thread, so that what it uses need not be safe in several. It is a daemon: it does not outlive the server."""
 

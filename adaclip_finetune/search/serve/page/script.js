@@ -11,6 +11,8 @@ const GONE = "The server does not answer. Is it still running in its terminal? T
 let picture = null;  // a File, asked for in place of the words
 let page = 1;
 let ready = false;
+let failed = "";  // why nothing can be searched
+let version = "";  // of the index that is shown
 let waiting = false;  // something is asked, and the model is not there yet
 let running = null;  // AbortController of the search under way
 let current = null;  // what is being asked, or is shown
@@ -49,7 +51,7 @@ async function ask(number, address) {
   const words = query.value.trim();
   if (words && picture && address !== "turn") dropPicture();
   const wanted = JSON.stringify([words, Boolean(picture), number]);
-  if (wanted === current) return;  // Enter, when it was found while one typed
+  if (wanted === current && (running || address !== "push")) return;  // Enter asks again, but not twice at once
   running?.abort();
   page = number;
   remember(words, address);
@@ -57,9 +59,11 @@ async function ask(number, address) {
     waiting = false;
     current = null;
     show(null);
+    if (failed) return fail(failed);
     return say(ready ? "" : "Loading the model…", !ready);
   }
   waiting = !ready;
+  if (failed) return fail(failed);
   if (!ready) return say("Loading the model; your search starts when it is there…", true);
   const mine = running = new AbortController();
   current = wanted;
@@ -69,7 +73,10 @@ async function ask(number, address) {
     const answer = await asked(words, mine.signal);
     const content = await answer.json();
     if (mine.signal.aborted) return;
-    show(answer.ok ? content : null);
+    const anew = answer.ok && address === "turn" && version !== "" && content.version !== version;
+    if (answer.ok) version = content.version;
+    if (anew && number > 1) return await again();
+    show(answer.ok ? content : null, anew);
     if (answer.ok) return;
     current = null;
     fail(content.detail);
@@ -81,8 +88,17 @@ async function ask(number, address) {
     waiting = true;
     watchSoon(2000);
   } finally {
-    if (running === mine) results.removeAttribute("aria-busy");
+    if (running === mine) {
+      running = null;
+      results.removeAttribute("aria-busy");
+    }
   }
+}
+
+// Pages of two versions of an index do not belong together.
+function again() {
+  current = version = null;
+  return ask(1, "turn");
 }
 
 function asked(words, signal) {
@@ -100,7 +116,7 @@ function remember(words, address) {
   else history.pushState(null, "", url);
 }
 
-function show(content) {
+function show(content, anew = false) {
   trouble("");
   results.replaceChildren(...(content ? content.found.map((video) => card(video, play)) : []));
   get("pages").hidden = !content || content.pages < 2;
@@ -108,10 +124,11 @@ function show(content) {
   get("page").textContent = `Page ${content.page} of ${content.pages}`;
   get("previous").disabled = content.page <= 1;
   get("next").disabled = content.page >= content.pages;
-  const found = content.found;
+  const found = content.found, first = anew ? "The index was made anew meanwhile: from the beginning. " : "";
+  count(content.videos);
   if (!content.videos) say("This index is empty: `adaclip index` puts videos into it.");
   else if (!found.length) say("No videos on this page: these were all.");
-  else say(`Videos ${found[0].rank} to ${found.at(-1).rank} of ${content.videos.toLocaleString("en")}, the best first`);
+  else say(`${first}Videos ${found[0].rank} to ${found.at(-1).rank} of ${content.videos.toLocaleString("en")}, the best first`);
 }
 
 async function turn(step) {
@@ -136,9 +153,16 @@ async function watch() {
   }
   get("name").textContent = status.index;
   document.title = `${status.index} · video search`;
-  get("count").textContent = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
+  count(status.videos);
+  if (status.state === "failed") {
+    failed = `Nothing can be searched: ${status.message}\nThis page goes on by itself when \`adaclip serve\` was started anew.`;
+    ready = false;
+    waiting = Boolean(query.value.trim() || picture);
+    fail(failed);
+    return watchSoon(3000);
+  }
+  failed = "";
   trouble("");
-  if (status.state === "failed") return fail(`The model could not be loaded: ${status.message}`);
   if (status.state === "loading") {
     say(waiting ? "Loading the model; your search starts when it is there…" : "Loading the model…", true);
     return watchSoon(500);
@@ -147,6 +171,10 @@ async function watch() {
   if (!status.videos) return say("This index is empty: `adaclip index` puts videos into it.");
   if (waiting) ask(page, picture ? "turn" : "keep");
   else if (!results.children.length) say("Ready");
+}
+
+function count(videos) {
+  get("count").textContent = `${videos.toLocaleString("en")} video${videos === 1 ? "" : "s"}`;
 }
 
 function watchSoon(milliseconds) {
@@ -221,6 +249,7 @@ function fail(text) {
   trouble(text);
 }
 
+// The same again is not said again: a screen reader would read it out every time.
 function trouble(text) {
-  get("trouble").textContent = text;
+  if (get("trouble").textContent !== text) get("trouble").textContent = text;
 }

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from adaclip_finetune.config import load_config
-from adaclip_finetune.model.clip_weights import load_clip
-from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.search.stored import About, write_index
-from adaclip_finetune.training.checkpoint import save_tensors
+from adaclip_finetune.search.about import About
+from adaclip_finetune.search.stored import write_index
 
 
 def write_run(folder: Path, settings: dict[str, Any], seed: int = 0) -> Path:
     """As `adaclip train` leaves it: best.safetensors and config.json."""
+    import torch  # here: a process that only writes indexes starts at once
+
+    from adaclip_finetune.config import load_config
+    from adaclip_finetune.model.clip_weights import load_clip
+    from adaclip_finetune.model.retriever import VideoRetriever
+    from adaclip_finetune.training.checkpoint import save_tensors
+
     folder.mkdir()
     config = load_config(None, settings)
     torch.manual_seed(seed)

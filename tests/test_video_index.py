@@ -2,13 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pytest
+import rewriting
 import torch
 from indexing import about, row, unit_rows, write_random_index
+from rewriting import rewrite
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import nearest, stored
@@ -223,6 +229,59 @@ def test_a_writer_killed_before_that_has_changed_nothing(tmp_path: Path, monkeyp
     monkeypatch.undo()
     stored.write_index(folder, about(), unit_rows(3), [row(number) for number in range(3)])
     assert len(VideoIndex.load(folder)) == 3
+
+
+def seen(folder: Path) -> int:
+    """How many rows the index has, all of which must be of one writing."""
+    index = VideoIndex.load(folder)
+    hits = index.search(unit_rows(len(index), seed=len(index)), 1)
+    assert [hit.video.id for (hit,) in hits] == [f"video{1000 * len(index) + n}" for n in range(len(index))]
+    return len(index)
+
+
+@pytest.mark.parametrize("strikes_at", range(4))
+def test_an_index_that_is_rewritten_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strikes_at: int
+) -> None:
+    """Before any of its files is opened."""
+    rewrite(tmp_path / "i", 4)
+    original, opened = stored._from, list[str]()
+
+    def interrupted(folder: Path, name: str, read: Any) -> Any:
+        opened.append(name)
+        if len(opened) == strikes_at:
+            rewrite(tmp_path / "i", 5)
+        return original(folder, name, read)
+
+    monkeypatch.setattr(stored, "_from", interrupted)
+    assert seen(tmp_path / "i") == (5 if strikes_at else 4)
+    assert len(opened) == (7 if strikes_at > 1 else 3)  # the second time, after a look at what has changed
+
+
+def test_an_index_that_never_rests_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = count(4)
+    rewrite(tmp_path / "i", next(counts))
+    original = stored._read_vectors
+
+    def interrupted(folder: Path, dtype: str) -> Any:
+        rewrite(folder, next(counts))
+        return original(folder, dtype)
+
+    monkeypatch.setattr(stored, "_read_vectors", interrupted)
+    with pytest.raises(UserError, match="is being rewritten without a pause"):
+        VideoIndex.load(tmp_path / "i")
+
+
+def test_a_writer_in_a_loop_is_never_seen(tmp_path: Path) -> None:
+    rewrite(tmp_path / "i", 4)
+    index = VideoIndex.load(tmp_path / "i")
+    with subprocess.Popen([sys.executable, rewriting.__file__, str(tmp_path / "i")]) as writer:
+        try:
+            while index.is_current():
+                assert writer.poll() is None
+            assert {seen(tmp_path / "i") for _ in range(400)} == {4, 5}
+        finally:
+            writer.kill()
 
 
 def test_recall_against_counting_by_hand() -> None:

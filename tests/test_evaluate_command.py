@@ -230,6 +230,18 @@ def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_pa
     (pair,) = saved["differences_in_R@1"]
     assert (pair["label"], pair["minus"]) == ("other", "test")
 
+    assert any("zero-shot is NOT in this table" in said["remark"] for said in saved["remarks"])
+    with_baseline = evaluated(*words, "--zero-shot", other, folder=tmp_path)
+    assert [(row["label"], row["kind"]) for row in with_baseline["rows"]] == [
+        ("zero-shot (other)", "zero-shot"), ("test", "model"), ("other", "model"),
+    ]  # fmt: skip
+    pairs = {(pair["label"], pair["minus"]): pair["t2v"] for pair in with_baseline["differences_in_R@1"]}
+    assert set(pairs) == {("test", "zero-shot (other)"), ("other", "zero-shot (other)"), ("other", "test")}
+    assert pairs["test", "zero-shot (other)"]["points"] == pytest.approx(-pair["t2v"]["points"])
+    assert not any("NOT" in said["remark"] for said in with_baseline["remarks"])
+    np.save(tmp_path / "fewer.npy", np.load(matrix)[:7])
+    assert "fewer.npy: has the shape (7, 8)" in refused(*words, "--zero-shot", tmp_path / "fewer.npy")
+
     np.save(other, np.where(np.eye(16, 8) > 0, np.inf, np.load(matrix)))
     words = ["--similarity", other, "--ids", matrix.with_suffix(".json"), "--rerank", "dual_softmax"]
     assert "other.npy: the similarity holds a value that is no finite number" in refused(*words)
@@ -327,7 +339,10 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         (["--similarity", "x.npy"], "x.npy: there is no such file"),
         (["--similarity", "x.npy", "--annot", "TEST"], "--annot does not go with --similarity"),
         (["--similarity", "x.npy", "--num_workers", "1"], "--num_workers belongs to a model"),
+        (["--similarity", "x.npy", "--config", "x.json"], "there is no model"),
+        (["--similarity", "x.npy", "--interpolate", "zero-shot", "RUN"], "exclude each other"),
         (["RUN", "--annot", "TEST", "--ids", "TEST"], "--ids belongs to --similarity"),
+        (["RUN", "--annot", "TEST", "--zero-shot", "x.npy"], "--zero-shot belongs to --similarity"),
         (["RUN", "--annot", "TEST", "--annot", "TEST"], "is given twice"),
         (["RUN", "--annot", "TEST", "--rerank", "qb_norm"], "belong together"),
         (["RUN", "--annot", "TEST", "--bank", "TEST"], "--bank belongs to --rerank"),

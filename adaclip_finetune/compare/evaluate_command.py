@@ -40,7 +40,7 @@ def _parser() -> Parser:
         "costs.",
         "adaclip evaluate RUN_OR_CHECKPOINT [MORE ...] --annot FILE [--annot FILE ...] [--SETTING VALUE ...]\n"
         "       adaclip evaluate --interpolate zero-shot RUN_OR_CHECKPOINT --val-annot FILE --annot FILE\n"
-        "       adaclip evaluate --similarity S.npy [--ids S.json]",
+        "       adaclip evaluate --similarity S.npy [--ids S.json] [--zero-shot Z.npy]",
         "A checkpoint is evaluated with its own settings. Reranking is a row of its own below the model's, and marked, "
         "since it uses other queries than the one that is asked.",
     )
@@ -106,7 +106,17 @@ def _parser() -> Parser:
         help="a matrix from `adaclip train --save_similarity`; several of the same queries are compared",
     )
     saved.add_argument(
-        "--ids", metavar="IDS.json", type=Path, help="its ids [default: the .json of its name beside it]"
+        "--ids",
+        metavar="IDS.json",
+        type=Path,
+        help="their ids, of all alike [default: the .json of its name beside each]",
+    )
+    saved.add_argument(
+        "--zero-shot",
+        metavar="Z.npy",
+        type=Path,
+        help="the matrix of zero-shot, for the first row: `adaclip train --do_inference --save_similarity` without "
+        "--resume writes it",
     )
     add_overrides(parser)
     return parser
@@ -149,7 +159,7 @@ def _saved(arguments: Namespace) -> Group:
     bank = None if arguments.bank is None else Path(arguments.bank)
     validation = None if arguments.val_annot is None else Path(arguments.val_annot)
     reranking = SavedReranking(arguments.rerank, arguments.temperature, bank, validation)
-    group = evaluate_saved(arguments.similarity, arguments.ids, reranking)
+    group = evaluate_saved(arguments.similarity, arguments.ids, arguments.zero_shot, reranking)
     if arguments.errors:
         from adaclip_finetune.compare.error_page import error_page
         from adaclip_finetune.compare.error_report import error_report_of_matrix

@@ -15,28 +15,8 @@ _MOST_SHARES = 101
 
 def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
     """Raise UserError for flags that do not go together, and for files that are not there."""
-    modes = {
-        "RUN_OR_CHECKPOINT": bool(arguments.checkpoints),
-        "--interpolate": bool(arguments.interpolate),
-        "--similarity": bool(arguments.similarity),
-    }
-    chosen = [name for name, there in modes.items() if there]
-    if len(chosen) != 1:
-        what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
-        raise UserError(f"{what} (adaclip evaluate --help)")
-    if arguments.similarity:
-        _refuse(arguments, "--similarity", "annot", "config")
-        if overrides:
-            raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
-    elif not arguments.annot:
-        raise UserError("--annot FILE is needed: the captions to evaluate")
-    if arguments.ids and not arguments.similarity:
-        raise UserError("--ids belongs to --similarity")
+    _check_mode(arguments, overrides)
     read_shares(arguments.alpha)
-    if arguments.interpolate:
-        _refuse(arguments, "--interpolate", "rerank", "errors")
-        if not arguments.val_annot:
-            raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
     _check_reranking(arguments)
     several = any(len(given or []) > 1 for given in (arguments.checkpoints, arguments.annot, arguments.similarity))
     if arguments.errors and several:
@@ -47,9 +27,9 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
             raise UserError(f"--{name} {repeated[0]} is given twice")
         for path in paths:
             check_file(f"--{name}", Path(path))
-    for name in ("config", "bank", "val_annot", "ids"):
+    for name in ("config", "bank", "val_annot", "ids", "zero_shot"):
         if path := getattr(arguments, name):
-            check_file(f"--{name.replace('_', '-')}", Path(path))
+            check_file(_flag(name), Path(path))
     for name in ("markdown", "json", "errors"):
         check_target(f"--{name}", getattr(arguments, name))
 
@@ -69,6 +49,33 @@ def read_shares(text: str) -> list[float]:
     return [round(start + number * step, 10) for number in range(count)]
 
 
+def _check_mode(arguments: Namespace, overrides: dict[str, Any]) -> None:
+    """What is evaluated: checkpoints, a mix, or matrices."""
+    modes = {
+        "RUN_OR_CHECKPOINT": bool(arguments.checkpoints),
+        "--interpolate": bool(arguments.interpolate),
+        "--similarity": bool(arguments.similarity),
+    }
+    chosen = [name for name, there in modes.items() if there]
+    if len(chosen) != 1:
+        what = f"{' and '.join(chosen)} exclude each other: give one" if chosen else "give a run folder or weights file"
+        raise UserError(f"{what} (adaclip evaluate --help)")
+    if arguments.similarity:
+        _refuse(arguments, "--similarity", annot="the captions are those of its ids", config="there is no model")
+        if overrides:
+            raise UserError(f"--{next(iter(overrides))} belongs to a model, and --similarity evaluates without one")
+    elif not arguments.annot:
+        raise UserError("--annot FILE is needed: the captions to evaluate")
+    for name in ("ids", "zero_shot"):
+        if getattr(arguments, name) and not arguments.similarity:
+            raise UserError(f"{_flag(name)} belongs to --similarity")
+    if arguments.interpolate:
+        alone = "give the run without --interpolate"
+        _refuse(arguments, "--interpolate", rerank=alone, errors=alone)
+        if not arguments.val_annot:
+            raise UserError("--interpolate needs --val-annot FILE: the captions that choose alpha")
+
+
 def _check_reranking(arguments: Namespace) -> None:
     repeated = [name for name in RERANKINGS if arguments.rerank.count(name) > 1]
     if repeated:
@@ -86,7 +93,11 @@ def _check_reranking(arguments: Namespace) -> None:
         raise UserError("--val-annot would choose the temperature, and --temperature gives it: leave one out")
 
 
-def _refuse(arguments: Namespace, beside: str, *names: str) -> None:
-    for name in names:
+def _refuse(arguments: Namespace, beside: str, **reasons: str) -> None:
+    for name, reason in reasons.items():
         if getattr(arguments, name):
-            raise UserError(f"--{name} does not go with {beside}: leave it out")
+            raise UserError(f"{_flag(name)} does not go with {beside}, leave it out: {reason}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -33,6 +33,7 @@ from adaclip_finetune.data.video_file import (
     read_frames,
     scan_frames,
 )
+from adaclip_finetune.data.video_times import Times, video_times
 from adaclip_finetune.errors import UserError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
@@ -231,6 +232,14 @@ class VideoFolder:
         path, index = self.find(video_id), self._index(video_id)
         try:
             yield from scan_frames(path, index, stopped)
+        except BrokenVideo as error:
+            raise FrameError(video_id, path, str(error), error.kind) from None
+
+    def times(self, video_id: str, frames: Sequence[int]) -> Times:
+        """How long the video is, and when a player shows these frames. Raises FrameError."""
+        path, index = self.find(video_id), self._index(video_id)
+        try:
+            return video_times(path, index, frames)
         except BrokenVideo as error:
             raise FrameError(video_id, path, str(error), error.kind) from None
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import av
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation, check_name, load_annotations
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder, open_store
-from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS
+from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, VideoFolder, open_store
+from adaclip_finetune.data.video_times import Times
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.stamp import Stamp, stamp_of
 
@@ -41,9 +37,14 @@ class Source:
     broken: dict[str, str]
     store: FrameStore
 
-    def times(self, clip: Clip, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
+    @property
+    def img_tmpl(self) -> str | None:
+        """How the frames' files are called, where they are files."""
+        return self.store.img_tmpl if isinstance(self.store, FrameFolder) else None
+
+    def times(self, clip: Clip, frames: Sequence[int]) -> Times:
         """Seconds: how long the video is, and when a player shows these frames. None: not known."""
-        if isinstance(self.store, VideoFiles):
+        if isinstance(self.store, VideoFolder):
             return self.store.times(clip.id, frames)
         if clip.duration is None:
             return None, [None] * len(frames)
@@ -60,20 +61,6 @@ class VideoFiles(VideoFolder):
 
     def find(self, video_id: str) -> Path:
         return self.folder / self.files[video_id]
-
-    def times(self, video_id: str, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
-        """See `Source.times`. Raises FrameError."""
-        index, path = self._index(video_id), self.find(video_id)
-        try:
-            clock = _clock(path)
-        except READ_ERRORS as error:
-            raise FrameError(video_id, path, str(error)) from None
-        if index.pts is not None and clock.tick is not None:
-            shown: list[float | None] = [_milliseconds(int(index.pts[i]) * clock.tick - clock.begins) for i in frames]
-        else:
-            shown = [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
-        counted = None if clock.rate is None else index.num_frames / clock.rate
-        return (counted if clock.duration is None else clock.duration), shown
 
 
 def videos_of_folder(folder: Path) -> Source:
@@ -112,30 +99,6 @@ def videos_of_annotation(annotation: Path, config: Config) -> Source:
     if isinstance(store, VideoFolder):
         store = VideoFiles(root, {clip.id: clip.path.relative_to(root).as_posix() for clip in clips})
     return Source(annotation.absolute(), root, clips, broken, store)
-
-
-class _Clock(NamedTuple):
-    tick: float | None  # seconds that a pts of 1 stands for
-    begins: float  # where a player's clock is 0: sound may begin before the picture
-    rate: float | None  # frames a second
-    duration: float | None  # seconds
-
-
-def _clock(path: Path) -> _Clock:
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
-        stream: Any = container.streams.best("video")
-        return _Clock(
-            float(stream.time_base) if stream.time_base else None,
-            (container.start_time or 0) / av.time_base,
-            float(stream.average_rate) if stream.average_rate else None,
-            round(container.duration / av.time_base, 3) if container.duration else None,
-        )
-
-
-def _milliseconds(seconds: float) -> float:
-    """Rounded up: a moment earlier, a player would show the frame before."""
-    return math.ceil(seconds * 1000 - 1e-3) / 1000
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -1,0 +1,54 @@
+"""When a player shows the frames of a video file: by its presentation times, which variable rates need, else by its
+rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+
+from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, BrokenVideo, VideoIndex
+
+Times = tuple[float | None, list[float | None]]
+"""Seconds: how long a video is, and when frames of it are shown. None: not known."""
+
+
+def video_times(path: Path, index: VideoIndex, frames: Sequence[int]) -> Times:
+    """Of the frames with these indices. Raises BrokenVideo."""
+    try:
+        clock = _clock(path)
+    except READ_ERRORS as error:
+        raise BrokenVideo(getattr(error, "strerror", None) or str(error)) from None
+    if index.pts is not None and clock.tick is not None:
+        shown: list[float | None] = [_milliseconds(int(index.pts[i]) * clock.tick - clock.begins) for i in frames]
+    else:
+        shown = [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
+    counted = None if clock.rate is None else index.num_frames / clock.rate
+    return (counted if clock.duration is None else clock.duration), shown
+
+
+class _Clock(NamedTuple):
+    tick: float | None  # seconds that a pts of 1 stands for
+    begins: float  # where a player's clock is 0: sound may begin before the picture
+    rate: float | None  # frames a second
+    duration: float | None  # seconds
+
+
+def _clock(path: Path) -> _Clock:
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+        stream: Any = container.streams.best("video")
+        return _Clock(
+            float(stream.time_base) if stream.time_base else None,
+            (container.start_time or 0) / av.time_base,
+            float(stream.average_rate) if stream.average_rate else None,
+            round(container.duration / av.time_base, 3) if container.duration else None,
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    """Rounded up: a moment earlier, a player would show the frame before."""
+    return math.ceil(seconds * 1000 - 1e-3) / 1000

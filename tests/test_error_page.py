@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import subprocess
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from browser import HEADLESS
@@ -90,13 +92,38 @@ def test_what_the_page_tells_is_what_was_measured(page: Path) -> None:
     assert picture.height == 96 and re.fullmatch(r"frame \d of .+", first["alt"] or "")
     # Two frames a strip, in the order of time, with shares of the softmax; seconds where the length is known.
     for strip in re.findall(r'<ol class="strip">(.*?)</ol>', text):
-        items = re.findall(r'">(\d+)(, [\d.]+ s)?<br>(\d+) %</li>', strip)
+        items = re.findall(r'">(\d+)(, ≈ [\d.]+ s)?<br>(\d+) %</li>', strip)
         assert len(items) == 2 and int(items[0][0]) < int(items[1][0])
         assert sum(int(item[2]) for item in items) <= 101
-    assert re.search(r">\d, \d\.\d s<br>", text)
+    assert re.search(r">\d, ≈ \d\.\d s<br>", text)
     charts = [attributes for tag, attributes in seen.tags if tag == "svg"]
     assert len(charts) == 3 and all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     assert "8 s" in (charts[2]["aria-label"] or "")
+
+
+def test_frames_of_a_file_stand_at_the_times_of_the_file(page: Path, project: Project, tmp_path: Path) -> None:
+    """Of a rate that varies: the second half of the frames is shown four times as long. What is annotated is wrong."""
+    run, annotation = next((page.parent / "work" / "output" / project["dataset"]).iterdir()), {}
+    for name, entry in json.loads(Path(project["test_annot"]).read_text()).items():
+        annotation[name] = {**entry, "duration": 400.0}
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+            for number in range(8):
+                image = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = 100 * number + 300 * max(0, number - 4), Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    (tmp_path / "test.json").write_text(json.dumps(annotation))
+    target = tmp_path / "errors.html"
+    words = ["evaluate", run, "--annot", tmp_path / "test.json", "--video_dir", tmp_path, "--errors", target]
+    assert main([*map(str, words)]) == 0
+    told = {(int(number), float(time)) for number, time in re.findall(r'">(\d), ([\d.]+) s<br>', target.read_text())}
+    assert told and told <= {(number, round(0.1 * number + 0.3 * max(0, number - 4), 1)) for number in range(8)}
+    assert max(number for number, _ in told) > 4
+    assert "400" not in " ".join(Seen(target.read_text()).words.split("R@1 by length of the video")[1].split()[:20])
 
 
 def test_a_matrix_alone_gives_a_page_without_frames(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray
 
 _CAPTIONS = 3  # of a video, at most
 _FRAMES = (
-    "The frames that the model looked at, in the order of time: number from 0, time, and the share of the selector's "
-    "softmax over all candidates, where there is a selector."
+    "Below each frame that the model looked at: its number, from 0; when it is shown (≈: reckoned from the annotated "
+    "length, as if frames were evenly spaced); and, where there is a selector, its share of the softmax over all "
+    "candidates."
 )
 _NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show."
 
@@ -150,7 +151,7 @@ def _video(video: ShownVideo, kind: str, what: str) -> str:
 
 
 def _frame(frame: ShownFrame, video_id: str) -> str:
-    when = "" if frame.seconds is None else f", {frame.seconds:.1f} s"
+    when = "" if frame.seconds is None else f", {'' if frame.measured else '≈ '}{frame.seconds:.1f} s"
     share = "" if frame.share is None else f"<br>{frame.share:.0f} %"
     alt = escape(f"frame {frame.index} of {video_id}", quote=True)
     return f'<li><img src="{frame.picture}" alt="{alt}">{frame.index}{when}{share}</li>'

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,16 +20,17 @@ from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
 
 _HEIGHT = 96  # pixels
 _MOST = 16  # frames of a strip
-_MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """`index` from 0; `seconds` from the start where the length is known; `share` of the selector's softmax over all
-    candidates in percent, where there is a selector; `picture` a JPEG as data URI."""
+    """`index` from 0; `seconds` from the start where they are known, and whether they are `measured`, not reckoned from
+    the annotated length as if frames were evenly spaced; `share` of the selector's softmax over all candidates in
+    percent, where there is a selector; `picture` a JPEG as data URI."""
 
     index: int
     seconds: float | None
+    measured: bool
     share: float | None
     picture: str
 
@@ -59,18 +60,33 @@ class StripMaker:
         return self._made[video_id]
 
     def seconds(self, video_id: str) -> float | None:
-        """The length of a video, as far as it is known."""
-        return video_seconds(self._videos[video_id], self._store)
+        """The length of a video, as its file says; of extracted frames, as the annotation does. None: not known."""
+        if isinstance(self._store, VideoFolder):
+            with suppress(FrameError):
+                length, _ = self._store.times(video_id, [])
+                return length
+        video = self._videos[video_id]
+        if video.duration is not None:
+            return video.duration
+        return None if video.start is None or video.end is None else video.end - video.start
 
     def _make(self, video_id: str) -> Strip:
         chosen = self._chosen(video_id)
+        indices = [index for index, _ in chosen]
+        times, measured = self._times(video_id, indices), isinstance(self._store, VideoFolder)
+        pixels = self._store.read(video_id, indices)
+        return Strip(
+            [
+                ShownFrame(index, seconds, measured, share, _picture(image))
+                for (index, share), seconds, image in zip(chosen, times, pixels, strict=True)
+            ]
+        )
+
+    def _times(self, video_id: str, indices: Sequence[int]) -> list[float | None]:
+        if isinstance(self._store, VideoFolder):
+            return self._store.times(video_id, indices)[1]
         count, length = self._store.count(video_id), self.seconds(video_id)
-        pixels = self._store.read(video_id, [index for index, _ in chosen])
-        frames = []
-        for (index, share), image in zip(chosen, pixels, strict=True):
-            seconds = None if length is None else index / count * length
-            frames.append(ShownFrame(index, seconds, share, _picture(image)))
-        return Strip(frames)
+        return [None if length is None else index / count * length for index in indices]
 
     @torch.no_grad()
     def _chosen(self, video_id: str) -> Sequence[tuple[int, float | None]]:
@@ -86,19 +102,6 @@ class StripMaker:
         shares = 100 * selection.logits[0].float().softmax(dim=0).cpu()
         chosen = [(int(places[number]), float(shares[number])) for number in sorted(selection.indices[0].tolist())]
         return [(index, share) for index, share in chosen if index >= 0][:_MOST]
-
-
-def video_seconds(video: VideoAnnotation, store: FrameStore) -> float | None:
-    """As the annotation says, else as a video file says of itself; None for frames of unknown rate."""
-    if video.duration is not None:
-        return video.duration
-    if not isinstance(store, VideoFolder):
-        return None if video.start is None or video.end is None else video.end - video.start
-    try:
-        with av.open(str(store.find(video.video_id))) as container:
-            return None if container.duration is None else container.duration / _MICROSECONDS
-    except (OSError, av.FFmpegError, FrameError):
-        return None
 
 
 def _picture(pixels: NDArray[np.uint8]) -> str:

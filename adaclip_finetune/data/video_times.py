@@ -22,12 +22,14 @@ def video_times(path: Path, index: VideoIndex, frames: Sequence[int]) -> Times:
         clock = _clock(path)
     except READ_ERRORS as error:
         raise BrokenVideo(getattr(error, "strerror", None) or str(error)) from None
-    if index.pts is not None and clock.tick is not None:
-        shown: list[float | None] = [_milliseconds(int(index.pts[i]) * clock.tick - clock.begins) for i in frames]
-    else:
-        shown = [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
-    counted = None if clock.rate is None else index.num_frames / clock.rate
-    return (counted if clock.duration is None else clock.duration), shown
+    length = clock.duration
+    if length is None and clock.rate is not None:
+        length = index.num_frames / clock.rate
+    if index.pts is None or clock.tick is None:
+        return length, [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
+    times = [_milliseconds(int(pts) * clock.tick - clock.begins) for pts in index.pts[[*frames, -1]]]
+    # Writers reckon a length by when frames are decoded, which is before they are shown.
+    return max(length or 0.0, times[-1]), list(times[:-1])
 
 
 class _Clock(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from indexing import write_run
-from media import index_of, write_video
+from media import coded_frame, index_of, write_video
 from PIL import Image
 
 from adaclip_finetune.cli import main
@@ -244,6 +244,79 @@ def test_an_interruption_keeps_what_is_finished(
         np.testing.assert_allclose(rows(tmp_path / "i")[name], vector, atol=1e-6)
 
 
+def test_parts_of_something_else_are_not_taken_up(
+    run: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run is stopped, and the next one is of another folder."""
+    original = Parts.write
+
+    def write(self: Parts, videos: Any, vectors: Any) -> None:
+        original(self, videos, vectors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "write", write)
+    assert main(["index", str(run), str(clips), "-o", str(tmp_path / "i")]) == 130
+    monkeypatch.undo()
+    (tmp_path / "other").mkdir()
+    write_video(tmp_path / "other" / "x.mp4", 20)
+    assert main(["index", str(run), str(tmp_path / "other"), "-o", str(tmp_path / "i")]) == 0
+    assert list(rows(tmp_path / "i")) == ["x.mp4"]
+    assert not (tmp_path / "i" / "parts").exists()
+
+
+def test_an_index_that_would_be_the_same_is_left_alone(run: Path, library: Path, tmp_path: Path) -> None:
+    """So that a page which has loaded it need not load it again."""
+    command = ["index", str(run), str(library), "-o", str(tmp_path / "i")]
+    assert main(command) == 0
+    index = VideoIndex.load(tmp_path / "i")
+    assert main(command) == 0
+    assert index.is_current()
+    (library / "clip 0.mp4").unlink()
+    assert main([*command, "--sync"]) == 0
+    assert not index.is_current()
+
+
+def frames_of(folder: Path, tmpl: str, first: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 7):
+        Image.fromarray(coded_frame(first + number)).save(folder / tmpl.format(number))
+
+
+def test_how_frames_are_called_is_remembered(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames_of(tmp_path / "frames" / "v", "f-{:02d}.png", 0)
+    frames_of(tmp_path / "frames" / "v", "g{}.png", 100)
+    (tmp_path / "a.json").write_text(json.dumps({"v": {"sentences": ["x"]}}))
+    command = ["index", str(run), str(tmp_path / "a.json"), "-o", str(tmp_path / "i")]
+    command += ["--frames_dir", str(tmp_path / "frames"), "--img_tmpl"]
+    assert main([*command, "f-{:02d}.png"]) == 0
+    assert VideoIndex.load(tmp_path / "i").about.settings["img_tmpl"] == "f-{:02d}.png"
+    before = rows(tmp_path / "i")["v"]
+    capsys.readouterr()
+    assert main([*command, "g{}.png"]) == 0  # other images of the same folder
+    assert "1 embedded" in capsys.readouterr().out
+    (video,) = VideoIndex.load(tmp_path / "i").videos
+    assert VideoIndex.load(tmp_path / "i").about.settings["img_tmpl"] == "g{}.png"
+    assert not np.allclose(rows(tmp_path / "i")["v"], before, atol=1e-3)
+    with Image.open(video.thumb or "") as picture:
+        assert index_of(np.asarray(picture)) == 101 + video.frames[video.best]
+    assert main([*command, "no place for a number"]) == 2
+    assert "img_tmpl" in capsys.readouterr().err
+
+
+def test_a_frame_that_was_replaced_under_its_name_is_noticed(
+    run: Path, project: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(str(project["frames_dir"]), tmp_path / "frames")
+    command = ["index", str(run), str(project["test_annot"]), "-o", str(tmp_path / "i")]
+    command += ["--frames_dir", str(tmp_path / "frames")]
+    assert main(command) == 0
+    images = sorted((tmp_path / "frames" / "video5").iterdir())
+    shutil.copyfile(images[0], images[-1])  # written into the same file: the folder does not change
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 embedded" in (told := capsys.readouterr().out) and "7 were there already" in told
+
+
 def test_one_writer_at_a_time(run: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "i").mkdir()
     lock = FolderLock(tmp_path / "i")
@@ -289,21 +362,47 @@ def test_where_an_annotations_videos_are_can_be_said(
 def test_float16_and_hnsw_tell_what_they_cost(
     run: Path, project: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["index", str(run), str(project["train_annot"]), "-o", str(tmp_path / "i")]
-    assert main([*command, "--dtype", "float16", "--kind", "hnsw"]) == 0
-    assert "hnsw, float16: finds 100.00 % of the 10 nearest by exact float32 (asked: 24 captions)" in (
-        capsys.readouterr().out
-    )
-    assert read_index(tmp_path / "i").vectors.dtype == np.float16
+    shutil.copytree(str(project["frames_dir"]), tmp_path / "frames")
+    shutil.copy(project["train_annot"], tmp_path / "a.json")
+    command = ["index", str(run), str(tmp_path / "a.json"), "-o", str(tmp_path / "i")]
+    command += ["--frames_dir", str(tmp_path / "frames")]
+
+    def told(*flags: str) -> str:
+        assert main([*command, *flags]) == 0
+        return capsys.readouterr().out
+
+    def nearest(by: str, asked: str = "24 captions") -> str:
+        return f"finds 100.00 % of the 10 nearest by {by} (asked: {asked})"
+
+    said = "hnsw, float16: " + nearest("exact float32")
+    assert said in told("--dtype", "float16", "--kind", "hnsw")
+    stored = read_index(tmp_path / "i")
+    assert (stored.vectors.dtype, stored.about.kind) == (np.float16, "hnsw")
+    assert stored.about.recall is not None and stored.about.recall.share == 1
     assert (tmp_path / "i" / "faiss.index").is_file()
-    assert main(command) == 0  # as it is: neither is said again
-    about = read_index(tmp_path / "i").about
-    assert (about.kind, about.dtype) == ("hnsw", "float16")
-    assert "finds" not in capsys.readouterr().out  # the exact vectors are no longer there
-    assert main([*command, "--kind", "flat"]) == 0
+    assert said in told()  # as it is
+    annotation = json.loads(Path(project["train_annot"]).read_text())
+    shutil.copytree(tmp_path / "frames" / "video4", tmp_path / "frames" / "new")
+    (tmp_path / "a.json").write_text(json.dumps(annotation | {"new": {"sentences": ["x"]}}))
+    by = "exact search, 12 of 13 vectors being float16 already"
+    assert "hnsw, float16: " + nearest(by, "25 captions") in told()
+    assert "finds" not in told("--kind", "flat")  # what it cost to round can no longer be seen
     assert not (tmp_path / "i" / "faiss.index").exists()
     assert main([*command, "--dtype", "float32"]) == 2
     assert "rounded away cannot be had back" in capsys.readouterr().err
+
+
+def test_what_float16_cost_is_remembered_where_it_cannot_be_measured_again(
+    run: Path, project: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotation = json.loads(Path(project["train_annot"]).read_text())
+    command = ["index", str(run), str(tmp_path / "a.json"), "-o", str(tmp_path / "i"), "--dtype", "float16", "--sync"]
+    (tmp_path / "a.json").write_text(json.dumps(annotation))
+    assert main(command) == 0
+    (tmp_path / "a.json").write_text(json.dumps(dict(list(annotation.items())[1:])))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "by exact float32 (asked: 24 captions; measured with 12 videos)" in capsys.readouterr().out
 
 
 def test_query_dependent_models_are_refused(

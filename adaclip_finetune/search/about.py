@@ -17,6 +17,16 @@ DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What is still found by an index that is not exact."""
+
+    share: float  # 0…1, of the 10 nearest
+    by: str  # what says which are the nearest, in words
+    asked: str  # what was asked for, in words
+    videos: int  # how many there were
+
+
+@dataclass(frozen=True)
 class About:
     """What there is to tell of an index."""
 
@@ -29,6 +39,7 @@ class About:
     dtype: str  # float32 or float16
     made: str  # ISO 8601
     changed: str
+    recall: Recall | None = None  # None: it is exact, or too small to miss anything
 
 
 class Digests(NamedTuple):
@@ -57,5 +68,9 @@ def about_of_json(content: bytes, where: Path) -> tuple[About, Digests]:
         raise UserError(f"{where}: {', '.join(wrong)} is missing or of another type; make it anew")
     if facts["kind"] not in KINDS or facts["dtype"] not in DTYPES:
         raise UserError(f"{where}: kind {facts['kind']!r} or dtype {facts['dtype']!r} is not known here")
-    digests = (str(facts["sha256"].get(name)) for name in Digests._fields)
-    return About(**{name: facts[name] for name in (*texts, "settings")}), Digests(*digests)
+    try:
+        recall = None if facts["recall"] is None else Recall(**facts["recall"])
+        digests = Digests(**facts["sha256"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: not as adaclip writes it ({error!r}); make it anew") from error
+    return About(**{name: facts[name] for name in (*texts, "settings")}, recall=recall), digests

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +14,16 @@ from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search import nearest
-from adaclip_finetune.search.about import About
+from adaclip_finetune.search.about import About, Recall
 from adaclip_finetune.search.embed import Video, embed_clips
 from adaclip_finetune.search.parts import Parts
 from adaclip_finetune.search.recall import recall_of
+from adaclip_finetune.search.request import Request, about_for
 from adaclip_finetune.search.retriever import Retriever
 from adaclip_finetune.search.stored import (
     MARK,
     THUMBS,
-    StoredIndex,
+    digest_of,
     finish_move,
     is_index,
     read_index,
@@ -32,20 +31,6 @@ from adaclip_finetune.search.stored import (
 )
 from adaclip_finetune.search.thumbnails import remove_others
 from adaclip_finetune.search.videos import Clip, Source
-
-# What an index does not ask for again where it is searched.
-_OF_THE_MACHINE = frozenset({"device", "xpu", "precision", "tf32", "num_workers", "pin_mem", "val_batch_size"})
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of an index. Kind and dtype None: as it is, or else flat and float32. `settings`: what the model's
-    run does not tell, or others than it tells."""
-
-    kind: str | None = None
-    dtype: str | None = None
-    sync: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,8 +45,6 @@ class Indexed:
     vanished: list[str]
     count: int
     about: About
-    recall: float | None  # of the 10 nearest; None: exact, or not to be measured
-    asked: str  # what recall was measured with
 
 
 def index_videos(model: Retriever, source: Source, folder: Path, request: Request) -> Indexed:
@@ -104,11 +87,15 @@ class _Indexing:
         self.model, self.source, self.folder, self.request = model, source, folder, request
         self.clips = {clip.id: clip for clip in source.clips}
         self.old = read_index(folder) if is_index(folder) else None
-        self.about = _about(model, source, request, self.old, folder)
-        self.parts = Parts(folder / "parts", model.fingerprint)
-        rows = zip(self.old.videos, self.old.vectors, strict=True) if self.old else ()
+        self.about = about_for(model, source, request, self.old.about if self.old else None, folder)
+        of = {"model": model.fingerprint, "source": str(source.name), "root": str(source.root)}
+        self.parts = Parts(folder / "parts", of | {"img_tmpl": source.img_tmpl or ""})
+        rows = zip(self.old.lines, self.old.vectors, strict=True) if self.old else ()
         self.known = {video["id"]: _Row(video, vector) for video, vector in rows}
-        self.known |= {video["id"]: _Row(video, vector) for video, vector in self.parts.read()}
+        self.of_other_frames = set(self.known) if self._frames_are_called_otherwise() else set()
+        parts = {video["id"]: _Row(video, vector) for video, vector in self.parts.read()}
+        self.known |= parts
+        self.of_other_frames -= set(parts)
 
     def run(self) -> Indexed:
         same = {name for name, clip in self.clips.items() if name in self.known and self._is_as_it_was(clip)}
@@ -127,12 +114,17 @@ class _Indexing:
         vanished = [name for name in self.known if name not in self.clips]
         if not self.request.sync:
             rows |= {name: self.known[name] for name in vanished}
-        recall, asked = self._write(list(rows.values()))
-        return Indexed(len(fresh), seconds, len(same), broken, vanished, len(rows), self.about, recall, asked)
+        about = self._write(list(rows.values()))
+        return Indexed(len(fresh), seconds, len(same), broken, vanished, len(rows), about)
+
+    def _frames_are_called_otherwise(self) -> bool:
+        """Whether another `img_tmpl` makes other images of the same folders frames."""
+        tmpl = self.source.img_tmpl
+        return self.old is not None and tmpl is not None and self.old.about.settings.get("img_tmpl") != tmpl
 
     def _is_as_it_was(self, clip: Clip) -> bool:
         video = self.known[clip.id].video
-        return (video["size"], video["mtime_ns"]) == clip.stamp
+        return clip.id not in self.of_other_frames and (video["size"], video["mtime_ns"]) == clip.stamp
 
     def _embed(self, clips: list[Clip], broken: dict[str, str]) -> dict[str, _Row]:
         """By id; what fails on the way is added to `broken`."""
@@ -144,60 +136,42 @@ class _Indexing:
             fresh |= {v["id"]: _Row(v, vector) for v, vector in zip(batch.videos, batch.vectors, strict=True)}
         return fresh
 
-    def _write(self, rows: list[_Row]) -> tuple[float | None, str]:
-        """Everything to its place; gives the recall, and what it was measured with."""
+    def _write(self, rows: list[_Row]) -> About:
+        """Everything to its place; gives what index.json says now."""
         videos = [self._now(row.video) for row in rows]
         exact = np.array([row.vector for row in rows], np.float32).reshape(len(rows), self.model.width)
-        write_index(self.folder, self.about, exact, videos)
-        stored = read_index(self.folder)
-        found = nearest.build(stored.vectors, self.about.kind)
-        nearest.keep(self.folder, found, self.about.kind, stored.digest)
+        vectors = exact.astype(self.about.dtype)
+        digest = digest_of(vectors)
+        found = nearest.load(self.folder, vectors, self.about.kind, digest)
+        about, old = self.about, self.old
+        if old is not None and (digest, about.kind) == (old.digest, old.about.kind):
+            about = replace(about, recall=old.about.recall)
+            if (replace(about, changed=old.about.changed), videos) == (old.about, old.videos):
+                about = old.about
+        else:
+            rounded = sum(row.vector.dtype == np.float16 for row in rows)
+            about = replace(about, recall=self._recall(found, exact, videos, rounded))
+        if about is not (old and old.about):  # whoever has loaded it would think that there is something new
+            write_index(self.folder, about, vectors, videos)
+        nearest.keep(self.folder, found, about.kind, digest)
         self.parts.remove()
         remove_others(self.folder / THUMBS, (video["thumb"] for video in videos))
-        rounded = any(row.vector.dtype == np.float16 for row in rows)
-        if (self.about.kind, self.about.dtype) == ("flat", "float32") or rounded:
-            return None, ""
+        return about
+
+    def _recall(
+        self, found: nearest.Nearest, exact: NDArray[np.float32], videos: list[Video], rounded: int
+    ) -> Recall | None:
+        """`rounded` rows have been in float16 already: what that has cost cannot be seen any more."""
+        if self.about.kind == "flat" and rounded == len(exact):
+            return self.old.about.recall if self.old and self.old.about.kind == "flat" else None
+        if (self.about.kind, self.about.dtype) == ("flat", "float32"):
+            return None
         captions = [text for video in videos for text in video["captions"]]
-        return recall_of(found, exact, captions, self.model.encode_text)
+        share, asked = recall_of(found, exact, captions, self.model.encode_text)
+        by = f"exact search, {rounded} of {len(exact)} vectors being float16 already" if rounded else "exact float32"
+        return None if share is None else Recall(share, by, asked, len(exact))
 
     def _now(self, video: Video) -> Video:
         """With what the source says of it today: a library may have moved, captions may have been added."""
         clip = self.clips.get(video["id"])
         return video if clip is None else video | {"path": str(clip.path), "captions": list(clip.captions)}
-
-
-def _about(model: Retriever, source: Source, request: Request, old: StoredIndex | None, folder: Path) -> About:
-    """What index.json will say. Raises UserError if the folder is an index of something else."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if old is not None:
-        _check_same(model, source, request, old.about, folder)
-    settings = {name: value for name, value in request.settings.items() if name not in _OF_THE_MACHINE}
-    if model.config.clip_weights is not None:
-        settings["clip_weights"] = str(Path(model.config.clip_weights).absolute())
-    return About(
-        fingerprint=model.fingerprint,
-        run=str(model.source.absolute()),
-        settings=settings,
-        source=str(source.name),
-        root=str(source.root),
-        kind=request.kind or (old.about.kind if old else "flat"),
-        dtype=request.dtype or (old.about.dtype if old else "float32"),
-        made=old.about.made if old else now,
-        changed=now,
-    )
-
-
-def _check_same(model: Retriever, source: Source, request: Request, about: About, folder: Path) -> None:
-    if about.fingerprint != model.fingerprint:
-        raise UserError(
-            f"-o {folder}: is an index made with another model ({about.run}); give another name, or remove it"
-        )
-    if about.source != str(source.name) and Path(about.source).exists() and not request.sync:
-        raise UserError(
-            f"-o {folder}: is the index of {about.source}; give another name for that of {source.name}, or --sync to "
-            "drop what is not there"
-        )
-    if about.dtype == "float16" and request.dtype == "float32":
-        raise UserError(
-            f"-o {folder}: holds float16, and what was rounded away cannot be had back; give another name, or remove it"
-        )

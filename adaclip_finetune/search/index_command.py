@@ -37,14 +37,17 @@ def run(words: Sequence[str]) -> int:
         )
     settings = model_settings(arguments, *_READING)
 
-    from adaclip_finetune.search.build import Request, index_videos
+    from adaclip_finetune.search.build import index_videos
+    from adaclip_finetune.search.request import Request
     from adaclip_finetune.search.retriever import load_retriever
     from adaclip_finetune.training.signals import StopSignals
 
     with StopSignals():
-        model = load_retriever(arguments.run, **settings)
+        if "video_dir" in places or "frames_dir" in places:
+            places = {"video_dir": None, "frames_dir": None} | places
+        model = load_retriever(arguments.run, **settings | places)
         model.refuse_query_dependent()
-        source = _source(arguments.videos, model, places)
+        source = _source(arguments.videos, model)
         count = len(source.clips) + len(source.broken)
         print(f"{arguments.run} → {arguments.output}: {count} videos of {printable(source.name)}")
         request = Request(arguments.kind, arguments.dtype, arguments.sync, settings)
@@ -82,15 +85,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _source(videos: Path, model: Retriever, places: dict[str, Any]) -> Source:
+def _source(videos: Path, model: Retriever) -> Source:
     from adaclip_finetune.search.videos import videos_of_annotation, videos_of_folder
 
-    if videos.is_dir():
-        return videos_of_folder(videos)
-    config = model.config
-    if "video_dir" in places or "frames_dir" in places:
-        config = config.model_copy(update={"video_dir": None, "frames_dir": None} | places)
-    return videos_of_annotation(videos, config)
+    return videos_of_folder(videos) if videos.is_dir() else videos_of_annotation(videos, model.config)
 
 
 def _tell(done: Indexed, arguments: Any) -> int:
@@ -104,9 +102,10 @@ def _tell(done: Indexed, arguments: Any) -> int:
     elif done.vanished:
         names = ", ".join(map(printable, done.vanished[:5])) + (" …" if len(done.vanished) > 5 else "")
         print(f"{len(done.vanished)} are in the index and no longer there ({names}): --sync drops them")
-    if done.recall is not None:
-        what = f"{done.about.kind}, {done.about.dtype}"
-        print(f"{what}: finds {100 * done.recall:.2f} % of the {K} nearest by exact float32 (asked: {done.asked})")
+    if (recall := done.about.recall) is not None:
+        what, when = f"{done.about.kind}, {done.about.dtype}", f"; measured with {recall.videos} videos"
+        asked = recall.asked + (when if recall.videos != done.count else "")
+        print(f"{what}: finds {100 * recall.share:.2f} % of the {K} nearest by {recall.by} (asked: {asked})")
     if done.broken:
         print(f"{len(done.broken)} cannot be read:\n{listing(done.broken, at_most=None)}", file=sys.stderr)
     return 1 if done.broken else 0

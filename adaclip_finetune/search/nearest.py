@@ -52,20 +52,14 @@ def build(vectors: Rows, kind: str) -> Nearest:
 
 def load(folder: Path, vectors: Rows, kind: str, digest: str) -> Nearest:
     """The graph that `keep` wrote for these very vectors; else it is built, which takes a graph its time."""
-    if kind == "flat":  # nothing is saved by keeping a copy of the vectors
-        return build(vectors, kind)
-    content = b""
-    with suppress(OSError, UserError, TypeError, KeyError):
-        content = (folder / _GRAPH).read_bytes()
-        kept = read_json(folder / _GRAPH_OF)
-        # FAISS's reader was not made for files that somebody altered: it is given what was written, to the byte.
-        if kept["vectors"] == digest and kept["graph"] == hashlib.sha256(content).hexdigest():
-            return Nearest(faiss.deserialize_index(np.frombuffer(content, np.uint8)))
-    return build(vectors, kind)
+    # Of the flat kind, nothing is saved by keeping a copy of the vectors.
+    return (_kept(folder, digest) if kind == "hnsw" else None) or build(vectors, kind)
 
 
 def keep(folder: Path, nearest: Nearest, kind: str, digest: str) -> None:
-    """Write a graph beside the vectors that it is of. Raises OSError."""
+    """Write a graph beside the vectors that it is of, if it is not there. Raises OSError."""
+    if kind == "hnsw" and _kept(folder, digest):
+        return
     (folder / _GRAPH_OF).unlink(missing_ok=True)
     if kind == "flat":
         (folder / _GRAPH).unlink(missing_ok=True)
@@ -74,6 +68,16 @@ def keep(folder: Path, nearest: Nearest, kind: str, digest: str) -> None:
     write_durably(folder / _GRAPH, content)
     of = {"vectors": digest, "graph": hashlib.sha256(content).hexdigest()}
     write_durably(folder / _GRAPH_OF, json.dumps(of).encode())
+
+
+def _kept(folder: Path, digest: str) -> Nearest | None:
+    with suppress(OSError, UserError, TypeError, KeyError):
+        content = (folder / _GRAPH).read_bytes()
+        kept = read_json(folder / _GRAPH_OF)
+        # FAISS's reader was not made for files that somebody altered: it is given what was written, to the byte.
+        if kept["vectors"] == digest and kept["graph"] == hashlib.sha256(content).hexdigest():
+            return Nearest(faiss.deserialize_index(np.frombuffer(content, np.uint8)))
+    return None
 
 
 def _empty(width: int, kind: str, half: bool) -> Any:

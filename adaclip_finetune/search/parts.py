@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from adaclip_finetune.errors import UserError
 
 
 class Parts:
-    """`folder/<number>.safetensors`: vectors (B, D) in float32, and their videos. Those of another model are ignored,
-    and so is what did not reach the disk whole. A video is a line of videos.jsonl."""
+    """`folder/<number>.safetensors`: vectors (B, D) in float32, and their videos. What is of something else than `of`
+    (model, videos, how frames are called) is ignored, and so is what did not reach the disk whole. A video is a line of
+    videos.jsonl."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self._fingerprint = folder, fingerprint
+    def __init__(self, folder: Path, of: Mapping[str, str]) -> None:
+        self.folder, self._of = folder, json.dumps(of, sort_keys=True)
         self._next = 1 + max((int(path.stem) for path in self._paths()), default=-1)
 
     def read(self) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
@@ -31,7 +32,7 @@ class Parts:
             try:
                 with safetensors.safe_open(path, framework="np") as file:
                     metadata, vectors = file.metadata() or {}, file.get_tensor("vectors")
-                if metadata["fingerprint"] == self._fingerprint:
+                if metadata["of"] == self._of:
                     yield from zip(json.loads(metadata["videos"]), vectors, strict=True)
             except (OSError, ValueError, KeyError, safetensors.SafetensorError):
                 continue
@@ -39,7 +40,7 @@ class Parts:
     def write(self, videos: Sequence[dict[str, Any]], vectors: NDArray[np.float32]) -> None:
         """Raises UserError where that fails, the disk being full, say: then the batches before it stay."""
         path = self.folder / f"{self._next:06d}.safetensors"
-        metadata = {"fingerprint": self._fingerprint, "videos": json.dumps(videos)}
+        metadata = {"of": self._of, "videos": json.dumps(videos)}
         try:
             self.folder.mkdir(exist_ok=True)
             write_durably(path, save({"vectors": np.ascontiguousarray(vectors)}, metadata))

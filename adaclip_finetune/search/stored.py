@@ -95,7 +95,7 @@ def write_index(folder: Path, about: About, vectors: Rows, videos: Sequence[Mapp
     """Replace what is there by this, at once. Vectors (V, D) are stored as `about.dtype`. Raises UserError."""
     lines = "".join(f"{json.dumps(video)}\n" for video in videos).encode()
     rows = np.ascontiguousarray(vectors, about.dtype)
-    digests = Digests(_digest(rows), _sha256(lines))
+    digests = Digests(digest_of(rows), _sha256(lines))
     unfinished = folder / _UNFINISHED
     try:
         finish_move(folder)
@@ -122,11 +122,18 @@ def finish_move(folder: Path) -> None:
     (folder / _NEXT).rmdir()
 
 
+def digest_of(vectors: Rows) -> str:
+    """SHA-256 over type, shape and values: by which an index of FAISS knows its vectors."""
+    digest = hashlib.sha256(f"{vectors.dtype} {vectors.shape}".encode())
+    digest.update(np.ascontiguousarray(vectors).data)
+    return digest.hexdigest()
+
+
 def _read(folder: Path, content: bytes) -> StoredIndex:
     """What index.json, whose content this is, belongs to."""
     about, digests = about_of_json(content, folder / _ABOUT)
     lines, vectors = _read_bytes(folder, _VIDEOS), _read_vectors(folder, about.dtype)
-    found = Digests(_digest(vectors), _sha256(lines))
+    found = Digests(digest_of(vectors), _sha256(lines))
     if found != digests:
         altered = " and ".join(name for name, a, b in zip((_VECTORS, _VIDEOS), found, digests, strict=True) if a != b)
         raise UserError(f"{folder}: {altered} and {_ABOUT} do not belong together: something was altered. Make it anew")
@@ -165,13 +172,6 @@ def _from(folder: Path, name: str, read: Callable[[Path], T]) -> T:
     with suppress(FileNotFoundError):
         return read(folder / _NEXT / name)
     return read(folder / name)
-
-
-def _digest(vectors: Rows) -> str:
-    """SHA-256 over type, shape and values: by which an index of FAISS knows its vectors."""
-    digest = hashlib.sha256(f"{vectors.dtype} {vectors.shape}".encode())
-    digest.update(np.ascontiguousarray(vectors).data)
-    return digest.hexdigest()
 
 
 def _version(content: bytes) -> str:

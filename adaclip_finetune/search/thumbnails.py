@@ -20,8 +20,6 @@ _QUALITY = 80
 def write_thumbnail(folder: Path, store: FrameStore, clip: Clip, frame: int) -> str:
     """The name of the picture in `folder`; empty if the frame cannot be read any more. Raises OSError."""
     name = f"{hashlib.sha256(repr((clip.id, clip.stamp, frame)).encode()).hexdigest()[:20]}.jpg"
-    if (folder / name).exists():
-        return name
     try:
         picture = Image.fromarray(store.read(clip.id, [frame])[0])
     except FrameError:

@@ -77,13 +77,13 @@ def test_a_text(run: Path, index: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_json_lines_of_many_queries(
     run: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = "\ufeffa red thing\n\n  it is blue \n".encode()
+    content = "\ufeffa red thing\r\n\n  it\x0bis\u2028so\x85blue \n".encode()
     (tmp_path / "q.txt").write_bytes(content)
     command = ["search", str(index), "--json", "-k", "100", "--queries"]
     assert main([*command, str(tmp_path / "q.txt")]) == 0
     told = capsys.readouterr().out
     answers = [json.loads(line) for line in told.splitlines()]
-    assert [answer["query"] for answer in answers] == ["a red thing", "it is blue"]
+    assert [answer["query"] for answer in answers] == ["a red thing", "it\x0bis\u2028so\x85blue"]
     for answer in answers:
         assert [hit["id"] for hit in answer["hits"]] == order(run, index, answer["query"])[0]
         assert [hit["rank"] for hit in answer["hits"]] == list(range(1, 13))

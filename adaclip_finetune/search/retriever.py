@@ -15,16 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoBatch, VideoReader, collate
-from adaclip_finetune.data.frames import IMAGE_FORMATS, FrameError
+from adaclip_finetune.data.frames import FrameError
 from adaclip_finetune.data.preprocess import normalise, to_square
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import weights_digest
@@ -35,6 +34,7 @@ from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.search.frame_weights import Weighed, weighed_frames
 from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.picture import open_picture, seen_pixels
 from adaclip_finetune.search.videos import VideoFiles
 from adaclip_finetune.settings.layers import read_object
 from adaclip_finetune.training.checkpoint import fill
@@ -112,8 +112,7 @@ class Retriever:
 
     def encode_image(self, image: Image.Image | str | Path) -> Tensor:
         """(D,), that of a video of this one frame. Raises UserError for a file that is no picture."""
-        picture = _opened(image) if isinstance(image, str | Path) else image
-        pixels = np.asarray(_without_far_ends(ImageOps.exif_transpose(picture)).convert("RGB"))[None]
+        pixels = seen_pixels(open_picture(Path(image)) if isinstance(image, str | Path) else image)[None]
         spec, clip = self.loaded.image, self.model.clip
         frame = torch.from_numpy(to_square(pixels, spec)).to(self.device)
         with torch.no_grad(), self._accelerator.autocast():
@@ -191,26 +190,6 @@ def _fingerprint(config: Config, loaded: LoadedClip, model: VideoRetriever) -> s
         "quick_gelu": quick,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _opened(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()
-            return image
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        kinds = ", ".join(IMAGE_FORMATS)
-        reason = getattr(error, "strerror", None) or f"cannot be decoded as one of {kinds}"
-        raise UserError(f"{path}: {reason}; a picture is needed") from error
-
-
-def _without_far_ends(picture: Image.Image) -> Image.Image:
-    """Only the middle square is looked at, but all of a picture is brought to size for it: of one that is as long as a
-    thread that would fill the memory."""
-    width, height = picture.size
-    longest = 4 * min(width, height)
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return picture.crop((left, top, width - left, height - top)) if left or top else picture
 
 
 def _normalised(vectors: Tensor) -> Tensor:

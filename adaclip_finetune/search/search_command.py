@@ -78,10 +78,10 @@ def _parser() -> Parser:
 
 
 def _lines(path: str) -> list[str]:
-    """The lines that are not blank. Raises UserError."""
+    """Those that are not blank. A line feed ends one, and nothing else that Unicode knows for it. Raises UserError."""
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        texts = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        texts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

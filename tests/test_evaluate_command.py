@@ -17,6 +17,7 @@ from conftest import write_clip_folder
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.compare.interpolate import Point, best_point, mixed
+from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.compare.request import read_shares
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import intervals
@@ -95,8 +96,10 @@ def test_a_run_its_weights_and_its_adapter_are_the_same_in_one_table_of_several_
         won = pairs[labels[0], baseline["label"]]["t2v"]
         points = models[0]["t2v"]["R@1"] - baseline["t2v"]["R@1"]
         assert won["points"] == pytest.approx(points) and won["interval"][0] <= points <= won["interval"][1]
-    assert {row["note"] for row in found["rows"][1:4]} == {""}
-    assert {row["note"] for row in found["rows"][5:]} == {"its epoch was chosen on these very captions"}
+    # Test and validation share video4 and video5, and what is said of a colour.
+    learned, part = "it learned from these very captions", "2 of these 8 videos and 10 of these 16 captions"
+    assert {row["note"] for row in found["rows"][1:4]} == {f"{learned}; its epoch was chosen on {part}"}
+    assert {row["note"] for row in found["rows"][5:]} == {f"{learned}; its epoch was chosen on these very captions"}
     printed, lines = capsys.readouterr().out, markdown.read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [row[0] for row in cells] == ["data set", "---", *(row["annotation"] for row in found["rows"])]
@@ -209,8 +212,8 @@ def test_reranking_stands_below_the_model_and_is_marked(
     assert figures(again["rows"][1]) == figures(model)
     assert "temperature 1, fixed in advance" in again["rows"][2]["note"]
     flattered = evaluated(*words, "--val-annot", project["test_annot"], folder=tmp_path)
-    assert "which holds the very captions of this table" in flattered["rows"][2]["note"]
-    assert "very captions" not in dual["note"]
+    assert flattered["rows"][2]["note"].endswith("test.json, which holds these very captions")
+    assert dual["note"].endswith("val.json, which holds 2 of these 8 videos and 10 of these 16 captions")
 
 
 def test_a_saved_matrix_gives_the_same_table(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
@@ -278,12 +281,47 @@ def test_interpolation_chooses_on_validation_and_tests_once(
     best = max(point["t2v"]["R@1"] for point in found["validation"])
     alpha = float(mix["label"].rpartition("= ")[2])
     assert next(point for point in found["validation"] if point["alpha"] == alpha)["t2v"]["R@1"] == best
-    assert "the best of 3 shares" in mix["note"]
+    part = "2 of these 8 videos and 10 of these 16 captions"
+    assert f"the best of 3 shares on {project['val_annot']}, which holds {part}" in mix["note"]
     assert "← chosen" in capsys.readouterr().out
     # The end of the line is the model itself.
     words = ["--interpolate", project["clip_weights"], run, "--alpha", "1:1:1", *annotations]
     table = evaluated(*words, folder=tmp_path)
     assert figures(table["rows"][2]) == figures(table["rows"][1])
+
+
+def test_a_mix_that_begins_with_another_clip_is_compared_with_that_one(
+    run: Path, project: Project, tmp_path: Path
+) -> None:
+    write_clip_folder(tmp_path / "other", seed=5)
+    words = ["--val-annot", project["val_annot"], "--annot", project["test_annot"], "--alpha", "0.5:0.5:1"]
+    found = evaluated("--interpolate", tmp_path / "other", run, *words, folder=tmp_path)
+    own, begin, model, mix = found["rows"]
+    assert [row["kind"] for row in found["rows"]] == ["zero-shot", "zero-shot", "model", "model"]
+    noted = json.loads((run / "metrics.json").read_text())
+    assert figures(own) == noted["zero_shot"] and figures(model) == noted["finetuned"]
+    assert (own["label"], begin["label"]) == ("zero-shot, 2 frames", f"zero-shot of {tmp_path / 'other'}, 2 frames")
+    assert figures(begin) != figures(own) and str(tmp_path / "other") in begin["note"]
+    assert f"WiSE-FT from {tmp_path / 'other'}" in mix["note"]
+    pairs = {(pair["label"], pair["minus"]) for pair in found["differences_in_R@1"]}
+    assert pairs == {(model["label"], own["label"]), (mix["label"], begin["label"]), (mix["label"], model["label"])}
+
+
+def test_what_was_known_of_a_data_set(tmp_path: Path) -> None:
+    def known(**videos: dict[str, Any]) -> str:
+        (tmp_path / "known.json").write_text(json.dumps(videos))
+        return known_of_file(str(tmp_path / "known.json"), str(tmp_path / "asked.json"))
+
+    asked = {"a": {"sentences": ["A  dog", "a cat"]}, "b": {"sentences": ["a cow"], "group": "film"}}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    assert known(c={"sentences": ["a bird"]}) == known(film={"sentences": ["x"]}) == ""
+    assert known(c={"sentences": ["a DOG"]}) == "1 of these 3 captions"
+    assert known(c={"sentences": ["x"], "group": "film"}) == known(b={"sentences": ["x"]}) == "1 of these 2 videos"
+    assert known(**asked, c={"sentences": ["x"]}) == "these very captions"
+    assert known(a=asked["a"]) == "1 of these 2 videos and 2 of these 3 captions"
+    (tmp_path / "known.json").write_text("{")
+    for gone in (str(tmp_path / "known.json"), str(tmp_path / "none.json"), None):
+        assert known_of_file(gone, str(tmp_path / "asked.json")) == ""
 
 
 def test_weights_are_mixed_as_said() -> None:

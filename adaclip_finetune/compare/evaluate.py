@@ -10,7 +10,7 @@ from typing import Any
 from adaclip_finetune.compare.model import Baseline, OpenModel, tell
 from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
 from adaclip_finetune.compare.rows import Group, Row
-from adaclip_finetune.compare.source import Source, find_source, same_captions
+from adaclip_finetune.compare.source import Source, find_source
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.data.splits import EvaluationSplit
@@ -88,11 +88,6 @@ def measure_on(model: OpenModel, annotation: str, label: str, found: Found) -> t
     row = model.row(result, label, model.source.acquainted(annotation))
     found.rows.append(replace(row, baseline=None if baseline is None else baseline.row.label))
     return split, result
-
-
-def own_captions(validation: str, annotation: str) -> str:
-    """To be said of figures where what chose them is what they are of."""
-    return ", which holds the very captions of this table" if same_captions(validation, annotation) else ""
 
 
 def _validation_scores(model: OpenModel, reranking: Reranking) -> Scores | None:

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adaclip_finetune.compare.evaluate import Found, measure_on, own_captions
+from adaclip_finetune.compare.evaluate import Found, measure_on
+from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.compare.model import OpenModel, tell
 from adaclip_finetune.compare.rows import Group
 from adaclip_finetune.compare.source import find_source
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import Evaluator
 from adaclip_finetune.evaluation.metrics import Metrics
+from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.clip_weights import load_clip
 from adaclip_finetune.training.measure import measure
 
@@ -48,12 +50,15 @@ def interpolate(
 ) -> tuple[list[Point], list[Group]]:
     """The curve on validation, and for each annotation its rows: zero-shot, finetuned, and the best mix.
 
-    `zero_shot`: that word for the CLIP of the model's own settings, or CLIP weights on disk. Raises UserError.
+    `zero_shot`: that word for the CLIP of the model's own settings, or CLIP weights on disk. Where these are another
+    CLIP's, zero-shot is measured of both: the finetuned model is compared with its own, the mix with where it begins.
+    Raises UserError.
     """
     source = find_source(finetuned, settings, overrides, validation)
     model = OpenModel(source)
     end = _copied(model.session.model.clip.state_dict())
-    start = _start(model, zero_shot, end)
+    towers = _towers(model, zero_shot)
+    start = _start(model, towers, end)
     curve = _curve(model, start, end, alphas, validation)
     best = best_point(curve)
     groups = []
@@ -61,11 +66,15 @@ def interpolate(
         found = Found()
         model.session.model.clip.load_state_dict(end)
         split, result = measure_on(model, annotation, source.label, found)
+        begin = model.zero_shot(split, found.baselines, towers, f" of {zero_shot}")
+        if begin not in found.baselines:
+            found.baselines.append(begin)
         model.session.model.clip.load_state_dict(mixed(start, end, best.alpha))
         result = model.measure(split, "interpolated")
-        note = f"WiSE-FT: the best of {len(curve)} shares on {validation}" + own_captions(validation, annotation)
+        note = f"WiSE-FT from {towers.source} to {source.label}: the best of {len(curve)} shares on {validation}"
+        note += f", which holds {known}" if (known := known_of_file(validation, annotation)) else ""
         row = model.row(result, f"interpolated, α = {best.alpha:g}", note)
-        found.rows.append(replace(row, baseline=found.rows[0].baseline))
+        found.rows.append(replace(row, baseline=begin.row.label))
         groups.append(found.group(annotation))
     return curve, groups
 
@@ -107,13 +116,15 @@ def _curve(model: OpenModel, start: State, end: State, alphas: Sequence[float], 
     return curve
 
 
-def _start(model: OpenModel, zero_shot: str, end: State) -> State:
+def _towers(model: OpenModel, zero_shot: str) -> LoadedClip:
     if zero_shot == ZERO_SHOT:
-        towers = model.session.pretrained()
-    elif not Path(zero_shot).exists():
+        return model.session.pretrained()
+    if not Path(zero_shot).exists():
         raise UserError(f"--interpolate {zero_shot}: neither the word {ZERO_SHOT} nor a file or folder of CLIP weights")
-    else:
-        towers = load_clip(model.config.model_copy(update={"clip_weights": zero_shot}))
+    return load_clip(model.config.model_copy(update={"clip_weights": zero_shot}))
+
+
+def _start(model: OpenModel, towers: LoadedClip, end: State) -> State:
     device = model.session.accelerator.device
     start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
     if different := sorted(

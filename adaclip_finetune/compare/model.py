@@ -23,6 +23,7 @@ from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 from adaclip_finetune.evaluation.parts import weights_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
+from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.peft.report import Count, TrainableReport
@@ -77,12 +78,14 @@ class OpenModel:
         return Row(label, "model", result.metrics.t2v, result.metrics.v2t, result.queries, result.num_listed, cost,
                    note=note)  # fmt: skip
 
-    def zero_shot(self, split: EvaluationSplit, known: Sequence[Baseline]) -> Baseline:
-        """The baseline of this model, measured unless it is among the `known`.
+    def zero_shot(
+        self, split: EvaluationSplit, known: Sequence[Baseline], towers: LoadedClip | None = None, of: str = ""
+    ) -> Baseline:
+        """The baseline of this model, measured unless it is among the `known`; or with other `towers`, named in `of`.
 
         Raises UserError where CLIP as it was before is not at hand.
         """
-        config, pretrained = zero_shot_config(self.config), self.session.pretrained()
+        config, pretrained = zero_shot_config(self.config), towers or self.session.pretrained()
         seen = (config.num_frm, config.segment_sampling, config.max_txt_len, config.concat_captions, config.precision)
         frames = (config.frames_dir, config.video_dir, config.img_tmpl, config.skip_missing)
         key = (weights_digest(pretrained.module), *seen, *frames)
@@ -91,7 +94,7 @@ class OpenModel:
         model = VideoRetriever(config, pretrained).to(self.session.accelerator.device)
         with closing(Evaluator(split, config, pretrained, "zero-shot")) as evaluator:
             result = measure(self.session, evaluator, model)
-        label = f"zero-shot, {config.num_frm} frames"
+        label = f"zero-shot{of}, {config.num_frm} frames"
         if same_label := [baseline for baseline in known if baseline.row.label.startswith(label)]:
             label += f" ({len(same_label) + 1})"
         cost = Cost(0.0, 0.0, count_gflops(model, config.num_frm).video, videos_per_second(result))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adaclip_finetune.compare.rows import Row, same_queries
+from adaclip_finetune.compare.known import known_of_queries
+from adaclip_finetune.compare.rows import Row
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
@@ -57,10 +58,9 @@ def _reranked(row: Row, scores: Scores, method: str, temperature: float | None, 
         how = f"temperature {temperature:g}, as given"
     elif validation is not None:
         temperature = _best_temperature(method, validation)
-        own = (
-            ", which holds the very captions of this table" if same_queries(validation.queries, scores.queries) else ""
-        )
-        how = f"temperature {temperature:g}, the best of {len(TEMPERATURES)} on {validation.name}{own}"
+        known = known_of_queries(validation.queries, scores.queries)
+        how = f"temperature {temperature:g}, the best of {len(TEMPERATURES)} on {validation.name}"
+        how += f", which holds {known}" if known else ""
     else:
         temperature = _DEFAULTS[method]
         how = f"temperature {temperature:g}, fixed in advance"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.checkpoints import Checkpoint, check_settings, read_checkpoint
 from adaclip_finetune.paths import check_paths
@@ -35,12 +35,12 @@ class Source:
     folder: Path | None
 
     def acquainted(self, annotation: str) -> str:
-        """How the checkpoint already knows these captions, in words; empty if it does not, as far as is known."""
-        if same_captions(self.config.train_annot, annotation):
-            return "it learned from these very captions"
-        if same_captions(self.config.val_annot, annotation):
-            return "its epoch was chosen on these very captions"
-        return ""
+        """How the checkpoint already knows these captions and videos, in words; empty if it does not, as far as is
+        known."""
+        learned = known_of_file(self.config.train_annot, annotation)
+        chosen = known_of_file(self.config.val_annot, annotation)
+        told = [f"it learned from {learned}" if learned else "", f"its epoch was chosen on {chosen}" if chosen else ""]
+        return "; ".join(filter(None, told))
 
 
 def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Source:
@@ -67,13 +67,6 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
             "--frames_dir, --video_dir, --clip_weights"
         ) from error
     return Source(_label(given, folder), config, folder or (weights.parent if weights.name == WEIGHTS else None))
-
-
-def same_captions(one: str | None, other: str) -> bool:
-    """Whether two annotations are the same file, or hold the same under two names."""
-    if one is None or not Path(one).is_file():
-        return False
-    return Path(one).resolve() == Path(other).resolve() or load_annotations(one) == load_annotations(other)
 
 
 def _settings(given: Path, weights: Path, settings: Path | None, laid: Mapping[str, Any]) -> Config:

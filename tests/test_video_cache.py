@@ -11,7 +11,7 @@ import pytest
 from forked import context
 from media import index_of, write_video
 
-from adaclip_finetune.data import frames, index_cache
+from adaclip_finetune.data import index_cache, video_folder
 from adaclip_finetune.data.frames import VideoFolder
 from adaclip_finetune.data.index_cache import pack_index, unpack_index
 from adaclip_finetune.data.readable import find_unreadable
@@ -38,7 +38,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return index_video(path)
 
-    monkeypatch.setattr(frames, "index_video", counted)
+    monkeypatch.setattr(video_folder, "index_video", counted)
     return names
 
 

@@ -116,6 +116,10 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
         ({"run": 3}, "run is missing or of another type"),
         ({"settings": None}, "settings is missing"),
         ({"dtype": "float16"}, "not float16"),
+        ({"recall": {"share": "x"}}, "not as adaclip writes it"),
+        ({"recall": {"share": "x", "by": "", "asked": "", "videos": 1}}, "not as adaclip writes it"),
+        ({"sha256": {}}, "not as adaclip writes it"),
+        ({"sha256": {"vectors": "", "videos": ""}}, r"vectors.safetensors and videos.jsonl and index.json do not"),
     ],
 )
 def test_facts_that_cannot_be(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -69,8 +69,12 @@ def about_of_json(content: bytes, where: Path) -> tuple[About, Digests]:
     if facts["kind"] not in KINDS or facts["dtype"] not in DTYPES:
         raise UserError(f"{where}: kind {facts['kind']!r} or dtype {facts['dtype']!r} is not known here")
     try:
-        recall = None if facts["recall"] is None else Recall(**facts["recall"])
+        recall = None if facts["recall"] is None else _recall(**facts["recall"])
         digests = Digests(**facts["sha256"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not as adaclip writes it ({error!r}); make it anew") from error
     return About(**{name: facts[name] for name in (*texts, "settings")}, recall=recall), digests
+
+
+def _recall(share: Any, by: Any, asked: Any, videos: Any) -> Recall:
+    return Recall(float(share), str(by), str(asked), int(videos))

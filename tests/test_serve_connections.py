@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -53,11 +53,18 @@ def is_open(one: socket.socket) -> bool:
         one.settimeout(PATIENCE)
 
 
-def all_closed(connections: list[socket.socket]) -> bool:
+def until(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + PATIENCE
-    while any(map(is_open, connections)) and time.monotonic() < deadline:
+    while not holds() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not any(map(is_open, connections))
+    return holds()
+
+
+def answers(server: Server) -> bool:
+    try:
+        return server.ask("/api/status").status == 200
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_who_never_finishes_is_hung_up_on(index: VideoIndex) -> None:
     second = b"GET /icon.svg HTTP/1.1\r\nHost: localhost\r\n\r\n" + HALF  # after one that is whole
     with running(index, connection=Hasty) as server, ExitStack() as stack:
         half = [one for said in (b"", HALF, body, second) for one in stack.enter_context(opened(server, 20, said))]
-        assert all_closed(half)
+        assert until(lambda: not any(map(is_open, half)))
         assert server.ask("/api/status").status == 200
 
 
@@ -111,7 +118,7 @@ def test_who_does_not_read_makes_room(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ask = f"GET /api/videos/{key_of(index.videos[0])}/file HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     monkeypatch.setattr(connection, "MAX_OPEN", 20)
     with running(index) as server, opened(server, 20, ask):
-        time.sleep(0.5)  # until the buffers are full
+        until(lambda: answers(server))  # when the buffers are full
         assert [server.ask("/api/status").status for _ in range(5)] == [200] * 5
 
 

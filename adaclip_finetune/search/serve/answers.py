@@ -19,6 +19,12 @@ class Status(BaseModel):
     videos: int = Field(description="how many it holds")
 
 
+class Refused(BaseModel):
+    """Every answer that is not 2xx."""
+
+    detail: str = Field(description="what is wrong")
+
+
 class Frame(BaseModel):
     """One of the frames that the selector kept."""
 

@@ -1,4 +1,5 @@
-"""The page and its JSON API, which /openapi.json describes. There is no /docs: it would load scripts from elsewhere."""
+"""The page and its JSON API, which /openapi.json describes to programs, and /docs to readers: a page of our own, since
+FastAPI's loads its scripts from elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp
 from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import Hit
-from adaclip_finetune.search.serve.answers import Answer, Status, found
+from adaclip_finetune.search.serve.answers import Answer, Refused, Status, found
 from adaclip_finetune.search.serve.engine import Engine, State
 from adaclip_finetune.search.serve.guard import Guard, Policy
 from adaclip_finetune.search.serve.library import Library
@@ -30,14 +31,20 @@ MAX_TEXT = 500  # characters
 MAX_K, MAX_PAGE = 50, 50
 
 _PAGE = Path(__file__).parent / "page"
-_ON_PAGE = {"/": "index.html"} | {
-    f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "icon.svg")
+_ON_PAGE = {"/": "index.html", "/docs": "docs.html"} | {
+    f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "docs.js", "icon.svg")
+}
+_REFUSED: dict[int | str, dict[str, Any]] = {"default": {"model": Refused, "description": "refused"}}
+_JPEG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "the picture"}}
+_VIDEO: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"video/*": {}}, "description": "the file"},
+    206: {"content": {"video/*": {}}, "description": "the range that was asked for"},
 }
 _FOR_A_WHILE = "private, max-age=600"
 BODY_TIME = 60  # seconds in which a picture must have arrived
 
 Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
-PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="from 1")]
+PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="which page of them")]
 PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="how many videos a page")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="a video, as a search names it")]
 Place = Annotated[int, InPath(ge=0, le=10_000, description="among the frames of the video, from 0")]
@@ -45,15 +52,22 @@ Place = Annotated[int, InPath(ge=0, le=10_000, description="among the frames of 
 
 def create_app(engine: Engine, library: Library, policy: Policy) -> ASGIApp:
     """Everything that is served, behind its guard."""
-    app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="adaclip serve",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_REFUSED,
+    )
     api = _Api(engine, library)
     app.add_api_route("/api/status", api.status)
     app.add_api_route("/api/search", api.search)
     body = {"content": {f"image/{kind.lower()}": {} for kind in FORMATS}, "required": True}
     app.add_api_route("/api/search/image", api.search_image, methods=["POST"], openapi_extra={"requestBody": body})
-    app.add_api_route("/api/videos/{key}/file", api.file, response_class=Response)
-    app.add_api_route("/api/videos/{key}/poster", api.poster, response_class=Response)
-    app.add_api_route("/api/videos/{key}/frames/{place}", api.frame, response_class=Response)
+    app.add_api_route("/api/videos/{key}/file", api.file, response_class=Response, responses=_VIDEO)
+    app.add_api_route("/api/videos/{key}/poster", api.poster, response_class=Response, responses=_JPEG)
+    app.add_api_route("/api/videos/{key}/frames/{place}", api.frame, response_class=Response, responses=_JPEG)
     for path, name in _ON_PAGE.items():
         app.add_route(path, _Static(_PAGE / name).answer)
     for kind, status in {Gone: 404, NotReady: 503, Busy: 503, UserError: 500}.items():

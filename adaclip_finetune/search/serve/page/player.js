@@ -93,7 +93,9 @@ function shown(frame, best, duration) {
   button.disabled = frame.time === null || !stage.querySelector("video");
   button.addEventListener("click", () => {
     const screen = stage.querySelector("video");
-    if (screen) screen.currentTime = frame.time;
+    if (!screen) return;
+    screen.currentTime = frame.time;
+    screen.play().catch(() => {});
   });
   const item = element("li");
   item.append(button);

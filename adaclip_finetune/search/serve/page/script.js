@@ -9,7 +9,7 @@ const MAX_PICTURE = 20 * 2 ** 20, PICTURES = ["image/jpeg", "image/png", "image/
 const GONE = "The server does not answer. Is it still running in its terminal? This page tries again by itself.";
 
 let picture = null;  // a File, asked for in place of the words
-let page = 1;
+let page = 1, pages = 1;
 let ready = false;
 let failed = "";  // why nothing can be searched
 let version = "";  // of the index that is shown
@@ -121,7 +121,8 @@ function show(content, anew = false) {
   results.replaceChildren(...(content ? content.found.map((video) => card(video, play)) : []));
   get("pages").hidden = !content || content.pages < 2;
   if (!content) return;
-  get("page").textContent = `Page ${content.page} of ${content.pages}`;
+  pages = content.pages;
+  get("page").textContent = content.page > pages ? `There are ${pages} pages` : `Page ${content.page} of ${pages}`;
   get("previous").disabled = content.page <= 1;
   get("next").disabled = content.page >= content.pages;
   const found = content.found, first = anew ? "The index was made anew meanwhile: from the beginning. " : "";
@@ -132,7 +133,7 @@ function show(content, anew = false) {
 }
 
 async function turn(step) {
-  await ask(page + step, "turn");
+  await ask(Math.min(page + step, pages), "turn");
   scrollTo({ top: 0 });
   results.querySelector(".card")?.focus({ preventScroll: true });
 }

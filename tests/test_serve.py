@@ -200,7 +200,11 @@ def test_nothing_else_can_be_fetched(server: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8765", "", "127.0.0.1.evil.example", "10.0.0.7", "[::2]"]
+    "host",
+    [
+        *("evil.example", "evil.example:8765", "", "127.0.0.1.evil.example", "10.0.0.7", "[::2]"),
+        *("[::1", "[::1]evil.example", "127.0.0.1:evil.example", "127.0.0.1@evil.example", "[127.0.0.1]x", "\xff"),
+    ],
 )
 def test_a_host_that_is_not_ours(server: Server, host: str) -> None:
     assert server.ask("/api/status", host=host).status == 421

@@ -109,6 +109,18 @@ def test_a_slow_picture_is_told(index: VideoIndex, monkeypatch: pytest.MonkeyPat
         assert slow.recv(12) == b"HTTP/1.1 408"
 
 
+def test_who_hangs_up_in_the_middle_is_no_error(index: VideoIndex, capfd: pytest.CaptureFixture[str]) -> None:
+    said = b"POST /api/search/image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nx"
+    with running(index) as server:
+        with opened(server, 3, said):
+            time.sleep(0.2)
+        bad = said.replace(b"Content-Length: 99", b"Transfer-Encoding: chunked") + b"x\r\n"
+        with opened(server, 1, bad) as (one,):
+            assert one.recv(65536).startswith(b"HTTP/1.1 400 Bad Request")
+        assert server.ask("/api/status").status == 200
+    assert capfd.readouterr().err == ""
+
+
 def test_who_does_not_read_makes_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     large = tmp_path / "large.mp4"
     large.write_bytes(bytes(16 * 2**20))  # more than fits into the buffers between us

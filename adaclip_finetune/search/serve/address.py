@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 
 from adaclip_finetune.errors import UserError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:]+))(?::[0-9]{0,5})?")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -62,9 +65,9 @@ def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, in
 
 
 def _without_port(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
+    """Empty for what is no host with or without a port."""
+    found = _HOST.fullmatch(header)
+    return (found[1] or found[2]) if found else ""
 
 
 def _is_address(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
@@ -73,6 +74,7 @@ def create_app(engine: Engine, library: Library, policy: Policy) -> ASGIApp:
     for kind, status in {Gone: 404, NotReady: 503, Busy: 503, UserError: 500}.items():
         app.add_exception_handler(kind, _Says(status))
     app.add_exception_handler(BadPicture, _bad_picture)
+    app.add_exception_handler(ClientDisconnect, _nobody_listens)
     app.add_exception_handler(RequestValidationError, _wrong_request)
     app.add_exception_handler(Exception, _unforeseen)
     return Guard(app, policy)
@@ -175,6 +177,10 @@ async def _body(request: Request) -> bytes:
 
 async def _bad_picture(_request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 413 if getattr(error, "too_large", False) else 400)
+
+
+async def _nobody_listens(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)
 
 
 async def _wrong_request(_request: Request, error: Exception) -> Response:

@@ -317,6 +317,40 @@ def test_a_frame_that_was_replaced_under_its_name_is_noticed(
     assert "1 embedded" in (told := capsys.readouterr().out) and "7 were there already" in told
 
 
+def test_pictures_that_are_gone_are_made_again(run: Path, clips: Path, tmp_path: Path) -> None:
+    command = ["index", str(run), str(clips), "-o", str(tmp_path / "i")]
+    assert main(command) == 0
+    before = {path.name for path in (tmp_path / "i" / "thumbs").iterdir()}
+    shutil.rmtree(tmp_path / "i" / "thumbs")
+    assert main(command) == 0
+    assert {path.name for path in (tmp_path / "i" / "thumbs").iterdir()} == before and len(before) == 5
+
+
+def test_what_is_called_like_a_video_and_is_no_file(
+    run: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(library / "pipe.mp4")  # whose reader waits for ever
+    (library / "self.mp4").symlink_to("self.mp4")
+    (library / "all.mp4").symlink_to(library)
+    (library / "folder.mp4").mkdir()
+    (library / "link.mp4").symlink_to(library / "clip 0.mp4")
+    assert main(["index", str(run), str(library), "-o", str(tmp_path / "i")]) == 1
+    told = capsys.readouterr().err
+    assert "2 cannot be read:" in told and "pipe.mp4: is no file" in told and "self.mp4: Too many levels" in told
+    assert sorted(rows(tmp_path / "i")) == sorted([*IDS, "link.mp4"])
+
+
+def test_a_refusal_leaves_no_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["index", str(run), str(tmp_path / "empty"), "-o", str(tmp_path / "i")]) == 2
+    (tmp_path / "empty" / "a.mp4").write_text("none")
+    assert main(["index", str(run), str(tmp_path / "empty"), "-o", str(tmp_path / "i")]) == 2
+    assert not (tmp_path / "i").exists()
+    (tmp_path / "mine").mkdir()
+    assert main(["index", str(run), str(tmp_path / "empty"), "-o", str(tmp_path / "mine")]) == 2
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_one_writer_at_a_time(run: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "i").mkdir()
     lock = FolderLock(tmp_path / "i")

@@ -104,8 +104,25 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         VideoIndex.load(folder)
     folder.mkdir()
+    (tmp_path / "file").touch()
+    for path in (folder, tmp_path / "file"):
+        with pytest.raises(UserError, match=r"is no index \(it holds no index\.json\)"):
+            VideoIndex.load(path)
+    (folder / ".adaclip-index").touch()
     with pytest.raises(UserError, match="no finished index"):
         VideoIndex.load(folder)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json: not JSON: .*: remove the index, and make it anew"):
+        VideoIndex.load(folder)
+
+
+def test_something_in_the_place_of_what_a_writer_moves(tmp_path: Path) -> None:
+    write_random_index(tmp_path / "i")
+    (tmp_path / "i" / "next").write_text("")
+    assert len(VideoIndex.load(tmp_path / "i")) == 50
+    with pytest.raises(UserError, match="what was there before is untouched"):
+        stored.write_index(tmp_path / "i", about(), unit_rows(1), [row(1)])
+    assert len(VideoIndex.load(tmp_path / "i")) == 50
 
 
 @pytest.mark.parametrize(
@@ -119,7 +136,10 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
         ({"recall": {"share": "x"}}, "not as adaclip writes it"),
         ({"recall": {"share": "x", "by": "", "asked": "", "videos": 1}}, "not as adaclip writes it"),
         ({"sha256": {}}, "not as adaclip writes it"),
-        ({"sha256": {"vectors": "", "videos": ""}}, r"vectors.safetensors and videos.jsonl and index.json do not"),
+        (
+            {"sha256": {"vectors": "", "videos": ""}},
+            r"something has altered vectors.safetensors and videos.jsonl: remove",
+        ),
     ],
 )
 def test_facts_that_cannot_be(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -136,10 +156,10 @@ def test_altered_files_are_refused(tmp_path: Path) -> None:
     write_random_index(folder)
     lines = (folder / "videos.jsonl").read_bytes()
     (folder / "videos.jsonl").write_bytes(lines.replace(b"video7.mp4", b"passwd"))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match=r"something has altered videos\.jsonl: remove the index"):
         VideoIndex.load(folder)
     (folder / "videos.jsonl").unlink()
-    with pytest.raises(UserError, match=r"videos\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"videos\.jsonl: is missing: remove the index, and make it anew"):
         VideoIndex.load(folder)
     (folder / "videos.jsonl").write_bytes(lines)
     VideoIndex.load(folder)

@@ -14,6 +14,7 @@ from adaclip_finetune.strict_json import parse_json
 FORMAT = "adaclip-index/2"
 KINDS = ("flat", "hnsw")
 DTYPES = ("float32", "float16")
+REMAKE = "remove the index, and make it anew"
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,25 @@ def about_to_json(about: About, digests: Digests, shape: tuple[int, int]) -> byt
 
 def about_of_json(content: bytes, where: Path) -> tuple[About, Digests]:
     """Raises UserError where that is not what this version wrote."""
-    facts = parse_json(content.decode("utf-8", "replace"), str(where))
+    try:
+        facts = parse_json(content.decode("utf-8", "replace"), str(where))
+    except UserError as error:
+        raise UserError(f"{error}: {REMAKE}") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else facts
-        raise UserError(f"{where}: has the format {found!r}; this version of adaclip reads {FORMAT}. Make it anew")
+        raise UserError(f"{where}: has the format {found!r}; this version of adaclip reads {FORMAT}: {REMAKE}")
     texts = ("fingerprint", "run", "source", "root", "kind", "dtype", "made", "changed")
     wrong = [name for name in texts if not isinstance(facts.get(name), str)]
     wrong += [name for name in ("settings", "sha256") if not isinstance(facts.get(name), dict)]
     if wrong:
-        raise UserError(f"{where}: {', '.join(wrong)} is missing or of another type; make it anew")
+        raise UserError(f"{where}: {', '.join(wrong)} is missing or of another type: {REMAKE}")
     if facts["kind"] not in KINDS or facts["dtype"] not in DTYPES:
         raise UserError(f"{where}: kind {facts['kind']!r} or dtype {facts['dtype']!r} is not known here")
     try:
         recall = None if facts["recall"] is None else _recall(**facts["recall"])
         digests = Digests(**facts["sha256"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not as adaclip writes it ({error!r}); make it anew") from error
+        raise UserError(f"{where}: not as adaclip writes it ({error!r}): {REMAKE}") from error
     return About(**{name: facts[name] for name in (*texts, "settings")}, recall=recall), digests
 
 

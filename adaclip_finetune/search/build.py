@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Indexed:
 def index_videos(model: Retriever, source: Source, folder: Path, request: Request) -> Indexed:
     """Raises UserError; what was embedded until then is kept, and the same call goes on from there."""
     model.refuse_query_dependent()
+    was_there = folder.exists()
     _make_ours(folder)
     lock = FolderLock(folder)
     lock.take()
@@ -61,6 +63,8 @@ def index_videos(model: Retriever, source: Source, folder: Path, request: Reques
         raise UserError(f"{folder}: {error}. What is finished is kept; the same command goes on") from error
     finally:
         lock.release()
+        if not was_there:
+            _remove_if_bare(folder)
 
 
 def _make_ours(folder: Path) -> None:
@@ -73,6 +77,15 @@ def _make_ours(folder: Path) -> None:
             (folder / MARK).touch()
     except OSError as error:
         raise UserError(f"-o {folder}: cannot be made ({error.strerror})") from error
+
+
+def _remove_if_bare(folder: Path) -> None:
+    """What was refused, or stopped before its first batch, leaves nothing behind."""
+    if {path.name for path in folder.iterdir()} <= {MARK, THUMBS}:
+        with suppress(OSError):  # there are pictures, say
+            (folder / THUMBS).rmdir()
+            (folder / MARK).unlink()
+            folder.rmdir()
 
 
 class _Row(NamedTuple):
@@ -124,6 +137,8 @@ class _Indexing:
 
     def _is_as_it_was(self, clip: Clip) -> bool:
         video = self.known[clip.id].video
+        if video["thumb"] and not (self.folder / THUMBS / video["thumb"]).is_file():
+            return False
         return clip.id not in self.of_other_frames and (video["size"], video["mtime_ns"]) == clip.stamp
 
     def _embed(self, clips: list[Clip], broken: dict[str, str]) -> dict[str, _Row]:

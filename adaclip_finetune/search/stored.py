@@ -30,7 +30,7 @@ from safetensors.numpy import save
 
 from adaclip_finetune.durable import flush_folder, write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.about import FORMAT, About, Digests, about_of_json, about_to_json
+from adaclip_finetune.search.about import FORMAT, REMAKE, About, Digests, about_of_json, about_to_json
 from adaclip_finetune.search.json_lines import JsonLines
 
 THUMBS, MARK = "thumbs", ".adaclip-index"
@@ -77,10 +77,8 @@ def version_of(folder: Path) -> str:
 
 def read_index(folder: Path) -> StoredIndex:
     """Raises UserError where it is no index, is of another version, or was altered."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; `adaclip index RUN VIDEOS -o {folder}` makes one")
     if not is_index(folder):
-        raise UserError(f"{folder}: is no finished index (it holds no {_ABOUT}); `adaclip index … -o {folder}` goes on")
+        raise UserError(f"{folder}: {_why_none(folder)}")
     for _ in range(_ATTEMPTS):
         content = _read_bytes(folder, _ABOUT)
         try:
@@ -129,6 +127,14 @@ def digest_of(vectors: Rows) -> str:
     return digest.hexdigest()
 
 
+def _why_none(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no such folder; `adaclip index RUN VIDEOS -o {folder}` makes one"
+    if (folder / MARK).exists():
+        return f"is no finished index (it holds no {_ABOUT}); `adaclip index … -o {folder}` goes on"
+    return f"is no index (it holds no {_ABOUT}); give the folder that `adaclip index -o` made"
+
+
 def _read(folder: Path, content: bytes) -> StoredIndex:
     """What index.json, whose content this is, belongs to."""
     about, digests = about_of_json(content, folder / _ABOUT)
@@ -136,10 +142,10 @@ def _read(folder: Path, content: bytes) -> StoredIndex:
     found = Digests(digest_of(vectors), _sha256(lines))
     if found != digests:
         altered = " and ".join(name for name, a, b in zip((_VECTORS, _VIDEOS), found, digests, strict=True) if a != b)
-        raise UserError(f"{folder}: {altered} and {_ABOUT} do not belong together: something was altered. Make it anew")
+        raise UserError(f"{folder}: something has altered {altered}: {REMAKE}")
     videos = JsonLines(lines, folder / _VIDEOS)
     if len(videos) != len(vectors):
-        raise UserError(f"{folder}: {_VECTORS} has {len(vectors)} rows, {_VIDEOS} {len(videos)}; make it anew")
+        raise UserError(f"{folder}: {_VECTORS} has {len(vectors)} rows, {_VIDEOS} {len(videos)}: {REMAKE}")
     return StoredIndex(about, vectors, videos, digests.vectors, _version(content))
 
 
@@ -147,11 +153,9 @@ def _read_vectors(folder: Path, dtype: str) -> Rows:
     try:
         vectors = _from(folder, _VECTORS, _tensor)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder / _VECTORS}: cannot be read as safetensors ({error}); make the index anew") from error
+        raise UserError(f"{folder / _VECTORS}: cannot be read as safetensors ({error}): {REMAKE}") from error
     if vectors.ndim != 2 or vectors.dtype != dtype:
-        raise UserError(
-            f"{folder / _VECTORS}: holds {vectors.dtype} {vectors.shape}, not {dtype} (V, D); make the index anew"
-        )
+        raise UserError(f"{folder / _VECTORS}: holds {vectors.dtype} {vectors.shape}, not {dtype} (V, D): {REMAKE}")
     return vectors
 
 
@@ -163,13 +167,15 @@ def _tensor(path: Path) -> Rows:
 def _read_bytes(folder: Path, name: str) -> bytes:
     try:
         return _from(folder, name, Path.read_bytes)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder / name}: is missing: {REMAKE}") from error
     except OSError as error:
-        raise UserError(f"{folder / name}: cannot be read ({error.strerror}); make the index anew") from error
+        raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from error
 
 
 def _from(folder: Path, name: str, read: Callable[[Path], T]) -> T:
     """From `next/`, where it is until it has moved to its place."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         return read(folder / _NEXT / name)
     return read(folder / name)
 

@@ -72,6 +72,8 @@ def videos_of_folder(folder: Path) -> Source:
         name = path.relative_to(root).as_posix()
         try:
             check_name("video", name)
+            if not path.is_file() and path.exists():  # a pipe would be waited for
+                raise UserError("is no file")
             clips.append(Clip(name, path, stamp_of(path)))
         except (OSError, UserError) as error:
             shown = name.encode("utf-8", "replace").decode()

@@ -17,6 +17,8 @@ from adaclip_finetune.search.serve.worker import NotReady, Worker
 
 WAITING = 8  # queries
 
+_WAY_OUT = "Nothing can be searched until `adaclip serve` is started again; Ctrl-C ends this"
+
 
 class Encoder(Protocol):
     """What is asked of a model (search/retriever.py)."""
@@ -76,10 +78,11 @@ class Engine:
             self._encoder = self._load()
         except UserError as error:
             self.state = State("failed", str(error))
-            print(f"adaclip: error: {error}", file=sys.stderr, flush=True)
+            print(f"adaclip: error: {error}\n{_WAY_OUT}", file=sys.stderr, flush=True)
         except Exception as error:  # whatever it is, the page must not wait for ever
             self.state = State("failed", f"the model could not be loaded ({error!r}); the terminal tells more")
             traceback.print_exc()
+            print(_WAY_OUT, file=sys.stderr, flush=True)
         else:
             self.state = State("ready")
             print(f"the model is ready after {time.monotonic() - started:.1f} s", flush=True)

@@ -2,6 +2,7 @@
 true."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -398,13 +399,67 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         (["--interpolate", "zero-shot", "RUN", "--annot", "TEST", "--errors", "x.html"], "does not go with"),
         (["RUN", "RUN", "--annot", "TEST", "--errors", "x.html"], "one checkpoint on one annotation"),
         (["RUN", "--annot", "TEST", "--json", "no/such/folder/x.json"], "there is no such folder to write into"),
+        (["RUN", "--annot", "EMPTY"], "is a folder, and a file is needed"),
+        (["RUN", "--annot", "TEST", "--json", "EMPTY"], "is a folder"),
+        (["RUN", "--annot", "TEST", "--json", "TEST"], "is read by the same command, and would be overwritten"),
+        (["RUN", "--annot", "TEST", "--json", "x", "--markdown", "./x"], "--json x: is what --markdown writes, too"),
+        (["RUN", "--annot", "TEST", "--annot", "BROKEN"], "broken.json: video 'video4': \"sentences\" is empty"),
+        (
+            ["RUN", "--annot", "TEST", "--rerank", "dual_softmax", "--val-annot", "BROKEN"],
+            "broken.json: video 'video4'",
+        ),
         (["RUN", "--annot", "TEST", "--top_k", "3"], "there is no flag --top_k"),
         (["RUN", "--annot", "TEST", "--frames_dir", "nowhere"], "frames_dir nowhere: there is no such"),
     ],
 )
 def test_refusals(words: list[str], told: str, run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
-    names = {"RUN": run, "TEST": project["test_annot"], "EMPTY": tmp_path}
+    names = {"RUN": run, "TEST": project["test_annot"], "EMPTY": tmp_path, "BROKEN": tmp_path / "broken.json"}
+    (tmp_path / "broken.json").write_text('{"video4": {"sentences": []}}')
     assert told in refused(*[names.get(word, word) for word in words])
+
+
+MATRIX = np.array([[2, 1, 0], [1, 0, 2], [0, 1, 2], [3, 1, 2]], np.float32)
+IDS = {"queries": ["a", "b", "c", "d"], "videos": ["x", "y", "z"], "video_of_query": [0, 1, 2, 0]}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "ids", "told"),
+    [
+        (MATRIX[:0], IDS | {"queries": [], "video_of_query": []}, "lists no queries"),
+        (MATRIX[:, :0], IDS | {"videos": []}, "lists no videos"),
+        (MATRIX, IDS | {"videos": ["x", "y", "x"]}, "videos lists 'x' twice"),
+        (MATRIX, IDS | {"video_of_query": [0, 1, 2]}, "has 3 entries for 4 queries"),
+        (MATRIX, IDS | {"video_of_query": [0, 1, 3, 0]}, "holds 3, which is no number of a video"),
+        (MATRIX, IDS | {"queries": ["a", "b", "c", 4]}, "holds 4, which is no text"),
+        (MATRIX, [IDS], "is to hold the lists"),
+        (MATRIX[0], IDS, "has the shape (3,)"),
+        (MATRIX.astype(int), IDS, "has the dtype int64"),
+        (np.where(MATRIX > 2, np.nan, MATRIX), IDS, "row 3, column 0 (query 'd', video 'x') is nan"),
+        (np.array([[{}]], object), IDS, "is no .npy file of numbers"),
+        (None, IDS, "is no .npy file of numbers, or was cut off"),
+    ],
+)
+def test_matrices_that_cannot_be(matrix: Any, ids: Any, told: str, tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "m.npy").write_bytes(b"hello") if matrix is None else np.save(tmp_path / "m.npy", matrix)
+    (tmp_path / "m.json").write_text(json.dumps(ids))
+    assert told in refused("--similarity", tmp_path / "m.npy")
+
+
+def test_names_that_are_no_text_are_shown_and_written(tmp_path: Path) -> None:
+    """A file name of other bytes than UTF-8, half a surrogate pair among the ids, and a terminal that takes neither."""
+    matrix = os.fsdecode(os.fsencode(tmp_path / "bad") + b"\xff\x1b[31m.npy")
+    np.save(matrix, MATRIX)
+    (tmp_path / "m.json").write_text(json.dumps(IDS | {"queries": ["a", "\udfff b", "c", "d"]}))
+    targets = {name: tmp_path / f"found.{name}" for name in ("json", "markdown", "errors")}
+    words = [word for name, path in targets.items() for word in (f"--{name}", path)]
+    command = [sys.executable, "-c", "import sys; from adaclip_finetune.cli import main; sys.exit(main())"]
+    command += ["evaluate", "--similarity", matrix, "--ids", str(tmp_path / "m.json"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"bad\\udcff\\x1b[31m" in done.stdout and b"\x1b" not in done.stdout
+    assert json.loads(targets["json"].read_text())["rows"][0]["label"] == "bad\udcff\x1b[31m"
+    assert "\\udfff b" in targets["errors"].read_text(encoding="utf-8")
+    assert "\\udcff" in targets["markdown"].read_text(encoding="utf-8")
 
 
 def test_several_processes_are_refused(

@@ -88,6 +88,19 @@ def test_videos_that_depend_on_the_query(project: Project, tmp_path: Path) -> No
         assert file.metadata()["per_query"] == "true"
 
 
+def test_an_annotation_is_not_overwritten(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotation = tmp_path / "test.json"
+    annotation.write_text(Path(project["test_annot"]).read_text())
+    words = [run, "--annot", annotation, "--output", tmp_path / "x.csv"]
+    capsys.readouterr()
+    assert main(["predict", *map(str, words), "--save-embeddings", str(tmp_path / "test.safetensors")]) == 2
+    told = capsys.readouterr().err
+    assert f"the ids beside --save-embeddings, {annotation}: is read by the same command" in told
+    assert annotation.read_text() == Path(project["test_annot"]).read_text() and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -120,6 +120,14 @@ def test_a_failed_write_leaves_what_was_there(path: Path) -> None:
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["s.json", "s.npy"]
 
 
+def test_an_annotation_of_the_matrixs_name_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text('{"dog": {"sentences": ["a dog"]}}')
+    with pytest.raises(UserError, match=r"save_similarity: .*test\.json, where .* holds something else"):
+        write_similarity_file(tmp_path / "test.npy", [MATRIX], QUERIES)
+    assert (tmp_path / "test.json").read_text() == '{"dog": {"sentences": ["a dog"]}}'
+    assert [entry.name for entry in tmp_path.iterdir()] == ["test.json"]
+
+
 def test_only_the_main_process_saves_and_says_where_it_cannot(tmp_path: Path) -> None:
     text, video = torch.eye(3)[:, :2], torch.eye(2)
     blocks = similarity_blocks(text, video, 0.0, 2)

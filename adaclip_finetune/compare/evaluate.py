@@ -55,13 +55,15 @@ def evaluate(
 
     Raises UserError, before anything is measured where that can be told.
     """
+    check_annotations(*annotations, reranking.bank, reranking.validation)
     sources = [find_source(given, settings, overrides, annotations[0]) for given in checkpoints]
     found = {annotation: Found() for annotation in annotations}
     for source, label in zip(sources, _labels(sources), strict=True):
         model = OpenModel(source)
+        splits = {annotation: model.read(annotation) for annotation in annotations}
         validation = _validation_scores(model, reranking)
-        for annotation in annotations:
-            split, result = measure_on(model, annotation, label, found[annotation])
+        for annotation, split in splits.items():
+            result = measure_on(model, annotation, split, label, found[annotation])
             if reranking.methods:
                 scores = _scores(model, annotation, result, reranking)
                 row = found[annotation].rows[-1]
@@ -73,10 +75,16 @@ def evaluate(
     return [found[annotation].group(annotation) for annotation in annotations]
 
 
-def measure_on(model: OpenModel, annotation: str, label: str, found: Found) -> tuple[EvaluationSplit, EvaluationResult]:
+def check_annotations(*annotations: str | None) -> None:
+    """Raises UserError for one that is wrong, before any of them is evaluated."""
+    for annotation in annotations:
+        if annotation is not None:
+            load_annotations(annotation)
+
+
+def measure_on(model: OpenModel, annotation: str, split: EvaluationSplit, label: str, found: Found) -> EvaluationResult:
     """Zero-shot, if this CLIP was not measured yet, then the model: both go to `found`."""
     tell(f"{label} on {annotation}")
-    split = model.read(annotation)
     baseline = None
     try:
         baseline = model.zero_shot(split, found.baselines)
@@ -87,7 +95,7 @@ def measure_on(model: OpenModel, annotation: str, label: str, found: Found) -> t
     result = model.measure(split, label)
     row = model.row(result, label, model.source.acquainted(annotation))
     found.rows.append(replace(row, baseline=None if baseline is None else baseline.row.label))
-    return split, result
+    return result
 
 
 def _validation_scores(model: OpenModel, reranking: Reranking) -> Scores | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.compare.options import add_overrides, write_file
 from adaclip_finetune.compare.request import RERANKINGS, check, read_shares
+from adaclip_finetune.printable import printable
 from adaclip_finetune.settings.flags import Parser, given
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list
         arguments.config,
         overrides,
     )
-    print(*curve_lines(curve, arguments.val_annot), "", sep="\n")
+    print(*map(printable, curve_lines(curve, arguments.val_annot)), "", sep="\n")
     return curve, groups
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adaclip_finetune.compare.evaluate import Found, measure_on
+from adaclip_finetune.compare.evaluate import Found, check_annotations, measure_on
 from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.compare.model import OpenModel, tell
 from adaclip_finetune.compare.rows import Group
@@ -54,18 +54,20 @@ def interpolate(
     CLIP's, zero-shot is measured of both: the finetuned model is compared with its own, the mix with where it begins.
     Raises UserError.
     """
+    check_annotations(validation, *annotations)
     source = find_source(finetuned, settings, overrides, validation)
     model = OpenModel(source)
     end = _copied(model.session.model.clip.state_dict())
     towers = _towers(model, zero_shot)
     start = _start(model, towers, end)
+    splits = {annotation: model.read(annotation) for annotation in annotations}
     curve = _curve(model, start, end, alphas, validation)
     best = best_point(curve)
     groups = []
-    for annotation in annotations:
+    for annotation, split in splits.items():
         found = Found()
         model.session.model.clip.load_state_dict(end)
-        split, result = measure_on(model, annotation, source.label, found)
+        measure_on(model, annotation, split, source.label, found)
         begin = model.zero_shot(split, found.baselines, towers, f" of {zero_shot}")
         if begin not in found.baselines:
             found.baselines.append(begin)

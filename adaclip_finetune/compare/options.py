@@ -3,6 +3,8 @@ checkpoint hangs on may be given as flags, all others are the checkpoint's own. 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import create_model
@@ -42,15 +44,36 @@ def add_overrides(parser: Parser) -> None:
 
 
 def check_file(flag: str, path: Path) -> None:
-    """UserError unless it is there."""
+    """UserError unless it is there and can be read."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder, and a file is needed")
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file (looked for in {Path.cwd()})")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{flag} {path}: you may not read it")
 
 
-def check_target(flag: str, path: Path | None) -> None:
-    """UserError, before hours of work, where nothing can be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'there is no such folder to write into'}")
+def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """UserError, before hours of work, where a target (flag → file) cannot be written, or would replace an input or
+    another target."""
+    taken = {Path(path).resolve(): "is read by the same command" for path in inputs if path is not None}
+    for flag, path in targets.items():
+        if path is None:
+            continue
+        _check_target(flag, path)
+        if (reason := taken.get(path.resolve())) is not None:
+            raise UserError(f"{flag} {path}: {reason}, and would be overwritten; give another name")
+        taken[path.resolve()] = f"is what {flag} writes, too"
+
+
+def _check_target(flag: str, path: Path) -> None:
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder")
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: there is no such folder to write into")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: you may not write into {folder}")
 
 
 def write_file(flag: str, path: Path, content: str | bytes) -> None:

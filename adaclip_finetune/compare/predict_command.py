@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaclip_finetune.compare.options import add_overrides, check_file, check_target
+from adaclip_finetune.compare.options import add_overrides, check_file, check_targets
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.printable import printable
 from adaclip_finetune.settings.flags import Parser, given
 
 _LONGEST = 10_000  # letters of a query: far more than any text tower sees
@@ -20,14 +21,14 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"-k {arguments.k}: must be a whole number >= 1")
     if arguments.output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output {arguments.output}: must end in .jsonl or .csv, which decides the form")
-    check_target("--output", arguments.output)
-    if (vectors := arguments.save_embeddings) is not None:
-        if vectors.suffix != ".safetensors":
-            raise UserError(f"--save-embeddings {vectors}: must end in .safetensors")
-        check_target("--save-embeddings", vectors)
+    if (vectors := arguments.save_embeddings) is not None and vectors.suffix != ".safetensors":
+        raise UserError(f"--save-embeddings {vectors}: must end in .safetensors")
     check_file("--annot", Path(arguments.annot))
     if arguments.config is not None:
         check_file("--config", arguments.config)
+    targets = {"--output": arguments.output, "--save-embeddings": vectors}
+    targets["the ids beside --save-embeddings,"] = None if vectors is None else vectors.with_suffix(".json")
+    check_targets(targets, [arguments.annot, arguments.config, arguments.queries])
     queries = None if arguments.queries is None else read_queries(arguments.queries)
 
     from adaclip_finetune.compare.predict import predict, write_embeddings, write_predictions
@@ -36,13 +37,12 @@ def run(words: Sequence[str]) -> int:
     write_predictions(arguments.output, predicted)
     without = f", WITHOUT {predicted.missing} that cannot be read" if predicted.missing else ""
     each = min(arguments.k, len(predicted.videos))
-    print(
-        f"{len(predicted.queries):,} queries, the best {each} of {len(predicted.videos):,} videos{without}: "
-        f"{arguments.output}"
-    )
+    asked = f"{len(predicted.queries):,} {'query' if len(predicted.queries) == 1 else 'queries'}"
+    found = f"the best {each} of {len(predicted.videos):,} videos{without}"
+    print(f"{asked}, {found}: {printable(arguments.output)}")
     if vectors is not None:
         write_embeddings(vectors, predicted)
-        print(f"vectors: {vectors}, ids beside it in {vectors.with_suffix('.json').name}")
+        print(f"vectors: {printable(vectors)}, ids beside it in {printable(vectors.with_suffix('.json').name)}")
     return 0
 
 

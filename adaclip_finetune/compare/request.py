@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from adaclip_finetune.compare.options import check_file, check_target
+from adaclip_finetune.compare.options import check_file, check_targets
 from adaclip_finetune.errors import UserError
 
 RERANKINGS = ("dual_softmax", "qb_norm")
@@ -30,8 +30,9 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
     for name in ("config", "bank", "val_annot", "ids", "zero_shot"):
         if path := getattr(arguments, name):
             check_file(_flag(name), Path(path))
-    for name in ("markdown", "json", "errors"):
-        check_target(f"--{name}", getattr(arguments, name))
+    inputs = [*(arguments.annot or []), *(arguments.similarity or []), *_beside(arguments)]
+    inputs += [getattr(arguments, name) for name in ("config", "bank", "val_annot", "ids", "zero_shot")]
+    check_targets({_flag(name): getattr(arguments, name) for name in ("markdown", "json", "errors")}, inputs)
 
 
 def read_shares(text: str) -> list[float]:
@@ -91,6 +92,13 @@ def _check_reranking(arguments: Namespace) -> None:
         raise UserError("--val-annot chooses a temperature (--rerank) or alpha (--interpolate), and neither is given")
     if arguments.val_annot and arguments.temperature is not None:
         raise UserError("--val-annot would choose the temperature, and --temperature gives it: leave one out")
+
+
+def _beside(arguments: Namespace) -> list[Path]:
+    """The ids of matrices."""
+    matrices = [*(arguments.similarity or []), arguments.zero_shot]
+    matrices += [arguments.bank, arguments.val_annot] if arguments.similarity else []
+    return [Path(path).with_suffix(".json") for path in matrices if path is not None]
 
 
 def _refuse(arguments: Namespace, beside: str, **reasons: str) -> None:

@@ -73,7 +73,10 @@ def _settings(given: Path, weights: Path, settings: Path | None, laid: Mapping[s
     """The checkpoint's own settings: of its run folder, of its metadata, of the file that was given; flags above."""
     if given.is_dir() and (path := given / "config.json").is_file():
         return load_config(path, laid)
-    checkpoint = read_checkpoint(weights)
+    try:
+        checkpoint = read_checkpoint(weights)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("resume: ")) from error  # which is no flag here
     if checkpoint.is_foreign:
         config = load_config(settings, laid)
         try:

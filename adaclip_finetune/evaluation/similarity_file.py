@@ -7,6 +7,7 @@ the process, all ten gigabytes of 50,000 texts against 50,000 videos.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
+        raise UserError(f"{path}: is no .npy file of numbers, or was cut off ({error})") from error
     if header.ndim != 2:
         raise UserError(f"{path}: has the shape {header.shape}; a similarity is (queries, videos)")
     if header.dtype.newbyteorder("=").name not in _FLOATS:
@@ -93,7 +94,9 @@ def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
 
 
 def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries) -> None:
-    """Write the matrix in float32, and its ids. Raises OSError; then what was at `path` before is untouched."""
+    """Write the matrix in float32, and its ids. Raises OSError; then what was at `path` before is untouched. Raises
+    UserError where the file of the ids' name is something else, such as the annotation."""
+    _refuse_other_json(path.with_suffix(".json"))
     ids = dict(zip(_KEYS, (queries.texts, queries.video_ids, queries.video_of_text.tolist()), strict=True))
     beside = path.with_name(f".{path.name}.part")
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(queries.texts), len(queries.video_ids))}
@@ -110,6 +113,18 @@ def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries
         raise
 
 
+def _refuse_other_json(path: Path) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # not there, or of a writer that was killed
+        return
+    if not isinstance(found, dict) or not found.keys() >= set(_KEYS):
+        raise UserError(
+            f"save_similarity: {path}, where the matrix's ids would be written, holds something else; it is left as it "
+            "is, and the matrix is not written. Give another name"
+        )
+
+
 def _read_ids(path: Path) -> Queries:
     ids = read_json(path)
     if not isinstance(ids, dict) or not all(isinstance(ids.get(key), list) for key in _KEYS):
@@ -118,8 +133,10 @@ def _read_ids(path: Path) -> Queries:
     for key, names in (("queries", texts), ("videos", videos)):
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise UserError(f"{path}: {key} holds {wrong[0]!r}, which is no text")
-    if not texts:
-        raise UserError(f"{path}: lists no queries")
+        if not names:
+            raise UserError(f"{path}: lists no {key}")
+    if twice := next((name for name, count in Counter(videos).items() if count > 1), None):
+        raise UserError(f"{path}: videos lists {twice!r} twice; each video is one column, whatever captions it has")
     if len(owners) != len(texts):
         raise UserError(f"{path}: video_of_query has {len(owners)} entries for {len(texts)} queries")
     for owner in owners:

@@ -81,8 +81,8 @@ def _make_ours(folder: Path) -> None:
 
 def _remove_if_bare(folder: Path) -> None:
     """What was refused, or stopped before its first batch, leaves nothing behind."""
-    if {path.name for path in folder.iterdir()} <= {MARK, THUMBS}:
-        with suppress(OSError):  # there are pictures, say
+    with suppress(OSError):  # there are pictures, say
+        if {path.name for path in folder.iterdir()} <= {MARK, THUMBS}:
             (folder / THUMBS).rmdir()
             (folder / MARK).unlink()
             folder.rmdir()

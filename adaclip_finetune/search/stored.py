@@ -97,6 +97,7 @@ def write_index(folder: Path, about: About, vectors: Rows, videos: Sequence[Mapp
     unfinished = folder / _UNFINISHED
     try:
         finish_move(folder)
+        (folder / MARK).touch()
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         write_durably(unfinished / _VECTORS, save({"vectors": rows}, {"format": FORMAT}))

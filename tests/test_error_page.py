@@ -123,6 +123,7 @@ def test_frames_of_a_file_stand_at_the_times_of_the_file(page: Path, project: Pr
     told = {(int(number), float(time)) for number, time in re.findall(r'">(\d), ([\d.]+) s<br>', target.read_text())}
     assert told and told <= {(number, round(0.1 * number + 0.3 * max(0, number - 4), 1)) for number in range(8)}
     assert max(number for number, _ in told) > 4
+    assert "≈" not in target.read_text() and "≈: reckoned" in page.read_text()
     assert "400" not in " ".join(Seen(target.read_text()).words.split("R@1 by length of the video")[1].split()[:20])
 
 

@@ -68,11 +68,20 @@ def ids(**changes: Any) -> Callable[[Path], None]:
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (Path.unlink, r"s\.npy: there is no such file"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), r"s\.npy: cannot be read as \.npy: .*directory"),
-    "empty": (lambda path: path.write_bytes(b""), r"s\.npy: cannot be read as \.npy"),
-    "no npy": (lambda path: path.write_text("0.1 0.2\n" * 9), r"s\.npy: cannot be read as \.npy: .*magic"),
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-4]), r"s\.npy: cannot be read as \.npy"),
-    "objects": (saved(np.array([[{}]]), allow_pickle=True), r"s\.npy: cannot be read as \.npy: .*object"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), r"s\.npy: cannot be read \(Is a directory\)"),
+    "empty": (lambda path: path.write_bytes(b""), r"s\.npy: is no \.npy file of numbers"),
+    "no npy": (
+        lambda path: path.write_text("0.1 0.2\n" * 9),
+        r"s\.npy: is no \.npy file of numbers .*magic",
+    ),
+    "cut": (
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        r"s\.npy: is no \.npy file of numbers",
+    ),
+    "objects": (
+        saved(np.array([[{}]]), allow_pickle=True),
+        r"s\.npy: is no \.npy file of numbers .*object",
+    ),
     "vector": (saved(np.zeros(6)), r"s\.npy: has the shape \(6,\); a similarity is \(queries, videos\)"),
     "integers": (saved(np.zeros((3, 2), int)), r"s\.npy: has the dtype int64; a similarity is one of float16"),
     "columns": (saved(np.asfortranarray(np.zeros((3, 2)))), r"s\.npy: lies column by column"),

@@ -10,12 +10,13 @@ from adaclip_finetune.compare.strips import ShownFrame
 from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray
 
+_COUNTED = "ties count against; 95 %: interval of R@1, drawn over videos"
 _CAPTIONS = 3  # of a video, at most
 _FRAMES = (
-    "Below each frame that the model looked at: its number, from 0; when it is shown (≈: reckoned from the annotated "
-    "length, as if frames were evenly spaced); and, where there is a selector, its share of the softmax over all "
-    "candidates."
+    "Below each frame that the model looked at: its number, from 0; when it is shown; and, where there is a selector, "
+    "its share of the softmax over all candidates."
 )
+_RECKONED = " ≈: reckoned from the annotated length, as if frames were evenly spaced."
 _NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show."
 
 _STYLE = """
@@ -74,14 +75,14 @@ def error_page(report: ErrorReport) -> str:
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p class="quiet">{queries:,} captions, {videos:,} videos{left_out}; ties count against</p>
+<p class="quiet">{queries:,} captions, {videos:,} videos{left_out}; {_COUNTED}</p>
 {_figures(report)}
 <h2>Where recall is lost</h2>
 <div class="charts">
 {_charts(report)}
 </div>
 <h2>{_heading(report)}</h2>
-<p class="quiet">{_FRAMES if report.has_frames else _NO_FRAMES} Scores are the scaled cosine of text and video.</p>
+<p class="quiet">{_explained(report)} Scores are the scaled cosine of text and video.</p>
 {"".join(map(_miss, report.misses))}
 </main>
 </body>
@@ -125,6 +126,14 @@ def _heading(report: ErrorReport) -> str:
     if not wrong:
         return "No query is answered wrongly"
     return f"The worst {len(report.misses)} of {wrong:,} queries whose right video is not first"
+
+
+def _explained(report: ErrorReport) -> str:
+    if not report.has_frames:
+        return _NO_FRAMES
+    strips = [video.strip for miss in report.misses for video in (miss.expected, miss.found)]
+    reckoned = any(frame.seconds is not None and not frame.measured for strip in strips for frame in strip.frames)
+    return _FRAMES + (_RECKONED if reckoned else "")
 
 
 def _miss(miss: Miss) -> str:

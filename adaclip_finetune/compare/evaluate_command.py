@@ -63,7 +63,7 @@ def _parser() -> Parser:
         metavar="FILE.html",
         type=Path,
         help="write an error analysis of the one checkpoint on the one annotation: a page with the worst queries, as "
-        "frames, and recall by length; of a matrix without frames",
+        "frames, and recall by length; with --similarity without the frames",
     )
     rerank = parser.add_argument_group("Reranking")
     rerank.add_argument(
@@ -71,7 +71,7 @@ def _parser() -> Parser:
         action="append",
         choices=RERANKINGS,
         default=[],
-        help="dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. May be given twice",
+        help="dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Given twice for both",
     )
     rerank.add_argument(
         "--bank",

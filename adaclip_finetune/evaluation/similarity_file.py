@@ -74,7 +74,9 @@ def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
         header = npy.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path}: is no .npy file of numbers, or was cut off ({error})") from error
     if header.ndim != 2:
         raise UserError(f"{path}: has the shape {header.shape}; a similarity is (queries, videos)")

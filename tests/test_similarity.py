@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda path: path.write_bytes(b""), r"s\.npy: is no \.npy file of numbers"),
     "no npy": (
         lambda path: path.write_text("0.1 0.2\n" * 9),
-        r"s\.npy: is no \.npy file of numbers .*magic",
+        r"s\.npy: is no \.npy file of numbers.*magic",
     ),
     "cut": (
         lambda path: path.write_bytes(path.read_bytes()[:-4]),
@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "objects": (
         saved(np.array([[{}]]), allow_pickle=True),
-        r"s\.npy: is no \.npy file of numbers .*object",
+        r"s\.npy: is no \.npy file of numbers.*object",
     ),
     "vector": (saved(np.zeros(6)), r"s\.npy: has the shape \(6,\); a similarity is \(queries, videos\)"),
     "integers": (saved(np.zeros((3, 2), int)), r"s\.npy: has the dtype int64; a similarity is one of float16"),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 import h11
 import pytest
@@ -22,7 +23,7 @@ PATIENCE = 20  # seconds
 
 
 class Hasty(Connection):
-    times = {h11.IDLE: 0.5, h11.SEND_BODY: 0.8}  # noqa: RUF012
+    times: ClassVar[dict[Any, float]] = {h11.IDLE: 0.5, h11.SEND_BODY: 0.8}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 import uvicorn
@@ -24,8 +24,8 @@ MAX_OPEN = 256  # each may hold a file, too; a process usually has 1024
 class Connection(H11Protocol):
     """One of them."""
 
-    times = {h11.IDLE: 10.0, h11.SEND_BODY: 75.0}  # noqa: RUF012
-    """Seconds in which a request's head, and then its body, must have arrived."""
+    times: ClassVar[dict[Any, float]] = {h11.IDLE: 10.0, h11.SEND_BODY: 75.0}
+    """Seconds in which a request's head, and then its body, must have arrived; who sends a picture is told sooner."""
 
     _phase: Any = None  # what the client is doing, as h11 names it
     _deadline: asyncio.TimerHandle | None = None

@@ -77,7 +77,7 @@ class Library:
         try:
             self._read()
         except Exception as error:  # whatever it is, what was loaded before goes on
-            self._read_at = time.monotonic() + self.again
+            self.refused, self._read_at = None, time.monotonic() + self.again
             if not isinstance(error, UserError):
                 traceback.print_exc()
             self._tell(f"{error}\nUntil then the page searches what was loaded before")

@@ -185,6 +185,10 @@ def test_a_row_of_another_form_is_named(tmp_path: Path) -> None:
     assert videos[0].id == "video0"
     with pytest.raises(UserError, match=r"videos\.jsonl, line 2: not as adaclip writes it"):
         list(videos)
+    for wrong in ({"best": 2}, {"best": -1}, {"frames": [{}]}, {"path": 3}, {"size": "x"}, {"mtime_ns": 1e999}):
+        stored.write_index(folder, about(), unit_rows(1), [row(0) | wrong])
+        with pytest.raises(UserError, match="line 1: not as adaclip writes it"):
+            VideoIndex.load(folder).search(unit_rows(1), 1)
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:

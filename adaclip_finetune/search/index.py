@@ -58,7 +58,7 @@ class IndexedVideos(Sequence[IndexedVideo]):
     """Rows, made of their lines when they are asked for; that raises UserError for a line of another form."""
 
     def __init__(self, folder: Path, lines: JsonLines) -> None:
-        self._folder, self._lines = folder, lines
+        self._folder, self._thumbs, self._lines = folder, folder / THUMBS, lines
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -72,7 +72,12 @@ class IndexedVideos(Sequence[IndexedVideo]):
         return self._video(rows) if isinstance(rows, int) else [self._video(row) for row in rows]
 
     def _video(self, row: int) -> IndexedVideo:
-        return _video(self._folder, row + 1, self._lines[row])
+        try:
+            return _video(self._lines[row], self._thumbs)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{self._folder / 'videos.jsonl'}, line {row + 1}: not as adaclip writes it ({error!r})"
+            ) from error
 
 
 class VideoIndex:
@@ -130,20 +135,22 @@ class VideoIndex:
         return [Hit(self.videos[row], score, rank) for rank, (score, row) in enumerate(found, 1)]
 
 
-def _video(folder: Path, number: int, row: Any) -> IndexedVideo:
-    try:
-        frames: Sequence[Mapping[str, Any]] = row["frames"]
-        return IndexedVideo(
-            id=str(row["id"]),
-            path=Path(row["path"]),
-            duration=None if row["duration"] is None else float(row["duration"]),
-            frames=tuple(int(frame["index"]) for frame in frames),
-            times=tuple(None if frame["time"] is None else float(frame["time"]) for frame in frames),
-            weights=tuple(float(frame["weight"]) for frame in frames),
-            best=int(row["best"]),
-            captions=tuple(map(str, row["captions"])),
-            thumb=folder / THUMBS / Path(row["thumb"]).name if row["thumb"] else None,
-            stamp=Stamp(int(row["size"]), int(row["mtime_ns"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'videos.jsonl'}, line {number}: not as adaclip writes it ({error!r})") from error
+def _video(row: Any, thumbs: Path) -> IndexedVideo:
+    """Raises what comes of a row of another form."""
+    frames: Sequence[Mapping[str, Any]] = row["frames"]
+    times = tuple(None if frame["time"] is None else float(frame["time"]) for frame in frames)
+    best = int(row["best"])
+    if times and not 0 <= best < len(times):
+        raise IndexError(f"best {best} of {len(times)} frames")
+    return IndexedVideo(
+        id=str(row["id"]),
+        path=Path(row["path"]),
+        duration=None if row["duration"] is None else float(row["duration"]),
+        frames=tuple(int(frame["index"]) for frame in frames),
+        times=times,
+        weights=tuple(float(frame["weight"]) for frame in frames),
+        best=best,
+        captions=tuple(map(str, row["captions"])),
+        thumb=thumbs / Path(row["thumb"]).name if row["thumb"] else None,
+        stamp=Stamp(int(row["size"]), int(row["mtime_ns"])),
+    )

@@ -19,6 +19,7 @@ from rewriting import rewrite
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import nearest, stored
 from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.json_lines import JsonLines
 from adaclip_finetune.search.recall import recall_at, recall_of
 from adaclip_finetune.search.stamp import stamp_of
 
@@ -199,6 +200,17 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
     assert [video.id for video in videos[-3:]] == names[-3:] and videos[-1].id == names[-1]
     with pytest.raises(IndexError):
         videos[50]
+
+
+def test_only_rows_that_are_found_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred thousand, parsing takes seconds and a gigabyte."""
+    write_random_index(tmp_path / "i")
+    parsed, original = list[int](), JsonLines.__getitem__
+    monkeypatch.setattr(JsonLines, "__getitem__", lambda self, place: parsed.append(place) or original(self, place))
+    index = VideoIndex.load(tmp_path / "i")
+    assert (len(index), parsed) == (50, [])
+    hits = index.search(unit_rows(1), 3)[0]
+    assert [f"video{place}" for place in parsed] == [hit.video.id for hit in hits]
 
 
 def test_a_reader_can_tell_what_changed(tmp_path: Path) -> None:

@@ -558,3 +558,15 @@ def test_times_of_other_containers(tmp_path: Path, suffix: str) -> None:
     duration, times = store("v", [0, 10, 29])
     assert times == [pytest.approx(frame / 25, abs=0.002) for frame in (0, 10, 29)]
     assert duration == pytest.approx(1.2, abs=0.13)
+
+
+def test_a_folder_that_may_not_be_written_into_is_told(
+    run: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(lock: FolderLock) -> None:
+        raise PermissionError(13, "Permission denied", str(lock.path))
+
+    monkeypatch.setattr(FolderLock, "take", refuse)
+    assert main(["index", str(run), str(clips), "-o", str(tmp_path / "i")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'i'}: cannot be written into (Permission denied)" in told and "Traceback" not in told

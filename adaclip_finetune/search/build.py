@@ -54,7 +54,10 @@ def index_videos(model: Retriever, source: Source, folder: Path, request: Reques
     was_there = folder.exists()
     _make_ours(folder)
     lock = FolderLock(folder)
-    lock.take()
+    try:
+        lock.take()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written into ({error.strerror})") from error
     try:
         finish_move(folder)
         (folder / THUMBS).mkdir(exist_ok=True)

@@ -341,8 +341,8 @@ def test_weights_are_mixed_as_said() -> None:
 
 def test_shares() -> None:
     assert read_shares("0:1:0.1") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
-    assert read_shares("0.5:0.5:1") == [0.5]
-    for wrong in ("0:1", "1:0:0.1", "0:2:0.1", "0:1:0", "a:b:c", "0:1:nan", "0:1:0.001", "nan:nan:1"):
+    assert read_shares("0.5:0.5:1") == [0.5] and len(read_shares("0:1:0.01")) == 101
+    for wrong in ("0:1", "1:0:0.1", "0:2:0.1", "0:1:0", "a:b:c", "0:1:nan", "0:1:0.001", "nan:nan:1", "0:1:1e-320"):
         with pytest.raises(UserError, match="--alpha"):
             read_shares(wrong)
 
@@ -383,6 +383,7 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         (["RUN", "--annot", "TEST", "--ids", "TEST"], "--ids belongs to --similarity"),
         (["RUN", "--annot", "TEST", "--zero-shot", "x.npy"], "--zero-shot belongs to --similarity"),
         (["RUN", "--annot", "TEST", "--annot", "TEST"], "is given twice"),
+        (["--similarity", "x.npy", "--similarity", "./x.npy"], "--similarity x.npy is given twice"),
         (["RUN", "--annot", "TEST", "--rerank", "qb_norm"], "belong together"),
         (["RUN", "--annot", "TEST", "--bank", "TEST"], "--bank belongs to --rerank"),
         (["RUN", "--annot", "TEST", "--rerank", "qb"], "invalid choice"),

@@ -23,8 +23,9 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
         raise UserError("--errors is of one checkpoint on one annotation, or of one matrix: give one of each")
     for name in ("annot", "similarity"):
         paths = getattr(arguments, name) or []
-        if repeated := [path for path in paths if paths.count(path) > 1]:
-            raise UserError(f"--{name} {repeated[0]} is given twice")
+        places = [Path(path).resolve() for path in paths]
+        if repeated := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+            raise UserError(f"--{name} {repeated[-1]} is given twice")
         for path in paths:
             check_file(f"--{name}", Path(path))
     for name in ("config", "bank", "val_annot", "ids", "zero_shot"):
@@ -44,10 +45,9 @@ def read_shares(text: str) -> list[float]:
         raise wrong from None
     if not (0 <= start <= end <= 1 and step > 0):
         raise wrong
-    count = int((end - start) / step + 1e-9) + 1
-    if count > _MOST_SHARES:
-        raise UserError(f"--alpha {text}: is {count:,} shares, each an evaluation; at most {_MOST_SHARES}")
-    return [round(start + number * step, 10) for number in range(count)]
+    if (end - start) / step + 1e-9 >= _MOST_SHARES:
+        raise UserError(f"--alpha {text}: is more than {_MOST_SHARES} shares, each of which is an evaluation")
+    return [round(start + number * step, 10) for number in range(int((end - start) / step + 1e-9) + 1)]
 
 
 def _check_mode(arguments: Namespace, overrides: dict[str, Any]) -> None:

@@ -60,11 +60,12 @@ class StripMaker:
         return self._made[video_id]
 
     def seconds(self, video_id: str) -> float | None:
-        """The length of a video, as its file says; of extracted frames, as the annotation does. None: not known."""
+        """The length of a video, as its file says, else as the annotation does. None: not known."""
         if isinstance(self._store, VideoFolder):
             with suppress(FrameError):
                 length, _ = self._store.times(video_id, [])
-                return length
+                if length is not None:
+                    return length
         video = self._videos[video_id]
         if video.duration is not None:
             return video.duration

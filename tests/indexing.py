@@ -15,8 +15,8 @@ def write_run(folder: Path, settings: dict[str, Any], seed: int = 0) -> Path:
     import torch  # here: a process that only writes indexes starts at once
 
     from adaclip_finetune.config import load_config
-    from adaclip_finetune.model.clip_weights import load_clip
     from adaclip_finetune.model.retriever import VideoRetriever
+    from adaclip_finetune.model.weights.clip_weights import load_clip
     from adaclip_finetune.training.checkpoint import save_tensors
 
     folder.mkdir()

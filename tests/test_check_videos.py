@@ -15,9 +15,9 @@ from adaclip_finetune.check.source import Split
 from adaclip_finetune.check.videos import check_videos
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
-from adaclip_finetune.data import video_container, video_decoding, video_index, video_seeking
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.splits import evaluation_split, train_split
+from adaclip_finetune.data.video import container, decoding, index, seeking
 from adaclip_finetune.errors import UserError
 
 BROKEN = ("gone", "gap", "first")
@@ -183,13 +183,13 @@ def test_deep_decodes_a_video_once(
     path = annotations(tmp_path, "v")["val"]
     words = ("--annot", path, "--video_dir", str(tmp_path), "--num_workers", "1")
     checked(capsys, *words)  # indexed from here on
-    real, opened = video_container.opened, []
+    real, opened = container.opened, []
 
     def counted(path: Path) -> Any:
         opened.append(path)
         return real(path)
 
-    for module in (video_decoding, video_index, video_seeking):
+    for module in (decoding, index, seeking):
         monkeypatch.setattr(module, "opened", counted)
     code, found = checked(capsys, *words, "--deep")
     assert code == 0 and ("videos", "val") in kinds(found, "fine")

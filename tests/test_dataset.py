@@ -14,10 +14,12 @@ from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import GalleryDataset, TrainBatch, TrainDataset, VideoReader, collate
-from adaclip_finetune.data.frames import FrameFolder, FrameStore, VideoFolder
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches, updates_per_epoch
 from adaclip_finetune.data.preprocess import ImageSpec, to_grey_thumbnails, to_square
 from adaclip_finetune.data.queries import TrainEntry
+from adaclip_finetune.data.video.folder import VideoFolder
 
 TEMPLATE = "image_{:05d}.jpg"
 IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize_mode="squash")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from adaclip_finetune.data.annotations import load_annotations
-from adaclip_finetune.data.frames import VideoFolder
+from adaclip_finetune.data.video.folder import VideoFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "bench"))

@@ -14,7 +14,8 @@ from PIL import Image
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.data.video_file import index_video, read_frames
+from adaclip_finetune.data.video.file import read_frames
+from adaclip_finetune.data.video.index import index_video
 
 # One file of each extension that is taken, in what such files usually hold.
 KINDS = {

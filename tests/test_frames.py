@@ -11,9 +11,13 @@ from PIL import Image
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, PackedFrames, VideoFolder, open_store
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frames import open_store
+from adaclip_finetune.data.packed_frames import PackedFrames
 from adaclip_finetune.data.packing import pack
 from adaclip_finetune.data.readable import find_errors
+from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
 
 TEMPLATE = "image_{:05d}.jpg"

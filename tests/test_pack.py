@@ -25,9 +25,12 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data import pack_writer
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
-from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, PackedFrames, open_store
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.pack import CONTENTS, Pack, sealed
+from adaclip_finetune.data.packed_frames import PackedFrames
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.readable import find_unreadable

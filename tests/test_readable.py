@@ -8,9 +8,10 @@ import pytest
 from media import write_frames, write_video
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.frames import FrameFolder, VideoFolder
+from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing, short_videos
 from adaclip_finetune.data.splits import evaluation_split, train_split
+from adaclip_finetune.data.video.folder import VideoFolder
 
 TEMPLATE = "image_{:05d}.jpg"
 

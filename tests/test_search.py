@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoReader, collate
-from adaclip_finetune.data.frames import FrameFolder
-from adaclip_finetune.data.video_file import index_video, read_frames
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.video.file import read_frames
+from adaclip_finetune.data.video.index import index_video
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import retriever
 from adaclip_finetune.search.index import VideoIndex

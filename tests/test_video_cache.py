@@ -11,11 +11,12 @@ import pytest
 from forked import context
 from media import index_of, write_video
 
-from adaclip_finetune.data import index_cache, video_folder
-from adaclip_finetune.data.frames import VideoFolder
-from adaclip_finetune.data.index_cache import pack_index, unpack_index
 from adaclip_finetune.data.readable import find_unreadable
-from adaclip_finetune.data.video_file import KeyFrame, VideoIndex, index_video
+from adaclip_finetune.data.video import cache as index_cache
+from adaclip_finetune.data.video import folder as video_folder
+from adaclip_finetune.data.video.cache import pack_index, unpack_index
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.index import KeyFrame, VideoIndex, index_video
 
 VIDEOS = {"a.mp4": 30, "b.mkv": 20, "deep/c.1.webm": 10, "d.avi": 12}  # the last one tells no places of frames
 IDS = ["a", "b", "deep/c.1", "d"]

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from media import index_of, write_video
 
-from adaclip_finetune.data.video_file import Frame, VideoIndex, index_video, read_frames, scan_frames
+from adaclip_finetune.data.video.decoding import Frame
+from adaclip_finetune.data.video.file import read_frames, scan_frames
+from adaclip_finetune.data.video.index import VideoIndex, index_video
 
 FRAMES = 60  # of the source, at 25 a second
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()

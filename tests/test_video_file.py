@@ -11,7 +11,9 @@ from media import index_of, write_video
 from PIL import Image
 
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.data.video_file import BrokenVideo, index_video, read_frames, scan_frames
+from adaclip_finetune.data.video.container import BrokenVideo
+from adaclip_finetune.data.video.file import read_frames, scan_frames
+from adaclip_finetune.data.video.index import index_video
 
 
 def decode_everything(path: Path) -> np.ndarray:

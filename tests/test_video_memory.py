@@ -8,9 +8,12 @@ import psutil
 import pytest
 from media import write_video
 
-from adaclip_finetune.data.frames import FrameError, VideoFolder
+from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.readable import find_unreadable
-from adaclip_finetune.data.video_file import BrokenVideo, index_video, read_frames
+from adaclip_finetune.data.video.container import BrokenVideo
+from adaclip_finetune.data.video.file import read_frames
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.index import index_video
 
 OPENS = 10_000
 MEGABYTE = 2**20

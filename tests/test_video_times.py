@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from media import coded_frame, index_of
 
-from adaclip_finetune.data.frames import FrameError, VideoFolder
+from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.video.folder import VideoFolder
 
 MILLISECONDS = [0, 40, 80, 1000, 1040, 4000, 4040, 4080, 9000, 9960]
 

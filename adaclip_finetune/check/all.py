@@ -17,7 +17,8 @@ from adaclip_finetune.check.sheet import check_sheet
 from adaclip_finetune.check.source import Split, refused_entries
 from adaclip_finetune.check.videos import Looked, check_videos
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.frames import FrameStore, open_store
+from adaclip_finetune.data.frame_store import FrameStore
+from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.errors import UserError
 
 

@@ -16,7 +16,7 @@ from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.reading import seconds_a_video
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.check.steps import StepTrial, try_steps
-from adaclip_finetune.data.frames import FrameStore
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.extract.options import cores
 from adaclip_finetune.training.device import describe_device

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
-from adaclip_finetune.data.frames import FrameStore
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.loader import make_loader, stop_workers
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.data.queries import TrainEntry

@@ -16,7 +16,7 @@ from adaclip_finetune.check.finding import Finding, plural
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.errors import UserError
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from adaclip_finetune.check.finding import Finding, Severity
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.frames import FrameError, FrameStore, Kind
+from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
 from adaclip_finetune.data.readable import find_errors, short_videos
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.printable import printable

@@ -16,7 +16,8 @@ from PIL import Image
 from adaclip_finetune.compare.model import OpenModel
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.dataset import VideoReader, collate
-from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.video.folder import VideoFolder
 
 _HEIGHT = 96  # pixels
 _MOST = 16  # frames of a strip

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, to_grey_thumbnails, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.sampling import frame_indices, generator

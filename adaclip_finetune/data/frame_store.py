@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_decoding import Stopped, never
+from adaclip_finetune.data.video.decoding import Stopped, never
 
 Scan = Iterator[tuple[int, NDArray[np.uint8]]]  # frames with their indices
 Kind = Literal[

@@ -8,23 +8,10 @@ from pathlib import Path
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind, Scan
-from adaclip_finetune.data.images import IMAGE_FORMATS
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.packed_frames import PackedFrames
-from adaclip_finetune.data.video_folder import VideoFolder
+from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
-
-__all__ = [
-    "IMAGE_FORMATS",
-    "FrameError",
-    "FrameFolder",
-    "FrameStore",
-    "Kind",
-    "PackedFrames",
-    "Scan",
-    "VideoFolder",
-    "open_store",
-]
 
 
 def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:

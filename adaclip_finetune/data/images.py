@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Scan
-from adaclip_finetune.data.video_decoding import Stopped
+from adaclip_finetune.data.video.decoding import Stopped
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 

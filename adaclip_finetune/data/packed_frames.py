@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adaclip_finetune.data.frame_store import FrameError, Kind, Scan
 from adaclip_finetune.data.images import decoded, one_by_one, stacked
 from adaclip_finetune.data.pack import BrokenPack, Pack
-from adaclip_finetune.data.video_decoding import Stopped, never
+from adaclip_finetune.data.video.decoding import Stopped, never
 
 
 class PackedFrames:

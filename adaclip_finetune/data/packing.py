@@ -22,7 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from adaclip_finetune.data.annotations import check_name, load_annotations
-from adaclip_finetune.data.frames import IMAGE_FORMATS, FrameError, FrameFolder
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.images import IMAGE_FORMATS
 from adaclip_finetune.data.pack import BrokenPack, Contents, Pack, VideoRecord
 from adaclip_finetune.data.pack_writer import PackWriter
 from adaclip_finetune.durable import flush_folder

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from adaclip_finetune.data.frames import FrameError, FrameStore, VideoFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
 
 LISTED = 20

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
-from adaclip_finetune.data.frames import FrameStore, open_store
+from adaclip_finetune.data.frame_store import FrameStore
+from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.queries import Queries, TrainEntry, evaluation_queries, train_entries
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing, short_videos
 

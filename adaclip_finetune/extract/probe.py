@@ -10,7 +10,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, TIMED_CONTAINERS, VideoIndex
+from adaclip_finetune.data.video.container import CONTAINERS, READ_ERRORS
+from adaclip_finetune.data.video.index import TIMED_CONTAINERS, VideoIndex
 from adaclip_finetune.extract.program import Failed
 
 
@@ -18,7 +19,7 @@ from adaclip_finetune.extract.program import Failed
 class Facts:
     """Seconds, frames a second; None where the file does not tell.
 
-    indexable: data/video_file.py opens its kind. seeks: the container knows where its frames are.
+    indexable: data/video/file.py opens its kind. seeks: the container knows where its frames are.
     """
 
     stream: int | None

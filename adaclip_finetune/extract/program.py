@@ -22,7 +22,7 @@ from typing import IO, Any
 import ffmpeg
 import imageio_ffmpeg
 
-from adaclip_finetune.data.video_file import CONTAINERS
+from adaclip_finetune.data.video.container import CONTAINERS
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.options import Look
 

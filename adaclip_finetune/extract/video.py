@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.data.video_file import BrokenVideo, Frame, VideoIndex, index_video, read_frames
+from adaclip_finetune.data.video.container import BrokenVideo
+from adaclip_finetune.data.video.decoding import Frame
+from adaclip_finetune.data.video.file import read_frames
+from adaclip_finetune.data.video.index import VideoIndex, index_video
 from adaclip_finetune.extract.manifest import Manifest, Source, holds_only_images
 from adaclip_finetune.extract.options import Look
 from adaclip_finetune.extract.plan import Job

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from adaclip_finetune.data.dataset import Collated, GalleryDataset, VideoReader
-from adaclip_finetune.data.frames import FrameError
+from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.frame_weights import Weighed

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from adaclip_finetune.data.frames import IMAGE_FORMATS
+from adaclip_finetune.data.images import IMAGE_FORMATS
 from adaclip_finetune.errors import UserError
 
 

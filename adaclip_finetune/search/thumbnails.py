@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from adaclip_finetune.data.frames import FrameError, FrameStore
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.search.videos import Clip
 

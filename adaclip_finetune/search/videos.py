@@ -10,8 +10,11 @@ from pathlib import Path
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation, check_name, load_annotations
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, VideoFolder, open_store
-from adaclip_finetune.data.video_times import Times
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frames import open_store
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.times import Times
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.stamp import Stamp, stamp_of
 

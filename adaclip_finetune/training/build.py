@@ -14,11 +14,11 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.splits import TrainSplit, train_split
-from adaclip_finetune.model.checkpoints import check_settings, describe, read_checkpoint, with_its_clip
 from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.weights.checkpoints import check_settings, describe, read_checkpoint, with_its_clip
+from adaclip_finetune.model.weights.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.checkpoint import fill

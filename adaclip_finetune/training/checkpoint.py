@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.checkpoints import Checkpoint, Kind, read_checkpoint
-from adaclip_finetune.model.clip_weights import strict_load
 from adaclip_finetune.model.policy import FrozenClipBackbone
+from adaclip_finetune.model.weights.checkpoints import Checkpoint, Kind, read_checkpoint
+from adaclip_finetune.model.weights.clip_weights import strict_load
 
 FORMAT = "adaclip-finetune/1"
 

@@ -24,8 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.data.frames import VideoFolder
 from adaclip_finetune.data.sampling import frame_indices
+from adaclip_finetune.data.video.folder import VideoFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "dataset_example"

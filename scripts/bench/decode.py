@@ -15,10 +15,11 @@ from typing import Any
 import av
 import numpy as np
 
-from adaclip_finetune.data.frames import VideoFolder
 from adaclip_finetune.data.preprocess import ImageSpec, to_square
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.data.video_file import index_video, read_frames
+from adaclip_finetune.data.video.file import read_frames
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.index import index_video
 
 
 def decode_all(path: Path, converted: set[int] | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frames import VideoFolder
+from adaclip_finetune.data.video.folder import VideoFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shapes_world as world

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from adaclip_finetune.data.frames import FrameFolder, FrameStore, PackedFrames
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.pack import Pack
+from adaclip_finetune.data.packed_frames import PackedFrames
 from adaclip_finetune.data.packing import pack
 from adaclip_finetune.data.sampling import frame_indices
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaclip_finetune.data.formats.clip import Clip
-from adaclip_finetune.data.frames import FrameError, VideoFolder
+from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.video.folder import VideoFolder
 
 
 class Present:

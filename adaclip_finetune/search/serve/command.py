@@ -67,7 +67,7 @@ def _parser() -> Parser:
     parser = Parser(
         "adaclip serve",
         "A page to search an index by text or picture, in a browser on this machine. It comes at once; the model is "
-        "loaded meanwhile. Ctrl-C ends it. Its /docs tells of the JSON API behind it, as /openapi.json does to programs.",
+        "loaded meanwhile. Ctrl-C ends it. Its /docs tells of the JSON API behind it, /openapi.json tells programs.",
     )
     parser.add_argument("index", metavar="NAME.index", type=Path, help="what `adaclip index` made")
     parser.add_argument(

@@ -19,7 +19,9 @@ from PIL import Image
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.frames import FrameError, FrameFolder, FrameStore, PackedFrames
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.packed_frames import PackedFrames
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import IndexedVideo, VideoIndex
 from adaclip_finetune.search.serve.worker import Worker

@@ -1,7 +1,7 @@
 """One video file, read in place by PyAV: frame n is the n-th frame in presentation order, whatever the container says.
 
-`index_video` (video_index.py) counts and locates the frames. `read_frames` then seeks each wanted frame
-(video_seeking.py), and falls back on decoding from the start (video_decoding.py) where that does not give it.
+`index_video` (index.py) counts and locates the frames. `read_frames` then seeks each wanted frame
+(seeking.py), and falls back on decoding from the start (decoding.py) where that does not give it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from adaclip_finetune.data.video_container import CONTAINERS, READ_ERRORS, BrokenVideo, reason_of
-from adaclip_finetune.data.video_decoding import Frame, Stopped, never, sound_frames, to_rgb
-from adaclip_finetune.data.video_index import TIMED_CONTAINERS, KeyFrame, VideoIndex, index_video
-from adaclip_finetune.data.video_seeking import read_by_seeking
-
-__all__ = [
-    "CONTAINERS",
-    "READ_ERRORS",
-    "TIMED_CONTAINERS",
-    "BrokenVideo",
-    "Frame",
-    "KeyFrame",
-    "Stopped",
-    "VideoIndex",
-    "index_video",
-    "never",
-    "read_frames",
-    "scan_frames",
-]
+from adaclip_finetune.data.video.container import READ_ERRORS, BrokenVideo, reason_of
+from adaclip_finetune.data.video.decoding import Frame, Stopped, never, sound_frames, to_rgb
+from adaclip_finetune.data.video.index import VideoIndex
+from adaclip_finetune.data.video.seeking import read_by_seeking
 
 
 def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame:

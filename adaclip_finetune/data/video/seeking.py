@@ -9,9 +9,9 @@ from typing import Any
 import av
 import numpy as np
 
-from adaclip_finetune.data.video_container import opened, packets_of
-from adaclip_finetune.data.video_decoding import Frame, to_rgb
-from adaclip_finetune.data.video_index import KeyFrame, VideoIndex
+from adaclip_finetune.data.video.container import opened, packets_of
+from adaclip_finetune.data.video.decoding import Frame, to_rgb
+from adaclip_finetune.data.video.index import KeyFrame, VideoIndex
 
 
 def read_by_seeking(path: Path, index: VideoIndex, wanted: list[int]) -> dict[int, Frame]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import av
 
-from adaclip_finetune.data.video_file import CONTAINERS, READ_ERRORS, BrokenVideo, VideoIndex
+from adaclip_finetune.data.video.container import CONTAINERS, READ_ERRORS, BrokenVideo
+from adaclip_finetune.data.video.index import VideoIndex
 
 Times = tuple[float | None, list[float | None]]
 """Seconds: how long a video is, and when frames of it are shown. None: not known."""

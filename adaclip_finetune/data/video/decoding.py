@@ -13,7 +13,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_container import BrokenVideo, opened, reason_of
+from adaclip_finetune.data.video.container import BrokenVideo, opened, reason_of
 
 Frame = NDArray[np.uint8]
 Stopped = Callable[[], bool]

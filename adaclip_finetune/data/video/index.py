@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_container import READ_ERRORS, BrokenVideo, opened, packets_of, reason_of
-from adaclip_finetune.data.video_decoding import sound_frames
+from adaclip_finetune.data.video.container import READ_ERRORS, BrokenVideo, opened, packets_of, reason_of
+from adaclip_finetune.data.video.decoding import sound_frames
 
 # Where packets are frames: containers that keep both times of every packet, codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")

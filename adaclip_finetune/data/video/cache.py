@@ -20,7 +20,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video_file import KeyFrame, VideoIndex
+from adaclip_finetune.data.video.index import KeyFrame, VideoIndex
 from adaclip_finetune.durable import write_durably
 
 FORMAT = 1  # to be raised whenever index_video would tell anything else of the same file, or this file is laid out anew

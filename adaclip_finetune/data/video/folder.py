@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
 from adaclip_finetune.data.frame_store import FrameError, Scan, unlisted
-from adaclip_finetune.data.index_cache import IndexCache, pack_index, unpack_index
-from adaclip_finetune.data.video_container import BrokenVideo
-from adaclip_finetune.data.video_decoding import Stopped, never
-from adaclip_finetune.data.video_file import read_frames, scan_frames
-from adaclip_finetune.data.video_index import VideoIndex, index_video
-from adaclip_finetune.data.video_times import Times, video_times
+from adaclip_finetune.data.video.cache import IndexCache, pack_index, unpack_index
+from adaclip_finetune.data.video.container import BrokenVideo
+from adaclip_finetune.data.video.decoding import Stopped, never
+from adaclip_finetune.data.video.file import read_frames, scan_frames
+from adaclip_finetune.data.video.index import VideoIndex, index_video
+from adaclip_finetune.data.video.times import Times, video_times
 
 
 class VideoFolder:

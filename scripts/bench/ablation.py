@@ -76,7 +76,8 @@ def main() -> None:
         list(tqdm(pool.map(lambda job: run(arguments.work, *job), jobs), "runs", len(jobs)))
     ranks = {row.name: np.stack([read_ranks(path(arguments.work, row, seed)) for seed in range(arguments.seeds)
                                  if row is not table[0] or seed == 0]) for row in table}  # fmt: skip
-    print(report(table, ranks, needs_order(path(arguments.work, table[0], 0)), arguments.seeds))
+    matrix = path(arguments.work, table[0], 0)
+    print(report(table, ranks, needs_order(matrix), videos(matrix), arguments.seeds))
 
 
 def extract(work: Path, num_frm: int, top_k: int) -> None:
@@ -134,7 +135,19 @@ def needs_order(matrix: Path) -> NDArray[np.bool_]:
     return np.array([events["videos"][ids["videos"][video]]["needs_order"] for video in ids["video_of_query"]])
 
 
-def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArray[np.bool_], seeds: int) -> str:
+def videos(matrix: Path) -> list[NDArray[np.int64]]:
+    """The queries of each video."""
+    owners = np.array(json.loads(matrix.with_suffix(".json").read_text())["video_of_query"])
+    return [np.flatnonzero(owners == video) for video in np.unique(owners)]
+
+
+def report(
+    table: list[Row],
+    ranks: dict[str, NDArray[np.int64]],
+    ordered: NDArray[np.bool_],
+    videos: list[NDArray[np.int64]],
+    seeds: int,
+) -> str:
     """The table, and the share of the gap that Hard-Top-k closes."""
     hits = {name: (rank == 1).mean(axis=0) * 100 for name, rank in ranks.items()}  # per query, mean over seeds
     reference = hits["BitFit, K by Hard-Top-k, MLP-Score"]
@@ -144,11 +157,11 @@ def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArr
     ]
     for row in table:
         rank, hit = ranks[row.name], hits[row.name]
-        difference = "" if hit is reference else interval(lambda i, hit=hit: (hit[i] - reference[i]).mean(), len(hit))
+        difference = "" if hit is reference else interval(lambda i, hit=hit: (hit[i] - reference[i]).mean(), videos)
         cells = [
             row.name,
             f"{hit.mean():.1f}",
-            interval(lambda i, hit=hit: hit[i].mean(), len(hit)),
+            interval(lambda i, hit=hit: hit[i].mean(), videos),
             f"{100 * (rank <= 5).mean():.1f}",
             f"{np.median(rank):.0f}",
             f"{hit[~ordered].mean():.1f} / {hit[ordered].mean():.1f}",
@@ -163,11 +176,11 @@ def report(table: list[Row], ranks: dict[str, NDArray[np.int64]], ordered: NDArr
     whole = np.arange(len(reference))
     lines += [
         "",
-        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over queries, "
-        f"{RESAMPLES} resamples.",
+        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over videos, each "
+        f"with all its captions, {RESAMPLES} resamples.",
         f"Hard-Top-k minus uniform: {(reference - uniform).mean():.1f} points "
-        f"{interval(lambda i: (reference[i] - uniform[i]).mean(), len(whole))}. "
-        f"It closes {closed(whole):.0f} % of the gap to the oracle {interval(closed, len(whole))}.",
+        f"{interval(lambda i: (reference[i] - uniform[i]).mean(), videos)}. "
+        f"It closes {closed(whole):.0f} % of the gap to the oracle {interval(closed, videos)}.",
         "R@1 by seed: " + "; ".join(f"{name}: {by_seed(rank)}" for name, rank in ranks.items()),
     ]
     return "\n".join(lines)
@@ -177,10 +190,12 @@ def by_seed(ranks: NDArray[np.int64]) -> str:
     return " ".join(f"{100 * (rank == 1).mean():.1f}" for rank in ranks)
 
 
-def interval(statistic, size: int) -> str:  # type: ignore[no-untyped-def]
-    """The 95 % percentile bootstrap interval of a statistic of query indices."""
+def interval(statistic, videos: list[NDArray[np.int64]]) -> str:  # type: ignore[no-untyped-def]
+    """The 95 % percentile bootstrap interval of a statistic of query indices, where videos are drawn: those of one
+    video are found or missed together."""
     random = np.random.default_rng(0)
-    values = [statistic(random.integers(size, size=size)) for _ in range(RESAMPLES)]
+    draws = (random.integers(len(videos), size=len(videos)) for _ in range(RESAMPLES))
+    values = [statistic(np.concatenate([videos[video] for video in draw])) for draw in draws]
     low, high = np.percentile(values, [2.5, 97.5])
     return f"[{low:.1f}, {high:.1f}]"
 

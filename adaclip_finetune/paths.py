@@ -48,6 +48,11 @@ def _not_there(config: Config) -> Iterator[str]:
             yield _wrong(name, value, "file or folder")
     if config.save_similarity is not None and not Path(config.save_similarity).parent.is_dir():
         yield _wrong("save_similarity", str(Path(config.save_similarity).parent), "folder")
+    elif config.save_similarity is not None:
+        ids = Path(config.save_similarity).with_suffix(".json")
+        for name, value in files.items():
+            if value is not None and ids.is_file() and Path(value).is_file() and ids.samefile(value):
+                yield f"save_similarity {config.save_similarity} would write its ids over {name}; give another name"
     if not config.no_output:
         for name, value in {"output_dir": config.output_dir, "tensorboard_dir": config.tensorboard_dir}.items():
             if value is not None and Path(value).exists() and not Path(value).is_dir():

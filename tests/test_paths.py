@@ -63,3 +63,10 @@ def test_a_file_where_a_folder_belongs_and_the_other_way_round(tmp_path: Path) -
     assert f"video_dir {file} is no folder" in message
     assert f"output_dir {file} is no folder" in message
     assert "save_similarity no: there is no such folder" in message
+
+
+def test_ids_of_a_matrix_do_not_replace_an_annotation(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    matrix = str(Path(given["val_annot"]).with_suffix(".npy"))
+    told = f"save_similarity {matrix} would write its ids over val_annot; give another name"
+    assert complaint(**given, save_similarity=matrix) == told

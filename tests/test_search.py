@@ -236,13 +236,8 @@ def test_wrong_requests(index: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_clocks() -> None:
-    assert [clock(seconds) for seconds in (None, 0.0, 65.9, 3599.0, 3605.0)] == [
-        "–",
-        "0:00",
-        "1:05",
-        "59:59",
-        "1:00:05",
-    ]
+    given = (None, 0.0, 65.96, 3599.25, 3605.0)
+    assert [clock(seconds) for seconds in given] == ["–", "0:00.0", "1:05.9", "59:59.2", "1:00:05.0"]
 
 
 def test_help_needs_no_torch() -> None:

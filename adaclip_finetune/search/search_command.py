@@ -98,9 +98,9 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
     print(printable(query))
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
-        print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>7}  {names}")
+        print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
         if arguments.explain:
-            print(f"{'':23}{', '.join(_explained(hit.video))}")
+            print(f"{'':25}{', '.join(_explained(hit.video))}")
 
 
 def _explained(video: IndexedVideo) -> Iterator[str]:
@@ -123,8 +123,11 @@ def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
 
 
 def clock(seconds: float | None) -> str:
-    """1:05, or 1:00:05 from an hour on; a dash where the time is not known."""
+    """1:05.3, or 1:00:05.3 from an hour on: frames are often less than a second apart. A dash where the time is not
+    known."""
     if seconds is None:
         return "–"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    whole, tenths = divmod(int(10 * seconds), 10)
+    minutes, rest = divmod(whole, 60)
+    hours = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes}"
+    return f"{hours}:{rest:02}.{tenths}"

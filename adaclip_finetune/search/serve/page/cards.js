@@ -22,7 +22,7 @@ export function element(name, className = "", text = "") {
 
 // 75.4 → 1:15; in a video of less than a minute 15.4 → 0:15.4
 export function clock(seconds, duration) {
-  if (duration < 60) return `0:${seconds.toFixed(1).padStart(4, "0")}`;
+  if (duration < 60) return `0:${(Math.floor(10 * seconds) / 10).toFixed(1).padStart(4, "0")}`;
   const whole = Math.floor(seconds), hours = Math.floor(whole / 3600);
   const two = (number) => String(number).padStart(2, "0");
   return hours ? `${hours}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}` : `${Math.floor(whole / 60)}:${two(whole % 60)}`;

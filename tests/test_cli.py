@@ -313,7 +313,8 @@ def test_errors_and_interruption_while_training(
 def test_a_name_that_is_too_long_is_no_traceback(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     name = "x" * 300
     assert cli.main([name if word == "NAME" else word for word in words]) == 2
-    assert capsys.readouterr().err.startswith(f"adaclip: error: {name}: File name too long")
+    told = capsys.readouterr().err
+    assert told.startswith(f"adaclip: error: {name}") and told.endswith(": File name too long\n")
 
 
 # ---- the commands ----

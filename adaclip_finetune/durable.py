@@ -8,17 +8,22 @@ from pathlib import Path
 
 def write_durably(path: Path, content: bytes) -> None:
     """There is the old content or the new, never a part. Raises OSError, leaving nothing beside."""
-    beside = path.with_name(f".{path.name}.part")
+    part = beside(path)
     try:
-        with beside.open("wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        part.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def flush_folder(path: Path) -> None:

@@ -138,13 +138,15 @@ def test_what_ibs_selected_is_known_from_its_folder_only(
 ) -> None:
     settings = json.loads((run / "config.json").read_text())
     selected = {"method": "ibs", "config": {"num_pre_epochs": 1}}
-    shutil.copy(run / "best.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "peft": selected}))
+    other = tmp_path / "run"
+    other.mkdir()
+    shutil.copy(run / "best.safetensors", other)
+    (other / "config.json").write_text(json.dumps({**settings, "peft": selected}))
     if noted is None:
-        shutil.copy(run / "metrics.json", tmp_path)
+        shutil.copy(run / "metrics.json", other)
     else:
-        (tmp_path / "metrics.json").write_text(noted)
-    table = evaluated(tmp_path, "--annot", project["val_annot"], folder=tmp_path)
+        (other / "metrics.json").write_text(noted)
+    table = evaluated(other, "--annot", project["val_annot"], folder=tmp_path)
     cost = table["rows"][1]["cost"]
     assert (cost["percent_of_clip"] is None) == (cost["percent_of_all"] is None) == (noted is not None)
 
@@ -285,10 +287,13 @@ def test_interpolation_chooses_on_validation_and_tests_once(
     part = "2 of these 8 videos and 10 of these 16 captions"
     assert f"the best of 3 shares on {project['val_annot']}, which holds {part}" in mix["note"]
     assert "← chosen" in capsys.readouterr().out
-    # The end of the line is the model itself.
-    words = ["--interpolate", project["clip_weights"], run, "--alpha", "1:1:1", *annotations]
-    table = evaluated(*words, folder=tmp_path)
+    assert "of the finetuned: it learned from these very captions" in mix["note"]
+    # The end of the line is the model itself, and at its beginning nothing is left of what CLIP learned.
+    words = ["--interpolate", project["clip_weights"], run, *annotations]
+    table = evaluated(*words, "--alpha", "1:1:1", folder=tmp_path)
     assert figures(table["rows"][2]) == figures(table["rows"][1])
+    assert table["rows"][2]["cost"]["percent_of_clip"] == table["rows"][1]["cost"]["percent_of_clip"] > 0
+    assert evaluated(*words, "--alpha", "0:0:1", folder=tmp_path)["rows"][2]["cost"]["percent_of_clip"] == 0
 
 
 def test_a_mix_that_begins_with_another_clip_is_compared_with_that_one(
@@ -309,7 +314,7 @@ def test_a_mix_that_begins_with_another_clip_is_compared_with_that_one(
 
 
 def test_what_was_known_of_a_data_set(tmp_path: Path) -> None:
-    def known(**videos: dict[str, Any]) -> str:
+    def known(**videos: dict[str, Any]) -> str | None:
         (tmp_path / "known.json").write_text(json.dumps(videos))
         return known_of_file(str(tmp_path / "known.json"), str(tmp_path / "asked.json"))
 
@@ -321,8 +326,24 @@ def test_what_was_known_of_a_data_set(tmp_path: Path) -> None:
     assert known(**asked, c={"sentences": ["x"]}) == "these very captions"
     assert known(a=asked["a"]) == "1 of these 2 videos and 2 of these 3 captions"
     (tmp_path / "known.json").write_text("{")
-    for gone in (str(tmp_path / "known.json"), str(tmp_path / "none.json"), None):
-        assert known_of_file(gone, str(tmp_path / "asked.json")) == ""
+    for unknown in (str(tmp_path / "known.json"), str(tmp_path / "none.json")):
+        assert known_of_file(unknown, str(tmp_path / "asked.json")) is None
+    assert known_of_file(None, str(tmp_path / "asked.json")) == ""
+
+
+def test_what_is_written_follows_links(run: Path, project: Project, tmp_path: Path) -> None:
+    (tmp_path / "table.md").symlink_to(tmp_path / "elsewhere.md")
+    evaluated(run, "--annot", project["test_annot"], "--markdown", tmp_path / "table.md", folder=tmp_path)
+    assert (tmp_path / "table.md").is_symlink() and "zero-shot" in (tmp_path / "elsewhere.md").read_text()
+
+
+def test_what_a_run_learned_from_may_not_be_here(run: Path, project: Project, tmp_path: Path) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    shutil.copytree(run, tmp_path / "moved")
+    gone = {"train_annot": "gone/train.json"}
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(settings | gone))
+    found = evaluated(tmp_path / "moved", "--annot", project["test_annot"], folder=tmp_path)
+    assert "it learned from gone/train.json, which cannot be read here" in found["rows"][1]["note"]
 
 
 def test_weights_are_mixed_as_said() -> None:
@@ -404,6 +425,11 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         (["RUN", "--annot", "TEST", "--json", "EMPTY"], "is a folder"),
         (["RUN", "--annot", "TEST", "--json", "TEST"], "is read by the same command, and would be overwritten"),
         (["RUN", "--annot", "TEST", "--json", "x", "--markdown", "./x"], "--json x: is what --markdown writes, too"),
+        (["RUN", "--annot", "TEST", "--json", "WEIGHTS"], "would write into the run folder"),
+        (["WEIGHTS", "--annot", "TEST", "--json", "METRICS"], "would write into the run folder"),
+        (["RUN", "--annot", "TEST", "--errors", "new.mp4"], "must end in .html"),
+        (["RUN", "--annot", "TEST", "--json", f"{'b' * 248}.json"], "cannot be written (File name too long)"),
+        (["RUN", "--annot", "TEST", "--json", "/dev/null"], "is no plain file"),
         (["RUN", "--annot", "TEST", "--annot", "BROKEN"], "broken.json: video 'video4': \"sentences\" is empty"),
         (
             ["RUN", "--annot", "TEST", "--rerank", "dual_softmax", "--val-annot", "BROKEN"],
@@ -415,6 +441,7 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
 )
 def test_refusals(words: list[str], told: str, run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
     names = {"RUN": run, "TEST": project["test_annot"], "EMPTY": tmp_path, "BROKEN": tmp_path / "broken.json"}
+    names |= {"WEIGHTS": run / "best.safetensors", "METRICS": run / "metrics.json"}
     (tmp_path / "broken.json").write_text('{"video4": {"sentences": []}}')
     assert told in refused(*[names.get(word, word) for word in words])
 
@@ -451,7 +478,8 @@ def test_names_that_are_no_text_are_shown_and_written(tmp_path: Path) -> None:
     matrix = os.fsdecode(os.fsencode(tmp_path / "bad") + b"\xff\x1b[31m.npy")
     np.save(matrix, MATRIX)
     (tmp_path / "m.json").write_text(json.dumps(IDS | {"queries": ["a", "\udfff b", "c", "d"]}))
-    targets = {name: tmp_path / f"found.{name}" for name in ("json", "markdown", "errors")}
+    suffixes = {"json": "json", "markdown": "md", "errors": "html"}
+    targets = {name: tmp_path / f"found.{suffix}" for name, suffix in suffixes.items()}
     words = [word for name, path in targets.items() for word in (f"--{name}", path)]
     command = [sys.executable, "-c", "import sys; from adaclip_finetune.cli import main; sys.exit(main())"]
     command += ["evaluate", "--similarity", matrix, "--ids", str(tmp_path / "m.json"), *map(str, words)]

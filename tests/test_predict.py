@@ -57,12 +57,12 @@ def test_own_queries_and_vectors(
 ) -> None:
     matrix, ids = matrix_of(run)
     queries, output, vectors = tmp_path / "q.txt", tmp_path / "found.jsonl", tmp_path / "v.safetensors"
-    asked = [ids["queries"][5], 'ein "Tüpfel", rot', ids["queries"][2]]
+    asked = [ids["queries"][5], 'ein "Tüpfel",\x0brot\u2028und rund', ids["queries"][2]]
     queries.write_text(f"{asked[0]}\n\n  {asked[1]}\r\n{asked[2]}", encoding="utf-8")
     words = [run, "--annot", project["test_annot"], "--queries", queries, "-k", 8, "--save-embeddings", vectors]
     predicted(*words, output=output)
     assert "3 queries, the best 8 of 8 videos" in capsys.readouterr().out
-    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     assert [line["query"] for line in lines] == asked
     with safe_open(vectors, framework="np") as file:
         texts, videos, scale = file.get_tensor("queries"), file.get_tensor("videos"), float(file.metadata()["scale"])
@@ -116,13 +116,17 @@ def test_an_annotation_is_not_overwritten(
         (["RUN", "--annot", "TEST", "--output", "x.csv", "--queries", "BLANK"], "holds no query"),
         (["RUN", "--annot", "TEST", "--output", "x.csv", "--queries", "LATIN"], "not UTF-8 at byte 1"),
         (["RUN", "--annot", "TEST", "--output", "x.csv", "--queries", "LONG"], "line 2: has 10,001 letters"),
+        (
+            ["RUN", "--annot", "TEST", "--output", "x.csv", "--save-embeddings", "WEIGHTS"],
+            "would write into the run folder",
+        ),
     ],
 )
 def test_refusals(
     words: list[str], told: str, run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     contents = {"BLANK": b" \n\n", "LATIN": b"t\xfcr\n", "LONG": b"a\n" + b"a" * 10_001}
-    names: dict[str, Any] = {"RUN": run, "TEST": project["test_annot"]}
+    names: dict[str, Any] = {"RUN": run, "TEST": project["test_annot"], "WEIGHTS": run / "best.safetensors"}
     for name, content in contents.items():
         names[name] = tmp_path / f"{name}.txt"
         names[name].write_bytes(content)

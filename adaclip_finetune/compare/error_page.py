@@ -17,7 +17,8 @@ _FRAMES = (
     "its share of the softmax over all candidates."
 )
 _RECKONED = " ≈: reckoned from the annotated length, as if frames were evenly spaced."
-_NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show."
+_SCORES = " Scores are the scaled cosine of text and video."
+_NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show. Scores are the matrix's."
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #5b6570;
@@ -82,7 +83,7 @@ def error_page(report: ErrorReport) -> str:
 {_charts(report)}
 </div>
 <h2>{_heading(report)}</h2>
-<p class="quiet">{_explained(report)} Scores are the scaled cosine of text and video.</p>
+<p class="quiet">{_explained(report)}</p>
 {"".join(map(_miss, report.misses))}
 </main>
 </body>
@@ -133,7 +134,7 @@ def _explained(report: ErrorReport) -> str:
         return _NO_FRAMES
     strips = [video.strip for miss in report.misses for video in (miss.expected, miss.found)]
     reckoned = any(frame.seconds is not None and not frame.measured for strip in strips for frame in strip.frames)
-    return _FRAMES + (_RECKONED if reckoned else "")
+    return _FRAMES + (_RECKONED if reckoned else "") + _SCORES
 
 
 def _miss(miss: Miss) -> str:

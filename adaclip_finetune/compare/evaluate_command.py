@@ -56,8 +56,8 @@ def _parser() -> Parser:
         "--annot", metavar="FILE", action="append", help="captions to evaluate; several times if need be"
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that brings none")
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown too")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures as JSON too")
+    parser.add_argument("--markdown", metavar="FILE.md", type=Path, help="write the table as Markdown too")
+    parser.add_argument("--json", metavar="FILE.json", type=Path, help="write all figures as JSON too")
     parser.add_argument(
         "--errors",
         metavar="FILE.html",

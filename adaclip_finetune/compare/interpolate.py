@@ -75,7 +75,10 @@ def interpolate(
         result = model.measure(split, "interpolated")
         note = f"WiSE-FT from {towers.source} to {source.label}: the best of {len(curve)} shares on {validation}"
         note += f", which holds {known}" if (known := known_of_file(validation, annotation)) else ""
+        note += f"; of the finetuned: {acquainted}" if (acquainted := source.acquainted(annotation)) else ""
         row = model.row(result, f"interpolated, α = {best.alpha:g}", note)
+        if best.alpha == 0 and row.cost is not None:  # nothing of CLIP that was learned is left
+            row = replace(row, cost=replace(row.cost, percent_of_clip=0.0, percent_of_all=None))
         found.rows.append(replace(row, baseline=begin.row.label))
         groups.append(found.group(annotation))
     return curve, groups

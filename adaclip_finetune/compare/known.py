@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError
 
 
-def known_of_file(known: str | None, annotation: str) -> str:
-    """What the annotation `known` holds of another one; empty if that is nothing, or if `known` is no longer there."""
-    if known is None or not Path(known).is_file():
+def known_of_file(known: str | None, annotation: str) -> str | None:
+    """What the annotation `known` holds of another one; empty if that is nothing; None if `known` is not here, or
+    cannot be read."""
+    if known is None:
         return ""
+    asked = load_annotations(annotation)
     try:
-        return _known(load_annotations(known), load_annotations(annotation))
-    except UserError:
-        return ""
+        return _known(load_annotations(known), asked)
+    except (UserError, OSError):
+        return None
 
 
 def known_of_queries(known: Queries, asked: Queries) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import create_model
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.durable import write_durably
+from adaclip_finetune.durable import beside, write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.settings.base import Settings
 from adaclip_finetune.settings.flags import Parser, add_flags
@@ -53,33 +53,53 @@ def check_file(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: you may not read it")
 
 
-def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[str | Path | None]) -> None:
+def check_targets(
+    targets: Mapping[str, Path | None], inputs: Iterable[str | Path | None], checkpoints: Iterable[str | Path]
+) -> None:
     """UserError, before hours of work, where a target (flag → file) cannot be written, or would replace an input or
-    another target."""
-    taken = {Path(path).resolve(): "is read by the same command" for path in inputs if path is not None}
+    another target, or something in the run folder of a checkpoint."""
+    runs = [_run_folder(Path(given)) for given in checkpoints]
+    taken = {Path(path).resolve(): "is read by the same command" for path in [*inputs, *runs] if path is not None}
     for flag, path in targets.items():
         if path is None:
             continue
         _check_target(flag, path)
+        if run := next((run for run in runs if run in path.resolve().parents), None):
+            raise UserError(f"{flag} {path}: would write into the run folder {run}; give a place outside of it")
         if (reason := taken.get(path.resolve())) is not None:
             raise UserError(f"{flag} {path}: {reason}, and would be overwritten; give another name")
         taken[path.resolve()] = f"is what {flag} writes, too"
 
 
+def _run_folder(checkpoint: Path) -> Path:
+    """That of a checkpoint, or the checkpoint's file where it lies alone."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return (folder if (folder / "config.json").is_file() else checkpoint).resolve()
+
+
 def _check_target(flag: str, path: Path) -> None:
-    folder = path.absolute().parent
+    folder = path.resolve().parent
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path}: is no plain file")
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: there is no such folder to write into")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: you may not write into {folder}")
+    try:
+        beside(path.resolve()).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
 def write_file(flag: str, path: Path, content: str | bytes) -> None:
-    """What was at `path` before is replaced, or left whole. Text is UTF-8; half a surrogate pair, such as in names that
-    are no text, is written as its escape, which in JSON is what it means. Raises UserError."""
+    """What was at `path`, or where it links to, is replaced, or left whole. Text is UTF-8; half a surrogate pair, such
+    as in names that are no text, is written as its escape, which in JSON is what it means. Raises UserError."""
     try:
-        write_durably(path, content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        whole = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        write_durably(path.resolve(), whole)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
         check_file("--config", arguments.config)
     targets = {"--output": arguments.output, "--save-embeddings": vectors}
     targets["the ids beside --save-embeddings,"] = None if vectors is None else vectors.with_suffix(".json")
-    check_targets(targets, [arguments.annot, arguments.config, arguments.queries])
+    check_targets(targets, [arguments.annot, arguments.config, arguments.queries], [arguments.run])
     queries = None if arguments.queries is None else read_queries(arguments.queries)
 
     from adaclip_finetune.compare.predict import predict, write_embeddings, write_predictions
@@ -56,7 +56,7 @@ def read_queries(path: Path) -> list[str]:
         raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = text.splitlines()
+    lines = text.split("\n")  # a line feed ends one, and nothing else that Unicode knows for it
     for number, line in enumerate(lines, start=1):
         if len(line) > _LONGEST:
             raise UserError(f"--queries {path}, line {number}: has {len(line):,} letters; at most {_LONGEST:,}")

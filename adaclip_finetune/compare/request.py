@@ -11,6 +11,7 @@ from adaclip_finetune.errors import UserError
 
 RERANKINGS = ("dual_softmax", "qb_norm")
 _MOST_SHARES = 101
+_SUFFIXES = {"markdown": ".md", "json": ".json", "errors": ".html"}
 
 
 def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
@@ -33,7 +34,11 @@ def check(arguments: Namespace, overrides: dict[str, Any]) -> None:
             check_file(_flag(name), Path(path))
     inputs = [*(arguments.annot or []), *(arguments.similarity or []), *_beside(arguments)]
     inputs += [getattr(arguments, name) for name in ("config", "bank", "val_annot", "ids", "zero_shot")]
-    check_targets({_flag(name): getattr(arguments, name) for name in ("markdown", "json", "errors")}, inputs)
+    checkpoints = [*(arguments.checkpoints or []), *(arguments.interpolate or [])]
+    check_targets({_flag(name): getattr(arguments, name) for name in _SUFFIXES}, inputs, checkpoints)
+    for name, suffix in _SUFFIXES.items():
+        if (path := getattr(arguments, name)) is not None and path.suffix != suffix:
+            raise UserError(f"{_flag(name)} {path}: must end in {suffix}")
 
 
 def read_shares(text: str) -> list[float]:

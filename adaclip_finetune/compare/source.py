@@ -37,10 +37,8 @@ class Source:
     def acquainted(self, annotation: str) -> str:
         """How the checkpoint already knows these captions and videos, in words; empty if it does not, as far as is
         known."""
-        learned = known_of_file(self.config.train_annot, annotation)
-        chosen = known_of_file(self.config.val_annot, annotation)
-        told = [f"it learned from {learned}" if learned else "", f"its epoch was chosen on {chosen}" if chosen else ""]
-        return "; ".join(filter(None, told))
+        of = {"it learned from": self.config.train_annot, "its epoch was chosen on": self.config.val_annot}
+        return "; ".join(filter(None, (_told(what, known, annotation) for what, known in of.items())))
 
 
 def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Source:
@@ -67,6 +65,13 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
             "--frames_dir, --video_dir, --clip_weights"
         ) from error
     return Source(_label(given, folder), config, folder or (weights.parent if weights.name == WEIGHTS else None))
+
+
+def _told(what: str, known: str | None, annotation: str) -> str:
+    held = known_of_file(known, annotation)
+    if held is None:
+        return f"{what} {known}, which cannot be read here, so whether that holds these captions is not known"
+    return f"{what} {held}" if held else ""
 
 
 def _settings(given: Path, weights: Path, settings: Path | None, laid: Mapping[str, Any]) -> Config:

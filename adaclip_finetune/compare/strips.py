@@ -26,8 +26,8 @@ _MOST = 16  # frames of a strip
 @dataclass(frozen=True)
 class ShownFrame:
     """`index` from 0; `seconds` from the start where they are known, and whether they are `measured`, not reckoned from
-    the annotated length as if frames were evenly spaced; `share` of the selector's softmax over all candidates in
-    percent, where there is a selector; `picture` a JPEG as data URI."""
+    the annotated length or the rate as if frames were evenly spaced; `share` of the selector's softmax over all
+    candidates in percent, where there is a selector; `picture` a JPEG as data URI."""
 
     index: int
     seconds: float | None
@@ -61,21 +61,23 @@ class StripMaker:
         return self._made[video_id]
 
     def seconds(self, video_id: str) -> float | None:
-        """The length of a video, as its file says, else as the annotation does. None: not known."""
+        """The length of a video, as its file says, else as the annotation does, else as reckoned. None: not known."""
+        reckoned = None
         if isinstance(self._store, VideoFolder):
             with suppress(FrameError):
-                length, _ = self._store.times(video_id, [])
-                if length is not None:
-                    return length
+                times = self._store.times(video_id, [])
+                if times.length_measured:
+                    return times.length
+                reckoned = times.length
         video = self._videos[video_id]
         if video.duration is not None:
             return video.duration
-        return None if video.start is None or video.end is None else video.end - video.start
+        return reckoned if video.start is None or video.end is None else video.end - video.start
 
     def _make(self, video_id: str) -> Strip:
         chosen = self._chosen(video_id)
         indices = [index for index, _ in chosen]
-        times, measured = self._times(video_id, indices), isinstance(self._store, VideoFolder)
+        times, measured = self._times(video_id, indices)
         pixels = self._store.read(video_id, indices)
         return Strip(
             [
@@ -84,11 +86,13 @@ class StripMaker:
             ]
         )
 
-    def _times(self, video_id: str, indices: Sequence[int]) -> list[float | None]:
+    def _times(self, video_id: str, indices: Sequence[int]) -> tuple[list[float | None], bool]:
+        """When they are shown, and whether that is measured."""
         if isinstance(self._store, VideoFolder):
-            return self._store.times(video_id, indices)[1]
+            times = self._store.times(video_id, indices)
+            return times.shown, times.shown_measured
         count, length = self._store.count(video_id), self.seconds(video_id)
-        return [None if length is None else index / count * length for index in indices]
+        return [None if length is None else index / count * length for index in indices], False
 
     @torch.no_grad()
     def _chosen(self, video_id: str) -> Sequence[tuple[int, float | None]]:

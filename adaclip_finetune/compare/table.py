@@ -116,7 +116,7 @@ def _explained(groups: Sequence[Group]) -> Iterator[str]:
     compared = sum(len(group.comparisons) for group in groups)
     test = "p: exact permutation of signs, by video, two-sided" if compared else ""
     alone = ", each by itself, not corrected for how many they are" if compared > 1 else ""
-    drawn = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws"
+    drawn = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; exact for R@1 0 and 100"
     yield "; ".join(filter(None, (drawn, f"{test}{alone}", "ties count against")))
     if any(row.cost for group in groups for row in group.rows):
         yield "GFLOPs: multiply-adds a video; videos/s: measured here in this one run, reading included"

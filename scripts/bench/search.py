@@ -97,6 +97,8 @@ def main() -> None:
     for name, default in (("frames", 12), ("width", 512), ("rounds", 15), ("queries", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
+    if min(a.videos) < FOUND:
+        parser.error(f"--videos: at least {FOUND}, which are what is found")
     torch.manual_seed(0)
     with torch.inference_mode():
         check(a.width)

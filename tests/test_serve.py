@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from media import index_of, write_frames
+from media import index_of, write_frames, write_video
 from PIL import Image
 from serving import Axes, Server, about, axis, row, running, write_small_index
 
 from adaclip_finetune.cli import main
+from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.address import is_loopback, listen, may_be_called, url
@@ -30,6 +32,7 @@ from adaclip_finetune.search.serve.picture import MAX_BYTES, BadPicture, decode_
 from adaclip_finetune.search.serve.ranges import Span, Unsatisfiable, parse_range
 from adaclip_finetune.search.serve.rates import Rate
 from adaclip_finetune.search.stored import write_index
+from adaclip_finetune.search.videos import VideoFiles
 
 TOKEN = "0123456789abcdef-_"
 
@@ -441,6 +444,60 @@ def test_an_index_of_frames_of_other_names(tmp_path: Path) -> None:
     with running(VideoIndex.load(folder)) as server:
         picture = server.ask(server.ask("/api/search?q=0").json["found"][0]["frames"][1]["picture"]).body
         assert index_of(np.asarray(Image.open(io.BytesIO(picture)))) == 30
+
+
+def test_frames_in_a_folder_that_is_called_like_a_video(tmp_path: Path) -> None:
+    folder = tmp_path / "my.index"
+    folder.mkdir()
+    frames = write_frames(tmp_path / "frames" / "video0.mp4", 40)
+    write_index(folder, about(tmp_path / "frames"), axis(0)[None], [row(frames, "")])
+    index = VideoIndex.load(folder)
+    with running(index) as server:
+        found = server.ask("/api/search?q=0").json["found"][0]
+        assert found["video"] is None
+        assert "made of its frames" in server.ask(f"/api/videos/{key_of(index.videos[0])}/file").json["detail"]
+        picture = server.ask(found["frames"][1]["picture"]).body
+        assert index_of(np.asarray(Image.open(io.BytesIO(picture)))) == 30
+
+
+def test_a_video_whose_folder_may_not_be_looked_into_is_found_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    index = write_small_index(tmp_path, 1)
+    with running(index) as server:
+        monkeypatch.setattr(Path, "is_dir", denied)
+        assert server.ask("/api/search?q=0").json["found"][0]["video"]
+
+
+def test_frames_of_a_video_outside_the_folder_that_was_indexed_last(tmp_path: Path) -> None:
+    """One that vanished stays in the index, though the annotation's videos lie elsewhere now."""
+    index = write_small_index(tmp_path, 1)
+    (tmp_path / "elsewhere").mkdir()
+    write_index(index.folder, about(tmp_path / "elsewhere"), axis(0)[None], [row(index.videos[0].path, "0.jpg")])
+    with running(VideoIndex.load(index.folder)) as server:
+        picture = server.ask(server.ask("/api/search?q=0").json["found"][0]["frames"][1]["picture"]).body
+        assert index_of(np.asarray(Image.open(io.BytesIO(picture)))) == 30
+
+
+def test_a_file_that_is_swapped_while_its_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(store: FrameStore, name: str) -> int:
+        write_video(path, 10)
+        return count(store, name)
+
+    index, count = write_small_index(tmp_path, 1), VideoFiles.count
+    path, before = index.videos[0].path, tmp_path / "before"
+    shutil.copy2(path, before)
+    with running(index) as server:
+        picture = server.ask("/api/search?q=0").json["found"][0]["frames"][1]["picture"]
+        monkeypatch.setattr(VideoFiles, "count", swapped)
+        reply = server.ask(picture)
+        assert (reply.status, "was changed since it was indexed" in reply.json["detail"]) == (404, True)
+        monkeypatch.undo()
+        shutil.copy2(before, path)
+        assert index_of(np.asarray(Image.open(io.BytesIO(server.ask(picture).body)))) == 30
 
 
 def test_an_empty_index(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The files of an index, given out by key: a video, its picture, the frames that its vector was made of.
 
-A key is looked up among the rows of the index, so no request names a file. A file is opened first and then compared
-with what was indexed, so that nothing can take its place in between.
+A key is looked up among the rows of the index, so no request names a file. A file that is given out is opened first
+and then compared with what was indexed, so that nothing can take its place in between. What frames are decoded from is
+opened by its name: it is compared before and after.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class _Frames:
     """Pictures of frames, decoded for all frames of a video at once by a thread of its own, and remembered."""
 
     def __init__(self, index: VideoIndex, worker: Worker) -> None:
-        self._files = VideoFiles(Path(index.about.root), {})
+        self._files = VideoFiles(Path(index.about.root), {})  # which knows what indexing learned of them
         self._img_tmpl = str(index.about.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default))
         self._worker = worker
         self._known: OrderedDict[str, list[bytes]] = OrderedDict()
@@ -103,11 +104,22 @@ class _Frames:
     def _pictures(self, video: IndexedVideo) -> list[bytes]:
         _check(video.path, video.stamp)
         if video.id not in self._known:
-            self._known[video.id] = self._decoded(video)
+            try:
+                pictures = self._decoded(video)
+            finally:
+                self._check_again(video)
+            self._known[video.id] = pictures
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(video.id)
         return self._known[video.id]
+
+    def _check_again(self, video: IndexedVideo) -> None:
+        try:
+            _check(video.path, video.stamp)
+        except Gone:
+            self._files = VideoFiles(self._files.folder, {})  # what it has learned may be of another file
+            raise
 
     def _decoded(self, video: IndexedVideo) -> list[bytes]:
         try:
@@ -121,6 +133,8 @@ class _Frames:
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Where its frames are, and under which name."""
         if _is_video(video.path):
+            if not video.path.is_relative_to(self._files.folder):  # it vanished from another folder, and was kept
+                return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
             self._files.files[video.id] = str(video.path)
             return self._files, video.id
         if video.path.is_dir():
@@ -167,7 +181,11 @@ def _changed(path: Path) -> Gone:
 
 
 def _is_video(path: Path) -> bool:
-    return _extension(path) in VIDEO_EXTENSIONS
+    """Not a folder of frames, which may be called like one."""
+    try:
+        return _extension(path) in VIDEO_EXTENSIONS and not path.is_dir()
+    except OSError:  # opening it will tell why
+        return True
 
 
 def _extension(path: Path) -> str:

@@ -158,6 +158,19 @@ def test_refusals_are_as_the_api_says(server: Server) -> None:
         assert set(server.ask(path).json) == set(refused)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"), [(".", "my.index"), ("thumbs/..", "my.index"), ("../latest.index", "latest.index")]
+)
+def test_an_index_has_a_name_however_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    index = write_small_index(tmp_path, 0)
+    (tmp_path / "latest.index").symlink_to(index.folder)
+    monkeypatch.chdir(index.folder)
+    with running(VideoIndex.load(path)) as server:
+        assert server.ask("/api/status").json["index"] == name
+
+
 # What it refuses
 
 

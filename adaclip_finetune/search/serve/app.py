@@ -4,6 +4,7 @@ FastAPI's loads its scripts from elsewhere."""
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -83,13 +84,15 @@ def create_app(engine: Engine, library: Library, policy: Policy) -> ASGIApp:
 class _Api:
     def __init__(self, engine: Engine, library: Library) -> None:
         self.engine, self.library = engine, library
+        # Also of ".", and as it was called, not what a link to it leads to.
+        self.name = Path(os.path.abspath(library.index.folder)).name  # noqa: PTH100
 
     async def status(self) -> Status:
         """Whether the model is ready, and how many videos there are."""
         await self.library.follow()
         state, message = State("failed", self.library.refused) if self.library.refused else self.engine.state
         index = self.library.index
-        return Status(state=state, message=message, index=index.folder.name, videos=len(index))
+        return Status(state=state, message=message, index=self.name, videos=len(index))
 
     async def search(self, q: Text, page: PageNumber = 1, k: PageSize = 12) -> Answer:
         """Videos that show what a text says, the best first."""

@@ -24,7 +24,7 @@ from adaclip_finetune.search import embed
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.parts import Parts
 from adaclip_finetune.search.retriever import load_retriever
-from adaclip_finetune.search.stored import read_index
+from adaclip_finetune.search.stored import read_index, version_of
 from adaclip_finetune.search.videos import VideoFiles, videos_of_folder
 
 Settings = dict[str, Any]
@@ -270,10 +270,10 @@ def test_an_index_that_would_be_the_same_is_left_alone(run: Path, library: Path,
     assert main(command) == 0
     index = VideoIndex.load(tmp_path / "i")
     assert main(command) == 0
-    assert index.is_current()
+    assert version_of(tmp_path / "i") == index.version
     (library / "clip 0.mp4").unlink()
     assert main([*command, "--sync"]) == 0
-    assert not index.is_current()
+    assert version_of(tmp_path / "i") != index.version
 
 
 def frames_of(folder: Path, tmpl: str, first: int) -> None:

@@ -68,6 +68,9 @@ def test_queries_that_cannot_be_answered(tmp_path: Path) -> None:
     for bad in (0, float("nan")):
         with pytest.raises(UserError, match="diverged"):
             index.search(np.full((1, 32), bad), 1)
+    for k in (0, -1):
+        with pytest.raises(UserError, match=f"k {k}: a whole number from 1 up is needed"):
+            index.search(unit_rows(1), k)
     index.check_model("f" * 64)
     with pytest.raises(UserError, match=r"another model \(/run, fingerprint ffffffffffff; this one has 000000000000\)"):
         index.check_model("0" * 64)
@@ -222,16 +225,16 @@ def test_a_reader_can_tell_what_changed(tmp_path: Path) -> None:
     (tmp_path / "i").mkdir()
     stored.write_index(tmp_path / "i", about(), unit_rows(1), rows)
     index = VideoIndex.load(tmp_path / "i")
-    assert index.is_current()
+    assert stored.version_of(tmp_path / "i") == index.version
     assert index.videos[0].stamp == stamp_of(path)
     path.write_text("ab")
     assert index.videos[0].stamp != stamp_of(path)
     stored.write_index(tmp_path / "i", about(), unit_rows(1), rows)  # the same, to the letter
-    assert not index.is_current()
+    assert stored.version_of(tmp_path / "i") != index.version
     index = VideoIndex.load(tmp_path / "i")
-    assert index.is_current()
+    assert stored.version_of(tmp_path / "i") == index.version
     shutil.rmtree(tmp_path / "i")
-    assert not index.is_current()
+    assert stored.version_of(tmp_path / "i") != index.version
 
 
 @pytest.mark.parametrize("moved", range(4))
@@ -317,7 +320,7 @@ def test_a_writer_in_a_loop_is_never_seen(tmp_path: Path) -> None:
     index = VideoIndex.load(tmp_path / "i")
     with subprocess.Popen([sys.executable, rewriting.__file__, str(tmp_path / "i")]) as writer:
         try:
-            while index.is_current():
+            while stored.version_of(index.folder) == index.version:
                 assert writer.poll() is None
             assert {seen(tmp_path / "i") for _ in range(400)} == {4, 5}
         finally:

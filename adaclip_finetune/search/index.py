@@ -20,7 +20,7 @@ from adaclip_finetune.search.about import About
 from adaclip_finetune.search.json_lines import JsonLines
 from adaclip_finetune.search.nearest import Nearest, load
 from adaclip_finetune.search.stamp import Stamp
-from adaclip_finetune.search.stored import THUMBS, read_index, version_of
+from adaclip_finetune.search.stored import THUMBS, read_index
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class IndexedVideo:
     path: Path  # the video's file, a folder of frames, or a pack of them
     duration: float | None  # seconds, where known
     frames: tuple[int, ...]  # from 0
-    times: tuple[float | None, ...]  # seconds from the first frame, None where the frames' source does not tell
+    times: tuple[float | None, ...]  # seconds, as a player counts; None where the frames' source does not tell
     weights: tuple[float, ...]  # sum 1
     best: int
     captions: tuple[str, ...]
@@ -41,7 +41,7 @@ class IndexedVideo:
 
     @property
     def best_time(self) -> float | None:
-        """Seconds from the first frame to the one that weighs most."""
+        """Of the frame that weighs most: seconds, as a player counts."""
         return self.times[self.best] if self.times else None
 
 
@@ -82,7 +82,7 @@ class IndexedVideos(Sequence[IndexedVideo]):
 
 class VideoIndex:
     """The videos of an index in the order of its rows, and their vectors. `version` is another one whenever the folder
-    was written anew."""
+    was written anew: search/stored.py:version_of tells which one it holds now."""
 
     def __init__(
         self, folder: Path, about: About, videos: Sequence[IndexedVideo], nearest: Nearest, width: int, version: str
@@ -99,16 +99,14 @@ class VideoIndex:
         videos = IndexedVideos(folder, stored.lines)
         return cls(folder, stored.about, videos, nearest, stored.vectors.shape[1], stored.version)
 
-    def is_current(self) -> bool:
-        """Whether the folder still holds what was loaded; cheap."""
-        return version_of(self.folder) == self.version
-
     def __len__(self) -> int:
         return len(self.videos)
 
     def search(self, vectors: Any, k: int) -> list[list[Hit]]:
         """The k nearest videos, fewer if there are no more, to each of the vectors (Q, D), an array or a tensor of any
-        length of rows: they are normalised here. Raises UserError for vectors of another width."""
+        length of rows: they are normalised here. Raises UserError for vectors of another width, and for k < 1."""
+        if k < 1:
+            raise UserError(f"k {k}: a whole number from 1 up is needed")
         queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.width:
             raise UserError(

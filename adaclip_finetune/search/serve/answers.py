@@ -29,7 +29,7 @@ class Frame(BaseModel):
     """One of the frames that the selector kept."""
 
     index: int = Field(description="in the video, from 0")
-    time: float | None = Field(description="seconds from the first frame")
+    time: float | None = Field(description="seconds, as a player counts")
     weight: float = Field(description="in the video's vector; all of them sum to 1")
     picture: str = Field(description="where its JPEG is")
 

@@ -508,6 +508,8 @@ def test_wrong_requests(
     assert "--video_dir says where the videos of an annotation are" in refused(run, clips, *out, "--video_dir", clips)
     assert "num_workers" in refused(run, clips, *out, "--num_workers", "-1")
     assert "invalid int value: 'x'" in refused(run, clips, *out, "--num_workers", "x")
+    for words in (("", clips, *out), (run, "", *out), (run, clips, "-o", ""), (run, clips, *out, "--video_dir", "")):
+        assert "is empty" in refused(*words)  # of an unset variable, say: not the current folder
     monkeypatch.setattr(embed, "write_thumbnail", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert "No space left" in refused(run, clips, *out)
 

@@ -221,6 +221,9 @@ def test_wrong_requests(index: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "what is to be found?" in refused(index, "x", "--queries", "-")
     assert "-k 0: a whole number from 1 up" in refused(index, "x", "-k", 0)
     assert "is empty" in refused(index, "  ")
+    assert "argument NAME.index: is empty" in refused("", "x")
+    for flag in ("--image", "--queries", "--model", "--config", "--clip_weights"):
+        assert f"argument {flag}: is empty" in refused(index, flag, "")
     assert "there is no such folder" in refused(tmp_path / "no", "x")
     assert "cannot be read (No such file" in refused(index, "--queries", tmp_path / "no")
     (tmp_path / "q").write_bytes(b"\n \n")

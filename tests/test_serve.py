@@ -591,6 +591,7 @@ def test_a_port_that_is_taken(index: VideoIndex, capsys: pytest.CaptureFixture[s
         (["--host", "203.0.113.1", "--token"], "no address of this machine"),
         (["--port", "65536"], "0 to 65535"),
         (["--hots", "x"], "the nearest is --host"),
+        (["--model", ""], "argument --model: is empty"),
     ],
 )
 def test_flags_that_are_refused(
@@ -603,6 +604,8 @@ def test_flags_that_are_refused(
 def test_what_is_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "none.index"), "--port", "0"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    assert main(["serve", ""]) == 2
+    assert "argument NAME.index: is empty" in capsys.readouterr().err
 
 
 def test_json_says_what_the_page_reads(server: Server) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-from adaclip_finetune.search.model_flags import add_model_flags, given_of, model_settings
+from adaclip_finetune.search.model_flags import a_path, add_model_flags, given_of, model_settings
 from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def _parser() -> Parser:
         "what was interrupted goes on with the same command. Exit code 1 if videos cannot be read: they are listed, "
         "and the others are indexed.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or a checkpoint")
+    parser.add_argument("run", metavar="RUN", type=a_path, help="a run folder, or a checkpoint")
     parser.add_argument(
-        "videos", metavar="VIDEOS", type=Path, help="a folder, with all in it and below it; or an annotation (JSON)"
+        "videos", metavar="VIDEOS", type=a_path, help="a folder, with all in it and below it; or an annotation (JSON)"
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="NAME.index", type=Path, help="the folder that is made"
+        "-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder that is made"
     )
     parser.add_argument("--sync", action="store_true", help="drop what is no longer there")
     parser.add_argument(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.config import Config
@@ -16,7 +17,10 @@ def add_model_flags(parser: Parser, *others: str) -> None:
     """`others` are further settings of the same name and help."""
     group = parser.add_argument_group("Settings of the run that may be given anew")
     group.add_argument(
-        "--config", metavar="FILE", help="settings of a checkpoint that does not bring its own (a published one)"
+        "--config",
+        metavar="FILE",
+        type=not_empty,
+        help="settings of a checkpoint that does not bring its own (a published one)",
     )
     for name in (*others, *_MODEL):
         field = Config.model_fields[name]
@@ -24,9 +28,21 @@ def add_model_flags(parser: Parser, *others: str) -> None:
         group.add_argument(
             f"--{name}",
             metavar="N" if number else "PATH" if path else "NAME",
-            type=int if number else str,
+            type=int if number else not_empty,
             help=(field.description or "").replace("%", "%%"),
         )
+
+
+def a_path(word: str) -> Path:
+    """For argparse. `Path("")` would be the current folder, and nobody means that by an unset variable in quotes."""
+    return Path(not_empty(word))
+
+
+def not_empty(word: str) -> str:
+    """For argparse."""
+    if not word:
+        raise ArgumentTypeError("is empty")
+    return word
 
 
 def model_settings(arguments: Namespace, *others: str) -> dict[str, Any]:

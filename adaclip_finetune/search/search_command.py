@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-from adaclip_finetune.search.model_flags import add_model_flags, model_settings
+from adaclip_finetune.search.model_flags import a_path, add_model_flags, model_settings, not_empty
 from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
@@ -63,15 +63,17 @@ def _parser() -> Parser:
         "most, and the file.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]",
     )
-    parser.add_argument("index", metavar="NAME.index", type=Path, help="what `adaclip index` made")
+    parser.add_argument("index", metavar="NAME.index", type=a_path, help="what `adaclip index` made")
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what the videos should show")
-    parser.add_argument("--image", metavar="FILE", type=Path, help="search by a picture")
-    parser.add_argument("--queries", metavar="FILE", help="many texts, a line each; - reads them from standard input")
+    parser.add_argument("--image", metavar="FILE", type=a_path, help="search by a picture")
+    parser.add_argument(
+        "--queries", metavar="FILE", type=not_empty, help="many texts, a line each; - reads them from standard input"
+    )
     parser.add_argument("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
     parser.add_argument("--json", action="store_true", help="print a JSON object a query, each on a line of its own")
     parser.add_argument("--explain", action="store_true", help="show which frames of a video weigh most in its vector")
     parser.add_argument(
-        "--model", metavar="RUN", type=Path, help="where the model of the index is, should it have moved"
+        "--model", metavar="RUN", type=a_path, help="where the model of the index is, should it have moved"
     )
     add_model_flags(parser)
     return parser

@@ -8,11 +8,10 @@ import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.model_flags import add_model_flags, model_settings
+from adaclip_finetune.search.model_flags import a_path, add_model_flags, model_settings
 from adaclip_finetune.search.serve.address import is_loopback, listen, url
 from adaclip_finetune.settings.flags import Parser
 
@@ -69,9 +68,12 @@ def _parser() -> Parser:
         "A page to search an index by text or picture, in a browser on this machine. It comes at once; the model is "
         "loaded meanwhile. Ctrl-C ends it. Its /docs tells of the JSON API behind it, /openapi.json tells programs.",
     )
-    parser.add_argument("index", metavar="NAME.index", type=Path, help="what `adaclip index` made")
+    parser.add_argument("index", metavar="NAME.index", type=a_path, help="what `adaclip index` made")
     parser.add_argument(
-        "--model", metavar="RUN", type=Path, help="the run or checkpoint that the index was made with, if it has moved"
+        "--model",
+        metavar="RUN",
+        type=a_path,
+        help="the run or checkpoint that the index was made with, if it has moved",
     )
     parser.add_argument("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
     parser.add_argument(

@@ -251,7 +251,8 @@ def test_packing_loses_nothing(frames: int) -> None:
     random = np.random.default_rng(frames)
     pts = np.sort(random.choice(2**62, frames, replace=False)) - 2**61
     keys = tuple(KeyFrame(*random.integers(-(2**60), 2**60, 3).tolist()) for _ in range(frames // 3))
-    for index in (VideoIndex(frames, pts, random.permutation(frames), keys), VideoIndex(frames)):
+    by_packets = VideoIndex(frames, pts, random.permutation(frames), keys)
+    for index in (by_packets, VideoIndex(frames, shown=pts), VideoIndex(frames)):
         packed = pack_index(index)
         again = unpack_index(packed)
         assert (again.num_frames, again.keys) == (index.num_frames, index.keys)
@@ -259,6 +260,10 @@ def test_packing_loses_nothing(frames: int) -> None:
         if index.pts is not None:
             assert np.array_equal(again.pts, index.pts) and again.pts.dtype == np.int64
             assert np.array_equal(again.position, index.position)
+        assert (again.shown is None) == (index.shown is None)
+        if index.shown is not None:
+            assert again.shown is not None and again.shown.dtype == np.int64
+            assert np.array_equal(again.shown, index.shown)
 
 
 def test_small_for_real_videos(shared: Path) -> None:

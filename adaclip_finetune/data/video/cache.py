@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from adaclip_finetune.data.video.index import KeyFrame, VideoIndex
 from adaclip_finetune.durable import write_durably
 
-FORMAT = 1  # to be raised whenever index_video would tell anything else of the same file, or this file is laid out anew
+FORMAT = 2  # to be raised whenever index_video would tell anything else of the same file, or this file is laid out anew
 
 _CHECKSUM = 16  # bytes
 _RECORD = struct.Struct("<HIQq")  # bytes of name, bytes of index, size of the video, its time of change in nanoseconds
@@ -108,13 +108,15 @@ class _Record(NamedTuple):
 
 def pack_index(index: VideoIndex) -> bytes:
     """Some hundred bytes a video: times of frames are nearly regular, and so is their order in the file."""
-    pts = np.zeros(0, np.int64) if index.pts is None else index.pts
+    times, kind = (index.pts, 2) if index.pts is not None else (index.shown, 1)
+    if times is None:
+        times, kind = np.zeros(0, np.int64), 0
     position = np.zeros(0, np.int64) if index.position is None else index.position
     keys = np.array([(key.position, key.pts, key.dts) for key in index.keys], np.int64).reshape(-1, 3)
     numbers = np.concatenate(
         [
-            [index.num_frames, index.pts is not None, len(keys)],
-            np.diff(pts, prepend=0),
+            [index.num_frames, kind, len(keys)],
+            np.diff(times, prepend=0),
             position - np.arange(len(position)),
             np.diff(keys, axis=0, prepend=0).T.ravel(),
         ]
@@ -128,13 +130,16 @@ def unpack_index(packed: bytes) -> VideoIndex:
     content = np.frombuffer(zlib.decompress(packed), np.uint8)
     zigzag = np.frombuffer(_by_place(content, 8, len(content) // 8), "<u8")
     numbers = (zigzag >> np.uint64(1)).astype(np.int64) ^ -(zigzag & np.uint64(1)).astype(np.int64)
-    num_frames, timed, num_keys = numbers[:3].tolist()
-    if not timed:
+    num_frames, kind, num_keys = numbers[:3].tolist()
+    if kind == 0:
         return VideoIndex(num_frames)
     deltas, moves, keys = np.split(numbers[3:], [num_frames, 2 * num_frames])
+    times = np.cumsum(deltas)
+    if kind == 1:
+        return VideoIndex(num_frames, shown=times)
     return VideoIndex(
         num_frames,
-        np.cumsum(deltas),
+        times,
         moves + np.arange(num_frames),
         tuple(KeyFrame(*key) for key in np.cumsum(keys.reshape(3, num_keys), axis=1).T.tolist()),
     )

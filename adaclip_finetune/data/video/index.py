@@ -14,17 +14,21 @@ from adaclip_finetune.data.video.decoding import sound_frames
 
 # Where packets are frames: containers that keep both times of every packet, codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")
+# Whose packets say when frames are shown; of others FFmpeg gives what it guessed by the order in the file.
+SHOWN_IN = (*TIMED_CONTAINERS, "mpegts", "mpeg", "asf")
 ONE_FRAME_A_PACKET = ("h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg")
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """Where the frames are. Where the packets do not tell, `pts` is None: frames are counted from the start."""
+    """Where the frames are. Where the packets do not tell, `pts` is None: frames are counted from the start, and
+    `shown` says when a player shows them, if the file does: in units of the stream, and no guide for seeking."""
 
     num_frames: int
     pts: NDArray[np.int64] | None = None  # (num_frames,), ascending
     position: NDArray[np.int64] | None = None  # (num_frames,), place in decoding order
     keys: tuple[KeyFrame, ...] = ()  # in decoding order
+    shown: NDArray[np.int64] | None = None  # (num_frames,), ascending
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,7 @@ class KeyFrame:
 def index_video(path: Path) -> VideoIndex:
     """Count and locate the frames of a video that has at least one. Raises BrokenVideo."""
     try:
-        index = _index_by_packets(path)
-        if index is None:
-            index = VideoIndex(sum(1 for _ in sound_frames(path)))
+        index = _index_by_packets(path) or _index_by_decoding(path)
     except READ_ERRORS as error:
         raise BrokenVideo(reason_of(error)) from None
     if index.num_frames == 0:
@@ -73,6 +75,16 @@ def _index_by_packets(path: Path) -> VideoIndex | None:
     if len(times) and ((np.diff(times) == 0).any() or not keys or _first_pts(path) != times[0]):
         return None
     return VideoIndex(len(times), times, np.array(position, np.int64)[order], tuple(keys))
+
+
+def _index_by_decoding(path: Path) -> VideoIndex:
+    with opened(path) as (container, _):
+        tells = container.format.name.partition(",")[0] in SHOWN_IN
+    shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
+    if not tells or None in shown:
+        return VideoIndex(len(shown))
+    times = np.array(shown, np.int64)
+    return VideoIndex(len(times), shown=times if (np.diff(times) > 0).all() else None)
 
 
 def _first_pts(path: Path) -> int | None:

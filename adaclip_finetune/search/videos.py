@@ -14,7 +14,6 @@ from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.video.folder import VideoFolder
-from adaclip_finetune.data.video.times import Times
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.stamp import Stamp, stamp_of
 
@@ -45,10 +44,12 @@ class Source:
         """How the frames' files are called, where they are files."""
         return self.store.img_tmpl if isinstance(self.store, FrameFolder) else None
 
-    def times(self, clip: Clip, frames: Sequence[int]) -> Times:
+    def times(self, clip: Clip, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
         """Seconds: how long the video is, and when a player shows these frames. None: not known."""
         if isinstance(self.store, VideoFolder):
-            return self.store.times(clip.id, frames)
+            times = self.store.times(clip.id, frames)
+            annotated = None if times.length_measured else clip.duration
+            return times.length if annotated is None else annotated, times.shown
         if clip.duration is None:
             return None, [None] * len(frames)
         count = self.store.count(clip.id)

@@ -13,8 +13,15 @@ import av
 from adaclip_finetune.data.video.container import CONTAINERS, READ_ERRORS, BrokenVideo
 from adaclip_finetune.data.video.index import VideoIndex
 
-Times = tuple[float | None, list[float | None]]
-"""Seconds: how long a video is, and when frames of it are shown. None: not known."""
+
+class Times(NamedTuple):
+    """Seconds: how long a video is, and when frames of it are shown. None: not known. Each is measured where the file
+    says so, else reckoned from its rate as if frames were evenly spaced."""
+
+    length: float | None
+    shown: list[float | None]
+    length_measured: bool
+    shown_measured: bool
 
 
 def video_times(path: Path, index: VideoIndex, frames: Sequence[int]) -> Times:
@@ -23,14 +30,16 @@ def video_times(path: Path, index: VideoIndex, frames: Sequence[int]) -> Times:
         clock = _clock(path)
     except READ_ERRORS as error:
         raise BrokenVideo(getattr(error, "strerror", None) or str(error)) from None
-    length = clock.duration
-    if length is None and clock.rate is not None:
-        length = index.num_frames / clock.rate
-    if index.pts is None or clock.tick is None:
-        return length, [None if clock.rate is None else _milliseconds(frame / clock.rate) for frame in frames]
-    times = [_milliseconds(int(pts) * clock.tick - clock.begins) for pts in index.pts[[*frames, -1]]]
+    length, spacing = clock.duration, None if clock.rate is None else 1 / clock.rate
+    pts = index.shown if index.pts is None else index.pts
+    if pts is None or clock.tick is None:
+        evenly = [None if spacing is None else _milliseconds(frame * spacing) for frame in [*frames, index.num_frames]]
+        return Times(evenly[-1] if length is None else length, evenly[:-1], length is not None, False)
+    *shown, last = [_milliseconds(int(time) * clock.tick - clock.begins) for time in pts[[*frames, -1]]]
+    if length is None:
+        length = round(last + (spacing or 0.0), 3)
     # Writers reckon a length by when frames are decoded, which is before they are shown.
-    return max(length or 0.0, times[-1]), list(times[:-1])
+    return Times(max(length, last), list(shown), True, True)
 
 
 class _Clock(NamedTuple):

@@ -136,6 +136,8 @@ def test_something_in_the_place_of_what_a_writer_moves(tmp_path: Path) -> None:
         ({"kind": "ivf"}, "kind 'ivf'"),
         ({"run": 3}, "run is missing or of another type"),
         ({"settings": None}, "settings is missing"),
+        ({"settings": {"clip_weights": 3}}, r"index\.json: .*settings\.clip_weights: .* a valid string.*: remove the"),
+        ({"settings": {"nonsense": 1, "num_frm": "x"}}, r"index\.json: .*settings\.num_frm.*settings\.nonsense"),
         ({"dtype": "float16"}, "not float16"),
         ({"recall": {"share": "x"}}, "not as adaclip writes it"),
         ({"recall": {"share": "x", "by": "", "asked": "", "videos": 1}}, "not as adaclip writes it"),
@@ -153,6 +155,13 @@ def test_facts_that_cannot_be(tmp_path: Path, change: dict[str, object], message
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         VideoIndex.load(folder)
+
+
+def test_settings_that_only_a_run_makes_whole(tmp_path: Path) -> None:
+    settings = {"num_frm": 2, "top_k": 5, "peft": "ibs.json", "peft.config.metric": "l2_norm", "clip_weights": None}
+    (tmp_path / "i").mkdir()
+    stored.write_index(tmp_path / "i", about(settings=settings), unit_rows(1), [row(0)])
+    assert VideoIndex.load(tmp_path / "i").about.settings == settings
 
 
 def test_altered_files_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
 
@@ -15,6 +18,8 @@ FORMAT = "adaclip-index/2"
 KINDS = ("flat", "hnsw")
 DTYPES = ("float32", "float16")
 REMAKE = "remove the index, and make it anew"
+
+_SECTIONS = ("peft", "optuna_cfg")
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,26 @@ def about_of_json(content: bytes, where: Path) -> tuple[About, Digests]:
         raise UserError(f"{where}: {', '.join(wrong)} is missing or of another type: {REMAKE}")
     if facts["kind"] not in KINDS or facts["dtype"] not in DTYPES:
         raise UserError(f"{where}: kind {facts['kind']!r} or dtype {facts['dtype']!r} is not known here")
+    if told := _wrong(facts["settings"]):
+        raise UserError(f"{where}: not as adaclip writes it ({told}): {REMAKE}")
     try:
         recall = None if facts["recall"] is None else _recall(**facts["recall"])
         digests = Digests(**facts["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not as adaclip writes it ({error!r}): {REMAKE}") from error
     return About(**{name: facts[name] for name in (*texts, "settings")}, recall=recall), digests
+
+
+def _wrong(settings: dict[str, Any]) -> str:
+    """What no run's settings could be laid under; empty if there is nothing. Sections may be given in part, and two
+    settings may contradict each other until a third is there: that is told where they come together."""
+    whole = {name: value for name, value in settings.items() if name.partition(".")[0] not in _SECTIONS}
+    try:
+        Config.model_validate(whole)
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if problem["loc"]]
+        return "; ".join(f"settings.{problem['loc'][0]}: {problem['msg']}" for problem in problems)
+    return ""
 
 
 def _recall(share: Any, by: Any, asked: Any, videos: Any) -> Recall:

@@ -13,10 +13,12 @@ import pytest
 from media import write_frames, write_video
 from serving import Server, about, axis, row, running, write_small_index
 
-from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.json_lines import JsonLines
 from adaclip_finetune.search.serve.engine import NotReady
 from adaclip_finetune.search.serve.library import Library
+from adaclip_finetune.search.serve.media import Media, key_of
+from adaclip_finetune.search.serve.worker import Worker
 from adaclip_finetune.search.stored import read_index, write_index
 
 PATIENCE = 20  # seconds
@@ -171,8 +173,19 @@ def test_a_line_that_is_not_as_it_was_written(tmp_path: Path) -> None:
     stored = read_index(index.folder)
     lines = [{name: value for name, value in line.items() if name != "size"} for line in stored.videos]
     write_index(index.folder, stored.about, stored.vectors, lines)
-    with pytest.raises(UserError, match="line 1: not as adaclip writes it"):
-        Library(VideoIndex.load(index.folder)).open()
+    with running(VideoIndex.load(index.folder)) as server:
+        reply = server.ask("/api/search?q=1")
+        assert (reply.status, "not as adaclip writes it" in reply.json["detail"]) == (500, True)
+
+
+def test_for_the_keys_no_line_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, original = list[int](), JsonLines.__getitem__
+    monkeypatch.setattr(JsonLines, "__getitem__", lambda self, place: parsed.append(place) or original(self, place))
+    index = write_small_index(tmp_path, 3)
+    media = Media(index, Worker("frames", 1))
+    assert parsed == []
+    for video in index.videos:
+        media.video(key_of(video))[0].close()
 
 
 def _of_all(frames: Path) -> tuple[int, int]:

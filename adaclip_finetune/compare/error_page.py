@@ -16,7 +16,7 @@ _FRAMES = (
     "Below each frame that the model looked at: its number, from 0; when it is shown; and, where there is a selector, "
     "its share of the softmax over all candidates."
 )
-_RECKONED = " ≈: reckoned from the annotated length, as if frames were evenly spaced."
+_RECKONED = " ≈: reckoned from the annotated length or the frame rate, as if frames were evenly spaced."
 _SCORES = " Scores are the scaled cosine of text and video."
 _NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show. Scores are the matrix's."
 

@@ -38,6 +38,7 @@ class IndexedVideo:
     captions: tuple[str, ...]
     thumb: Path | None  # a picture of the best frame
     stamp: Stamp  # of what is at `path`, as it was indexed; search/stamp.py:stamp_of tells what it is now
+    digest: str  # SHA-256 of the row: all that is told here
 
     @property
     def best_time(self) -> float | None:
@@ -71,9 +72,13 @@ class IndexedVideos(Sequence[IndexedVideo]):
         rows = range(len(self))[place]
         return self._video(rows) if isinstance(rows, int) else [self._video(row) for row in rows]
 
+    def digests(self) -> list[str]:
+        """Those of all videos; no line is parsed for them."""
+        return [self._lines.digest(row) for row in range(len(self))]
+
     def _video(self, row: int) -> IndexedVideo:
         try:
-            return _video(self._lines[row], self._thumbs)
+            return _video(self._lines[row], self._thumbs, self._lines.digest(row))
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{self._folder / 'videos.jsonl'}, line {row + 1}: not as adaclip writes it ({error!r})"
@@ -85,7 +90,7 @@ class VideoIndex:
     was written anew: search/stored.py:version_of tells which one it holds now."""
 
     def __init__(
-        self, folder: Path, about: About, videos: Sequence[IndexedVideo], nearest: Nearest, width: int, version: str
+        self, folder: Path, about: About, videos: IndexedVideos, nearest: Nearest, width: int, version: str
     ) -> None:
         self.folder, self.about, self.videos, self.width, self.version = folder, about, videos, width, version
         self._nearest = nearest
@@ -133,7 +138,7 @@ class VideoIndex:
         return [Hit(self.videos[row], score, rank) for rank, (score, row) in enumerate(found, 1)]
 
 
-def _video(row: Any, thumbs: Path) -> IndexedVideo:
+def _video(row: Any, thumbs: Path, digest: str) -> IndexedVideo:
     """Raises what comes of a row of another form."""
     frames: Sequence[Mapping[str, Any]] = row["frames"]
     times = tuple(None if frame["time"] is None else float(frame["time"]) for frame in frames)
@@ -151,4 +156,5 @@ def _video(row: Any, thumbs: Path) -> IndexedVideo:
         captions=tuple(map(str, row["captions"])),
         thumb=thumbs / Path(row["thumb"]).name if row["thumb"] else None,
         stamp=Stamp(int(row["size"]), int(row["mtime_ns"])),
+        digest=digest,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,15 @@ class JsonLines:
 
     def __getitem__(self, place: int) -> Any:
         """Raises UserError for a line that is no JSON."""
-        begins = int(self._ends[place - 1]) + 1 if place else 0
         try:
-            return json.loads(self._content[begins : int(self._ends[place])])
+            return json.loads(self._line(place))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self._where}, line {place + 1}: not JSON ({error})") from error
+
+    def digest(self, place: int) -> str:
+        """SHA-256 of the line as it is written, which is there much sooner than what it says."""
+        return hashlib.sha256(self._line(place)).hexdigest()
+
+    def _line(self, place: int) -> bytes:
+        begins = int(self._ends[place - 1]) + 1 if place else 0
+        return self._content[begins : int(self._ends[place])]

@@ -39,7 +39,7 @@ class Library:
         self._look_at, self._read_at, self._seen, self._told = 0.0, math.inf, index.version, ""
 
     def open(self) -> None:
-        """Make ready what was loaded; takes its time where videos are many. Raises UserError."""
+        """Make ready what was loaded."""
         self._media = Media(self.index, self._frames)
 
     @property

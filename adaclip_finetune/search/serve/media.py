@@ -7,7 +7,6 @@ opened by its name: it is compared before and after.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -45,9 +44,9 @@ class Media:
     """By key: files, and pictures of frames."""
 
     def __init__(self, index: VideoIndex, frames: Worker) -> None:
-        """Takes its time where videos are many. `frames` is who decodes. Raises UserError for an altered index."""
+        """`frames` is who decodes."""
         self.index = index
-        self._rows = {key_of(video): row for row, video in enumerate(index.videos)}
+        self._rows = {_key(digest): row for row, digest in enumerate(index.videos.digests())}
         self._frames = _Frames(index, frames)
 
     def is_file(self, video: IndexedVideo) -> bool:
@@ -83,9 +82,13 @@ class Media:
 
 
 def key_of(video: IndexedVideo) -> str:
-    """The same for the same video in every index, another one for a file that was changed, and nothing that a path
-    could be made of."""
-    return hashlib.sha256(repr((video.id, str(video.path), *video.stamp)).encode()).hexdigest()[:20]
+    """The same as long as an index tells the same of a video, another one for a file that was changed, and nothing that
+    a path could be made of."""
+    return _key(video.digest)
+
+
+def _key(digest: str) -> str:
+    return digest[:20]
 
 
 class _Frames:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,11 @@ from safetensors.torch import save_file
 # The tensors are tiny: more threads would only wait for each other, here and in the programs that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell without job control has what it starts with & ignore Ctrl-C, and so would the programs that tests start and
+# then stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Pictures need a list of fonts, which takes seconds to make: that one stays where it is when the cache moves (below).
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

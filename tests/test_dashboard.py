@@ -121,14 +121,14 @@ def test_watching_a_search_that_runs(
     seen, refused = [], None
     with dashboard(begun["optuna_cfg"]["storage"], tmp_path / "dashboard.log") as url, log.open("w") as output:
         running = subprocess.Popen(
-            [sys.executable, TRAIN, "--config", tmp_path / "search.json", "--optuna_cfg.n_trials", "3"],
+            [sys.executable, TRAIN, "--config", tmp_path / "search.json", "--optuna_cfg.n_trials", "12"],
             stdout=output,
             stderr=output,
         )
         try:
             while running.poll() is None:
                 seen += [trial["state"] for trial in asked(f"{url}/api/studies/1?after=0")["trials"]]
-                if refused is None and "Running" in seen:
+                if refused is None and "trial 1 (2 of 12)" in log.read_text():
                     with pytest.raises(HTTPError) as refused:
                         asked(f"{url}/api/studies/1", "DELETE")
                     refused.value.close()
@@ -138,6 +138,7 @@ def test_watching_a_search_that_runs(
         last = asked(f"{url}/api/studies/1?after=0")
     assert running.returncode == 0, log.read_text()
     assert refused is not None, "the search was over before it was looked at"
-    assert [trial["state"] for trial in last["trials"]] == ["Complete"] * 3
-    assert [len(trial["intermediate_values"]) for trial in last["trials"]] == [2] * 3
-    assert "3 trials: 3 completed, 0 pruned, 0 failed" in log.read_text()
+    assert "Running" in seen
+    assert [trial["state"] for trial in last["trials"]] == ["Complete"] * 12
+    assert [len(trial["intermediate_values"]) for trial in last["trials"]] == [2] * 12
+    assert "12 trials: 12 completed, 0 pruned, 0 failed" in log.read_text()

@@ -22,7 +22,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Where a file is written before it has its name."""
+    """Where something is written before it has its name."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from adaclip_finetune.check.finding import Finding, plural
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.annotations import folded
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.printable import printable
@@ -44,7 +45,7 @@ def _shared_by_videos(split: Split, texts: Sequence[tuple[str, str]]) -> Iterato
     videos_of: dict[str, dict[str, None]] = {}
     spelled: dict[str, str] = {}
     for video_id, text in texts:
-        key = " ".join(text.casefold().split())
+        key = folded(text)
         videos_of.setdefault(key, {})[video_id] = None
         spelled.setdefault(key, text)
     if shared := {spelled[key]: list(videos) for key, videos in videos_of.items() if len(videos) > 1}:

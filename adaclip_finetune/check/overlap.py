@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from adaclip_finetune.check.finding import Finding, plural
 from adaclip_finetune.check.source import Split
+from adaclip_finetune.data.annotations import folded
 
 
 def check_overlap(splits: Sequence[Split]) -> Iterator[Finding]:
@@ -47,7 +48,7 @@ def _shared(one: Split, other: Split, where: str) -> Iterator[Finding]:
         yield Finding("warning", "shared_groups", where, message, common, advice)
     # Those of shared videos are told of already.
     known = {
-        " ".join(sentence.casefold().split()): video.video_id
+        folded(sentence): video.video_id
         for video in one.videos
         if video.video_id not in there
         for sentence in video.sentences
@@ -57,7 +58,7 @@ def _shared(one: Split, other: Split, where: str) -> Iterator[Finding]:
         for video in other.videos
         if video.video_id not in videos
         for sentence in video.sentences
-        if (key := " ".join(sentence.casefold().split())) in known
+        if (key := folded(sentence)) in known
     }
     if captions:
         message = f"share {plural(len(captions), 'caption')}, of different videos"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
+from adaclip_finetune.data.annotations import VideoAnnotation, folded, load_annotations
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError
 
@@ -29,17 +29,13 @@ def known_of_queries(known: Queries, asked: Queries) -> str:
 def _known(known: Sequence[VideoAnnotation], asked: Sequence[VideoAnnotation]) -> str:
     """Clips of the same source video (`group`) are the same video here."""
     ids, groups = {video.video_id for video in known}, {video.group for video in known} - {None}
-    texts = {_folded(text) for video in known for text in video.sentences}
+    texts = {folded(text) for video in known for text in video.sentences}
     videos = [video.video_id in ids or video.group in groups for video in asked]
-    captions = [_folded(text) in texts for video in asked for text in video.sentences]
+    captions = [folded(text) in texts for video in asked for text in video.sentences]
     if all(videos) and all(captions):
         return "these very captions"
     parts = {"videos": videos, "captions": captions}
     return " and ".join(f"{sum(part):,} of these {len(part):,} {name}" for name, part in parts.items() if any(part))
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _videos(queries: Queries) -> list[VideoAnnotation]:

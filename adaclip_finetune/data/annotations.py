@@ -132,6 +132,11 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     )
 
 
+def folded(caption: str) -> str:
+    """By which captions are known to be the same: letters' case and spaces do not count."""
+    return " ".join(caption.casefold().split())
+
+
 def check_name(where: str, name: str) -> None:
     """Refuse what is not a plain relative path on every system: names are joined to a folder and opened."""
     if not name.strip():

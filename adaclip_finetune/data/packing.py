@@ -27,7 +27,7 @@ from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.images import IMAGE_FORMATS
 from adaclip_finetune.data.pack import BrokenPack, Contents, Pack, VideoRecord
 from adaclip_finetune.data.pack_writer import PackWriter
-from adaclip_finetune.durable import flush_folder
+from adaclip_finetune.durable import beside, flush_folder
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.printable import printable
@@ -234,7 +234,7 @@ def _listing(failed: Mapping[str, str]) -> str:
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
     """The hidden folder where the file grows, ours alone."""
-    work = output.with_name(f".{output.name}.part")
+    work = beside(output)
     work.mkdir(exist_ok=True)
     lock = FolderLock(work)
     lock.take()

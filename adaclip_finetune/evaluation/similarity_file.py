@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.durable import beside
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import rows_in_a_block
 from adaclip_finetune.strict_json import read_json
@@ -88,9 +89,9 @@ def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
     queries = _read_ids(ids)
     expected = (len(queries.texts), len(queries.video_ids))
     if header.shape != expected:
-        beside = f"{ids.name} beside it" if ids.parent == path.parent else f"{ids}"
+        named = f"{ids.name} beside it" if ids.parent == path.parent else f"{ids}"
         raise UserError(
-            f"{path}: has the shape {header.shape}, but {beside} lists {expected[0]} queries and {expected[1]} videos"
+            f"{path}: has the shape {header.shape}, but {named} lists {expected[0]} queries and {expected[1]} videos"
         )
     return SimilarityFile(path, queries, header.dtype, header.offset)
 
@@ -100,18 +101,18 @@ def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries
     UserError where the file of the ids' name is something else, such as the annotation."""
     _refuse_other_json(path.with_suffix(".json"))
     ids = dict(zip(_KEYS, (queries.texts, queries.video_ids, queries.video_of_text.tolist()), strict=True))
-    beside = path.with_name(f".{path.name}.part")
+    part = beside(path)
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(queries.texts), len(queries.video_ids))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with part.open("wb") as file:
             npy.write_array_header_1_0(file, header)
             for block in blocks:
                 file.write(np.ascontiguousarray(block.float().cpu().numpy(), "<f4").data)
         path.with_suffix(".json").write_text(json.dumps(ids, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        part.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 

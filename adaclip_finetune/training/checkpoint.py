@@ -13,6 +13,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adaclip_finetune.durable import beside
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.policy import FrozenClipBackbone
 from adaclip_finetune.model.weights.checkpoints import Checkpoint, Kind, read_checkpoint
@@ -23,7 +24,7 @@ FORMAT = "adaclip-finetune/1"
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` to `path` atomically. `metadata` (strings) tells what they are."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = beside(path)
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         save_file(state, temporary, metadata={"format": FORMAT, **metadata})

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 from adaclip_finetune import __version__
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.flags import Parser, add_flags, given
+from adaclip_finetune.config.layers import nearest
+from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract import options as extract_options
-from adaclip_finetune.paths import check_paths
 from adaclip_finetune.printable import printable
-from adaclip_finetune.settings.flags import Parser, add_flags, given
-from adaclip_finetune.settings.layers import nearest
 
 # What is wrong with a name that somebody gave, wherever it is first asked for.
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)

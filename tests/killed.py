@@ -11,7 +11,7 @@ from typing import Any
 import forked
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.evaluation.evaluate import Evaluator
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.training import outcome, snapshot, trainer

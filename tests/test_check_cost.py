@@ -25,7 +25,7 @@ from adaclip_finetune.check.model import build_trial_model
 from adaclip_finetune.check.source import splits_of_config
 from adaclip_finetune.check.steps import try_steps
 from adaclip_finetune.config import load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import this_process
 from adaclip_finetune.training import snapshot as snapshots

@@ -12,8 +12,8 @@ import pytest
 
 from adaclip_finetune import __version__, cli
 from adaclip_finetune.config import BitFitSettings, Config, IbsSettings
+from adaclip_finetune.config.schema import schema_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
 Calls = list[tuple[str, Config, tuple[Any, ...], dict[str, Any]]]

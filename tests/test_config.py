@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from adaclip_finetune.config import BitFitSettings, Config, FullSettings, IbsSettings, load_config
+from adaclip_finetune.config.schema import schema_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import schema_of
 
 PUBLISHED = {
     "dataset", "train_annot", "val_annot", "test_annot", "frames_dir", "output_dir", "tensorboard_dir",
@@ -116,7 +116,7 @@ def test_the_resolved_config_loads_again_and_is_the_same(write: Write) -> None:
 
 
 def test_loading_imports_no_torch() -> None:
-    code = "import sys, adaclip_finetune.config, adaclip_finetune.paths; sys.exit('torch' in sys.modules)"
+    code = "import sys, adaclip_finetune.config, adaclip_finetune.config.paths; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

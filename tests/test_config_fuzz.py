@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from adaclip_finetune import cli
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.schema import schema_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(schema_of(Config).paths())

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training import signals, snapshot
 from adaclip_finetune.training.trainer import fit

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from adaclip_finetune.config import load_config
+from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.paths import check_paths
 
 
 def files(tmp_path: Path, **more: Any) -> dict[str, Any]:

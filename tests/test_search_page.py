@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from adaclip_finetune.search_settings import OptunaSettings, SamplerSettings, SearchSpace
+from adaclip_finetune.config.optuna import OptunaSettings, SamplerSettings, SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.optuna import OBJECTIVES
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
-from adaclip_finetune.search_settings import OBJECTIVES
 from adaclip_finetune.tuning.sampler import make_pruner, make_sampler
 from adaclip_finetune.tuning.search import describe
 from adaclip_finetune.tuning.space import Impossible, search_space, suggest, with_values

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.flags import Parser, add_flags, given
+from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.paths import check_paths
-from adaclip_finetune.settings.flags import Parser, add_flags, given
 
 
 def run(words: Sequence[str]) -> int:

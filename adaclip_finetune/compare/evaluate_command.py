@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.compare.options import add_overrides, write_file
 from adaclip_finetune.compare.request import RERANKINGS, check, read_shares
+from adaclip_finetune.config.flags import Parser, given
 from adaclip_finetune.printable import printable
-from adaclip_finetune.settings.flags import Parser, given
 
 if TYPE_CHECKING:
     from adaclip_finetune.compare.rows import Group

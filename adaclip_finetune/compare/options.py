@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import create_model
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.base import Settings
+from adaclip_finetune.config.flags import Parser, add_flags
 from adaclip_finetune.durable import beside, write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.base import Settings
-from adaclip_finetune.settings.flags import Parser, add_flags
 
 OVERRIDABLE = (
     "frames_dir",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaclip_finetune.compare.options import add_overrides, check_file, check_targets
+from adaclip_finetune.config.flags import Parser, given
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-from adaclip_finetune.settings.flags import Parser, given
 
 _LONGEST = 10_000  # letters of a query: far more than any text tower sees
 

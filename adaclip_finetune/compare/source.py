@@ -9,9 +9,9 @@ from typing import Any
 
 from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.weights.checkpoints import Checkpoint, check_settings, read_checkpoint
-from adaclip_finetune.paths import check_paths
 
 WEIGHTS = "best.safetensors"
 

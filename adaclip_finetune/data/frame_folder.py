@@ -20,7 +20,7 @@ class FrameFolder:
     """`folder/<video>/image_00001.jpg …`, numbered from 1 without gaps."""
 
     def __init__(self, folder: Path, img_tmpl: str) -> None:
-        """img_tmpl: the file name with one place for the number, such as `image_{:05d}.jpg` (config.py checks it)."""
+        """img_tmpl: the file name with one place for the number, such as `image_{:05d}.jpg` (the config checks it)."""
         self.folder = folder
         self.img_tmpl = img_tmpl
         self._name = _name_pattern(img_tmpl)

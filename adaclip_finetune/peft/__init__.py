@@ -1,4 +1,4 @@
-"""Parameter-efficient finetuning: where a settings class of config.py meets the method that it configures."""
+"""Parameter-efficient finetuning: where a settings class of config/choices.py meets the method that it configures."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class ImportanceSelection(PeftMethod):
 
     def phases(self, num_epochs: int, batch_size: int) -> list[Phase]:
         first = self.settings.num_pre_epochs
-        assert first < num_epochs, "config.py refuses this"
+        assert first < num_epochs, "the config refuses this"
         return [
             Phase(first, self.settings.pre_batch_size or batch_size, may_be_best=False),
             Phase(num_epochs - first, batch_size),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaclip_finetune.config.flags import Parser
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.model_flags import a_path, add_model_flags, given_of, model_settings
-from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.build import Indexed

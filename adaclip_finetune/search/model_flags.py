@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.settings.flags import Parser
-from adaclip_finetune.settings.layers import read_object
+from adaclip_finetune.config.flags import Parser
+from adaclip_finetune.config.layers import read_object
 
 _MODEL = ("clip_weights", "device", "precision")
 

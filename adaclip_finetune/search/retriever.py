@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.data.dataset import VideoBatch, VideoReader, collate
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.preprocess import normalise, to_square
@@ -36,7 +37,6 @@ from adaclip_finetune.search.frame_weights import Weighed, weighed_frames
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.picture import open_picture, seen_pixels
 from adaclip_finetune.search.videos import VideoFiles
-from adaclip_finetune.settings.layers import read_object
 from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import make_accelerator
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaclip_finetune.config.flags import Parser
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.model_flags import a_path, add_model_flags, model_settings, not_empty
-from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.continued import continued_config
+from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock

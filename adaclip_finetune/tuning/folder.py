@@ -20,9 +20,9 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.schema import show
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import show
 from adaclip_finetune.tuning.ledger import DEATHS, given_up, place
 from adaclip_finetune.tuning.space import with_values
 from adaclip_finetune.tuning.study import FOLDER

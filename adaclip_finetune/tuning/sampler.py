@@ -16,10 +16,10 @@ from optuna.samplers import BaseSampler, GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.layers import nearest
+from adaclip_finetune.config.optuna import OptunaSettings
+from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search_settings import OptunaSettings
-from adaclip_finetune.settings.layers import nearest
-from adaclip_finetune.settings.schema import show
 from adaclip_finetune.tuning.ledger import place
 from adaclip_finetune.tuning.space import Space, suggest
 

@@ -17,12 +17,12 @@ from optuna.distributions import (
 from pydantic import ValidationError
 
 from adaclip_finetune.config import Config, DataSettings, DeviceSettings, RunSettings, SearchGroup
-from adaclip_finetune.continued import FREE
+from adaclip_finetune.config.base import Contradictions, Settings
+from adaclip_finetune.config.layers import nearest, together
+from adaclip_finetune.config.optuna import SearchSpace
+from adaclip_finetune.config.resume import FREE
+from adaclip_finetune.config.schema import schema_of, show
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search_settings import SearchSpace
-from adaclip_finetune.settings.base import Contradictions, Settings
-from adaclip_finetune.settings.layers import nearest, together
-from adaclip_finetune.settings.schema import schema_of, show
 
 # What is no hyper-parameter, unless it is a number: where data lie, what is measured, what is written.
 _NOT_SEARCHED = {name for group in (DataSettings, RunSettings, DeviceSettings) for name in group.model_fields}

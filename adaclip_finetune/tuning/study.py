@@ -15,11 +15,11 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.continued import FREE
+from adaclip_finetune.config.resume import FREE
+from adaclip_finetune.config.schema import show
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train_entries
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import show
 from adaclip_finetune.training.run_folder import new_folder
 from adaclip_finetune.tuning.sampler import make_pruner, make_sampler
 from adaclip_finetune.tuning.space import Space

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from adaclip_finetune.config.flags import Parser
+from adaclip_finetune.config.layers import nearest
 from adaclip_finetune.data.formats import FORMATS
 from adaclip_finetune.data.formats.clip import SPLITS
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.flags import Parser
-from adaclip_finetune.settings.layers import nearest
 
 
 def run(words: Sequence[str]) -> int:

@@ -10,10 +10,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from adaclip_finetune.config.flags import Parser
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.model_flags import a_path, add_model_flags, model_settings
 from adaclip_finetune.search.serve.address import is_loopback, listen, url
-from adaclip_finetune.settings.flags import Parser
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.serve.engine import Encoder

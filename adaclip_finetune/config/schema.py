@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from adaclip_finetune.settings.base import Settings
+from adaclip_finetune.config.base import Settings
 
 Node = dict[str, Any]
 

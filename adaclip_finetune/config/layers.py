@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from adaclip_finetune.config.base import Contradictions, Settings
+from adaclip_finetune.config.schema import Schema, schema_of, show
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.base import Contradictions, Settings
-from adaclip_finetune.settings.schema import Schema, schema_of, show
 from adaclip_finetune.strict_json import read_json
 
 S = TypeVar("S", bound=Settings)

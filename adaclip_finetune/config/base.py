@@ -7,9 +7,12 @@ the error messages are all made from that declaration.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# A JSON list becomes a tuple, so that a frozen config is frozen all the way down; what is in it stays strict.
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 Problem = tuple[str, tuple[str, ...]]
 """A combination that cannot be: the message, and the dotted names of the settings that take part in it."""

@@ -13,10 +13,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from adaclip_finetune.config.base import Settings
+from adaclip_finetune.config.layers import nearest
+from adaclip_finetune.config.schema import Node, Schema, schema_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.base import Settings
-from adaclip_finetune.settings.layers import nearest
-from adaclip_finetune.settings.schema import Node, Schema, schema_of
 from adaclip_finetune.strict_json import parse_json
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from adaclip_finetune.config import Config
+from adaclip_finetune.config.layers import together
+from adaclip_finetune.config.settings import Config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.layers import together
 
 
 def check_paths(config: Config) -> None:

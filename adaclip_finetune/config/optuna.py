@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from adaclip_finetune.settings.base import Settings, setting
+from adaclip_finetune.config.base import Settings, setting
 
 Interval = Annotated[tuple[float, float], Field(strict=False)]
 

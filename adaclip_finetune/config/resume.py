@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.schema import show
+from adaclip_finetune.config.settings import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.settings.schema import show
 
 # What may be given anew, since no figure depends on it: where things lie, how fast they go, what is shown.
 FREE = frozenset(

@@ -1,1 +1,0 @@
-"""From declared settings to flags, help, JSON Schema and error messages. Knows nothing of what the settings mean."""

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights import huggingface_write
-from adaclip_finetune.model.weights.architecture import architecture_of, shapes_of, shapes_of_config
-from adaclip_finetune.model.weights.backbones import defaults_filled
-from adaclip_finetune.model.weights.checkpoints import Checkpoint, Kind, read_checkpoint
-from adaclip_finetune.model.weights.clip_weights import build_towers, find_towers
-from adaclip_finetune.model.weights.huggingface_names import to_huggingface_names
-from adaclip_finetune.model.weights.published import to_published_names
+from adaclip_finetune.weights import huggingface_write
+from adaclip_finetune.weights.architecture import architecture_of, shapes_of, shapes_of_config
+from adaclip_finetune.weights.backbones import defaults_filled
+from adaclip_finetune.weights.checkpoints import Checkpoint, Kind, read_checkpoint
+from adaclip_finetune.weights.clip_weights import build_towers, find_towers
+from adaclip_finetune.weights.huggingface_names import to_huggingface_names
+from adaclip_finetune.weights.published import to_published_names
 from adaclip_finetune.training.checkpoint import check_version
 
 

@@ -19,7 +19,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.clip_weights import load_clip
+from adaclip_finetune.weights.clip_weights import load_clip
 
 Settings = dict[str, Any]
 

@@ -17,9 +17,9 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
-from adaclip_finetune.model.weights.clip_weights import Weights, load_clip, load_pretrained
-from adaclip_finetune.model.weights.published import to_our_names, to_published_names
+from adaclip_finetune.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
+from adaclip_finetune.weights.published import to_our_names, to_published_names
 from adaclip_finetune.training.build import build_session
 from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
 from adaclip_finetune.training.device import make_accelerator
@@ -184,7 +184,7 @@ def test_clip_before_it_learned_is_known_by_its_shapes_or_asked_for(
     loaded = load_clip(config, from_checkpoint=read_checkpoint(such).towers())
     with pytest.raises(UserError, match=r"of no architecture that OpenAI published.*give clip_weights"):
         load_pretrained(config, loaded)
-    monkeypatch.setattr("adaclip_finetune.model.weights.clip_weights.load_clip", lambda config: config.clip_backbone)
+    monkeypatch.setattr("adaclip_finetune.weights.clip_weights.load_clip", lambda config: config.clip_backbone)
     with torch.device("meta"):
         b_16 = load_clip(load_config(None, {"clip_backbone": "ViT-B/16"}), with_weights=False)
     assert load_pretrained(config, b_16) == "ViT-B-16-quickgelu:openai"

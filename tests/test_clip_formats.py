@@ -20,10 +20,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.architecture import architecture_of, shapes_of, shapes_of_config
-from adaclip_finetune.model.weights.clip_weights import load_clip
-from adaclip_finetune.model.weights.huggingface_names import to_huggingface_names, to_openai_names
-from adaclip_finetune.model.weights.huggingface_write import tokenizer_files
+from adaclip_finetune.weights.architecture import architecture_of, shapes_of, shapes_of_config
+from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.huggingface_names import to_huggingface_names, to_openai_names
+from adaclip_finetune.weights.huggingface_write import tokenizer_files
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = open_clip.tokenize(["a dog", "two red cars run fast", ""])

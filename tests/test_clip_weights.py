@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.backbones import resolve_backbone
-from adaclip_finetune.model.weights.clip_weights import load_clip, read_state_dict, strict_load
+from adaclip_finetune.weights.backbones import resolve_backbone
+from adaclip_finetune.weights.clip_weights import load_clip, read_state_dict, strict_load
 
 ARCHITECTURE = {
     "embed_dim": 32,

@@ -17,8 +17,8 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.clip_weights import load_clip
-from adaclip_finetune.model.weights.published import to_our_names
+from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.published import to_our_names
 
 CNNS = ["mobilenet_v3_large", "mobilenet_v2", "resnet50"]
 SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

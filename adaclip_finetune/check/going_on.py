@@ -13,7 +13,7 @@ from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train_entries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import is_alive
-from adaclip_finetune.model.weights.clip_weights import strict_load
+from adaclip_finetune.weights.clip_weights import strict_load
 from adaclip_finetune.strict_json import read_json
 from adaclip_finetune.training.snapshot import load_snapshot
 

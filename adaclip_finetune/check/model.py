@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from adaclip_finetune.config import Config
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.checkpoints import Checkpoint, check_settings, read_checkpoint, with_its_clip
-from adaclip_finetune.model.weights.clip_weights import build_towers, find_towers, load_clip
+from adaclip_finetune.weights.checkpoints import Checkpoint, check_settings, read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import build_towers, find_towers, load_clip
 from adaclip_finetune.peft import PeftMethod, prepare_peft
 from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import make_accelerator

@@ -24,7 +24,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import Evaluator
 from adaclip_finetune.evaluation.metrics import Metrics
 from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.weights.clip_weights import load_clip
+from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.training.measure import measure
 
 ZERO_SHOT = "zero-shot"

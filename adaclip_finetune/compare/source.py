@@ -11,7 +11,7 @@ from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.checkpoints import Checkpoint, check_settings, read_checkpoint
+from adaclip_finetune.weights.checkpoints import Checkpoint, check_settings, read_checkpoint
 
 WEIGHTS = "best.safetensors"
 

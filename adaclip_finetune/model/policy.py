@@ -17,7 +17,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import IMAGENET, normalise
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import encode_images
-from adaclip_finetune.model.weights.clip_weights import read_state_dict, strict_load
+from adaclip_finetune.weights.clip_weights import read_state_dict, strict_load
 
 
 class RawBackbone(nn.Module):

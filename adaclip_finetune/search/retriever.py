@@ -31,8 +31,8 @@ from adaclip_finetune.evaluation.parts import weights_digest
 from adaclip_finetune.model import clip as towers
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.checkpoints import Checkpoint, check_settings, read_checkpoint, with_its_clip
-from adaclip_finetune.model.weights.clip_weights import load_clip
+from adaclip_finetune.weights.checkpoints import Checkpoint, check_settings, read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.search.frame_weights import Weighed, weighed_frames
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.picture import open_picture, seen_pixels

@@ -17,8 +17,8 @@ from adaclip_finetune.data.splits import TrainSplit, train_split
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.checkpoints import check_settings, describe, read_checkpoint, with_its_clip
-from adaclip_finetune.model.weights.clip_weights import load_clip, load_pretrained
+from adaclip_finetune.weights.checkpoints import check_settings, describe, read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.peft import PeftMethod, TrainableReport, prepare_peft, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.checkpoint import fill

@@ -15,8 +15,8 @@ from adaclip_finetune.data.loader import updates_per_epoch
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.weights.checkpoints import read_checkpoint, with_its_clip
-from adaclip_finetune.model.weights.clip_weights import load_clip
+from adaclip_finetune.weights.checkpoints import read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.peft import TrainableReport, prepare_peft, trainable_report
 from adaclip_finetune.training.build import describe_gflops, readable_train_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder

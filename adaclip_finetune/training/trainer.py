@@ -22,7 +22,7 @@ from adaclip_finetune.data.queries import fingerprint
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import Evaluator, Figures
-from adaclip_finetune.model.weights.clip_weights import strict_load
+from adaclip_finetune.weights.clip_weights import strict_load
 from adaclip_finetune.peft.base import Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main
 from adaclip_finetune.report import draw_curves, one_line, write_importance

@@ -20,16 +20,16 @@ from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import LoadedClip, pools_at_end_token
 from adaclip_finetune.model.tokens import Tokenizer
-from adaclip_finetune.model.weights import backbones, huggingface
-from adaclip_finetune.model.weights.architecture import (
+from adaclip_finetune.weights import backbones, huggingface
+from adaclip_finetune.weights.architecture import (
     Shapes,
     architecture_of,
     differences,
     shapes_of,
     shapes_of_config,
 )
-from adaclip_finetune.model.weights.torchscript import is_torchscript
-from adaclip_finetune.model.weights.untrusted import read_untrusted, without_module_prefix
+from adaclip_finetune.weights.torchscript import is_torchscript
+from adaclip_finetune.weights.untrusted import read_untrusted, without_module_prefix
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _WEIGHTS_IN_FOLDER = (

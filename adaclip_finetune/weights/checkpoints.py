@@ -26,10 +26,10 @@ from adaclip_finetune.config import (
 )
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.clip_weights import NO_WEIGHTS, Weights
-from adaclip_finetune.model.weights.published import to_our_names
-from adaclip_finetune.model.weights.seen_settings import contradictions
-from adaclip_finetune.model.weights.untrusted import read_untrusted, without_module_prefix
+from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
+from adaclip_finetune.weights.published import to_our_names
+from adaclip_finetune.weights.seen_settings import contradictions
+from adaclip_finetune.weights.untrusted import read_untrusted, without_module_prefix
 from adaclip_finetune.strict_json import parse_json
 
 OWN_FORMAT = "adaclip-finetune/"

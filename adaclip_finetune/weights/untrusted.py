@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.torchscript import is_torchscript, read_torchscript
+from adaclip_finetune.weights.torchscript import is_torchscript, read_torchscript
 
 _ASKED_FOR = re.compile(r"GLOBAL (\w[\w.]*)")
 

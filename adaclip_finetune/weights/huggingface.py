@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.weights.architecture import mlp_ratio
-from adaclip_finetune.model.weights.huggingface_names import to_openai_names
-from adaclip_finetune.model.weights.untrusted import read_untrusted
+from adaclip_finetune.weights.architecture import mlp_ratio
+from adaclip_finetune.weights.huggingface_names import to_openai_names
+from adaclip_finetune.weights.untrusted import read_untrusted
 from adaclip_finetune.strict_json import read_json
 
 _EPS = 1e-5

@@ -12,32 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from adaclip_finetune.evaluation.metrics import Metrics
 from adaclip_finetune.peft.importance import TensorImportance
-
-_COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-
-
-def results_table(rows: Mapping[str, Metrics]) -> str:
-    """A table of `_COLUMNS`, text to video and video to text, one line a model: {"zero-shot": …, "finetuned": …}."""
-    width = max(len(name) for name in rows)
-    head = f"{'':<{width}}   {'text → video':^36}   {'video → text':^36}"
-    names = "".join(f"{name:>7}" for name in _COLUMNS)
-    lines = [head, f"{'':<{width}}  {names}    {names}"]
-    for name, metrics in rows.items():
-        directions = (metrics.t2v.as_dict(), metrics.v2t.as_dict())
-        cells = ["".join(f"{direction[column]:7.1f}" for column in _COLUMNS) for direction in directions]
-        lines.append(f"{name:<{width}}  {cells[0]}    {cells[1]}")
-    return "\n".join(lines)
-
-
-def one_line(metrics: Metrics) -> str:
-    """Both directions' R@1, R@5 and R@10 in one line."""
-    parts = []
-    for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
-        parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
-    return "   ".join(parts)
-
 
 def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     """curves.png: loss, learning rate and validation R@1, over updates."""

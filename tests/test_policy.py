@@ -15,7 +15,7 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.policy import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
+from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.published import to_our_names

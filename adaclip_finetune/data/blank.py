@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from adaclip_finetune.config import Config
 from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec
+from adaclip_finetune.data.preprocess import ImageSpec, Views
 
 
-def blank_videos(config: Config, image: ImageSpec, count: int) -> VideoBatch:
+def blank_videos(num_frm: int, views: Views, count: int) -> VideoBatch:
     """`count` videos of num_frm zero frames each, all named differently, on the CPU."""
-    rows = (count, config.num_frm)
+    rows = (count, num_frm)
     return VideoBatch(
-        frames=torch.zeros(*rows, 3, image.size, image.size, dtype=torch.uint8),
+        frames=_zeros(rows, views.clip),
         frame_mask=torch.zeros(rows, dtype=torch.bool),
-        policy_frames=_blank_policy_frames(config, rows),
+        policy_frames=None if views.selector is None else _zeros(rows, views.selector),
         frame_indices=torch.full(rows, -1),
         video_ids=[f"blank {number}" for number in range(count)],
     )
 
 
-def _blank_policy_frames(config: Config, rows: tuple[int, int]) -> torch.Tensor | None:
-    """What `VideoReader` gives the policy backbone."""
-    if not config.use_policy or config.policy_backbone in ("clip", "frozen_clip"):
-        return None
-    raw = config.policy_backbone == "raw"
-    channels, size = (1, config.rescale_size) if raw else (3, IMAGENET.size)
-    return torch.zeros(*rows, channels, size, size, dtype=torch.uint8)
+def _zeros(rows: tuple[int, int], view: ImageSpec) -> Tensor:
+    return torch.zeros(*rows, view.channels, view.size, view.size, dtype=torch.uint8)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, to_grey_thumbnails, to_square
+from adaclip_finetune.data.preprocess import Views, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.sampling import frame_indices, generator
 
@@ -31,7 +31,7 @@ class VideoBatch:
 
     frames: Tensor  # uint8 (B, N, 3, S, S)
     frame_mask: Tensor  # bool (B, N), False: a zero frame (zero after normalisation)
-    policy_frames: Tensor | None  # uint8 (B, N, 1, P, P) for `raw`, (B, N, 3, 224, 224) for CNNs, else None
+    policy_frames: Tensor | None  # uint8 (B, N, C, P, P), the selector's view of the frames, if it has one
     frame_indices: Tensor  # int64 (B, N), place in the video from 0; -1 for a zero frame
     video_ids: list[str]
 
@@ -101,10 +101,10 @@ class Collated:
 
 
 class VideoReader:
-    """Frames of one video, chosen and preprocessed as the config and the tower ask."""
+    """Frames of one video, chosen as the config asks and prepared as `views` say."""
 
-    def __init__(self, store: FrameStore, config: Config, image: ImageSpec) -> None:
-        self.store, self.config, self.image = store, config, image
+    def __init__(self, store: FrameStore, config: Config, views: Views) -> None:
+        self.store, self.config, self.views = store, config, views
 
     def read(self, video_id: str, random: np.random.Generator | None = None) -> VideoItem:
         """Raises FrameError. `random` draws the frames; without it they are evenly spaced."""
@@ -118,21 +118,13 @@ class VideoReader:
         )
         different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
         pixels = self.store.read(video_id, different.tolist())
-        policy_frames = self._policy_frames(pixels)
+        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector)
         return VideoItem(
             video_id,
-            _padded(to_square(pixels, self.image)[place], config.num_frm, 0),
+            _padded(to_square(pixels, self.views.clip)[place], config.num_frm, 0),
             None if policy_frames is None else _padded(policy_frames[place], config.num_frm, 0),
             _padded(indices, config.num_frm, -1),
         )
-
-    def _policy_frames(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-        backbone = self.config.policy_backbone
-        if not self.config.use_policy or backbone in ("clip", "frozen_clip"):
-            return None
-        if backbone == "raw":
-            return to_grey_thumbnails(pixels, self.config.rescale_size)
-        return to_square(pixels, IMAGENET)
 
 
 class TrainDataset(Dataset[VideoItem | FrameError]):

@@ -82,7 +82,7 @@ class TrainLoader:
 
     def _batch(self, collated: Collated) -> TrainBatch:
         if collated.videos is None or collated.noise is None:
-            blank = blank_videos(self.config, self.dataset.reader.image, 1)
+            blank = blank_videos(self.config.num_frm, self.dataset.reader.views, 1)
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
             return TrainBatch(replace(blank, video_ids=[]), tokens, noise)
         return TrainBatch(collated.videos, self.tokenize(collated.texts, self.config.max_txt_len), collated.noise)

@@ -8,7 +8,7 @@ the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +23,24 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a tower takes: `size` pixels square, normalised with `mean` and `std` (of values 0…1).
+    """How a frame is prepared for a network: `size` pixels square, normalised with `mean` and `std` (of values 0…1).
 
     resize_mode `shortest` brings the shorter side to `resize_to` pixels (None: to `size`) and cuts the centre out;
-    `squash` stretches both sides to `size`.
+    `squash` stretches both sides to `size`. `grey`: one channel instead of three.
     """
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     resize_to: int | None = None
+    grey: bool = False
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return 1 if self.grey else 3
 
     def __post_init__(self) -> None:
         if self.interpolation not in FILTERS or self.resize_mode not in ("shortest", "squash"):
@@ -45,26 +51,28 @@ IMAGENET = ImageSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize_t
 """What the CNN policy backbones of torchvision take."""
 
 
+class Views(NamedTuple):
+    """What the reader prepares of each frame: one view for CLIP, and one for the frame selector if it wants its own."""
+
+    clip: ImageSpec
+    selector: ImageSpec | None = None
+
+
 def to_square(frames: Frames, spec: ImageSpec) -> Frames:
-    """Frames (n, H, W, 3) as decoded → (n, 3, S, S), resized and cropped as `spec` says, not yet normalised."""
+    """Frames (n, H, W, 3) as decoded → (n, C, S, S), resized and cropped as `spec` says, not yet normalised."""
     n, height, width, _ = frames.shape
     resized_height, resized_width = _resized_size(height, width, spec)
     top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
     crop = np.s_[top : top + spec.size, left : left + spec.size]
-    out = np.empty((n, 3, spec.size, spec.size), np.uint8)
+    out = np.empty((n, spec.channels, spec.size, spec.size), np.uint8)
     for i, frame in enumerate(frames):
         if (height, width) != (resized_height, resized_width):
             image = Image.fromarray(frame).resize((resized_width, resized_height), FILTERS[spec.interpolation])
             frame = np.asarray(image)
-        out[i] = frame[crop].transpose(2, 0, 1)
-    return out
-
-
-def to_grey_thumbnails(frames: Frames, size: int) -> Frames:
-    """Frames (n, H, W, 3) → (n, 1, size, size): stretched, then grey (the `raw` policy)."""
-    out = np.empty((len(frames), 1, size, size), np.uint8)
-    for i, frame in enumerate(frames):
-        out[i, 0] = np.asarray(Image.fromarray(frame).resize((size, size), FILTERS["bicubic"]).convert("L"))
+        if spec.grey:
+            out[i, 0] = np.asarray(Image.fromarray(frame).convert("L"))[crop]
+        else:
+            out[i] = frame[crop].transpose(2, 0, 1)
     return out
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 RECALLS = (1, 5, 10, 50)
+_COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 IntArray = NDArray[np.int64]
 
@@ -96,6 +97,27 @@ def retrieval_metrics(blocks: Iterable[Tensor], video_of_text: Tensor | IntArray
         t2v=DirectionMetrics(np.arange(len(owners)), t2v_ranks),
         v2t=DirectionMetrics(queries, v2t_ranks[queries]),
     )
+
+
+def results_table(rows: Mapping[str, Metrics]) -> str:
+    """A table of `_COLUMNS`, text to video and video to text, one line a model: {"zero-shot": …, "finetuned": …}."""
+    width = max(len(name) for name in rows)
+    head = f"{'':<{width}}   {'text → video':^36}   {'video → text':^36}"
+    names = "".join(f"{name:>7}" for name in _COLUMNS)
+    lines = [head, f"{'':<{width}}  {names}    {names}"]
+    for name, metrics in rows.items():
+        directions = (metrics.t2v.as_dict(), metrics.v2t.as_dict())
+        cells = ["".join(f"{direction[column]:7.1f}" for column in _COLUMNS) for direction in directions]
+        lines.append(f"{name:<{width}}  {cells[0]}    {cells[1]}")
+    return "\n".join(lines)
+
+
+def one_line(metrics: Metrics) -> str:
+    """Both directions' R@1, R@5 and R@10 in one line."""
+    parts = []
+    for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
+        parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
+    return "   ".join(parts)
 
 
 def _first_pass(blocks: Iterable[Tensor], owners: Tensor) -> tuple[IntArray, Tensor]:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
@@ -86,15 +85,6 @@ class PartFolder:
             raise UserError(
                 f"{path}: could not be written ({error}). The batches before it are kept: make room, and go on"
             ) from error
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def names_digest(names: list[str]) -> str:

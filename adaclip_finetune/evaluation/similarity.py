@@ -5,18 +5,17 @@ What is held at once is counted in bytes: 50,000 texts against 50,000 videos tak
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: their memory is fetched anew from the system each time
+from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.scoring import Scorer
 
-Aggregate = Callable[[Tensor, Tensor], Tensor]
+BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: their memory is fetched anew from the system each time
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,8 @@ class SimilarityBlocks:
 
     text: Tensor
     videos: Tensor
-    scale: float
     rows: int
-    aggregate: Aggregate | None
+    scorer: Scorer
 
     def __len__(self) -> int:
         return -(-len(self.text) // self.rows)
@@ -35,37 +33,31 @@ class SimilarityBlocks:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         for queries in torch.split(self.text, self.rows):
-            with torch.autocast(self.videos.device.type, enabled=False), _float32_products():
-                block = self.scale * self._cosines(_at_least_float32(queries.to(self.videos.device)))
+            with _float32_products():
+                block = self._scored(TextFeatures(queries.to(self.videos.device)))
             yield block
 
-    def _cosines(self, queries: Tensor) -> Tensor:
-        unit = F.normalize(queries, dim=-1)
-        if self.aggregate is None:
-            return unit @ self.videos.T
-        at_once = rows_in_a_block(len(queries) * queries.shape[1] * queries.element_size())
-        parts = []
-        for frames in torch.split(self.videos, at_once):
-            answers = F.normalize(self.aggregate(_at_least_float32(frames), queries), dim=-1)  # (t, v, D)
-            parts.append(torch.einsum("td,tvd->tv", unit, answers))
-        return torch.cat(parts, dim=1)
+    def _scored(self, text: TextFeatures) -> Tensor:
+        if self.scorer.indexable:
+            logits: Tensor = self.scorer(text, self.videos)
+            return logits
+        # Here every text has a vector of its own for every video.
+        queries = text.sentence
+        at_once = rows_in_a_block(len(queries) * queries.shape[1] * max(4, queries.element_size()))
+        return torch.cat([self.scorer(text, kept) for kept in torch.split(self.videos, at_once)], dim=1)
 
 
-def similarity_blocks(
-    text: Tensor, videos: Tensor, logit_scale: float | Tensor, block: int, aggregate: Aggregate | None = None
-) -> SimilarityBlocks:
-    """exp(logit_scale) · cosine of texts (T, D) and videos (V, D), in blocks of at most `block` rows and BLOCK_BYTES.
+def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) -> SimilarityBlocks:
+    """The scorer's logits of texts (T, D) and of what it keeps of videos (V, …), in blocks of at most `block` rows and
+    BLOCK_BYTES.
 
-    Videos that depend on the query are their frames (V, K, D) and `aggregate`: frames (v, K, D), queries (t, D) →
-    video embeddings (t, v, D). Float32, on the videos' device (float64 stays float64); no gradients. A pass holds one
-    block, and a second pass gives the very same values.
+    Float32, on the videos' device (float64 stays float64); no gradients. A pass holds one block, and a second pass
+    gives the very same values, whatever the model has learned since.
     """
     if block < 1:
         raise ValueError(f"a block has at least one row, not {block}")
-    if aggregate is None:
-        videos = F.normalize(_at_least_float32(videos), dim=-1)
     rows = min(block, rows_in_a_block(len(videos) * max(4, videos.element_size())))
-    return SimilarityBlocks(text, videos, math.exp(float(logit_scale)), rows, aggregate)
+    return SimilarityBlocks(text, videos, rows, scorer.fixed())
 
 
 @contextmanager
@@ -82,7 +74,3 @@ def _float32_products() -> Iterator[None]:
 def rows_in_a_block(bytes_a_row: int) -> int:
     """How many rows of this size BLOCK_BYTES hold; at least one."""
     return max(1, BLOCK_BYTES // max(1, bytes_a_row))
-
-
-def _at_least_float32(vectors: Tensor) -> Tensor:
-    return vectors if vectors.dtype == torch.float64 else vectors.float()

@@ -3,12 +3,13 @@ mean."""
 
 from __future__ import annotations
 
-from adaclip_finetune.config import Config
+from adaclip_finetune.config import Config, load_config
 
 
 def zero_shot_config(config: Config) -> Config:
-    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned, mean
-    pooling."""
+    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned or
+    adapted, mean pooling."""
+    defaults = load_config()
     return config.model_copy(
         update={
             "use_policy": False,
@@ -20,5 +21,7 @@ def zero_shot_config(config: Config) -> Config:
             "sim_header": "meanP",
             "frame_agg": None,
             "word_agg": None,
+            "tower": defaults.tower,
+            "adaptation": defaults.adaptation,
         }
     )

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaclip_finetune.data.preprocess import IMAGENET
 from adaclip_finetune.model.clip import embedding_width
-from adaclip_finetune.model.policy import Backbone, CnnBackbone, FrozenClipBackbone
+from adaclip_finetune.model.frame_features import Backbone, CnnBackbone, FrozenClipBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.selector import RecurrentEncoder
 

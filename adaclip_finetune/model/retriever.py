@@ -1,4 +1,6 @@
-"""The AdaCLIP retriever (Hu et al. 2023): CLIP towers → frame selector → header → aggregator → one vector a video.
+"""The retriever: a frame selector, CLIP's towers, pooling and a scorer (AdaCLIP, Hu et al. 2023).
+
+    frames ─► selector ─► tower ─► header ─► pooling ─► scorer ◄─ text tower ◄─ words
 
 Only what is needed goes through CLIP (docs/architecture.md, "Encode only what is needed"): in evaluation the K selected
 frames; in training those with gradients and the others without, since the straight-through estimator sends them none.
@@ -6,56 +8,46 @@ frames; in training those with gradients and the others without, since the strai
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec, normalise
-from adaclip_finetune.model import clip as towers
-from adaclip_finetune.model.aggregator import (
-    FrameAggregator,
-    MeanAggregator,
-    MlpAggregator,
-    QueryScoreAggregator,
-    SumAggregator,
-    TransformerAggregator,
-    WordAggregator,
-)
-from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.config.choices import TOWERS, implementation
+from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
+from adaclip_finetune.data.preprocess import ImageSpec, Views, normalise
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip import embedding_width
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures, at_least_float32
+from adaclip_finetune.model.frame_features import build_backbone
 from adaclip_finetune.model.hard_topk import Selection
 from adaclip_finetune.model.header import SeqTransformerHeader, TransformerHeader
-from adaclip_finetune.model.policy import build_backbone
+from adaclip_finetune.model.pooling import WordPooling, build_pooling
+from adaclip_finetune.model.scoring import CosineScorer, QueryScorer, Scorer
 from adaclip_finetune.model.selector import FrameSelector
-
-
-class VideoEmbedding(NamedTuple):
-    """`frames` (B, K, D) after selection and header; `video` (B, D), None if it depends on the query; `selection` or
-    None."""
-
-    frames: Tensor
-    video: Tensor | None
-    selection: Selection | None
+from adaclip_finetune.model.towers.base import FrameTower
+from adaclip_finetune.model.towers.per_frame import PerFrame
+from adaclip_finetune.weights.loaded import LoadedClip
 
 
 class VideoRetriever(nn.Module):
-    """Text and video embeddings, and their similarity.
+    """Text and video features, and their similarity.
 
-    Submodules: `clip` (open_clip's module, OpenAI's parameter names), `selector` or None, `header` or None,
-    `aggregator`, `word_aggregator` or None. Everything outside `clip` is new and always trains, save a frozen policy
-    backbone.
+    Submodules: `clip` (open_clip's module, OpenAI's parameter names), `tower` and `text_tower` (what the setting
+    `tower` adds to CLIP's), `selector` or None, `header` or None, `aggregator` (the pooling, None if it depends on the
+    query), `word_aggregator` or None, `scorer`. Everything outside `clip` is new and always trains, save a frozen
+    backbone of the selector.
     """
 
     def __init__(self, config: Config, loaded: LoadedClip) -> None:
         super().__init__()
         self.clip = loaded.module
         self.image_spec: ImageSpec = loaded.image
+        self.num_frm = config.num_frm
         self.top_k = config.top_k if config.use_policy else config.num_frm
         self.frame_temperature = config.frame_agg_temp
-        width = towers.embedding_width(self.clip)
+        width = embedding_width(self.clip)
+        self.tower: FrameTower = implementation(TOWERS, config.tower)(config.tower.config, self.clip)
+        self.text_tower = self.tower.text_tower()
         self.selector = None
         if config.use_policy:
             self.selector = FrameSelector(config, build_backbone(config, self.clip, width), width)
@@ -63,59 +55,67 @@ class VideoRetriever(nn.Module):
         most_frames = config.num_frm if config.warmup_epochs else self.top_k
         self.header = _build_header(config, width, most_frames, self.clip)
         self.reuse_scores = config.reuse_scores and self.selector is not None
-        self.aggregator = _build_aggregator(config, width, self.reuse_scores)
-        self.word_aggregator = WordAggregator(config.word_agg, width, config.word_agg_temp) if config.word_agg else None
+        if self.reuse_scores and self.tower.frame_shares(self.top_k) is not None:
+            raise UserError(
+                f"reuse_scores weighs each frame by its score, but tower {config.tower.method} mixes frames; "
+                "leave reuse_scores out"
+            )
+        self.aggregator = build_pooling(config, width, self.reuse_scores)
+        self.word_aggregator = WordPooling(config.word_agg, width, config.word_agg_temp) if config.word_agg else None
+        self.scorer: Scorer = (
+            QueryScorer(self.clip, config.frame_agg_temp) if self.aggregator is None else CosineScorer(self.clip)
+        )
 
-    def forward(
-        self,
-        videos: VideoBatch,
-        token_ids: Tensor,
-        k: int | None = None,
-        temperature: float | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, VideoEmbedding]:
-        """Both embeddings of a batch of pairs: what a training step needs. See `encode_text` and `encode_video`."""
-        return self.encode_text(token_ids), self.encode_video(videos, k, temperature, noise)
+    def forward(self, batch: TrainBatch) -> tuple[TextFeatures, VideoFeatures]:
+        """The features of a batch of pairs: what a training step needs."""
+        noise = batch.noise.to(self.device, non_blocking=True)
+        return self.encode_text(batch.token_ids), self.encode_video(batch.videos, noise)
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Token ids (T, L) → (T, D). Ids on the CPU are cut to the longest text of the batch and moved to the model."""
-        token_ids = towers.trim_padding(self.clip, token_ids).to(self._device())
+    def encode_text(self, token_ids: Tensor) -> TextFeatures:
+        """Token ids (T, L) → features; ids may be on the CPU."""
+        features: TextFeatures = self.text_tower(token_ids, words=self.word_aggregator is not None)
         if self.word_aggregator is None:
-            return towers.encode_sentences(self.clip, token_ids)
-        return self.word_aggregator(*towers.encode_words(self.clip, token_ids))  # type: ignore[no-any-return]
+            return features
+        return features._replace(sentence=self.word_aggregator(features.words, features.is_word))
 
-    def encode_video(
-        self,
-        videos: VideoBatch,
-        k: int | None = None,
-        temperature: float | None = None,
-        noise: Tensor | None = None,
-    ) -> VideoEmbedding:
-        """Choose k (default top_k) of the N frames, encode and aggregate them.
+    def encode_video(self, videos: VideoBatch, noise: Tensor | None = None) -> VideoFeatures:
+        """Choose frames of the N candidates, encode and pool them.
 
-        With a `temperature` the choice is a differentiable draw (training), without one the k best (evaluation);
-        `noise` (B, N) replaces the Gumbel draw.
+        In training mode the choice is a differentiable draw, for which `noise` (B, N) may replace the Gumbel noise; in
+        evaluation mode it is the top_k best.
         """
-        frames, selection = self._selected_frames(videos, k or self.top_k, temperature, noise)
-        if self.reuse_scores and selection is not None:
-            scores = selection.logits.gather(1, selection.indices) / self.frame_temperature
-            frames = frames * scores.softmax(dim=1)[..., None]
+        tokens, selection = self._tokens(videos, noise)
+        reused = self._reused_scores(selection) if self.reuse_scores and selection is not None else None
+        if reused is not None:
+            tokens = tokens * reused[..., None]
         if self.header is not None:
-            frames = self.header(frames)
-        video = None if self.aggregator.query_dependent else self.aggregator(frames)
-        return VideoEmbedding(frames, video, selection)
+            tokens = self.header(tokens)
+        if self.aggregator is None:
+            vector, shares = None, torch.full(tokens.shape[:2], 1 / tokens.shape[1], device=tokens.device)
+        else:
+            vector, shares = self.aggregator(tokens)
+            if reused is not None and self.aggregator.uses_length:
+                shares = shares * reused
+        weights = self._frame_weights(shares.detach(), selection, videos.frames.shape[1])
+        return VideoFeatures(tokens, vector, weights, selection)
 
-    def similarity(self, text: Tensor, videos: VideoEmbedding) -> Tensor:
-        """exp(logit_scale) · cosine of every text (T, D) and video: (T, B) in float32 (float64 for a float64 model)."""
-        with torch.autocast(text.device.type, enabled=False):
-            text, frames = _at_least_float32(text), _at_least_float32(videos.frames)
-            queries = F.normalize(text, dim=-1)
-            if videos.video is not None:
-                cosines = queries @ F.normalize(_at_least_float32(videos.video), dim=-1).T
-            else:
-                per_query = F.normalize(self.aggregator(frames, text), dim=-1)  # (T, B, D)
-                cosines = torch.einsum("td,tbd->tb", queries, per_query)
-            return self.logit_scale().exp() * cosines
+    def similarity(self, text: TextFeatures, videos: VideoFeatures) -> Tensor:
+        """The scorer's logits of every text and every video: (T, B), at least float32."""
+        logits: Tensor = self.scorer(text, self.scorer.keep(videos))
+        return logits
+
+    def views(self) -> Views:
+        """How the reader must prepare frames for this model."""
+        return Views(self.image_spec, None if self.selector is None else self.selector.view)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set what follows a schedule over training epochs (from 0)."""
+        if self.selector is not None:
+            self.selector.start_epoch(epoch)
+
+    def schedule(self) -> dict[str, float]:
+        """What `start_epoch` set, by name, for the log: K and the temperature τ of the frame selector."""
+        return {"k": self.num_frm} if self.selector is None else {"k": self.selector.k, "tau": self.selector.temperature}
 
     def checkpoint_gradients(self) -> None:
         """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""
@@ -123,22 +123,26 @@ class VideoRetriever(nn.Module):
 
     def logit_scale(self) -> Tensor:
         """ln of the similarity's scale, a learned scalar of CLIP."""
-        scale = self.clip.logit_scale
-        assert isinstance(scale, Tensor)
-        return scale.reshape(())
+        return self.scorer.logit_scale()
 
-    def _selected_frames(
-        self, videos: VideoBatch, k: int, temperature: float | None, noise: Tensor | None
-    ) -> tuple[Tensor, Selection | None]:
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.logit_scale().device
+
+    def _tokens(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection | None]:
+        """Tokens (B, K, D) of the chosen frames, in the order chosen; in that of time where frames meet in the tower."""
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
+        if not self.tower.independent:
+            return self._tokens_of_mixed_input(videos, noise)
         if self.selector.backbone is None:
             everything = self._encode(videos.frames, videos.frame_mask)
-            selection = self.selector(everything, k, temperature, noise)
+            selection = self.selector(everything, noise)
             return _mix(selection.weights, everything), selection
-        selection = self.selector(self._policy_features(videos), k, temperature, noise)
+        selection = self.selector(self._selector_features(videos), noise)
         chosen = self._encode(*_take_frames(videos, selection.indices))
-        if temperature is None:
+        if not self.training:
             return chosen, selection
         # Rows of the weights are one-hot in value, but their gradient asks for every frame's embedding: as a value.
         others = _complement(selection.indices, videos.frames.shape[1])
@@ -147,7 +151,23 @@ class VideoRetriever(nn.Module):
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
 
-    def _policy_features(self, videos: VideoBatch) -> Tensor:
+    def _tokens_of_mixed_input(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
+        """For a tower in which frames meet: the straight-through weights mix pixels, so that scores learn through it."""
+        assert self.selector is not None
+        if self.selector.backbone is None:
+            features = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
+        else:
+            features = self._selector_features(videos)
+        selection = _in_time(self.selector(features, noise))
+        if not self.training:
+            frames, mask = _take_frames(videos, selection.indices)
+            return self._encode(frames, mask), selection
+        pixels = self._pixels(videos.frames, videos.frame_mask)
+        mixed = _mix(selection.weights, pixels.flatten(2)).unflatten(2, pixels.shape[2:]).to(pixels.dtype)
+        mask = videos.frame_mask.gather(1, selection.indices)
+        return at_least_float32(self.tower(mixed, mask)), selection
+
+    def _selector_features(self, videos: VideoBatch) -> Tensor:
         assert self.selector is not None and self.selector.backbone is not None
         if videos.policy_frames is None:
             features = self.selector.backbone(self._pixels(videos.frames, videos.frame_mask))
@@ -157,13 +177,25 @@ class VideoRetriever(nn.Module):
         return features
 
     def _encode(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """uint8 (B, n, 3, S, S) → CLIP embeddings (B, n, D), at least float32 so that what follows is exact."""
+        """uint8 (B, n, 3, S, S) → tokens, at least float32 so that what follows is exact; n tokens if frames are
+        independent, of which there may be none."""
         if not frames.shape[1]:
-            return torch.empty(
-                len(frames), 0, towers.embedding_width(self.clip), device=frames.device, dtype=self._dtype()
-            )
-        embeddings = towers.encode_images(self.clip, self._pixels(frames, frame_mask).flatten(0, 1))
-        return _at_least_float32(embeddings).reshape(*frames.shape[:2], -1)
+            width = embedding_width(self.clip)
+            return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
+        return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
+
+    def _reused_scores(self, selection: Selection) -> Tensor:
+        """The chosen frames' scores as weights: (B, K), rows of sum 1."""
+        return (selection.logits.gather(1, selection.indices) / self.frame_temperature).softmax(dim=1)
+
+    def _frame_weights(self, shares: Tensor, selection: Selection | None, frames: int) -> Tensor:
+        """What the tokens count (B, K) → what the candidate frames count (B, N), rows of sum 1."""
+        encoded = frames if selection is None else selection.indices.shape[1]
+        of_frames = self.tower.frame_shares(encoded)
+        weights = shares.float() if of_frames is None else shares.float() @ of_frames.to(shares.device)
+        if selection is not None:
+            weights = weights.new_zeros(len(weights), frames).scatter_add(1, selection.indices, weights)
+        return weights / weights.sum(dim=1, keepdim=True)
 
     def _pixels(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pixels = normalise(frames, self.image_spec.mean, self.image_spec.std).to(self._dtype())
@@ -172,9 +204,6 @@ class VideoRetriever(nn.Module):
     def _dtype(self) -> torch.dtype:
         return self.logit_scale().dtype
 
-    def _device(self) -> torch.device:
-        return self.logit_scale().device
-
 
 def _build_header(
     config: Config, width: int, most_frames: int, clip: nn.Module
@@ -182,16 +211,6 @@ def _build_header(
     headers = {"meanP": None, "transformer": TransformerHeader, "seqTransf": SeqTransformerHeader}
     header = headers[config.sim_header]
     return header(width, most_frames, clip) if header else None
-
-
-def _build_aggregator(config: Config, width: int, reuse_scores: bool) -> FrameAggregator:
-    if config.frame_agg == "mlp":
-        return MlpAggregator(width, config.frame_agg_temp)
-    if config.frame_agg == "transformer":
-        return TransformerAggregator(width, config.frame_agg_temp)
-    if config.frame_agg == "qscore":
-        return QueryScoreAggregator(config.frame_agg_temp)
-    return SumAggregator() if reuse_scores and not config.word_agg else MeanAggregator()
 
 
 def _take_frames(videos: VideoBatch, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,11 +225,14 @@ def _complement(indices: Tensor, count: int) -> Tensor:
     return chosen.argsort(dim=1, stable=True)[:, : count - indices.shape[1]]
 
 
+def _in_time(selection: Selection) -> Selection:
+    """The same selection with its frames in the order of time instead of that in which they were chosen."""
+    indices, order = selection.indices.sort(dim=1)
+    weights = selection.weights.gather(1, order[..., None].expand_as(selection.weights))
+    return Selection(weights, indices, selection.logits)
+
+
 def _mix(weights: Tensor, frames: Tensor) -> Tensor:
     """weights (B, K, N) @ frames (B, N, D). Outside autocast, which would round the embeddings."""
     with torch.autocast(frames.device.type, enabled=False):
         return weights.to(frames.dtype) @ frames
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -7,16 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.blocks import clip_blocks, start_small
-from adaclip_finetune.model.hard_topk import Selection, select_frames
-from adaclip_finetune.model.policy import Backbone
+from adaclip_finetune.model.frame_features import Backbone
+from adaclip_finetune.model.hard_topk import Selection, annealed_k, select_frames, selection_temperature
 
 
 class FrameSelector(nn.Module):
     """Chooses K of N frames: features (B, N, F) → Selection.
 
-    `backbone` makes the features from what the data set prepared for it; with None they are the frame embeddings.
+    In training it is a differentiable draw of `k` frames at `temperature`, which `start_epoch` sets; in evaluation it
+    is the `top_k` highest scores. `backbone` makes the features; with None they are CLIP's embeddings of the frames.
     """
+
+    k: int
+    temperature: float
 
     def __init__(self, config: Config, backbone: Backbone | None, width: int) -> None:
         super().__init__()
@@ -30,12 +35,24 @@ class FrameSelector(nn.Module):
         else:
             self.scorer = nn.Sequential(nn.Linear(encoded, 1))
         start_small(self.scorer)
+        self.top_k = config.top_k
+        self._config = config
+        self.start_epoch(0)
 
-    def forward(
-        self, features: Tensor, k: int, temperature: float | None = None, noise: Tensor | None = None
-    ) -> Selection:
-        """With a temperature: a differentiable draw (training); without: the k highest (evaluation). See
-        `select_frames`."""
+    @property
+    def view(self) -> ImageSpec | None:
+        """How the reader must prepare frames for the selector; None if it looks at what CLIP looks at, or at nothing."""
+        return None if self.backbone is None else self.backbone.view
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set K and temperature for a training epoch (from 0)."""
+        c = self._config
+        self.k = annealed_k(epoch, c.num_frm, c.top_k, c.warmup_epochs)
+        self.temperature = selection_temperature(epoch, c.init_tau, c.min_tau, c.exp_decay_factor)
+
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> Selection:
+        """`noise` (B, N) replaces the Gumbel draw of training. See `select_frames`."""
+        k, temperature = (self.k, self.temperature) if self.training else (self.top_k, None)
         # Scores decide which frames are seen at all: too cheap to compute, and too consequential, to round under
         # autocast.
         with torch.autocast(features.device.type, enabled=False):

@@ -11,10 +11,9 @@ from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learn
 class BitFit(PeftMethod):
     """Of what may learn in CLIP: `*.bias`, names with one of the keywords, and if asked the fused biases of q, k, v."""
 
-    def __init__(self, settings: BitFitSettings) -> None:
-        self.settings = settings
+    settings: BitFitSettings
 
-    def prepare(self, model: nn.Module) -> None:
+    def choose(self, model: nn.Module) -> None:
         clip = clip_of(model)
         warn_of_idle_keywords(clip, self.settings.keep_module_keywords)
         for name, parameter in learning(clip):

@@ -28,8 +28,10 @@ from adaclip_finetune.peft.importance import TensorImportance, importance, selec
 class ImportanceSelection(PeftMethod):
     """Candidates are CLIP's learning tensors outside `keep_module_keywords`; those inside learn from first to last."""
 
+    settings: IbsSettings
+
     def __init__(self, settings: IbsSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self._pretrained: dict[str, Tensor] = {}  # candidates before training, on the CPU
         self._rows: list[TensorImportance] = []  # empty until the selection
 
@@ -41,7 +43,7 @@ class ImportanceSelection(PeftMethod):
             Phase(num_epochs - first, batch_size),
         ]
 
-    def prepare(self, model: nn.Module) -> None:
+    def choose(self, model: nn.Module) -> None:
         """Remember the pretrained values of the candidates."""
         self._clip = clip_of(model)
         keywords = self.settings.keep_module_keywords

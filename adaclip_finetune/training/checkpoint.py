@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaclip_finetune.durable import beside
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.policy import FrozenClipBackbone
+from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.weights.checkpoints import Checkpoint, Kind, read_checkpoint
 from adaclip_finetune.weights.clip_weights import strict_load
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transform import merge_preprocess_dict
 from torch import nn
 
 from adaclip_finetune.errors import UserError
@@ -80,18 +82,9 @@ def build_named(name: str, tag: str | None, device: str) -> nn.Module:
     preparations = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
     alike = all(preparation == preparations[0] for preparation in preparations)
     try:
-        with open_clip_silent(), torch.device(device):
-            module: nn.Module = open_clip.create_model(
-                name,
-                load_weights=False,
-                pretrained_text=False,
-                precision="fp32",
-                device=device,
-                force_preprocess_cfg=preparations[0] if preparations and alike else None,
-            )
+        return _created(name, device, preparations[0] if preparations and alike else None)
     except Exception as error:  # all that a folder's config, or a library behind a tower, can lead to
         raise cannot_build(subject_of(name), error) from error
-    return module
 
 
 def build_described(model_cfg: dict[str, Any], preprocess: dict[str, Any], subject: str, device: str) -> nn.Module:
@@ -99,13 +92,27 @@ def build_described(model_cfg: dict[str, Any], preprocess: dict[str, Any], subje
 
     Raises UserError, which begins with `subject`: the setting and its value.
     """
-    try:
-        with torch.device(device):
-            module: nn.Module = open_clip.CLIP(**model_cfg)
-        prepared = merge_preprocess_dict(PreprocessCfg(size=model_cfg["vision_cfg"]["image_size"]), preprocess)
-        open_clip.set_model_preprocess_cfg(module, prepared)
-    except Exception as error:
-        raise cannot_build(subject, error) from error
+    # open_clip builds every kind of model from a folder that holds its description.
+    with tempfile.TemporaryDirectory() as folder:
+        described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
+        try:
+            return _created(f"{LOCAL_DIR}{folder}", device, None)
+        except Exception as error:
+            raise cannot_build(subject, error) from error
+
+
+def _created(name: str, device: str, preprocess: dict[str, Any] | None) -> nn.Module:
+    with open_clip_silent(), torch.device(device):
+        module: nn.Module = open_clip.create_model(
+            name,
+            load_weights=False,
+            pretrained_text=False,
+            pretrained_image=False,
+            precision="fp32",
+            device=device,
+            force_preprocess_cfg=preprocess,
+        )
     return module
 
 

@@ -7,6 +7,7 @@ listed and refused, and nothing is rounded on the way.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.clip import LoadedClip, pools_at_end_token
-from adaclip_finetune.model.tokens import Tokenizer
 from adaclip_finetune.weights import backbones, huggingface
 from adaclip_finetune.weights.architecture import (
     Shapes,
@@ -28,6 +27,8 @@ from adaclip_finetune.weights.architecture import (
     shapes_of,
     shapes_of_config,
 )
+from adaclip_finetune.weights.loaded import LoadedClip, Tokenizer, pools_at_end_token
+from adaclip_finetune.weights.plain import strict_load
 from adaclip_finetune.weights.torchscript import is_torchscript
 from adaclip_finetune.weights.untrusted import read_untrusted, without_module_prefix
 
@@ -42,15 +43,22 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 class Weights(NamedTuple):
-    """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from: a setting and its value."""
+    """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from: a setting and its value.
+
+    `description` is that of a checkpoint of ours, {} where there is none; `tokenizer` the folder beside the checkpoint
+    that holds the tokenizer's files, if it is not CLIP's own.
+    """
 
     state: Mapping[str, Tensor]
     source: str
+    description: Mapping[str, Any] = MappingProxyType({})
+    tokenizer: Path | None = None
 
 
 class Towers(NamedTuple):
     """A CLIP that was found: `model_cfg` in open_clip's words. With a `name` (and maybe a `tag`), open_clip has it, or
     a folder does; without, `model_cfg` and `preprocess` say it all. `weights` are those that were read already.
+    `tokenizer` is a folder with the tokenizer's files, for one that is not found by the name.
     """
 
     model_cfg: dict[str, Any]
@@ -60,6 +68,7 @@ class Towers(NamedTuple):
     preprocess: Mapping[str, Any] = MappingProxyType({})
     weights: Weights | None = None
     told_by_shapes: bool = False
+    tokenizer: Path | None = None
 
 
 def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weights | None = None) -> LoadedClip:
@@ -75,7 +84,8 @@ def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weight
     image = _image_spec(towers, module, config.max_img_size)
     tokens = _tokenizer(towers, module, config.max_txt_len)
     source = _fill(module, towers) if with_weights else "meta device, no weights"
-    return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source)
+    description = _description(towers, module)
+    return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source, description)
 
 
 def load_pretrained(config: Config, like: LoadedClip) -> LoadedClip:
@@ -84,6 +94,8 @@ def load_pretrained(config: Config, like: LoadedClip) -> LoadedClip:
     Where no setting says which CLIP that is, the shapes do. Raises UserError where they are of no model of OpenAI's,
     or the weights cannot be had.
     """
+    if config.clip_weights is None and not _is_given(config) and (name := like.description.get("pretrained")):
+        return load_clip(config.model_copy(update={"clip_backbone": name}))
     if config.clip_weights is None and not _is_given(config):
         name = architecture_of(shapes_of(like.module.state_dict(), "resume")).name
         if name not in open_clip.list_openai_models():
@@ -108,6 +120,8 @@ def find_towers(config: Config, from_checkpoint: Weights | None = None) -> Tower
     if local is not None:
         return _of_weights(config, Weights(read_state_dict(local), f"clip_weights: {local}"))
     if from_checkpoint is not None:
+        if from_checkpoint.description and not _is_given(config):
+            return _described(from_checkpoint)
         return _of_weights(config, from_checkpoint)
     name, tag = backbones.resolve_backbone(config.clip_backbone)
     if tag is None:
@@ -120,23 +134,6 @@ def build_towers(towers: Towers, device: str) -> nn.Module:
     if towers.name is not None:
         return backbones.build_named(towers.name, towers.tag, device)
     return backbones.build_described(towers.model_cfg, dict(towers.preprocess), _subject(towers), device)
-
-
-def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`, or raise UserError listing every tensor that is missing, unexpected or misshapen."""
-    own = module.state_dict()
-    # Batch counters are no weights, and old torchvision files lack them.
-    state = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | dict(state)
-    problems = [f"missing: {name} {tuple(own[name].shape)}" for name in own if name not in state]
-    problems += [f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in own]
-    problems += [
-        f"shape: {name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit the model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
-    module.load_state_dict(state)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -196,6 +193,25 @@ def _of_weights(config: Config, weights: Weights) -> Towers:
             f"architecture ({'; '.join(unlike)}); leave clip_backbone out, and the shapes decide"
         )
     return Towers(model_cfg, name, tag, weights=weights)
+
+
+def _described(weights: Weights) -> Towers:
+    """The CLIP in a checkpoint that says itself what its tensors do not: activation, heads, preprocessing, tokens."""
+    stored = weights.description
+    return Towers(stored["model_cfg"], preprocess=stored["preprocess"], weights=weights, tokenizer=weights.tokenizer)
+
+
+def _description(towers: Towers, module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of its CLIP: open_clip's words for it, and the name of its pretrained weights if
+    open_clip can fetch them."""
+    if towers.weights is not None and towers.weights.description:
+        return dict(towers.weights.description)
+    preprocess = open_clip.get_model_preprocess_cfg(module)
+    return {
+        "model_cfg": towers.model_cfg,
+        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
+        "pretrained": f"{towers.name}:{towers.tag}" if towers.name and towers.tag and not towers.weights else None,
+    }
 
 
 def _shapes_or_none(weights: Weights) -> Shapes | None:
@@ -284,7 +300,7 @@ def _image_spec(towers: Towers, module: nn.Module, max_img_size: int | None) -> 
 def _tokenizer(towers: Towers, module: nn.Module, max_txt_len: int) -> Tokenizer:
     try:
         with backbones.open_clip_silent():
-            encode: Any = open_clip.get_tokenizer(towers.name) if towers.name else _clip_tokenizer(towers.model_cfg)
+            encode = _encoder(towers)
     except Exception as error:
         raise UserError(f"{_subject(towers)}: the tokenizer could not be had: {error}") from error
     if max_txt_len > encode.context_length:
@@ -293,8 +309,27 @@ def _tokenizer(towers: Towers, module: nn.Module, max_txt_len: int) -> Tokenizer
     return Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
 
 
-def _clip_tokenizer(model_cfg: Mapping[str, Any]) -> open_clip.SimpleTokenizer:
-    tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
-    if model_cfg["text_cfg"]["vocab_size"] < tokenizer.vocab_size:
-        raise ValueError(f"a vocabulary of {model_cfg['text_cfg']['vocab_size']}, CLIP's has {tokenizer.vocab_size}")
+def _encoder(towers: Towers) -> Any:
+    """open_clip's tokenizer."""
+    text = towers.model_cfg["text_cfg"]
+    if towers.name is not None:
+        return open_clip.get_tokenizer(towers.name)
+    if text.get("hf_tokenizer_name"):
+        if towers.tokenizer is None or not towers.tokenizer.is_dir():
+            raise ValueError(f"its files belong into {towers.tokenizer}, which is not there; copy the whole run folder")
+        return open_clip.get_tokenizer(f"{backbones.LOCAL_DIR}{towers.tokenizer}")
+    tokenizer = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+    if text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+        raise ValueError(f"a vocabulary of {text['vocab_size']}, CLIP's has {tokenizer.vocab_size}")
     return tokenizer
+
+
+def save_tokenizer(loaded: LoadedClip, folder: Path) -> None:
+    """Write the files of a tokenizer that is not CLIP's own, so that `folder` is one of open_clip's; else nothing."""
+    encode = getattr(loaded.tokenize, "encode", None)
+    if not isinstance(encode, open_clip.HFTokenizer):
+        return
+    folder.mkdir(exist_ok=True)
+    encode.save_pretrained(str(folder))
+    described = {"model_cfg": loaded.description["model_cfg"], "preprocess_cfg": loaded.description["preprocess"]}
+    (folder / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Policy backbones: cheap features of each candidate frame, by which the selector chooses (AdaCLIP, Hu et al. 2023).
+"""Cheap features of each candidate frame, by which the selector chooses (the policy of AdaCLIP, Hu et al. 2023).
+
+Each backbone says in `view` how the reader must prepare frames for it; None if it takes CLIP's own frames.
 
 `frame_mask` (B, N) is False for the zero frames of `num_frm_subset`: zero after normalisation, as CLIP sees them.
 """
@@ -14,10 +16,11 @@ import torchvision
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.preprocess import IMAGENET, normalise
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import encode_images
-from adaclip_finetune.weights.clip_weights import read_state_dict, strict_load
+from adaclip_finetune.weights.clip_weights import read_state_dict
+from adaclip_finetune.weights.plain import strict_load
 
 
 class RawBackbone(nn.Module):
@@ -25,6 +28,7 @@ class RawBackbone(nn.Module):
 
     def __init__(self, rescale_size: int) -> None:
         super().__init__()
+        self.view = ImageSpec(rescale_size, (0.0,), (1.0,), resize_mode="squash", grey=True)
         self.feature_dim = rescale_size**2
 
     def forward(self, policy_frames: Tensor, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,6 +40,8 @@ class CnnBackbone(nn.Module):
 
     Frozen (`freeze_cnn`), it stays in evaluation mode, so that its batch statistics do not move either.
     """
+
+    view = IMAGENET
 
     def __init__(self, name: str, weights: str, frozen: bool) -> None:
         super().__init__()
@@ -55,6 +61,8 @@ class CnnBackbone(nn.Module):
 
 class FrozenClipBackbone(nn.Module):
     """A second, frozen copy of the pretrained image tower: normalised pixels (B, N, 3, S, S) → (B, N, D)."""
+
+    view = None
 
     def __init__(self, clip: nn.Module, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Embed a gallery and its queries, and rank: the path from an annotation to figures."""
+"""`task: retrieval`: embed a gallery of videos and its captions, and rank each by the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,21 +18,25 @@ from tqdm import tqdm
 from adaclip_finetune.config import AggregationSettings, Config, FrameSettings, ModelSettings, SelectionSettings
 from adaclip_finetune.data.dataset import GalleryDataset, VideoBatch, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader
+from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluation
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.embed import Embeddings, on_main
-from adaclip_finetune.evaluation.metrics import Metrics, retrieval_metrics
-from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest, weights_digest
+from adaclip_finetune.evaluation.metrics import RECALLS, Metrics, one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
-from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.evaluation.tasks.base import Figures, Task
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.processes import copy_from_main, is_main
+from adaclip_finetune.processes import copy_from_main, from_main, is_main
+from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.loaded import LoadedClip
 
 
 @dataclass(frozen=True, eq=False)
-class Figures:
+class RetrievalFigures:
     """What an evaluation found, small enough to be remembered: the ranks, and of how many videos they are."""
 
     metrics: Metrics
@@ -50,14 +54,9 @@ class Figures:
         of = {"videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
         return {"metrics": self.metrics.as_state(), **of}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Figures:
-        """What `as_state` gave."""
-        return cls(**{**state, "metrics": Metrics.from_state(state["metrics"])})
-
 
 @dataclass(frozen=True, eq=False)
-class EvaluationResult:
+class RetrievalReport:
     """Figures of one gallery, and what they came from. `similarity` is None except on the main process; `frame_usage`
     (N,): how often each candidate frame was chosen, None without a selector; `video_seconds`: the part of `seconds` in
     which the gallery was read and embedded."""
@@ -71,8 +70,8 @@ class EvaluationResult:
     video_seconds: float = 0.0
 
     @property
-    def figures(self) -> Figures:
-        return Figures(self.metrics, len(self.queries.video_ids), self.num_listed)
+    def figures(self) -> RetrievalFigures:
+        return RetrievalFigures(self.metrics, len(self.queries.video_ids), self.num_listed)
 
     @property
     def missing(self) -> int:
@@ -84,28 +83,39 @@ class EvaluationResult:
         return self.figures.as_dict()
 
 
-class Evaluator:
-    """Evaluates models on one split, time and again, in all processes together; its reading processes live until
-    `close`."""
+class Retrieval(Task):
+    """Text to video and video to text, ties counting against."""
 
-    def __init__(self, split: EvaluationSplit, config: Config, loaded: LoadedClip, label: str) -> None:
-        self.split, self.config, self.label = split, config, label
-        self._tokenize = loaded.tokenize
-        dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, loaded.image))
+    figures: ClassVar[Mapping[str, bool]] = {
+        f"{direction}.{name}": name.startswith("R@")
+        for direction in ("t2v", "v2t")
+        for name in (*(f"R@{k}" for k in RECALLS), "MedR", "MeanR")
+    }
+
+    def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
+        super().__init__(config, split, loaded, views, label)
+        dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, views))
         self._loader = GalleryLoader(dataset, config)
+        self._adaptation = build_adaptation(config)
 
     def close(self) -> None:
-        """End the reading processes."""
         self._loader.close()
 
-    @torch.no_grad()
-    def __call__(self, model: VideoRetriever, keep: Path | None = None) -> EvaluationResult:
-        """Puts the model into evaluation mode and leaves it there; autocast is the caller's.
+    def one_line(self, figures: Figures) -> str:
+        assert isinstance(figures, RetrievalFigures)
+        return one_line(figures.metrics)
 
-        With `keep`, a folder (only the main process's counts), finished batches are written there, and those that an
-        earlier call with the same weights and settings wrote are not embedded again: the figures are the same. Raises
-        UserError, in all processes.
-        """
+    def table(self, rows: Mapping[str, Figures]) -> str:
+        metrics = {name: row.metrics for name, row in rows.items() if isinstance(row, RetrievalFigures)}
+        return results_table(metrics)
+
+    @staticmethod
+    def figures_from_state(state: Mapping[str, Any]) -> RetrievalFigures:
+        return RetrievalFigures(**{**state, "metrics": Metrics.from_state(state["metrics"])})
+
+    def __call__(self, model: VideoRetriever, keep: Path | None = None) -> RetrievalReport:
+        """Finished batches are kept, and those that an earlier call with the same weights and settings wrote are not
+        embedded again: the figures are the same."""
         started = time.monotonic()
         model.eval()
         # Batch statistics of each process are those of its own share of the training.
@@ -118,7 +128,7 @@ class Evaluator:
         queries = self.split.queries.within(
             [name for name in self.split.queries.video_ids if name not in videos.failed]
         )
-        texts = self._embed_texts(model, folder)
+        texts = self._embed_texts(model, folder, from_main(videos.rows()) if self._adaptation.needs_gallery else None)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
@@ -129,10 +139,10 @@ class Evaluator:
         metrics = on_main(ranks)
         usage = None if model.selector is None else videos.usage.numpy()
         seconds = time.monotonic() - started
-        return EvaluationResult(metrics, queries, similarity, usage, self.split.num_listed, seconds, video_seconds)
+        return RetrievalReport(metrics, queries, similarity, usage, self.split.num_listed, seconds, video_seconds)
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
-        """The gallery's vectors (V, D), or its frames (V, K, D) if they depend on the query."""
+        """What the model's scorer keeps of the gallery: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder)
         with tqdm(total=len(names), desc=self.label, unit="video", leave=False, disable=_hidden()) as bar:
@@ -154,36 +164,38 @@ class Evaluator:
 
     def _embedded(self, model: VideoRetriever, batch: VideoBatch) -> tuple[Tensor, Tensor]:
         """Rows (B, …) and frame usage (N,), or (0,) without a selector."""
-        device = model.logit_scale().device
-        embedding = model.encode_video(batch.to(device, non_blocking=self.config.pin_mem))
-        rows = (embedding.frames if embedding.video is None else embedding.video).float().cpu()
-        if embedding.selection is None:
+        with torch.no_grad():
+            features = model.encode_video(batch.to(model.device, non_blocking=self.config.pin_mem))
+            rows = model.scorer.keep(features).float().cpu()
+        if features.selection is None:
             return rows, _integers([])
-        return rows, embedding.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
+        return rows, features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
 
-    def _embed_texts(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
+    def _embed_texts(self, model: VideoRetriever, folder: PartFolder | None, gallery: Tensor | None) -> Embeddings:
         """Vectors (T, D) of all texts, those of unreadable videos too: so batches do not depend on what failed."""
-        count, size = len(self.split.queries.texts), self.config.val_batch_size
+        count, size = len(self.split.queries.texts), self._adaptation.queries_at_once or self.config.val_batch_size
         texts = Embeddings("texts", count, folder)
         with tqdm(total=count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
-            texts.embed(-(-count // size), partial(self._text_parts, model, size), bar)
+            texts.embed(-(-count // size), partial(self._text_parts, model, size, gallery), bar)
         return texts
 
-    def _text_parts(self, model: VideoRetriever, size: int, numbers: Sequence[int]) -> Iterator[Part]:
+    def _text_parts(
+        self, model: VideoRetriever, size: int, gallery: Tensor | None, numbers: Sequence[int]
+    ) -> Iterator[Part]:
         texts = self.split.queries.texts
         for number in numbers:
             places = range(len(texts))[number * size : (number + 1) * size]
-            tokens = self._tokenize([texts[place] for place in places], self.config.max_txt_len)
-            yield Part(_integers(places), model.encode_text(tokens).float().cpu(), _integers([]))
+            tokens = self.loaded.tokenize([texts[place] for place in places], self.config.max_txt_len)
+            with self._adaptation(model, tokens, gallery), torch.no_grad():
+                rows = model.encode_text(tokens).sentence.float().cpu()
+            yield Part(_integers(places), rows, _integers([]))
 
     def _similarity(self, model: VideoRetriever, texts: Embeddings, videos: Embeddings) -> SimilarityBlocks:
         names, text = self.split.queries.video_ids, texts.rows()
         if videos.failed:
             text = text[[names[video] not in videos.failed for video in self.split.queries.video_of_text]]
-        device = model.logit_scale().device
-        aggregate = model.aggregator if model.aggregator.query_dependent else None
-        block = self.config.val_batch_size
-        return similarity_blocks(text.to(device), videos.rows().to(device), model.logit_scale(), block, aggregate)
+        block, device = self.config.val_batch_size, model.device
+        return similarity_blocks(text.to(device), videos.rows().to(device), model.scorer, block)
 
     def _rank(self, similarity: SimilarityBlocks, queries: Queries) -> Metrics:
         try:
@@ -196,13 +208,13 @@ class Evaluator:
             "videos": names_digest(self.split.queries.video_ids),
             "texts": names_digest(self.split.queries.texts),
             "weights": weights_digest(model),
-            "device": model.logit_scale().device.type,
+            "device": model.device.type,
             "settings": self.config.model_dump(mode="json", include=_deciding_settings()),
         }
         return PartFolder(path, about, keep_failures=self.config.skip_missing)
 
 
-def save_similarity(path: Path, result: EvaluationResult) -> None:
+def save_similarity(path: Path, result: RetrievalReport) -> None:
     """Write the matrix (rows queries, columns videos) as .npy and its ids beside it as .json, a block at a time: the
     main process does, the others do nothing."""
     if result.similarity is None:

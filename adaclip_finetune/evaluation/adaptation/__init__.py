@@ -1,0 +1,13 @@
+"""How a model is adapted to what it is evaluated on: a file an adaptation, chosen by the setting `adaptation`."""
+
+from __future__ import annotations
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.config.choices import ADAPTATIONS, implementation
+from adaclip_finetune.evaluation.adaptation.base import Adaptation
+
+
+def build_adaptation(config: Config) -> Adaptation:
+    """The adaptation that the config names."""
+    adaptation: Adaptation = implementation(ADAPTATIONS, config.adaptation)(config.adaptation.config)
+    return adaptation

@@ -1,0 +1,94 @@
+"""What a task is: a way to measure a model on an annotated split, and the figure that decides.
+
+A new task is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md shows a
+complete one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.preprocess import Views
+from adaclip_finetune.data.splits import EvaluationSplit
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.weights.loaded import LoadedClip
+
+
+class Figures(Protocol):
+    """What a task found, small enough to be remembered."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Named figures for metrics.json, possibly nested: `{"t2v": {"R@1": 9.2}}` holds `t2v.R@1`."""
+
+    def as_state(self) -> dict[str, Any]:
+        """All of it exactly, as JSON can hold it."""
+
+
+class Report(Protocol):
+    """What one evaluation found: its figures, and whatever else the task keeps of it."""
+
+    seconds: float
+
+    @property
+    def figures(self) -> Figures: ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures for metrics.json."""
+
+
+class Task(ABC):
+    """Measures models on one split, time and again, in all processes together; its readers live until `close`.
+
+    `figures` names what it measures, and whether more is better; `primary` is the figure that chooses the best epoch,
+    trial and share, by default the first.
+    """
+
+    figures: ClassVar[Mapping[str, bool]]
+
+    def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
+        self.config, self.split, self.loaded, self.views, self.label = config, split, loaded, views, label
+        self.primary = config.primary or next(iter(self.figures))
+        self.greater_is_better = self.figures[self.primary]
+
+    @abstractmethod
+    def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:
+        """Put the model into evaluation mode, leave it there and measure it; autocast is the caller's.
+
+        With `keep`, a folder (only the main process's counts), finished work may be kept there, so that the same call
+        after an interruption goes on. Raises UserError, in all processes.
+        """
+
+    @abstractmethod
+    def one_line(self, figures: Figures) -> str:
+        """The figures in one line of the screen."""
+
+    @abstractmethod
+    def table(self, rows: Mapping[str, Figures]) -> str:
+        """A table of several models on this split, a line each."""
+
+    @staticmethod
+    @abstractmethod
+    def figures_from_state(state: Mapping[str, Any]) -> Figures:
+        """What `Figures.as_state` gave."""
+
+    def is_better(self, figures: Figures, best: Figures | None) -> bool:
+        """Whether the primary figure is better, strictly: ties go to what came first."""
+        if best is None:
+            return True
+        one, other = value(figures, self.primary), value(best, self.primary)
+        return one > other if self.greater_is_better else one < other
+
+    def close(self) -> None:
+        """End the reading processes."""
+
+
+def value(figures: Figures, name: str) -> float:
+    """The figure of a dotted name."""
+    found: Any = figures.as_dict()
+    for part in name.split("."):
+        found = found[part]
+    return float(found)

@@ -1,0 +1,123 @@
+"""The text tower: token ids to sentence vectors, and to word vectors where something pools words anew."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from open_clip.transformer import Transformer
+from torch import Tensor, nn
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.weights.loaded import pools_at_end_token, text_setting, text_tower
+
+
+class TextTower(nn.Module):
+    """Token ids (T, L) → TextFeatures; those of words only if `words` are asked for.
+
+    Ids on the CPU are cut to the longest text of the batch, where that cannot change anything, and moved to the model.
+    """
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self._clip = (clip,)  # in a tuple, which hides it from torch's registration of submodules
+
+    @property
+    def clip(self) -> nn.Module:
+        """The CLIP whose text tower this one uses."""
+        return self._clip[0]
+
+    def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures:
+        raise NotImplementedError
+
+
+class ClipTextTower(TextTower):
+    """CLIP's own text tower, as it is."""
+
+    def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures:
+        scale = self.clip.logit_scale
+        assert isinstance(scale, Tensor)
+        token_ids = trim_padding(self.clip, token_ids).to(scale.device)
+        if not words:
+            return TextFeatures(encode_sentences(self.clip, token_ids))
+        embedded, is_word = encode_words(self.clip, token_ids)
+        return TextFeatures(_at(embedded, end_positions(self.clip, token_ids)), embedded, is_word)
+
+
+def end_positions(clip: nn.Module, token_ids: Tensor) -> Tensor:
+    """Where the end token stands in each row of token_ids (T, L): int64 (T,)."""
+    if text_setting(clip, "pool_type") == "eos":
+        is_end: Tensor = token_ids == text_setting(clip, "eos_id")
+        return is_end.int().argmax(dim=-1)
+    # In CLIP's vocabulary the end token has the highest number.
+    return token_ids.argmax(dim=-1)
+
+
+def trim_padding(clip: nn.Module, token_ids: Tensor) -> Tensor:
+    """Drop the columns after the longest text of the batch, where that cannot change the embeddings.
+
+    Only for ids on the CPU: on an accelerator, asking for the longest would wait for the device.
+    """
+    if token_ids.device.type != "cpu" or not len(token_ids) or not pools_at_end_token(clip):
+        return token_ids
+    return token_ids[:, : int(end_positions(clip, token_ids).max()) + 1]
+
+
+def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
+    """Token ids (T, L) → sentence embeddings (T, D), not normalised."""
+    if not pools_at_end_token(clip):
+        return cast(_Clip, clip).encode_text(token_ids)
+    return _project_text(clip, _at(_text_hidden(clip, token_ids), end_positions(clip, token_ids)))
+
+
+def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids (T, L) → word embeddings (T, L, D) and which of them count, bool (T, L): all up to the end token.
+
+    Raises UserError for a text tower without an end token to stop at.
+    """
+    if not pools_at_end_token(clip):
+        raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+    is_word = positions <= end_positions(clip, token_ids)[:, None]
+    return _project_text(clip, _text_hidden(clip, token_ids)), is_word
+
+
+class _Clip(Protocol):
+    """What every CLIP module of open_clip can do."""
+
+    def encode_text(self, text: Tensor) -> Tensor: ...
+
+
+class _CausalText(Protocol):
+    """What holds the parts of a causal text tower."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: Tensor  # (context_length, width)
+    transformer: Transformer
+    attn_mask: Tensor  # (context_length, context_length)
+    ln_final: nn.LayerNorm
+    text_projection: Tensor | nn.Linear | None
+
+
+def _at(rows: Tensor, positions: Tensor) -> Tensor:
+    """Row positions[t] of each rows[t]: (T, L, W) → (T, W)."""
+    return rows[torch.arange(len(rows), device=rows.device), positions]
+
+
+def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
+    """Causal tower: the hidden states (T, L, width) of the first L positions, after ln_final."""
+    tower, length = cast(_CausalText, text_tower(clip)), token_ids.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    hidden = tower.token_embedding(token_ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
+    out: Tensor = tower.ln_final(hidden)
+    return out
+
+
+def _project_text(clip: nn.Module, hidden: Tensor) -> Tensor:
+    projection = cast(_CausalText, text_tower(clip)).text_projection
+    if projection is None:
+        return hidden
+    out: Tensor = projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
+    return out

@@ -1,0 +1,41 @@
+"""`objective: contrastive`, the symmetric cross-entropy over a batch (CLIP, Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaclip_finetune.config import ContrastiveSettings
+from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.objectives.base import Group, Objective
+
+
+class Contrastive(Objective):
+    """Each caption tells its video from the others of the batch, and each video its caption."""
+
+    settings_class = ContrastiveSettings
+
+    def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
+        text, videos = self.retriever(batch)
+        scorer = self.retriever.scorer
+        text = text._replace(sentence=group.gather(text.sentence))
+        logits = scorer(text, group.gather(scorer.keep(videos)))
+        return {"contrastive": contrastive_loss(logits, group.videos(logits.device))}
+
+
+def contrastive_loss(logits: Tensor, videos: Tensor | None = None) -> Tensor:
+    """Mean of the cross-entropies over rows and over columns of `logits` (B, B), whose diagonal is right: a scalar.
+
+    `videos` (B,) numbers the videos: where two pairs of the batch share one, each is right for both, and so the other
+    is left out of the softmax instead of counting as wrong. Float32 outside autocast; float64 stays float64.
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"a batch's logits are square (B, B), not {tuple(logits.shape)}")
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        targets = torch.arange(len(logits), device=logits.device)
+        if videos is not None:
+            itself = targets[:, None] == targets[None, :]
+            logits = logits.masked_fill((videos[:, None] == videos[None, :]) & ~itself, float("-inf"))
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -1,0 +1,67 @@
+"""`objective: sigmoid`, a yes or no for every pair (SigLIP, Zhai et al. 2023, "Sigmoid Loss for Language Image
+Pre-Training")."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaclip_finetune.config import ChoiceSettings, SigmoidSettings
+from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives.base import Group, Objective
+
+LOGIT_BIAS = -10.0
+"""Where the bias begins for a CLIP that has none: most pairs are wrong, and begin as such."""
+
+
+class Sigmoid(Objective):
+    """Every caption answers for every video of the batch whether it belongs to it. Uses the tower's own `logit_bias`,
+    and creates it for a CLIP that has none."""
+
+    settings_class = SigmoidSettings
+
+    def __init__(self, settings: ChoiceSettings, retriever: VideoRetriever) -> None:
+        super().__init__(settings, retriever)
+        ensure_logit_bias(retriever.clip)
+
+    def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
+        text, videos = self.retriever(batch)
+        scorer, own = self.retriever.scorer, group.here
+        kept = group.gather(scorer.keep(videos))
+        numbers = group.videos(kept.device)
+        mine = TextFeatures(text.sentence[: group.own])
+        # This process's captions against the videos of one process after the other: no process holds all pairs.
+        total = kept.new_zeros(())
+        start = 0
+        for size in group.sizes:
+            columns = slice(start, start + size)
+            total = total + sigmoid_loss(scorer(mine, kept[columns]), own.start - start, numbers[own], numbers[columns])
+            start += size
+        return {"sigmoid": group.share_of_sum(total / len(group))}
+
+
+def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tensor) -> Tensor:
+    """Sum over pairs of −log sigmoid(±logits) for `logits` (t, v), + where text i belongs to video i + offset.
+
+    Another pair of the same video (equal numbers in `text_videos` (t,) and `videos` (v,)) is neither right nor wrong,
+    and is left out.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        columns = torch.arange(logits.shape[1], device=logits.device)[None, :]
+        right = columns == rows + offset
+        counted = right | (text_videos[:, None] != videos[None, :])
+        losses = -F.logsigmoid(torch.where(right, logits, -logits))
+        return (losses * counted).sum()
+
+
+def ensure_logit_bias(clip: nn.Module) -> None:
+    """Give a CLIP without a `logit_bias` one, at its starting value."""
+    if getattr(clip, "logit_bias", None) is None:
+        scale = clip.logit_scale
+        assert isinstance(scale, Tensor)
+        clip.logit_bias = nn.Parameter(torch.full_like(scale.detach(), LOGIT_BIAS))

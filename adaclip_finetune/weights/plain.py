@@ -1,0 +1,62 @@
+"""A module's tensors by their plain names and with their effective values, whatever parametrizations lie over them.
+
+A weight W with torch parametrizations is kept as `parametrizations.W.original` and some tensors beside it; what a
+forward pass sees is computed from them. Checkpoints hold the result, under the name W.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from adaclip_finetune.errors import UserError
+
+_ORIGINAL = re.compile(r"(?P<module>.*\.|)parametrizations\.(?P<tensor>[^.]+)\.original$")
+
+
+def plain_name(name: str) -> str | None:
+    """The plain name of an entry of a state dict; None for one that belongs to a parametrization."""
+    if "parametrizations." not in name:
+        return name
+    match = _ORIGINAL.match(name)
+    return match["module"] + match["tensor"] if match else None
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the same module without parametrizations, their effect being in the values; detached."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if "parametrizations." not in name}
+    with torch.no_grad():
+        for prefix, part in module.named_modules():
+            if parametrize.is_parametrized(part):
+                for tensor in part.parametrizations:  # type: ignore[union-attr]
+                    state[f"{prefix}.{tensor}" if prefix else tensor] = getattr(part, tensor).detach()
+    return state
+
+
+def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`, or raise UserError listing every tensor that is missing, unexpected or misshapen.
+
+    Plain names fill what parametrizations lie over, and leave these as they are; names as in `module.state_dict()` fill
+    both. A module on the meta device is only compared.
+    """
+    own = module.state_dict()
+    raw = any("parametrizations." in name for name in state)
+    wanted = {name if raw else plain_name(name): name for name in own}
+    wanted.pop(None, None)
+    # Batch counters are no weights, and old torchvision files lack them.
+    given = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | dict(state)
+    problems = [f"missing: {name} {tuple(own[real].shape)}" for name, real in wanted.items() if name not in given]
+    problems += [f"unexpected: {name} {tuple(given[name].shape)}" for name in given if name not in wanted]
+    problems += [
+        f"shape: {name} is {tuple(given[name].shape)}, the model has {tuple(own[real].shape)}"
+        for name, real in wanted.items()
+        if name in given and given[name].shape != own[real].shape
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit the model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+    if not any(tensor.is_meta for tensor in own.values()):
+        module.load_state_dict(own | {real: given[name] for name, real in wanted.items() if name is not None})

@@ -1,30 +1,15 @@
-"""Parameter-efficient finetuning: where a settings class of config/choices.py meets the method that it configures."""
+"""Parameter-efficient finetuning: a file a method, which `config.choices.PEFT` names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
-
 from torch import nn
 
-from adaclip_finetune.config import BitFitSettings, Config, FullSettings, IbsSettings
+from adaclip_finetune.config import PEFT, Config, implementation
 from adaclip_finetune.peft.base import PeftMethod
-from adaclip_finetune.peft.bitfit import BitFit
 from adaclip_finetune.peft.freezing import apply_freezing
-from adaclip_finetune.peft.full import FullFinetuning
-from adaclip_finetune.peft.ibs import ImportanceSelection
 from adaclip_finetune.peft.report import TrainableReport, trainable_report
 
-__all__ = ["METHODS", "PeftMethod", "TrainableReport", "apply_freezing", "prepare_peft", "trainable_report"]
-
-METHODS: Mapping[type, Callable[[Any], PeftMethod]] = MappingProxyType(
-    {
-        FullSettings: FullFinetuning,
-        BitFitSettings: BitFit,
-        IbsSettings: ImportanceSelection,
-    }
-)
+__all__ = ["PeftMethod", "TrainableReport", "apply_freezing", "prepare_peft", "trainable_report"]
 
 
 def prepare_peft(model: nn.Module, config: Config) -> PeftMethod:
@@ -33,6 +18,6 @@ def prepare_peft(model: nn.Module, config: Config) -> PeftMethod:
     Call it with pretrained weights in place, before the optimizer and before any wrapper.
     """
     apply_freezing(model.get_submodule("clip"), config.freeze_layer_num, config.freeze_clip)
-    method = METHODS[type(config.peft.config)](config.peft.config)
+    method: PeftMethod = implementation(PEFT, config.peft)(config.peft.config)
     method.prepare(model)
     return method

@@ -255,7 +255,7 @@ def test_a_peft_file_lies_over_a_recipe_and_flags_over_both(train: Callable[...,
         (["--config", ""], "the name of a JSON file is empty"),
         (["--config", "nowhere.json"], "nowhere.json: there is no such file"),
         (["--peft", "nowhere.json"], "nowhere.json: there is no such file"),
-        (["--peft.method", "lora"], 'command line: peft.method is "lora", but must be one of full, bitfit, ibs'),
+        (["--peft.method", "ssf"], 'command line: peft.method is "ssf", but must be one of full, bitfit, ibs, lora'),
     ],
 )
 def test_refusals(refusal: Callable[..., str], words: list[str], told: str) -> None:

@@ -28,6 +28,7 @@ PUBLISHED = {
 OURS = {
     "video_dir", "clip_weights", "policy_weights", "device", "precision", "gradient_checkpointing",
     "skip_missing", "save_similarity", "save_every_steps", "auto_batch_size", "tf32", "deterministic",
+    "tower", "objective", "task", "adaptation", "primary",
 }  # fmt: skip
 DEFAULTS = {
     "output_dir": "output", "clip_backbone": "ViT-B/32", "hidden_dim": 512, "mlp_hidden_dim": 1024, "rescale_size": 56,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adaclip_finetune.config import BitFitSettings, IbsSettings, load_config
+from adaclip_finetune.config import BitFitSettings, Choice, IbsSettings, SigmoidSettings, implementation, load_config
 from adaclip_finetune.errors import UserError
 
 Write = Callable[..., Path]
@@ -86,8 +86,8 @@ def test_an_override_object_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({"peft.method": "ssf"}, 'command line: peft.method is "ssf", but must be one of full, bitfit, ibs'),
-        ({"peft.config.retain_ratio": 0.2}, "peft.method is missing; it must be one of full, bitfit, ibs"),
+        ({"peft.method": "ssf"}, 'command line: peft.method is "ssf", but must be one of full, bitfit, ibs, lora'),
+        ({"peft.config.retain_ratio": 0.2}, "peft.method is missing; it must be one of full, bitfit, ibs, lora"),
         ({"peft.method": "ibs", "peft.config.rank": 4}, "there is no setting peft.config.rank"),
         ({"top_k.x": 4}, "there is no setting top_k.x"),
         ({"peft": [], "peft.method": "ibs"}, "peft is [], but must be an object with method, config"),
@@ -97,6 +97,65 @@ def test_an_override_object_is_not_changed() -> None:
 )
 def test_wrong_nested_overrides(overrides: dict[str, Any], told: str) -> None:
     assert told in refusal(None, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            {"peft.config.targets": ["q", "z"]},
+            'peft.config.targets[1] is "z", but must be one of q, k, v, out, fc, proj',
+        ),
+        ({"peft.config.targets": []}, "peft.config.targets is []"),
+        ({"peft.config.layers": [-1]}, "peft.config.layers[0] is -1"),
+        ({"peft.config.alpha": 0}, "peft.config.alpha is 0"),
+        ({"freeze_clip": True}, "freeze_clip leaves peft.method lora nothing"),
+    ],
+)
+def test_wrong_settings_of_lora(overrides: dict[str, Any], told: str) -> None:
+    assert told in refusal(None, **{"peft.method": "lora"} | overrides)
+
+
+# ---- the other choices ----
+
+
+def test_choices_have_defaults_and_an_objective_may_be_null(write: Write) -> None:
+    config = load_config(write({"objective": None}))
+    assert config.objective is None
+    chosen = (config.tower.method, config.task.method, config.adaptation.method, config.primary)
+    assert chosen == ("per_frame", "retrieval", "none", None)
+
+
+def test_an_objective_is_given_as_object_file_or_flag(write: Write) -> None:
+    sigmoid = {"method": "sigmoid"}
+    for overrides in (
+        {"objective": sigmoid},
+        {"objective": str(write({"objective": sigmoid}))},
+        {"objective.method": "sigmoid"},
+    ):
+        objective = load_config(None, overrides).objective
+        assert objective is not None and objective.config == SigmoidSettings()
+    assert load_config(write({"objective": sigmoid}), {"objective": None}).objective is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"objective.method": "x"}, 'objective.method is "x", but must be one of contrastive, sigmoid'),
+        ({"objective": {"config": {}}}, "objective.method is missing; it must be one of contrastive, sigmoid"),
+        ({"objective": 3}, "objective is 3, but must be an object with method, config, or null"),
+        ({"objective.method": "sigmoid", "objective.config.x": 1}, "there is no setting objective.config.x"),
+        ({"tower.method": "x"}, 'tower.method is "x", but must be per_frame'),
+        ({"tower": None}, "tower is null"),
+    ],
+)
+def test_wrong_choices(overrides: dict[str, Any], told: str) -> None:
+    assert told in refusal(None, **overrides)
+
+
+def test_the_implementation_is_what_the_table_names() -> None:
+    table = {"bitfit": Choice(BitFitSettings, "config.choices:BitFitSettings")}
+    assert implementation(table, load_config(None, {"peft.method": "bitfit"}).peft) is BitFitSettings
 
 
 # ---- optuna_cfg: the shape ----

@@ -171,7 +171,7 @@ def prepare(clip, freeze_layer_num=0, **settings):
     model = nn.Module()
     model.clip = clip
     model.aggregator = nn.Linear(4, 4)
-    peft = SimpleNamespace(config=IbsSettings(**settings))
+    peft = SimpleNamespace(method="ibs", config=IbsSettings(**settings))
     config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft)
     return model, prepare_peft(model, config)
 

@@ -13,9 +13,9 @@ import torch
 from conftest import build_tiny_clip
 from torch import nn
 
-from adaclip_finetune.config import BitFitSettings, FullSettings, IbsSettings
+from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings, LoraSettings, implementation
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.peft import METHODS, apply_freezing, prepare_peft, trainable_report
+from adaclip_finetune.peft import apply_freezing, prepare_peft, trainable_report
 from adaclip_finetune.training.optimizer import build_optimizer
 
 KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scale")
@@ -55,10 +55,14 @@ class TinyRetriever(nn.Module):
 
 def prepared(case, model):
     settings, freeze_layer_num, freeze_clip = CASES[case]
-    config = SimpleNamespace(
-        freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=SimpleNamespace(config=settings)
-    )
-    return prepare_peft(model, config)
+    peft = section_of(settings)
+    return prepare_peft(model, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=peft))
+
+
+def section_of(settings):
+    """The `peft` of a config that has these settings."""
+    (name,) = (name for name, choice in PEFT.items() if choice.settings is type(settings))
+    return SimpleNamespace(method=name, config=settings)
 
 
 def train(model, method, epochs=EPOCHS):
@@ -178,7 +182,7 @@ def test_merge_is_the_identity(case):
 @every_method
 def test_phases_add_up_and_only_the_last_may_hold_the_best(case):
     settings, _, _ = CASES[case]
-    phases = METHODS[type(settings)](settings).phases(30, 16)
+    phases = implementation(PEFT, section_of(settings))(settings).phases(30, 16)
     assert sum(phase.num_epochs for phase in phases) == 30
     assert [phase.may_be_best for phase in phases] == [False] * (len(phases) - 1) + [True]
     assert phases[-1].batch_size == 16
@@ -223,8 +227,11 @@ def test_prepare_works_without_weights_on_the_meta_device(case):
     assert trainable_report(model).aggregator.trainable == 64 * 65
 
 
-def test_every_settings_class_of_the_config_has_its_method():
-    assert {type(settings) for settings, _, _ in CASES.values()} == set(METHODS)
+def test_every_method_is_tested_here_or_in_a_file_of_its_own():
+    elsewhere = {LoraSettings}
+    assert {type(settings) for settings, _, _ in CASES.values()} | elsewhere == {
+        choice.settings for choice in PEFT.values()
+    }
 
 
 # ---- BitFit ----
@@ -262,14 +269,14 @@ def test_bitfit_learns_the_parameters_of_its_definition(freeze_layer_num, includ
             add(tensor, bias_only=False)
 
     settings = BitFitSettings(keep_module_keywords=keywords, include_qkv_bias=include_qkv_bias)
-    peft = SimpleNamespace(config=settings)
+    peft = section_of(settings)
     prepare_peft(model, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
     assert {id(parameter) for parameter in clip.parameters() if parameter.requires_grad} == expected
 
 
 def test_a_keyword_that_names_nothing_is_said(caplog):
     settings = BitFitSettings(keep_module_keywords=("ln_post", "text_projektion"))
-    config = SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=SimpleNamespace(config=settings))
+    config = SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=section_of(settings))
     with caplog.at_level(logging.WARNING):
         prepare_peft(TinyRetriever(), config)
     assert "'text_projektion'" in caplog.text
@@ -360,7 +367,7 @@ def vit_b_32():
     ],
 )
 def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trainable):
-    peft = SimpleNamespace(config=settings)
+    peft = section_of(settings)
     prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
     report = trainable_report(vit_b_32)
     assert report.as_dict() == {
@@ -372,7 +379,7 @@ def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trai
 
 
 def test_the_report_reads_well(vit_b_32):
-    peft = SimpleNamespace(config=BitFitSettings(keep_module_keywords=KEYWORDS))
+    peft = section_of(BitFitSettings(keep_module_keywords=KEYWORDS))
     prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=peft))
     clip, *_, everything = str(trainable_report(vit_b_32)).splitlines()
     assert "780,801 of   151,277,313" in clip

@@ -1,39 +1,73 @@
-"""What can be chosen by name, each with settings of its own: so far the methods of parameter-efficient finetuning."""
+"""What a run chooses by name: a PEFT method, a tower, an objective, a task, an adaptation. Torch-free.
+
+A choice is a settings class here, one line in its table, and the class that the line names, which is imported when it
+is used. In a config a choice is a section `{"method": name, "config": {...}}`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from adaclip_finetune.config.base import Names, Problem, Settings, setting
 
 
-class MethodSettings(Settings):
-    """What the settings of every method share."""
+class ChoiceSettings(Settings):
+    """What the settings of every choice share."""
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Combinations of the method's settings with others that cannot be; none unless a method says so."""
+        """Yield the settings that contradict others of the whole `config`; none unless a choice says so."""
         yield from ()
 
-    def with_fitting_batches(self, fit: Callable[[int], int]) -> MethodSettings:
-        """The same with each batch size of the method's own replaced by what fits into memory (auto_batch_size)."""
+    def with_fitting_batches(self, fit: Callable[[int], int]) -> ChoiceSettings:
+        """Return the same with each batch size of the choice's own replaced by what fits into memory
+        (auto_batch_size)."""
         return self
 
 
-class FullSettings(MethodSettings):
+class Chosen(Settings):
+    """A section of the config that names a choice and holds its settings."""
+
+    method: str
+    config: ChoiceSettings
+
+
+class Choice(NamedTuple):
+    """A choice: its settings, and `module:name` below adaclip_finetune of the class that they configure."""
+
+    settings: type[ChoiceSettings]
+    implementation: str
+
+
+def implementation(table: Mapping[str, Choice], section: Chosen) -> Any:
+    """Import and return the class that `section.method` names."""
+    module, name = table[section.method].implementation.split(":")
+    return getattr(import_module(f"adaclip_finetune.{module}"), name)
+
+
+# ---- parameter-efficient finetuning ----
+
+LoraTargets = Annotated[tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)]
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+
+
+class FullSettings(ChoiceSettings):
     """Everything that freeze_layer_num and freeze_clip leave learns."""
 
 
-class BitFitSettings(MethodSettings):
+class BitFitSettings(ChoiceSettings):
     """Only biases learn, and what the keywords name (Ben Zaken et al. 2022)."""
 
     keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
     include_qkv_bias: bool = setting(False, "the fused biases of queries, keys and values learn too")
 
 
-class IbsSettings(MethodSettings):
+class IbsSettings(ChoiceSettings):
     """Importance-based selection: a few epochs of everything, then only the tensors that mattered."""
 
     pre_batch_size: int | None = setting(
@@ -64,23 +98,115 @@ class IbsSettings(MethodSettings):
         return self.model_copy(update={"pre_batch_size": fit(self.pre_batch_size)})
 
 
-Name = TypeVar("Name", bound=str)
-Method = TypeVar("Method", bound=MethodSettings)
+class LoraSettings(ChoiceSettings):
+    """Low-rank matrices beside CLIP's own, which stay as they are (Hu et al. 2022)."""
+
+    rank: int = setting(8, "rank of the matrices", ge=1)
+    alpha: float | None = setting(None, "what is added is multiplied by alpha / rank; null: 2 x rank", gt=0)
+    dropout: float = setting(0.0, "share of the inputs of the matrices that is dropped in training", ge=0, lt=1)
+    targets: LoraTargets = setting(
+        ("q", "k", "v", "out", "fc", "proj"),
+        "what of a block gets matrices: attention (q, k, v, out), MLP (fc, proj)",
+        min_length=1,
+    )
+    towers: Literal["image", "text", "both"] = setting("both", "the towers that get matrices")
+    layers: LayerNumbers = setting((), "blocks that get matrices, counted from 0 in each tower; empty: all")
+    dora: bool = setting(False, "learn the length of each row of a weight apart from its direction (DoRA)")
+    rslora: bool = setting(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
+    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield freeze_clip: the matrices are part of CLIP."""
+        if config.freeze_clip:
+            yield "freeze_clip leaves peft.method lora nothing that learns", ("freeze_clip", "peft.method")
 
 
-class Peft(Settings, Generic[Name, Method]):
-    """A method and its settings."""
-
-    method: Name = setting(..., "how CLIP learns")
-    config: Method = setting({}, "the settings of the method")
-
-    @classmethod
-    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
-        """Name `Peft[Literal["bitfit"], BitFitSettings]` BitFitPeft in the JSON Schema."""
-        return str(params[1].__name__).removesuffix("Settings") + "Peft"
+PEFT: dict[str, Choice] = {
+    "full": Choice(FullSettings, "peft.full:FullFinetuning"),
+    "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
+    "ibs": Choice(IbsSettings, "peft.ibs:ImportanceSelection"),
+    "lora": Choice(LoraSettings, "peft.lora:Lora"),
+}
 
 
-PeftChoice = Annotated[
-    Peft[Literal["full"], FullSettings] | Peft[Literal["bitfit"], BitFitSettings] | Peft[Literal["ibs"], IbsSettings],
-    Field(discriminator="method"),
-]
+# ---- towers ----
+
+
+class PerFrameSettings(ChoiceSettings):
+    """Each frame goes through CLIP's image tower by itself."""
+
+
+TOWERS: dict[str, Choice] = {
+    "per_frame": Choice(PerFrameSettings, "model.towers.per_frame:PerFrame"),
+}
+
+
+# ---- objectives ----
+
+
+class ContrastiveSettings(ChoiceSettings):
+    """Each text is to find its video among those of the batch, and each video its text (InfoNCE)."""
+
+
+class SigmoidSettings(ChoiceSettings):
+    """Each pair of the batch is judged by itself: do text and video belong together (Zhai et al. 2023)?"""
+
+
+OBJECTIVES: dict[str, Choice] = {
+    "contrastive": Choice(ContrastiveSettings, "objectives.contrastive:Contrastive"),
+    "sigmoid": Choice(SigmoidSettings, "objectives.sigmoid:Sigmoid"),
+}
+
+
+# ---- tasks ----
+
+
+class RetrievalSettings(ChoiceSettings):
+    """Texts find videos, and videos texts."""
+
+
+TASKS: dict[str, Choice] = {
+    "retrieval": Choice(RetrievalSettings, "evaluation.tasks.retrieval:Retrieval"),
+}
+
+
+# ---- adaptations ----
+
+
+class NoAdaptationSettings(ChoiceSettings):
+    """The model is evaluated as it is."""
+
+
+ADAPTATIONS: dict[str, Choice] = {
+    "none": Choice(NoAdaptationSettings, "evaluation.adaptation.none:NoAdaptation"),
+}
+
+
+# ---- the sections of the config ----
+
+
+def _section(table: Mapping[str, Choice], kind: str, help: str) -> Any:
+    """Return the type of a section that holds one choice of the table: a class a choice, told apart by `method`."""
+    options = []
+    for name, choice in table.items():
+        fields: Any = {
+            "method": (Literal[name], setting(..., help)),
+            "config": (choice.settings, setting({}, "its settings")),
+        }
+        title = choice.settings.__name__.removesuffix("Settings").removesuffix(kind) + kind
+        options.append(create_model(title, __base__=Chosen, __doc__=choice.settings.__doc__, **fields))
+    return Annotated[reduce(or_, options), Field(discriminator="method")] if len(options) > 1 else options[0]
+
+
+if TYPE_CHECKING:
+    PeftSection: TypeAlias = Chosen
+    TowerSection: TypeAlias = Chosen
+    ObjectiveSection: TypeAlias = Chosen
+    TaskSection: TypeAlias = Chosen
+    AdaptationSection: TypeAlias = Chosen
+else:
+    PeftSection = _section(PEFT, "Peft", "how CLIP learns")
+    TowerSection = _section(TOWERS, "Tower", "how frames go through CLIP")
+    ObjectiveSection = _section(OBJECTIVES, "Objective", "the loss")
+    TaskSection = _section(TASKS, "Task", "what is measured")
+    AdaptationSection = _section(ADAPTATIONS, "Adaptation", "how the model adapts")

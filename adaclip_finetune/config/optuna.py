@@ -20,11 +20,11 @@ def _values(choices: tuple[Any, ...]) -> tuple[Any, ...]:
 Choices = Annotated[tuple[Any, ...], Field(strict=False), AfterValidator(_values)]
 
 # A test holds these to be what an evaluation measures.
-Objective = Literal[
+Figure = Literal[
     "t2v.R@1", "t2v.R@5", "t2v.R@10", "t2v.R@50", "t2v.MedR", "t2v.MeanR",
     "v2t.R@1", "v2t.R@5", "v2t.R@10", "v2t.R@50", "v2t.MedR", "v2t.MeanR",
 ]  # fmt: skip
-OBJECTIVES = get_args(Objective)
+FIGURES = get_args(Figure)
 
 
 class SamplerSettings(Settings):
@@ -78,7 +78,7 @@ class OptunaSettings(Settings):
     pruner: Literal["median", "hyperband", "percentile", "none"] = setting(
         "median", "which trials are ended early: below the median, below the best quarter, by halving, or none"
     )
-    objective: Objective = setting(
+    objective: Figure = setting(
         "t2v.R@1", "the validation metric that is searched for its best, at each trial's best epoch (by T2V R@1)"
     )
     storage: str = setting(

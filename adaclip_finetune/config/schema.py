@@ -29,8 +29,10 @@ class Schema:
     def alternatives(self, node: Node) -> list[Node]:
         """The types a value may have, null apart: one for nearly all settings, several for a choice of methods."""
         node = self.resolve(node)
-        options: list[Node] = node.get("oneOf") or node.get("anyOf") or [node]
-        return [option for option in map(self.resolve, options) if option.get("type") != "null"]
+        options: list[Node] = node.get("oneOf") or node.get("anyOf") or []
+        if not options:
+            return [] if node.get("type") == "null" else [node]
+        return [alternative for option in options for alternative in self.alternatives(option)]
 
     def nullable(self, node: Node) -> bool:
         """Whether null is allowed."""
@@ -55,9 +57,9 @@ class Schema:
         nodes, named = [self.root], list[str | int]()
         for step in steps:
             options = [option for node in nodes for option in self.alternatives(node)]
-            tagged = [node for node in nodes if step in self.resolve(node).get("discriminator", {}).get("mapping", {})]
+            tagged = [ref for node in nodes if (ref := self._choices(node).get(step)) is not None]
             if tagged:
-                nodes = [{"$ref": self.resolve(node)["discriminator"]["mapping"][step]} for node in tagged]
+                nodes = [{"$ref": ref} for ref in tagged]
                 continue
             named.append(step)
             nodes = [child for option in options if (child := _child(option, step)) is not None]
@@ -79,14 +81,26 @@ class Schema:
 
     def tag(self, node: Node) -> str | None:
         """The name of the key that chooses among the alternatives of a section (`method`), if there is one."""
-        name: str | None = self.resolve(node).get("discriminator", {}).get("propertyName")
+        name: str | None = self._discriminator(node).get("propertyName")
         return name
+
+    def _choices(self, node: Node) -> dict[str | int, str]:
+        """What may be chosen there by name -> reference to its node; empty where nothing is."""
+        choices: dict[str | int, str] = self._discriminator(node).get("mapping", {})
+        return choices
+
+    def _discriminator(self, node: Node) -> Node:
+        """That of the node, or of the one alternative beside null."""
+        node = self.resolve(node)
+        options = [option for option in (node, *node.get("anyOf", [])) if "discriminator" in option]
+        found: Node = options[0]["discriminator"] if options else {}
+        return found
 
     def owners(self, path: str) -> list[str]:
         """Which choices of a section's alternatives know a nested setting: `peft.config.metric` is of ibs."""
         section, *rest = path.split(".")
-        mapping = self.resolve(self.root["properties"][section]).get("discriminator", {}).get("mapping", {})
-        owners = [tag for tag in mapping if self.locate([section, tag, *rest])[1]]
+        mapping = self._choices(self.root["properties"][section])
+        owners = [str(tag) for tag in mapping if self.locate([section, tag, *rest])[1]]
         return owners if len(owners) < len(mapping) else []
 
     def words(self, *nodes: Node) -> str:

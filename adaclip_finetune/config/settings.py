@@ -1,8 +1,8 @@
 """Every setting of the project: name, type, default, range, unit and one line of help. Torch-free.
 
 `load_config(file, overrides)` lays flags over the file over the defaults, checks all of it and returns a frozen
-`Config`; `check_paths(config)` then asks whether the files it names are there. Adding a PEFT method takes a settings
-class and a line in `PeftChoice`, in `choices.py`.
+`Config`; `check_paths(config)` then asks whether the files it names are there. What is chosen by
+name (`peft`, `tower` …) is declared in `choices.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from adaclip_finetune.config.base import Contradictions, Problem, Settings, setting
-from adaclip_finetune.config.choices import PeftChoice
+from adaclip_finetune.config.choices import (
+    AdaptationSection,
+    ObjectiveSection,
+    PeftSection,
+    TaskSection,
+    TowerSection,
+)
 from adaclip_finetune.config.layers import load
 from adaclip_finetune.config.optuna import OptunaSettings
 
@@ -91,6 +97,9 @@ class ModelSettings(Settings):
     clip_weights: PathText | None = setting(
         None, "weights on disk; null: clip_backbone's, fetched", unit="file or folder"
     )
+    tower: TowerSection = setting(
+        {"method": "per_frame"}, "how the frames of a video go through CLIP, and its settings"
+    )
     sim_header: Literal["meanP", "seqTransf", "transformer"] = setting(
         "meanP", "what selected frames pass through: nothing, four CLIP blocks, or one"
     )
@@ -146,16 +155,18 @@ class AggregationSettings(Settings):
 class PeftGroup(Settings):
     """PEFT"""
 
-    peft: PeftChoice = setting({"method": "full"}, "how CLIP learns, and the settings of that method")
+    peft: PeftSection = setting({"method": "full"}, "how CLIP learns, and the settings of that method")
 
 
 class OptimisationSettings(Settings):
     """Optimisation"""
 
+    objective: ObjectiveSection | None = setting(
+        None, "the loss; null: what the CLIP was trained with: sigmoid for SigLIP towers, contrastive for others"
+    )
     num_epochs: int = setting(30, "passes over the training data", unit="epochs", ge=1)
     batch_size: int = setting(32, "videos in a batch, of all processes together", unit="videos", ge=1)
     auto_batch_size: bool = setting(False, "halve batch_size until a batch fits into the accelerator's memory")
-    val_batch_size: int = setting(500, "texts or videos in a batch of evaluation", unit="items", ge=1)
     gradient_accumulation_steps: int = setting(1, "batches to an update of the weights", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer")
     learning_rate: float = setting(1e-4, "highest learning rate; that of CLIP is multiplied by coef_lr", gt=0)
@@ -169,6 +180,19 @@ class OptimisationSettings(Settings):
         "norm to which the whole gradient is clipped; -1: not clipped",
         allowed="a number > 0, or -1 for no clipping",
     )
+
+
+class EvaluationSettings(Settings):
+    """Evaluation"""
+
+    task: TaskSection = setting({"method": "retrieval"}, "what is measured, and its settings")
+    adaptation: AdaptationSection = setting(
+        {"method": "none"}, "how the model adapts to what it is evaluated on, and the settings of that"
+    )
+    primary: str | None = setting(
+        None, "figure that chooses the best epoch, such as t2v.R@1; null: the task's own", min_length=1
+    )
+    val_batch_size: int = setting(500, "texts or videos in a batch of evaluation", unit="items", ge=1)
 
 
 class RunSettings(Settings):
@@ -219,6 +243,7 @@ class Config(  # pydantic collects fields from the last base to the first: backw
     SearchGroup,
     DeviceSettings,
     RunSettings,
+    EvaluationSettings,
     OptimisationSettings,
     PeftGroup,
     AggregationSettings,
@@ -227,7 +252,10 @@ class Config(  # pydantic collects fields from the last base to the first: backw
     FrameSettings,
     DataSettings,
 ):
-    """All settings of a run, flat but for `peft` and `optuna_cfg`. `model_fields_set` tells which were given."""
+    """All settings of a run, flat but for what is chosen by name (`peft`, `tower` …) and `optuna_cfg`.
+
+    `model_fields_set` tells which were given.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -288,4 +316,6 @@ def contradictions(c: Config) -> Iterator[Problem]:
     if c.freeze_clip and not selector_learns and not c.do_inference:
         what = "nothing would learn: freeze_clip, and no selector, header or aggregator that learns"
         yield what, ("freeze_clip", "use_policy", "sim_header", "frame_agg")
-    yield from c.peft.config.contradictions(c)
+    for chosen in (c.peft, c.tower, c.objective, c.task, c.adaptation):
+        if chosen is not None:
+            yield from chosen.config.contradictions(c)

@@ -1,0 +1,242 @@
+"""The one way to a model: `open_model`, which every command uses.
+
+    plain CLIP ─► method.attach ─► retriever ─► fill ─► method.choose
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.flops import Gflops, count_gflops
+from adaclip_finetune.model.frame_features import FrozenClipBackbone
+from adaclip_finetune.model.norms import split_frozen_norms
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives import Objective, build_objective
+from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, ensure_logit_bias
+from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
+from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.weights.checkpoints import (
+    Checkpoint,
+    Kind,
+    check_settings,
+    check_version,
+    read_checkpoint,
+    with_its_clip,
+)
+from adaclip_finetune.weights.clip_weights import build_towers, find_towers, load_clip, load_pretrained
+from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.loaded import LoadedClip
+from adaclip_finetune.weights.plain import plain_state, strict_load
+
+Values = Literal["real", "random", "meta"]
+
+
+@dataclass
+class Session:
+    """A model, and what learns in it. `config` is completed by what the checkpoint tells."""
+
+    config: Config
+    accelerator: Accelerator | None
+    loaded: LoadedClip
+    model: VideoRetriever
+    method: PeftMethod
+    objective: Objective
+    checkpoint: Checkpoint | None
+    parameters: TrainableReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recount()
+
+    def recount(self) -> None:
+        """Count again what learns, after the method changed it."""
+        self.parameters = trainable_report(self.model)
+
+    @property
+    def gflops(self) -> Gflops:
+        """What a video costs, counted on shapes alone."""
+        return count_gflops(self.model, self.config.num_frm)
+
+    def use(self, config: Config) -> None:
+        """Go on with other settings of the method, from the same model; what learns is chosen anew."""
+        self.config = config
+        self.method = build_method(config)
+        _choose(self)
+
+    def pretrained(self) -> LoadedClip:
+        """CLIP as it was before anything learned. Raises UserError where it is not at hand."""
+        if self.checkpoint is None and self.method.mergeable and self.config.peft.method != "lora":
+            return self.loaded
+        return load_pretrained(self.config, self.loaded)
+
+    def description(self) -> dict[str, str]:
+        """What a checkpoint of this session says beside its tensors, as metadata of safetensors."""
+        described: dict[str, Any] = dict(self.loaded.description)
+        if getattr(self.model.clip, "logit_bias", None) is not None:
+            described["model_cfg"] = {"init_logit_bias": LOGIT_BIAS, **described["model_cfg"]}
+        about = {"config": self.config.model_dump_json(), "clip": json.dumps(described)}
+        about["parameters"] = json.dumps(self.parameters.as_dict())
+        if not self.method.mergeable:
+            about["method"] = self.config.peft.method
+        return about
+
+
+def open_model(
+    config: Config,
+    checkpoint: Checkpoint | None = None,
+    values: Values = "real",
+    accelerator: Accelerator | None = None,
+    learn: bool = True,
+) -> Session:
+    """The model of a config, filled from `checkpoint` (default: that of `config.resume`), with what learns chosen.
+
+    `values` says what weights that would have to be fetched are instead: random, or shapes alone on the meta device.
+    Without an `accelerator` the model stays on the CPU. Without `learn` nothing is attached to CLIP unless the
+    checkpoint needs it, and no parameter learns. Raises UserError, the same for every command.
+    """
+    checkpoint = checkpoint or (read_checkpoint(Path(config.resume)) if config.resume else None)
+    if checkpoint is not None:
+        config = with_its_clip(checkpoint, config)
+        if checkpoint.is_foreign:
+            check_settings(checkpoint, config)
+        check_version(checkpoint)
+    at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
+    values = "real" if at_hand else values
+    with torch.device("meta") if values == "meta" else nullcontext():
+        loaded = _load(config, checkpoint, values)
+        state = None if checkpoint is None else _plain_tensors(checkpoint, loaded, config)
+        method = build_method(config)
+        if learn or not method.mergeable:
+            method.attach(loaded.module)
+        # A checkpoint brings the weights of the selector's CNN too, so that none need be fetched.
+        fetched = checkpoint is None and values == "real"
+        built = config if fetched or config.policy_weights != "imagenet" else _with(config, policy_weights="random")
+        built = _with(built, policy_weights="random") if checkpoint is not None else built
+        if state is not None and "clip.logit_bias" in state:
+            ensure_logit_bias(loaded.module)
+        model = VideoRetriever(built, loaded)
+        objective = build_objective(config, model)
+    split_frozen_norms(model.clip)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if state is not None and checkpoint is not None:
+        fill(model, state, f"resume: {checkpoint.path}")
+        method.reset(model)
+    if accelerator is not None:
+        model.to(accelerator.device)
+    session = Session(config, accelerator, loaded, model, method, objective, checkpoint)
+    if learn:
+        _choose(session)
+    else:
+        model.requires_grad_(False)
+        session.recount()
+    return session
+
+
+def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
+    """A trained model on the device of its config, in evaluation mode, nothing of it learning."""
+    session = open_model(config, checkpoint, accelerator=make_accelerator(config), learn=False)
+    session.model.eval()
+    return session
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put a checkpoint's plain tensors into `model`, strictly. Raises UserError."""
+    own = model.state_dict()
+    brought = {name: own[name] for name in _frozen_copies(model) if name not in state}
+    strict_load(model, brought | dict(state), source)
+
+
+def find_checkpoint(source: str | Path, overrides: Mapping[str, Any], settings: Path | None = None) -> tuple[Checkpoint, Config]:
+    """The checkpoint of a run folder or a weights file, and its settings with `overrides` (flags) over them.
+
+    The settings are those of the run folder, of the checkpoint itself, or of the file `settings` for a checkpoint that
+    brings none. Raises UserError.
+    """
+    path = Path(source)
+    weights = path / "best.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        what = "Not a run folder: best.safetensors not found" if path.is_dir() else "There is no such file or folder"
+        raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
+    checkpoint = read_checkpoint(weights)
+    if settings is not None or checkpoint.is_foreign:
+        return checkpoint, load_config(settings, dict(overrides))
+    own = checkpoint.own_settings(path if path.is_dir() else None)
+    return checkpoint, load_config(None, {**own, **overrides})
+
+
+def _with(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update=settings)
+
+
+def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> LoadedClip:
+    towers = None if checkpoint is None else checkpoint.towers()
+    if values == "real":
+        return load_clip(config, from_checkpoint=towers)
+    shapes = load_clip(config, with_weights=False, from_checkpoint=towers)
+    return shapes if values == "meta" else replace(shapes, module=build_towers(find_towers(config), "cpu"))
+
+
+def _plain_tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config) -> dict[str, Tensor]:
+    """The checkpoint's tensors as a plain model has them; those of an adapter laid over the pretrained CLIP."""
+    if checkpoint.kind is not Kind.ADAPTER:
+        if checkpoint.method not in (None, config.peft.method):
+            raise UserError(
+                f"resume: {checkpoint.path} holds what peft.method {checkpoint.method} added to CLIP, which cannot be "
+                f"merged; peft.method {config.peft.method} cannot begin with it"
+            )
+        return checkpoint.state
+    own = load_config(None, {"peft": checkpoint.settings["peft"]}) if "peft" in checkpoint.settings else config
+    _check_pretrained(checkpoint, loaded)
+    clip = copy.deepcopy(loaded.module)
+    if "clip.logit_bias" in checkpoint.state:
+        ensure_logit_bias(clip)
+    method = build_method(own)
+    method.attach(clip)
+    holder = nn.Module()
+    holder.clip = clip
+    inside = {name: tensor for name, tensor in checkpoint.state.items() if name.startswith("clip.")}
+    strict_load(holder, dict(holder.state_dict()) | inside, f"resume: {checkpoint.path}")
+    outside = {name: tensor for name, tensor in checkpoint.state.items() if name not in inside}
+    return plain_state(holder) | outside
+
+
+def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:
+    """An adapter says which weights it goes over."""
+    wanted = checkpoint.description.get("digest")
+    if wanted is None or any(parameter.is_meta for parameter in loaded.module.parameters()):
+        return
+    if wanted != weights_digest(loaded.module):
+        raise UserError(
+            f"resume: {checkpoint.path} goes over the pretrained weights {checkpoint.description.get('source')} "
+            f"(SHA-256 {wanted[:12]}…), and {loaded.source} are others; give those with --clip_weights or "
+            "--clip_backbone"
+        )
+
+
+def _choose(session: Session) -> None:
+    choose_what_learns(session.method, session.model, session.config)
+    session.objective.choose()
+    session.recount()
+
+
+def _frozen_copies(model: nn.Module) -> list[str]:
+    """Names of a frozen copy of CLIP's image tower in the selector, which an adapter lacks: the pretrained CLIP that is
+    in the model already has filled it."""
+    return [
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenClipBackbone)
+        for inner in plain_state(module)
+    ]

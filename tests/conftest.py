@@ -38,9 +38,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference facts and real data beside the checkout; tests that need it skip where it is not."""
+    """The folder of real videos and annotation files beside the checkout; tests that need it skip where it is not."""
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not there: golden values and real data are not part of the project")
+        pytest.skip(f"{SHARED} is not there: real videos and annotation files are not part of the project")
     return SHARED
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import write_published
+from golden import load_golden, load_golden_clip
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
@@ -33,11 +34,10 @@ AS_IT_IS = ImageSpec(size=32, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_golden_setting(name: str, shared: Path, tmp_path: Path) -> None:
-    golden = shared / "reference/golden"
-    expected = torch.load(golden / f"{name}.pt", weights_only=True)
-    inputs = torch.load(golden / "inputs.pt", weights_only=True)
-    state = torch.load(golden / "clip.pt", weights_only=True) | expected["state_dict_without_clip"]
+def test_golden_setting(name: str, tmp_path: Path) -> None:
+    expected = load_golden(name)
+    inputs = load_golden("inputs")
+    state = load_golden_clip() | expected["state_dict_without_clip"]
     checkpoint = read_checkpoint(write_published(tmp_path / "such.pth", state, expected["settings"]))
     assert "easydict" not in sys.modules
     config = load_config(None, expected["settings"])

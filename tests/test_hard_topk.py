@@ -1,16 +1,15 @@
 """Hard-Top-k against the golden values, a numpy version of its formula, and its promises."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden import load_golden
 
 from adaclip_finetune.model.hard_topk import annealed_k, hard_top_k, select_frames, selection_temperature
 
 
-def test_golden(shared: Path) -> None:
-    cases = torch.load(shared / "reference/golden/op_hard_top_k.pt", weights_only=True)
+def test_golden() -> None:
+    cases = load_golden("op_hard_top_k")
     assert len(cases) >= 12
     for case in cases:
         scores = case["logits"].clone().requires_grad_()

@@ -1,6 +1,5 @@
 """Importance-based selection against the published one, and where that one is undefined or noise."""
 
-import json
 import logging
 import math
 import warnings
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from golden import load_golden
 from torch import nn
 
 from adaclip_finetune.config import IbsSettings
@@ -23,8 +23,8 @@ def as_groups(names, labels):
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_golden_selection(shared, number):
-    case = json.loads((shared / "reference/golden/op_ibs.json").read_text())["cases"][number]
+def test_golden_selection(number):
+    case = load_golden("op_ibs")["cases"][number]
     settings = IbsSettings(**{key: case[key] for key in ("metric", "normalization", "retain_ratio", "num_groups")})
     triples = case["importance_name_value_dim"]
     rows = select_tensors({name: (value, dim) for name, value, dim in reversed(triples)}, settings)

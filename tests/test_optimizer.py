@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden import load_golden
 from torch import nn
 
 from adaclip_finetune.config import Config
@@ -39,8 +40,8 @@ def make_config(**changes):
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_golden_trajectories(shared, case):
-    golden = torch.load(shared / "reference/golden/op_bertadam.pt", weights_only=True)[case]
+def test_golden_trajectories(case):
+    golden = load_golden("op_bertadam")[case]
     settings = golden["kwargs"]
     p1, p2 = nn.Parameter(golden["p1_init"].clone()), nn.Parameter(golden["p2_init"].clone())
     unused = nn.Parameter(torch.ones(2))

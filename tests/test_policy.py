@@ -1,6 +1,5 @@
 """Policy backbones: torchvision's own pooled features, weights that stay, and the published tensors under our names."""
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import build_tiny_clip
+from golden import load_golden
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
@@ -198,8 +198,8 @@ def on_meta(config: Config) -> VideoRetriever:
         return VideoRetriever(config, load_clip(config, with_weights=False))
 
 
-def test_every_published_tensor_is_one_of_ours_and_no_other_exists(shared: Path) -> None:
-    layouts = json.loads((shared / "reference/published_checkpoint_layout.json").read_text())["settings"]
+def test_every_published_tensor_is_one_of_ours_and_no_other_exists() -> None:
+    layouts = load_golden("checkpoint_layout")["settings"]
     assert len(layouts) == len(PUBLISHED)
     for begin, settings in PUBLISHED.items():
         (published,) = (layout for name, layout in layouts.items() if name.startswith(begin))

@@ -1,18 +1,16 @@
 """Frame indices against the published system's, and the properties of the random ones."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
+from golden import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.data.sampling import frame_indices, generator
 
 
-def test_published_indices(shared: Path) -> None:
-    cases = json.loads((shared / "reference/golden/op_frame_index.json").read_text())
+def test_published_indices() -> None:
+    cases = load_golden("op_frame_index")
     assert len(cases) == 487
     held = 0
     for case in cases:
@@ -34,7 +32,7 @@ def test_published_indices(shared: Path) -> None:
     assert held == 475  # the other 12 are draws
 
 
-def test_random_needs_training(shared: Path) -> None:
+def test_random_needs_training() -> None:
     """Without a generator, as in evaluation, the same frames come every time, whatever the subset."""
     assert frame_indices(100, 16, subset=6).tolist() == [0, 12, 31, 50, 62, 81]
 

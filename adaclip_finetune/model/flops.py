@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaclip_finetune.data.preprocess import IMAGENET
@@ -45,26 +47,43 @@ class Gflops:
         """Plain numbers by name."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        return (
+            f"GFLOPs (multiply-adds): {self.video:.3g} a video; a frame: CLIP {self.clip_frame:.3g}, "
+            f"policy {self.policy_frame:.3g}; all frames: temporal encoder {self.temporal_encoder:.3g}, "
+            f"scorer {self.scorer:.3g}, aggregation {self.header_and_aggregator:.3g}; "
+            f"products inside attention add {self.video_attention:.3g}"
+        )
+
 
 def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
     """Count a video's way through the model in evaluation: all N frames through the policy, K through CLIP."""
-    size, selector = model.image_spec.size, model.selector
-    visual, width = model.clip.get_submodule("visual"), embedding_width(model.clip)
-    frame = _count(visual, 1, 3, size, size)
+    on_meta = _meta_copy(model)
+    assert isinstance(on_meta, VideoRetriever)
+    size, selector, width = model.image_spec.size, on_meta.selector, embedding_width(model.clip)
+    frame = _count(on_meta.clip.get_submodule("visual"), torch.empty(1, 3, size, size, device="meta"))
     policy_frame = encoder = scorer = _Count()
     if selector is not None:
         policy_frame = _count_policy(selector.backbone, size)
         feature_dim = selector.backbone.feature_dim if selector.backbone else width
         encoder = _count_encoder(selector.encoder, num_frm, feature_dim)
-        scorer = _count(selector.scorer, 1, num_frm, next(selector.scorer.parameters()).shape[1])
-    tail = _Count()
-    # A query-dependent aggregator costs nothing until a query comes.
-    for part in (model.header, None if model.aggregator.query_dependent else model.aggregator):
-        if part is not None:
-            tail += _count(part, 1, model.top_k, width)
+        scored = torch.empty(1, num_frm, next(selector.scorer.parameters()).shape[1], device="meta")
+        scorer = _count(selector.scorer, scored)
     # The policy `clip` looks at all N frame embeddings, and so needs them.
-    encoded = num_frm if selector is not None and selector.backbone is None else model.top_k
-    video = frame * encoded + policy_frame * num_frm + encoder + scorer + tail
+    looks_at_all = selector is not None and selector.backbone is None
+    encoded = frame * model.top_k
+    if not model.tower.independent:
+        pixels = torch.empty(1, model.top_k, 3, size, size, device="meta")
+        encoded = _count(on_meta.tower, pixels, torch.ones(1, model.top_k, dtype=torch.bool, device="meta"))
+        encoded += frame * num_frm if looks_at_all else _Count()
+    elif looks_at_all:
+        encoded = frame * num_frm
+    shares, tokens = model.tower.frame_shares(model.top_k), model.top_k
+    tail, pooled = _Count(), torch.empty(1, tokens if shares is None else len(shares), width, device="meta")
+    for part in (on_meta.header, on_meta.aggregator):
+        if part is not None:
+            tail += _count(part, pooled)
+    video = encoded + policy_frame * num_frm + encoder + scorer + tail
     return Gflops(
         clip_frame=frame.with_weights / 1e9,
         policy_frame=policy_frame.with_weights / 1e9,
@@ -91,19 +110,26 @@ class _Count:
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
-    """The same module, frozen, with all its tensors on the meta device: a copy that costs no memory. float32."""
+    """The same module, frozen, with all its tensors on the meta device: a copy that costs no memory. float32.
+
+    Parametrizations are left out of it: they are merged before a model is used.
+    """
     memo: dict[int, Tensor] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo).float()
+    on_meta = copy.deepcopy(module, memo).float().eval()
+    for part in on_meta.modules():
+        if isinstance(part, ParametrizationList):
+            part.forward = partial(getattr, part, "original")  # type: ignore[method-assign]
+    return on_meta
 
 
 def _count_policy(backbone: Backbone | None, clip_size: int) -> _Count:
     if isinstance(backbone, CnnBackbone):
-        return _count(backbone.cnn, 1, 3, IMAGENET.size, IMAGENET.size)
+        return _count(backbone.cnn, torch.empty(1, 3, IMAGENET.size, IMAGENET.size, device="meta"))
     if isinstance(backbone, FrozenClipBackbone):
-        return _count(backbone.visual, 1, 3, clip_size, clip_size)
+        return _count(backbone.visual, torch.empty(1, 3, clip_size, clip_size, device="meta"))
     return _Count()
 
 
@@ -113,14 +139,13 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
     if isinstance(encoder, RecurrentEncoder):
         hidden = encoder.rnn.hidden_size
         return _Count(encoder.directions * num_frm * 4 * hidden * (feature_dim + hidden))
-    return _count(encoder, 1, num_frm, feature_dim)
+    return _count(encoder, torch.empty(1, num_frm, feature_dim, device="meta"))
 
 
-def _count(module: nn.Module, *shape: int) -> _Count:
-    """The multiply-adds of the module in evaluation for an input of this shape."""
-    on_meta = _meta_copy(module).eval()
+def _count(module: nn.Module, *inputs: Tensor) -> _Count:
+    """The multiply-adds of a module on the meta device for these inputs."""
     with FlopCounterMode(display=False) as counter:
-        on_meta(torch.empty(*shape, device="meta"))
+        module(*inputs)
     # The counter counts a multiply-add as two operations.
     by_operation = counter.get_flop_counts().get("Global", {})
     with_weights = sum(count for operation, count in by_operation.items() if operation in _WITH_WEIGHTS) / 2

@@ -117,6 +117,13 @@ class VideoRetriever(nn.Module):
         """What `start_epoch` set, by name, for the log: K and the temperature τ of the frame selector."""
         return {"k": self.num_frm} if self.selector is None else {"k": self.selector.k, "tau": self.selector.temperature}
 
+    @property
+    def frames_with_gradients(self) -> int:
+        """How many frames of a video go through CLIP with gradients in a training step."""
+        if self.selector is None or (self.tower.independent and self.selector.backbone is None):
+            return self.num_frm
+        return self.selector.k
+
     def checkpoint_gradients(self) -> None:
         """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""
         self.clip.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -85,6 +85,9 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.settings, self.retriever = settings, retriever
 
+    def choose(self) -> None:
+        """Let learn what the objective created within CLIP. Called after the method chose among CLIP's parameters."""
+
     @abstractmethod
     def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
         """`batch` is this process's share. Named scalars, whose sum is the loss of the whole batch in all processes;

@@ -25,7 +25,11 @@ class Sigmoid(Objective):
 
     def __init__(self, settings: ChoiceSettings, retriever: VideoRetriever) -> None:
         super().__init__(settings, retriever)
-        ensure_logit_bias(retriever.clip)
+        self._created = ensure_logit_bias(retriever.clip)
+
+    def choose(self) -> None:
+        if self._created:
+            self.retriever.clip.get_parameter("logit_bias").requires_grad_(True)
 
     def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
         text, videos = self.retriever(batch)
@@ -59,9 +63,11 @@ def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tenso
         return (losses * counted).sum()
 
 
-def ensure_logit_bias(clip: nn.Module) -> None:
-    """Give a CLIP without a `logit_bias` one, at its starting value."""
-    if getattr(clip, "logit_bias", None) is None:
-        scale = clip.logit_scale
-        assert isinstance(scale, Tensor)
-        clip.logit_bias = nn.Parameter(torch.full_like(scale.detach(), LOGIT_BIAS))
+def ensure_logit_bias(clip: nn.Module) -> bool:
+    """Give a CLIP without a `logit_bias` one, at its starting value. Returns whether it had none."""
+    if getattr(clip, "logit_bias", None) is not None:
+        return False
+    scale = clip.logit_scale
+    assert isinstance(scale, Tensor)
+    clip.logit_bias = nn.Parameter(torch.full_like(scale.detach(), LOGIT_BIAS))
+    return True

@@ -15,12 +15,10 @@ from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.hard_topk import annealed_k, selection_temperature
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
 from adaclip_finetune.training.device import describe_device, total_memory_gib
-from adaclip_finetune.training.gather import PairSimilarity
-from adaclip_finetune.training.objective import contrastive_loss
 
 # What is no torch.OutOfMemoryError but means the same: MPS, the CPU (on Linux, on Windows), the CUDA driver, cuBLAS and
 # cuDNN on their own, Level Zero.
@@ -43,13 +41,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(
-    error: BaseException, config: Config, device: torch.device, batch_size: int, k: int
+    error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
 ) -> UserError | None:
-    """What to tell a user whose training step on a batch of `batch_size` pairs, of all processes together, with K = `k`
-    did not fit; None if `error` is something else."""
+    """What to tell a user whose training step on a batch of `batch_size` pairs, of all processes together, did not fit,
+    with the K that the retriever is at; None if `error` is something else."""
     if not is_out_of_memory(error):
         return None
-    return _too_much(str(error) or type(error).__name__, config, device, batch_size, k)
+    return _too_much(str(error) or type(error).__name__, config, device, batch_size, retriever)
 
 
 def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
@@ -66,7 +64,7 @@ def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, de
 
 def fitting_batch_size(
     config: Config,
-    model: VideoRetriever,
+    objective: Objective,
     tokenize: Callable[[Sequence[str], int], Tensor],
     accelerator: Accelerator,
     say: Callable[[str], None],
@@ -80,16 +78,15 @@ def fitting_batch_size(
     """
     device = accelerator.device
     if not _refuses_memory(device):
-        say("auto_batch_size has no effect on the CPU, which swaps or ends a process instead of refusing memory")
+        say("auto_batch_size is ignored on the CPU, which has no out-of-memory error to probe")
         return batch_size
-    k = annealed_k(0, config.num_frm, config.top_k, config.warmup_epochs) if config.use_policy else config.num_frm
-    tau = selection_temperature(0, config.init_tau, config.min_tau, config.exp_decay_factor)
+    objective.retriever.start_epoch(0)
     smallest = min(batch_size, max(2, world_size()))
     size = batch_size
-    with _untouched(model, device):
-        while reasons := _why_not(config, model, tokenize, accelerator, size, k, tau):
+    with _untouched(objective, device):
+        while reasons := _why_not(config, objective, tokenize, accelerator, size):
             if size <= smallest:
-                raise _too_much(reasons[0], config, device, size, k)
+                raise _too_much(reasons[0], config, device, size, objective.retriever)
             size = max(size // 2, smallest)
     if size < batch_size:
         say(
@@ -99,56 +96,57 @@ def fitting_batch_size(
     return size
 
 
+def blank_batch(
+    config: Config, retriever: VideoRetriever, tokenize: Callable[[Sequence[str], int], Tensor], size: int
+) -> tuple[TrainBatch, Group]:
+    """`size` blank videos with captions of max_txt_len, as one process's batch, to try a step out."""
+    batch = TrainBatch(
+        blank_videos(config.num_frm, retriever.views(), size),
+        tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
+        torch.zeros(size, config.num_frm),
+    )
+    return batch, Group([batch.videos.video_ids])
+
+
 def _refuses_memory(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
 def _why_not(
     config: Config,
-    model: VideoRetriever,
+    objective: Objective,
     tokenize: Callable[[Sequence[str], int], Tensor],
     accelerator: Accelerator,
     size: int,
-    k: int,
-    tau: float,
 ) -> list[str]:
     """What the processes say for whom their share of a batch does not fit; none if it fits everywhere."""
-    share = -(-size // world_size())
-    texts = [" ".join(["video"] * config.max_txt_len)] * share
-    batch = TrainBatch(
-        blank_videos(config, model.image_spec, share),
-        tokenize(texts, config.max_txt_len),
-        torch.zeros(share, config.num_frm),
-    )
+    batch, group = blank_batch(config, objective.retriever, tokenize, -(-size // world_size()))
     clear_device_cache(garbage_collection=True)
     try:
-        _try_out(config, model, accelerator, batch, k, tau)
+        _try_out(config, objective, accelerator, batch, group)
         reason = ""
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error) or "out of memory"
     # Only here, outside of `except`, nothing holds the tensors of the failed step any more.
-    model.zero_grad()
+    objective.zero_grad()
     clear_device_cache(garbage_collection=True)
     return [reason for reason in gather_objects(reason) if reason]
 
 
-def _try_out(
-    config: Config, model: VideoRetriever, accelerator: Accelerator, batch: TrainBatch, k: int, tau: float
-) -> None:
+def _try_out(config: Config, objective: Objective, accelerator: Accelerator, batch: TrainBatch, group: Group) -> None:
     """What a step holds at once: the optimizer's moments, the next batch, activations and gradients."""
     copies = 2 if world_size() == 1 else 3  # DistributedDataParallel gathers gradients in buckets of their own
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     held = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
     coming = batch.to(accelerator.device)
-    model.train()
-    step = PairSimilarity(model)
+    objective.train()
     # In an accumulated batch the gradients of the one before it are there from the start.
     for _ in range(min(config.gradient_accumulation_steps, 2)):
         with accelerator.autocast():
-            similarity = step(batch.to(accelerator.device), [len(batch)], k, tau)
-        contrastive_loss(similarity).backward()  # type: ignore[no-untyped-call]
+            terms = objective(batch.to(accelerator.device), group)
+        sum(terms.values(), torch.zeros((), device=accelerator.device)).backward()  # type: ignore[no-untyped-call]
     del held, coming
 
 
@@ -176,10 +174,12 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             backend.set_rng_state(states[1])
 
 
-def _too_much(reason: str, config: Config, device: torch.device, batch_size: int, k: int) -> UserError:
-    encoded = k if config.use_policy and config.policy_backbone != "clip" else config.num_frm
+def _too_much(
+    reason: str, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
+) -> UserError:
+    encoded, k = retriever.frames_with_gradients, int(retriever.schedule()["k"])
     processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
-    ways_out = "\n".join(f"  {flag:48} {effect}" for flag, effect in _ways_out(config, device, batch_size, k))
+    ways_out = "\n".join(f"  {flag:48} {effect}" for flag, effect in _ways_out(config, device, batch_size, k, encoded))
     checkpointing = "on" if config.gradient_checkpointing else "off"
     return UserError(
         f"out of memory on {_in_words(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
@@ -188,7 +188,9 @@ def _too_much(reason: str, config: Config, device: torch.device, batch_size: int
     )
 
 
-def _ways_out(config: Config, device: torch.device, batch_size: int, k: int) -> Iterator[tuple[str, str]]:
+def _ways_out(
+    config: Config, device: torch.device, batch_size: int, k: int, encoded: int
+) -> Iterator[tuple[str, str]]:
     """Flags and what they do, in the order of what they cost."""
     if config.precision == "fp32":
         yield "--precision bf16", "activations of half the size"
@@ -196,7 +198,7 @@ def _ways_out(config: Config, device: torch.device, batch_size: int, k: int) -> 
         yield "--gradient_checkpointing", "about a third more time"
     if config.use_policy and k > config.top_k:
         yield "--warmup_epochs 0", f"K begins at top_k {config.top_k}, not at {k}"
-    if config.use_policy and config.policy_backbone != "clip" and config.top_k > 1:
+    if config.use_policy and encoded == k and config.top_k > 1:
         yield f"--top_k {config.top_k // 2}", "fewer frames in a video's embedding"
     if config.num_frm > 1:
         frames = config.num_frm // 2

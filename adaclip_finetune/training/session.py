@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, ensure_logit_bias
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
-from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.processes import world_size
+from adaclip_finetune.training.device import describe_device, make_accelerator
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
@@ -64,9 +66,23 @@ class Session:
         self.parameters = trainable_report(self.model)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @cached_property
     def gflops(self) -> Gflops:
         """What a video costs, counted on shapes alone."""
         return count_gflops(self.model, self.config.num_frm)
+
+    def describe(self) -> str:
+        """For the screen: device, CLIP, what learns, what a video costs."""
+        several = f", {world_size()} processes" if world_size() > 1 else ""
+        where = f"device {describe_device(self.device)}{several}, {self.config.precision}"
+        return (
+            f"{where}   CLIP {self.loaded.source}   seed {self.config.seed}\n"
+            f"method {self.config.peft.method}\n{self.parameters}\n{self.gflops}"
+        )
 
     def use(self, config: Config) -> None:
         """Go on with other settings of the method, from the same model; what learns is chosen anew."""
@@ -75,10 +91,11 @@ class Session:
         _choose(self)
 
     def pretrained(self) -> LoadedClip:
-        """CLIP as it was before anything learned. Raises UserError where it is not at hand."""
-        if self.checkpoint is None and self.method.mergeable and self.config.peft.method != "lora":
-            return self.loaded
-        return load_pretrained(self.config, self.loaded)
+        """CLIP as it was before anything learned: the session's own at its start, a fresh one for a checkpoint.
+
+        Raises UserError where it is not at hand.
+        """
+        return self.loaded if self.checkpoint is None else load_pretrained(self.config, self.loaded)
 
     def description(self) -> dict[str, str]:
         """What a checkpoint of this session says beside its tensors, as metadata of safetensors."""

@@ -24,6 +24,7 @@ from adaclip_finetune.config import (
     OptimisationSettings,
     SelectionSettings,
 )
+from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
@@ -34,6 +35,8 @@ from adaclip_finetune.strict_json import parse_json
 
 OWN_FORMAT = "adaclip-finetune/"
 """What the format of our files begins with; the number of the version follows."""
+FORMAT = f"{OWN_FORMAT}1"
+"""The format that this version reads and writes."""
 
 # What decides the model, then what it sees, then how it learned.
 _GROUPS = (
@@ -76,12 +79,33 @@ class Checkpoint:
     def is_foreign(self) -> bool:
         return self.kind in (Kind.PUBLISHED, Kind.CLIP4CLIP)
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a file of ours says of its CLIP: architecture, preprocessing, the pretrained weights it began with."""
+        described = parse_json(self.metadata.get("clip", "{}"), f"resume: {self.path}, clip in its metadata")
+        return described if isinstance(described, dict) else {}
+
+    @property
+    def method(self) -> str | None:
+        """The PEFT method whose additions are among the tensors, since they cannot be merged; None for plain tensors."""
+        return self.metadata.get("method")
+
     def towers(self) -> Weights | None:
         """The CLIP inside; an adapter has only some of it: None."""
         if self.kind is Kind.ADAPTER:
             return None
         inside = {n.removeprefix("clip."): tensor for n, tensor in self.state.items() if n.startswith("clip.")}
-        return Weights(inside, f"resume: {self.path}")
+        return Weights(inside, f"resume: {self.path}", self.description, self.path.parent / "tokenizer")
+
+    def own_settings(self, folder: Path | None) -> dict[str, Any]:
+        """The settings of the run in `folder`, else those in the file; without what was only a default and says
+        nothing of the CLIP inside. Raises UserError."""
+        path = None if folder is None else folder / "config.json"
+        own = dict(self.settings) if path is None or not path.is_file() else read_object(path)
+        if own.get("clip_backbone") == Config.model_fields["clip_backbone"].default and self.kind is not Kind.ADAPTER:
+            # A default does not decide which CLIP it is: the tensors do.
+            del own["clip_backbone"]
+        return own
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -108,16 +132,28 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
 
     Shapes tell an architecture, but not its activation nor how its images are prepared: the stored settings do.
     """
-    if checkpoint.is_foreign or config.model_fields_set & {"clip_backbone", "clip_weights"}:
+    lost = config.clip_weights is not None and not Path(config.clip_weights).exists()
+    if lost and checkpoint.description:
+        config = config.model_copy(update={"clip_weights": None})
+    elif checkpoint.is_foreign or config.model_fields_set & {"clip_backbone", "clip_weights"}:
         return config
     stored = checkpoint.settings
     weights, backbone = stored.get("clip_weights"), stored.get("clip_backbone")
     if weights and Path(weights).exists():
         return config.model_copy(update={"clip_weights": weights})
+    if checkpoint.description and checkpoint.kind is not Kind.ADAPTER:
+        return config  # it says itself what its CLIP is
     # Where weights came from a file or another checkpoint, the backbone may be a default that nobody meant.
     if backbone and not weights and not stored.get("resume"):
         return config.model_copy(update={"clip_backbone": backbone})
     return config
+
+
+def check_version(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a file of ours from a version that wrote another format."""
+    written = checkpoint.metadata.get("format", FORMAT)
+    if written != FORMAT:
+        raise UserError(f"resume: {checkpoint.path} has the format {written}; this version of adaclip reads {FORMAT}")
 
 
 def check_settings(checkpoint: Checkpoint, config: Config) -> None:

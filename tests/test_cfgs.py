@@ -16,6 +16,7 @@ KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scal
 FRAMES_TOPK_BATCH = {
     "bitfit": (32, 16, 16),
     "ibs": (32, 16, 16),
+    "lora": (32, 16, 16),
     "full-finetune": (32, 16, 16),
     "msrvtt": (16, 12, 64),
     "didemo": (32, 16, 32),
@@ -57,9 +58,14 @@ def test_frames_top_k_and_batch(name: str, expected: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize(
     ("name", "method", "clip_lr", "freeze_layer_num"),
-    [("bitfit", "bitfit", 2e-5, 0), ("ibs", "ibs", 1e-7, 0), ("full-finetune", "full", 1e-7, -1)],
+    [
+        ("bitfit", "bitfit", 2e-5, 0),
+        ("ibs", "ibs", 1e-7, 0),
+        ("full-finetune", "full", 1e-7, -1),
+        ("lora", "lora", 1e-4, 0),
+    ],
 )
-def test_the_published_recipe(name: str, method: str, clip_lr: float, freeze_layer_num: int) -> None:
+def test_method_and_learning_rate_of_clip(name: str, method: str, clip_lr: float, freeze_layer_num: int) -> None:
     config = recipe(name)
     assert config.peft.method == method
     assert config.learning_rate == 1e-4

@@ -339,8 +339,8 @@ def test_schema_knows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(document["properties"]) == {"$schema", *Config.model_fields}
     assert document["additionalProperties"] is False
     assert document["properties"]["top_k"] == {
-        "default": 8, "description": "frames that are chosen", "minimum": 1, "title": "Top K", "type": "integer",
-        "unit": "frames",
+        "default": 8, "description": "frames that are chosen", "minimum": 1, "role": "model", "title": "Top K",
+        "type": "integer", "unit": "frames",
     }  # fmt: skip
 
 

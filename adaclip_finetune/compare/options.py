@@ -6,34 +6,45 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from pydantic import create_model
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.base import Settings
 from adaclip_finetune.config.flags import Parser, add_flags
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.durable import beside, write_durably
 from adaclip_finetune.errors import UserError
 
-OVERRIDABLE = (
-    "frames_dir",
-    "video_dir",
-    "img_tmpl",
-    "clip_weights",
-    "concat_captions",
-    "skip_missing",
-    "device",
-    "xpu",
-    "precision",
-    "val_batch_size",
-    "num_workers",
-    "debug",
+# A checkpoint is evaluated as it is: no search, no batch to fit, nothing written.
+AS_IT_IS: Mapping[str, Any] = MappingProxyType(
+    {
+        "do_inference": True,
+        "no_output": True,
+        "save_similarity": None,
+        "optuna_cfg": None,
+        "do_training_af_optuna": False,
+        "policy_weights": "random",  # the checkpoint brings the weights of the policy's CNN
+    }
 )
+
+# What the checkpoint learned from and was chosen on is no choice of whoever evaluates it, and --annot says on what.
+_ANNOTATIONS = frozenset({"train_annot", "val_annot", "test_annot"})
+
+
+def overridable() -> frozenset[str]:
+    """Return the names of the settings that may be given in place of the checkpoint's own: of the data, where its CLIP
+    lies, and the machine's."""
+    names = names_with("data", "machine") | names_with("model", paths=True)
+    return names - _ANNOTATIONS - AS_IT_IS.keys()
 
 
 def add_overrides(parser: Parser) -> None:
-    """Flags for `OVERRIDABLE`, declared as in `adaclip train`, but for their defaults: those are the checkpoint's."""
-    fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in OVERRIDABLE}
+    """Flags for `overridable`, declared as in `adaclip train`, but for their defaults: those are the checkpoint's."""
+    names = overridable()
+    fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in names}
     group = create_model(
         "Overrides",
         __base__=Settings,

@@ -8,22 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.compare.known import known_of_file
+from adaclip_finetune.compare.options import AS_IT_IS
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.weights.checkpoints import Checkpoint, check_settings, read_checkpoint
 
 WEIGHTS = "best.safetensors"
-
-# A checkpoint is evaluated as it is: no search, no batch to fit, nothing written.
-_AS_IT_IS = {
-    "do_inference": True,
-    "no_output": True,
-    "save_similarity": None,
-    "optuna_cfg": None,
-    "do_training_af_optuna": False,
-    "policy_weights": "random",  # the checkpoint brings the weights of the policy's CNN
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
             if folder
             else f"{given}: there is no such file or folder (looked for in {Path.cwd()})"
         )
-    laid = {**_without_rivals(overrides), **_AS_IT_IS, "resume": str(weights), "test_annot": annotation}
+    laid = {**_without_rivals(overrides), **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
     config = _settings(given, weights, settings, laid)
     try:
         check_paths(config)

@@ -72,27 +72,37 @@ class SearchSpace(Settings):
 class OptunaSettings(Settings):
     """A hyper-parameter search around the training."""
 
-    n_trials: int = setting(30, "finished trials in all, those of earlier commands too", unit="trials", ge=1)
-    n_warmup_steps: int = setting(0, "first epochs, in which no trial is pruned", unit="epochs", ge=0)
-    sampler: SamplerSettings = setting({}, "how the next point is chosen: name, and arguments of that class")
+    n_trials: int = setting(
+        30, "finished trials in all, those of earlier commands too", role="run", unit="trials", ge=1
+    )
+    n_warmup_steps: int = setting(0, "first epochs, in which no trial is pruned", role="run", unit="epochs", ge=0)
+    sampler: SamplerSettings = setting(
+        {}, "how the next point is chosen: name, and arguments of that class", role="run"
+    )
     pruner: Literal["median", "hyperband", "percentile", "none"] = setting(
-        "median", "which trials are ended early: below the median, below the best quarter, by halving, or none"
+        "median",
+        "which trials are ended early: below the median, below the best quarter, by halving, or none",
+        role="run",
     )
     objective: Figure = setting(
-        "t2v.R@1", "the validation metric that is searched for its best, at each trial's best epoch (by T2V R@1)"
+        "t2v.R@1",
+        "the validation metric that is searched for its best, at each trial's best epoch (by T2V R@1)",
+        role="optimisation",
     )
     storage: str = setting(
         "sqlite:///optuna.db",
         "where the study is kept: a URL of SQLite, PostgreSQL or MySQL, or the path of a journal file",
+        role="run",
         min_length=1,
         allowed="a URL such as sqlite:///optuna.db, or the path of a journal file",
     )
     study_name: str | None = setting(
         None,
         "name of the study in the storage; null: <dataset>-<method>",
+        role="run",
         pattern=r"^\w[\w.-]{0,99}$",
         allowed="a name of letters, digits, dots, dashes and underscores",
     )
     opt_params: dict[str, SearchSpace] = setting(
-        ..., "setting -> {range: [low, high], log, step} or {choices: [...]}", min_length=1
+        ..., "setting -> {range: [low, high], log, step} or {choices: [...]}", role="optimisation", min_length=1
     )

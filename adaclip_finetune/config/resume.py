@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adaclip_finetune.config.roles import on_resume
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.config.settings import Config, load_config
 from adaclip_finetune.errors import UserError
-
-# What may be given anew, since no figure depends on it: where things lie, how fast they go, what is shown.
-FREE = frozenset(
-    {"train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights"}
-    | {"num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug"}
-)
-
-# Which run it is; and what that run found out for itself.
-_SETTLED = {"resume", "auto_batch_size"}
 
 
 def continued_config(config: Config) -> Config:
@@ -36,11 +28,12 @@ def continued_config(config: Config) -> Config:
             f"resume: the run in {folder} trains; to evaluate what it learned, give its weights: "
             f"--config {path} --do_inference --resume {folder / 'best.safetensors'}"
         )
-    given = {name: getattr(config, name) for name in sorted(config.model_fields_set - _SETTLED)}
+    given = {name: getattr(config, name) for name in sorted(config.model_fields_set - on_resume("ignored"))}
+    free = on_resume("free")
     problems = [
         f"{name} is {show(value)} here, and {show(getattr(own, name))} in the run"
         for name, value in given.items()
-        if name not in FREE and value != getattr(own, name)
+        if name not in free and value != getattr(own, name)
     ]
     if problems:
         raise UserError(
@@ -48,4 +41,4 @@ def continued_config(config: Config) -> Config:
             + "\n  ".join(problems)
             + f"\nLeave them out; or begin a new run with its weights: --resume {folder / 'best.safetensors'}"
         )
-    return load_config(path, {name: value for name, value in given.items() if name in FREE})
+    return load_config(path, {name: value for name, value in given.items() if name in free})

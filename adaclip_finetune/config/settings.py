@@ -49,40 +49,63 @@ class DataSettings(Settings):
     dataset: str = setting(
         "videos",
         "name of the data set, as it stands in the path of the run folder",
+        role="run",
         pattern=r"^\w[\w.-]{0,99}$",
         allowed="a name of letters, digits, dots, dashes and underscores",
     )
-    train_annot: PathText | None = setting(None, "annotation (JSON) to train on; needed to train", unit="file")
-    val_annot: PathText | None = setting(None, "annotation that chooses the best epoch; needed to train", unit="file")
-    test_annot: PathText | None = setting(None, "annotation evaluated at the end, or by do_inference", unit="file")
+    train_annot: PathText | None = setting(
+        None, "annotation (JSON) to train on; needed to train", role="data", unit="file"
+    )
+    val_annot: PathText | None = setting(
+        None, "annotation that chooses the best epoch; needed to train", role="data", unit="file"
+    )
+    test_annot: PathText | None = setting(
+        None, "annotation evaluated at the end, or by do_inference", role="data", unit="file"
+    )
     frames_dir: PathText | None = setting(
-        None, "extracted frames, a folder a video, or a pack of them; or give video_dir", unit="folder or file"
+        None,
+        "extracted frames, a folder a video, or a pack of them; or give video_dir",
+        role="data",
+        unit="folder or file",
     )
-    video_dir: PathText | None = setting(None, "videos, read in place; or give frames_dir", unit="folder")
+    video_dir: PathText | None = setting(None, "videos, read in place; or give frames_dir", role="data", unit="folder")
     concat_captions: Literal["concat", "indep-one", "indep-all"] = setting(
-        "concat", "captions of a video: joined into one; one at random each time; each by itself"
+        "concat", "captions of a video: joined into one; one at random each time; each by itself", role="data"
     )
-    max_txt_len: int = setting(20, "length at which captions are cut, start and end included", unit="tokens", ge=3)
-    data_subset: int = setting(0, "train on this many videos only; 0: all", unit="videos", ge=0)
-    skip_missing: bool = setting(False, "evaluate without unreadable videos, with their number beside each figure")
-    num_workers: int = setting(2, "processes that read frames; 0: the main one reads", unit="processes", ge=0)
-    pin_mem: bool = setting(False, "page-locked memory for batches: faster copies to a GPU")
+    max_txt_len: int = setting(
+        20, "length at which captions are cut, start and end included", role="view", unit="tokens", ge=3
+    )
+    data_subset: int = setting(0, "train on this many videos only; 0: all", role="optimisation", unit="videos", ge=0)
+    skip_missing: bool = setting(
+        False, "evaluate without unreadable videos, with their number beside each figure", role="data"
+    )
+    num_workers: int = setting(
+        2, "processes that read frames; 0: the main one reads", role="machine", unit="processes", ge=0
+    )
+    pin_mem: bool = setting(False, "page-locked memory for batches: faster copies to a GPU", role="machine")
 
 
 class FrameSettings(Settings):
     """Frames"""
 
-    num_frm: int = setting(16, "frames read of each video", unit="frames", ge=1)
-    num_frm_subset: int = setting(0, "of these, how many are kept, the rest being blank; 0: all", unit="frames", ge=0)
-    sampling: Literal["uniform", "random"] = setting("uniform", "frames of a training video: evenly spaced, or random")
-    segment_sampling: bool = setting(False, "take the middle frame of each of num_frm equal segments")
+    num_frm: int = setting(16, "frames read of each video", role="view", unit="frames", ge=1)
+    num_frm_subset: int = setting(
+        0, "of these, how many are kept, the rest being blank; 0: all", role="view", unit="frames", ge=0
+    )
+    sampling: Literal["uniform", "random"] = setting(
+        "uniform", "frames of a training video: evenly spaced, or random", role="optimisation"
+    )
+    segment_sampling: bool = setting(False, "take the middle frame of each of num_frm equal segments", role="view")
     img_tmpl: str = setting(
         "image_{:05d}.jpg",
         "name of a frame's file in frames_dir/<video>/, counted from 1",
+        role="data",
         pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
         allowed="a file name with one place for the number, as in image_{:05d}.jpg",
     )
-    max_img_size: int | None = setting(None, "resolution of CLIP's frames; null: the tower's own", unit="pixels", ge=1)
+    max_img_size: int | None = setting(
+        None, "resolution of CLIP's frames; null: the tower's own", role="view", unit="pixels", ge=1
+    )
 
 
 class ModelSettings(Settings):
@@ -91,93 +114,127 @@ class ModelSettings(Settings):
     clip_backbone: str = setting(
         "ViT-B/32",
         "CLIP: ViT-B/32, ViT-B/16, ViT-L/14 with OpenAI's weights, or an open_clip name[:tag]",
+        role="model",
         pattern=r"^\S+$",
         allowed="a name, or name:tag, without spaces",
     )
     clip_weights: PathText | None = setting(
-        None, "weights on disk; null: clip_backbone's, fetched", unit="file or folder"
+        None, "weights on disk; null: clip_backbone's, fetched", role="model", unit="file or folder"
     )
     tower: TowerSection = setting(
-        {"method": "per_frame"}, "how the frames of a video go through CLIP, and its settings"
+        {"method": "per_frame"}, "how the frames of a video go through CLIP, and its settings", role="model"
     )
     sim_header: Literal["meanP", "seqTransf", "transformer"] = setting(
-        "meanP", "what selected frames pass through: nothing, four CLIP blocks, or one"
+        "meanP", "what selected frames pass through: nothing, four CLIP blocks, or one", role="model"
     )
     freeze_layer_num: int = setting(
         0,
         "CLIP's transformer blocks from this one on learn, and what follows them; -1: all of CLIP learns",
+        role="method",
         unit="block",
         ge=-1,
     )
-    freeze_clip: bool = setting(False, "nothing in CLIP learns")
+    freeze_clip: bool = setting(False, "nothing in CLIP learns", role="method")
 
 
 class SelectionSettings(Settings):
     """Frame selection"""
 
-    use_policy: bool = setting(True, "choose top_k frames of num_frm; without it all are used")
-    top_k: int = setting(8, "frames that are chosen", unit="frames", ge=1)
+    use_policy: bool = setting(True, "choose top_k frames of num_frm; without it all are used", role="model")
+    top_k: int = setting(8, "frames that are chosen", role="model", unit="frames", ge=1)
     policy_backbone: Literal["mobilenet_v3_large", "mobilenet_v2", "resnet50", "raw", "clip", "frozen_clip"] = setting(
-        "mobilenet_v3_large", "what a frame is judged by: features of a light CNN, small grey pixels (raw), or CLIP"
+        "mobilenet_v3_large",
+        "what a frame is judged by: features of a light CNN, small grey pixels (raw), or CLIP",
+        role="model",
     )
     policy_weights: PathText = setting(
-        "imagenet", "weights of the CNN", allowed="imagenet (torchvision's), random, or the path of a file"
+        "imagenet",
+        "weights of the CNN",
+        role="model",
+        unit="file",
+        allowed="imagenet (torchvision's), random, or the path of a file",
     )
-    freeze_cnn: bool = setting(False, "the CNN does not learn")
-    rescale_size: int = setting(56, "side of the grey images of policy_backbone raw", unit="pixels", ge=1)
-    use_rnn: bool = setting(True, "relate frames in time (a temporal encoder) before they are scored")
-    rnn: Literal["transformer", "lstm", "bilstm"] = setting("transformer", "the temporal encoder")
-    hidden_dim: int = setting(512, "width of the temporal encoder", unit="channels", ge=1)
-    mlp_type: Literal["mlp", "fc"] = setting("mlp", "what scores a frame: two layers, or one")
-    mlp_hidden_dim: int = setting(1024, "width of the scorer's first layer, with mlp_type mlp", unit="channels", ge=1)
-    init_tau: float = setting(5.0, "temperature of Hard-Top-k in the first epoch", gt=0)
-    min_tau: float = setting(0.5, "lowest temperature of Hard-Top-k", gt=0)
+    freeze_cnn: bool = setting(False, "the CNN does not learn", role="method")
+    rescale_size: int = setting(56, "side of the grey images of policy_backbone raw", role="model", unit="pixels", ge=1)
+    use_rnn: bool = setting(True, "relate frames in time (a temporal encoder) before they are scored", role="model")
+    rnn: Literal["transformer", "lstm", "bilstm"] = setting("transformer", "the temporal encoder", role="model")
+    hidden_dim: int = setting(512, "width of the temporal encoder", role="model", unit="channels", ge=1)
+    mlp_type: Literal["mlp", "fc"] = setting("mlp", "what scores a frame: two layers, or one", role="model")
+    mlp_hidden_dim: int = setting(
+        1024, "width of the scorer's first layer, with mlp_type mlp", role="model", unit="channels", ge=1
+    )
+    init_tau: float = setting(5.0, "temperature of Hard-Top-k in the first epoch", role="optimisation", gt=0)
+    min_tau: float = setting(0.5, "lowest temperature of Hard-Top-k", role="optimisation", gt=0)
     exp_decay_factor: float = setting(
-        0.045, "how fast the temperature falls: init_tau x exp(-exp_decay_factor x epoch)", unit="1/epoch", ge=0
+        0.045,
+        "how fast the temperature falls: init_tau x exp(-exp_decay_factor x epoch)",
+        role="optimisation",
+        unit="1/epoch",
+        ge=0,
     )
-    warmup_epochs: int = setting(0, "epochs in which K falls from num_frm - 1 to top_k; 0: none", unit="epochs", ge=0)
-    reuse_scores: bool = setting(False, "weight the chosen frames by their scores")
+    warmup_epochs: int = setting(
+        0, "epochs in which K falls from num_frm - 1 to top_k; 0: none", role="optimisation", unit="epochs", ge=0
+    )
+    reuse_scores: bool = setting(False, "weight the chosen frames by their scores", role="model")
 
 
 class AggregationSettings(Settings):
     """Aggregation"""
 
     frame_agg: Literal["mlp", "transformer", "qscore"] | None = setting(
-        None, "how frames become one video: null takes the mean; qscore depends on the query, so it cannot be indexed"
+        None,
+        "how frames become one video: null takes the mean; qscore depends on the query, so it cannot be indexed",
+        role="model",
     )
-    frame_agg_temp: float = setting(1.0, "temperature of the softmax over frames", gt=0)
+    frame_agg_temp: float = setting(1.0, "temperature of the softmax over frames", role="model", gt=0)
     word_agg: Literal["mlp", "transformer"] | None = setting(
-        None, "how words become one text: null takes CLIP's own sentence embedding"
+        None, "how words become one text: null takes CLIP's own sentence embedding", role="model"
     )
-    word_agg_temp: float = setting(1.0, "temperature of the softmax over words", gt=0)
+    word_agg_temp: float = setting(1.0, "temperature of the softmax over words", role="model", gt=0)
 
 
 class PeftGroup(Settings):
     """PEFT"""
 
-    peft: PeftSection = setting({"method": "full"}, "how CLIP learns, and the settings of that method")
+    peft: PeftSection = setting({"method": "full"}, "how CLIP learns, and the settings of that method", role="method")
 
 
 class OptimisationSettings(Settings):
     """Optimisation"""
 
     objective: ObjectiveSection | None = setting(
-        None, "the loss; null: what the CLIP was trained with: sigmoid for SigLIP towers, contrastive for others"
+        None,
+        "the loss; null: what the CLIP was trained with: sigmoid for SigLIP towers, contrastive for others",
+        role="optimisation",
     )
-    num_epochs: int = setting(30, "passes over the training data", unit="epochs", ge=1)
-    batch_size: int = setting(32, "videos in a batch, of all processes together", unit="videos", ge=1)
-    auto_batch_size: bool = setting(False, "halve batch_size until a batch fits into the accelerator's memory")
-    gradient_accumulation_steps: int = setting(1, "batches to an update of the weights", unit="batches", ge=1)
-    optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer")
-    learning_rate: float = setting(1e-4, "highest learning rate; that of CLIP is multiplied by coef_lr", gt=0)
-    coef_lr: float = setting(1e-3, "CLIP's learning rate is learning_rate x coef_lr", ge=0)
-    no_warmup: bool = setting(False, "a constant learning rate: no rise, no fall")
-    warmup_proportion: float = setting(0.1, "share of the steps in which the learning rate rises", ge=0, lt=1)
-    betas: Betas = setting((0.9, 0.98), "decay of the two moments of Adam")
-    weight_decay: float = setting(0.2, "decay of the weights, biases left out", ge=0)
+    num_epochs: int = setting(30, "passes over the training data", role="optimisation", unit="epochs", ge=1)
+    batch_size: int = setting(
+        32, "videos in a batch, of all processes together", role="optimisation", unit="videos", ge=1
+    )
+    auto_batch_size: bool = setting(
+        False,
+        "halve batch_size until a batch fits into the accelerator's memory",
+        role="optimisation",
+        on_resume="ignored",
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "batches to an update of the weights", role="optimisation", unit="batches", ge=1
+    )
+    optim: Literal["bertadam", "adamw"] = setting("bertadam", "the optimizer", role="optimisation")
+    learning_rate: float = setting(
+        1e-4, "highest learning rate; that of CLIP is multiplied by coef_lr", role="optimisation", gt=0
+    )
+    coef_lr: float = setting(1e-3, "CLIP's learning rate is learning_rate x coef_lr", role="optimisation", ge=0)
+    no_warmup: bool = setting(False, "a constant learning rate: no rise, no fall", role="optimisation")
+    warmup_proportion: float = setting(
+        0.1, "share of the steps in which the learning rate rises", role="optimisation", ge=0, lt=1
+    )
+    betas: Betas = setting((0.9, 0.98), "decay of the two moments of Adam", role="optimisation")
+    weight_decay: float = setting(0.2, "decay of the weights, biases left out", role="optimisation", ge=0)
     grad_norm: GradNorm = setting(
         1.0,
         "norm to which the whole gradient is clipped; -1: not clipped",
+        role="optimisation",
         allowed="a number > 0, or -1 for no clipping",
     )
 
@@ -185,58 +242,97 @@ class OptimisationSettings(Settings):
 class EvaluationSettings(Settings):
     """Evaluation"""
 
-    task: TaskSection = setting({"method": "retrieval"}, "what is measured, and its settings")
+    task: TaskSection = setting({"method": "retrieval"}, "what is measured, and its settings", role="data")
     adaptation: AdaptationSection = setting(
-        {"method": "none"}, "how the model adapts to what it is evaluated on, and the settings of that"
+        {"method": "none"}, "how the model adapts to what it is evaluated on, and the settings of that", role="method"
     )
     primary: str | None = setting(
-        None, "figure that chooses the best epoch, such as t2v.R@1; null: the task's own", min_length=1
+        None,
+        "figure that chooses the best epoch, such as t2v.R@1; null: the task's own",
+        role="optimisation",
+        min_length=1,
     )
-    val_batch_size: int = setting(500, "texts or videos in a batch of evaluation", unit="items", ge=1)
+    val_batch_size: int = setting(
+        500, "texts or videos in a batch of evaluation", role="machine", on_resume="same", unit="items", ge=1
+    )
 
 
 class RunSettings(Settings):
     """Run"""
 
-    output_dir: PathText = setting("output", "where the run folder <dataset>/<time>-<method> is made", unit="folder")
-    tensorboard_dir: PathText | None = setting(None, "TensorBoard's files; null: the run folder", unit="folder")
-    no_output: bool = setting(False, "write no files at all")
-    save_last: bool = setting(False, "keep the weights of the last epoch beside the best")
-    n_display: int = setting(20, "steps between two lines of the log", unit="steps", ge=1)
+    output_dir: PathText = setting(
+        "output", "where the run folder <dataset>/<time>-<method> is made", role="run", unit="folder"
+    )
+    tensorboard_dir: PathText | None = setting(
+        None, "TensorBoard's files; null: the run folder", role="run", unit="folder"
+    )
+    no_output: bool = setting(False, "write no files at all", role="run")
+    save_last: bool = setting(False, "keep the weights of the last epoch beside the best", role="run")
+    n_display: int = setting(20, "steps between two lines of the log", role="run", on_resume="free", unit="steps", ge=1)
     save_every_steps: int = setting(
-        0, "updates between two checkpoints to continue from; 0: one at the end of each epoch", unit="updates", ge=0
+        0,
+        "updates between two checkpoints to continue from; 0: one at the end of each epoch",
+        role="run",
+        on_resume="free",
+        unit="updates",
+        ge=0,
     )
     resume: PathText | None = setting(
-        None, "a run folder: go on with that run; a weights file: begin a new run with it", unit="file or folder"
+        None,
+        "a run folder: go on with that run; a weights file: begin a new run with it",
+        role="run",
+        on_resume="ignored",
+        unit="file or folder",
     )
-    do_inference: bool = setting(False, "evaluate test_annot without training")
+    do_inference: bool = setting(False, "evaluate test_annot without training", role="run")
     save_similarity: NpyPath | None = setting(
-        None, "keep the similarity matrix of the test", unit="file", allowed="the path of a file named *.npy"
+        None,
+        "keep the similarity matrix of the test",
+        role="run",
+        unit="file",
+        allowed="the path of a file named *.npy",
     )
-    seed: int = setting(0, "all randomness follows from it", ge=0, le=2**32 - 1)
-    debug: bool = setting(False, "show the traceback of an error")
+    seed: int = setting(0, "all randomness follows from it", role="optimisation", ge=0, le=2**32 - 1)
+    debug: bool = setting(False, "show the traceback of an error", role="machine")
 
 
 class DeviceSettings(Settings):
     """Device"""
 
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = setting("auto", "where to compute; auto: the best there is")
-    xpu: bool = setting(False, "the same as device xpu (Intel GPU)")
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "arithmetic of the towers; selection, similarity and loss stay float32"
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = setting(
+        "auto", "where to compute; auto: the best there is", role="machine"
     )
-    tf32: bool = setting(False, "on CUDA, multiply float32 matrices in TF32: faster, and rounded to 10 bits")
-    deterministic: bool = setting(False, "only operations that give the same bits each time; slower on a GPU")
+    xpu: bool = setting(False, "the same as device xpu (Intel GPU)", role="machine")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32",
+        "arithmetic of the towers; selection, similarity and loss stay float32",
+        role="machine",
+        on_resume="same",
+    )
+    tf32: bool = setting(
+        False,
+        "on CUDA, multiply float32 matrices in TF32: faster, and rounded to 10 bits",
+        role="machine",
+        on_resume="same",
+    )
+    deterministic: bool = setting(
+        False, "only operations that give the same bits each time; slower on a GPU", role="machine", on_resume="same"
+    )
     gradient_checkpointing: bool = setting(
-        False, "less memory for about a third more time: activations are computed again"
+        False,
+        "less memory for about a third more time: activations are computed again",
+        role="machine",
+        on_resume="same",
     )
 
 
 class SearchGroup(Settings):
     """Hyper-parameter search"""
 
-    optuna_cfg: OptunaSettings | None = setting(None, "search for the best values of some settings; null: train once")
-    do_training_af_optuna: bool = setting(False, "train once with the best values found")
+    optuna_cfg: OptunaSettings | None = setting(
+        None, "search for the best values of some settings; null: train once", role="run"
+    )
+    do_training_af_optuna: bool = setting(False, "train once with the best values found", role="run")
 
 
 class Config(  # pydantic collects fields from the last base to the first: backwards here, in the order above there

@@ -9,6 +9,7 @@ from typing import Any
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.flags import Parser
 from adaclip_finetune.config.layers import read_object
+from adaclip_finetune.config.roles import is_path
 
 _MODEL = ("clip_weights", "device", "precision")
 
@@ -24,7 +25,7 @@ def add_model_flags(parser: Parser, *others: str) -> None:
     )
     for name in (*others, *_MODEL):
         field = Config.model_fields[name]
-        number, path = field.annotation is int, name.endswith(("_dir", "_weights"))
+        number, path = field.annotation is int, is_path(name)
         group.add_argument(
             f"--{name}",
             metavar="N" if number else "PATH" if path else "NAME",

@@ -8,13 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.about import About
 from adaclip_finetune.search.retriever import Retriever
 from adaclip_finetune.search.videos import Source
-
-# What an index does not ask for again where it is searched.
-_OF_THE_MACHINE = frozenset({"device", "xpu", "precision", "tf32", "num_workers", "pin_mem", "val_batch_size"})
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,9 @@ def about_for(model: Retriever, source: Source, request: Request, old: About | N
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if old is not None:
         _check_same(model, source, request, old, folder)
-    settings = {name: value for name, value in request.settings.items() if name not in _OF_THE_MACHINE}
+    # Where an index is made says nothing of where it will be searched.
+    machine = names_with("machine")
+    settings = {name: value for name, value in request.settings.items() if name not in machine}
     if model.config.clip_weights is not None:
         settings["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     if source.img_tmpl is not None:

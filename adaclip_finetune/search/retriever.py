@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.layers import read_object
+from adaclip_finetune.config.roles import deciding_vectors
 from adaclip_finetune.data.dataset import VideoBatch, VideoReader, collate
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.preprocess import normalise, to_square
@@ -41,13 +42,6 @@ from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.training.device import make_accelerator
 
 BEST = "best.safetensors"
-
-# What decides the vector of a video or a query, beside the weights.
-_DECIDING = frozenset(
-    {"num_frm", "num_frm_subset", "segment_sampling", "max_txt_len"}
-    | {"sim_header", "frame_agg", "frame_agg_temp", "word_agg", "word_agg_temp"}
-    | {"use_policy", "top_k", "policy_backbone", "rescale_size", "use_rnn", "rnn", "mlp_type", "reuse_scores"}
-)
 
 
 def load_retriever(source: str | Path, **settings: Any) -> Retriever:
@@ -185,7 +179,8 @@ def _fingerprint(config: Config, loaded: LoadedClip, model: VideoRetriever) -> s
     quick = any(type(module).__name__ == "QuickGELU" for module in model.clip.modules())
     facts = {
         "weights": weights_digest(model),
-        "settings": config.model_dump(mode="json", include=set(_DECIDING)),
+        # The weights say which CLIP it is; its name may be a default that nobody meant.
+        "settings": config.model_dump(mode="json", include=set(deciding_vectors() - {"clip_backbone"})),
         "image": asdict(loaded.image),
         "quick_gelu": quick,
     }

@@ -16,18 +16,13 @@ from optuna.distributions import (
 )
 from pydantic import ValidationError
 
-from adaclip_finetune.config import Config, DataSettings, DeviceSettings, RunSettings, SearchGroup
+from adaclip_finetune.config import Config
 from adaclip_finetune.config.base import Contradictions, Settings
 from adaclip_finetune.config.layers import nearest, together
 from adaclip_finetune.config.optuna import SearchSpace
-from adaclip_finetune.config.resume import FREE
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.config.schema import schema_of, show
 from adaclip_finetune.errors import UserError
-
-# What is no hyper-parameter, unless it is a number: where data lie, what is measured, what is written.
-_NOT_SEARCHED = {name for group in (DataSettings, RunSettings, DeviceSettings) for name in group.model_fields}
-# What no figure depends on, or the search itself.
-_NEVER_SEARCHED = {*FREE, *SearchGroup.model_fields, "img_tmpl", "val_batch_size"}
 
 
 class Impossible(Exception):
@@ -92,6 +87,12 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
         raise Impossible("; ".join(_reasons(error)), _named(error)) from None
 
 
+def searchable() -> frozenset[str]:
+    """Return the names of the settings that trials may differ in: what is learned depends on them, and they are no
+    paths."""
+    return names_with("view", "model", "method", "optimisation", paths=False)
+
+
 def _distribution(config: Config, name: str, space: SearchSpace) -> BaseDistribution:
     """Raises ValueError."""
     kind = _type_of(config, name)
@@ -130,10 +131,8 @@ def _type_of(config: Config, name: str) -> Any:
     kind = _single(fields[last].annotation)
     if (isinstance(kind, type) and issubclass(kind, Settings)) or kind is tuple or last == "method":
         raise ValueError("is no single value; search the settings in it, each by its own name")
-    if name.split(".")[0] in _NEVER_SEARCHED:
-        raise ValueError("is nothing that a model or its training depends on")
-    if kind not in (int, float) and name.split(".")[0] in _NOT_SEARCHED:
-        raise ValueError("says where things are or what is measured, and is the same in all trials")
+    if name.split(".")[0] not in searchable():
+        raise ValueError("says where things are, what is measured or how fast it goes, and is the same in all trials")
     return kind
 
 

@@ -15,7 +15,8 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.resume import FREE
+from adaclip_finetune.config.optuna import OptunaSettings
+from adaclip_finetune.config.roles import names_with, on_resume
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train_entries
@@ -27,9 +28,6 @@ from adaclip_finetune.tuning.space import Space
 FOLDER = "folder"
 _SETTINGS = "settings"
 _PATIENCE_S = 20
-# How points are chosen, and how many: may change on the way, since no trial's value depends on it.
-_STRATEGY = {"n_trials", "n_warmup_steps", "sampler", "pruner", "storage", "study_name"}
-_ELSEWHERE = {"output_dir", "tensorboard_dir", "no_output", "save_last", "save_similarity", "do_training_af_optuna"}
 
 
 def open_study(config: Config, space: Space, storage: BaseStorage) -> Study:
@@ -102,9 +100,11 @@ def _named(config: Config) -> str:
 
 def _deciding(config: Config) -> dict[str, Any]:
     """What the value of a trial depends on, as it comes back from JSON. Files are known by what is in them."""
-    settings = config.model_dump(mode="json", exclude={*FREE, *_ELSEWHERE, "optuna_cfg"})
+    settings = config.model_dump(mode="json", exclude={*on_resume("free"), *names_with("run")})
     assert config.optuna_cfg is not None and config.train_annot is not None and config.val_annot is not None
-    search = config.optuna_cfg.model_dump(mode="json", exclude=_STRATEGY)
+    # How points are chosen, and how many, may change on the way: no trial's value depends on it.
+    strategy = set(names_with("run", of=OptunaSettings))
+    search = config.optuna_cfg.model_dump(mode="json", exclude=strategy)
     data = fingerprint(
         train_entries(load_annotations(config.train_annot, config.data_subset), config.concat_captions),
         validation=evaluation_queries(load_annotations(config.val_annot), config.concat_captions),

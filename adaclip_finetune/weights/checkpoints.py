@@ -15,16 +15,10 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from adaclip_finetune.config import (
-    AggregationSettings,
-    Config,
-    DataSettings,
-    FrameSettings,
-    ModelSettings,
-    OptimisationSettings,
-    SelectionSettings,
-)
+from adaclip_finetune.config import Chosen, Config
+from adaclip_finetune.config.base import Role
 from adaclip_finetune.config.layers import read_object
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
@@ -39,19 +33,7 @@ FORMAT = f"{OWN_FORMAT}1"
 """The format that this version reads and writes."""
 
 # What decides the model, then what it sees, then how it learned.
-_GROUPS = (
-    ModelSettings,
-    SelectionSettings,
-    AggregationSettings,
-    FrameSettings,
-    DataSettings,
-    OptimisationSettings,
-)
-# Where things lie and how fast they go is nobody else's business.
-_OF_THE_MACHINE = frozenset(
-    {"dataset", "train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights"}
-    | {"num_workers", "pin_mem"}
-)
+_TOLD: tuple[Role, ...] = ("model", "view", "data", "optimisation", "method")
 
 
 class Kind(Enum):
@@ -231,20 +213,24 @@ def _unknown(path: Path, why: str) -> UserError:
 
 
 def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    stored, left_out = checkpoint.settings, set(_OF_THE_MACHINE)
+    stored = checkpoint.settings
+    # Where things lie and how fast they go is nobody else's business.
+    known = {role: names_with(role, paths=False) for role in _TOLD}
+    told = [name for names in known.values() for name in Config.model_fields if name in names]
     if checkpoint.kind is Kind.ADAPTER:
         # It brings no CLIP: which one lies under it is for the settings to say.
-        left_out.remove("clip_weights")
+        told.insert(told.index("clip_backbone") + 1, "clip_weights")
     elif "clip_backbone" not in config.model_fields_set:
         # A default does not decide which CLIP it is: the tensors do.
-        left_out.add("clip_backbone")
-    for name in (name for group in _GROUPS for name in group.model_fields if name not in left_out):
-        if name in stored and _comparable(stored[name]) != _comparable(getattr(config, name)):
-            yield name, stored[name], getattr(config, name)
-    peft = stored.get("peft")
-    method = peft.get("method") if isinstance(peft, dict) else None
-    if method is not None and method != config.peft.method:
-        yield "peft.method", method, config.peft.method
+        told.remove("clip_backbone")
+    for name in told:
+        there, here = stored.get(name), getattr(config, name)
+        if isinstance(there, dict):  # a section: what it chooses is compared
+            method, own = there.get("method"), here.method if isinstance(here, Chosen) else None
+            if method is not None and method != own:
+                yield f"{name}.method", method, own
+        elif name in stored and not isinstance(here, Chosen) and _comparable(there) != _comparable(here):
+            yield name, there, here
 
 
 def _comparable(value: Any) -> Any:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from adaclip_finetune.config import AggregationSettings, Config, FrameSettings, ModelSettings, SelectionSettings
+from adaclip_finetune.config import Config
+from adaclip_finetune.config.roles import deciding_vectors, names_with, rounding
 from adaclip_finetune.data.dataset import GalleryDataset, VideoBatch, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.preprocess import Views
@@ -227,10 +228,7 @@ def save_similarity(path: Path, result: RetrievalReport) -> None:
 
 def _deciding_settings() -> set[str]:
     """The settings that decide an embedding's bits. Files are known by what is in them, not by where they lie."""
-    groups = (FrameSettings, ModelSettings, SelectionSettings, AggregationSettings)
-    names = {name for group in groups for name in group.model_fields}
-    others = {"max_txt_len", "val_batch_size", "skip_missing", "precision", "tf32", "deterministic"}
-    return names - {"clip_weights", "policy_weights"} | others
+    return {*deciding_vectors(), *names_with("data", paths=False), *rounding()}
 
 
 def _integers(values: Sequence[int]) -> Tensor:

@@ -1,0 +1,378 @@
+"""CLIP's transformers opened: their blocks, and the linear maps inside a block.
+
+This is the only file that knows how the modules of open_clip and timm look inside. Weight-space methods (LoRA and its
+kin) ask `vision_linears` and `text_linears` where the weights are; video towers that run CLIP's image tower block by
+block ask `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
+"""
+
+# Modules of open_clip and timm are Any here: what they return has no type.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple
+
+import open_clip.transformer as oc
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.models import eva, vision_transformer
+from torch import Tensor, nn
+
+from adaclip_finetune.errors import UserError
+
+Role = Literal["q", "k", "v", "out", "fc", "proj"]
+ROLES: tuple[Role, ...] = ("q", "k", "v", "out", "fc", "proj")
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Linear(NamedTuple):
+    """A linear map inside a block: rows `start` to `stop` of the parameter `weight` of `module`.
+
+    `bias` names the parameter of the same module whose elements `start` to `stop` are the map's bias; it is None where
+    there is no bias, or none in that module (EVA-01 keeps the biases of a fused q and v elsewhere). Several maps may be
+    rows of one parameter, such as q, k and v of `in_proj_weight`: `(module, weight)` identifies the parameter.
+    """
+
+    module: nn.Module
+    weight: str
+    bias: str | None
+    start: int
+    stop: int
+
+    def rows(self) -> Tensor:
+        """The map's matrix (outputs, inputs) as the module uses it now, with any parametrization of it applied."""
+        return getattr(self.module, self.weight)[self.start : self.stop]
+
+
+def parameter_name(root: nn.Module, linear: Linear) -> str:
+    """The name of the map's parameter in a state dict of `root` without parametrizations (`visual…in_proj_weight`)."""
+    prefix = next((name for name, module in root.named_modules() if module is linear.module), None)
+    if prefix is None:
+        raise ValueError(f"the module that holds this {linear.weight} is not a part of {type(root).__name__}")
+    return f"{prefix}.{linear.weight}".lstrip(".")
+
+
+class Block(ABC):
+    """A transformer block: x + attention, then + MLP.
+
+    The block in pieces equals the block as a whole (dropout inside attention, which no CLIP uses, apart):
+
+        q, k, v = block.qkv(x)
+        x = x + block.attention_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        x = x + block.mlp(x)                 # = block(x, mask)
+
+    A mask is what `F.scaled_dot_product_attention` takes: numbers that are added, or booleans that are true where a
+    token may attend; its shape is (L, L), or one that broadcasts to (n, heads, L, L).
+
+    `positions`, (L) or (n, L), tells where in the grid of patches each token stands, row by row from 0; −1 is a token
+    without a place, such as a class token. They are needed where the tokens are not those of `VisionView.embed` (tokens
+    added, dropped or merged), and matter only to blocks with rotary position embeddings; others ignore them.
+    """
+
+    def __init__(self, module: Any, rotary_trunk: Any = None) -> None:
+        self.module = module
+        self.heads: int = module.attn.num_heads
+        self._rotary_trunk = rotary_trunk  # timm's trunk, where it has rotary position embeddings
+
+    @abstractmethod
+    def linears(self) -> dict[Role, list[Linear]]:
+        """The block's linear maps by role: one for each role, two for the `fc` of an MLP with a separate gate."""
+
+    @abstractmethod
+    def qkv(self, x: Tensor, positions: Tensor | None = None) -> QKV:
+        """What attention multiplies: (n, L, W) → three (n, heads, L, d), after the first norm, the projection, the
+        norms of q and k and the rotary embedding."""
+
+    @abstractmethod
+    def attention_out(self, values: Tensor) -> Tensor:
+        """The residual branch of attention from attended values: (n, heads, L, d) → (n, L, W)."""
+
+    @abstractmethod
+    def mlp(self, x: Tensor) -> Tensor:
+        """The residual branch of the MLP, with its norm and layer scale: (n, L, W) → (n, L, W)."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """The whole block, run by the module itself where it can: (n, L, W) → (n, L, W)."""
+
+
+class VisionView(ABC):
+    """A vision transformer opened: `pool` of the blocks of `embed` is the tower's own output.
+
+    `prefix` tokens (class token, registers) stand in front of `grid` = (rows, columns) of patches; `width` is W.
+    Gradient checkpointing is up to whoever runs the blocks: `set_grad_checkpointing` of the tower has no effect here.
+    """
+
+    blocks: list[Block]
+    prefix: int
+    grid: tuple[int, int]
+    width: int
+
+    @abstractmethod
+    def embed(self, pixels: Tensor) -> Tensor:
+        """The tokens that enter the first block: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The image's embedding from the tokens that leave the last block: (n, L, W) → (n, D)."""
+
+
+def vision_view(clip: nn.Module) -> VisionView:
+    """The image tower of an open_clip model, opened; refuses towers that are no vision transformer."""
+    blocks = _vision_blocks(clip)
+    visual: Any = clip.visual
+    view: VisionView = _TimmView(visual, blocks) if isinstance(visual, TimmModel) else _OpenClipView(visual, blocks)
+    drop = visual.trunk.patch_drop if isinstance(visual, TimmModel) else visual.patch_dropout
+    if drop is not None and not isinstance(drop, nn.Identity):
+        raise _refusal("image", visual, "it drops patches in training; build it with a patch dropout of 0")
+    return view
+
+
+def vision_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
+    """The linear maps of each block of the image tower of an open_clip model; refuses other towers than ViTs."""
+    return [block.linears() for block in _vision_blocks(clip)]
+
+
+def text_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
+    """The linear maps of each block of the text tower of an open_clip model; refuses Hugging Face text towers."""
+    tower: Any = getattr(clip, "text", clip)
+    transformer = getattr(tower, "transformer", None)
+    if not isinstance(transformer, oc.Transformer):
+        raise _refusal("text", tower, "its blocks are not open_clip's own")
+    return [_block("text", tower, module).linears() for module in transformer.resblocks]
+
+
+# Blocks
+
+
+class _OpenClipBlock(Block):
+    """A block of open_clip's own transformers; its attention is PyTorch's, or open_clip's `Attention`."""
+
+    def linears(self) -> dict[Role, list[Linear]]:
+        attention = self.module.attn
+        bias = None if attention.in_proj_bias is None else "in_proj_bias"
+        q, k, v = _thirds(attention, "in_proj_weight", bias)
+        return {"q": [q], "k": [k], "v": [v], "out": [_whole(attention.out_proj)], **_mlp_linears(self.module.mlp)}
+
+    def qkv(self, x: Tensor, positions: Tensor | None = None) -> QKV:
+        attention = self.module.attn
+        fused = F.linear(self.module.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = (_split_heads(part, self.heads) for part in fused.chunk(3, dim=-1))
+        if isinstance(attention, oc.Attention):
+            q, k = attention.ln_q(q), attention.ln_k(k)
+        return q, k, v
+
+    def attention_out(self, values: Tensor) -> Tensor:
+        module, attention = self.module, self.module.attn
+        if not isinstance(attention, oc.Attention):
+            return module.ls_1(attention.out_proj(values.transpose(1, 2).flatten(2)))
+        if attention.head_scale is not None:
+            values = values * attention.head_scale
+        out = attention.out_drop(attention.out_proj(attention.ln_inner(values.transpose(1, 2).flatten(2))))
+        return module.ls_1(module.ln_attn(out))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.module.ls_2(self.module.mlp(self.module.ln_2(x)))
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
+        if mask is not None and mask.dim() > 2:  # these modules take (L, L) or (n · heads, L, L)
+            mask = mask.expand(len(x), self.heads, -1, -1).flatten(0, 1)
+        return self.module(x, attn_mask=mask)
+
+
+class _TimmBlock(Block):
+    """A pre-norm block of timm."""
+
+    def linears(self) -> dict[Role, list[Linear]]:
+        attention = self.module.attn
+        if attention.qkv is not None:
+            q, k, v = _thirds(attention.qkv, "weight", "bias" if attention.qkv.bias is not None else None)
+        else:
+            q, k, v = (_whole(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return {"q": [q], "k": [k], "v": [v], "out": [_whole(attention.proj)], **_mlp_linears(self.module.mlp)}
+
+    def qkv(self, x: Tensor, positions: Tensor | None = None) -> QKV:
+        attention, x = self.module.attn, self._before(1, x)
+        parts: tuple[Tensor, ...]
+        if attention.qkv is None:
+            parts = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        elif getattr(attention, "q_bias", None) is not None:
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+            parts = F.linear(x, attention.qkv.weight, bias).chunk(3, dim=-1)
+        else:
+            parts = attention.qkv(x).chunk(3, dim=-1)
+        q, k, v = (_split_heads(part, self.heads) for part in parts)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if self._rotary_trunk is not None:
+            angles = self._angles(positions)
+            q, k = (apply_rot_embed_cat(part, angles, half=attention.rotate_half).type_as(v) for part in (q, k))
+        return q, k, v
+
+    def attention_out(self, values: Tensor) -> Tensor:
+        attention = self.module.attn
+        return self._after(1, attention.proj_drop(attention.proj(attention.norm(values.transpose(1, 2).flatten(2)))))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self._after(2, self.module.mlp(self._before(2, x)))
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        if self._rotary_trunk is None:
+            return self.module(x, attn_mask=mask)
+        if positions is None:
+            return self.module(x, rope=self._rotary_table(), attn_mask=mask)
+        x = x + self.attention_out(F.scaled_dot_product_attention(*self.qkv(x, positions), attn_mask=mask))
+        return x + self.mlp(x)
+
+    def _before(self, branch: int, x: Tensor) -> Tensor:
+        """What enters branch 1 (attention) or 2 (MLP)."""
+        return getattr(self.module, f"norm{branch}")(x)
+
+    def _after(self, branch: int, out: Tensor) -> Tensor:
+        """What is added to the residual stream, from what leaves the branch."""
+        scale, drop = getattr(self.module, f"ls{branch}"), getattr(self.module, f"drop_path{branch}")
+        return drop(scale(out))
+
+    def _rotary_table(self) -> Tensor:
+        """The rotary embedding of each patch, (rows · columns, 2d): sines, then cosines."""
+        return self._rotary_trunk.rope.get_embed(shape=self._rotary_trunk.patch_embed.grid_size)
+
+    def _angles(self, positions: Tensor | None) -> Tensor:
+        """The rotary embedding of each token: (L, 2d), or (n, 1, L, 2d) for positions (n, L); a token at position −1
+        is rotated by nothing (sine 0, cosine 1)."""
+        table = self._rotary_table()
+        still = torch.zeros_like(table[:1])
+        still[:, table.shape[1] // 2 :] = 1
+        if positions is None:
+            positions = torch.arange(-self._rotary_trunk.num_prefix_tokens, len(table), device=table.device).clamp(-1)
+        angles = torch.cat([table, still])[positions]
+        return angles if positions.dim() == 1 else angles.unsqueeze(1)
+
+
+class _EvaBlock(_TimmBlock):
+    """A pre-norm block of timm's `Eva`, whose layer scales are parameters of the block."""
+
+    def _after(self, branch: int, out: Tensor) -> Tensor:
+        scale, drop = getattr(self.module, f"gamma_{branch}"), getattr(self.module, f"drop_path{branch}")
+        return drop(out if scale is None else scale * out)
+
+
+class _PostNormBlock(_TimmBlock):
+    """A block of timm that norms what leaves its branches instead of what enters them."""
+
+    def _before(self, branch: int, x: Tensor) -> Tensor:
+        return x
+
+    def _after(self, branch: int, out: Tensor) -> Tensor:
+        norm, drop = getattr(self.module, f"norm{branch}"), getattr(self.module, f"drop_path{branch}")
+        return drop(norm(out))
+
+
+_BLOCKS: dict[type[nn.Module], type[Block]] = {
+    oc.ResidualAttentionBlock: _OpenClipBlock,
+    oc.CustomResidualAttentionBlock: _OpenClipBlock,
+    vision_transformer.Block: _TimmBlock,
+    vision_transformer.ResPostBlock: _PostNormBlock,
+    eva.EvaBlock: _EvaBlock,
+    eva.EvaBlockPostNorm: _PostNormBlock,
+}
+_ATTENTIONS = (nn.MultiheadAttention, oc.Attention, Attention, AttentionRope, eva.EvaAttention)
+# The names of the linear maps of MLPs: into it (two where one is a gate), and out of it.
+_MLPS = ((("c_fc",), "c_proj"), (("fc1",), "fc2"), (("fc1_g", "fc1_x"), "fc2"), (("w0", "w1"), "w2"))
+
+
+def _vision_blocks(clip: nn.Module) -> list[Block]:
+    visual: Any = clip.visual
+    if isinstance(visual, oc.VisionTransformer):
+        return [_block("image", visual, module) for module in visual.transformer.resblocks]
+    trunk = visual.trunk if isinstance(visual, TimmModel) else None
+    if not isinstance(trunk, vision_transformer.VisionTransformer | eva.Eva):
+        raise _refusal("image", visual, "it is not a vision transformer of open_clip or timm")
+    rope: Any = getattr(trunk, "rope", None)
+    if rope is not None and not isinstance(rope, RotaryEmbeddingCat):
+        raise _refusal("image", visual, f"its rotary embedding {type(rope).__name__} is not supported")
+    return [_block("image", visual, module, None if rope is None else trunk) for module in trunk.blocks]
+
+
+def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -> Block:
+    """The module as a `Block`; refuses modules that do more, or in another order, than `Block` says."""
+    opened = next((opened for known, opened in _BLOCKS.items() if isinstance(module, known)), None)
+    if opened is None:
+        raise _refusal(kind, tower, f"its blocks, {type(module).__name__}, are not supported")
+    attention = module.attn
+    special = [name for name in ("gate", "logit_scale") if getattr(attention, name, None) is not None]
+    if not isinstance(attention, _ATTENTIONS) or special or getattr(attention, "num_kv_groups", 1) > 1:
+        named = " with ".join([type(attention).__name__, *special])
+        raise _refusal(kind, tower, f"its attention, {named}, is not supported")
+    return opened(module, rotary_trunk)
+
+
+def _refusal(kind: str, tower: nn.Module, why: str) -> UserError:
+    core = tower.trunk if isinstance(tower, TimmModel) else tower
+    return UserError(
+        f"The {kind} tower ({type(core).__name__}) cannot be taken apart: {why}. Choose another model, or a method or "
+        f"tower that leaves the {kind} tower closed."
+    )
+
+
+def _thirds(module: Any, weight: str, bias: str | None) -> list[Linear]:
+    third = getattr(module, weight).shape[0] // 3
+    return [Linear(module, weight, bias, i * third, (i + 1) * third) for i in range(3)]
+
+
+def _whole(linear: Any) -> Linear:
+    return Linear(linear, "weight", None if linear.bias is None else "bias", 0, linear.out_features)
+
+
+def _mlp_linears(mlp: Any) -> dict[Role, list[Linear]]:
+    for inward, outward in _MLPS:
+        if all(hasattr(mlp, name) for name in (*inward, outward)):
+            return {"fc": [_whole(getattr(mlp, name)) for name in inward], "proj": [_whole(getattr(mlp, outward))]}
+    raise UserError(f"The linear maps of MLPs of the class {type(mlp).__name__} are not known. Choose another model.")
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(n, L, heads · d) → (n, heads, L, d)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+# Whole image towers
+
+
+class _OpenClipView(VisionView):
+    """The view of open_clip's own `VisionTransformer`."""
+
+    def __init__(self, visual: Any, blocks: list[Block]) -> None:
+        self._visual = visual
+        self.blocks, self.prefix, self.grid, self.width = blocks, 1, visual.grid_size, visual.transformer.width
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return self._visual._embeds(pixels)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        pooled = self._visual._pool(tokens)[0]
+        return pooled if self._visual.proj is None else pooled @ self._visual.proj
+
+
+class _TimmView(VisionView):
+    """The view of open_clip's `TimmModel` around timm's `VisionTransformer` or `Eva`."""
+
+    def __init__(self, visual: Any, blocks: list[Block]) -> None:
+        self._visual, trunk = visual, visual.trunk
+        self.blocks, self.prefix = blocks, trunk.num_prefix_tokens
+        self.grid, self.width = tuple(trunk.patch_embed.grid_size), trunk.embed_dim
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        trunk = self._visual.trunk
+        placed = trunk._pos_embed(trunk.patch_embed(pixels))
+        return trunk.norm_pre(placed[0] if isinstance(placed, tuple) else placed)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        trunk = self._visual.trunk
+        return self._visual.head(trunk.forward_head(trunk.norm(tokens)))

@@ -1,0 +1,311 @@
+"""The view of open_clip's and timm's transformers: in pieces they compute what they compute as a whole."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+from unittest.mock import patch
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.coca_model import CoCa
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import CustomResidualAttentionBlock
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import BertConfig
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.vit import ROLES, Block, Linear, parameter_name, text_linears, vision_linears, vision_view
+
+# A configuration of open_clip, and what to change in its vision_cfg and in timm's trunk, to be fast: all models have
+# two blocks a tower and narrow text towers. All else, the width of a head included, is as published.
+Model = tuple[str, dict[str, Any], dict[str, Any]]
+NARROW = {"embed_dim": 128, "num_heads": 2}
+MODELS: dict[str, Model] = {
+    name: (name, vision, trunk)
+    for name, vision, trunk in (
+        ("ViT-B-32", {}, {}),
+        ("ViT-B-32-quickgelu", {"width": 128}, {}),
+        ("ViT-H-14-worldwide", {"width": 160, "image_size": 56}, {}),
+        ("MobileCLIP2-B", {}, {}),
+        ("PE-Core-B-16", {}, NARROW),
+        ("PE-Core-T-16-384", {}, {}),
+        ("ViT-B-32-SigLIP2-256", {}, NARROW),
+        ("ViT-SO400M-14-SigLIP2", {"image_size": 56}, {"embed_dim": 144, "num_heads": 2, "img_size": 56}),
+        ("EVA02-B-16", {}, NARROW),
+    )
+}
+CUSTOM = dict.fromkeys(("qk_norm", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), True)
+MODELS |= {
+    "average pooling": ("ViT-L-14-CLIPA", {"width": 128}, {}),
+    "layer scale": ("ViT-M-16-alt", {"width": 128}, {}),
+    "custom blocks": ("ViT-B-32", {"width": 128, **CUSTOM}, {}),
+    "CoCa": ("coca_ViT-B-32", {"width": 128}, {}),
+    "no class token": ("PE-Core-bigG-14-448", {"image_size": 112}, NARROW | {"img_size": 112}),
+    "biases of q and v apart": ("EVA01-g-14", {}, NARROW),
+    "post-norm": ("EVA02-E-14", {}, NARROW),
+    "gated MLP": ("ViTamin-S", {}, {}),
+}
+
+
+def build(config: str, vision: dict[str, Any], trunk: dict[str, Any], seed: int = 0) -> nn.Module:
+    """The model of that name with two blocks a tower and 100 words; random, biases and scales included."""
+    settings = open_clip.get_model_config(config)
+    assert settings is not None
+    if "timm_model_name" not in settings["vision_cfg"]:
+        vision = {"layers": 2, **vision}
+    settings["vision_cfg"] |= vision
+    settings["text_cfg"] |= {"vocab_size": 100, "layers": 2, "width": 128, "heads": 2}
+    kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
+    if "multimodal_cfg" in settings:
+        settings["multimodal_cfg"] |= {"vocab_size": 100, "layers": 1, "width": 128, "heads": 2}
+        kind = CoCa
+    create = timm.create_model
+    with (
+        torch.random.fork_rng(),
+        patch("timm.create_model", lambda name, **options: create(name, **{"depth": 2, **trunk, **options})),
+    ):
+        torch.manual_seed(seed)
+        clip: nn.Module = kind(**settings)
+        with torch.no_grad():
+            for parameter in clip.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+    return clip.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def clip(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    yield build(*MODELS[request.param])
+
+
+def pixels(clip: Any, count: int = 2) -> Tensor:
+    size = clip.visual.image_size[0]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def words(clip: Any) -> Tensor:
+    """Three sentences with an end token (the highest id, and the id 2 of other tokenizers) and padding."""
+    length = getattr(clip, "text", clip).context_length
+    ids = torch.randint(3, 99, (3, length), generator=torch.Generator().manual_seed(2))
+    for row, end in zip(ids, (5, 9, length - 2), strict=True):
+        row[end], row[end + 1], row[end + 2 :] = 99, 2, 0
+    return ids
+
+
+def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def features(clip: Any) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)  # for stochastic depth, in training
+    text = clip.encode_text(words(clip))
+    return first(clip.visual(pixels(clip))), first(text)
+
+
+def assert_close(own: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
+    assert own.shape == other.shape
+    assert (own - other).norm() <= tolerance * other.norm()
+
+
+def parameters_of(linears: list[dict[Any, list[Linear]]]) -> dict[tuple[nn.Module, str], list[Linear]]:
+    """The maps by the parameter that they are rows of."""
+    parameters: dict[tuple[nn.Module, str], list[Linear]] = {}
+    for block in linears:
+        for role in ROLES:
+            for linear in block[role]:
+                parameters.setdefault((linear.module, linear.weight), []).append(linear)
+    return parameters
+
+
+class Same(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+
+class LowRank(nn.Module):
+    def __init__(self, weight: Tensor, linear: Linear) -> None:
+        super().__init__()
+        self.rows = slice(linear.start, linear.stop)
+        self.down = nn.Parameter(0.02 * torch.randn(2, weight.shape[1]))
+        self.up = nn.Parameter(0.02 * torch.randn(linear.stop - linear.start, 2))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        update = torch.zeros_like(weight)
+        update[self.rows] = (self.up @ self.down).to(weight.dtype)
+        return weight + update
+
+
+@torch.no_grad()
+def test_the_pieces_of_the_image_tower_make_its_output(clip: Any) -> None:
+    view, images = vision_view(clip), pixels(clip)
+    tokens = view.embed(images)
+    assert tokens.shape == (2, view.prefix + view.grid[0] * view.grid[1], view.width)
+    for block in view.blocks:
+        tokens = block(tokens)
+    assert_close(view.pool(tokens), first(clip.visual(images)))
+
+
+@torch.no_grad()
+def test_a_block_in_pieces_is_the_block(clip: Any) -> None:
+    view = vision_view(clip)
+    tokens = torch.randn_like(view.embed(pixels(clip)))
+    patches = torch.arange(view.grid[0] * view.grid[1])
+    standing = torch.cat([torch.full((view.prefix,), -1), patches])
+    mask = torch.rand(len(tokens), 1, *[tokens.shape[1]] * 2) < 0.5
+    mask |= torch.eye(tokens.shape[1], dtype=torch.bool)
+    for block in view.blocks:
+        assert_close(in_pieces(block, tokens), block(tokens))
+        for own in (mask, mask[0, 0], torch.randn(tokens.shape[1], tokens.shape[1])):
+            assert_close(in_pieces(block, tokens, own), block(tokens, own))
+        assert_close(block(tokens, positions=standing), block(tokens))
+        order = torch.randperm(len(standing))
+        assert_close(block(tokens[:, order], positions=standing[order]), block(tokens)[:, order])
+        assert_close(block(tokens[:, order], positions=standing[order].expand(2, -1)), block(tokens)[:, order])
+        assert block(tokens[:, :3], positions=standing[:3]).shape == tokens[:, :3].shape
+
+
+def in_pieces(block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = block.qkv(x)
+    assert q.shape[:3] == (x.shape[0], block.heads, x.shape[1])
+    x = x + block.attention_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    return x + block.mlp(x)
+
+
+@torch.no_grad()
+def test_each_linear_map_is_what_its_role_says(clip: Any) -> None:
+    """Noise in the rows of a map changes what that map makes, and nothing else."""
+    block = vision_view(clip).blocks[1]
+    x = torch.randn_like(vision_view(clip).embed(pixels(clip, 1)))
+
+    def made() -> dict[str, Tensor]:
+        q, k, v = block.qkv(x)
+        return {"q": q, "k": k, "v": v, "out": block.attention_out(v), "mlp": block.mlp(x)}
+
+    values = block.qkv(x)[2]
+    before = made()
+    for role, linears in block.linears().items():
+        for linear in linears:
+            weight = linear.module.get_parameter(linear.weight)
+            kept = weight.clone()
+            weight[linear.start : linear.stop] += torch.randn_like(linear.rows())
+            after = made() | {"out": block.attention_out(values)}
+            weight.copy_(kept)
+            changed = {name for name in before if not torch.equal(before[name], after[name])}
+            assert changed == {"mlp" if role in ("fc", "proj") else role}
+
+
+def test_the_maps_cover_the_matrices_of_the_blocks(clip: Any) -> None:
+    named = {id(parameter): name for name, parameter in clip.named_parameters()}
+    for linears, blocks in (
+        (vision_linears(clip), [block.module for block in vision_view(clip).blocks]),
+        (text_linears(clip), list(getattr(clip, "text", clip).transformer.resblocks)),
+    ):
+        assert len(linears) == len(blocks) == 2
+        covered = parameters_of(linears)
+        for (module, name), own in covered.items():
+            weight = module.get_parameter(name)
+            assert [row for linear in own for row in range(linear.start, linear.stop)] == list(range(len(weight)))
+            assert {parameter_name(clip, linear) for linear in own} == {named[id(weight)]}
+            for linear in own:
+                assert linear.bias is None or len(linear.module.get_parameter(linear.bias)) == len(weight)
+        matrices = {id(weight) for block in blocks for weight in block.parameters() if weight.dim() == 2}
+        assert {id(module.get_parameter(name)) for module, name in covered} == matrices
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_weights_can_be_parametrized(clip: nn.Module, train: bool) -> None:
+    clip = deepcopy(clip).train(train)
+
+    def outputs() -> list[Tensor]:
+        own = [*features(clip)]
+        with torch.no_grad():
+            own += features(clip)
+            with torch.autocast("cpu", torch.bfloat16):
+                own += features(clip)
+        return own
+
+    before = outputs()
+    for module, name in parameters_of(vision_linears(clip) + text_linears(clip)):
+        parametrize.register_parametrization(module, name, Same())
+    assert len(vision_linears(clip)) == 2  # the classes of the modules have changed: they are known all the same
+    # Not bit for bit: without gradients, PyTorch multiplies by a parameter in another order than by its copy.
+    for own, other in zip(outputs(), before, strict=True):
+        assert_close(own, other, 1e-5 if own.dtype == torch.float32 else 1e-2)
+
+
+def test_gradients_reach_low_rank_updates_with_and_without_checkpointing(clip: Any) -> None:
+    clip = deepcopy(clip)
+    updates = add_low_rank(clip)
+    parameters = [parameter for update in updates for parameter in update.parameters()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        image, text = features(clip)
+        loss = (image * torch.linspace(-1, 1, image.shape[1])).sum() + (text**2).sum()
+        return torch.autograd.grad(loss, parameters)
+
+    plain = gradients()
+    assert all(gradient.norm() > 0 for gradient in plain)
+    clip.set_grad_checkpointing(True)
+    if any(isinstance(module, CustomResidualAttentionBlock) for module in clip.modules()):
+        with pytest.raises(TypeError):  # open_clip cannot checkpoint its custom blocks
+            gradients()
+        return
+    for own, other in zip(gradients(), plain, strict=True):
+        assert_close(own, other)
+
+
+def add_low_rank(clip: nn.Module) -> list[LowRank]:
+    clip.requires_grad_(False)
+    updates = []
+    for (module, name), linears in parameters_of(vision_linears(clip) + text_linears(clip)).items():
+        for linear in linears:
+            updates.append(LowRank(getattr(module, name), linear))
+            parametrize.register_parametrization(module, name, updates[-1])
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("config", "tower"),
+    [
+        ("RN50", "ModifiedResNet"),
+        ("MobileCLIP2-S0", "FastVit"),
+        ("convnext_base", "ConvNeXt"),
+        ("swin_base_patch4_window7_224", "SwinTransformer"),
+        ("vit_relpos_medium_patch16_cls_224", "VisionTransformerRelPos"),
+    ],
+)
+def test_image_towers_that_are_no_vit_are_refused(config: str, tower: str) -> None:
+    settings: Any = open_clip.get_model_config(config)
+    settings["text_cfg"] |= {"vocab_size": 100, "layers": 1}
+    kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
+    with torch.device("meta"):
+        clip = kind(**settings)
+    opened: tuple[Callable[[nn.Module], object], ...] = (vision_view, vision_linears)
+    for ask in opened:
+        with pytest.raises(UserError, match=rf"image tower \({tower}\)"):
+            ask(clip)
+    assert len(text_linears(clip)) == 1
+
+
+def test_text_towers_of_hugging_face_are_refused() -> None:
+    clip = nn.Module()
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=9)
+    clip.text = HFTextEncoder("", 16, config, "cls_pooler", "linear", pretrained=False)
+    with pytest.raises(UserError, match=r"text tower \(HFTextEncoder\)"):
+        text_linears(clip)
+
+
+def test_attention_that_is_no_scaled_dot_product_is_refused() -> None:
+    clip = build("ViT-B-32", {"width": 64, "scaled_cosine_attn": True}, {})
+    with pytest.raises(UserError, match="logit_scale"):
+        vision_view(clip)
+
+
+def test_a_tower_that_drops_patches_has_no_view() -> None:
+    clip = build("ViT-B-32", {"width": 64, "patch_dropout": 0.5}, {})
+    assert len(vision_linears(clip)) == 2
+    with pytest.raises(UserError, match="patch dropout"):
+        vision_view(clip)

@@ -220,3 +220,8 @@ def is_unicode(text: str) -> bool:
 def _shown(value: Any) -> str:
     kind = "an object" if isinstance(value, _Object) else repr(value)
     return kind if len(kind) <= 60 else kind[:57] + "..."
+
+
+def same_captions(one: Path, other: Path) -> bool:
+    """Whether two annotations are one: the same file, or the same content under two names."""
+    return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)

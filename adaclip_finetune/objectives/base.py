@@ -7,7 +7,7 @@ a complete one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ class Objective(nn.Module, ABC):
 
     def choose(self) -> None:
         """Let learn what the objective created within CLIP. Called after the method chose among CLIP's parameters."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors of the objective's own, without the retriever."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("retriever.")}
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """What `own_state` gave."""
+        self.load_state_dict(dict(state), strict=False)
 
     @abstractmethod
     def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:

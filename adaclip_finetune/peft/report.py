@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from torch import nn
@@ -42,6 +42,11 @@ class TrainableReport:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """`{"clip": {"trainable": …, "total": …}, "selector": …, "aggregator": …}`, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Mapping[str, int]]) -> TrainableReport:
+        """What `as_dict` gave."""
+        return cls(**{name: Count(**part) for name, part in content.items()})
 
     def __str__(self) -> str:
         rows = [("CLIP", self.clip), ("selector", self.selector), ("aggregator", self.aggregator), ("all", self.all)]

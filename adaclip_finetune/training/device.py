@@ -112,6 +112,12 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mib` begin anew, where a device can."""
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
 def total_memory_gib(device: torch.device) -> float:
     """What the device has in all, in GiB: of memory of its own, or on a CPU of the machine's."""
     if device.type in ("cuda", "xpu"):

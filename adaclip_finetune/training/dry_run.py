@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.loader import updates_per_epoch
 from adaclip_finetune.data.splits import evaluation_split
-from adaclip_finetune.model.flops import count_gflops
-from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.weights.checkpoints import read_checkpoint, with_its_clip
-from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.peft import TrainableReport, prepare_peft, trainable_report
-from adaclip_finetune.training.build import describe_gflops, readable_train_split, say_cut
+from adaclip_finetune.peft import TrainableReport
+from adaclip_finetune.training.data import readable_train_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.session import open_model
 
 
 def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
@@ -28,17 +21,9 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     Weights that would have to be fetched are not: the model is then built on the meta device, of shapes alone.
     """
     run = RunFolder(config.model_copy(update={"no_output": True}), stream=sys.stderr if as_json else sys.stdout)
-    checkpoint = read_checkpoint(Path(config.resume)) if config.resume else None
-    config = with_its_clip(checkpoint, config) if checkpoint else config
-    towers = checkpoint.towers() if checkpoint else None
-    at_hand = config.clip_weights is not None or towers is not None
-    # The CNN's weights do not change what is counted, and may need a download.
-    built = config.model_copy(update={"policy_weights": "random"})
-    with nullcontext() if at_hand else torch.device("meta"):
-        loaded = load_clip(built, with_weights=at_hand, from_checkpoint=towers)
-        model = VideoRetriever(built, loaded)
-    method = prepare_peft(model, config)
-    parameters, gflops = trainable_report(model), count_gflops(model, config.num_frm)
+    session = open_model(config, values="meta")
+    config, loaded, method = session.config, session.loaded, session.method
+    parameters, gflops = session.parameters, session.gflops
     steps = 0
     if not config.do_inference:
         split = readable_train_split(config, run)
@@ -56,7 +41,7 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     if as_json:
         print(json.dumps(found))
         return found
-    run.say(f"{config.peft.method}\n{parameters}\n{describe_gflops(gflops)}")
+    run.say(f"{config.peft.method}\n{parameters}\n{gflops}")
     run.say(f"{steps} updates in {config.num_epochs} epochs" if steps else "no training")
     run.say(_would_write(config, parameters))
     return found

@@ -17,14 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.objectives.base import Objective
 
 _EPS = 1e-6
 _MAX_TENSOR_NORM = 1.0
 _MAX_LOGIT_SCALE = math.log(100)
 
 
-def build_optimizer(model: nn.Module, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """The optimizer of what learns in `model` (not wrapped; CLIP at `.clip`), and its schedule over all updates.
+def build_optimizer(objective: Objective, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer of what learns in `objective` (not wrapped), and its schedule over all updates.
 
     Groups are named clip_decay, clip_no_decay, other_decay and other_no_decay; empty ones are left out. CLIP's learning
     rate is learning_rate x coef_lr; what has `bias` in its name does not decay. Step the schedule after each update.
@@ -32,8 +33,8 @@ def build_optimizer(model: nn.Module, config: Config, total_steps: int) -> tuple
     Raises UserError where nothing learns, or for no updates at all.
     """
     if total_steps < 1:
-        raise UserError("there is not one update to train for: no batch of train_annot is left")
-    groups = _parameter_groups(model, config)
+        raise UserError("nothing to train on: train_annot yields no batches")
+    groups = _parameter_groups(objective, config)
     if not groups:
         raise UserError("nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg")
     optimizer: Optimizer
@@ -74,19 +75,19 @@ def advance(schedule: LambdaLR, updates: int) -> None:
         group["lr"] = base * factor(updates)
 
 
-def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, Tensor]:
     """What the optimizer remembers, as "<parameter>/<key>": its moments, and AdamW's count of steps."""
     return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
+        f"{name.removeprefix('retriever.')}/{key}": value
+        for name, parameter in objective.named_parameters()
         if parameter in optimizer.state
         for key, value in optimizer.state[parameter].items()
     }
 
 
-def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises KeyError for a parameter that the model does not have."""
-    parameters = dict(model.named_parameters())
+def load_optimizer(optimizer: Optimizer, objective: Objective, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave. Raises KeyError for a parameter that the objective does not have."""
+    parameters = {name.removeprefix("retriever."): parameter for name, parameter in objective.named_parameters()}
     for place, tensor in tensors.items():
         name, key = place.rsplit("/", 1)
         # AdamW keeps its count on the CPU; what has the shape of the parameter belongs where that is.
@@ -157,10 +158,10 @@ class BertAdam(Optimizer):
         return moment
 
 
-def _parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    clip = {id(parameter) for parameter in model.get_submodule("clip").parameters()}
+def _parameter_groups(objective: Objective, config: Config) -> list[dict[str, Any]]:
+    clip = {id(parameter) for parameter in objective.retriever.clip.parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             part = "clip" if id(parameter) in clip else "other"
             groups.setdefault(f"{part}_no_decay" if "bias" in name else f"{part}_decay", []).append(parameter)

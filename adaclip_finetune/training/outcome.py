@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Figures, save_similarity
-from adaclip_finetune.evaluation.metrics import Metrics
+from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.model.flops import Gflops
 from adaclip_finetune.peft import TrainableReport
-from adaclip_finetune.report import draw_frame_usage, results_table
+from adaclip_finetune.report import draw_frame_usage
 from adaclip_finetune.training.run_folder import RunFolder
 
 SELECTED_ON_TEST = "selected on test (val_annot and test_annot hold the same captions)"
@@ -23,7 +23,7 @@ class FitResult:
     no_output; `zero_shot` is None where the run began with a checkpoint and CLIP itself was not at hand."""
 
     zero_shot: Figures | None
-    final: EvaluationResult
+    final: Report
     best_validation: Figures
     best_epoch: int
     evaluated_on: str
@@ -46,43 +46,37 @@ class FitResult:
         }
 
 
-def say_and_write(result: FitResult, config: Config, run: RunFolder) -> None:
+def say_and_write(result: FitResult, task: Task, config: Config, run: RunFolder) -> None:
     """Leave everything about the result in the run folder, and the short of it on the screen.
 
     metrics.json comes last: where it is, the run is finished.
     """
-    if (path := run.file("frame_usage.png")) and result.final.frame_usage is not None:
-        draw_frame_usage(path, result.final.frame_usage, len(result.final.queries.video_ids), config.top_k)
+    final = result.final
+    usage = final.frame_usage if isinstance(final, RetrievalReport) else None
+    if (path := run.file("frame_usage.png")) and usage is not None:
+        draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     rule = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
     if result.evaluated_on == "validation":
         rule = "   (no test_annot: these captions chose the epoch, so its figures flatter it)"
     run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{rule}")
-    before = {"zero-shot": result.zero_shot.metrics} if result.zero_shot else {}
-    say_table({**before, "finetuned": result.final.metrics}, result.final, run)
+    before = {"zero-shot": result.zero_shot} if result.zero_shot else {}
+    run.say(task.table({**before, "finetuned": final.figures}))
+    run.say(task.gallery(final))
     run.say(_learned(result.parameters))
-    if result.zero_shot and result.final.metrics.t2v.recall(1) <= result.zero_shot.metrics.t2v.recall(1):
+    if result.zero_shot and not task.is_better(final.figures, result.zero_shot):
         run.say(
             "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
         )
-    write_similarity(config, result.final, run)
+    write_similarity(config, final, run)
     run.write_json("metrics.json", result.as_dict())
     if run.path is not None:
         run.say(_what_next(run.path))
 
 
-def say_table(rows: dict[str, Metrics], last: EvaluationResult, run: RunFolder) -> None:
-    """The figures of several models on one gallery, and what the gallery was, as `last` knows it."""
-    videos = f"{len(last.queries.video_ids)} videos"
-    if last.missing:
-        videos += f", {last.missing} of {last.num_listed} MISSING"
-    run.say(results_table(rows))
-    run.say(f"{len(last.queries.texts)} captions, {videos}; ties count against")
-
-
-def write_similarity(config: Config, result: EvaluationResult, run: RunFolder) -> None:
-    """`save_similarity`, where it was asked for."""
-    if config.save_similarity:
-        save_similarity(Path(config.save_similarity), result)
+def write_similarity(config: Config, report: Report, run: RunFolder) -> None:
+    """`save_similarity`, where it was asked for and the task has a similarity matrix."""
+    if config.save_similarity and isinstance(report, RetrievalReport):
+        save_similarity(Path(config.save_similarity), report)
         run.say(f"similarity (rows queries, columns videos): {config.save_similarity}, ids beside it in JSON")
 
 

@@ -67,13 +67,17 @@ class RunFolder:
         self._writer: SummaryWriter | None = None
         self._lock: FolderLock | None = None
 
-    def open(self, config: Config) -> None:
-        """Make the folder, for a run with these settings. Raises UserError if that cannot be."""
+    def open(self, config: Config, device: str) -> None:
+        """Make the folder, for a run with these settings on this device (in words): nothing is left to refuse.
+
+        Raises UserError if that cannot be.
+        """
         if self._no_output or not is_main():
             self._waiting = None
             return
         self._begin(_new_folder(config) if self._trial is None else _made(self._trial), step=0)
         self.write_json("config.json", config.model_dump(mode="json", exclude=_not_in_force(config)))
+        self.write_json("environment.json", environment(device))
 
     def lock(self, path: Path) -> None:
         """Take hold of an earlier run's folder, before anything is read from it. Raises UserError if another run has

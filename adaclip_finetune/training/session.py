@@ -77,12 +77,15 @@ class Session:
 
     def describe(self) -> str:
         """For the screen: device, CLIP, what learns, what a video costs."""
-        several = f", {world_size()} processes" if world_size() > 1 else ""
-        where = f"device {describe_device(self.device)}{several}, {self.config.precision}"
+        c = self.config
         return (
-            f"{where}   CLIP {self.loaded.source}   seed {self.config.seed}\n"
-            f"method {self.config.peft.method}\n{self.parameters}\n{self.gflops}"
+            f"device {self.where()}, {c.precision}   CLIP {self.loaded.source}   seed {c.seed}\n"
+            f"method {c.peft.method}\n{self.parameters}\n{self.gflops}"
         )
+
+    def where(self) -> str:
+        """The device, and how many processes there are, in words."""
+        return describe_device(self.device) + (f", {world_size()} processes" if world_size() > 1 else "")
 
     def use(self, config: Config) -> None:
         """Go on with other settings of the method, from the same model; what learns is chosen anew."""
@@ -120,7 +123,7 @@ def open_model(
 
     `values` says what weights that would have to be fetched are instead: random, or shapes alone on the meta device.
     Without an `accelerator` the model stays on the CPU. Without `learn` nothing is attached to CLIP unless the
-    checkpoint needs it, and no parameter learns. Raises UserError, the same for every command.
+    checkpoint needs it, and `parameters` tells what learned. Raises UserError, the same for every command.
     """
     checkpoint = checkpoint or (read_checkpoint(Path(config.resume)) if config.resume else None)
     if checkpoint is not None:
@@ -153,11 +156,9 @@ def open_model(
     if accelerator is not None:
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint)
-    if learn:
-        _choose(session)
-    else:
-        model.requires_grad_(False)
-        session.recount()
+    _choose(session)
+    if not learn and checkpoint is not None and (noted := checkpoint.metadata.get("parameters")):
+        session.parameters = TrainableReport.from_dict(json.loads(noted))
     return session
 
 

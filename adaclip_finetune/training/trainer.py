@@ -56,7 +56,7 @@ from adaclip_finetune.training.optimizer import (
 )
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write
 from adaclip_finetune.training.prefetch import prefetched
-from adaclip_finetune.training.run_folder import RunFolder, environment
+from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import fill, open_model
 from adaclip_finetune.training.signals import Interrupted, StopSignals
 from adaclip_finetune.training.snapshot import Snapshot, drop_snapshots, load_snapshot, restore_results, save_snapshot
@@ -197,9 +197,7 @@ class Trainer:
             raise UserError("the processes of this run read different data: other captions, or other readable videos")
         say_cut(self.session.loaded, self.test.queries.texts, config.max_txt_len, self.test_name, run)
         self._begin(folder, opened)
-        selected_on_test = bool(config.val_annot and config.test_annot) and same_captions(
-            Path(str(config.val_annot)), Path(str(config.test_annot))
-        )
+        selected_on_test = chosen_on_test(config)
         if selected_on_test:
             run.say(f"WARNING: every figure of this run is {SELECTED_ON_TEST}")
         try:
@@ -475,8 +473,7 @@ class Trainer:
     def _open_folder(self) -> None:
         """Nothing is left to refuse: make the run folder."""
         run, session = self.run, self.session
-        run.open(self.config)
-        run.write_json("environment.json", environment(session.describe().splitlines()[0]))
+        run.open(self.config, session.where())
         if path := run.file("tokenizer"):
             save_tokenizer(session.loaded, path)
         self._record_parameters()
@@ -568,6 +565,13 @@ def validation_zero_shot(config: Config, run: RunFolder) -> Figures | None:
         session = open_model(config, accelerator=accelerator)
         measured = zero_shot(session, validation, "validation", run)
     return measured.figures if measured else None
+
+
+def chosen_on_test(config: Config) -> bool:
+    """Whether val_annot, which chooses the best epoch, and test_annot hold the same captions."""
+    if not config.val_annot or not config.test_annot:
+        return False
+    return same_captions(Path(config.val_annot), Path(config.test_annot))
 
 
 def _windows(batches: Iterable[TrainBatch], size: int) -> Iterator[list[TrainBatch]]:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST
-from adaclip_finetune.training.trainer import same_captions
+from adaclip_finetune.training.trainer import chosen_on_test
 from adaclip_finetune.tuning.folder import BEST_CONFIG, StudyFolder, best_trial, short
 from adaclip_finetune.tuning.ledger import counted
 
@@ -52,7 +52,7 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
     assert config.optuna_cfg is not None
     objective = config.optuna_cfg.objective
     before = _zero_shot_value(study, objective)
-    on = SELECTED_ON_TEST if same_captions(config) else "on validation"
+    on = SELECTED_ON_TEST if chosen_on_test(config) else "on validation"
     yield f"best: trial {best.number}, {objective} {best.value:.1f} {on}" + (
         "" if before is None else f" (zero-shot {before:.1f}){without(study.user_attrs['zero_shot'])}"
     )

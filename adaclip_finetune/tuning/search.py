@@ -19,8 +19,7 @@ from adaclip_finetune.training.device import launched_processes
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
-from adaclip_finetune.training.trainer import same_captions
-from adaclip_finetune.training.trial import validation_zero_shot
+from adaclip_finetune.training.trainer import chosen_on_test, validation_zero_shot
 from adaclip_finetune.tuning.final import train_best
 from adaclip_finetune.tuning.folder import StudyFolder, best_trial
 from adaclip_finetune.tuning.ledger import counted, may_begin
@@ -71,7 +70,7 @@ def search(config: Config) -> None:
         folder.say(f"watch it: optuna-dashboard {storage.shown}{careful}")
         if folder.path is not None:
             folder.say(f"files: {folder.path}")
-        if same_captions(config):
+        if chosen_on_test(config):
             folder.say(f"WARNING: every figure of this search is {SELECTED_ON_TEST}")
         with storage.explained(study), _told_how_to_go_on(study, folder), StopSignals(saving=False):
             _look_ahead(config, study, folder)

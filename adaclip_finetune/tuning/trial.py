@@ -23,7 +23,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.evaluate import Figures
 from adaclip_finetune.training.memory import is_out_of_memory
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.trial import TrialResult, run_trial
+from adaclip_finetune.training.trainer import TrialResult, run_trial
 from adaclip_finetune.tuning.folder import StudyFolder, best_trial, order
 from adaclip_finetune.tuning.ledger import is_surplus
 from adaclip_finetune.tuning.space import Impossible, Space, suggest, with_values

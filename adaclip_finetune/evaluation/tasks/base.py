@@ -70,6 +70,10 @@ class Task(ABC):
     def table(self, rows: Mapping[str, Figures]) -> str:
         """A table of several models on this split, a line each."""
 
+    @abstractmethod
+    def gallery(self, report: Report) -> str:
+        """On what the figures were measured, in one line of the screen."""
+
     @staticmethod
     @abstractmethod
     def figures_from_state(state: Mapping[str, Any]) -> Figures:

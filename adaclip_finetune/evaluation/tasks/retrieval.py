@@ -29,7 +29,7 @@ from adaclip_finetune.evaluation.metrics import RECALLS, Metrics, one_line, resu
 from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
-from adaclip_finetune.evaluation.tasks.base import Figures, Task
+from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import copy_from_main, from_main, is_main
 from adaclip_finetune.weights.digest import weights_digest
@@ -109,6 +109,13 @@ class Retrieval(Task):
     def table(self, rows: Mapping[str, Figures]) -> str:
         metrics = {name: row.metrics for name, row in rows.items() if isinstance(row, RetrievalFigures)}
         return results_table(metrics)
+
+    def gallery(self, report: Report) -> str:
+        assert isinstance(report, RetrievalReport)
+        videos = f"{len(report.queries.video_ids)} videos"
+        if report.missing:
+            videos += f", {report.missing} of {report.num_listed} MISSING"
+        return f"{len(report.queries.texts)} captions, {videos}; ties count against"
 
     @staticmethod
     def figures_from_state(state: Mapping[str, Any]) -> RetrievalFigures:

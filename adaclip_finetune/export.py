@@ -22,16 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.training.session import Session, find_checkpoint, open_model
 from adaclip_finetune.weights import huggingface_write
 from adaclip_finetune.weights.architecture import architecture_of, shapes_of, shapes_of_config
 from adaclip_finetune.weights.backbones import defaults_filled
-from adaclip_finetune.weights.checkpoints import Checkpoint, Kind, read_checkpoint
-from adaclip_finetune.weights.clip_weights import build_towers, find_towers
+from adaclip_finetune.weights.checkpoints import Checkpoint
+from adaclip_finetune.weights.clip_weights import save_tokenizer
 from adaclip_finetune.weights.huggingface_names import to_huggingface_names
 from adaclip_finetune.weights.published import to_published_names
-from adaclip_finetune.training.checkpoint import check_version
 
 
 def export(run: Path, form: str, target: Path) -> list[str]:
@@ -50,44 +49,32 @@ def export(run: Path, form: str, target: Path) -> list[str]:
 
 
 class _Source(NamedTuple):
-    """`towers` are CLIP's tensors by open_clip's names, `model_cfg` and `preprocess` its words for them."""
+    """`state` is the whole model, `towers` are CLIP's tensors by open_clip's names, `model_cfg` and `preprocess` its
+    words for them."""
 
     checkpoint: Checkpoint
-    config: Config
+    session: Session
+    state: Mapping[str, Tensor]
     towers: Mapping[str, Tensor]
     model_cfg: dict[str, Any]
     preprocess: dict[str, Any]
 
 
 def _read(run: Path) -> _Source:
-    path = run / "best.safetensors" if run.is_dir() else run
-    if not path.is_file():
-        raise UserError(f"{run}: there is no {path.name}; give the folder of a run, or its best.safetensors")
-    checkpoint = read_checkpoint(path)
-    if checkpoint.kind is not Kind.OURS:
-        raise UserError(f"{path}: is {checkpoint.kind.value}; exported is the best.safetensors of a run of ours")
-    check_version(checkpoint)
-    config = _config(run, checkpoint)
-    if config.clip_weights is not None and not Path(config.clip_weights).exists():
+    checkpoint, config = find_checkpoint(run, {})
+    if checkpoint.is_foreign:
+        raise UserError(f"{checkpoint.path}: is {checkpoint.kind.value}; exported are the weights of a run of ours")
+    session = open_model(config, checkpoint, learn=False)
+    if not session.method.mergeable:
         raise UserError(
-            f"{path}: the clip_weights that the run began with, {config.clip_weights}, are no longer there. They say "
-            "what the tensors do not: activation, heads and preprocessing. Put them back, or run this where they are"
+            f"{checkpoint.path}: what peft.method {config.peft.method} added to CLIP cannot be merged into it, and no "
+            "other system knows it"
         )
-    inside = checkpoint.towers()
-    assert inside is not None
-    towers = find_towers(config, inside)
-    preprocess = open_clip.get_model_preprocess_cfg(build_towers(towers, "meta"))
-    return _Source(checkpoint, config, inside.state, towers.model_cfg, preprocess)
-
-
-def _config(run: Path, checkpoint: Checkpoint) -> Config:
-    """The settings of the run: of its folder, else those in the file."""
-    path = run / "config.json"
-    config = load_config(path) if path.is_file() else load_config(None, checkpoint.settings)
-    if config.clip_backbone != Config.model_fields["clip_backbone"].default:
-        return config
-    # Both hold defaults too, and a default does not decide which CLIP it is: the tensors do.
-    return load_config(None, config.model_dump(mode="json", exclude={"clip_backbone"}))
+    state = session.method.merged_state(session.model)
+    towers = {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
+    model_cfg = json.loads(session.description()["clip"])["model_cfg"]
+    preprocess = open_clip.get_model_preprocess_cfg(session.loaded.module)
+    return _Source(checkpoint, session, state, towers, model_cfg, preprocess)
 
 
 def _published(source: _Source, path: Path) -> Iterator[str]:
@@ -96,8 +83,8 @@ def _published(source: _Source, path: Path) -> Iterator[str]:
     content = {
         "arch": "AdaCLIP",
         "epoch": int(epoch) if epoch.isdecimal() else 0,
-        "state_dict": to_published_names(source.checkpoint.state),
-        "config": source.config.model_dump(mode="json"),
+        "state_dict": to_published_names(source.state),
+        "config": source.session.config.model_dump(mode="json"),
         "optimizer": {},
     }
     with path.open("wb") as file:
@@ -114,11 +101,10 @@ def _published(source: _Source, path: Path) -> Iterator[str]:
 def _open_clip(source: _Source, folder: Path) -> Iterator[str]:
     folder.mkdir()
     kept = {name: source.preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")}
-    _write_json(folder / "open_clip_config.json", {"model_cfg": source.model_cfg, "preprocess_cfg": kept})
     _write_tensors(folder / "open_clip_model.safetensors", source.towers)
-    yield from _left_out(source.checkpoint)
-    if tokenizer := source.model_cfg["text_cfg"].get("hf_tokenizer_name"):
-        yield f"left out: the tokenizer, {tokenizer}; open_clip looks for its files in the folder"
+    save_tokenizer(source.session.loaded, folder)
+    _write_json(folder / "open_clip_config.json", {"model_cfg": source.model_cfg, "preprocess_cfg": kept})
+    yield from _left_out(source.state)
 
 
 def _huggingface(source: _Source, folder: Path) -> Iterator[str]:
@@ -143,7 +129,7 @@ def _huggingface(source: _Source, folder: Path) -> Iterator[str]:
         else:
             _write_json(folder / name, content)
     _write_tensors(folder / "model.safetensors", to_huggingface_names(source.towers))
-    yield from _left_out(source.checkpoint)
+    yield from _left_out(source.state)
 
 
 FORMATS: dict[str, Callable[[_Source, Path], Iterator[str]]] = {
@@ -153,10 +139,10 @@ FORMATS: dict[str, Callable[[_Source, Path], Iterator[str]]] = {
 }
 
 
-def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
+def _left_out(state: Mapping[str, Tensor]) -> Iterator[str]:
     """What stands around CLIP, which these formats have no place for."""
     sizes: dict[str, int] = {}
-    for name, tensor in checkpoint.state.items():
+    for name, tensor in state.items():
         part = name.split(".")[0]
         sizes[part] = sizes.get(part, 0) + tensor.numel()
     del sizes["clip"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.peft.importance import TensorImportance
 
+
 def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     """curves.png: loss, learning rate and validation R@1, over updates."""
     train = [event for event in events if event["event"] == "train"]

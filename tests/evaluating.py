@@ -12,11 +12,11 @@ from typing import Any
 import forked
 import torch
 import torch.distributed as dist
+from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip

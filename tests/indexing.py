@@ -16,8 +16,8 @@ def write_run(folder: Path, settings: dict[str, Any], seed: int = 0) -> Path:
 
     from adaclip_finetune.config import load_config
     from adaclip_finetune.model.retriever import VideoRetriever
-    from adaclip_finetune.weights.clip_weights import load_clip
     from adaclip_finetune.training.checkpoint import save_tensors
+    from adaclip_finetune.weights.clip_weights import load_clip
 
     folder.mkdir()
     config = load_config(None, settings)

@@ -5,12 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_clip
-from torch import Tensor
-
-from adaclip_finetune.config import load_config
-from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.aggregator import (
     FrameAggregator,
     MeanAggregator,
@@ -20,6 +14,12 @@ from adaclip_finetune.model.aggregator import (
     TransformerAggregator,
     WordAggregator,
 )
+from conftest import build_tiny_clip
+from torch import Tensor
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.dataset import VideoBatch
+from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoRetriever
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adaclip_finetune.training.build import build_session
 from conftest import build_tiny_clip
 from foreign import write_evil, write_published
 from safetensors.torch import load_file, save_file
@@ -17,13 +18,12 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
-from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
-from adaclip_finetune.weights.published import to_our_names, to_published_names
-from adaclip_finetune.training.build import build_session
 from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
+from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
+from adaclip_finetune.weights.published import to_our_names, to_published_names
 
 # The settings of the small models below, as a published config has them.
 SETTINGS: dict[str, Any] = {

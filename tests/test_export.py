@@ -17,9 +17,9 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.export import export
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
 from adaclip_finetune.weights.checkpoints import Kind, check_settings, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 WORDS = ["a dog runs", "two red cars, and a cat's ball"]

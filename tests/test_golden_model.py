@@ -13,9 +13,9 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.training.checkpoint import fill
 from adaclip_finetune.weights.checkpoints import check_settings, describe, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.training.checkpoint import fill
 
 SETTINGS = [
     "mean_seqTransf",

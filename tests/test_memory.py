@@ -15,7 +15,6 @@ from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoEmbedding, VideoRetriever
-from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.training import memory
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.memory import (
@@ -24,6 +23,7 @@ from adaclip_finetune.training.memory import (
     fitting_batch_size,
     is_out_of_memory,
 )
+from adaclip_finetune.weights.clip_weights import load_clip
 
 Project = dict[str, Any]
 CPU = torch.device("cpu")

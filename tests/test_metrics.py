@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from adaclip_finetune.evaluation.evaluate import Figures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.evaluation import similarity
-from adaclip_finetune.evaluation.evaluate import Figures
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 

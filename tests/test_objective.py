@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from adaclip_finetune.training.objective import contrastive_loss
 
 

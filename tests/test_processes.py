@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from adaclip_finetune.training.build import build_session, train_loader
+from adaclip_finetune.training.gather import gather_rows
+from adaclip_finetune.training.loop import Hooks, Trainer
 from safetensors.torch import load_file
 from spread import spread
 from torch import nn
@@ -21,10 +24,7 @@ from adaclip_finetune.processes import (
     rank,
     world_size,
 )
-from adaclip_finetune.training.build import build_session, train_loader
 from adaclip_finetune.training.device import make_accelerator
-from adaclip_finetune.training.gather import gather_rows
-from adaclip_finetune.training.loop import Hooks, Trainer
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
 from adaclip_finetune.training.trainer import fit

@@ -7,6 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from adaclip_finetune.training.objective import contrastive_loss
 from conftest import build_tiny_clip
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model import clip as towers
 from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.objective import contrastive_loss
 
 SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 SMALL = {"num_frm": 6, "top_k": 2, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8, "policy_backbone": "raw"}

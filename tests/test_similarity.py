@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adaclip_finetune.evaluation.evaluate import EvaluationResult, save_similarity
 from torch import Tensor
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation import similarity
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, save_similarity
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import similarity_file, write_similarity_file

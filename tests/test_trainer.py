@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adaclip_finetune.training.loop import Interrupted
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +25,6 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.training import loop, outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
-from adaclip_finetune.training.loop import Interrupted
 from adaclip_finetune.training.optimizer import BertAdam, schedule
 from adaclip_finetune.training.outcome import FitResult
 from adaclip_finetune.training.trainer import fit

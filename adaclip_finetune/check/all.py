@@ -11,7 +11,7 @@ from adaclip_finetune.check.captions import check_captions
 from adaclip_finetune.check.cost import check_evaluation_cost, check_training_cost
 from adaclip_finetune.check.finding import Finding
 from adaclip_finetune.check.going_on import check_data, check_folder
-from adaclip_finetune.check.model import TrialModel, build_trial_model, load_tokenizer
+from adaclip_finetune.check.model import build_trial_model, load_tokenizer
 from adaclip_finetune.check.overlap import check_overlap
 from adaclip_finetune.check.sheet import check_sheet
 from adaclip_finetune.check.source import Split, refused_entries
@@ -20,6 +20,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def check(request: Request) -> list[Finding]:
 
 
 def _cost(
-    trial: TrialModel, request: Request, stores: Sequence[FrameStore], looked: Sequence[Looked]
+    trial: Session, request: Request, stores: Sequence[FrameStore], looked: Sequence[Looked]
 ) -> Iterator[Finding]:
     config, splits = request.config, request.splits
     if config.do_inference:

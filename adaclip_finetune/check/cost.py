@@ -12,7 +12,6 @@ from adaclip_finetune.check.disk import check_disk
 from adaclip_finetune.check.evaluation import try_evaluation
 from adaclip_finetune.check.finding import Finding, Severity, plural
 from adaclip_finetune.check.memory import Reading, check_memory, gallery
-from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.reading import seconds_a_video
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.check.steps import StepTrial, try_steps
@@ -20,6 +19,7 @@ from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.extract.options import cores
 from adaclip_finetune.training.device import describe_device
+from adaclip_finetune.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Times:
 
 
 def check_training_cost(
-    trial: TrialModel, splits: Sequence[Split], store: FrameStore, readable: Sequence[str], folder: Path | None
+    trial: Session, splits: Sequence[Split], store: FrameStore, readable: Sequence[str], folder: Path | None
 ) -> Iterator[Finding]:
     """`readable`: the training videos that a run would take, at least one; `store` has them. `folder`: that of a run
     that goes on."""
@@ -45,7 +45,7 @@ def check_training_cost(
     videos = [video for video in train.videos if video.video_id in good]
     entries = len(train_entries(videos, config.concat_captions))
     phases = trial.method.phases(config.num_epochs, config.batch_size)
-    reading = seconds_a_video(readable, store, config, trial.loaded.image)
+    reading = seconds_a_video(readable, store, config, trial.model.views())
     step = try_steps(trial, min(entries, max(phase.batch_size for phase in phases)))
     yield from check_disk(trial, splits, folder)
     if step.refused:
@@ -57,7 +57,7 @@ def check_training_cost(
     yield _time(trial, step, entries, reading)
 
 
-def check_evaluation_cost(trial: TrialModel, split: Split, folder: Path | None) -> Iterator[Finding]:
+def check_evaluation_cost(trial: Session, split: Split, folder: Path | None) -> Iterator[Finding]:
     """Disk and memory of do_inference."""
     yield from check_disk(trial, [split], folder)
     evaluation = try_evaluation(trial, split)
@@ -67,8 +67,8 @@ def check_evaluation_cost(trial: TrialModel, split: Split, folder: Path | None) 
     yield from check_memory(trial, evaluation.peak_bytes, [gallery(split, trial.config)])
 
 
-def _time(trial: TrialModel, step: StepTrial, entries: int, reading: float) -> Finding:
-    config, device = trial.config, trial.accelerator.device
+def _time(trial: Session, step: StepTrial, entries: int, reading: float) -> Finding:
+    config, device = trial.config, trial.device
     read, compute = reading * step.batch_size, step.seconds
     batch = max(_together(read, compute, config.num_workers, device), 1e-9)
     epoch = batch * entries / step.batch_size

@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from adaclip_finetune.check.finding import Finding, in_bytes
-from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.model.clip import embedding_width
+from adaclip_finetune.training.session import Session
 
 
-def check_disk(trial: TrialModel, splits: Sequence[Split], folder: Path | None) -> Iterator[Finding]:
+def check_disk(trial: Session, splits: Sequence[Split], folder: Path | None) -> Iterator[Finding]:
     """The run folder at its largest, and the matrix of save_similarity. `folder`: that of a run that goes on."""
     config = trial.config
     here = _existing(folder or Path(config.output_dir, config.dataset))
@@ -36,16 +36,16 @@ def check_disk(trial: TrialModel, splits: Sequence[Split], folder: Path | None) 
             yield _held_against("save_similarity", needs, there, 0)
 
 
-def embedding_bytes(trial: TrialModel, split: Split, rows: int) -> int:
+def embedding_bytes(trial: Session, split: Split, rows: int) -> int:
     """Of all texts of a split and `rows` vectors of each of its videos."""
     texts = len(evaluation_queries(split.videos, trial.config.concat_captions).texts)
     return 4 * embedding_width(trial.loaded.module) * (texts + rows * len(split.videos))
 
 
-def kept_rows(trial: TrialModel) -> int:
+def kept_rows(trial: Session) -> int:
     """How many vectors of a video the model's evaluation keeps."""
     config = trial.config
-    if not trial.model.aggregator.query_dependent:
+    if trial.model.scorer.indexable:
         return 1
     return config.top_k if config.use_policy else config.num_frm
 
@@ -55,7 +55,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _run_folder(trial: TrialModel, splits: Sequence[Split]) -> dict[str, int]:
+def _run_folder(trial: Session, splits: Sequence[Split]) -> dict[str, int]:
     """Bytes. While a new snapshot is written the one before it is still there, and each keeps the best weights of its
     time. The embeddings are those of the test's two evaluations, zero-shot and final, kept until the run is finished.
     """
@@ -64,7 +64,7 @@ def _run_folder(trial: TrialModel, splits: Sequence[Split]) -> dict[str, int]:
     if config.do_inference:
         return {"embeddings": embeddings, "left at the end": 0}
     weights = tensor_bytes(model.state_dict().values())
-    adapter = 0 if config.resume else tensor_bytes(trial.method.trainable_state(model).values())
+    adapter = 0 if config.resume else tensor_bytes(trial.method.own_state(model).values())
     moments = 2 * tensor_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     last = weights if config.save_last else 0
     return {
@@ -77,7 +77,7 @@ def _run_folder(trial: TrialModel, splits: Sequence[Split]) -> dict[str, int]:
     }
 
 
-def _matrix(trial: TrialModel, tested: Split) -> int:
+def _matrix(trial: Session, tested: Split) -> int:
     texts = len(evaluation_queries(tested.videos, trial.config.concat_captions).texts)
     return 4 * texts * len(tested.videos)
 

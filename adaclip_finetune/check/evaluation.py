@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from adaclip_finetune.check.disk import embedding_bytes, kept_rows, tensor_bytes
 from adaclip_finetune.check.memory import gallery
-from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.training.device import peak_memory_mib
 from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
+from adaclip_finetune.training.session import Session
 
 _ON_A_CPU = 2  # videos that are tried there; more would take minutes
 
@@ -29,9 +29,9 @@ class EvaluationTrial:
     refused: str = ""
 
 
-def try_evaluation(trial: TrialModel, split: Split) -> EvaluationTrial:
+def try_evaluation(trial: Session, split: Split) -> EvaluationTrial:
     """A whole batch on a GPU, on a CPU a few videos of one, whose figures are extrapolated."""
-    device, batch = trial.accelerator.device, gallery(split, trial.config).batch
+    device, batch = trial.device, gallery(split, trial.config).batch
     tried = min(_ON_A_CPU, batch) if device.type == "cpu" else batch
     refused = ""
     try:
@@ -52,7 +52,7 @@ def try_evaluation(trial: TrialModel, split: Split) -> EvaluationTrial:
     return EvaluationTrial(int(psutil.Process().memory_info().rss) + again + kept + widest * batch // tried)
 
 
-def _forward(trial: TrialModel, count: int) -> int:
+def _forward(trial: Session, count: int) -> int:
     """Bytes that the widest module takes and gives."""
     widest = 0
 
@@ -63,7 +63,7 @@ def _forward(trial: TrialModel, count: int) -> int:
     hooks = [module.register_forward_hook(note) for module in trial.model.modules()]
     try:
         trial.model.eval()
-        batch = blank_videos(trial.config, trial.model.image_spec, count).to(trial.accelerator.device)
+        batch = blank_videos(trial.config.num_frm, trial.model.views(), count).to(trial.device)
         with torch.no_grad(), trial.accelerator.autocast():
             trial.model.encode_video(batch)
     finally:

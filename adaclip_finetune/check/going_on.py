@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from adaclip_finetune.check.finding import Finding
-from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train_entries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import is_alive
-from adaclip_finetune.weights.clip_weights import strict_load
 from adaclip_finetune.strict_json import read_json
+from adaclip_finetune.training.session import Session
 from adaclip_finetune.training.snapshot import load_snapshot
+from adaclip_finetune.weights.clip_weights import strict_load
 
 
 def check_folder(folder: Path) -> Iterator[Finding]:
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> Iterator[Finding]:
 
 
 def check_data(
-    folder: Path, trial: TrialModel, splits: Sequence[Split], opened: Sequence[Sequence[str]]
+    folder: Path, trial: Session, splits: Sequence[Split], opened: Sequence[Sequence[str]]
 ) -> Iterator[Finding]:
     """What was saved, put into the model, and the data of then against that of now. `opened`: of each split
     the videos that a run begins with.

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import psutil
 
 from adaclip_finetune.check.finding import Finding, in_bytes
-from adaclip_finetune.check.model import TrialModel
 from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
-from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.training.device import describe_device, total_memory_gib
+from adaclip_finetune.training.session import Session
 
 _SHARED_MEMORY = Path("/dev/shm")
 _AHEAD = 2  # batches that each reading process has ready (torch's own default), beside the one it makes
@@ -35,11 +35,11 @@ def gallery(split: Split, config: Config) -> Reading:
     return Reading(min(most, max(1, len(split.videos))), len(split.videos))
 
 
-def check_memory(trial: TrialModel, peak_bytes: int, readings: Sequence[Reading]) -> Iterator[Finding]:
+def check_memory(trial: Session, peak_bytes: int, readings: Sequence[Reading]) -> Iterator[Finding]:
     """`peak_bytes`: of the device's memory, on a CPU all that this process holds; `readings`: one after the other."""
-    config, device = trial.config, trial.accelerator.device
+    config, device = trial.config, trial.device
     on_cpu = device.type == "cpu"
-    ahead = read_ahead(config, trial.loaded.image, readings)
+    ahead = read_ahead(config, trial.model.views(), readings)
     held = peak_bytes if on_cpu else int(psutil.Process().memory_info().rss)
     # What this process holds already is not available any more, and is in `held`.
     free = psutil.virtual_memory().available + int(psutil.Process().memory_info().rss)
@@ -69,9 +69,9 @@ def check_memory(trial: TrialModel, peak_bytes: int, readings: Sequence[Reading]
         yield Finding("fails" if advice else "fine", "gpu_memory", "run", message, items, advice)
 
 
-def read_ahead(config: Config, image: ImageSpec, readings: Sequence[Reading]) -> int:
+def read_ahead(config: Config, views: Views, readings: Sequence[Reading]) -> int:
     """Bytes of the batches that are read before they are needed, at most."""
-    one = blank_videos(config, image, 1)
+    one = blank_videos(config.num_frm, views, 1)
     video = one.frames.nbytes + (0 if one.policy_frames is None else one.policy_frames.nbytes)
     batches = config.num_workers * (_AHEAD + 1) + 2  # the one at work, and the one copied ahead
     return video * max(min(batches * reading.batch, reading.videos) for reading in readings)

@@ -9,18 +9,18 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.loader import make_loader, stop_workers
-from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.queries import TrainEntry
 
 _VIDEOS = 48  # for each reader at least three
 _SECONDS = 8.0
 
 
-def seconds_a_video(video_ids: Sequence[str], store: FrameStore, config: Config, image: ImageSpec) -> float:
+def seconds_a_video(video_ids: Sequence[str], store: FrameStore, config: Config, views: Views) -> float:
     """With all readers at work; where there are too few videos to tell, their first ones count, too."""
     readers = max(1, config.num_workers)
     chosen = evenly(video_ids, max(_VIDEOS, 3 * readers))
-    dataset = TrainDataset([TrainEntry(video_id, ("",)) for video_id in chosen], VideoReader(store, config, image))
+    dataset = TrainDataset([TrainEntry(video_id, ("",)) for video_id in chosen], VideoReader(store, config, views))
     loader = make_loader(dataset, config, [[(0, index)] for index in range(len(chosen))])
     arrived = []
     try:

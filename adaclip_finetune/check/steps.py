@@ -16,15 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
-from adaclip_finetune.check.model import TrialModel
-from adaclip_finetune.data.blank import blank_videos
-from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.model.hard_topk import annealed_k, selection_temperature
 from adaclip_finetune.training.device import peak_memory_mib
-from adaclip_finetune.training.gather import PairSimilarity
-from adaclip_finetune.training.memory import explain_out_of_memory, is_out_of_memory
-from adaclip_finetune.training.objective import contrastive_loss
+from adaclip_finetune.training.memory import blank_batch, explain_out_of_memory, is_out_of_memory
 from adaclip_finetune.training.optimizer import build_optimizer, clip_gradients
+from adaclip_finetune.training.session import Session
 from adaclip_finetune.training.switches import explain_nondeterminism
 
 _PATIENCE = {"cpu": 4.0}  # seconds that a step may take for the batch to be doubled
@@ -46,22 +41,22 @@ class StepTrial:
     refused: str = ""
 
 
-def try_steps(trial: TrialModel, batch_size: int) -> StepTrial:
+def try_steps(trial: Session, batch_size: int) -> StepTrial:
     """At the largest K of the run. Changes the weights of the trial model. Raises UserError where a run would."""
-    config, device = trial.config, trial.accelerator.device
-    optimizer, _ = build_optimizer(trial.model, config, total_steps=2)
-    k = annealed_k(0, config.num_frm, config.top_k, config.warmup_epochs) if config.use_policy else config.num_frm
+    config, device = trial.config, trial.device
+    optimizer, _ = build_optimizer(trial.objective, config, total_steps=2)
+    trial.model.start_epoch(0)
     size = min(2, batch_size)
     while True:
         refused = ""
         try:
-            learning, updating, activations = _two_steps(trial, optimizer, size, k)
+            learning, updating, activations = _two_steps(trial, optimizer, size)
         except (RuntimeError, MemoryError) as error:
             if explained := explain_nondeterminism(error):
                 raise explained from error
             if not is_out_of_memory(error):
                 raise
-            refused = str(explain_out_of_memory(error, config, device, size, k))
+            refused = str(explain_out_of_memory(error, config, device, size, trial.model))
         if refused:  # here nothing holds the tensors of the failed step any more
             clear_device_cache(garbage_collection=True)
             return StepTrial(batch_size, size, 0.0, 0, refused)
@@ -75,28 +70,23 @@ def try_steps(trial: TrialModel, batch_size: int) -> StepTrial:
         size = following
 
 
-def _two_steps(trial: TrialModel, optimizer: Optimizer, size: int, k: int) -> tuple[float, float, int]:
+def _two_steps(trial: Session, optimizer: Optimizer, size: int) -> tuple[float, float, int]:
     """Of the second step, since the first one prepares what others find: seconds of forward and backward, which grow
     with the batch; seconds of the update, which do not; bytes that the backward needs."""
-    config, accelerator = trial.config, trial.accelerator
-    batch = TrainBatch(
-        blank_videos(config, trial.model.image_spec, size),
-        trial.loaded.tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
-        torch.zeros(size, config.num_frm),
-    )
-    tau = selection_temperature(0, config.init_tau, config.min_tau, config.exp_decay_factor)
+    accelerator = trial.accelerator
+    assert accelerator is not None
+    batch, group = blank_batch(trial.config, trial.model, trial.loaded.tokenize, size)
     weights = {parameter.untyped_storage().data_ptr() for parameter in trial.model.parameters()}
-    trial.model.train()
-    step, times, kept = PairSimilarity(trial.model), [0.0] * 3, dict[int, int]()
+    trial.objective.train()
+    times, kept = [0.0] * 3, dict[int, int]()
     for _ in range(2):
         kept.clear()
         times[0] = time.monotonic()
         with accelerator.autocast(), saved_tensors_hooks(partial(_note, kept), _same):
-            similarity = step(batch.to(accelerator.device), [size], k, tau)
-        loss = contrastive_loss(similarity)
-        loss.backward()  # type: ignore[no-untyped-call]
+            terms = list(trial.objective(batch.to(accelerator.device), group).values())
+        sum(terms[1:], terms[0]).backward()  # type: ignore[no-untyped-call]
         times[1] = _now(accelerator.device)
-        clip_gradients(trial.model.parameters(), config.grad_norm)
+        clip_gradients(trial.objective.parameters(), trial.config.grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         times[2] = _now(accelerator.device)
@@ -121,7 +111,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _held_on_cpu(trial: TrialModel) -> int:
+def _held_on_cpu(trial: Session) -> int:
     """Weights, moments and all else that this process holds between two steps, and the gradients of one."""
     gradients = sum(parameter.nbytes for parameter in trial.model.parameters() if parameter.requires_grad)
     return int(psutil.Process().memory_info().rss) + gradients

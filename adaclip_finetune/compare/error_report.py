@@ -15,9 +15,9 @@ from adaclip_finetune.compare.strips import Strip, StripMaker
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit
-from adaclip_finetune.evaluation.evaluate import EvaluationResult
 from adaclip_finetune.evaluation.metrics import Metrics, retrieval_metrics
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
 
 WORST = 20
 """Queries that are shown."""
@@ -59,7 +59,7 @@ class ErrorReport:
     has_frames: bool
 
 
-def error_report(model: OpenModel, annotation: str, split: EvaluationSplit, result: EvaluationResult) -> ErrorReport:
+def error_report(model: OpenModel, annotation: str, split: EvaluationSplit, result: RetrievalReport) -> ErrorReport:
     """Reads the frames of the worst queries' videos again; of each the selector shows what it chose."""
     assert result.similarity is not None, "there is one process"
     videos = {video.video_id: video for video in load_annotations(annotation)}

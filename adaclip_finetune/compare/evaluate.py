@@ -15,9 +15,9 @@ from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
 
-OnResult = Callable[[OpenModel, EvaluationSplit, EvaluationResult], None]
+OnResult = Callable[[OpenModel, EvaluationSplit, RetrievalReport], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def check_annotations(*annotations: str | None) -> None:
             load_annotations(annotation)
 
 
-def measure_on(model: OpenModel, annotation: str, split: EvaluationSplit, label: str, found: Found) -> EvaluationResult:
+def measure_on(model: OpenModel, annotation: str, split: EvaluationSplit, label: str, found: Found) -> RetrievalReport:
     """Zero-shot, if this CLIP was not measured yet, then the model: both go to `found`."""
     tell(f"{label} on {annotation}")
     baseline = None
@@ -105,7 +105,7 @@ def _validation_scores(model: OpenModel, reranking: Reranking) -> Scores | None:
     return _scores(model, reranking.validation, result, reranking)
 
 
-def _scores(model: OpenModel, annotation: str, result: EvaluationResult, reranking: Reranking) -> Scores:
+def _scores(model: OpenModel, annotation: str, result: RetrievalReport, reranking: Reranking) -> Scores:
     assert result.similarity is not None, "there is one process"
     bank = None
     if reranking.bank is not None and "qb_norm" in reranking.methods:

@@ -7,7 +7,6 @@ The share is chosen on validation, and the test is evaluated with that one alone
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,9 @@ from adaclip_finetune.compare.model import OpenModel, tell
 from adaclip_finetune.compare.rows import Group
 from adaclip_finetune.compare.source import find_source
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import Evaluator
 from adaclip_finetune.evaluation.metrics import Metrics
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.training.measure import measure
+from adaclip_finetune.weights.loaded import LoadedClip
 
 ZERO_SHOT = "zero-shot"
 
@@ -112,12 +109,11 @@ def curve_lines(curve: Sequence[Point], validation: str) -> list[str]:
 
 
 def _curve(model: OpenModel, start: State, end: State, alphas: Sequence[float], validation: str) -> list[Point]:
-    session, curve = model.session, []
-    with closing(Evaluator(model.read(validation), model.config, session.loaded, "validation")) as evaluator:
-        for alpha in alphas:
-            session.model.clip.load_state_dict(mixed(start, end, alpha))
-            curve.append(Point(alpha, measure(session, evaluator, session.model).metrics))
-            tell(f"α {alpha:g} on {validation}: T2V R@1 {curve[-1].metrics.t2v.recall(1):.1f}")
+    session, curve, split = model.session, [], model.read(validation)
+    for alpha in alphas:
+        session.model.clip.load_state_dict(mixed(start, end, alpha))
+        curve.append(Point(alpha, model.measure(split, "validation").metrics))
+        tell(f"α {alpha:g} on {validation}: T2V R@1 {curve[-1].metrics.t2v.recall(1):.1f}")
     return curve
 
 

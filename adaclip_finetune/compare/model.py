@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,19 +19,20 @@ from adaclip_finetune.compare.source import Source
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
-from adaclip_finetune.evaluation.parts import weights_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.peft.report import Count, TrainableReport
+from adaclip_finetune.peft.report import TrainableReport
 from adaclip_finetune.strict_json import read_json
-from adaclip_finetune.training.build import Session, build_session
+from adaclip_finetune.training.data import read_split
 from adaclip_finetune.training.device import launched_processes, make_accelerator
-from adaclip_finetune.training.measure import measure, read_split
+from adaclip_finetune.training.measure import measure
 from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.session import Session, open_model
+from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.loaded import LoadedClip
 
 
 class Baseline(NamedTuple):
@@ -49,8 +50,9 @@ class OpenModel:
         if launched_processes() > 1:
             raise UserError("evaluate and predict are for one process: start them without torchrun and accelerate")
         self.source = source
-        quiet = RunFolder(source.config, io.StringIO())
-        self.session: Session = build_session(source.config, quiet, make_accelerator(source.config))
+        accelerator = make_accelerator(source.config)
+        set_seed(source.config.seed)
+        self.session: Session = open_model(source.config, accelerator=accelerator, learn=False)
 
     @property
     def config(self) -> Config:
@@ -66,12 +68,11 @@ class OpenModel:
             tell(f"{annotation}: max_txt_len {self.config.max_txt_len} cuts {cut} of {len(split.queries.texts)} texts")
         return split
 
-    def measure(self, split: EvaluationSplit, label: str) -> EvaluationResult:
+    def measure(self, split: EvaluationSplit, label: str) -> RetrievalReport:
         """The figures on a split."""
-        with closing(Evaluator(split, self.config, self.session.loaded, label)) as evaluator:
-            return measure(self.session, evaluator, self.session.model)
+        return self._measured(split, self.config, self.session.loaded, self.session.model, label)
 
-    def row(self, result: EvaluationResult, label: str, note: str = "") -> Row:
+    def row(self, result: RetrievalReport, label: str, note: str = "") -> Row:
         """A line of the table."""
         shares = trained_shares(self.source, self.session)
         cost = Cost(*shares, self.session.gflops.video, videos_per_second(result))
@@ -91,9 +92,8 @@ class OpenModel:
         key = (weights_digest(pretrained.module), *seen, *frames)
         if same := [baseline for baseline in known if baseline.key == key]:
             return same[0]
-        model = VideoRetriever(config, pretrained).to(self.session.accelerator.device)
-        with closing(Evaluator(split, config, pretrained, "zero-shot")) as evaluator:
-            result = measure(self.session, evaluator, model)
+        model = VideoRetriever(config, pretrained).to(self.session.device)
+        result = self._measured(split, config, pretrained, model, "zero-shot")
         label = f"zero-shot{of}, {config.num_frm} frames"
         if same_label := [baseline for baseline in known if baseline.row.label.startswith(label)]:
             label += f" ({len(same_label) + 1})"
@@ -104,7 +104,15 @@ class OpenModel:
             key, Row(label, "zero-shot", metrics.t2v, metrics.v2t, result.queries, result.num_listed, cost, note=note)
         )
 
-    def bank(self, result: EvaluationResult, texts: Sequence[str]) -> SimilarityBlocks:
+    def _measured(
+        self, split: EvaluationSplit, config: Config, loaded: LoadedClip, model: VideoRetriever, label: str
+    ) -> RetrievalReport:
+        with closing(Retrieval(config, split, loaded, model.views(), label)) as task:
+            report = measure(self.session, task, model)
+        assert isinstance(report, RetrievalReport)
+        return report
+
+    def bank(self, result: RetrievalReport, texts: Sequence[str]) -> SimilarityBlocks:
         """The similarity of other texts to the gallery of `result`."""
         assert result.similarity is not None, "there is one process"
         return replace(result.similarity, text=self.encode(texts).to(result.similarity.text.device))
@@ -114,10 +122,11 @@ class OpenModel:
         """Vectors (T, D) of texts, not normalised, float32 on the CPU."""
         model, size = self.session.model.eval(), self.config.val_batch_size
         parts = []
+        assert self.session.accelerator is not None
         with self.session.accelerator.autocast():
             for start in tqdm(range(0, len(texts), size), "texts", leave=False, disable=None):
                 tokens = self.session.loaded.tokenize(texts[start : start + size], self.config.max_txt_len)
-                parts.append(model.encode_text(tokens).float().cpu())
+                parts.append(model.encode_text(tokens).sentence.float().cpu())
         return torch.cat(parts)
 
 
@@ -125,7 +134,8 @@ def trained_shares(source: Source, session: Session) -> tuple[float | None, floa
     """Percent of the parameters of CLIP, and of all, that learned: as the run noted, else as its settings say. What IBS
     selected is known only from its run folder."""
     noted = None if source.folder is None else _noted(source.folder / "metrics.json")
-    if noted is None and session.config.peft.method == "ibs":
+    told = session.checkpoint is not None and "parameters" in session.checkpoint.metadata
+    if noted is None and not told and session.config.peft.method in ("ibs", "lora"):
         return None, None
     report = noted or session.parameters
     return report.clip.percent, report.all.percent
@@ -136,12 +146,12 @@ def _noted(path: Path) -> TrainableReport | None:
     if not path.is_file():
         return None
     try:
-        return TrainableReport(**{name: Count(**part) for name, part in read_json(path)["parameters"].items()})
+        return TrainableReport.from_dict(read_json(path)["parameters"])
     except (UserError, AttributeError, KeyError, TypeError):
         return None
 
 
-def videos_per_second(result: EvaluationResult) -> float:
+def videos_per_second(result: RetrievalReport) -> float:
     """Of the gallery, from reading to vectors."""
     return len(result.queries.video_ids) / max(result.video_seconds, 1e-9)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.compare.options import AS_IT_IS
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config import Config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.weights.checkpoints import Checkpoint, check_settings, read_checkpoint
+from adaclip_finetune.training.session import find_checkpoint
+from adaclip_finetune.weights.checkpoints import check_settings
 
 WEIGHTS = "best.safetensors"
 
@@ -40,14 +41,8 @@ def find_source(given: Path, settings: Path | None, overrides: Mapping[str, Any]
     """
     folder = given if given.is_dir() else None
     weights = given / WEIGHTS if folder else given
-    if not weights.is_file():
-        raise UserError(
-            f"{given}: is no run folder, it holds no {WEIGHTS}"
-            if folder
-            else f"{given}: there is no such file or folder (looked for in {Path.cwd()})"
-        )
     laid = {**_without_rivals(overrides), **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
-    config = _settings(given, weights, settings, laid)
+    config = _settings(given, settings, laid)
     try:
         check_paths(config)
     except UserError as error:
@@ -65,33 +60,20 @@ def _told(what: str, known: str | None, annotation: str) -> str:
     return f"{what} {held}" if held else ""
 
 
-def _settings(given: Path, weights: Path, settings: Path | None, laid: Mapping[str, Any]) -> Config:
+def _settings(given: Path, settings: Path | None, laid: Mapping[str, Any]) -> Config:
     """The checkpoint's own settings: of its run folder, of its metadata, of the file that was given; flags above."""
-    if given.is_dir() and (path := given / "config.json").is_file():
-        return load_config(path, laid)
     try:
-        checkpoint = read_checkpoint(weights)
+        checkpoint, config = find_checkpoint(given, laid, settings)
     except UserError as error:
         raise UserError(str(error).removeprefix("resume: ")) from error  # which is no flag here
     if checkpoint.is_foreign:
-        config = load_config(settings, laid)
         try:
             check_settings(checkpoint, config)
         except UserError as error:
             raise UserError(f"{error}\nWrite them into a settings file, and give it as --config FILE") from error
-        return config
-    if not checkpoint.settings and settings is None:
-        raise UserError(f"{weights}: holds no settings; give those of its run as --config FILE")
-    return load_config(None, {**_stored(checkpoint), **laid}) if settings is None else load_config(settings, laid)
-
-
-def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A backbone that was only a default does not say which CLIP it is, where its weights came from a file."""
-    stored = dict(checkpoint.settings)
-    backbone = Config.model_fields["clip_backbone"].default
-    if stored.get("clip_backbone") == backbone and (stored.get("clip_weights") or stored.get("resume")):
-        del stored["clip_backbone"]
-    return stored
+    elif not checkpoint.settings and settings is None and not (given / "config.json").is_file():
+        raise UserError(f"{given}: holds no settings; give those of its run as --config FILE")
+    return config
 
 
 def _without_rivals(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class StripMaker:
 
     def __init__(self, model: OpenModel, store: FrameStore, videos: dict[str, VideoAnnotation]) -> None:
         self._model, self._store, self._videos = model, store, videos
-        self._reader = VideoReader(store, model.config, model.session.loaded.image)
+        self._reader = VideoReader(store, model.config, model.session.model.views())
         self._made: dict[str, Strip] = {}
 
     def __call__(self, video_id: str) -> Strip:

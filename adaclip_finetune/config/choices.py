@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from importlib import import_module
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, create_model
 
@@ -161,8 +161,21 @@ OBJECTIVES: dict[str, Choice] = {
 # ---- tasks ----
 
 
-class RetrievalSettings(ChoiceSettings):
+class TaskSettings(ChoiceSettings):
+    """What the settings of every task share."""
+
+    figures: ClassVar[Mapping[str, bool]]
+    """What the task measures, and whether more is better. The first chooses the best epoch unless `primary` is set."""
+
+
+class RetrievalSettings(TaskSettings):
     """Texts find videos, and videos texts."""
+
+    figures: ClassVar[Mapping[str, bool]] = {
+        f"{direction}.{name}": name.startswith("R@")
+        for direction in ("t2v", "v2t")
+        for name in ("R@1", "R@5", "R@10", "R@50", "MedR", "MeanR")
+    }
 
 
 TASKS: dict[str, Choice] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -18,13 +18,6 @@ def _values(choices: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 Choices = Annotated[tuple[Any, ...], Field(strict=False), AfterValidator(_values)]
-
-# A test holds these to be what an evaluation measures.
-Figure = Literal[
-    "t2v.R@1", "t2v.R@5", "t2v.R@10", "t2v.R@50", "t2v.MedR", "t2v.MeanR",
-    "v2t.R@1", "v2t.R@5", "v2t.R@10", "v2t.R@50", "v2t.MedR", "v2t.MeanR",
-]  # fmt: skip
-FIGURES = get_args(Figure)
 
 
 class SamplerSettings(Settings):
@@ -84,9 +77,9 @@ class OptunaSettings(Settings):
         "which trials are ended early: below the median, below the best quarter, by halving, or none",
         role="run",
     )
-    objective: Figure = setting(
-        "t2v.R@1",
-        "the validation metric that is searched for its best, at each trial's best epoch (by T2V R@1)",
+    objective: str | None = setting(
+        None,
+        "the validation figure that is searched for its best, such as t2v.R@1; null: primary",
         role="optimisation",
     )
     storage: str = setting(

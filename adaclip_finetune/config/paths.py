@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from adaclip_finetune.config.layers import together
 from adaclip_finetune.config.settings import Config
 from adaclip_finetune.errors import UserError
+
+_LONGEST_HEADER = 100 * 2**20  # of a safetensors file, as safetensors itself allows
 
 
 def check_paths(config: Config) -> None:
@@ -43,6 +46,8 @@ def _not_there(config: Config) -> Iterator[str]:
     if config.video_dir is not None and not Path(config.video_dir).is_dir():
         yield _wrong("video_dir", config.video_dir, "folder")
     either = {"frames_dir": config.frames_dir, "clip_weights": config.clip_weights, "resume": config.resume}
+    if config.resume is not None and describes_its_clip(Path(config.resume)):
+        del either["clip_weights"]  # what they were is told by the checkpoint
     for name, value in either.items():
         if value is not None and not Path(value).exists():
             yield _wrong(name, value, "file or folder")
@@ -57,6 +62,20 @@ def _not_there(config: Config) -> Iterator[str]:
         for name, value in {"output_dir": config.output_dir, "tensorboard_dir": config.tensorboard_dir}.items():
             if value is not None and Path(value).exists() and not Path(value).is_dir():
                 yield f"{name} {value} is no folder"
+
+
+def describes_its_clip(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours with a whole CLIP and all that its tensors do not tell."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LONGEST_HEADER))
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError):
+        return False
+    return "clip" in metadata and metadata.get("content") == "model"
 
 
 def _wrong(name: str, value: str, kind: str) -> str:

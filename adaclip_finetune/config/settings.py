@@ -21,6 +21,7 @@ from adaclip_finetune.config.choices import (
     ObjectiveSection,
     PeftSection,
     TaskSection,
+    TaskSettings,
     TowerSection,
 )
 from adaclip_finetune.config.layers import load
@@ -244,7 +245,7 @@ class EvaluationSettings(Settings):
 
     task: TaskSection = setting({"method": "retrieval"}, "what is measured, and its settings", role="data")
     adaptation: AdaptationSection = setting(
-        {"method": "none"}, "how the model adapts to what it is evaluated on, and the settings of that", role="method"
+        {"method": "none"}, "how the model adapts to what it is evaluated on, and the settings of that", role="model"
     )
     primary: str | None = setting(
         None,
@@ -353,6 +354,22 @@ class Config(  # pydantic collects fields from the last base to the first: backw
     `model_fields_set` tells which were given.
     """
 
+    @property
+    def figures(self) -> Mapping[str, bool]:
+        """What the task measures, and whether more is better."""
+        assert isinstance(self.task.config, TaskSettings)
+        return self.task.config.figures
+
+    @property
+    def primary_figure(self) -> str:
+        """The figure that chooses the best epoch."""
+        return self.primary or next(iter(self.figures))
+
+    @property
+    def searched_figure(self) -> str:
+        """The figure that a hyper-parameter search looks for the best of."""
+        return (self.optuna_cfg and self.optuna_cfg.objective) or self.primary_figure
+
     @model_validator(mode="before")
     @classmethod
     def _xpu_is_a_device(cls, data: Any) -> Any:
@@ -412,6 +429,11 @@ def contradictions(c: Config) -> Iterator[Problem]:
     if c.freeze_clip and not selector_learns and not c.do_inference:
         what = "nothing would learn: freeze_clip, and no selector, header or aggregator that learns"
         yield what, ("freeze_clip", "use_policy", "sim_header", "frame_agg")
+    searched = c.optuna_cfg and c.optuna_cfg.objective
+    for name, figure in {"primary": c.primary, "optuna_cfg.objective": searched}.items():
+        if figure is not None and figure not in c.figures:
+            known = ", ".join(c.figures)
+            yield f"{name} {figure} is no figure of task {c.task.method}; it measures {known}", (name, "task")
     for chosen in (c.peft, c.tower, c.objective, c.task, c.adaptation):
         if chosen is not None:
             yield from chosen.config.contradictions(c)

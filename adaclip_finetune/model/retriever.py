@@ -99,6 +99,12 @@ class VideoRetriever(nn.Module):
         weights = self._frame_weights(shares.detach(), selection, videos.frames.shape[1])
         return VideoFeatures(tokens, vector, weights, selection)
 
+    def encode_image(self, image: Tensor) -> Tensor:
+        """An image, uint8 (1, 3, S, S), as a video of this one frame that nothing selects or weighs: (1, D)."""
+        mask = torch.ones(1, 1, dtype=torch.bool, device=image.device)
+        tokens = self._encode(image[None], mask)
+        return (tokens if self.header is None else self.header(tokens))[0]
+
     def similarity(self, text: TextFeatures, videos: VideoFeatures) -> Tensor:
         """The scorer's logits of every text and every video: (T, B), at least float32."""
         logits: Tensor = self.scorer(text, self.scorer.keep(videos))
@@ -115,7 +121,9 @@ class VideoRetriever(nn.Module):
 
     def schedule(self) -> dict[str, float]:
         """What `start_epoch` set, by name, for the log: K and the temperature τ of the frame selector."""
-        return {"k": self.num_frm} if self.selector is None else {"k": self.selector.k, "tau": self.selector.temperature}
+        if self.selector is None:
+            return {"k": self.num_frm}
+        return {"tau": self.selector.temperature, "k": self.selector.k}
 
     @property
     def frames_with_gradients(self) -> int:
@@ -138,7 +146,7 @@ class VideoRetriever(nn.Module):
         return self.logit_scale().device
 
     def _tokens(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection | None]:
-        """Tokens (B, K, D) of the chosen frames, in the order chosen; in that of time where frames meet in the tower."""
+        """Tokens (B, K, D) of the chosen frames, in the order chosen; in that of time if frames meet in the tower."""
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:
@@ -159,7 +167,7 @@ class VideoRetriever(nn.Module):
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
 
     def _tokens_of_mixed_input(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
-        """For a tower in which frames meet: the straight-through weights mix pixels, so that scores learn through it."""
+        """For a tower in which frames meet: the straight-through weights mix pixels, so that scores learn."""
         assert self.selector is not None
         if self.selector.backbone is None:
             features = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))

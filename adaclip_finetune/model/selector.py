@@ -41,7 +41,7 @@ class FrameSelector(nn.Module):
 
     @property
     def view(self) -> ImageSpec | None:
-        """How the reader must prepare frames for the selector; None if it looks at what CLIP looks at, or at nothing."""
+        """How the reader must prepare frames for the selector; None if it has no view of its own."""
         return None if self.backbone is None else self.backbone.view
 
     def start_epoch(self, epoch: int) -> None:

@@ -38,7 +38,7 @@ def embed_clips(model: Retriever, source: Source, clips: Sequence[Clip], thumbs:
     """Their pictures are in the folder `thumbs` before a batch is given. Raises UserError, and OSError if pictures
     cannot be written."""
     by_id = {clip.id: clip for clip in clips}
-    dataset = GalleryDataset(list(by_id), VideoReader(source.store, model.config, model.loaded.image))
+    dataset = GalleryDataset(list(by_id), VideoReader(source.store, model.config, model.model.views()))
     bar = tqdm(total=len(by_id), desc="embedding", unit="video", leave=False, disable=None)
     with closing(GalleryLoader(dataset, model.config)) as loader, ThreadPoolExecutor(2) as pool, bar:
         for collated in loader.read(range(len(loader))):

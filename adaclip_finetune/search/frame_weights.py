@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from adaclip_finetune.model.aggregator import MlpAggregator, SumAggregator, TransformerAggregator
-from adaclip_finetune.model.retriever import VideoEmbedding, VideoRetriever
+from adaclip_finetune.model.features import VideoFeatures
 
 
 class Weighed(NamedTuple):
@@ -20,30 +18,16 @@ class Weighed(NamedTuple):
     best: int
 
 
-def weighed_frames(model: VideoRetriever, embedding: VideoEmbedding, frame_indices: Tensor) -> list[Weighed]:
-    """For each video of an embedded batch; frame_indices (B, N) are the places in the video of all frames that were
+def weighed_frames(features: VideoFeatures, frame_indices: Tensor) -> list[Weighed]:
+    """For each video of an encoded batch; frame_indices (B, N) are the places in the video of all frames that were
     read, -1 for a blank one."""
-    weights, preferred, indices = _weights(model, embedding).cpu(), None, frame_indices.cpu()
-    if embedding.selection is not None:
-        chosen = embedding.selection.indices.cpu()
-        preferred = embedding.selection.logits.cpu().gather(1, chosen)
-        indices = indices.gather(1, chosen)
-    preferred = weights if preferred is None else preferred
+    weights, indices, preferred = features.frame_weights.cpu(), frame_indices.cpu(), features.frame_weights.cpu()
+    if features.selection is not None:
+        # In the order chosen, so that among equals the selector's first is preferred.
+        chosen = features.selection.indices.cpu()
+        preferred = features.selection.logits.cpu()
+        weights, indices, preferred = (values.gather(1, chosen) for values in (weights, indices, preferred))
     return [_weighed(*row) for row in zip(indices.tolist(), weights.tolist(), preferred.tolist(), strict=True)]
-
-
-def _weights(model: VideoRetriever, embedding: VideoEmbedding) -> Tensor:
-    """(B, K), rows of sum 1: of the softmax where there is one, of the selector's scores with `reuse_scores`."""
-    frames, aggregator = embedding.frames, model.aggregator
-    weights = torch.full(frames.shape[:2], 1 / frames.shape[1], device=frames.device)
-    if isinstance(aggregator, MlpAggregator | TransformerAggregator):
-        seen = aggregator.transformer(frames) if isinstance(aggregator, TransformerAggregator) else frames
-        weights = aggregator.scorer(seen).squeeze(-1).float().div(aggregator.temperature).softmax(dim=1)
-    mean = not isinstance(aggregator, MlpAggregator | TransformerAggregator | SumAggregator)
-    if model.reuse_scores and embedding.selection is not None and not mean:  # the mean is of normalised frames
-        scores = embedding.selection.logits.gather(1, embedding.selection.indices)
-        weights = weights * (scores.float() / model.frame_temperature).softmax(dim=1)
-    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _weighed(indices: list[int], weights: list[float], preferred: list[float]) -> Weighed:

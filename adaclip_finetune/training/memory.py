@@ -188,9 +188,7 @@ def _too_much(
     )
 
 
-def _ways_out(
-    config: Config, device: torch.device, batch_size: int, k: int, encoded: int
-) -> Iterator[tuple[str, str]]:
+def _ways_out(config: Config, device: torch.device, batch_size: int, k: int, encoded: int) -> Iterator[tuple[str, str]]:
     """Flags and what they do, in the order of what they cost."""
     if config.precision == "fp32":
         yield "--precision bf16", "activations of half the size"

@@ -1,6 +1,6 @@
 """The one way to a model: `open_model`, which every command uses.
 
-    plain CLIP ─► method.attach ─► retriever ─► fill ─► method.choose
+plain CLIP ─► method.attach ─► retriever ─► fill ─► method.choose
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     strict_load(model, brought | dict(state), source)
 
 
-def find_checkpoint(source: str | Path, overrides: Mapping[str, Any], settings: Path | None = None) -> tuple[Checkpoint, Config]:
+def find_checkpoint(
+    source: str | Path, overrides: Mapping[str, Any], settings: Path | None = None
+) -> tuple[Checkpoint, Config]:
     """The checkpoint of a run folder or a weights file, and its settings with `overrides` (flags) over them.
 
     The settings are those of the run folder, of the checkpoint itself, or of the file `settings` for a checkpoint that

@@ -1,4 +1,4 @@
-"""One run from settings to figures, read from top to bottom: set-up, epochs, steps, validation, the best epoch, the end.
+"""One run from settings to figures, read from top to bottom: set-up, epochs, steps, validation, best, end.
 
 `fit` is a whole run: zero-shot first, snapshots to continue from, the test annotation once at the end. `run_trial` is
 the same trainer as one of many that are compared on validation alone.
@@ -31,7 +31,6 @@ from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.loader import nothing_readable, updates_per_epoch
 from adaclip_finetune.data.queries import fingerprint
 from adaclip_finetune.data.sampling import generator
-from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures
 from adaclip_finetune.objectives.base import Group
@@ -63,7 +62,6 @@ from adaclip_finetune.training.snapshot import Snapshot, drop_snapshots, load_sn
 from adaclip_finetune.training.switches import explain_nondeterminism
 from adaclip_finetune.weights.checkpoints import describe, read_checkpoint
 from adaclip_finetune.weights.clip_weights import save_tokenizer
-from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.plain import strict_load
 
 _BEST = "best.safetensors"

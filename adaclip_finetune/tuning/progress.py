@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST
 from adaclip_finetune.training.trainer import chosen_on_test
 from adaclip_finetune.tuning.folder import BEST_CONFIG, StudyFolder, best_trial, short
@@ -50,7 +51,7 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
         yield "no trial completed, so there is no best one"
         return
     assert config.optuna_cfg is not None
-    objective = config.optuna_cfg.objective
+    objective = config.searched_figure
     before = _zero_shot_value(study, objective)
     on = SELECTED_ON_TEST if chosen_on_test(config) else "on validation"
     yield f"best: trial {best.number}, {objective} {best.value:.1f} {on}" + (
@@ -69,8 +70,9 @@ def summary(config: Config, study: optuna.Study, folder: StudyFolder) -> Iterato
 
 def without(found: Mapping[str, Any]) -> str:
     """What is to stand beside figures of a gallery that is not whole (skip_missing)."""
-    evaluated, listed = found["t2v"]["videos_evaluated"], found["t2v"]["videos_listed"]
-    return f", WITHOUT {listed - evaluated} of {listed} videos" if evaluated < listed else ""
+    of = next((part for part in found.values() if isinstance(part, Mapping) and "videos_listed" in part), None)
+    missing = 0 if of is None else of["videos_listed"] - of["videos_evaluated"]
+    return f", WITHOUT {missing} of {of['videos_listed']} videos" if of is not None and missing else ""
 
 
 def _outcome(trial: FrozenTrial, best: FrozenTrial | None) -> str:
@@ -92,8 +94,7 @@ def _zero_shot_value(study: optuna.Study, objective: str) -> float | None:
     found = study.user_attrs.get("zero_shot")
     if not found:
         return None
-    direction, name = objective.split(".")
-    return float(found[direction][name])
+    return value(found, objective)
 
 
 def _beats(study: optuna.Study, best: FrozenTrial, before: float) -> bool:

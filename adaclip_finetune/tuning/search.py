@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.training.device import launched_processes
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST
 from adaclip_finetune.training.run_folder import RunFolder
@@ -45,7 +46,7 @@ def describe(config: Config) -> list[str]:
     sampler = check_sampler(config, space)
     points = f", {sampler.size} points" if isinstance(sampler, GridByPlace) else ""
     return [
-        f"study {study_name(config)}, {settings.n_trials} trials: {settings.objective} on validation, by "
+        f"study {study_name(config)}, {settings.n_trials} trials: {config.searched_figure} on validation, by "
         f"{settings.sampler.name}{points}, pruner {settings.pruner}",
         *(f"  {line}" for line in space.describe()),
     ]
@@ -147,7 +148,8 @@ def _look_ahead(config: Config, study: optuna.Study, folder: StudyFolder) -> Non
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
         study.set_user_attr("zero_shot", measured.as_dict() if measured else None)
     elif found := study.user_attrs["zero_shot"]:
-        folder.say(f"zero-shot on validation: T2V R@1 {found['t2v']['R@1']:.1f}{without(found)}")
+        figure = config.primary_figure
+        folder.say(f"zero-shot on validation: {figure} {value(found, figure):.1f}{without(found)}")
     if config.do_training_af_optuna and config.test_annot is not None:
         evaluation_split(config, config.test_annot)
 
@@ -157,7 +159,7 @@ def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
     folder.write(study)
     if folder.path is not None:
         try:
-            draw_study(study, folder.path, config.optuna_cfg.objective)
+            draw_study(study, folder.path, config.searched_figure)
         except UserError as error:
             folder.say(f"WARNING: no pictures: {error}")
     for line in summary(config, study, folder):

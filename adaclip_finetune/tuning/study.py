@@ -36,7 +36,7 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> Study:
     assert config.optuna_cfg is not None
     name, mine = study_name(config), _deciding(config)
     tools: Any = {"sampler": make_sampler(config, space), "pruner": make_pruner(config.optuna_cfg, config.num_epochs)}
-    smaller = config.optuna_cfg.objective.split(".")[1] in ("MedR", "MeanR")
+    smaller = not config.figures[config.searched_figure]
     try:
         new: Any = {"direction": "minimize" if smaller else "maximize"}
         study = optuna.create_study(storage=storage, study_name=name, **new, **tools)
@@ -47,7 +47,7 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> Study:
             study.set_user_attr(FOLDER, str(_new_folder(config, name)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names([f"{config.optuna_cfg.objective} on validation"])  # what optuna-dashboard calls it
+            study.set_metric_names([f"{config.searched_figure} on validation"])  # what optuna-dashboard calls it
         study.set_user_attr(_SETTINGS, mine)
     known = _settings_of(study)
     if known is None:

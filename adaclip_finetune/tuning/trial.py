@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.evaluate import Figures
+from adaclip_finetune.evaluation.tasks.base import Figures, value
 from adaclip_finetune.training.memory import is_out_of_memory
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import TrialResult, run_trial
@@ -52,7 +52,7 @@ class Objective:
     ) -> None:
         assert config.optuna_cfg is not None
         self.config, self.space, self.folder, self.wanted, self.alive = config, space, folder, wanted, alive
-        self.metric = config.optuna_cfg.objective
+        self.metric = config.searched_figure
         self.taken_away: int | None = None  # the trial that another process ended
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -129,8 +129,7 @@ class Objective:
         return value
 
     def _value(self, found: Figures) -> float:
-        direction, name = self.metric.split(".")
-        return float(found.as_dict()[direction][name])
+        return value(found.as_dict(), self.metric)
 
 
 def _note_cost(trial: optuna.Trial, run: RunFolder) -> None:

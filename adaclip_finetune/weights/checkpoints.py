@@ -21,11 +21,11 @@ from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import parse_json
 from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
 from adaclip_finetune.weights.published import to_our_names
 from adaclip_finetune.weights.seen_settings import contradictions
 from adaclip_finetune.weights.untrusted import read_untrusted, without_module_prefix
-from adaclip_finetune.strict_json import parse_json
 
 OWN_FORMAT = "adaclip-finetune/"
 """What the format of our files begins with; the number of the version follows."""
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def method(self) -> str | None:
-        """The PEFT method whose additions are among the tensors, since they cannot be merged; None for plain tensors."""
+        """The PEFT method whose additions are among the tensors, not merged; None for plain tensors."""
         return self.metadata.get("method")
 
     def towers(self) -> Weights | None:

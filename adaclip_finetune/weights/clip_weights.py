@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
@@ -327,7 +328,7 @@ def _encoder(towers: Towers) -> Any:
 def save_tokenizer(loaded: LoadedClip, folder: Path) -> None:
     """Write the files of a tokenizer that is not CLIP's own, so that `folder` is one of open_clip's; else nothing."""
     encode = getattr(loaded.tokenize, "encode", None)
-    if not isinstance(encode, open_clip.HFTokenizer):
+    if not isinstance(encode, HFTokenizer):
         return
     folder.mkdir(exist_ok=True)
     encode.save_pretrained(str(folder))

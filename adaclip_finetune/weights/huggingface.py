@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import read_json
 from adaclip_finetune.weights.architecture import mlp_ratio
 from adaclip_finetune.weights.huggingface_names import to_openai_names
 from adaclip_finetune.weights.untrusted import read_untrusted
-from adaclip_finetune.strict_json import read_json
 
 _EPS = 1e-5
 # What transformers takes where a config says nothing.

@@ -40,9 +40,9 @@ os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"  # 2 to this power, in cycles
 import faiss
 import torch
 import torch.nn.functional as F
+from adaclip_finetune.model.aggregator import MlpAggregator
 from torch import Tensor
 
-from adaclip_finetune.model.aggregator import MlpAggregator
 from adaclip_finetune.search.nearest import build
 
 FOUND = 10

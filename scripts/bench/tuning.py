@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import optuna
+from adaclip_finetune.evaluation.evaluate import Figures
+from adaclip_finetune.training.trial import OnEpoch, TrialResult, run_trial
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoItem, VideoReader
 from adaclip_finetune.data.sampling import frame_indices
-from adaclip_finetune.evaluation.evaluate import Figures
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.trial import OnEpoch, TrialResult, run_trial
 from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.folder import best_trial
 from adaclip_finetune.tuning.ledger import counted

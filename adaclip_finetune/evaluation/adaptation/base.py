@@ -31,7 +31,5 @@ class Adaptation(ABC):
         self.settings = settings
 
     @abstractmethod
-    def __call__(
-        self, model: VideoRetriever, queries: Tensor, gallery: Tensor | None
-    ) -> AbstractContextManager[None]:
+    def __call__(self, model: VideoRetriever, queries: Tensor, gallery: Tensor | None) -> AbstractContextManager[None]:
         """`queries`: token ids (q, L); `gallery`: what the model's scorer keeps of all videos (V, …)."""

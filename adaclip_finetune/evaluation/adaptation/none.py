@@ -15,7 +15,5 @@ class NoAdaptation(Adaptation):
 
     needs_gallery = False
 
-    def __call__(
-        self, model: VideoRetriever, queries: Tensor, gallery: Tensor | None
-    ) -> AbstractContextManager[None]:
+    def __call__(self, model: VideoRetriever, queries: Tensor, gallery: Tensor | None) -> AbstractContextManager[None]:
         return nullcontext()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import Views
@@ -43,16 +43,14 @@ class Report(Protocol):
 class Task(ABC):
     """Measures models on one split, time and again, in all processes together; its readers live until `close`.
 
-    `figures` names what it measures, and whether more is better; `primary` is the figure that chooses the best epoch,
-    trial and share, by default the first.
+    `primary` is the figure that chooses the best epoch, trial and share; what a task can measure its settings class
+    says.
     """
-
-    figures: ClassVar[Mapping[str, bool]]
 
     def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
         self.config, self.split, self.loaded, self.views, self.label = config, split, loaded, views, label
-        self.primary = config.primary or next(iter(self.figures))
-        self.greater_is_better = self.figures[self.primary]
+        self.primary = config.primary_figure
+        self.greater_is_better = config.figures[self.primary]
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:
@@ -83,16 +81,16 @@ class Task(ABC):
         """Whether the primary figure is better, strictly: ties go to what came first."""
         if best is None:
             return True
-        one, other = value(figures, self.primary), value(best, self.primary)
+        one, other = value(figures.as_dict(), self.primary), value(best.as_dict(), self.primary)
         return one > other if self.greater_is_better else one < other
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a task that reads nothing has nothing to end)
         """End the reading processes."""
 
 
-def value(figures: Figures, name: str) -> float:
-    """The figure of a dotted name."""
-    found: Any = figures.as_dict()
+def value(figures: Mapping[str, Any], name: str) -> float:
+    """The figure of a dotted name in what `Figures.as_dict` gave."""
+    found: Any = figures
     for part in name.split("."):
         found = found[part]
     return float(found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluati
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.embed import Embeddings, on_main
-from adaclip_finetune.evaluation.metrics import RECALLS, Metrics, one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.metrics import Metrics, one_line, results_table, retrieval_metrics
 from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
@@ -86,12 +86,6 @@ class RetrievalReport:
 
 class Retrieval(Task):
     """Text to video and video to text, ties counting against."""
-
-    figures: ClassVar[Mapping[str, bool]] = {
-        f"{direction}.{name}": name.startswith("R@")
-        for direction in ("t2v", "v2t")
-        for name in (*(f"R@{k}" for k in RECALLS), "MedR", "MeanR")
-    }
 
     def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
         super().__init__(config, split, loaded, views, label)

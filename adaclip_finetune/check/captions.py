@@ -12,8 +12,8 @@ from adaclip_finetune.check.source import Split
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import folded
 from adaclip_finetune.data.queries import train_entries
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.printable import printable
+from adaclip_finetune.weights.loaded import LoadedClip
 
 _AT_ONCE = 1024  # captions
 _A_WORD = 30  # letters, at most

@@ -64,7 +64,7 @@ def _forward(trial: Session, count: int) -> int:
     try:
         trial.model.eval()
         batch = blank_videos(trial.config.num_frm, trial.model.views(), count).to(trial.device)
-        with torch.no_grad(), trial.accelerator.autocast():
+        with torch.no_grad(), trial.autocast():
             trial.model.encode_video(batch)
     finally:
         for hook in hooks:

@@ -15,7 +15,7 @@ from adaclip_finetune.lock import is_alive
 from adaclip_finetune.strict_json import read_json
 from adaclip_finetune.training.session import Session
 from adaclip_finetune.training.snapshot import load_snapshot
-from adaclip_finetune.weights.clip_weights import strict_load
+from adaclip_finetune.weights.plain import strict_load
 
 
 def check_folder(folder: Path) -> Iterator[Finding]:

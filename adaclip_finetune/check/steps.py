@@ -73,8 +73,6 @@ def try_steps(trial: Session, batch_size: int) -> StepTrial:
 def _two_steps(trial: Session, optimizer: Optimizer, size: int) -> tuple[float, float, int]:
     """Of the second step, since the first one prepares what others find: seconds of forward and backward, which grow
     with the batch; seconds of the update, which do not; bytes that the backward needs."""
-    accelerator = trial.accelerator
-    assert accelerator is not None
     batch, group = blank_batch(trial.config, trial.model, trial.loaded.tokenize, size)
     weights = {parameter.untyped_storage().data_ptr() for parameter in trial.model.parameters()}
     trial.objective.train()
@@ -82,14 +80,14 @@ def _two_steps(trial: Session, optimizer: Optimizer, size: int) -> tuple[float, 
     for _ in range(2):
         kept.clear()
         times[0] = time.monotonic()
-        with accelerator.autocast(), saved_tensors_hooks(partial(_note, kept), _same):
-            terms = list(trial.objective(batch.to(accelerator.device), group).values())
-        sum(terms[1:], terms[0]).backward()  # type: ignore[no-untyped-call]
-        times[1] = _now(accelerator.device)
+        with trial.autocast(), saved_tensors_hooks(partial(_note, kept), _same):
+            terms = list(trial.objective(batch.to(trial.device), group).values())
+        sum(terms[1:], terms[0]).backward()
+        times[1] = _now(trial.device)
         clip_gradients(trial.objective.parameters(), trial.config.grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        times[2] = _now(accelerator.device)
+        times[2] = _now(trial.device)
     activations = sum(count for place, count in kept.items() if place not in weights)
     return times[1] - times[0], times[2] - times[1], activations
 

@@ -126,7 +126,7 @@ def _towers(model: OpenModel, zero_shot: str) -> LoadedClip:
 
 
 def _start(model: OpenModel, towers: LoadedClip, end: State) -> State:
-    device = model.session.accelerator.device
+    device = model.session.device
     start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
     if different := sorted(
         name for name in start.keys() | end.keys() if _shape(start.get(name)) != _shape(end.get(name))

@@ -122,8 +122,7 @@ class OpenModel:
         """Vectors (T, D) of texts, not normalised, float32 on the CPU."""
         model, size = self.session.model.eval(), self.config.val_batch_size
         parts = []
-        assert self.session.accelerator is not None
-        with self.session.accelerator.autocast():
+        with self.session.autocast():
             for start in tqdm(range(0, len(texts), size), "texts", leave=False, disable=None):
                 tokens = self.session.loaded.tokenize(texts[start : start + size], self.config.max_txt_len)
                 parts.append(model.encode_text(tokens).sentence.float().cpu())

@@ -23,7 +23,7 @@ COLUMNS = ("query", "rank", "video", "score")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A query and its best videos, best first, with scores: exp(logit_scale) · cosine."""
+    """A query and its best videos, best first, with scores: exp(logit_scale) · cosine, plus logit_bias where CLIP has one."""
 
     query: str
     videos: list[str]
@@ -79,12 +79,15 @@ def write_predictions(path: Path, predicted: Predicted) -> None:
 def write_embeddings(path: Path, predicted: Predicted) -> None:
     """`queries` (T, D) and `videos` (V, D), of length 1, in float32; the ids beside it in JSON. Raises UserError.
 
-    Where videos depend on the query, `videos` are their frames (V, K, D), not normalised. `scale` times the cosine is
-    the score.
+    Where videos depend on the query, `videos` are their frames (V, K, D), not normalised. `scale` times the cosine, plus
+    `bias` for a CLIP that has one, is the score.
     """
     found = predicted.similarity
     tensors = {"queries": F.normalize(found.text.float(), dim=-1), "videos": found.videos.float()}
-    metadata = {"scale": repr(found.scale), "per_query": "true" if found.aggregate else "false"}
+    bias, per_query = found.scorer.logit_bias(), "false" if found.scorer.indexable else "true"
+    metadata = {"scale": repr(float(found.scorer.scale())), "per_query": per_query}
+    if bias is not None:
+        metadata["bias"] = repr(float(bias))
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     write_file("--save-embeddings", path, content)
     ids = {"queries": predicted.queries, "videos": predicted.videos}

@@ -101,8 +101,8 @@ class StripMaker:
         batch = collate([self._reader.read(video_id)]).videos
         assert batch is not None, "a video that cannot be read is a FrameError"
         places = batch.frame_indices[0]
-        with session.accelerator.autocast():
-            selection = session.model.eval().encode_video(batch.to(session.accelerator.device)).selection
+        with session.autocast():
+            selection = session.model.eval().encode_video(batch.to(session.device)).selection
         if selection is None:
             return [(index, None) for index in places.tolist() if index >= 0][:_MOST]
         shares = 100 * selection.logits[0].float().softmax(dim=0).cpu()

@@ -7,8 +7,9 @@ without bias, plus the bias, it has the same values and the gradients that it sh
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, LayerNormFp32
@@ -19,7 +20,7 @@ def split_frozen_norms(module: nn.Module) -> None:
     """Make every layer norm of `module` compute its bias apart while just one of weight and bias learns, on CUDA."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm) and not isinstance(part, _Split):
-            part.__class__ = _split_class(type(part))
+            part.__class__ = _split_class(cast(Hashable, type(part)))
 
 
 def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -37,6 +38,6 @@ class _Split(nn.LayerNorm):
 
 
 @cache
-def _split_class(kind: type[nn.LayerNorm]) -> Any:
+def _split_class(kind: Any) -> Any:
     """A subclass of a layer norm's class, under its name."""
     return type(kind.__name__, (_Split, kind), {})

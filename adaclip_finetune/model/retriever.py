@@ -178,7 +178,7 @@ class VideoRetriever(nn.Module):
             frames, mask = _take_frames(videos, selection.indices)
             return self._encode(frames, mask), selection
         pixels = self._pixels(videos.frames, videos.frame_mask)
-        mixed = _mix(selection.weights, pixels.flatten(2)).unflatten(2, pixels.shape[2:]).to(pixels.dtype)
+        mixed = _mix(selection.weights, pixels.flatten(2)).reshape(len(pixels), -1, *pixels.shape[2:]).to(pixels.dtype)
         mask = videos.frame_mask.gather(1, selection.indices)
         return at_least_float32(self.tower(mixed, mask)), selection
 

@@ -52,7 +52,7 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         # In the precision of the weight, which autocast would round before it is added to.
         with torch.autocast(weight.device.type, enabled=False):
-            down = self.down
+            down: Tensor = self.down
             if self.training and self.dropout:
                 down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)
             rows = weight[self.start : self.stop] + self.scale * (self.up @ down)
@@ -116,5 +116,5 @@ class Lora(PeftMethod):
                     f"{len(blocks) - 1}"
                 )
             chosen = [block for number, block in enumerate(blocks) if not settings.layers or number in settings.layers]
-            found += [linear for block in chosen for role in settings.targets for linear in block[role]]  # type: ignore[index]
+            found += [linear for block in chosen for role in settings.targets for linear in block[role]]
         return found

@@ -61,9 +61,8 @@ class Retriever:
     """Encodes; `fingerprint` tells it from any other model."""
 
     def __init__(self, source: Path, session: Session) -> None:
-        assert session.accelerator is not None
         self.source, self.config, self.loaded, self.model = source, session.config, session.loaded, session.model
-        self._accelerator = session.accelerator
+        self._autocast = session.autocast
         self.fingerprint = _fingerprint(session)
 
     @property
@@ -78,14 +77,14 @@ class Retriever:
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(Q, D); what is longer than max_txt_len is cut."""
-        with torch.no_grad(), self._accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             return _normalised(self.model.encode_text(self.loaded.tokenize(texts, self.config.max_txt_len)).sentence)
 
     def encode_image(self, image: Image.Image | str | Path) -> Tensor:
         """(D,), that of a video of this one frame. Raises UserError for a file that is no picture."""
         pixels = seen_pixels(open_picture(Path(image)) if isinstance(image, str | Path) else image)[None]
         frame = torch.from_numpy(to_square(pixels, self.loaded.image)).to(self.device)
-        with torch.no_grad(), self._accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             return _normalised(self.model.encode_image(frame))[0]
 
     def encode_video(self, path: str | Path) -> tuple[Tensor, list[int], list[float]]:
@@ -105,7 +104,7 @@ class Retriever:
         """Vectors (B, D) of a batch that `VideoReader` read as the model's settings ask, and what frames they were made
         of. Raises UserError if they depend on the query."""
         self.refuse_query_dependent()
-        with torch.no_grad(), self._accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             features = self.model.encode_video(batch.to(self.device))
             assert features.vector is not None
             return _normalised(features.vector), weighed_frames(features, batch.frame_indices)

@@ -60,9 +60,8 @@ def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFo
 
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:
     """`model` in the session's precision, on its device; memory that does not suffice is told in words."""
-    assert session.accelerator is not None
     try:
-        with session.accelerator.autocast():
+        with session.autocast():
             return task(model, keep)
     except (RuntimeError, MemoryError) as error:
         if explained := explain_out_of_memory_in_evaluation(error, session.config, session.device):

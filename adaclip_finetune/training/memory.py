@@ -146,7 +146,7 @@ def _try_out(config: Config, objective: Objective, accelerator: Accelerator, bat
     for _ in range(min(config.gradient_accumulation_steps, 2)):
         with accelerator.autocast():
             terms = objective(batch.to(accelerator.device), group)
-        sum(terms.values(), torch.zeros((), device=accelerator.device)).backward()  # type: ignore[no-untyped-call]
+        sum(terms.values(), torch.zeros((), device=accelerator.device)).backward()
     del held, coming
 
 

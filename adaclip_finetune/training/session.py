@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,13 @@ class Session:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's precision, within which the model is called."""
+        if self.accelerator is None:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     @cached_property
     def gflops(self) -> Gflops:

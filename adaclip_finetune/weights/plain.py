@@ -32,7 +32,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         for prefix, part in module.named_modules():
             if parametrize.is_parametrized(part):
-                for tensor in part.parametrizations:  # type: ignore[union-attr]
+                for tensor in part.parametrizations:
                     state[f"{prefix}.{tensor}" if prefix else tensor] = getattr(part, tensor).detach()
     return state
 

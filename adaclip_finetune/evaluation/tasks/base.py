@@ -31,7 +31,8 @@ class Figures(Protocol):
 class Report(Protocol):
     """What one evaluation found: its figures, and whatever else the task keeps of it."""
 
-    seconds: float
+    @property
+    def seconds(self) -> float: ...
 
     @property
     def figures(self) -> Figures: ...

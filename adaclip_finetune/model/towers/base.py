@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaclip_finetune.config import ChoiceSettings
 from adaclip_finetune.model.text import ClipTextTower, TextTower
-from adaclip_finetune.model.vit import Block, vision_view
+from adaclip_finetune.model.vit import Block, VisionView, vision_view
 
 
 class FrameTower(nn.Module, ABC):
@@ -59,14 +59,14 @@ class BlockwiseTower(FrameTower):
         self._view = (vision_view(clip),)
 
     @property
-    def view(self) -> Any:
-        """The image tower's parts (`model.vit.VisionView`)."""
+    def view(self) -> VisionView:
+        """The image tower's parts."""
         return self._view[0]
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         state: dict[str, Any] = {"mask": mask, "shape": pixels.shape[:2]}
-        tokens = self.view.embed(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])  # (B, T, L, W)
-        tokens = self.enter(tokens, state)
+        tokens: Tensor = self.view.embed(pixels.flatten(0, 1))
+        tokens = self.enter(tokens.reshape(*pixels.shape[:2], *tokens.shape[1:]), state)  # (B, T, L, W)
         for number, block in enumerate(self.view.blocks):
             tokens = self.block(number, block, tokens, state)
         return self.leave(tokens, state)
@@ -82,4 +82,4 @@ class BlockwiseTower(FrameTower):
     def leave(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """What the last block gave → tokens (B, K, D) in CLIP's embedding space."""
         pooled: Tensor = self.view.pool(tokens)
-        return pooled.unflatten(0, state["shape"])
+        return pooled.reshape(*state["shape"], -1)

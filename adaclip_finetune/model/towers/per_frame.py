@@ -19,4 +19,4 @@ class PerFrame(FrameTower):
     @staticmethod
     def encode(clip: nn.Module, pixels: Tensor) -> Tensor:
         """The same for any CLIP."""
-        return encode_images(clip, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return encode_images(clip, pixels.flatten(0, 1)).reshape(*pixels.shape[:2], -1)

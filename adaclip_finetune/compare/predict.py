@@ -23,7 +23,7 @@ COLUMNS = ("query", "rank", "video", "score")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A query and its best videos, best first, with scores: exp(logit_scale) · cosine, plus logit_bias where CLIP has one."""
+    """A query and its best videos, best first, with the logits of the model's scorer."""
 
     query: str
     videos: list[str]
@@ -79,8 +79,8 @@ def write_predictions(path: Path, predicted: Predicted) -> None:
 def write_embeddings(path: Path, predicted: Predicted) -> None:
     """`queries` (T, D) and `videos` (V, D), of length 1, in float32; the ids beside it in JSON. Raises UserError.
 
-    Where videos depend on the query, `videos` are their frames (V, K, D), not normalised. `scale` times the cosine, plus
-    `bias` for a CLIP that has one, is the score.
+    Where videos depend on the query, `videos` are their frames (V, K, D), not normalised. `scale` times the cosine
+    (plus `bias`, for a CLIP that has one) is the score.
     """
     found = predicted.similarity
     tensors = {"queries": F.normalize(found.text.float(), dim=-1), "videos": found.videos.float()}

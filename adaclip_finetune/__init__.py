@@ -1,3 +1,25 @@
-"""Parameter-efficient finetuning of CLIP for text-video retrieval."""
+"""Finetune CLIP on your own videos, and search them by text.
+
+    from adaclip_finetune import VideoIndex, load_retriever
+
+What is imported here is loaded when it is first used, so that `adaclip --help` stays fast.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Retriever": "search.retriever",
+    "VideoIndex": "search.index",
+    "load_retriever": "search.retriever",
+}
+
+__all__ = ["Retriever", "VideoIndex", "__version__", "load_retriever"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -84,8 +84,9 @@ class Checkpoint:
         nothing of the CLIP inside. Raises UserError."""
         path = None if folder is None else folder / "config.json"
         own = dict(self.settings) if path is None or not path.is_file() else read_object(path)
-        if own.get("clip_backbone") == Config.model_fields["clip_backbone"].default and self.kind is not Kind.ADAPTER:
-            # A default does not decide which CLIP it is: the tensors do.
+        told_otherwise = self.kind is not Kind.ADAPTER or own.get("clip_weights") or own.get("resume")
+        if told_otherwise and own.get("clip_backbone") == Config.model_fields["clip_backbone"].default:
+            # A default does not decide which CLIP it is: the tensors do, or the weights on disk.
             del own["clip_backbone"]
         return own
 

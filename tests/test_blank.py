@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_clip
 from numpy.typing import NDArray
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.weights.loaded import LoadedClip
 
 IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -31,16 +34,19 @@ class Grey:
 @pytest.mark.parametrize("settings", [
     {},
     {"policy_backbone": "raw", "rescale_size": 8},
+    {"policy_backbone": "mobilenet_v2"},
     {"policy_backbone": "clip"},
     {"policy_backbone": "frozen_clip"},
     {"use_policy": False},
     {"num_frm": 3, "top_k": 2},
 ])  # fmt: skip
 def test_blank_videos_are_shaped_like_read_ones(settings: dict[str, Any]) -> None:
-    config = load_config(None, settings)
-    reader = VideoReader(Grey(), config, IMAGE)  # type: ignore[arg-type]
+    config = load_config(None, {"policy_weights": "random", **settings})
+    views = VideoRetriever(config, LoadedClip(build_tiny_clip(), IMAGE, None, None, 77, "test")).views()  # type: ignore[arg-type]
+    assert views.clip == IMAGE
+    reader = VideoReader(Grey(), config, views)  # type: ignore[arg-type]
     read = collate([reader.read("a"), reader.read("b")]).videos
-    blank = blank_videos(config, IMAGE, 2)
+    blank = blank_videos(config.num_frm, views, 2)
     assert read is not None and len(blank) == len(set(blank.video_ids)) == 2
     for name in ("frames", "frame_mask", "frame_indices", "policy_frames"):
         one, other = getattr(blank, name), getattr(read, name)

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.clip import (
-    embedding_width,
-    encode_images,
-    encode_sentences,
-    encode_words,
-    pools_at_end_token,
-    text_blocks,
-    text_positions,
-    text_tower,
-    trim_padding,
-)
+from adaclip_finetune.model.clip import embedding_width, encode_images, text_blocks, text_positions
+from adaclip_finetune.model.text import ClipTextTower, encode_sentences, encode_words, trim_padding
+from adaclip_finetune.weights.loaded import pools_at_end_token, text_tower
 
 WIDTH = 40
 VISION = {"image_size": 48, "patch_size": 16, "width": 64, "layers": 3, "head_width": 16}
@@ -205,6 +197,20 @@ def test_where_the_parts_are() -> None:
     assert embedding_width(clip) == 64 and embedding_width(split) == WIDTH
     assert text_blocks(split) == list(split.text.transformer.resblocks) and len(text_blocks(clip)) == 2
     assert text_positions(split) is split.text.positional_embedding
+
+
+@torch.no_grad()
+def test_words_come_with_the_sentence_only_where_they_are_asked_for() -> None:
+    clip = build_tiny_clip().double().eval()
+    ids = torch.nn.functional.pad(IDS, (0, 57))
+    tower = ClipTextTower(clip)
+    assert not list(tower.parameters()), "CLIP's parameters keep their names"
+    plain, whole = tower(ids), tower(ids, words=True)
+    assert plain.words is None and plain.is_word is None
+    torch.testing.assert_close(plain.sentence, clip.encode_text(ids), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(whole.sentence, plain.sentence, atol=1e-9, rtol=1e-9)
+    words, is_word = encode_words(clip, trim_padding(clip, ids))
+    assert torch.equal(whole.words, words) and torch.equal(whole.is_word, is_word)
 
 
 def test_gradients_reach_the_same_parameters_as_encode_text() -> None:

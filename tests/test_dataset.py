@@ -1,5 +1,6 @@
 """Batches: what is in them, in which order they come, and that neither workers nor broken videos change them."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,25 @@ from hypothesis import strategies as st
 from media import index_of, write_frames, write_video
 from torch import Tensor
 
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config import ADAPTATIONS, OBJECTIVES, PEFT, TASKS, TOWERS, Config, load_config
 from adaclip_finetune.data.dataset import GalleryDataset, TrainBatch, TrainDataset, VideoReader, collate
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches, updates_per_epoch
-from adaclip_finetune.data.preprocess import ImageSpec, to_grey_thumbnails, to_square
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, Views, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.video.folder import VideoFolder
 
 TEMPLATE = "image_{:05d}.jpg"
 IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize_mode="squash")
+GREY = ImageSpec(10, (0.0,), (1.0,), resize_mode="squash", grey=True)
+VIEWS = Views(IMAGE, GREY)
 COUNTS = {"a": 9, "b": 3, "c": 12, "d": 6, "e": 7}
 
 
 def make_config(**values: Any) -> Config:
     defaults = {
-        "num_frm": 4, "top_k": 2, "sampling": "random", "policy_backbone": "raw", "rescale_size": 10, "num_workers": 0,
-        "max_txt_len": 7, "val_batch_size": 2,
+        "num_frm": 4, "top_k": 2, "sampling": "random", "num_workers": 0, "max_txt_len": 7, "val_batch_size": 2,
     }  # fmt: skip
     return load_config(None, defaults | values)
 
@@ -56,7 +58,7 @@ def make_entries() -> list[TrainEntry]:
 
 def make_train_loader(store: FrameStore, **values: Any) -> TrainLoader:
     config = make_config(**values)
-    return TrainLoader(TrainDataset(make_entries(), VideoReader(store, config, IMAGE)), config, tokenize)
+    return TrainLoader(TrainDataset(make_entries(), VideoReader(store, config, VIEWS)), config, tokenize)
 
 
 def as_lists(batches: Any) -> list[Any]:
@@ -81,30 +83,26 @@ def test_what_is_in_a_batch(frames: Path) -> None:
         pixels = store.read(video_id, indices)
         assert [index_of(frame) for frame in pixels] == indices == sorted(indices)
         assert np.array_equal(videos.frames[row], to_square(pixels, IMAGE))
-        assert np.array_equal(videos.policy_frames[row], to_grey_thumbnails(pixels, 10))
+        assert np.array_equal(videos.policy_frames[row], to_square(pixels, GREY))
         assert chr(batch.token_ids[row, 0]) == video_id
 
 
 @pytest.mark.parametrize(
-    ("backbone", "use_policy", "shape"),
-    [
-        ("raw", True, (1, 10, 10)),
-        ("mobilenet_v3_large", True, (3, 224, 224)),
-        ("resnet50", True, (3, 224, 224)),
-        ("clip", True, None),
-        ("frozen_clip", True, None),
-        ("raw", False, None),
-    ],
+    ("view", "shape"), [(GREY, (4, 1, 10, 10)), (IMAGENET, (4, 3, 224, 224)), (IMAGE, (4, 3, 32, 32)), (None, None)]
 )
-def test_policy_frames(frames: Path, backbone: str, use_policy: bool, shape: tuple[int, ...] | None) -> None:
-    config = make_config(policy_backbone=backbone, use_policy=use_policy)
-    policy_frames = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE).read("a").policy_frames
-    assert (None if policy_frames is None else policy_frames.shape[1:]) == shape
+def test_policy_frames(frames: Path, view: ImageSpec | None, shape: tuple[int, ...] | None) -> None:
+    store = FrameFolder(frames, TEMPLATE)
+    item = VideoReader(store, make_config(), Views(IMAGE, view)).read("a")
+    if view is None:
+        assert item.policy_frames is None
+    else:
+        assert item.policy_frames is not None and item.policy_frames.shape == shape
+        assert np.array_equal(item.policy_frames, to_square(store.read("a", item.indices.tolist()), view))
 
 
 def test_frames_outside_the_subset_are_blank(frames: Path) -> None:
     config = make_config(sampling="uniform", num_frm_subset=3)
-    videos = collate([VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE).read("c")]).videos
+    videos = collate([VideoReader(FrameFolder(frames, TEMPLATE), config, VIEWS).read("c")]).videos
     assert videos is not None and videos.policy_frames is not None
     assert videos.frame_indices.tolist() == [[0, 3, 6, -1]]
     assert videos.frame_mask.tolist() == [[True, True, True, False]]
@@ -166,6 +164,14 @@ def test_videos_in_worker_processes(tmp_path: Path, context: str, monkeypatch: p
         assert as_lists(make_train_loader(store, num_workers=1).epoch(0, batch_size=3)) == expected
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_config_reaches_reading_processes_whatever_it_chooses() -> None:
+    tables = {"peft": PEFT, "tower": TOWERS, "objective": OBJECTIVES, "task": TASKS, "adaptation": ADAPTATIONS}
+    for section, table in tables.items():
+        for method in table:
+            config = make_config(num_epochs=3, **{section: {"method": method}})
+            assert pickle.loads(pickle.dumps(config)) == config, method
 
 
 def test_fault_a_batch_larger_than_the_data_is_one_batch(frames: Path) -> None:
@@ -232,7 +238,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_blank_and_nameless(tmp_path: Pa
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_gallery(frames: Path, num_workers: int) -> None:
     config = make_config(num_workers=num_workers)
-    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, VIEWS)
     loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
     assert len(loader) == 3
     for numbers, expected in (([0, 1, 2], ["ab", "cd", "e"]), ([2, 0], ["e", "ab"]), ([], []), ([1], ["cd"])):
@@ -246,7 +252,7 @@ def test_gallery(frames: Path, num_workers: int) -> None:
 
 def test_gallery_batches_are_bounded_in_frames(frames: Path) -> None:
     config = make_config(val_batch_size=500, num_frm=256)
-    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, IMAGE)
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, VIEWS)
     loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
     assert [len(collated.videos or []) for collated in loader.read(range(len(loader)))] == [2, 2, 1]
 
@@ -259,7 +265,7 @@ def test_frames_that_fail_in_evaluation_come_with_their_batch(tmp_path: Path, nu
         (tmp_path / video_id / TEMPLATE.format(1)).write_bytes(b"")
     config = make_config(num_workers=num_workers)
     loader = GalleryLoader(
-        GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, IMAGE)), config
+        GalleryDataset(list(COUNTS), VideoReader(FrameFolder(tmp_path, TEMPLATE), config, VIEWS)), config
     )
     found = [(c.videos.video_ids if c.videos else [], [e.video_id for e in c.failures]) for c in loader.read(range(3))]
     assert found == [(["a"], ["b"]), (["c"], ["d"]), (["e"], [])]
@@ -267,7 +273,7 @@ def test_frames_that_fail_in_evaluation_come_with_their_batch(tmp_path: Path, nu
 
 
 def test_batches_move_and_keep_what_is_not_a_tensor(frames: Path) -> None:
-    reader = VideoReader(FrameFolder(frames, TEMPLATE), make_config(policy_backbone="clip"), IMAGE)
+    reader = VideoReader(FrameFolder(frames, TEMPLATE), make_config(), Views(IMAGE))
     videos = collate([reader.read("a"), reader.read("b")]).videos
     assert videos is not None
     moved = videos.to("meta", non_blocking=True)
@@ -281,6 +287,6 @@ def test_real_clips_and_frames(shared: Path) -> None:
     msrvtt = FrameFolder(shared / "data/msrvtt_frames/frames", TEMPLATE)
     videos = sorted(path.name for path in msrvtt.folder.iterdir())[:2]
     for store, video_ids in ((panda, clips), (msrvtt, videos)):
-        reader = VideoReader(store, make_config(num_frm=16), ImageSpec(224, (0.5,) * 3, (0.5,) * 3))
+        reader = VideoReader(store, make_config(num_frm=16), Views(ImageSpec(224, (0.5,) * 3, (0.5,) * 3)))
         batch = collate([reader.read(video_id) for video_id in video_ids]).videos
         assert batch is not None and batch.frames.shape == (2, 16, 3, 224, 224) and batch.frames.float().std() > 10

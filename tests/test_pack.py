@@ -31,7 +31,7 @@ from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.pack import CONTENTS, Pack, sealed
 from adaclip_finetune.data.packed_frames import PackedFrames
-from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.data.preprocess import ImageSpec, Views
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.readable import find_unreadable
 from adaclip_finetune.errors import UserError
@@ -130,7 +130,8 @@ def batches(store: FrameStore, num_workers: int) -> list[Any]:
 
     settings = {"num_frm": 4, "top_k": 2, "sampling": "random", "policy_backbone": "raw", "num_workers": num_workers}
     config = load_config(None, settings)
-    reader = VideoReader(store, config, ImageSpec(32, (0.5,) * 3, (0.25,) * 3))
+    grey = ImageSpec(config.rescale_size, (0.0,), (1.0,), resize_mode="squash", grey=True)
+    reader = VideoReader(store, config, Views(ImageSpec(32, (0.5,) * 3, (0.25,) * 3), grey))
     loader = TrainLoader(TrainDataset([TrainEntry(name, (name,)) for name in COUNTS], reader), config, tokenize)
     with closing(loader):
         found = [batch.videos for epoch in (0, 1) for batch in loader.epoch(epoch, 2)]

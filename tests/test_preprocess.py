@@ -7,7 +7,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms as T
 
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise, to_grey_thumbnails, to_square
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise, to_square
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(240, 320), (321, 239), (33, 500), (501, 57), (224, 398), (398, 224), (64, 64), (65, 64), (7, 5), (225, 225)]
@@ -51,7 +51,7 @@ def test_bilinear_towers() -> None:
 
 def test_grey_thumbnails() -> None:
     frames = random_frames(90, 160)
-    thumbnails = to_grey_thumbnails(frames, 56)
+    thumbnails = to_square(frames, ImageSpec(56, (0.0,), (1.0,), resize_mode="squash", grey=True))
     assert thumbnails.shape == (2, 1, 56, 56) and thumbnails.dtype == np.uint8
     oracle = T.Compose([T.Resize((56, 56), T.InterpolationMode.BICUBIC), T.Grayscale()])
     assert np.array_equal(thumbnails[0, 0], np.asarray(oracle(Image.fromarray(frames[0]))))

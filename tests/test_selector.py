@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaclip_finetune.config import load_config
+from adaclip_finetune.model.hard_topk import annealed_k, select_frames, selection_temperature
 from adaclip_finetune.model.selector import FrameSelector, RecurrentEncoder, TransformerEncoder
 
 B, N, F, H = 2, 5, 7, 64
@@ -16,7 +17,7 @@ B, N, F, H = 2, 5, 7, 64
 def build(**settings: Any) -> FrameSelector:
     config = load_config(None, {"num_frm": N, "top_k": 2, "hidden_dim": H, "mlp_hidden_dim": 16, **settings})
     torch.manual_seed(0)
-    return FrameSelector(config, None, F)
+    return FrameSelector(config, None, F).eval()
 
 
 def features(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,13 +89,13 @@ def test_transformer_encoder() -> None:
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "fc"])
 def test_scorer_and_choice(mlp_type: str) -> None:
-    selector = build(use_rnn=False, mlp_type=mlp_type).double()
+    selector = build(use_rnn=False, mlp_type=mlp_type, top_k=3).double()
     p = [tensor.detach().numpy() for tensor in selector.scorer.parameters()]
     x = features(torch.float64).numpy()
     if mlp_type == "mlp":
         x = np.maximum(x @ p[0].T + p[1], 0)
     logits = (x @ p[-2].T + p[-1])[..., 0]
-    selection = selector(features(torch.float64), 3)
+    selection = selector(features(torch.float64))
     np.testing.assert_allclose(selection.logits.detach(), logits, atol=1e-12)
     assert selection.indices.tolist() == np.argsort(-logits, axis=1)[:, :3].tolist()
     assert torch.equal(selection.weights.argmax(dim=-1), selection.indices)
@@ -102,8 +103,9 @@ def test_scorer_and_choice(mlp_type: str) -> None:
 
 @pytest.mark.parametrize("rnn", ["transformer", "lstm", "bilstm"])
 def test_scores_teach_the_whole_selector(rnn: str) -> None:
-    selector = build(rnn=rnn)
-    selection = selector(features(), 2, temperature=1.0)
+    selector = build(rnn=rnn).train()
+    selector.temperature = 1.0
+    selection = selector(features())
     (selection.weights * torch.randn(B, 2, N, generator=torch.Generator().manual_seed(2))).sum().backward()
     for name, parameter in selector.named_parameters():
         # A bias that is the same for all frames cannot change which are chosen.
@@ -115,16 +117,16 @@ def test_the_order_of_frames_matters_to_the_encoder_only() -> None:
     x, shuffled = features(), [3, 0, 4, 1, 2]
     for settings, equivariant in (({"use_rnn": False}, True), ({}, False), ({"rnn": "lstm"}, False)):
         selector = build(**settings)
-        same = torch.allclose(selector(x, 2).logits[:, shuffled], selector(x[:, shuffled], 2).logits, atol=1e-6)
+        same = torch.allclose(selector(x).logits[:, shuffled], selector(x[:, shuffled]).logits, atol=1e-6)
         assert same == equivariant, settings
 
 
 def test_scores_are_float32_under_autocast() -> None:
     selector = build()
-    expected = selector(features(), 2).logits
+    expected = selector(features()).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        selection = selector(features().bfloat16().float(), 2)
-        logits = selector(features(), 2).logits
+        selection = selector(features().bfloat16().float())
+        logits = selector(features()).logits
     assert selection.logits.dtype == selection.weights.dtype == torch.float32
     assert torch.equal(logits, expected)
 
@@ -137,3 +139,33 @@ def test_how_our_layers_start() -> None:
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     for bias in (encoder.projection.bias, selector.scorer[0].bias, selector.scorer[2].bias):
         assert bias.abs().max() == 0
+
+
+def test_k_and_temperature_follow_the_epochs_in_training_only() -> None:
+    schedule = {"warmup_epochs": 2, "num_epochs": 3, "init_tau": 5.0, "min_tau": 0.5, "exp_decay_factor": 0.045}
+    selector = build(**schedule)
+    x, noise = features(), -torch.empty(B, N).exponential_(generator=torch.Generator().manual_seed(3)).log()
+    for epoch in (0, 2, 1):
+        selector.start_epoch(epoch)
+        k, temperature = annealed_k(epoch, N, 2, 2), selection_temperature(epoch, 5.0, 0.5, 0.045)
+        assert (selector.k, selector.temperature) == (k, temperature)
+        selection = selector.train()(x, noise)
+        expected = select_frames(selection.logits, k, temperature, noise)
+        assert torch.equal(selection.indices, expected.indices) and selection.indices.shape == (B, k)
+        assert torch.equal(selection.weights, expected.weights)
+        assert selector.eval()(x, noise).indices.tolist() == selection.logits.argsort(descending=True)[:, :2].tolist()
+    fresh = build(**schedule)
+    assert (fresh.k, fresh.temperature) == (annealed_k(0, N, 2, 2), 5.0)
+
+
+@pytest.mark.parametrize("noise_is_given", [True, False])
+def test_noise_decides_the_draw(noise_is_given: bool) -> None:
+    selector = build(use_rnn=False).train()
+    noise = torch.zeros(B, N)
+    noise[0, 3] = noise[1, 1] = 1e3
+    torch.manual_seed(1)
+    draws = [selector(features(), noise if noise_is_given else None).indices[:, 0].tolist() for _ in range(40)]
+    if noise_is_given:
+        assert draws == [[3, 1]] * 40
+    else:
+        assert len({tuple(draw) for draw in draws}) > 5

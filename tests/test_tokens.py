@@ -3,8 +3,9 @@
 import open_clip
 import pytest
 import torch
-from adaclip_finetune.model.tokens import Tokenizer
 from torch import Tensor
+
+from adaclip_finetune.weights.loaded import Tokenizer
 
 START, END = 49406, 49407
 clip_tokenizer = Tokenizer(open_clip.get_tokenizer("ViT-B-32"), 77, whole_context=False)

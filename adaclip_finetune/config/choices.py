@@ -207,7 +207,9 @@ def _section(table: Mapping[str, Choice], kind: str, help: str) -> Any:
             "config": (choice.settings, setting({}, "its settings")),
         }
         title = choice.settings.__name__.removesuffix("Settings").removesuffix(kind) + kind
-        options.append(create_model(title, __base__=Chosen, __doc__=choice.settings.__doc__, **fields))
+        section = create_model(title, __base__=Chosen, __module__=__name__, __doc__=choice.settings.__doc__, **fields)
+        globals()[title] = section  # where pickle looks for it when a config is sent to a reading process
+        options.append(section)
     return Annotated[reduce(or_, options), Field(discriminator="method")] if len(options) > 1 else options[0]
 
 

@@ -1,4 +1,4 @@
-"""Policy backbones: torchvision's own pooled features, weights that stay, and the published tensors under our names."""
+"""The selector's backbones: torchvision's own pooled features, weights that stay, published tensors under our names."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from golden import load_golden
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec
+from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, Views
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.loaded import LoadedClip
 from adaclip_finetune.weights.published import to_our_names
 
 CNNS = ["mobilenet_v3_large", "mobilenet_v2", "resnet50"]
@@ -164,6 +164,17 @@ def test_frozen_clip_is_a_copy_that_stays() -> None:
 def test_names(name: str, kind: type) -> None:
     config = load_config(None, {"policy_backbone": name, "policy_weights": "random"})
     assert isinstance(build_backbone(config, build_tiny_clip(), 64), kind)
+
+
+def test_which_view_of_a_frame_the_reader_prepares() -> None:
+    for policy in ("clip", "frozen_clip"):
+        assert build(policy).views() == Views(SPEC)
+    assert build("raw", use_policy=False).views() == Views(SPEC)
+    for cnn in CNNS:
+        assert build(cnn).views() == Views(SPEC, IMAGENET)
+    grey = build("raw", rescale_size=10).views().selector
+    assert grey is not None
+    assert (grey.size, grey.channels, grey.resize_mode, grey.interpolation) == (10, 1, "squash", "bicubic")
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -1,0 +1,273 @@
+"""Pooling against numpy, by its formulas; padding, temperature, and scores that were used before."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import Tensor
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.dataset import VideoBatch
+from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures
+from adaclip_finetune.model.pooling import (
+    MeanPooling,
+    MlpScore,
+    Pooling,
+    SumPooling,
+    TransformerScore,
+    WordPooling,
+)
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.scoring import CosineScorer, QueryScorer
+from adaclip_finetune.weights.loaded import LoadedClip
+
+B, K, D, Q = 3, 4, 64, 5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """In float64, with weights large enough for every part to show."""
+    module = module.double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(0.2 * random(*parameter.shape, seed=seed))
+    return module
+
+
+def softmax(x: np.ndarray, axis: int) -> np.ndarray:
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def quick_gelu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-1.702 * x))
+
+
+def numpy_mlp_score(scorer: torch.nn.Module, items: np.ndarray) -> np.ndarray:
+    """(…, D) → (…): D → 2D → D → 1 with a quick-GELU after the first two."""
+    w1, b1, w2, b2, w3, b3 = (parameter.detach().numpy() for parameter in scorer.parameters())
+    assert [w.shape for w in (w1, w2, w3)] == [(2 * D, D), (D, 2 * D), (1, D)]
+    return (quick_gelu(quick_gelu(items @ w1.T + b1) @ w2.T + b2) @ w3.T + b3)[..., 0]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+EQUAL = np.full((B, K), 1 / K)
+
+
+def test_mean_of_normalised_frames() -> None:
+    frames = random(B, K, D)
+    vector, weights = MeanPooling()(frames)
+    np.testing.assert_allclose(vector, unit(frames.numpy()).mean(1), atol=1e-12)
+    np.testing.assert_allclose(weights, EQUAL)
+    assert not MeanPooling.uses_length
+
+
+def test_sum() -> None:
+    frames = random(B, K, D)
+    vector, weights = SumPooling()(frames)
+    np.testing.assert_allclose(vector, frames.numpy().sum(1), atol=1e-12)
+    np.testing.assert_allclose(weights, EQUAL)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
+def test_mlp_score(temperature: float) -> None:
+    pooling = randomised(MlpScore(D, temperature))
+    frames = random(B, K, D)
+    expected = softmax(numpy_mlp_score(pooling.scorer, frames.numpy()) / temperature, 1)
+    assert expected.max() > 1.2 / K
+    vector, weights = pooling(frames)
+    np.testing.assert_allclose(weights.detach(), expected, atol=1e-10)
+    np.testing.assert_allclose(vector.detach(), np.einsum("bk,bkd->bd", expected, frames.numpy()), atol=1e-10)
+
+
+def clip_with(scale: float, bias: float | None = None) -> torch.nn.Module:
+    """What a scorer needs of a CLIP."""
+    clip = torch.nn.Module()
+    clip.logit_scale = torch.nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+    if bias is not None:
+        clip.logit_bias = torch.nn.Parameter(torch.tensor(bias, dtype=torch.float64))
+    return clip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_query_score(temperature: float) -> None:
+    scorer = QueryScorer(clip_with(0.5, -2), temperature)
+    assert not scorer.indexable
+    frames, queries = random(B, K, D), random(Q, D, seed=1)
+    kept = scorer.keep(VideoFeatures(frames, None, torch.from_numpy(EQUAL), None))
+    videos = scorer.videos_for(torch.from_numpy(unit(queries.numpy())), kept)
+    logits = scorer(TextFeatures(queries), kept)
+    assert videos.shape == (Q, B, D) and logits.shape == (Q, B)
+    for q in range(Q):
+        for b in range(B):
+            cosines = unit(frames[b].numpy()) @ unit(queries[q].numpy())
+            expected = softmax(cosines / temperature, 0) @ frames[b].numpy()
+            np.testing.assert_allclose(videos[q, b], expected, atol=1e-12)
+            logit = np.exp(0.5) * unit(expected) @ unit(queries[q].numpy()) - 2
+            assert logits[q, b].item() == pytest.approx(logit, abs=1e-12)
+
+
+def test_cosine_scorer() -> None:
+    videos, queries = random(B, D), random(Q, D, seed=1)
+    cosines = unit(queries.numpy()) @ unit(videos.numpy()).T
+    for bias in (None, -10.0):
+        scorer = CosineScorer(clip_with(2, bias))
+        kept = scorer.keep(VideoFeatures(random(B, K, D), videos, torch.from_numpy(EQUAL), None))
+        np.testing.assert_allclose(kept, unit(videos.numpy()), atol=1e-12)
+        logits = scorer(TextFeatures(queries), kept).detach()
+        np.testing.assert_allclose(logits, np.exp(2) * cosines + (bias or 0), atol=1e-10)
+
+
+@pytest.mark.parametrize("scorer_class", [CosineScorer, lambda clip: QueryScorer(clip, 0.3)])
+def test_a_fixed_scorer_stays_whatever_clip_learns(scorer_class: Any) -> None:
+    clip = clip_with(2, -10)
+    scorer = scorer_class(clip)
+    features = VideoFeatures(random(B, K, D), random(B, D), torch.from_numpy(EQUAL), None)
+    text, kept = TextFeatures(random(Q, D, seed=1)), scorer.keep(features)
+    fixed, before = scorer.fixed(), scorer(text, kept).detach()
+    assert not fixed(text, kept).requires_grad
+    with torch.no_grad():
+        clip.logit_scale.add_(1)
+        clip.logit_bias.add_(1)
+    assert torch.equal(fixed(text, kept), before) and torch.equal(fixed.fixed()(text, kept), before)
+    assert not torch.allclose(scorer(text, kept), before)
+
+
+def test_transformer_weighs_the_frames_as_they_came() -> None:
+    pooling = randomised(TransformerScore(D, 0.7))
+    frames = random(B, K, D)
+    scores = pooling.scorer(pooling.transformer(frames)).detach().numpy()[..., 0]
+    expected = softmax(scores / 0.7, 1)
+    vector, weights = pooling(frames)
+    np.testing.assert_allclose(weights.detach(), expected, atol=1e-12)
+    np.testing.assert_allclose(vector.detach(), np.einsum("bk,bkd->bd", expected, frames.numpy()), atol=1e-12)
+
+
+POOLINGS = {
+    "mean": MeanPooling(),
+    "sum": SumPooling(),
+    "mlp": randomised(MlpScore(D, 1.0)),
+    "transformer": randomised(TransformerScore(D, 1.0)),
+}
+SHUFFLED = [2, 0, 3, 1]
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_does_not_see_the_order_of_frames(name: str) -> None:
+    pooling, frames = POOLINGS[name], random(B, K, D)
+    assert isinstance(pooling, Pooling)
+    (vector, weights), (shuffled, shuffled_weights) = pooling(frames), pooling(frames[:, SHUFFLED])
+    torch.testing.assert_close(vector, shuffled)
+    torch.testing.assert_close(weights[:, SHUFFLED], shuffled_weights)
+
+
+def test_query_score_does_not_see_the_order_of_frames() -> None:
+    scorer, frames, queries = QueryScorer(clip_with(0), 1.0), random(B, K, D), TextFeatures(random(Q, D, seed=1))
+    torch.testing.assert_close(scorer(queries, frames), scorer(queries, frames[:, SHUFFLED]))
+
+
+@pytest.mark.parametrize("build", [MlpScore, TransformerScore])
+def test_temperature_from_one_frame_to_the_mean(build: Any) -> None:
+    frames = random(B, K, D)
+    cold, hot = randomised(build(D, 1e-6)), randomised(build(D, 1e6))
+    torch.testing.assert_close(hot(frames)[0], frames.mean(dim=1), atol=1e-4, rtol=0)
+    distance = (cold(frames)[0][:, None] - frames).norm(dim=-1).min(dim=1).values
+    assert distance.max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_words_after_the_end_cannot_change_the_sentence(kind: str, temperature: float) -> None:
+    aggregator = randomised(WordPooling(kind, D, temperature))
+    words, is_word = random(B, 6, D), torch.arange(6) < torch.tensor([[6], [3], [1]])
+    sentences = aggregator(words, is_word)
+    noise = torch.where(is_word[..., None], 0, 1e3 * random(B, 6, D, seed=3))
+    torch.testing.assert_close(aggregator(words + noise, is_word), sentences, atol=1e-12, rtol=1e-12)
+    # Each row alone, cut at its end, is the same.
+    for row, length in enumerate((6, 3, 1)):
+        alone = aggregator(words[row : row + 1, :length], is_word[row : row + 1, :length])
+        torch.testing.assert_close(alone[0], sentences[row], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sentences[2], words[2, 0])
+
+
+def test_mlp_score_over_words() -> None:
+    aggregator = randomised(WordPooling("mlp", D, 0.5))
+    words, is_word = random(B, 6, D), torch.arange(6) < torch.tensor([[6], [3], [1]])
+    scores = np.where(is_word, numpy_mlp_score(aggregator.scorer, words.numpy()) / 0.5, -np.inf)
+    expected = np.einsum("bl,bld->bd", softmax(scores, 1), words.numpy())
+    np.testing.assert_allclose(aggregator(words, is_word).detach(), expected, atol=1e-10)
+
+
+def test_layer_norms_of_the_word_transformer() -> None:
+    norms = [m for m in WordPooling("transformer", D, 1.0).modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [1e-12, 1e-12]
+
+
+def retriever(**settings: Any) -> VideoRetriever:
+    small = {"num_frm": 6, "top_k": 3, "policy_backbone": "raw", "rescale_size": 4, "hidden_dim": 64}
+    config = load_config(None, {**small, **settings})
+    spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    torch.manual_seed(0)
+    loaded = LoadedClip(build_tiny_clip(), spec, None, None, 77, "test")  # type: ignore[arg-type]
+    return VideoRetriever(config, loaded).double().eval()
+
+
+def batch() -> VideoBatch:
+    generator = torch.Generator().manual_seed(5)
+    frames = torch.randint(0, 256, (B, 6, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    thumbnails = torch.randint(0, 256, (B, 6, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    mask = torch.ones(B, 6, dtype=torch.bool)
+    return VideoBatch(frames, mask, thumbnails, torch.arange(6).expand(B, 6), list("abc"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"frame_agg": "mlp"}, {"word_agg": "mlp"}, {"sim_header": "transformer"}])
+@torch.no_grad()
+def test_reuse_scores(settings: dict[str, Any]) -> None:
+    """Chosen frames are weighted by the softmax of their scores / frame_agg_temp, before the header."""
+    temperature = 0.01
+    plain = retriever(frame_agg_temp=temperature, **settings)
+    reusing = retriever(frame_agg_temp=temperature, reuse_scores=True, **settings)
+    reusing.load_state_dict(plain.state_dict())
+    header, plain.header = plain.header, None
+    video, bare = reusing.encode_video(batch()), plain.encode_video(batch())
+    assert video.selection is not None and bare.selection is not None and video.vector is not None
+    scores = bare.selection.logits.gather(1, bare.selection.indices).numpy()
+    weights = softmax(scores / temperature, 1)
+    assert weights.std() > 0.02
+    frames = bare.tokens.numpy() * weights[..., None]
+    expected = torch.from_numpy(frames)
+    if header is not None:
+        expected = header(expected)
+    torch.testing.assert_close(video.tokens, expected, atol=1e-10, rtol=1e-10)
+    if settings.get("word_agg"):
+        np.testing.assert_allclose(video.vector, unit(frames).mean(1), atol=1e-10)
+    elif settings.get("frame_agg"):
+        torch.testing.assert_close(video.vector, reusing.aggregator(expected)[0])
+    else:
+        torch.testing.assert_close(video.vector, expected.sum(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, MeanPooling),
+        ({"reuse_scores": True}, SumPooling),
+        ({"reuse_scores": True, "frame_agg": "mlp"}, MlpScore),
+        ({"frame_agg": "transformer"}, TransformerScore),
+        ({"frame_agg": "qscore"}, None),
+        ({"use_policy": False}, MeanPooling),
+    ],
+)
+def test_names(settings: dict[str, Any], kind: type | None) -> None:
+    model = retriever(**settings)
+    assert type(model.aggregator) is (kind or type(None))
+    assert type(model.scorer) is (CosineScorer if kind else QueryScorer)

@@ -128,9 +128,12 @@ class VideoRetriever(nn.Module):
     @property
     def frames_with_gradients(self) -> int:
         """How many frames of a video go through CLIP with gradients in a training step."""
-        if self.selector is None or (self.tower.independent and self.selector.backbone is None):
+        if self.selector is None:
             return self.num_frm
-        return self.selector.k
+        if self.selector.backbone is not None:
+            return self.selector.k
+        # The selector looks at the embeddings of all frames, and those of independent frames are the tokens too.
+        return self.num_frm + (0 if self.tower.independent else self.selector.k)
 
     def checkpoint_gradients(self) -> None:
         """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""

@@ -7,26 +7,31 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from adaclip_finetune.training.objective import contrastive_loss
+import torch.nn.functional as F
 from conftest import build_tiny_clip
 from torch import Tensor, nn
 
-from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model import clip as towers
-from adaclip_finetune.model.clip import LoadedClip
+from adaclip_finetune.config import PerFrameSettings, load_config
+from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
+from adaclip_finetune.data.preprocess import ImageSpec, normalise
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.clip import encode_images, text_blocks
+from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.towers.base import FrameTower
+from adaclip_finetune.model.towers.per_frame import PerFrame
+from adaclip_finetune.objectives.contrastive import contrastive_loss
+from adaclip_finetune.weights.loaded import LoadedClip
 
 SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 SMALL = {"num_frm": 6, "top_k": 2, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8, "policy_backbone": "raw"}
 
 
-def build(clip: nn.Module | None = None, **settings: Any) -> tuple[VideoRetriever, Config]:
+def build(clip: nn.Module | None = None, **settings: Any) -> VideoRetriever:
     config = load_config(None, {**SMALL, **settings})
     torch.manual_seed(1)
     loaded = LoadedClip(clip or build_tiny_clip(), SPEC, None, None, 77, "test")  # type: ignore[arg-type]
-    return VideoRetriever(config, loaded), config
+    return VideoRetriever(config, loaded)
 
 
 def make_batch(videos: int = 4, num_frm: int = 6, policy: str = "raw") -> tuple[VideoBatch, Tensor]:
@@ -46,17 +51,41 @@ def make_batch(videos: int = 4, num_frm: int = 6, policy: str = "raw") -> tuple[
     return batch, open_clip.tokenize(["a red square", "two small blue circles meet", "it", "a star grows then fades"])
 
 
-def encode_everything(model: VideoRetriever, batch: VideoBatch, k: int, temperature: float, noise: Tensor) -> Tensor:
+def gumbel(*shape: int) -> Tensor:
+    noise = torch.empty(*shape, dtype=torch.float64)
+    return -noise.exponential_(generator=torch.Generator().manual_seed(3)).log()
+
+
+def pixels_of(batch: VideoBatch, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normalised frames (B, N, 3, S, S), blank ones being zero."""
+    return normalise(batch.frames, SPEC.mean, SPEC.std).to(dtype) * batch.frame_mask[..., None, None, None]
+
+
+def embed_all(model: VideoRetriever, batch: VideoBatch) -> Tensor:
+    """CLIP's embeddings of all N frames: (B, N, D)."""
+    frames = pixels_of(batch, model.logit_scale().dtype)
+    return encode_images(model.clip, frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+
+def selector_features(model: VideoRetriever, batch: VideoBatch, embeddings: Tensor) -> Tensor:
+    assert model.selector is not None
+    backbone = model.selector.backbone
+    if backbone is None:
+        return embeddings
+    if backbone.view is None:
+        return backbone(pixels_of(batch))
+    return backbone(batch.policy_frames, batch.frame_mask, torch.float64)
+
+
+def encode_everything(model: VideoRetriever, batch: VideoBatch, noise: Tensor) -> Tensor:
     """The published way, as an oracle: all N frames through CLIP with gradients, then the actions choose."""
-    frames = model._encode(batch.frames, batch.frame_mask)
-    selector = model.selector
-    assert selector is not None
-    features = frames if selector.backbone is None else model._policy_features(batch)
-    selection = selector(features, k, temperature, noise)
+    frames = embed_all(model, batch)
+    assert model.selector is not None and model.aggregator is not None
+    selection = model.selector(selector_features(model, batch, frames), noise)
     chosen = selection.weights.to(frames.dtype) @ frames
     if model.header is not None:
         chosen = model.header(chosen)
-    return model.aggregator(chosen)
+    return model.aggregator(chosen)[0]
 
 
 @pytest.mark.parametrize("policy", ["raw", "clip", "frozen_clip", "mobilenet_v3_large"])
@@ -64,21 +93,23 @@ def encode_everything(model: VideoRetriever, batch: VideoBatch, k: int, temperat
 @pytest.mark.parametrize("k", [1, 4, 6])
 def test_encoding_only_what_is_needed_equals_encoding_everything(policy: str, head: dict[str, str], k: int) -> None:
     settings = {"policy_backbone": policy, "policy_weights": "random", "warmup_epochs": 2, "num_epochs": 2, **head}
-    model, _ = build(**settings)
-    model = model.double().train()
+    model = build(**settings).double().train()
+    assert model.selector is not None
+    model.selector.k, model.selector.temperature = k, 0.7
     oracle = copy.deepcopy(model)
     batch, ids = make_batch(policy=policy)
-    noise = -torch.empty(4, 6, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(3)).log()
-    text, video = model(batch, ids, k=k, temperature=0.7, noise=noise)
+    noise = gumbel(4, 6)
+    text, video = model(TrainBatch(batch, ids, noise))
     loss = contrastive_loss(model.similarity(text, video))
     loss.backward()
 
     whole_text = oracle.clip.encode_text(ids)
-    whole_video = encode_everything(oracle, batch, k, 0.7, noise)
-    assert video.video is not None
-    torch.testing.assert_close(text, whole_text, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(video.video, whole_video, atol=1e-9, rtol=1e-9)
-    whole_loss = contrastive_loss(oracle.similarity(whole_text, video._replace(video=whole_video)))
+    whole_video = encode_everything(oracle, batch, noise)
+    assert video.vector is not None
+    torch.testing.assert_close(text.sentence, whole_text, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(video.vector, whole_video, atol=1e-9, rtol=1e-9)
+    whole = oracle.similarity(TextFeatures(whole_text), video._replace(vector=whole_video))
+    whole_loss = contrastive_loss(whole)
     whole_loss.backward()
     torch.testing.assert_close(loss, whole_loss, atol=1e-9, rtol=1e-9)
     gradients = dict(oracle.named_parameters())
@@ -97,7 +128,7 @@ def count_encoded(clip: nn.Module) -> list[int]:
 
 
 def test_evaluation_encodes_only_the_selected_frames() -> None:
-    model, _ = build(frame_agg="mlp")
+    model = build(frame_agg="mlp")
     seen = count_encoded(model.clip)
     with torch.no_grad():
         model.eval().encode_video(make_batch()[0])
@@ -105,27 +136,27 @@ def test_evaluation_encodes_only_the_selected_frames() -> None:
 
 
 def test_evaluation_equals_encoding_everything() -> None:
-    model, _ = build(frame_agg="mlp")
-    model = model.double().eval()
+    model = build(frame_agg="mlp").double().eval()
     batch, _ = make_batch()
     with torch.no_grad():
         video = model.encode_video(batch)
-        everything = model._encode(batch.frames, batch.frame_mask)
-        assert video.selection is not None and video.video is not None
+        everything = embed_all(model, batch)
+        assert video.selection is not None and video.vector is not None and model.aggregator is not None
         chosen = everything[torch.arange(4)[:, None], video.selection.indices]
-        torch.testing.assert_close(video.video, model.aggregator(chosen), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(video.tokens, chosen, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(video.vector, model.aggregator(chosen)[0], atol=1e-9, rtol=1e-9)
 
 
 def test_fault_clip_policy_encoding_twice_or_crashing() -> None:
     """A fault of the published system: clip policies encoding twice or crashing."""
-    model, _ = build(policy_backbone="clip")
+    model = build(policy_backbone="clip").train()
     seen = count_encoded(model.clip)
-    model.encode_video(make_batch(policy="clip")[0], temperature=1.0)
+    model.encode_video(make_batch(policy="clip")[0])
     assert seen == [4 * 6]
 
 
 def test_text_is_encoded_up_to_the_longest_caption() -> None:
-    model, _ = build()
+    model = build()
     lengths: list[int] = []
     model.clip.transformer.register_forward_hook(lambda _m, args, _o: lengths.append(args[0].shape[1]))
     _, ids = make_batch()
@@ -134,9 +165,12 @@ def test_text_is_encoded_up_to_the_longest_caption() -> None:
 
 
 def test_fault_k_annealing_with_the_transformer_header() -> None:
-    model, config = build(sim_header="transformer", warmup_epochs=3, num_epochs=4)
-    video = model.encode_video(make_batch()[0], k=config.num_frm - 1, temperature=1.0)
-    assert video.frames.shape == (4, 5, 64)
+    model = build(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
+    for epoch, k in enumerate([5, 4, 3, 2]):
+        model.start_epoch(epoch)
+        assert model.schedule()["k"] == k
+        assert model.encode_video(make_batch()[0]).tokens.shape == (4, k, 64)
+    assert model.eval().encode_video(make_batch()[0]).tokens.shape == (4, 2, 64)
 
 
 @pytest.mark.parametrize("frame_agg", [None, "mlp", "transformer", "qscore"])
@@ -147,17 +181,17 @@ def test_every_head_runs_on_a_width_that_the_published_code_cannot(frame_agg: st
         vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 1},
         text_cfg={"width": 64, "heads": 1, "layers": 1},
     )
-    model, _ = build(clip, frame_agg=frame_agg, sim_header=sim_header)
+    model = build(clip, frame_agg=frame_agg, sim_header=sim_header)
     batch, ids = make_batch()
-    text, video = model(batch, ids, temperature=1.0)
-    assert (video.video is None) == (frame_agg == "qscore")
+    text, video = model.train()(TrainBatch(batch, ids, gumbel(4, 6).float()))
+    assert (video.vector is None) == (frame_agg == "qscore")
     similarity = model.similarity(text, video)
     assert similarity.shape == (4, 4)
     assert similarity.isfinite().all()
 
 
 def test_blank_frames_are_zero_after_normalisation() -> None:
-    model, _ = build(use_policy=False)
+    model = build(use_policy=False)
     batch, _ = make_batch()
     mask = batch.frame_mask.clone()
     mask[:, 4:] = False
@@ -177,21 +211,21 @@ def frozen_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def test_a_frozen_cnn_stays_in_evaluation_mode() -> None:
-    model, _ = build(policy_backbone="mobilenet_v3_large", policy_weights="random", freeze_cnn=True)
+    model = build(policy_backbone="mobilenet_v3_large", policy_weights="random", freeze_cnn=True)
     model.train()
     assert not any(module.training for module in frozen_modules(model))
     assert model.clip.training
-    model.encode_video(make_batch(policy="mobilenet_v3_large")[0], temperature=1.0).frames.sum().backward()
+    model.encode_video(make_batch(policy="mobilenet_v3_large")[0]).tokens.sum().backward()
     assert model.selector is not None and model.selector.backbone is not None
     assert all(p.grad is None for p in model.selector.backbone.parameters())
 
 
 def test_headers_start_from_the_text_tower() -> None:
     clip = build_tiny_clip()
-    model, _ = build(clip, sim_header="seqTransf")
+    model = build(clip, sim_header="seqTransf")
     assert model.header is not None
     blocks = model.header.transformer.resblocks
-    for own, pretrained in zip(blocks, towers.text_blocks(clip), strict=False):
+    for own, pretrained in zip(blocks, text_blocks(clip), strict=False):
         for name, tensor in own.state_dict().items():
             assert torch.equal(tensor, pretrained.state_dict()[name])
     assert torch.equal(model.header.positions.weight, clip.positional_embedding)
@@ -199,8 +233,211 @@ def test_headers_start_from_the_text_tower() -> None:
 
 
 def test_selector_layers_start_small() -> None:
-    model, _ = build(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
-    assert model.selector is not None
+    model = build(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
+    assert model.selector is not None and model.aggregator is not None
     for linear in (model.selector.scorer[0], model.aggregator.scorer[0], model.selector.encoder.projection):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert linear.bias.abs().max() == 0
+
+
+@torch.no_grad()
+def test_text_features_come_with_words_where_words_are_pooled() -> None:
+    _, ids = make_batch()
+    plain, pooled = build().double().eval(), build(word_agg="mlp").double().eval()
+    text, words = plain.encode_text(ids), pooled.encode_text(ids)
+    assert text.words is None and text.is_word is None
+    torch.testing.assert_close(text.sentence, plain.clip.encode_text(ids), atol=1e-9, rtol=1e-9)
+    assert words.words is not None and words.is_word is not None and pooled.word_aggregator is not None
+    assert words.is_word.sum(dim=1).tolist() == (ids != 0).sum(dim=1).tolist()
+    torch.testing.assert_close(words.sentence, pooled.word_aggregator(words.words, words.is_word))
+
+
+@torch.no_grad()
+def test_an_image_is_a_video_of_one_frame() -> None:
+    image = make_batch()[0].frames[0, :1]
+    model = build(sim_header="transformer", frame_agg="mlp").double().eval()
+    embedding = encode_images(model.clip, normalise(image, SPEC.mean, SPEC.std).double())
+    assert model.header is not None
+    torch.testing.assert_close(model.encode_image(image), model.header(embedding[None])[0], atol=1e-9, rtol=1e-9)
+    assert torch.equal(build().double().eval().encode_image(image), embedding)
+
+
+# ---- how much each frame counts ----
+
+POOLINGS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "mlp": {"frame_agg": "mlp"},
+    "transformer": {"frame_agg": "transformer"},
+    "qscore": {"frame_agg": "qscore"},
+    "mean, word_agg": {"word_agg": "mlp"},
+}
+
+
+def sharpen(model: VideoRetriever) -> VideoRetriever:
+    """Make the scores of frames differ, which are all alike at the start."""
+    with torch.no_grad():
+        for part in (model.selector, model.aggregator):
+            for seed, parameter in enumerate(() if part is None else part.parameters()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.copy_(0.3 * noise)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("choice", ["selected", "selected, reuse_scores", "all frames"])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_frame_weights_are_what_the_frames_are_multiplied_by(name: str, choice: str, training: bool) -> None:
+    settings = {"frame_agg_temp": 0.5, "top_k": 3, **POOLINGS[name]}
+    settings |= {"use_policy": choice != "all frames", "reuse_scores": "reuse" in choice}
+    model = sharpen(build(**settings)).double().train(training)
+    batch, _ = make_batch()
+    video = model.encode_video(batch, gumbel(4, 6))
+    weights = video.frame_weights
+    assert weights.shape == (4, 6) and not weights.requires_grad and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(4))
+    counted = torch.ones(4, 6) if video.selection is None else video.selection.weights.detach().sum(dim=1)
+    assert torch.equal(weights > 0, counted.round().bool())
+    weighs = name in ("mlp", "transformer") or (settings["reuse_scores"] and name == "mean")
+    assert (weights.max() > 1.2 / counted[0].sum()) == weighs, "frames differ exactly where something scores them"
+    if video.vector is None:  # each query weighs the frames anew
+        return
+    frames = embed_all(model, batch)
+    if not weighs:
+        frames = F.normalize(frames, dim=-1)
+    pooled = torch.einsum("bn,bnd->bd", weights.double(), frames)
+    if not settings["reuse_scores"] or name == "mean":
+        torch.testing.assert_close(video.vector, pooled, atol=1e-6, rtol=1e-6)
+    # Reused scores and those of the pooling, multiplied, have no sum of 1, and the length of a vector does not matter.
+    torch.testing.assert_close(F.normalize(video.vector, dim=-1), F.normalize(pooled, dim=-1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sim_header", ["transformer", "seqTransf"])
+@torch.no_grad()
+def test_frame_weights_behind_a_header_are_those_of_its_tokens(sim_header: str) -> None:
+    model = sharpen(build(sim_header=sim_header, frame_agg="mlp", frame_agg_temp=0.5)).double().eval()
+    video = model.encode_video(make_batch()[0])
+    assert video.selection is not None and model.aggregator is not None
+    expected = model.aggregator(video.tokens)[1].float()
+    torch.testing.assert_close(video.frame_weights.gather(1, video.selection.indices), expected)
+    torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
+
+
+# ---- towers in which frames meet ----
+
+
+class Meeting(FrameTower):
+    """Each token is half its own frame and half the mean of all. `mask` is the last that it was given."""
+
+    independent = False
+    mask: Tensor
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        self.mask = mask
+        tokens = encode_images(self.clip, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return (tokens + tokens.mean(dim=1, keepdim=True)) / 2
+
+    def frame_shares(self, frames: int) -> Tensor:
+        return torch.eye(frames) / 2 + 1 / (2 * frames)
+
+
+def meeting(**settings: Any) -> VideoRetriever:
+    model = sharpen(build(policy_weights="random", **settings)).double()
+    model.tower = Meeting(PerFrameSettings(), model.clip)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["raw", "clip", "frozen_clip"])
+@pytest.mark.parametrize("frame_agg", ["mlp", None])
+def test_scores_learn_through_frames_that_meet(policy: str, frame_agg: str | None) -> None:
+    """The straight-through weights mix what goes into the tower, against the same written out with all frames."""
+    model = meeting(policy_backbone=policy, frame_agg=frame_agg).train()
+    assert model.selector is not None
+    model.selector.k, model.selector.temperature = 3, 0.7
+    oracle = copy.deepcopy(model)
+    batch, ids = make_batch(policy=policy)
+    noise = gumbel(4, 6)
+    text, video = model(TrainBatch(batch, ids, noise))
+    contrastive_loss(model.similarity(text, video)).backward()
+
+    features = selector_features(oracle, batch, embed_all(oracle, batch))
+    assert oracle.selector is not None and oracle.aggregator is not None
+    selection = oracle.selector(features, noise)
+    indices, order = selection.indices.sort(dim=1)
+    weights = torch.stack([row[places] for row, places in zip(selection.weights, order, strict=True)])
+    mixed = torch.einsum("bkn,bnchw->bkchw", weights, pixels_of(batch))
+    vector = oracle.aggregator(oracle.tower(mixed, torch.ones(4, 3, dtype=torch.bool)))[0]
+    expected = video._replace(vector=vector)
+    contrastive_loss(oracle.similarity(oracle.encode_text(ids), expected)).backward()
+
+    assert video.selection is not None and video.vector is not None
+    assert torch.equal(video.selection.indices, indices) and torch.equal(video.selection.weights, weights)
+    torch.testing.assert_close(video.vector, vector, atol=1e-9, rtol=1e-9)
+    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-9, rtol=1e-7, msg=name)
+    learns = {name: parameter.grad for name, parameter in model.selector.named_parameters() if parameter.requires_grad}
+    assert len(learns) > 10
+    for name, gradient in learns.items():
+        # A bias that is the same for all frames cannot change which are chosen.
+        assert name == "scorer.2.bias" or (gradient is not None and gradient.abs().max() > 0), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("policy", ["raw", "clip"])
+def test_frames_that_meet_come_in_the_order_of_time(policy: str, training: bool) -> None:
+    model = meeting(policy_backbone=policy, frame_agg="mlp", top_k=3).train(training)
+    assert model.selector is not None
+    batch, _ = make_batch(policy=policy)
+    batch.frame_mask[:, 1::2] = False
+    seen: list[Tensor] = []
+    model.clip.visual.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    noise = gumbel(4, 6)
+    video = model.encode_video(batch, noise)
+    selection = video.selection
+    assert selection is not None
+    assert torch.equal(selection.indices, selection.indices.sort(dim=1).values)
+    assert torch.equal(selection.weights.argmax(dim=-1), selection.indices)
+    chosen = pixels_of(batch)[torch.arange(4)[:, None], selection.indices]
+    torch.testing.assert_close(seen[-1].unflatten(0, (4, 3)), chosen, atol=1e-9, rtol=1e-9)
+    assert [len(pixels) for pixels in seen] == [4 * 6, 4 * 3] if policy == "clip" else [4 * 3]
+    assert isinstance(model.tower, Meeting)
+    assert torch.equal(model.tower.mask, batch.frame_mask.gather(1, selection.indices))
+    # They are those that would have been chosen for frames that do not meet, in another order.
+    model.tower = PerFrame(PerFrameSettings(), model.clip)
+    other = model.encode_video(batch, noise).selection
+    assert other is not None and not torch.equal(other.indices, selection.indices)
+    assert torch.equal(other.indices.sort(dim=1).values, selection.indices)
+
+
+@torch.no_grad()
+def test_frame_weights_of_frames_that_meet_go_by_their_shares() -> None:
+    model = meeting(frame_agg="mlp", frame_agg_temp=0.5, top_k=3).eval()
+    batch, _ = make_batch()
+    video = model.encode_video(batch)
+    assert video.selection is not None and video.vector is not None and model.aggregator is not None
+    frames = embed_all(model, batch)
+    torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
+    assert torch.equal((video.frame_weights > 0).sum(dim=1), torch.full((4,), 3))
+    pooled = torch.einsum("bn,bnd->bd", video.frame_weights.double(), frames)
+    torch.testing.assert_close(video.vector, pooled, atol=1e-6, rtol=1e-6)
+
+
+def test_reused_scores_need_tokens_that_are_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PerFrame, "frame_shares", Meeting.frame_shares)
+    with pytest.raises(UserError, match="reuse_scores"):
+        build(reuse_scores=True)
+
+
+def test_how_many_frames_have_gradients() -> None:
+    """Counted at CLIP's image tower in a training step."""
+    for policy, settings in (("raw", {}), ("clip", {}), ("raw", {"use_policy": False})):
+        for model in (build(policy_backbone=policy, **settings), meeting(policy_backbone=policy, **settings)):
+            count = 0
+
+            def note(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+                nonlocal count
+                count += len(args[0]) * out.requires_grad
+
+            model.clip.visual.register_forward_hook(note)
+            model.train().encode_video(make_batch(policy=policy)[0])
+            assert model.frames_with_gradients == count / 4, (policy, settings, model.tower)

@@ -56,6 +56,7 @@ class Session:
     method: PeftMethod
     objective: Objective
     checkpoint: Checkpoint | None
+    pretrained_digest: str | None = None  # of CLIP before anything was added or learned, in a run that starts from it
     parameters: TrainableReport = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +111,8 @@ class Session:
     def description(self) -> dict[str, str]:
         """What a checkpoint of this session says beside its tensors, as metadata of safetensors."""
         described: dict[str, Any] = dict(self.loaded.description)
+        if self.pretrained_digest is not None:
+            described |= {"source": self.loaded.source, "digest": self.pretrained_digest}
         if getattr(self.model.clip, "logit_bias", None) is not None:
             described["model_cfg"] = {"init_logit_bias": LOGIT_BIAS, **described["model_cfg"]}
         about = {"config": self.config.model_dump_json(), "clip": json.dumps(described)}
@@ -138,10 +141,13 @@ def open_model(
         if checkpoint.is_foreign:
             check_settings(checkpoint, config)
         check_version(checkpoint)
+    # What is written must tell the pretrained weights; rehearsals and evaluations, which write none, need not know.
+    starts = checkpoint is None and learn and values == "real"
     at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
     values = "real" if at_hand else values
     with torch.device("meta") if values == "meta" else nullcontext():
         loaded = _load(config, checkpoint, values)
+        digest = weights_digest(loaded.module) if starts else None
         state = None if checkpoint is None else _plain_tensors(checkpoint, loaded, config)
         method = build_method(config)
         if learn or not method.mergeable:
@@ -162,7 +168,7 @@ def open_model(
         method.reset(model)
     if accelerator is not None:
         model.to(accelerator.device)
-    session = Session(config, accelerator, loaded, model, method, objective, checkpoint)
+    session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
     _choose(session)
     if not learn and checkpoint is not None and (noted := checkpoint.metadata.get("parameters")):
         session.parameters = TrainableReport.from_dict(json.loads(noted))

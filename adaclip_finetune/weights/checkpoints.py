@@ -114,9 +114,11 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
     """`config` with the CLIP that a checkpoint of ours was made with, where none is given.
 
     Shapes tell an architecture, but not its activation nor how its images are prepared: the stored settings do.
+    Raises UserError where CLIP weights that are needed are not there.
     """
-    lost = config.clip_weights is not None and not Path(config.clip_weights).exists()
-    if lost and checkpoint.description:
+    if config.clip_weights is not None and not Path(config.clip_weights).exists():
+        if checkpoint.kind is not Kind.OURS or not checkpoint.description:
+            raise _lost(checkpoint, config.clip_weights)
         config = config.model_copy(update={"clip_weights": None})
     elif checkpoint.is_foreign or config.model_fields_set & {"clip_backbone", "clip_weights"}:
         return config
@@ -124,6 +126,8 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
     weights, backbone = stored.get("clip_weights"), stored.get("clip_backbone")
     if weights and Path(weights).exists():
         return config.model_copy(update={"clip_weights": weights})
+    if checkpoint.kind is Kind.ADAPTER and weights:
+        raise _lost(checkpoint, weights)
     if checkpoint.description and checkpoint.kind is not Kind.ADAPTER:
         return config  # it says itself what its CLIP is
     # Where weights came from a file or another checkpoint, the backbone may be a default that nobody meant.
@@ -169,6 +173,16 @@ def describe(checkpoint: Checkpoint, config: Config) -> str:
     width = max(len(name) for name, _, _ in rows)
     table = [f"  {name:{width}}  {_plain(stored)} → {_plain(given)}" for name, stored, given in rows]
     return "\n".join([f"{what}; of its settings these are others here (stored → given):", *table])
+
+
+def _lost(checkpoint: Checkpoint, clip_weights: str) -> UserError:
+    described, made_with = checkpoint.description, ""
+    if source := described.get("source"):
+        made_with = f" {checkpoint.path} was made with {source} (SHA-256 {described.get('digest', '')[:12]}…)."
+    return UserError(
+        f"clip_weights {clip_weights}: there is no such file or folder.{made_with} Say where the pretrained "
+        "weights are with --clip_weights"
+    )
 
 
 def _metadata(path: Path) -> dict[str, str]:

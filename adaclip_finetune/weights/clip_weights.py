@@ -28,6 +28,7 @@ from adaclip_finetune.weights.architecture import (
     shapes_of,
     shapes_of_config,
 )
+from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip, Tokenizer, pools_at_end_token
 from adaclip_finetune.weights.plain import strict_load
 from adaclip_finetune.weights.torchscript import is_torchscript
@@ -104,7 +105,14 @@ def load_pretrained(config: Config, like: LoadedClip) -> LoadedClip:
                 "resume: the CLIP in this checkpoint is of no architecture that OpenAI published, so what it was "
                 "before it learned is not known; give clip_weights, or clip_backbone (an open_clip name:tag)"
             )
-        config = config.model_copy(update={"clip_backbone": f"{name}:openai"})
+        guessed = load_clip(config.model_copy(update={"clip_backbone": f"{name}:openai"}))
+        began_with = like.description.get("digest")
+        if began_with is not None and began_with != weights_digest(guessed.module):
+            raise UserError(
+                f"resume: this checkpoint began with {like.description.get('source')} (SHA-256 {began_with[:12]}…), "
+                f"which {guessed.source} is not; give clip_weights"
+            )
+        return guessed
     return load_clip(config)
 
 

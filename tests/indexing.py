@@ -1,6 +1,5 @@
 """A run folder with random weights, and indexes without any model: for the tests of search."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,30 @@ from adaclip_finetune.search.about import About
 from adaclip_finetune.search.stored import write_index
 
 
-def write_run(folder: Path, settings: dict[str, Any], seed: int = 0) -> Path:
-    """As `adaclip train` leaves it: best.safetensors and config.json."""
+def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: float = 0.0) -> Path:
+    """As `adaclip train` leaves it, with random selector and pooling: weights, adapter, config.json, tokenizer.
+
+    `learned` is the standard deviation of what is added to all that learns.
+    """
     import torch  # here: a process that only writes indexes starts at once
 
     from adaclip_finetune.config import load_config
-    from adaclip_finetune.model.retriever import VideoRetriever
     from adaclip_finetune.training.checkpoint import save_tensors
-    from adaclip_finetune.weights.clip_weights import load_clip
+    from adaclip_finetune.training.session import open_model
+    from adaclip_finetune.weights.clip_weights import save_tokenizer
 
     folder.mkdir()
     config = load_config(None, settings)
     torch.manual_seed(seed)
-    model = VideoRetriever(config, load_clip(config))
-    stored = config.model_dump(mode="json", exclude={"clip_backbone"})
-    (folder / "config.json").write_text(json.dumps(stored))
-    metadata = {"content": "model", "epoch": "0", "config": json.dumps(stored)}
-    save_tensors(folder / "best.safetensors", model.state_dict(), metadata)
+    session = open_model(config)
+    for parameter in session.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += learned * torch.randn_like(parameter)
+    (folder / "config.json").write_text(config.model_dump_json(exclude={"clip_backbone"}))
+    save_tokenizer(session.loaded, folder / "tokenizer")
+    model, method, about = session.model, session.method, {"epoch": "7", **session.description()}
+    save_tensors(folder / "best.safetensors", method.merged_state(model), {"content": "model", **about})
+    save_tensors(folder / "adapter.safetensors", method.own_state(model), {"content": "adapter", **about})
     return folder
 
 

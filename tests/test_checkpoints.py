@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from adaclip_finetune.training.build import build_session
 from conftest import build_tiny_clip
 from foreign import write_evil, write_published
 from safetensors.torch import load_file, save_file
@@ -18,9 +17,8 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
-from adaclip_finetune.training.device import make_accelerator
-from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.checkpoint import save_tensors
+from adaclip_finetune.training.session import open_model
 from adaclip_finetune.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
 from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
 from adaclip_finetune.weights.published import to_our_names, to_published_names
@@ -87,9 +85,9 @@ def test_the_published_recipe_is_read_without_any_download(tmp_path: Path, monke
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     config = load_config(None, {**settings, "resume": str(path), "no_output": True, "device": "cpu"})
     assert config.policy_weights == "imagenet"
-    session = build_session(config, RunFolder(config), make_accelerator(config))
+    model = open_model(config).model
     ours = to_our_names(state)
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in session.model.state_dict().items())
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
 
 
 def test_settings_that_differ_are_told_once_those_of_the_model_first(tmp_path: Path) -> None:
@@ -168,7 +166,7 @@ def test_tensors_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         write_published(tmp_path / "b.pth", {k: v for k, v in published_state().items() if "0.bias" not in k}, SETTINGS)
     )
     with pytest.raises(UserError, match=r"(?s)resume: .*b\.pth does not fit .*missing: selector\.scorer\.0\.bias"):
-        fill(blank(SETTINGS), lacking)
+        open_model(load_config(None, SETTINGS), lacking)
 
 
 def test_a_backbone_that_contradicts_the_checkpoint(such: Path) -> None:
@@ -219,8 +217,7 @@ def test_clip4clip_is_recognised_and_loaded(tmp_path: Path, header: str, prefix:
     settings = {"num_frm": 12, "use_policy": False, "sim_header": header}
     config = load_config(None, settings)
     check_settings(checkpoint, config)
-    model = VideoRetriever(config, load_clip(config, from_checkpoint=checkpoint.towers()))
-    fill(model, checkpoint)
+    model = open_model(config, checkpoint).model
     assert torch.equal(model.state_dict()["clip.visual.proj"], state["clip.visual.proj"])
     if model.header is not None:
         assert torch.equal(model.header.positions.weight, state["frame_position_embeddings.weight"])
@@ -267,10 +264,9 @@ def test_an_adapter_is_laid_over_the_pretrained_clip(
     assert 0 < sum(name.startswith("clip.") for name in adapter) < sum(name.startswith("clip.") for name in pretrained)
     path, metadata = tmp_path / "adapter.safetensors", {"content": "adapter", "config": config.model_dump_json()}
     save_tensors(path, adapter, metadata)
-    model = VideoRetriever(config, load_clip(config))
     checkpoint = read_checkpoint(path)
     assert checkpoint.towers() is None
-    fill(model, checkpoint)
+    model = open_model(config, checkpoint).model
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, adapter.get(name, pretrained[name])), name
     for lacking, message in (
@@ -279,10 +275,10 @@ def test_an_adapter_is_laid_over_the_pretrained_clip(
     ):
         save_tensors(path, {name: t for name, t in adapter.items() if name != lacking}, metadata)
         with pytest.raises(UserError, match=message):
-            load_weights(path, model)
+            open_model(config, read_checkpoint(path))
     save_tensors(path, {**adapter, "clip.extra": torch.zeros(2)}, metadata)
     with pytest.raises(UserError, match=r"unexpected: clip\.extra"):
-        load_weights(path, model)
+        open_model(config, read_checkpoint(path))
 
 
 def test_an_adapter_tells_which_clip_it_was_learned_on(config: Config, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from adaclip_finetune.evaluation.evaluate import _deciding_settings
 from pydantic.fields import FieldInfo
 
 from adaclip_finetune.compare.options import AS_IT_IS, overridable
@@ -15,6 +14,7 @@ from adaclip_finetune.config.optuna import OptunaSettings
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.config.roles import deciding_vectors, is_path, names_with, on_resume, rounding
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.retrieval import _deciding_settings
 from adaclip_finetune.tuning.space import search_space, searchable
 
 ROLES = get_args(Role)

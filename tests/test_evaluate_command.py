@@ -15,6 +15,8 @@ import pytest
 import torch
 from comparing import Project, evaluated, figures, trained_run
 from conftest import write_clip_folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.compare.interpolate import Point, best_point, mixed
@@ -133,14 +135,19 @@ def test_a_published_checkpoint_takes_its_settings_from_a_file(
 
 
 @pytest.mark.parametrize("noted", ["[]", "{", '{"parameters": 3}', '{"parameters": {"clip": {"trainable": 1}}}', None])
-def test_what_ibs_selected_is_known_from_its_folder_only(
-    noted: str | None, run: Path, project: Project, tmp_path: Path
+@pytest.mark.parametrize("told_by_the_weights", [True, False])
+def test_what_ibs_selected_is_known_from_its_weights_or_its_folder(
+    noted: str | None, told_by_the_weights: bool, run: Path, project: Project, tmp_path: Path
 ) -> None:
     settings = json.loads((run / "config.json").read_text())
     selected = {"method": "ibs", "config": {"num_pre_epochs": 1}}
     other = tmp_path / "run"
     other.mkdir()
-    shutil.copy(run / "best.safetensors", other)
+    with safe_open(run / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    if not told_by_the_weights:
+        del metadata["parameters"]
+    save_file(load_file(run / "best.safetensors"), other / "best.safetensors", metadata)
     (other / "config.json").write_text(json.dumps({**settings, "peft": selected}))
     if noted is None:
         shutil.copy(run / "metrics.json", other)
@@ -148,7 +155,11 @@ def test_what_ibs_selected_is_known_from_its_folder_only(
         (other / "metrics.json").write_text(noted)
     table = evaluated(other, "--annot", project["val_annot"], folder=tmp_path)
     cost = table["rows"][1]["cost"]
-    assert (cost["percent_of_clip"] is None) == (cost["percent_of_all"] is None) == (noted is not None)
+    known = noted is None or told_by_the_weights
+    assert (cost["percent_of_clip"] is not None) == (cost["percent_of_all"] is not None) == known
+    if known:
+        clip = json.loads((run / "metrics.json").read_text())["parameters"]["clip"]
+        assert cost["percent_of_clip"] == pytest.approx(100 * clip["trainable"] / clip["total"])
 
 
 def test_data_that_moved_is_found_by_a_flag(run: Path, project: Project, tmp_path: Path, refused: Any) -> None:
@@ -392,8 +403,8 @@ def test_another_clip_cannot_be_mixed_in(run: Path, project: Project, tmp_path: 
         ([], "give a run folder or weights file"),
         (["RUN"], "--annot FILE is needed"),
         (["RUN", "--annot", "none.json"], "--annot none.json: there is no such file"),
-        (["EMPTY", "--annot", "TEST"], "is no run folder, it holds no best.safetensors"),
-        (["nowhere", "--annot", "TEST"], "nowhere: there is no such file or folder"),
+        (["EMPTY", "--annot", "TEST"], "best.safetensors not found"),
+        (["nowhere", "--annot", "TEST"], "nowhere: There is no such file or folder"),
         (["TEST", "--annot", "TEST"], "cannot be read"),
         (["RUN", "--annot", "TEST", "--similarity", "x.npy"], "exclude each other"),
         (["--similarity", "x.npy"], "x.npy: there is no such file"),

@@ -8,16 +8,16 @@ import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from indexing import write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.export import export
-from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.checkpoint import fill, load_weights, save_tensors
+from adaclip_finetune.training.session import open_model
 from adaclip_finetune.weights.checkpoints import Kind, check_settings, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
 
@@ -36,21 +36,11 @@ HEADS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def run(project: dict[str, Any], tmp_path: Path) -> Path:
     """A run folder with finetuned weights, as far as export looks at it."""
-    return write_run(tmp_path / "run", load_config(None, project))
+    return finetuned(tmp_path / "run", project)
 
 
-def write_run(folder: Path, config: Config, seed: int = 1) -> Path:
-    folder.mkdir()
-    torch.manual_seed(seed)
-    model = VideoRetriever(config, load_clip(config))
-    for parameter in model.parameters():
-        parameter.data += 0.01 * torch.randn_like(parameter)
-    settings = config.model_dump_json()
-    (folder / "config.json").write_text(settings)
-    save_tensors(
-        folder / "best.safetensors", model.state_dict(), {"content": "model", "epoch": "7", "config": settings}
-    )
-    return folder
+def finetuned(folder: Path, settings: dict[str, Any]) -> Path:
+    return write_run(folder, settings, seed=1, learned=0.01)
 
 
 def towers_of(run: Path) -> dict[str, Tensor]:
@@ -73,7 +63,7 @@ def expected(run: Path) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("by_folder", [True, False])
 def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path, heads: str, by_folder: bool) -> None:
     config = load_config(None, {**project, **HEADS[heads]})
-    run = write_run(tmp_path / "run", config)
+    run = finetuned(tmp_path / "run", {**project, **HEADS[heads]})
     export(run if by_folder else run / "best.safetensors", "published", tmp_path / "such.pth")
     content = torch.load(tmp_path / "such.pth", weights_only=True)
     assert sorted(content) == ["arch", "config", "epoch", "optimizer", "state_dict"]
@@ -85,8 +75,7 @@ def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path,
     assert (checkpoint.kind, checkpoint.epoch) == (Kind.PUBLISHED, "7")
     check_settings(checkpoint, config)
     fresh = load_config(None, {k: v for k, v in {**project, **HEADS[heads]}.items() if k != "clip_weights"})
-    model = VideoRetriever(fresh, load_clip(fresh, from_checkpoint=checkpoint.towers()))
-    fill(model, checkpoint)
+    model = open_model(fresh, checkpoint).model
     stored = load_file(run / "best.safetensors")
     assert model.state_dict().keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
@@ -131,7 +120,7 @@ def test_towers_with_gelu_stay_so_or_a_warning_says_otherwise(project: dict[str,
     (tmp_path / "gelu").mkdir()
     (tmp_path / "gelu/open_clip_config.json").write_text(json.dumps(content))
     save_file(load_file(folder / "open_clip_model.safetensors"), tmp_path / "gelu/open_clip_model.safetensors")
-    run = write_run(tmp_path / "run", load_config(None, {**project, "clip_weights": str(tmp_path / "gelu")}))
+    run = finetuned(tmp_path / "run", {**project, "clip_weights": str(tmp_path / "gelu")})
     for form in ("open_clip", "huggingface"):
         export(run, form, tmp_path / form)
         module = load_clip(load_config(None, {"clip_weights": str(tmp_path / form)})).module
@@ -172,30 +161,36 @@ def test_a_failing_writer_leaves_nothing(run: Path, tmp_path: Path, monkeypatch:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_an_adapter_is_exported_as_the_weights_that_it_makes(project: dict[str, Any], tmp_path: Path) -> None:
+    run = finetuned(tmp_path / "run", {**project, "peft": {"method": "bitfit"}})
+    assert (run / "adapter.safetensors").stat().st_size < (run / "best.safetensors").stat().st_size / 2
+    for name in ("best", "adapter"):
+        export(run / f"{name}.safetensors", "open_clip", tmp_path / name)
+    best, adapter = (load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("best", "adapter"))
+    assert best.keys() == adapter.keys()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in adapter.items())
+
+
 def test_what_cannot_be_exported(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent: there is no absent"):
+    with pytest.raises(UserError, match=r"absent: There is no such file or folder"):
         export(tmp_path / "absent", "open_clip", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: there is no best\.safetensors"):
+    with pytest.raises(UserError, match=r"empty: .* best\.safetensors not found"):
         export(tmp_path / "empty", "open_clip", tmp_path / "out")
     export(run, "published", tmp_path / "such.pth")
-    with pytest.raises(UserError, match="is a published AdaCLIP checkpoint; exported is the best"):
+    with pytest.raises(UserError, match=r"such\.pth: is a published AdaCLIP checkpoint"):
         export(tmp_path / "such.pth", "open_clip", tmp_path / "out")
-    moved = load_config(None, {**project, "clip_weights": str(tmp_path / "gone")})
-    (run / "config.json").write_text(moved.model_dump_json())
-    with pytest.raises(UserError, match=r"gone, are no longer there"):
-        export(run, "open_clip", tmp_path / "out")
-    frozen = load_config(None, {**project, "policy_backbone": "frozen_clip"})
+    frozen = {**project, "policy_backbone": "frozen_clip"}
     with pytest.raises(UserError, match=r"no place for these tensors: selector\.backbone\.visual.* more"):
-        export(write_run(tmp_path / "frozen", frozen), "published", tmp_path / "out")
+        export(finetuned(tmp_path / "frozen", frozen), "published", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_best_weights_of_another_format_are_refused(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
     later = {"format": "adaclip-finetune/2", "content": "model", "config": "{}"}
-    save_file(load_file(run / "best.safetensors"), tmp_path / "later.safetensors", metadata=later)
+    path = tmp_path / "later.safetensors"
+    save_file(load_file(run / "best.safetensors"), path, metadata=later)
     with pytest.raises(UserError, match=r"has the format adaclip-finetune/2; this version .* reads adaclip-finetune/1"):
-        export(tmp_path / "later.safetensors", "published", tmp_path / "out")
-    config = load_config(None, project)
+        export(path, "published", tmp_path / "out")
     with pytest.raises(UserError, match="has the format adaclip-finetune/2"):
-        load_weights(tmp_path / "later.safetensors", VideoRetriever(config, load_clip(config)))
+        open_model(load_config(None, {**project, "resume": str(path)}))

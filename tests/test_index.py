@@ -89,20 +89,20 @@ def test_a_folder_and_all_below_it(run: Path, clips: Path, tmp_path: Path, capsy
 
 def test_the_vector_is_that_of_an_evaluation(run: Path, clips: Path) -> None:
     model = load_retriever(run)
-    reader = VideoReader(VideoFiles(clips, {"a": "clip 4.mp4"}), model.config, model.loaded.image)
+    reader = VideoReader(VideoFiles(clips, {"a": "clip 4.mp4"}), model.config, model.model.views())
     batch = collate([reader.read("a")]).videos
     assert batch is not None
     with torch.no_grad():
-        embedding = model.model.encode_video(batch)
-    assert embedding.video is not None and embedding.selection is not None
+        features = model.model.encode_video(batch)
+    assert features.vector is not None and features.selection is not None
     vector, frames, weights = model.encode_video(clips / "clip 4.mp4")
-    torch.testing.assert_close(vector, embedding.video[0] / embedding.video[0].norm())
-    chosen = batch.frame_indices[0][embedding.selection.indices[0]]
+    torch.testing.assert_close(vector, features.vector[0] / features.vector[0].norm())
+    chosen = batch.frame_indices[0][features.selection.indices[0]]
     assert frames == sorted(chosen.tolist())
     with torch.no_grad():
-        shares = model.model.aggregator.scorer(embedding.frames)[0, :, 0].softmax(0)  # type: ignore[operator, union-attr]
+        shares = model.model.aggregator.scorer(features.tokens)[0, :, 0].softmax(0)  # type: ignore[operator, union-attr]
     assert weights == pytest.approx(shares[chosen.argsort()].tolist())
-    mixed = (shares[:, None] * embedding.frames[0]).sum(0)
+    mixed = (shares[:, None] * features.tokens[0]).sum(0)
     torch.testing.assert_close(vector, mixed / mixed.norm())
 
 
@@ -500,7 +500,7 @@ def test_wrong_requests(
         return capsys.readouterr().err
 
     assert "there is no such folder of videos, or annotation" in refused(run, tmp_path / "nowhere", *out)
-    assert "there is no best.safetensors" in refused(clips, clips, *out)
+    assert "best.safetensors not found" in refused(clips, clips, *out)
     assert "there is no folder" in refused(run, clips, "-o", tmp_path / "no" / "i")
     assert "is a file; an index is a folder" in refused(run, clips, "-o", tmp_path / "file")
     assert "holds no video" in refused(run, tmp_path / "empty", *out)

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import forked
-from adaclip_finetune.evaluation.evaluate import Evaluator
-from adaclip_finetune.training.loop import Trainer
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.evaluation.parts import PartFolder
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval
 from adaclip_finetune.training import outcome, snapshot, trainer
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.signals import Interrupted
+from adaclip_finetune.training.trainer import Trainer
 
 # Place → what is called there; the process ends in the middle of such a call, or before it.
 PLACES: dict[str, tuple[Any, str]] = {
     "update": (Trainer, "_update"),
     "save": (snapshot, "save_tensors"),
     "pointer": (snapshot, "write_durably"),
-    "evaluation": (Evaluator, "__call__"),
+    "evaluation": (Retrieval, "__call__"),
     "embedded": (PartFolder, "write"),
 }
 

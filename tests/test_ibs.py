@@ -13,7 +13,7 @@ from torch import nn
 
 from adaclip_finetune.config import IbsSettings
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.peft import prepare_peft
+from adaclip_finetune.peft import build_method, choose_what_learns
 from adaclip_finetune.peft.importance import importance, select_tensors, standardized
 
 
@@ -173,7 +173,9 @@ def prepare(clip, freeze_layer_num=0, **settings):
     model.aggregator = nn.Linear(4, 4)
     peft = SimpleNamespace(method="ibs", config=IbsSettings(**settings))
     config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft)
-    return model, prepare_peft(model, config)
+    method = build_method(config)
+    choose_what_learns(method, model, config)
+    return model, method
 
 
 def learning(clip):

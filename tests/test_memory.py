@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.dataset import VideoBatch
+from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.clip import LoadedClip
-from adaclip_finetune.model.retriever import VideoEmbedding, VideoRetriever
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives import build_objective
 from adaclip_finetune.training import memory
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.memory import (
@@ -24,12 +25,25 @@ from adaclip_finetune.training.memory import (
     is_out_of_memory,
 )
 from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.loaded import LoadedClip
 
 Project = dict[str, Any]
 CPU = torch.device("cpu")
 CUDA_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.2 GiB"
 
 # ---- what counts, and what is said ----
+
+
+@pytest.fixture
+def retriever(project: Project) -> VideoRetriever:
+    return retriever_with(project)
+
+
+def retriever_with(project: Project, **settings: Any) -> VideoRetriever:
+    """The model of the default settings and these, with small random weights."""
+    small = {"clip_weights": project["clip_weights"], "policy_weights": "random"}
+    config = load_config(None, {**small, **settings})
+    return VideoRetriever(config, load_clip(config))
 
 
 def unallocatable() -> Exception:
@@ -46,9 +60,9 @@ def unallocatable() -> Exception:
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
 ])  # fmt: skip
-def test_every_way_to_run_out_of_memory_is_told(error: Exception) -> None:
+def test_every_way_to_run_out_of_memory_is_told(error: Exception, retriever: VideoRetriever) -> None:
     assert is_out_of_memory(error)
-    assert isinstance(explain_out_of_memory(error, load_config(), CPU, 32, 8), UserError)
+    assert isinstance(explain_out_of_memory(error, load_config(), CPU, 32, retriever), UserError)
 
 
 @pytest.mark.parametrize("error", [
@@ -56,8 +70,8 @@ def test_every_way_to_run_out_of_memory_is_told(error: Exception) -> None:
     ValueError("out of memory"),
     KeyboardInterrupt(),
 ])  # fmt: skip
-def test_other_errors_stay_what_they_are(error: BaseException) -> None:
-    assert explain_out_of_memory(error, load_config(), CPU, 32, 8) is None
+def test_other_errors_stay_what_they_are(error: BaseException, retriever: VideoRetriever) -> None:
+    assert explain_out_of_memory(error, load_config(), CPU, 32, retriever) is None
     assert explain_out_of_memory_in_evaluation(error, load_config(), CPU) is None
 
 
@@ -69,13 +83,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda")
 
 
-def said(device: torch.device, batch_size: int = 32, k: int = 8, **settings: Any) -> str:
-    error = torch.OutOfMemoryError(CUDA_MESSAGE)
-    return str(explain_out_of_memory(error, load_config(None, settings), device, batch_size, k))
+@pytest.fixture
+def said(gpu: torch.device, project: Project) -> Callable[..., str]:
+    """What is said of a step that did not fit there, of a model with the default settings and those given."""
+
+    def explain(batch_size: int = 32, epoch: int = 0, **settings: Any) -> str:
+        error, model = torch.OutOfMemoryError(CUDA_MESSAGE), retriever_with(project, **settings)
+        model.start_epoch(epoch)
+        return str(explain_out_of_memory(error, load_config(None, settings), gpu, batch_size, model))
+
+    return explain
 
 
-def test_it_says_what_was_too_much_and_what_to_change_cheapest_first(gpu: torch.device) -> None:
-    message = said(gpu)
+def test_it_says_what_was_too_much_and_what_to_change_cheapest_first(said: Callable[..., str]) -> None:
+    message = said()
     for fact in ("cuda: Stub 80", "79.2 GiB", "batch_size 32", "num_frm 16", "8 go through CLIP", "fp32", CUDA_MESSAGE):
         assert fact in message
     flags = [line.split()[0] for line in message.splitlines() if line.startswith("  --")]
@@ -94,28 +115,28 @@ def test_it_says_what_was_too_much_and_what_to_change_cheapest_first(gpu: torch.
     ({"num_frm": 1, "top_k": 1}, "--num_frm"),
 ])  # fmt: skip
 def test_it_does_not_advise_what_is_so_already_or_of_no_use(
-    settings: dict[str, Any], absent: str, gpu: torch.device
+    settings: dict[str, Any], absent: str, said: Callable[..., str]
 ) -> None:
-    assert absent in said(gpu)
-    assert absent not in said(gpu, **settings)
+    assert absent in said()
+    assert absent not in said(**settings)
 
 
-def test_it_knows_how_many_frames_have_gradients(gpu: torch.device) -> None:
-    assert "of which 16 go through CLIP with gradients" in said(gpu, policy_backbone="clip")
-    assert "of which 16 go through CLIP with gradients" in said(gpu, use_policy=False)
-    warm = said(gpu, k=15, warmup_epochs=4)
+def test_it_knows_how_many_frames_have_gradients(said: Callable[..., str]) -> None:
+    assert "of which 16 go through CLIP with gradients" in said(policy_backbone="clip")
+    assert "of which 16 go through CLIP with gradients" in said(use_policy=False)
+    warm = said(warmup_epochs=4)
     assert "of which 15 go through CLIP with gradients" in warm
-    assert "--warmup_epochs 0" in warm and "--warmup_epochs 0" not in said(gpu, warmup_epochs=4)
+    assert "--warmup_epochs 0" in warm and "--warmup_epochs 0" not in said(warmup_epochs=4, epoch=4)
 
 
-def test_it_names_the_batch_size_that_counts(gpu: torch.device) -> None:
+def test_it_names_the_batch_size_that_counts(said: Callable[..., str]) -> None:
     ibs = {"method": "ibs", "config": {"pre_batch_size": 64}}
-    assert "--peft.config.pre_batch_size 32" in said(gpu, batch_size=64, peft=ibs)
-    assert "--batch_size 16" in said(gpu, batch_size=32, peft=ibs)
+    assert "--peft.config.pre_batch_size 32" in said(batch_size=64, peft=ibs)
+    assert "--batch_size 16" in said(batch_size=32, peft=ibs)
 
 
-def test_a_cpu_is_not_advised_to_search() -> None:
-    message = str(explain_out_of_memory(MemoryError(), load_config(), CPU, 32, 8))
+def test_a_cpu_is_not_advised_to_search(retriever: VideoRetriever) -> None:
+    message = str(explain_out_of_memory(MemoryError(), load_config(), CPU, 32, retriever))
     assert "out of memory on cpu: " in message and "GiB" in message
     assert "--batch_size 16" in message and "--auto_batch_size" not in message
 
@@ -137,6 +158,7 @@ class Search:
         self.loaded: LoadedClip = load_clip(self.config)
         torch.manual_seed(0)
         self.model = VideoRetriever(self.config, self.loaded)
+        self.objective = build_objective(self.config, self.model)
         self.limit, self.tried, self.k, self.said, self.cleared = 0, [], set(), [], []
         self.on_step: Callable[[], None] = lambda: None
         self._forward = VideoRetriever.forward
@@ -150,23 +172,22 @@ class Search:
     k: set[int]
     said: list[str]
 
-    def forward(
-        self, videos: VideoBatch, token_ids: Tensor, k: int, temperature: float, noise: Tensor
-    ) -> tuple[Tensor, VideoEmbedding]:
-        assert self.model.training and len(videos) == len(token_ids) == len(noise)
-        assert token_ids.argmax(dim=1).eq(self.config.max_txt_len - 1).all(), "captions of full length"
-        self.tried.append(len(videos))
-        self.k.add(k)
+    def forward(self, batch: TrainBatch) -> tuple[TextFeatures, VideoFeatures]:
+        assert self.model.training and len(batch) == len(batch.token_ids) == len(batch.noise)
+        assert batch.token_ids.argmax(dim=1).eq(self.config.max_txt_len - 1).all(), "captions of full length"
+        self.tried.append(len(batch))
+        self.k.add(int(self.model.schedule()["k"]))
         self.on_step()
-        if len(videos) > self.limit:
+        if len(batch) > self.limit:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
-        return self._forward(self.model, videos, token_ids, k, temperature, noise)
+        return self._forward(self.model, batch)
 
     def __call__(self, limit: int, batch_size: int, accelerator: Accelerator | None = None) -> int:
         self.limit, self.tried, self.said, self.cleared = limit, [], [], []
         self.k.clear()
         chosen = accelerator or make_accelerator(self.config)
-        return fitting_batch_size(self.config, self.model, self.loaded.tokenize, chosen, self.said.append, batch_size)
+        given = (self.config, self.objective, self.loaded.tokenize, chosen, self.said.append)
+        return fitting_batch_size(*given, batch_size)
 
 
 @pytest.fixture
@@ -301,6 +322,5 @@ def test_on_a_cpu_it_has_no_effect(search: Search, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     assert search(0, 64) == 64
     assert not search.tried
-    assert search.said == [
-        "auto_batch_size has no effect on the CPU, which swaps or ends a process instead of refusing memory"
-    ]
+    (line,) = search.said
+    assert "auto_batch_size is ignored" in line and "CPU" in line

@@ -13,21 +13,36 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.optimizer import (
     BertAdam,
+    advance,
     build_optimizer,
     clamp_logit_scale,
     clip_gradients,
     learning_rates,
+    load_optimizer,
+    optimizer_tensors,
     schedule,
 )
 
 
-class Model(nn.Module):
+class Retriever(nn.Module):
     def __init__(self):
         super().__init__()
         self.clip = nn.Module()
         self.clip.proj = nn.Linear(3, 3)
         self.clip.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+
+class Objective(nn.Module):
+    """A model, and one layer of the objective's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.retriever = Retriever()
         self.head = nn.Linear(3, 3)
+
+    @property
+    def clip(self):
+        return self.retriever.clip
 
     def forward(self, x):
         return self.head(self.clip.proj(x)) * self.clip.logit_scale.exp()
@@ -117,8 +132,8 @@ def test_schedule():
 
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
 def test_groups(optim):
-    model = Model()
-    optimizer, _ = build_optimizer(model, make_config(optim=optim, no_warmup=True), 10)
+    objective = Objective()
+    optimizer, _ = build_optimizer(objective, make_config(optim=optim, no_warmup=True), 10)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: len(group["params"]) for name, group in groups.items()} == {
         "clip_decay": 2,
@@ -126,8 +141,8 @@ def test_groups(optim):
         "other_decay": 1,
         "other_no_decay": 1,
     }
-    assert groups["clip_no_decay"]["params"][0] is model.clip.proj.bias
-    assert groups["other_decay"]["params"][0] is model.head.weight
+    assert groups["clip_no_decay"]["params"][0] is objective.clip.proj.bias
+    assert groups["other_decay"]["params"][0] is objective.head.weight
     assert learning_rates(optimizer) == pytest.approx(
         {"clip_decay": 1e-7, "clip_no_decay": 1e-7, "other_decay": 1e-4, "other_no_decay": 1e-4}
     )
@@ -137,33 +152,36 @@ def test_groups(optim):
 
 
 def test_groups_hold_what_learns_and_no_group_is_empty():
-    model = Model()
-    for parameter in model.clip.parameters():
+    objective = Objective()
+    for parameter in objective.clip.parameters():
         parameter.requires_grad_(False)
-    optimizer, _ = build_optimizer(model, make_config(), 10)
+    optimizer, _ = build_optimizer(objective, make_config(), 10)
     assert [group["name"] for group in optimizer.param_groups] == ["other_decay", "other_no_decay"]
 
 
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
 def test_state_is_saved_and_loaded(optim):
-    def train(model, optimizer, scheduler, steps):
+    def train(objective, optimizer, scheduler, steps):
         for step in steps:
             optimizer.zero_grad()
             x = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
-            model(x).square().sum().backward()
+            objective(x).square().sum().backward()
             optimizer.step()
             scheduler.step()
 
     torch.manual_seed(0)
     config = make_config(optim=optim, coef_lr=1.0, learning_rate=0.01)
-    straight, half = Model(), Model()
+    straight, half = Objective(), Objective()
     half.load_state_dict(straight.state_dict())
     train(straight, *build_optimizer(straight, config, 10), range(10))
     first = build_optimizer(half, config, 10)
     train(half, *first, range(5))
     second = build_optimizer(half, config, 10)
-    for part, saved in zip(second, first, strict=True):
-        part.load_state_dict(saved.state_dict())
+    # As a snapshot keeps them: tensors by name, and how many updates the schedule has seen.
+    kept = {name: tensor.clone() for name, tensor in optimizer_tensors(first[0], half).items()}
+    assert {"clip.proj.bias/exp_avg", "head.weight/exp_avg_sq"} < kept.keys()
+    load_optimizer(second[0], half, kept)
+    advance(second[1], 5)
     train(half, *second, range(5, 10))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, half.state_dict()[name]), name
@@ -172,25 +190,25 @@ def test_state_is_saved_and_loaded(optim):
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
 def test_fault_scheduler_before_optimizer(optim):
     """The first update uses x = 0, and stepping in the right order raises none of torch's warnings."""
-    model = Model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objective = Objective()
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer, scheduler = build_optimizer(model, make_config(optim=optim, learning_rate=0.1, coef_lr=1.0), 10)
+        optimizer, scheduler = build_optimizer(objective, make_config(optim=optim, learning_rate=0.1, coef_lr=1.0), 10)
         rates = []
         for _ in range(10):
             rates.append(learning_rates(optimizer)["other_decay"])
-            model(torch.ones(1, 3)).sum().backward()
+            objective(torch.ones(1, 3)).sum().backward()
             optimizer.step()
             if len(rates) == 1:
-                assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+                assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
             scheduler.step()
     assert rates == pytest.approx([0.1 * schedule(step / 10, 0.1, False) for step in range(10)])
 
 
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
 def test_fault_learning_rate_logged_blank(optim):
-    optimizer, scheduler = build_optimizer(Model(), make_config(optim=optim), 10)
+    optimizer, scheduler = build_optimizer(Objective(), make_config(optim=optim), 10)
     for _ in range(5):
         optimizer.step()
         scheduler.step()
@@ -201,12 +219,12 @@ def test_fault_learning_rate_logged_blank(optim):
 
 
 def test_nothing_to_learn_or_no_updates_is_said():
-    model = Model()
-    with pytest.raises(UserError, match="not one update"):
-        build_optimizer(model, make_config(), 0)
-    model.requires_grad_(False)
+    objective = Objective()
+    with pytest.raises(UserError, match="train_annot yields no batches"):
+        build_optimizer(objective, make_config(), 0)
+    objective.requires_grad_(False)
     with pytest.raises(UserError, match="nothing is left to learn"):
-        build_optimizer(model, make_config(), 10)
+        build_optimizer(objective, make_config(), 10)
 
 
 def test_clip_gradients():
@@ -220,7 +238,7 @@ def test_clip_gradients():
 
 
 def test_clamp_logit_scale():
-    clip = Model().clip
+    clip = Objective().clip
     clip.logit_scale.data.fill_(5)
     clamp_logit_scale(clip)
     assert clip.logit_scale.item() == pytest.approx(math.log(100))

@@ -13,9 +13,10 @@ import torch
 from conftest import build_tiny_clip
 from torch import nn
 
-from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings, LoraSettings, implementation
+from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings, LoraSettings
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.peft import apply_freezing, prepare_peft, trainable_report
+from adaclip_finetune.peft import build_method, choose_what_learns, trainable_report
+from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.training.optimizer import build_optimizer
 
 KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scale")
@@ -32,6 +33,17 @@ CASES = {
     "ibs, keep evolved": (IbsSettings(keep_evolved=True, normalization=False), 1, False),
 }
 every_method = pytest.mark.parametrize("case", CASES)
+
+
+class TinyObjective(nn.Module):
+    """What a training step learns by, around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.retriever = model
+
+    def forward(self, images, tokens):
+        return self.retriever(images, tokens).square().mean()
 
 
 class TinyRetriever(nn.Module):
@@ -55,8 +67,17 @@ class TinyRetriever(nn.Module):
 
 def prepared(case, model):
     settings, freeze_layer_num, freeze_clip = CASES[case]
-    peft = section_of(settings)
-    return prepare_peft(model, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=peft))
+    return chosen(model, settings, freeze_layer_num, freeze_clip)
+
+
+def chosen(model, settings, freeze_layer_num, freeze_clip=False):
+    """The method of these settings, what learns in the model being chosen by it."""
+    section = section_of(settings)
+    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=section)
+    method = build_method(config)
+    method.attach(model.clip)
+    choose_what_learns(method, model, config)
+    return method
 
 
 def section_of(settings):
@@ -77,12 +98,12 @@ def train(model, method, epochs=EPOCHS):
         no_warmup=True,
     )
     model.train()
-    optimizer = None
+    objective, optimizer = TinyObjective(model), None
     for epoch in range(epochs):
         if method.on_epoch_start(epoch) or optimizer is None:
-            optimizer, _ = build_optimizer(model, config, 10)
+            optimizer, _ = build_optimizer(objective, config, 10)
         optimizer.zero_grad()
-        model(*batch(epoch)).square().mean().backward()
+        objective(*batch(epoch)).backward()
         method.after_backward(epoch)
         optimizer.step()
     return model.eval()
@@ -136,7 +157,7 @@ def test_a_step_moves_every_declared_parameter_and_what_is_frozen_has_no_gradien
 
 
 @every_method
-def test_prepare_changes_no_output(case):
+def test_choosing_changes_no_output(case):
     model = TinyRetriever()
     before = outputs(model)
     prepared(case, model)
@@ -144,9 +165,9 @@ def test_prepare_changes_no_output(case):
 
 
 @every_method
-def test_trainable_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case):
+def test_own_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case):
     model, method, _ = trained(case)
-    state = method.trainable_state(model)
+    state = method.own_state(model)
     fresh = TinyRetriever()
     fresh.aggregator.weight.data.zero_()
     loaded = fresh.load_state_dict(state, strict=False)
@@ -155,9 +176,9 @@ def test_trainable_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case
 
 
 @every_method
-def test_trainable_state_holds_no_more_than_it_must(case):
+def test_own_state_holds_no_more_than_it_must(case):
     model, method, _ = trained(case)
-    state = method.trainable_state(model)
+    state = method.own_state(model)
     assert {name[5:] for name in state if name.startswith("clip.")} == method.changed_parameters(model)
     assert {name for name in state if not name.startswith("clip.")} == {
         "selector.norm.weight",
@@ -171,18 +192,16 @@ def test_trainable_state_holds_no_more_than_it_must(case):
 
 
 @every_method
-def test_merge_is_the_identity(case):
+def test_merged_state_alone_makes_the_model(case):
     model, method, _ = trained(case)
-    merged = copy.deepcopy(model)
-    method.merge(merged)
-    assert torch.equal(outputs(merged), outputs(model))
-    assert merged.state_dict().keys() == model.state_dict().keys()
+    fresh = TinyRetriever(seed=1)
+    fresh.load_state_dict(method.merged_state(model))
+    assert torch.equal(outputs(fresh), outputs(model))
 
 
 @every_method
 def test_phases_add_up_and_only_the_last_may_hold_the_best(case):
-    settings, _, _ = CASES[case]
-    phases = implementation(PEFT, section_of(settings))(settings).phases(30, 16)
+    phases = build_method(SimpleNamespace(peft=section_of(CASES[case][0]))).phases(30, 16)
     assert sum(phase.num_epochs for phase in phases) == 30
     assert [phase.may_be_best for phase in phases] == [False] * (len(phases) - 1) + [True]
     assert phases[-1].batch_size == 16
@@ -221,7 +240,7 @@ def test_a_frozen_cnn_outside_clip_stays_frozen(case):
 
 
 @every_method
-def test_prepare_works_without_weights_on_the_meta_device(case):
+def test_choosing_works_without_weights_on_the_meta_device(case):
     model = TinyRetriever().to("meta")
     prepared(case, model)
     assert trainable_report(model).aggregator.trainable == 64 * 65
@@ -269,16 +288,14 @@ def test_bitfit_learns_the_parameters_of_its_definition(freeze_layer_num, includ
             add(tensor, bias_only=False)
 
     settings = BitFitSettings(keep_module_keywords=keywords, include_qkv_bias=include_qkv_bias)
-    peft = section_of(settings)
-    prepare_peft(model, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
+    chosen(model, settings, freeze_layer_num)
     assert {id(parameter) for parameter in clip.parameters() if parameter.requires_grad} == expected
 
 
 def test_a_keyword_that_names_nothing_is_said(caplog):
     settings = BitFitSettings(keep_module_keywords=("ln_post", "text_projektion"))
-    config = SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=section_of(settings))
     with caplog.at_level(logging.WARNING):
-        prepare_peft(TinyRetriever(), config)
+        chosen(TinyRetriever(), settings, 0)
     assert "'text_projektion'" in caplog.text
     assert "ln_post" not in caplog.text
 
@@ -367,8 +384,7 @@ def vit_b_32():
     ],
 )
 def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trainable):
-    peft = section_of(settings)
-    prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft))
+    chosen(vit_b_32, settings, freeze_layer_num)
     report = trainable_report(vit_b_32)
     assert report.as_dict() == {
         "clip": {"trainable": trainable, "total": 151_277_313},
@@ -379,8 +395,7 @@ def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trai
 
 
 def test_the_report_reads_well(vit_b_32):
-    peft = section_of(BitFitSettings(keep_module_keywords=KEYWORDS))
-    prepare_peft(vit_b_32, SimpleNamespace(freeze_layer_num=0, freeze_clip=False, peft=peft))
+    chosen(vit_b_32, BitFitSettings(keep_module_keywords=KEYWORDS), 0)
     clip, *_, everything = str(trainable_report(vit_b_32)).splitlines()
     assert "780,801 of   151,277,313" in clip
     assert "0.516 %" in clip

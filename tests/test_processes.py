@@ -1,20 +1,21 @@
 """Several processes train as one would: the same losses, weights, figures and files."""
 
 import json
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adaclip_finetune.training.build import build_session, train_loader
-from adaclip_finetune.training.gather import gather_rows
-from adaclip_finetune.training.loop import Hooks, Trainer
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from spread import spread
 from torch import nn
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
+from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.processes import (
     copy_from_main,
     explain_lost_process,
@@ -26,12 +27,14 @@ from adaclip_finetune.processes import (
 )
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import StopSignals
-from adaclip_finetune.training.trainer import fit
+from adaclip_finetune.training.trainer import Trainer, fit
 
 Project = dict[str, Any]
 
 IBS = {"method": "ibs", "config": {"num_pre_epochs": 1, "retain_ratio": 0.2}}
+SIGMOID = {"method": "sigmoid"}
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["logit_scale"]}}
 
 
@@ -44,19 +47,17 @@ def test_one_process_needs_no_group() -> None:
 
 
 def train_in_float64(settings: Project, result: Path) -> None:
-    """Train without evaluating; the main process saves the losses and the weights."""
+    """The main process saves the losses and the weights."""
     config = load_config(None, settings)
     run = RunFolder(config)
-    accelerator = make_accelerator(config)
-    session = build_session(config, run, accelerator)
-    session.model.double()
-    session.model.unused = nn.Parameter(torch.zeros(3))  # must not keep the others waiting
-    loader = train_loader(config, session.loaded, run)
-    trainer = Trainer(config, session.model, session.method, loader, accelerator, run)
-    trainer.train(Hooks(lambda *_: None, lambda: None, lambda: None), StopSignals())
+    with ExitStack() as stack:
+        trainer = Trainer(config, run, StopSignals(), stack)
+        trainer.model.double()
+        trainer.model.unused = nn.Parameter(torch.zeros(3))  # must not keep the others waiting
+        trainer.train()
     if is_main():
         losses = [event["loss"] for event in run.events if event["event"] == "train"]
-        torch.save({"losses": losses, "weights": session.model.state_dict()}, result)
+        torch.save({"losses": losses, "weights": trainer.model.state_dict()}, result)
 
 
 @pytest.mark.parametrize(
@@ -70,20 +71,26 @@ def train_in_float64(settings: Project, result: Path) -> None:
             3,
             id="accumulation, the same video twice in a batch, empty shares",
         ),
+        pytest.param(
+            {"batch_size": 5, "num_epochs": 1, "freeze_layer_num": -1, "objective": SIGMOID,
+             "concat_captions": "indep-all", "data_subset": 5},
+            3,
+            id="sigmoid: a loss that is a sum over processes",
+        ),
     ],
 )  # fmt: skip
 def test_processes_follow_one_process_on_the_whole_batch(
     settings: Project, processes: int, project: Project, tmp_path: Path
 ) -> None:
-    given = {**project, "no_output": True, **settings}
+    given = {**project, "no_output": True, "seed": 3, **settings}
     for count in (1, processes):
         log = tmp_path / f"{count}.log"
         assert spread(train_in_float64, count, log, given, tmp_path / f"{count}.pt") == [0] * count, log.read_text()
     alone, together = (torch.load(tmp_path / f"{count}.pt") for count in (1, processes))
     assert len(alone["losses"]) >= 2
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
-    config = load_config(None, given)
-    start = build_session(config, RunFolder(config), make_accelerator(config)).model.double().state_dict()
+    set_seed(given["seed"])
+    start = open_model(load_config(None, given)).model.double().state_dict()
     moved = [name for name, tensor in start.items() if not torch.equal(tensor, alone["weights"][name])]
     assert len(moved) > 20, "nothing was learned: the test shows nothing"
     for name, tensor in alone["weights"].items():
@@ -122,8 +129,12 @@ ALL_ROWS = torch.arange(5, dtype=torch.float64)[:, None] + torch.tensor([0.0, 0.
 def gather_uneven(result: Path, sizes: list[int]) -> None:
     make_accelerator(load_config(None, {"device": "cpu"}))
     start = sum(sizes[: rank()])
-    rows = ALL_ROWS[start : start + sizes[rank()]].clone().requires_grad_()
-    together = gather_rows(rows, sizes)
+    # A process without a pair has a batch of one blank row.
+    rows = ALL_ROWS[start : start + max(sizes[rank()], 1)].clone().requires_grad_()
+    names = iter(f"video{number}" for number in range(sum(sizes)))
+    group = Group([list(islice(names, size)) for size in sizes])
+    assert len(group) == len(ALL_ROWS)
+    together = group.gather(rows)
     (together**3).sum().backward()
     torch.save((together.detach(), rows.grad), result.with_suffix(f".{rank()}"))
 
@@ -133,10 +144,11 @@ def test_rows_are_gathered_with_gradients(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert spread(gather_uneven, 3, log, tmp_path / "rows", sizes) == [0] * 3, log.read_text()
     gradients = []
-    for number in range(3):
+    for number, size in enumerate(sizes):
         together, gradient = torch.load(tmp_path / f"rows.{number}")
         assert torch.equal(together, ALL_ROWS)
-        gradients.append(gradient)
+        assert not gradient[size:].any(), "nothing is asked of a blank row"
+        gradients.append(gradient[:size])
     # Each of the three processes has the whole loss, and their gradients are summed.
     torch.testing.assert_close(torch.cat(gradients), 3 * 3 * ALL_ROWS**2)
 

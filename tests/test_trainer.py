@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adaclip_finetune.training.loop import Interrupted
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,12 +21,14 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.training import loop, outcome, trainer
+from adaclip_finetune.objectives import contrastive
+from adaclip_finetune.training import outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.optimizer import BertAdam, schedule
 from adaclip_finetune.training.outcome import FitResult
-from adaclip_finetune.training.trainer import fit
+from adaclip_finetune.training.signals import Interrupted
+from adaclip_finetune.training.trainer import Trainer, fit
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}
@@ -178,14 +179,14 @@ def test_accumulation_of_an_uneven_last_batch_weighs_each_pair_alike(
 ) -> None:
     """7 videos in batches of 3: the window's gradient is the mean over pairs, not over batches."""
     shares: list[tuple[float, int]] = []
-    original = loop.contrastive_loss
+    original = contrastive.contrastive_loss
 
-    def spy(similarity: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        loss = original(similarity, groups)
-        loss.register_hook(lambda gradient: shares.append((float(gradient), len(similarity))))
+    def spy(logits: torch.Tensor, videos: torch.Tensor) -> torch.Tensor:
+        loss = original(logits, videos)
+        loss.register_hook(lambda gradient: shares.append((float(gradient), len(logits))))
         return loss
 
-    monkeypatch.setattr(loop, "contrastive_loss", spy)
+    monkeypatch.setattr(contrastive, "contrastive_loss", spy)
     run(project, tmp_path, data_subset=8, batch_size=3, gradient_accumulation_steps=3, num_epochs=1)
     assert [size for _, size in shares] == [3, 3, 2]
     assert [share for share, _ in shares] == pytest.approx([3 / 8, 3 / 8, 2 / 8])
@@ -194,14 +195,14 @@ def test_accumulation_of_an_uneven_last_batch_weighs_each_pair_alike(
 def test_a_diverged_loss_stops_the_run_and_keeps_what_was_good(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = loop.contrastive_loss, []
+    original, calls = contrastive.contrastive_loss, []
 
-    def diverges(similarity: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    def diverges(logits: torch.Tensor, videos: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        loss = original(similarity, groups)
+        loss = original(logits, videos)
         return loss * float("nan") if len(calls) == 5 else loss
 
-    monkeypatch.setattr(loop, "contrastive_loss", diverges)
+    monkeypatch.setattr(contrastive, "contrastive_loss", diverges)
     with pytest.raises(UserError, match=r"nan at update 5, on the videos video\d+") as error:
         run(project, tmp_path)
     assert "learning_rate" in str(error.value) and "untouched" in str(error.value)
@@ -222,7 +223,7 @@ def ctrl_c_interrupts() -> Iterator[None]:
 def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, calls = loop.clamp_logit_scale, []
+    original, calls = trainer.clamp_logit_scale, []
 
     def press_ctrl_c(clip: torch.nn.Module) -> None:
         calls.append(1)
@@ -230,7 +231,7 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(
             os.kill(os.getpid(), signal.SIGINT)
         original(clip)
 
-    monkeypatch.setattr(loop, "clamp_logit_scale", press_ctrl_c)
+    monkeypatch.setattr(trainer, "clamp_logit_scale", press_ctrl_c)
     with pytest.raises(Interrupted):
         run(project, tmp_path)
     assert len(calls) == 2
@@ -240,7 +241,7 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(
     assert len(events(folder, "train")) == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # And the way that it names works.
-    monkeypatch.setattr(loop, "clamp_logit_scale", original)
+    monkeypatch.setattr(trainer, "clamp_logit_scale", original)
     assert main(["train", "--resume", str(folder)]) == 0
     assert [event["step"] for event in events(folder, "train")] == [1, 2, 3, 4, 5, 6]
 
@@ -306,14 +307,14 @@ def test_training_ends_when_nothing_of_a_batch_can_be_read_any_more(
     frames = tmp_path / "frames"
     shutil.copytree(project["frames_dir"], frames)
 
-    real = trainer._Fit._validate
+    real = Trainer._validate
 
     def unplug(*arguments: Any) -> None:
         real(*arguments)
         for path in frames.glob("*/*.jpg"):
             path.write_bytes(b"")
 
-    monkeypatch.setattr(trainer._Fit, "_validate", unplug)
+    monkeypatch.setattr(Trainer, "_validate", unplug)
     config = load_config(None, {**project, "output_dir": str(tmp_path), "frames_dir": str(frames)})
     with pytest.raises(UnreadableVideos, match=r"nothing of a training batch could be read(.|\n)*image_0000"):
         fit(config)

@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training import loop
-from adaclip_finetune.training import trial as trial_run
+from adaclip_finetune.objectives import contrastive
+from adaclip_finetune.training import trainer
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.tuning import search as searching
 from adaclip_finetune.tuning.folder import StudyFolder, best_trial, order
@@ -122,7 +122,7 @@ def test_what_the_settings_refuse_is_pruned(
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.contrastive_loss, list[int]()
+    real, calls = contrastive.contrastive_loss, list[int]()
 
     def no_memory_at_first(*args: Any) -> Any:
         calls.append(1)
@@ -130,7 +130,7 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(*args)
 
-    monkeypatch.setattr(loop, "contrastive_loss", no_memory_at_first)
+    monkeypatch.setattr(contrastive, "contrastive_loss", no_memory_at_first)
     config = settings(project, tmp_path)
     search(config)
     failed, *others = study_of(config).trials
@@ -146,7 +146,7 @@ def test_five_failures_in_a_row_end_the_search(
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("nothing works today")
 
-    monkeypatch.setattr(loop, "contrastive_loss", broken)
+    monkeypatch.setattr(contrastive, "contrastive_loss", broken)
     config = settings(project, tmp_path, {"n_trials": 9})
     with pytest.raises(UserError, match=r"(?s)5 trials in a row failed.*ZeroDivisionError: nothing works today"):
         search(config)
@@ -175,7 +175,7 @@ def test_a_search_that_is_stopped_goes_on_and_tries_that_point_again(
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     search(settings(project, undisturbed))
-    real, calls = loop.contrastive_loss, list[int]()
+    real, calls = contrastive.contrastive_loss, list[int]()
 
     def stopped(*args: Any) -> Any:
         calls.append(1)
@@ -183,7 +183,7 @@ def test_a_search_that_is_stopped_goes_on_and_tries_that_point_again(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(loop, "contrastive_loss", stopped)
+    monkeypatch.setattr(contrastive, "contrastive_loss", stopped)
     config = settings(project, tmp_path)
     with pytest.raises(Interrupted):
         search(config)
@@ -264,20 +264,20 @@ def test_no_model_is_alive_when_the_next_trial_begins(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     made, alive = list[weakref.ref[VideoRetriever]](), list[int]()
-    real = trial_run.build_session
+    real = trainer.open_model
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         alive.append(sum(model() is not None for model in made))
-        session = real(*arguments)
+        session = real(*arguments, **named)
         made.append(weakref.ref(session.model))
         return session
 
     def fails(*arguments: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(trial_run, "build_session", counted)
+    monkeypatch.setattr(trainer, "open_model", counted)
     if ending == "failed":
-        monkeypatch.setattr(loop, "contrastive_loss", fails)
+        monkeypatch.setattr(contrastive, "contrastive_loss", fails)
     else:
         monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda *_: True)
     search(settings(project, tmp_path))
@@ -291,7 +291,7 @@ def test_a_trial_that_another_process_ended_is_let_go(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(project, tmp_path, {"n_trials": 2})
-    real, calls = loop.contrastive_loss, list[int]()
+    real, calls = contrastive.contrastive_loss, list[int]()
 
     def declared_dead(*arguments: Any) -> Any:
         calls.append(1)
@@ -311,7 +311,7 @@ def test_a_trial_that_another_process_ended_is_let_go(
             yield storage
 
     monkeypatch.setattr(searching, "open_storage", remembered)
-    monkeypatch.setattr(loop, "contrastive_loss", declared_dead)
+    monkeypatch.setattr(contrastive, "contrastive_loss", declared_dead)
     search(config)
     assert "trial 0 was taken for dead and ended by another process" in capsys.readouterr().out
     trials = study_of(config).trials
@@ -368,7 +368,7 @@ def test_the_training_with_the_best_values_goes_on_where_it_was_stopped(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(project, tmp_path, {"n_trials": 1}, do_training_af_optuna=True)
-    real, calls = loop.contrastive_loss, list[int]()
+    real, calls = contrastive.contrastive_loss, list[int]()
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
@@ -376,7 +376,7 @@ def test_the_training_with_the_best_values_goes_on_where_it_was_stopped(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "contrastive_loss", stopped)
+    monkeypatch.setattr(contrastive, "contrastive_loss", stopped)
     with pytest.raises(Interrupted):
         search(config)
     trained = study_of(config).user_attrs["trained_with_the_best"]

@@ -7,8 +7,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.optuna import FIGURES
+from adaclip_finetune.config import TASKS, Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.tuning.sampler import make_pruner, make_sampler
@@ -232,4 +231,4 @@ def test_objectives_are_what_is_measured() -> None:
 
     metrics = retrieval_metrics([torch.eye(2)], np.arange(2)).as_dict()
     measured = {f"{direction}.{name}" for direction, of in metrics.items() for name in of if name != "queries"}
-    assert set(FIGURES) == measured
+    assert set(TASKS["retrieval"].settings.figures) == measured  # type: ignore[attr-defined]

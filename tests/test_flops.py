@@ -9,10 +9,10 @@ from torch import nn
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.loaded import LoadedClip
 
 N, K = 6, 2
 WIDTH, EMBEDDING, PATCH, LAYERS, TOKENS = 48, 40, 16, 3, 10  # 3 x 3 patches and the class token

@@ -13,7 +13,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.checkpoint import fill
+from adaclip_finetune.training.session import fill
 from adaclip_finetune.weights.checkpoints import check_settings, describe, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
 
@@ -45,7 +45,7 @@ def test_golden_setting(name: str, tmp_path: Path) -> None:
     assert "its settings are those given" in describe(checkpoint, config)
     loaded = load_clip(config, from_checkpoint=checkpoint.towers())
     model = VideoRetriever(config, dataclasses.replace(loaded, image=AS_IT_IS)).eval()
-    fill(model, checkpoint)
+    fill(model, checkpoint.state, str(checkpoint.path))
     batch = VideoBatch(
         frames=inputs["frames"] * 255,
         frame_mask=torch.ones(5, 8, dtype=torch.bool),
@@ -61,6 +61,6 @@ def test_golden_setting(name: str, tmp_path: Path) -> None:
     if video.selection is not None:
         assert torch.equal(video.selection.indices, expected["selected_indices"])
         torch.testing.assert_close(video.selection.logits, expected["selector_logits"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(video.frames, expected["frame_embd"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(video.tokens, expected["frame_embd"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(similarity / scale, expected["similarity"] / scale, atol=1e-5, rtol=0)
     torch.testing.assert_close(similarity, expected["similarity"], atol=1e-4, rtol=0)

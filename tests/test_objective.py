@@ -1,9 +1,23 @@
-"""The contrastive loss against numpy, and what must not count as wrong."""
+"""The losses against numpy and plain loops, and what must not count as wrong."""
+
+import math
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from adaclip_finetune.training.objective import contrastive_loss
+from conftest import build_tiny_clip
+from torch import nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
+from adaclip_finetune.data.preprocess import ImageSpec
+from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives import build_objective
+from adaclip_finetune.objectives.base import Group
+from adaclip_finetune.objectives.contrastive import contrastive_loss
+from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, sigmoid_loss
+from adaclip_finetune.weights.loaded import LoadedClip
 
 
 def numpy_loss(similarity, groups):
@@ -67,3 +81,128 @@ def test_nan_stays_visible():
 def test_only_square_matrices():
     with pytest.raises(ValueError, match="square"):
         contrastive_loss(torch.zeros(2, 3))
+
+
+def slow_sigmoid_loss(logits, offset, text_videos, videos):
+    """The sum over pairs of -log of the probability of the right answer, 1 / (1 + exp(-x))."""
+    total = 0.0
+    for i, text_video in enumerate(text_videos):
+        for j, video in enumerate(videos):
+            if j == i + offset:
+                total -= math.log(1 / (1 + math.exp(-logits[i][j])))
+            elif video != text_video:
+                total -= math.log(1 - 1 / (1 + math.exp(-logits[i][j])))
+    return total
+
+
+# A batch of five pairs, of which this process may have some rows, and be at some columns.
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [3, 0, 3, 1, 3], [7, 7, 7, 7, 7]])
+@pytest.mark.parametrize(("rows", "columns"), [((0, 5), (0, 5)), ((0, 2), (2, 5)), ((2, 5), (0, 2)), ((1, 4), (0, 5))])
+def test_sigmoid_loss_is_the_sum_over_pairs(numbers, rows, columns):
+    rows, columns = range(*rows), range(*columns)
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    part, offset = logits[rows.start : rows.stop, columns.start : columns.stop], rows.start - columns.start
+    text_videos, videos = [numbers[i] for i in rows], [numbers[j] for j in columns]
+    loss = sigmoid_loss(part, offset, torch.tensor(text_videos), torch.tensor(videos))
+    assert loss.dtype == torch.float64
+    expected = slow_sigmoid_loss(part.tolist(), offset, text_videos, videos)
+    assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_sigmoid_loss_of_parts_adds_up_to_that_of_the_batch():
+    logits, numbers = torch.randn(6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 4, 0])
+    whole = sigmoid_loss(logits, 0, numbers, numbers)
+    parts = [
+        sigmoid_loss(logits[a : a + 2, b : b + 3], a - b, numbers[a : a + 2], numbers[b : b + 3])
+        for a in (0, 2, 4)
+        for b in (0, 3)
+    ]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+def test_sigmoid_loss_leaves_out_another_pair_of_the_same_video():
+    logits, numbers = torch.randn(4, 4, requires_grad=True), torch.tensor([0, 1, 0, 2])
+    loss = sigmoid_loss(logits, 0, numbers, numbers)
+    loss.backward()
+    # The derivative of -log(sigmoid(x)) is sigmoid(x) - 1, that of -log(sigmoid(-x)) is sigmoid(x).
+    expected = logits.detach().sigmoid() - torch.eye(4)
+    expected[0, 2] = expected[2, 0] = 0
+    torch.testing.assert_close(logits.grad, expected)
+    pushed = logits.detach().clone()
+    pushed[0, 2] = pushed[2, 0] = 1000
+    assert sigmoid_loss(pushed, 0, numbers, numbers) == loss.detach()
+
+
+def test_sigmoid_loss_is_finite_for_large_logits():
+    logits = torch.tensor([[-1000.0, 1000.0], [-1000.0, 1000.0]], requires_grad=True)
+    loss = sigmoid_loss(logits, 0, torch.arange(2), torch.arange(2))
+    loss.backward()
+    assert loss.item() == 2000
+    assert logits.grad.tolist() == [[-1, 1], [0, 0]]
+
+
+def test_sigmoid_loss_of_half_precision_is_float32_even_under_autocast():
+    logits, numbers = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).bfloat16() * 10, torch.arange(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sigmoid_loss(logits, 0, numbers, numbers)
+    assert loss.dtype == torch.float32
+    expected = slow_sigmoid_loss(logits.double().tolist(), 0, range(6), range(6))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigmoid_loss_shows_nan():
+    logits = torch.zeros(3, 3)
+    logits[0, 1] = float("nan")
+    assert sigmoid_loss(logits, 0, torch.arange(3), torch.arange(3)).isnan()
+
+
+def build(logit_bias=None, **settings):
+    """A small retriever in float64, and its objective."""
+    config = load_config(None, {"num_frm": 3, "use_policy": False, **settings})
+    clip = build_tiny_clip()
+    if logit_bias is not None:
+        clip.logit_bias = nn.Parameter(torch.tensor(logit_bias))
+    spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    retriever = VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "test"))
+    objective = build_objective(config, retriever)
+    return retriever.double(), objective
+
+
+def make_batch(video_ids):
+    generator = torch.Generator().manual_seed(4)
+    frames = torch.randint(0, 256, (len(video_ids), 3, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    indices = torch.arange(3).expand(len(video_ids), 3)
+    videos = VideoBatch(frames, indices >= 0, None, indices, video_ids)
+    return TrainBatch(videos, open_clip.tokenize([f"text {i}" for i in range(len(frames))]), torch.zeros(indices.shape))
+
+
+@pytest.mark.parametrize("frame_agg", [None, "qscore"])
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
+def test_objectives_are_the_losses_of_the_similarity(name, frame_agg):
+    batch, numbers = make_batch(["a", "b", "a", "c"]), torch.tensor([0, 1, 0, 2])
+    retriever, objective = build(objective={"method": name}, frame_agg=frame_agg)
+    terms = objective(batch, Group([batch.videos.video_ids]))
+    assert list(terms) == [name] and terms[name].dtype == torch.float64
+    logits = retriever.similarity(*retriever(batch))
+    if name == "contrastive":
+        expected = contrastive_loss(logits, numbers)
+    else:
+        expected = sigmoid_loss(logits, 0, numbers, numbers) / 4
+    torch.testing.assert_close(terms[name], expected)
+
+
+def test_the_objective_without_a_setting_is_what_the_clip_was_trained_with():
+    for logit_bias, name in ((None, "contrastive"), (-12.0, "sigmoid")):
+        _, objective = build(logit_bias)
+        assert list(objective(make_batch(["a", "b"]), Group([["a", "b"]]))) == [name]
+
+
+def test_sigmoid_uses_the_bias_of_the_tower_or_one_that_it_creates_and_that_learns():
+    for given, expected in ((-12.0, -12.0), (None, LOGIT_BIAS)):
+        retriever, objective = build(given, objective={"method": "sigmoid"})
+        assert retriever.clip.logit_bias.item() == retriever.scorer.logit_bias().item() == expected
+        retriever.requires_grad_(False)
+        objective.choose()
+        learns = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+        assert learns == ([] if given else ["retriever.clip.logit_bias"])
+        assert objective.own_state() == {}

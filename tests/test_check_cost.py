@@ -27,9 +27,9 @@ from adaclip_finetune.check.steps import try_steps
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval
 from adaclip_finetune.lock import this_process
 from adaclip_finetune.training import snapshot as snapshots
-from adaclip_finetune.training import trainer
 from adaclip_finetune.training.checkpoint import save_tensors
 from adaclip_finetune.training.trainer import fit
 from adaclip_finetune.tuning.search import describe
@@ -75,7 +75,7 @@ def test_the_disk_that_a_run_takes(project: dict[str, object], tmp_path: Path, m
         most = max(most, sum(inodes.values()))
 
     monkeypatch.setattr(snapshots, "save_tensors", watched)
-    monkeypatch.setattr(trainer, "is_better", lambda *_: True)  # so that there are an old best and a new one
+    monkeypatch.setattr(Retrieval, "is_better", lambda *_: True)  # so that there are an old best and a new one
     folder = fit(config).folder
     assert folder is not None
     kept = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -104,7 +104,7 @@ def test_memory_that_is_too_small(
     """Between what suffices and what does not lie two MiB."""
     trial, real = build_trial_model(load_config(None, project)), psutil.virtual_memory
     held, readings = int(psutil.Process().memory_info().rss), [Reading(4, 12)]
-    ahead = read_ahead(trial.config, trial.loaded.image, readings)
+    ahead = read_ahead(trial.config, trial.model.views(), readings)
     for more, severity in ((1 << 20, "fails"), (-1 << 20, "fine")):
         peak = held + 2**30 - ahead + more
         monkeypatch.setattr(psutil, "virtual_memory", lambda: real()._replace(available=2**30))
@@ -117,10 +117,10 @@ def test_memory_that_is_too_small(
 
 def test_what_is_read_ahead_is_no_more_than_there_is(project: dict[str, object]) -> None:
     config = load_config(None, project | {"num_workers": 2, "num_frm": 16, "top_k": 4})
-    image = build_trial_model(config).loaded.image
+    views = build_trial_model(config).model.views()
     video = 16 * (3 * 32 * 32 + 8 * 8)  # pixels of 32x32, and what the policy sees: a byte each
-    assert read_ahead(config, image, [Reading(32, 3), Reading(2, 1)]) == 3 * video
-    assert read_ahead(config, image, [Reading(2, 1000), Reading(1, 8)]) == 2 * (2 * 3 + 2) * video
+    assert read_ahead(config, views, [Reading(32, 3), Reading(2, 1)]) == 3 * video
+    assert read_ahead(config, views, [Reading(2, 1000), Reading(1, 8)]) == 2 * (2 * 3 + 2) * video
 
 
 def test_the_figures_of_an_evaluation(
@@ -269,8 +269,8 @@ def test_activations_are_counted(project: dict[str, object]) -> None:
     from adaclip_finetune.training.optimizer import build_optimizer
 
     trial = build_trial_model(load_config(None, project))
-    optimizer, _ = build_optimizer(trial.model, trial.config, 2)
-    small, large = (_two_steps(trial, optimizer, size, 2)[2] for size in (4, 8))
+    optimizer, _ = build_optimizer(trial.objective, trial.config, 2)
+    small, large = (_two_steps(trial, optimizer, size)[2] for size in (4, 8))
     assert 1.8 * small < large < 2.2 * small
 
 
@@ -279,14 +279,14 @@ def test_a_batch_that_does_not_fit(
 ) -> None:
     from adaclip_finetune.check import steps
 
-    real = steps.blank_videos
+    real = steps.blank_batch
 
-    def scarce(config: Any, image: Any, count: int) -> Any:
-        if count > 2:
+    def scarce(config: Any, retriever: Any, tokenize: Any, size: int) -> Any:
+        if size > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return real(config, image, count)
+        return real(config, retriever, tokenize, size)
 
-    monkeypatch.setattr(steps, "blank_videos", scarce)
+    monkeypatch.setattr(steps, "blank_batch", scarce)
     code, found = checked(capsys, "--config", config_file(tmp_path, project))
     refused = finding(found, "gpu_memory", "run")
     assert code == 1 and "batch_size 4" in refused.message and "--batch_size 2" in refused.message
@@ -310,7 +310,7 @@ def test_a_slow_step_is_extrapolated(project: dict[str, object], monkeypatch: py
 
     sizes = []
 
-    def slow(trial: Any, optimizer: Any, size: int, k: int) -> tuple[float, float, int]:
+    def slow(trial: Any, optimizer: Any, size: int) -> tuple[float, float, int]:
         sizes.append(size)
         return float(size), 0.5, 1000 * size
 

@@ -5,12 +5,14 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adaclip_finetune.config import load_config
+from adaclip_finetune.config import PerFrameSettings, load_config
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.towers.base import FrameTower
+from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.loaded import LoadedClip
 
@@ -121,6 +123,26 @@ def test_the_policy_clip_encodes_all_frames_once() -> None:
     assert found.policy_frame == 0
     assert found.video == pytest.approx(N * found.clip_frame + found.temporal_encoder + found.scorer)
     assert found.video_attention == giga(N * FRAME_ATTENTION + attention(N, 64))
+
+
+class Two(FrameTower):
+    """Two tokens a video, each half of all frames."""
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        return PerFrame.encode(self.clip, pixels).mean(dim=1, keepdim=True).expand(-1, 2, -1)
+
+    def frame_shares(self, frames: int) -> Tensor:
+        return torch.full((2, frames), 1 / frames)
+
+
+def test_frames_that_meet_go_through_their_tower_after_the_policy_clip_looked_at_all() -> None:
+    for policy, frames in (("raw", 3), ("clip", N + 3)):
+        model = small(policy_backbone=policy, top_k=3, frame_agg="mlp")
+        model.tower = Two(PerFrameSettings(), model.clip)
+        found = count_gflops(model, N)
+        rest = found.temporal_encoder + found.scorer + found.header_and_aggregator
+        assert found.video == pytest.approx(frames * found.clip_frame + rest)
+        assert found.header_and_aggregator == giga(2 * (4 * EMBEDDING**2 + EMBEDDING)), "of two tokens"
 
 
 def test_heads() -> None:

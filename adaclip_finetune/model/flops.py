@@ -110,14 +110,16 @@ class _Count:
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
-    """The same module, frozen, with all its tensors on the meta device: a copy that costs no memory. float32.
+    """The same module with all its tensors on the meta device: a copy that costs no memory. float32.
 
-    Parametrizations are left out of it: they are merged before a model is used.
+    Parametrizations are left out of it: they are merged before a model is used. All its parameters learn: torch then
+    multiplies a batch by a weight as one matrix, where it might choose a product of batches, which would be counted as
+    one of activations.
     """
     memo: dict[int, Tensor] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        memo[id(tensor)] = nn.Parameter(empty, empty.is_floating_point()) if isinstance(tensor, nn.Parameter) else empty
     on_meta = copy.deepcopy(module, memo).float().eval()
     for part in on_meta.modules():
         if isinstance(part, ParametrizationList):
@@ -144,7 +146,7 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
 
 def _count(module: nn.Module, *inputs: Tensor) -> _Count:
     """The multiply-adds of a module on the meta device for these inputs."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     # The counter counts a multiply-add as two operations.
     by_operation = counter.get_flop_counts().get("Global", {})

@@ -12,12 +12,12 @@ from typing import Any
 import forked
 import torch
 import torch.distributed as dist
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, Evaluator
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import PartFolder
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip
 
@@ -35,11 +35,11 @@ def evaluated(settings: Settings, keep: Path | None = None, seed: int = 0, diver
     if diverged:
         torch.nn.init.constant_(next(model.parameters()), float("nan"))
     split = evaluation_split(config, config.test_annot)
-    with closing(Evaluator(split, config, loaded, "test")) as evaluator:
-        return summary(evaluator(model, keep))
+    with closing(Retrieval(config, split, loaded, model.views(), "test")) as task:
+        return summary(task(model, keep))
 
 
-def summary(result: EvaluationResult) -> Settings:
+def summary(result: RetrievalReport) -> Settings:
     matrix = None
     if result.similarity is not None:
         matrix = hashlib.sha256(torch.cat(list(result.similarity)).numpy().tobytes()).hexdigest()

@@ -6,13 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from adaclip_finetune.evaluation.evaluate import Figures
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scorers import clip_with, cosine_scorer, features
 
 from adaclip_finetune.evaluation import similarity
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalFigures
+from adaclip_finetune.model.scoring import CosineScorer, QueryScorer, Scorer
 
 
 def slow_ranks(scores, owners):
@@ -169,32 +171,42 @@ def test_similarity_blocks_equal_the_whole_matrix():
     generator = torch.Generator().manual_seed(1)
     text, video = torch.randn(7, 5, generator=generator), torch.randn(4, 5, generator=generator)
     expected = 100 * torch.nn.functional.cosine_similarity(text[:, None].double(), video[None].double(), dim=-1)
-    blocks = similarity_blocks(text, video, torch.tensor(math.log(100)), 3)
+    scorer = cosine_scorer(math.log(100))
+    blocks = similarity_blocks(text, scorer.keep(features(video)), scorer, 3)
     assert len(blocks) == 3
     for _ in range(2):  # afresh each time
         whole = torch.cat(list(blocks))
         assert whole.dtype == torch.float32
         torch.testing.assert_close(whole.double(), expected, atol=1e-4, rtol=0)
-    in_double = torch.cat(list(similarity_blocks(text.double(), video.double(), math.log(100), 3)))
-    torch.testing.assert_close(in_double, expected, atol=1e-10, rtol=0)
-    half = torch.cat(list(similarity_blocks(text.bfloat16(), video.bfloat16(), 0.0, 3)))
+    scorer = CosineScorer(clip_with(math.log(100), -3))
+    in_double = torch.cat(list(similarity_blocks(text.double(), scorer.keep(features(video.double())), scorer, 3)))
+    torch.testing.assert_close(in_double, expected - 3, atol=1e-10, rtol=0)
+    scorer = cosine_scorer()
+    half = torch.cat(list(similarity_blocks(text.bfloat16(), scorer.keep(features(video.bfloat16())), scorer, 3)))
     assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), expected / 100, atol=0.02, rtol=0)
+
+
+def test_similarity_blocks_are_those_of_the_moment_they_were_made():
+    text, video, scorer = torch.randn(7, 5), torch.randn(4, 5), CosineScorer(clip := clip_with(1, -3))
+    blocks = similarity_blocks(text, scorer.keep(features(video)), scorer, 3)
+    before = list(blocks)
+    with torch.no_grad():
+        clip.logit_scale.fill_(2)
+        clip.logit_bias.fill_(4)
+    assert all(torch.equal(one, other) for one, other in zip(blocks, before, strict=True))
 
 
 def test_similarity_of_videos_that_depend_on_the_query(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     text, frames = torch.randn(7, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
-
-    def aggregate(some, queries):
-        weights = torch.einsum("td,vkd->tvk", queries, some).softmax(-1)
-        return torch.einsum("tvk,vkd->tvd", weights, some)
-
-    expected = torch.stack(
-        [torch.nn.functional.cosine_similarity(q[None], aggregate(frames, q[None])[0]) for q in text]
-    )
-    torch.testing.assert_close(torch.cat(list(similarity_blocks(text, frames, 0.0, 2, aggregate))), expected)
+    scorer = QueryScorer(clip_with(0).float(), 0.5)
+    cosines = torch.nn.functional.cosine_similarity(text[:, None, None], frames[None], dim=-1)
+    videos = torch.einsum("tvk,vkd->tvd", (cosines / 0.5).softmax(-1), frames)
+    expected = torch.nn.functional.cosine_similarity(text[:, None], videos, dim=-1)
+    torch.testing.assert_close(torch.cat(list(similarity_blocks(text, frames, scorer, 2))), expected)
     monkeypatch.setattr(similarity, "BLOCK_BYTES", 100)  # two rows of four videos; answers for two videos at a time
-    blocks = list(similarity_blocks(text, frames, 0.0, 2, aggregate))
+    blocks = list(similarity_blocks(text, frames, scorer, 2))
     assert [block.shape for block in blocks] == [(2, 4), (2, 4), (2, 4), (1, 4)]
     torch.testing.assert_close(torch.cat(blocks), expected)
 
@@ -202,18 +214,19 @@ def test_similarity_of_videos_that_depend_on_the_query(monkeypatch):
 def test_blocks_are_bounded_in_bytes_whatever_val_batch_size(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     text, video = torch.randn(40, 5, generator=generator), torch.randn(10, 5, generator=generator)
-    whole = torch.cat(list(similarity_blocks(text, video, 0.0, 500)))
+    scorer = cosine_scorer()
+    whole = torch.cat(list(similarity_blocks(text, video, scorer, 500)))
     for allowed, rows in ((5 * 10 * 4, 5), (1, 1)):
         monkeypatch.setattr(similarity, "BLOCK_BYTES", allowed)
-        blocks = similarity_blocks(text, video, 0.0, 500)
+        blocks = similarity_blocks(text, video, scorer, 500)
         assert {len(block) for block in blocks} == {rows} and len(blocks) == 40 // rows
         torch.testing.assert_close(torch.cat(list(blocks)), whole)
 
 
 def test_figures_survive_json_exactly():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.6], [0.3, 0.7, 0.2]])
-    figures = Figures(retrieval_metrics([scores], [0, 2, 2]), videos_evaluated=3, videos_listed=5)
-    again = Figures.from_state(json.loads(json.dumps(figures.as_state())))
+    figures = RetrievalFigures(retrieval_metrics([scores], [0, 2, 2]), videos_evaluated=3, videos_listed=5)
+    again = Retrieval.figures_from_state(json.loads(json.dumps(figures.as_state())))
     assert again.as_dict() == figures.as_dict()
     assert again.as_dict()["v2t"]["videos_evaluated"] == 3 and again.as_dict()["t2v"]["videos_listed"] == 5
     for direction in ("t2v", "v2t"):
@@ -224,10 +237,14 @@ def test_figures_survive_json_exactly():
 
 
 def test_similarity_is_float32_under_autocast_and_without_gradients():
-    text = torch.randn(3, 5, requires_grad=True)
+    text, video, scorer = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5), cosine_scorer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        blocks = list(similarity_blocks(text, torch.randn(4, 5), 0.0, 2))
+        kept = scorer.keep(features(video))
+        blocks = list(similarity_blocks(text, kept, scorer, 2))
+    assert kept.dtype == torch.float32
     assert all(block.dtype == torch.float32 and not block.requires_grad for block in blocks)
+    expected = torch.nn.functional.cosine_similarity(text[:, None], video[None], dim=-1).detach()
+    torch.testing.assert_close(torch.cat(blocks), expected)
 
 
 @pytest.fixture
@@ -239,18 +256,25 @@ def tf32():
     matmul.allow_tf32 = before
 
 
-def test_similarity_is_no_tf32_where_the_towers_are(tf32):
+@pytest.mark.parametrize("can_be_indexed", [False, True])
+def test_similarity_is_no_tf32_where_the_towers_are(tf32, can_be_indexed):
     seen = []
 
-    def aggregate(frames, queries):
-        seen.append(tf32.allow_tf32)
-        return frames.mean(dim=1).expand(len(queries), -1, -1)
+    class Watching(Scorer):
+        indexable = can_be_indexed
 
-    for _ in similarity_blocks(torch.randn(4, 3), torch.randn(5, 2, 3), 0.0, 2, aggregate):
+        def keep(self, videos):
+            return videos.tokens
+
+        def cosines(self, text, kept):
+            seen.append(tf32.allow_tf32)
+            return text @ kept.mean(dim=1).T
+
+    for _ in similarity_blocks(torch.randn(4, 3), torch.randn(5, 2, 3), Watching(clip_with(0)), 2):
         seen.append(tf32.allow_tf32)
     assert seen == [False, True] * 2
 
 
 def test_similarity_needs_rows():
     with pytest.raises(ValueError, match="at least one row"):
-        similarity_blocks(torch.zeros(1, 2), torch.zeros(1, 2), 0.0, 0)
+        similarity_blocks(torch.zeros(1, 2), torch.zeros(1, 2), cosine_scorer(), 0)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_clip
+from scorers import clip_with, features
 from torch import Tensor
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model.features import TextFeatures, VideoFeatures
+from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.pooling import (
     MeanPooling,
     MlpScore,
@@ -89,21 +90,12 @@ def test_mlp_score(temperature: float) -> None:
     np.testing.assert_allclose(vector.detach(), np.einsum("bk,bkd->bd", expected, frames.numpy()), atol=1e-10)
 
 
-def clip_with(scale: float, bias: float | None = None) -> torch.nn.Module:
-    """What a scorer needs of a CLIP."""
-    clip = torch.nn.Module()
-    clip.logit_scale = torch.nn.Parameter(torch.tensor(scale, dtype=torch.float64))
-    if bias is not None:
-        clip.logit_bias = torch.nn.Parameter(torch.tensor(bias, dtype=torch.float64))
-    return clip
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_query_score(temperature: float) -> None:
     scorer = QueryScorer(clip_with(0.5, -2), temperature)
     assert not scorer.indexable
     frames, queries = random(B, K, D), random(Q, D, seed=1)
-    kept = scorer.keep(VideoFeatures(frames, None, torch.from_numpy(EQUAL), None))
+    kept = scorer.keep(features(frames))
     videos = scorer.videos_for(torch.from_numpy(unit(queries.numpy())), kept)
     logits = scorer(TextFeatures(queries), kept)
     assert videos.shape == (Q, B, D) and logits.shape == (Q, B)
@@ -121,7 +113,7 @@ def test_cosine_scorer() -> None:
     cosines = unit(queries.numpy()) @ unit(videos.numpy()).T
     for bias in (None, -10.0):
         scorer = CosineScorer(clip_with(2, bias))
-        kept = scorer.keep(VideoFeatures(random(B, K, D), videos, torch.from_numpy(EQUAL), None))
+        kept = scorer.keep(features(random(B, K, D), videos))
         np.testing.assert_allclose(kept, unit(videos.numpy()), atol=1e-12)
         logits = scorer(TextFeatures(queries), kept).detach()
         np.testing.assert_allclose(logits, np.exp(2) * cosines + (bias or 0), atol=1e-10)
@@ -131,8 +123,7 @@ def test_cosine_scorer() -> None:
 def test_a_fixed_scorer_stays_whatever_clip_learns(scorer_class: Any) -> None:
     clip = clip_with(2, -10)
     scorer = scorer_class(clip)
-    features = VideoFeatures(random(B, K, D), random(B, D), torch.from_numpy(EQUAL), None)
-    text, kept = TextFeatures(random(Q, D, seed=1)), scorer.keep(features)
+    text, kept = TextFeatures(random(Q, D, seed=1)), scorer.keep(features(random(B, K, D), random(B, D)))
     fixed, before = scorer.fixed(), scorer(text, kept).detach()
     assert not fixed(text, kept).requires_grad
     with torch.no_grad():

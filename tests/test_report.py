@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from adaclip_finetune.evaluation.metrics import retrieval_metrics
+from adaclip_finetune.evaluation.metrics import one_line, results_table, retrieval_metrics
 from adaclip_finetune.peft.importance import TensorImportance
-from adaclip_finetune.report import draw_curves, draw_frame_usage, one_line, results_table, write_importance
+from adaclip_finetune.report import draw_curves, draw_frame_usage, write_importance
 
 
 def test_table_has_a_line_a_model_and_both_directions() -> None:
@@ -37,7 +37,7 @@ def test_pictures_are_drawn_even_of_a_run_that_stopped_at_once(tmp_path: Path) -
         {"event": "best", "step": 2},
     ]
     for name, part in (("none.png", []), ("zero.png", events[:2]), ("all.png", events)):
-        draw_curves(tmp_path / name, part)
+        draw_curves(tmp_path / name, part, ["t2v.R@1", "v2t.R@1"])
         assert is_a_picture(tmp_path / name)
     draw_frame_usage(tmp_path / "usage.png", np.array([3, 0, 1, 4]), videos=4, top_k=2)
     assert is_a_picture(tmp_path / "usage.png")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adaclip_finetune.evaluation.evaluate import EvaluationResult, save_similarity
+from scorers import clip_with, cosine_scorer, features
 from torch import Tensor
 
 from adaclip_finetune.data.queries import Queries
@@ -19,6 +19,9 @@ from adaclip_finetune.evaluation import similarity
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import similarity_file, write_similarity_file
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
+from adaclip_finetune.model.features import VideoFeatures
+from adaclip_finetune.model.scoring import Scorer
 
 QUERIES = Queries(["a dog", "ein Hünd", "a cat"], np.array([1, 1, 0]), ["cat.mp4", "dog.mp4"])
 MATRIX = torch.tensor([[0.1, 0.9], [0.5, 0.25], [-3.0, 1.0]])
@@ -139,8 +142,8 @@ def test_an_annotation_of_the_matrixs_name_is_left_as_it_is(tmp_path: Path) -> N
 
 def test_only_the_main_process_saves_and_says_where_it_cannot(tmp_path: Path) -> None:
     text, video = torch.eye(3)[:, :2], torch.eye(2)
-    blocks = similarity_blocks(text, video, 0.0, 2)
-    result = EvaluationResult(retrieval_metrics(blocks, QUERIES.video_of_text), QUERIES, blocks, None, 2, 0.0)
+    blocks = similarity_blocks(text, video, cosine_scorer(), 2)
+    result = RetrievalReport(retrieval_metrics(blocks, QUERIES.video_of_text), QUERIES, blocks, None, 2, 0.0)
     save_similarity(tmp_path / "elsewhere.npy", replace(result, similarity=None))
     assert list(tmp_path.iterdir()) == []
     save_similarity(tmp_path / "s.npy", result)
@@ -171,7 +174,8 @@ def test_a_large_gallery_is_ranked_and_saved_within_little_memory(
     whole, little = 275, 110  # MiB: the matrix; blocks, what is made of them, and what the allocator holds back
     text, video = torch.randn(2, count, 16, generator=torch.Generator().manual_seed(0))
     owners = np.arange(count)
-    blocks = similarity_blocks(text, video, 4.6, 500)
+    scorer = cosine_scorer(4.6)
+    blocks = similarity_blocks(text, scorer.keep(features(video)), scorer, 500)
     names = [str(number) for number in range(count)]
     ranks: list[list[int]] = []
 
@@ -190,11 +194,17 @@ def test_gathered_answers_of_a_query_dependent_gallery_are_bounded_too(monkeypat
     monkeypatch.setattr(similarity, "BLOCK_BYTES", 4 * 8 * 16 * 3)
     sizes: list[int] = []
 
-    def aggregate(frames: Tensor, queries: Tensor) -> Tensor:
-        sizes.append(len(queries) * len(frames) * frames.shape[-1] * 4)
-        return frames.mean(dim=1).expand(len(queries), -1, -1)
+    class Measuring(Scorer):
+        indexable = False
+
+        def keep(self, videos: VideoFeatures) -> Tensor:
+            return videos.tokens
+
+        def cosines(self, text: Tensor, kept: Tensor) -> Tensor:
+            sizes.append(len(text) * len(kept) * kept.shape[-1] * 4)
+            return text @ kept.mean(dim=1).T
 
     text, frames = torch.randn(2, 30, 16)[0], torch.randn(20, 3, 16)
-    blocks = list(similarity_blocks(text, frames, 0.0, 8, aggregate))
+    blocks = list(similarity_blocks(text, frames, Measuring(clip_with(0)), 8))
     assert torch.cat(blocks).shape == (30, 20)
     assert max(sizes) <= similarity.BLOCK_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.peft.importance import TensorImportance
 
 
-def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """curves.png: loss, learning rate and validation R@1, over updates."""
+def draw_curves(path: Path, events: Sequence[Mapping[str, Any]], figures: Sequence[str]) -> None:
+    """curves.png: loss, learning rate and these figures of the validation, over updates."""
     train = [event for event in events if event["event"] == "train"]
     validation = [event for event in events if event["event"] == "validation"]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    loss, rate, recall = figure.subplots(1, 3)
+    loss, rate, measured = figure.subplots(1, 3)
     steps = [event["step"] for event in train]
     loss.plot(steps, [event["loss"] for event in train], color="0.7", linewidth=0.8)
     loss.plot(steps, _smoothed([event["loss"] for event in train]), color="tab:blue")
@@ -34,16 +36,16 @@ def draw_curves(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     rate.set_title("learning rate")
     if train:
         rate.legend(fontsize=8)
-    for direction, marker in (("t2v", "o"), ("v2t", "s")):
-        points = [(event["step"], event["metrics"][direction]["R@1"]) for event in validation]
+    for name, marker in zip(figures, itertools.cycle("os^v"), strict=False):
+        points = [(event["step"], value(event["metrics"], name)) for event in validation]
         if points:
-            recall.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=direction)
+            measured.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
     if best := [event["step"] for event in events if event["event"] == "best"]:
-        recall.axvline(best[-1], color="tab:green", linewidth=0.8, linestyle="--", label="kept")
-    recall.set_title("validation R@1 (%)")
+        measured.axvline(best[-1], color="tab:green", linewidth=0.8, linestyle="--", label="kept")
+    measured.set_title("validation")
     if validation:
-        recall.legend(fontsize=8)
-    for axes in (loss, rate, recall):
+        measured.legend(fontsize=8)
+    for axes in (loss, rate, measured):
         axes.set_xlabel("updates")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -83,6 +85,6 @@ def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImporta
 
 def _smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else decay * smooth[-1] + (1 - decay) * value)
+    for new in values:
+        smooth.append(new if not smooth else decay * smooth[-1] + (1 - decay) * new)
     return smooth

@@ -26,8 +26,8 @@ def split_frozen_norms(module: nn.Module) -> None:
 def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """What `norm` gives for x, its bias being added at the end."""
     wide = x.float() if isinstance(norm, LayerNormFp32) else x
-    out = F.layer_norm(wide, norm.normalized_shape, norm.weight, None, norm.eps) + norm.bias
-    return out.to(x.dtype) if isinstance(norm, LayerNorm | LayerNormFp32) else out
+    out = F.layer_norm(wide, norm.normalized_shape, norm.weight, None, norm.eps)
+    return (out + norm.bias).to(x.dtype if isinstance(norm, LayerNorm | LayerNormFp32) else out.dtype)
 
 
 class _Split(nn.LayerNorm):

@@ -138,6 +138,7 @@ class VideoRetriever(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""
         self.clip.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.tower.checkpointing = True
 
     def logit_scale(self) -> Tensor:
         """ln of the similarity's scale, a learned scalar of CLIP."""

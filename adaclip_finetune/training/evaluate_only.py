@@ -54,6 +54,9 @@ def _evaluate_only(config: Config, run: RunFolder, folder: Path | None) -> Repor
     else:
         task = build_task(session.config, split, session.loaded, session.model, "test")
         run.say("no --resume FILE, so this is CLIP as it is")
+        if session.config.adaptation.method != "none":
+            adapted = zero_shot(session, split, "test", run, adapted=True)
+            rows |= {} if adapted is None else {f"zero-shot, {session.config.adaptation.method}": adapted}
     report = list(rows.values())[-1]
     run.say()
     run.say(task.table({name: row.figures for name, row in rows.items()}))

@@ -27,12 +27,19 @@ def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model
     return task
 
 
-def zero_shot(session: Session, split: EvaluationSplit, name: str, run: RunFolder) -> Report | None:
-    """Measured with the pretrained towers, before anything learns, and printed first.
+def zero_shot(
+    session: Session, split: EvaluationSplit, name: str, run: RunFolder, adapted: bool = False
+) -> Report | None:
+    """Measured with the pretrained towers, before anything learns, and printed first; `adapted`: with the config's
+    adaptation.
 
     None, and said so, only where the model came from a checkpoint and CLIP itself is not at hand.
     """
     config, pretrained, problem = zero_shot_config(session.config), None, ""
+    label = "zero-shot"
+    if adapted:
+        config = config.model_copy(update={"adaptation": session.config.adaptation})
+        label = f"zero-shot, {config.adaptation.method}"
     try:
         pretrained = session.pretrained()
     except UserError as error:
@@ -45,10 +52,10 @@ def zero_shot(session: Session, split: EvaluationSplit, name: str, run: RunFolde
         run.say(f"WARNING: zero-shot is NOT measured, CLIP as it was before not being at hand. {problem}")
         return None
     model = VideoRetriever(config, pretrained).to(session.device)
-    with closing(build_task(config, split, pretrained, model, f"zero-shot on {name}")) as task:
-        report = measure(session, task, model, run.file(f"{EMBEDDINGS}/zero-shot"))
-        run.say(f"zero-shot on {name} ({config.num_frm} uniform frames, mean)  {task.one_line(report.figures)}")
-    run.record("zero_shot", 0, metrics=report.as_dict())
+    with closing(build_task(config, split, pretrained, model, f"{label} on {name}")) as task:
+        report = measure(session, task, model, run.file(f"{EMBEDDINGS}/{label}"))
+        run.say(f"{label} on {name} ({config.num_frm} uniform frames, mean)  {task.one_line(report.figures)}")
+    run.record("zero_shot" if not adapted else "zero_shot_adapted", 0, metrics=report.as_dict())
     return report
 
 

@@ -203,7 +203,7 @@ class Trainer:
         finally:
             if path := run.file("curves.png"):
                 with suppress(OSError):  # a full disk has been told of by then
-                    draw_curves(path, run.events)
+                    draw_curves(path, run.events, self.task.curves)
         best = self._reload_best()
         final, task = measure_once(self.session, self.test, self.test_name, run)
         result = FitResult(

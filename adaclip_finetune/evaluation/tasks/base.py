@@ -7,7 +7,7 @@ complete one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Task(ABC):
         self.config, self.split, self.loaded, self.views, self.label = config, split, loaded, views, label
         self.primary = config.primary_figure
         self.greater_is_better = config.figures[self.primary]
+        self.curves: Sequence[str] = (self.primary,)  # the figures that curves.png shows
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:

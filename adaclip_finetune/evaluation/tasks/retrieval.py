@@ -89,6 +89,8 @@ class Retrieval(Task):
 
     def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
         super().__init__(config, split, loaded, views, label)
+        both = [name for name in ("t2v.R@1", "v2t.R@1") if name in config.figures]
+        self.curves = both or self.curves
         dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, views))
         self._loader = GalleryLoader(dataset, config)
         self._adaptation = build_adaptation(config)

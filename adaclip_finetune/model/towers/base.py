@@ -9,7 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adaclip_finetune.config import ChoiceSettings
 from adaclip_finetune.model.text import ClipTextTower, TextTower
@@ -28,6 +30,8 @@ class FrameTower(nn.Module, ABC):
 
     def __init__(self, settings: ChoiceSettings, clip: nn.Module) -> None:
         super().__init__()
+        self.settings: Any = settings
+        self.checkpointing = False  # whether activations are made anew in the backward pass
         self._clip = (clip,)  # in a tuple, which hides it from torch's registration of submodules
 
     @property
@@ -51,7 +55,8 @@ class BlockwiseTower(FrameTower):
     """A tower that is opened between its blocks: `enter`, each `block` in turn, `leave`.
 
     What it passes from block to block is one tensor (…, W) whose shape is the tower's own business, and `state`, a
-    dictionary of one forward pass. By default it does what the image tower itself does to each frame alone.
+    dictionary of one forward pass; what a block puts there must follow from its inputs, since a block may run again in
+    the backward pass. By default it does what the image tower itself does to each frame alone.
     """
 
     def __init__(self, settings: ChoiceSettings, clip: nn.Module) -> None:
@@ -68,7 +73,10 @@ class BlockwiseTower(FrameTower):
         tokens: Tensor = self.view.embed(pixels.flatten(0, 1))
         tokens = self.enter(tokens.reshape(*pixels.shape[:2], *tokens.shape[1:]), state)  # (B, T, L, W)
         for number, block in enumerate(self.view.blocks):
-            tokens = self.block(number, block, tokens, state)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(self.block, number, block, tokens, state, use_reentrant=False)
+            else:
+                tokens = self.block(number, block, tokens, state)
         return self.leave(tokens, state)
 
     def enter(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:

@@ -1,0 +1,122 @@
+"""Objectives as a run has them: which one is taken, SigLIP's bias, and several processes that share one batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spread import spread
+
+from adaclip_finetune import load_retriever
+from adaclip_finetune.config import load_config
+from adaclip_finetune.objectives import Objective
+from adaclip_finetune.objectives.base import Group
+from adaclip_finetune.objectives.contrastive import Contrastive
+from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, Sigmoid
+from adaclip_finetune.processes import is_main, rank, world_size
+from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.training.memory import blank_batch
+from adaclip_finetune.training.session import open_model
+from adaclip_finetune.training.trainer import fit
+
+Project = dict[str, Any]
+SIGMOID = {"method": "sigmoid"}
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with a logit_bias, as SigLIP's towers have it: an open_clip folder."""
+    folder = tmp_path_factory.mktemp("siglip")
+    model_cfg = {
+        "embed_dim": 64,
+        "init_logit_bias": -7,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_without_a_choice_it_is_what_the_towers_were_trained_with(project: Project, siglip: Path) -> None:
+    assert type(open_model(load_config(None, project)).objective) is Contrastive
+    session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
+    assert type(session.objective) is Sigmoid
+    bias = session.model.scorer.logit_bias()
+    assert bias is not None and bias.item() == -7
+    chosen = {**project, "clip_weights": str(siglip), "objective": {"method": "contrastive"}}
+    assert type(open_model(load_config(None, chosen)).objective) is Contrastive
+
+
+def test_logits_have_the_bias_of_the_towers(project: Project, siglip: Path) -> None:
+    session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
+    model = session.model.eval()
+    batch, _ = blank_batch(session.config, model, session.loaded.tokenize, 2)
+    with torch.no_grad():
+        text, videos = model.encode_text(batch.token_ids), model.encode_video(batch.videos)
+        assert videos.vector is not None
+        cosines = torch.nn.functional.cosine_similarity(text.sentence[:, None], videos.vector[None], dim=-1)
+        torch.testing.assert_close(model.similarity(text, videos), model.logit_scale().exp() * cosines - 7)
+
+
+def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project, tmp_path: Path) -> None:
+    given = {**project, "objective": SIGMOID, "peft": {"method": "bitfit"}, "output_dir": str(tmp_path), "coef_lr": 1.0}
+    folder = fit(load_config(None, given)).folder
+    assert folder is not None
+    learned = float(load_file(folder / "best.safetensors")["clip.logit_bias"])
+    assert learned != LOGIT_BIAS and abs(learned - LOGIT_BIAS) < 1
+    for name in ("best.safetensors", "adapter.safetensors"):
+        bias = load_retriever(folder / name).model.scorer.logit_bias()
+        assert bias is not None and bias.item() == learned
+    # And a contrastive run may begin with it.
+    given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
+    assert fit(load_config(None, given)).folder is not None
+
+
+def _gradients(settings: Project, shares: list[int], result: Path) -> None:
+    """The loss and the gradients of one batch of sum(shares) videos, of which each process has a share; float64."""
+    config = load_config(None, settings)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(0)
+    session = open_model(config, accelerator=accelerator)
+    objective: Objective = session.objective.double()
+    here = shares[rank()] if world_size() > 1 else sum(shares)
+    start = sum(shares[: rank()]) if world_size() > 1 else 0
+    pixels = torch.Generator().manual_seed(0)
+    whole, _ = blank_batch(config, session.model, session.loaded.tokenize, sum(shares))
+    frames = torch.randint(0, 256, whole.videos.frames.shape, generator=pixels, dtype=torch.uint8)
+    texts = [f"a thing of number {number}" for number in range(sum(shares))]
+    rows = slice(start, start + here)
+    videos = whole.videos._mapped(lambda tensor: tensor[rows])
+    object.__setattr__(videos, "frames", frames[rows])
+    object.__setattr__(videos, "frame_mask", torch.ones_like(videos.frame_mask))
+    batch = type(whole)(videos, session.loaded.tokenize(texts, config.max_txt_len)[rows], whole.noise[rows].double())
+    names = [f"v{number % 4}" for number in range(sum(shares))]  # videos stand in it twice
+    ids = [names[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))] if world_size() > 1 else [names]
+    wrapped = accelerator.prepare(objective)
+    terms = wrapped.train()(batch, Group(ids))
+    loss = sum(terms.values(), torch.zeros(()))
+    loss.backward()
+    if is_main():
+        gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+        torch.save({"loss": loss.detach(), "gradients": gradients}, result)
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
+def test_processes_that_share_a_batch_have_the_gradients_of_one(
+    objective: str, project: Project, tmp_path: Path
+) -> None:
+    given = {**project, "objective": {"method": objective}, "warmup_epochs": 0, "use_policy": False, "num_frm": 2}
+    shares = [3, 2, 1]
+    _gradients(given, shares, tmp_path / "one.pt")
+    assert spread(_gradients, 3, tmp_path / "log", given, shares, tmp_path / "three.pt") == [0, 0, 0]
+    one, three = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "three"))
+    torch.testing.assert_close(three["loss"], one["loss"], rtol=1e-9, atol=1e-9)
+    assert one["gradients"].keys() == three["gradients"].keys() and one["gradients"]
+    torch.testing.assert_close(three["gradients"], one["gradients"], rtol=1e-7, atol=1e-9)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from adaclip_finetune.training.checkpoint import save_tensors
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.weights.checkpoints import Kind, check_settings, describe, read_checkpoint, with_its_clip
 from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
+from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.published import to_our_names, to_published_names
 
 # The settings of the small models below, as a published config has them.
@@ -187,6 +189,21 @@ def test_clip_before_it_learned_is_known_by_its_shapes_or_asked_for(
         b_16 = load_clip(load_config(None, {"clip_backbone": "ViT-B/16"}), with_weights=False)
     assert load_pretrained(config, b_16) == "ViT-B-16-quickgelu:openai"
     assert load_pretrained(load_config(None, {"clip_backbone": "RN50:cc12m"}), b_16) == "RN50:cc12m"
+
+
+def test_clip_of_the_same_shapes_may_not_be_what_a_checkpoint_began_with(
+    such: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, SETTINGS)
+    openai = load_clip(config, from_checkpoint=read_checkpoint(such).towers())
+    with torch.device("meta"):
+        b_16 = load_clip(load_config(None, {"clip_backbone": "ViT-B/16"}), with_weights=False)
+    monkeypatch.setattr("adaclip_finetune.weights.clip_weights.load_clip", lambda config: openai)
+    of = {"pretrained": None, "source": "/theirs/clip.pt"}
+    right = replace(b_16, description={**of, "digest": weights_digest(openai.module)})
+    assert load_pretrained(config, right) is openai
+    with pytest.raises(UserError, match=r"began with /theirs/clip\.pt .*give clip_weights"):
+        load_pretrained(config, replace(b_16, description={**of, "digest": "0" * 64}))
 
 
 # ---- CLIP4Clip ----
@@ -380,3 +397,21 @@ def test_a_checkpoint_of_ours_knows_its_clip(
     found = with_its_clip(read_checkpoint(tmp_path / "a.safetensors"), load_config(None, given))
     chosen = {name: getattr(found, name) for name in found.model_fields_set}
     assert chosen == {name: str(tmp_path) if value == "HERE" else value for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("content", ["model", "adapter"])
+def test_clip_weights_that_are_gone_are_named_where_the_checkpoint_cannot_do_without(
+    content: str, tmp_path: Path
+) -> None:
+    """A file of ours from before checkpoints described their CLIP, and an adapter, which holds only some of it."""
+    path, metadata = tmp_path / "a.safetensors", {"format": "adaclip-finetune/1", "content": content, "config": "{}"}
+    save_file(CLIP, path, metadata=metadata)
+    with pytest.raises(UserError, match=r"clip_weights /gone: there is no such .* --clip_weights"):
+        with_its_clip(read_checkpoint(path), load_config(None, {"clip_weights": "/gone"}))
+    described = json.dumps({"model_cfg": {}, "source": "/gone/clip.pt", "digest": "1234567890abcdef"})
+    save_file(CLIP, path, metadata=metadata | {"clip": described, "config": json.dumps({"clip_weights": "/gone"})})
+    if content == "adapter":
+        with pytest.raises(UserError, match=r"clip_weights /gone: .* /gone/clip\.pt \(SHA-256 1234567890ab…\)"):
+            with_its_clip(read_checkpoint(path), load_config())
+    else:
+        assert with_its_clip(read_checkpoint(path), load_config(None, {"clip_weights": "/gone"})).clip_weights is None

@@ -1,0 +1,56 @@
+"""Settings that a checkpoint contradicts are refused by every command that would use it, with the same reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import write_published
+
+from adaclip_finetune.cli import main
+from adaclip_finetune.config import load_config
+from adaclip_finetune.training.session import open_model
+from adaclip_finetune.weights.published import to_published_names
+
+COMMANDS = {
+    "train": "train --config SETTINGS --resume WEIGHTS",
+    "dry run": "train --config SETTINGS --resume WEIGHTS --dry_run",
+    "dry run of an evaluation": "train --config SETTINGS --resume WEIGHTS --dry_run --do_inference",
+    "do_inference": "train --config SETTINGS --resume WEIGHTS --do_inference",
+    "check": "check --config SETTINGS --resume WEIGHTS",
+    "check of an evaluation": "check --config SETTINGS --resume WEIGHTS --do_inference",
+    "evaluate": "evaluate WEIGHTS --config SETTINGS --annot TEST",
+    "interpolate": "evaluate --interpolate zero-shot WEIGHTS --config SETTINGS --annot TEST --val-annot TEST",
+    "predict": "predict WEIGHTS --config SETTINGS --annot TEST --output OUTPUT/p.jsonl",
+    "index": "index WEIGHTS TEST --config SETTINGS -o OUTPUT/i",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_the_setting(
+    command: str, project: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    learned = open_model(load_config(None, project)).model.state_dict()
+    given = project | {"hidden_dim": 128, "output_dir": str(output), "save_similarity": str(output / "m.npy")}
+    names = {
+        "WEIGHTS": write_published(tmp_path / "such.pth", to_published_names(learned), project),
+        "SETTINGS": tmp_path / "settings.json",
+        "TEST": project["test_annot"],
+        "OUTPUT": output,
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+    words = COMMANDS[command]
+    for name, value in names.items():
+        words = words.replace(name, str(value))
+    code = main(words.split())
+    printed = capsys.readouterr()
+    # What `check` finds is its result; every other command is stopped by it.
+    assert code == (1 if words.startswith("check") else 2)
+    said = " ".join((printed.out if code == 1 else printed.err).split())
+    assert "its tensors contradict these settings: hidden_dim is 128, there 64" in said
+    assert "To load it: --hidden_dim 64" in said and str(names["WEIGHTS"]) in said
+    assert "Traceback" not in printed.err and not list(output.iterdir())
+    (tmp_path / "settings.json").write_text(json.dumps(given | {"hidden_dim": 64, "num_epochs": 1}))
+    assert main(words.split()) == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from evaluating import evaluated, killed, outcome, together
 
 from adaclip_finetune import durable
+from adaclip_finetune.config import load_config
+from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.readable import UnreadableVideos
+from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.embed import on_main
+from adaclip_finetune.evaluation.metrics import retrieval_metrics
+from adaclip_finetune.evaluation.tasks.base import value
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalFigures
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import is_main
+from adaclip_finetune.weights.clip_weights import load_clip
 
 Project = dict[str, Any]
 
@@ -212,6 +220,19 @@ def evaluations(small: Project, broken: Project, folder: Path) -> dict[str, Any]
     found["cannot be kept"] = outcome(lambda: evaluated(small, Path(broken["test_annot"]) / "embeddings"))
     found["a fault"] = outcome(lambda: on_main(lambda: 1 // 0))
     return found
+
+
+@pytest.mark.parametrize("primary", [None, "v2t.MeanR"])
+def test_the_primary_figure_decides_and_a_tie_goes_to_what_came_first(primary: str | None, small: Project) -> None:
+    matrices = (torch.eye(4), torch.eye(4)[[1, 0, 2, 3]])
+    config = load_config(None, {**small, "primary": primary})
+    loaded, split = load_clip(config), evaluation_split(config, small["test_annot"])
+    with closing(Retrieval(config, split, loaded, Views(loaded.image), "test")) as task:
+        assert task.primary == (primary or "t2v.R@1")
+        good, bad = (RetrievalFigures(retrieval_metrics([m], range(4)), 4, 4) for m in matrices)
+        assert value(good.as_dict(), task.primary) != value(bad.as_dict(), task.primary)
+        assert task.is_better(bad, None) and task.is_better(good, bad)
+        assert not task.is_better(bad, good) and not task.is_better(good, good)
 
 
 def test_several_processes_find_what_one_finds(

@@ -21,9 +21,10 @@ from torch import Tensor
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model.clip import LoadedClip, encode_images
+from adaclip_finetune.model.clip import encode_images
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.peft import prepare_peft
+from adaclip_finetune.peft import build_method, choose_what_learns
+from adaclip_finetune.weights.loaded import LoadedClip
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "visual.proj"]}}
@@ -39,29 +40,30 @@ def main() -> None:
     clip = open_clip.create_model("ViT-B-32-quickgelu")
     loaded = LoadedClip(clip, ImageSpec(224, MEAN, STD), None, None, 77, "random")  # type: ignore[arg-type]
     model = VideoRetriever(config, loaded)
-    prepare_peft(model, config)
+    choose_what_learns(build_method(config), model, config)
     batch = random_batch(a.videos, a.num_frm)
 
-    def everything(temperature: float | None) -> Tensor:
-        assert model.selector is not None
+    def everything() -> Tensor:
+        assert model.selector is not None and model.aggregator is not None and batch.policy_frames is not None
         pixels = batch.frames.flatten(0, 1).float() / 255
         frames = encode_images(model.clip, pixels).unflatten(0, (a.videos, a.num_frm))
-        selection = model.selector(batch.policy_frames.flatten(2).float() / 255, a.top_k, temperature)  # type: ignore[union-attr]
-        vectors: Tensor = model.aggregator(selection.weights @ frames)
+        selection = model.selector(batch.policy_frames.flatten(2).float() / 255)
+        vectors: Tensor = model.aggregator(selection.weights @ frames)[0]
         return vectors
 
-    def needed(temperature: float | None) -> Tensor:
-        vectors = model.encode_video(batch, temperature=temperature).video
+    def needed() -> Tensor:
+        vectors = model.encode_video(batch).vector
         assert vectors is not None
         return vectors
 
-    def training(forward: Callable[[float | None], Tensor]) -> None:
-        model.zero_grad()
-        forward(1.0).sum().backward()
+    def training(forward: Callable[[], Tensor]) -> None:
+        model.train().zero_grad()
+        forward().sum().backward()
 
     @torch.no_grad()
-    def evaluation(forward: Callable[[float | None], Tensor]) -> None:
-        forward(None)
+    def evaluation(forward: Callable[[], Tensor]) -> None:
+        model.eval()
+        forward()
 
     for name, step in (("training step", training), ("evaluation", evaluation)):
         seconds: dict[str, list[float]] = {"everything": [], "needed": []}

@@ -53,11 +53,13 @@ def run_step(a: argparse.Namespace, matrix: Path) -> None:
 
     import numpy as np
     import torch
+    from torch.nn.functional import normalize
 
     from adaclip_finetune.data.queries import Queries
     from adaclip_finetune.evaluation.metrics import retrieval_metrics
     from adaclip_finetune.evaluation.similarity import similarity_blocks
     from adaclip_finetune.evaluation.similarity_file import similarity_file, write_similarity_file
+    from adaclip_finetune.model.scoring import CosineScorer
 
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -66,12 +68,17 @@ def run_step(a: argparse.Namespace, matrix: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         videos = torch.randn(a.videos, a.width, generator=generator)
         texts = torch.randn(a.texts, a.width, generator=generator).mul_(a.noise).add_(videos[owners])
+    clip = torch.nn.Module()
+    clip.logit_scale = torch.nn.Parameter(torch.tensor(4.6))
+    scorer = CosineScorer(clip)
     started, found = time.perf_counter(), {}
+    if a.step != "file":
+        videos = normalize(videos, dim=-1)
     if a.step == "save":
         queries = Queries([f"text {n}" for n in range(a.texts)], owners, [f"video {n}" for n in range(a.videos)])
-        write_similarity_file(matrix, similarity_blocks(texts, videos, 4.6, block=500), queries)
+        write_similarity_file(matrix, similarity_blocks(texts, videos, scorer, block=500), queries)
     else:
-        blocks = similarity_file(matrix) if a.step == "file" else similarity_blocks(texts, videos, 4.6, block=500)
+        blocks = similarity_file(matrix) if a.step == "file" else similarity_blocks(texts, videos, scorer, block=500)
         metrics = retrieval_metrics(blocks, owners)
         ranks = b"".join(direction.ranks.tobytes() for direction in (metrics.t2v, metrics.v2t))
         found = {"ranks": hashlib.sha256(ranks).hexdigest(), "recall": metrics.t2v.recall(1)}

@@ -24,10 +24,10 @@ from torch import nn
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model.clip import LoadedClip
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.search.retriever import load_retriever
 from adaclip_finetune.search.videos import videos_of_folder
+from adaclip_finetune.weights.loaded import LoadedClip
 
 RANDOM = "vit-b-32"
 BATCH = 8
@@ -42,9 +42,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    model, config, image = random_model() if a.run == RANDOM else trained_model(a.run)
+    model, config = random_model() if a.run == RANDOM else trained_model(a.run)
     source = videos_of_folder(a.folder)
-    reader = VideoReader(source.store, config, image)
+    reader = VideoReader(source.store, config, model.views())
     clocks = [Clock(model, time.perf_counter), Clock(model, time.process_time)]
     ids = [clip.id for clip in source.clips[: a.videos + BATCH]]
     for start in range(0, len(ids), BATCH):
@@ -83,7 +83,7 @@ class Clock:
         assert model.selector is not None and model.selector.backbone is not None
         visual = model.clip.get_submodule("visual")
         parts = {"select": [model.selector, model.selector.backbone], "encode": [visual]}
-        parts["aggregate"] = [model.aggregator, *([model.header] if model.header else [])]
+        parts["aggregate"] = [module for module in (model.header, model.aggregator) if module is not None]
         for name, modules in parts.items():
             for module in modules:
                 self._watch(name, module)
@@ -99,17 +99,17 @@ class Clock:
         module.register_forward_hook(end)
 
 
-def trained_model(run: str) -> tuple[VideoRetriever, Config, ImageSpec]:
+def trained_model(run: str) -> tuple[VideoRetriever, Config]:
     retriever = load_retriever(run, device="cpu")
-    return retriever.model, retriever.config, retriever.loaded.image
+    return retriever.model, retriever.config
 
 
-def random_model() -> tuple[VideoRetriever, Config, ImageSpec]:
+def random_model() -> tuple[VideoRetriever, Config]:
     config = load_config(None, {"num_frm": 32, "top_k": 12, "policy_weights": "random", "frame_agg": "mlp"})
     image = ImageSpec(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     clip = open_clip.create_model("ViT-B-32-quickgelu")
     model = VideoRetriever(config, LoadedClip(clip, image, None, None, 77, "random"))  # type: ignore[arg-type]
-    return model.eval(), config, image
+    return model.eval(), config
 
 
 if __name__ == "__main__":

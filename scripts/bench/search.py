@@ -40,9 +40,9 @@ os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"  # 2 to this power, in cycles
 import faiss
 import torch
 import torch.nn.functional as F
-from adaclip_finetune.model.aggregator import MlpAggregator
 from torch import Tensor
 
+from adaclip_finetune.model.pooling import MlpScore
 from adaclip_finetune.search.nearest import build
 
 FOUND = 10
@@ -110,8 +110,8 @@ def measure(count: int, a: argparse.Namespace) -> None:
     """Print the table of one size."""
     weights = random_attention(a.width)
     gallery, queries = make_gallery(count, a.frames, a.width, a.queries)
-    aggregator, frame_bytes = MlpAggregator(a.width, 1.0), gallery.frames.numel() * 4
-    again = Row(lambda _: embedded(gallery, aggregator), frame_bytes, max(3, min(a.rounds, 10_000 // count)))
+    pooling, frame_bytes = MlpScore(a.width, 1.0), gallery.frames.numel() * 4
+    again = Row(lambda _: embedded(gallery, pooling), frame_bytes, max(3, min(a.rounds, 10_000 // count)))
     vectors = again.measure(queries[0])
     flat, started = build(vectors.numpy(), "flat"), time.process_time()
     graph = build(vectors.numpy(), "hnsw")
@@ -212,12 +212,12 @@ def attention(gallery: Gallery, weights: Attention, query: Tensor) -> Tensor:
     return scores
 
 
-def embedded(gallery: Gallery, aggregator: MlpAggregator) -> Tensor:
+def embedded(gallery: Gallery, pooling: MlpScore) -> Tensor:
     """The vectors (V, D), of length 1, of all videos: what indexing does once, and `mlp again` for each query. (That it
     then multiplies them by the query goes without measuring.)"""
     vectors = torch.empty(gallery.frames.shape[0], gallery.frames.shape[2])
     for rows in blocks(len(vectors), MLP_BLOCK):
-        vectors[rows] = F.normalize(aggregator(gallery.frames[rows]), dim=-1)
+        vectors[rows] = F.normalize(pooling(gallery.frames[rows])[0], dim=-1)
     return vectors
 
 

@@ -13,19 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from adaclip_finetune.evaluation.evaluate import Figures
-from adaclip_finetune.training.trial import OnEpoch, TrialResult, run_trial
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoItem, VideoReader
 from adaclip_finetune.data.sampling import frame_indices
+from adaclip_finetune.evaluation.tasks.base import Figures, value
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.trainer import OnEpoch, TrialResult, run_trial
 from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.folder import best_trial
 from adaclip_finetune.tuning.ledger import counted
@@ -97,7 +98,7 @@ def row(name: str, points: str, pruned: str, best: str, validation: float, teste
 def test(config: Config, weights: Path) -> float:
     """T2V R@1 on the test clips."""
     given = {"do_inference": True, "resume": str(weights), "no_output": True}
-    return evaluate_only(config.model_copy(update=given)).metrics.t2v.recall(1)
+    return value(evaluate_only(config.model_copy(update=given)).as_dict(), "t2v.R@1")
 
 
 def keep_frames() -> None:
@@ -133,8 +134,10 @@ def train_once() -> None:
         key = config.model_dump_json(exclude={"output_dir"})
         curve: list[tuple[int, Figures]] = []
         if key in done:
-            for epoch, found in done[key][0]:
-                on_epoch(epoch, found)
+            with closing(run):
+                run.open(config, "trained before")
+                for epoch, found in done[key][0]:
+                    on_epoch(epoch, found)
         else:
 
             def remembered(epoch: int, found: Figures) -> None:

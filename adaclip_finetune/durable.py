@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from secrets import token_hex
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """There is the old content or the new, never a part. Raises OSError, leaving nothing beside."""
-    part = beside(path)
+def write_durably(path: Path, content: bytes, shared: bool = False) -> None:
+    """There is the old content or the new, never a part. Raises OSError, leaving nothing beside.
+
+    `shared`: other processes may write the same file at the same time; the last one stands.
+    """
+    part = path.with_name(f".{path.name}.{token_hex(4)}.part") if shared else beside(path)
     try:
         with part.open("wb") as file:
             file.write(content)

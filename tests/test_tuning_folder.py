@@ -1,6 +1,8 @@
 """Where a study writes, and what is said where it cannot."""
 
+import csv
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -24,6 +26,20 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
         gone.say("a word")
     with pytest.raises(UserError, match=r"-s could not be written"):
         gone.write(study)
+
+
+def test_several_workers_write_at_once_and_every_file_is_whole(tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="s")
+    study.set_user_attr("folder", str(tmp_path / "s"))
+    study.add_trial(optuna.create_trial(value=1.0))
+    folder = StudyFolder(config(tmp_path), study)
+    with ThreadPoolExecutor(4) as workers:
+        for written in [workers.submit(folder.write, study) for _ in range(100)]:
+            written.result()
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"study.csv", "best_config.json"}
+    assert load_config(tmp_path / "s" / "best_config.json").dataset == "shapes"
+    with (tmp_path / "s" / "study.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
 
 
 def test_no_output_writes_nothing(tmp_path: Path) -> None:

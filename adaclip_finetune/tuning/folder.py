@@ -71,10 +71,10 @@ class StudyFolder:
             return
         trials = study.get_trials(deepcopy=False)
         try:
-            write_durably(self.path / "study.csv", _table(trials).encode())
+            write_durably(self.path / "study.csv", _table(trials).encode(), shared=True)
             if best := best_trial(study):
                 found = with_values(self.config, best.params).model_dump(mode="json", exclude_unset=True)
-                write_durably(self.path / BEST_CONFIG, (json.dumps(found, indent=4) + "\n").encode())
+                write_durably(self.path / BEST_CONFIG, (json.dumps(found, indent=4) + "\n").encode(), shared=True)
         except OSError as error:
             raise UserError(f"{self.path} could not be written: {error}") from error
         for trial in trials:

@@ -50,7 +50,7 @@ def draw_study(study: optuna.Study, folder: Path, objective: str) -> None:
             figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
             try:
-                write_durably(folder / f"{name}.png", picture.getvalue())
+                write_durably(folder / f"{name}.png", picture.getvalue(), shared=True)
             except OSError as error:
                 raise UserError(f"{folder / name}.png could not be written: {error}") from error
 

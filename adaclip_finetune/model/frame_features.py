@@ -7,7 +7,6 @@ Each backbone says in `view` how the reader must prepare frames for it; None if 
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import encode_images
 from adaclip_finetune.weights.clip_weights import read_state_dict
-from adaclip_finetune.weights.plain import strict_load
+from adaclip_finetune.weights.plain import plain_copy, strict_load
 
 
 class RawBackbone(nn.Module):
@@ -66,7 +65,7 @@ class FrozenClipBackbone(nn.Module):
 
     def __init__(self, clip: nn.Module, width: int) -> None:
         super().__init__()
-        self.visual = copy.deepcopy(clip.get_submodule("visual")).requires_grad_(False).eval()
+        self.visual = plain_copy(clip.get_submodule("visual")).requires_grad_(False).eval()
         self.feature_dim = width
 
     def train(self, mode: bool = True) -> FrozenClipBackbone:

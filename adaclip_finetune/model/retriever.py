@@ -8,8 +8,12 @@ frames; in training those with gradients and the others without, since the strai
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.choices import TOWERS, implementation
@@ -41,6 +45,7 @@ class VideoRetriever(nn.Module):
     def __init__(self, config: Config, loaded: LoadedClip) -> None:
         super().__init__()
         self.clip = loaded.module
+        self._parametrized = any(isinstance(part, parametrize.ParametrizationList) for part in self.clip.modules())
         self.image_spec: ImageSpec = loaded.image
         self.num_frm = config.num_frm
         self.top_k = config.top_k if config.use_policy else config.num_frm
@@ -69,11 +74,13 @@ class VideoRetriever(nn.Module):
     def forward(self, batch: TrainBatch) -> tuple[TextFeatures, VideoFeatures]:
         """The features of a batch of pairs: what a training step needs."""
         noise = batch.noise.to(self.device, non_blocking=True)
-        return self.encode_text(batch.token_ids), self.encode_video(batch.videos, noise)
+        with self._weights_computed_once():
+            return self.encode_text(batch.token_ids), self.encode_video(batch.videos, noise)
 
     def encode_text(self, token_ids: Tensor) -> TextFeatures:
         """Token ids (T, L) → features; ids may be on the CPU."""
-        features: TextFeatures = self.text_tower(token_ids, words=self.word_aggregator is not None)
+        with self._weights_computed_once():
+            features: TextFeatures = self.text_tower(token_ids, words=self.word_aggregator is not None)
         if self.word_aggregator is None:
             return features
         return features._replace(sentence=self.word_aggregator(features.words, features.is_word))
@@ -84,7 +91,8 @@ class VideoRetriever(nn.Module):
         In training mode the choice is a differentiable draw, for which `noise` (B, N) may replace the Gumbel noise; in
         evaluation mode it is the top_k best.
         """
-        tokens, selection = self._tokens(videos, noise)
+        with self._weights_computed_once():
+            tokens, selection = self._tokens(videos, noise)
         reused = self._reused_scores(selection) if self.reuse_scores and selection is not None else None
         if reused is not None:
             tokens = tokens * reused[..., None]
@@ -143,6 +151,13 @@ class VideoRetriever(nn.Module):
     def logit_scale(self) -> Tensor:
         """ln of the similarity's scale, a learned scalar of CLIP."""
         return self.scorer.logit_scale()
+
+    def _weights_computed_once(self) -> AbstractContextManager[Any]:
+        """Within it, a weight under a parametrization (LoRA's, say) is computed once and not each time it is used.
+
+        Where activations are made anew in the backward pass, weights are too, and nothing may be remembered.
+        """
+        return parametrize.cached() if self._parametrized and not self.tower.checkpointing else nullcontext()
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ can learn inside a fused q, k and v, and merging is reading the weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,45 +23,53 @@ from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learn
 
 
 class LowRank(nn.Module):
-    """Adds scale · B·A to rows start…stop of a weight (out, in); B (rows, rank) begins at 0, A (rank, in) at random.
+    """Adds scale · B·A to some ranges of rows of a weight (out, in), each with a B and an A of its own.
 
-    `dropout` leaves out input channels of the update, the same ones for all rows of a batch: over a weight there is no
-    activation to drop. With `magnitude` (DoRA) each row of the result is scaled to a learned length, whose gradient
-    takes the row's own length as a constant.
+    B (rows, rank) begins at 0, A (rank, in) at random. `dropout` leaves out input channels of the update, the same ones
+    for all rows of a batch: over a weight there is no activation to drop. With magnitudes (DoRA) each row of the result
+    is scaled to a learned length, whose gradient takes the row's own length as a constant.
     """
 
-    magnitude: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, linear: Linear, settings: LoraSettings) -> None:
+    def __init__(self, weight: Tensor, ranges: Sequence[tuple[int, int]], settings: LoraSettings) -> None:
         super().__init__()
-        self.start, self.stop, self.dropout = linear.start, linear.stop, settings.dropout
+        self.ranges, self.dropout = sorted(ranges), settings.dropout
         alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
         self.scale = alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
-        self.down = nn.Parameter(weight.new_empty(settings.rank, weight.shape[1]))
-        self.up = nn.Parameter(weight.new_zeros(self.stop - self.start, settings.rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        self.magnitude = nn.Parameter(weight.new_empty(self.stop - self.start)) if settings.dora else None
+        sizes = [stop - start for start, stop in self.ranges]
+        self.down = nn.ParameterList(weight.new_empty(settings.rank, weight.shape[1]) for _ in sizes)
+        self.up = nn.ParameterList(weight.new_zeros(size, settings.rank) for size in sizes)
+        self.magnitude = nn.ParameterList(weight.new_empty(size) for size in sizes if settings.dora)
+        for down in self.down:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.reset(weight)
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Make the update of this weight change nothing."""
-        self.up.zero_()
-        if self.magnitude is not None:
-            self.magnitude.copy_(weight[self.start : self.stop].norm(dim=1))
+        for up in self.up:
+            up.zero_()
+        for magnitude, (start, stop) in zip(self.magnitude, self.ranges, strict=False):
+            magnitude.copy_(weight[start:stop].norm(dim=1))
 
     def forward(self, weight: Tensor) -> Tensor:
         # In the precision of the weight, which autocast would round before it is added to.
         with torch.autocast(weight.device.type, enabled=False):
-            down: Tensor = self.down
-            if self.training and self.dropout:
-                down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)
-            rows = weight[self.start : self.stop] + self.scale * (self.up @ down)
-            if self.magnitude is not None:
-                rows = rows * (self.magnitude / rows.detach().norm(dim=1))[:, None]
-            if len(rows) == len(weight):
-                return rows
-            return torch.cat([weight[: self.start], rows, weight[self.stop :]])
+            pieces, end = [], 0
+            for number, (start, stop) in enumerate(self.ranges):
+                pieces += [weight[end:start], self._updated(number, weight[start:stop])]
+                end = stop
+            pieces.append(weight[end:])
+            return torch.cat([piece for piece in pieces if len(piece)])
+
+    def _updated(self, number: int, rows: Tensor) -> Tensor:
+        down: Tensor = self.down[number]
+        if self.training and self.dropout:
+            down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)
+        rows = torch.addmm(rows, self.up[number], down, alpha=self.scale)
+        if not len(self.magnitude):
+            return rows
+        factor: Tensor = self.magnitude[number] / rows.detach().norm(dim=1)
+        return rows * factor[:, None]
 
 
 class Lora(PeftMethod):
@@ -70,11 +79,13 @@ class Lora(PeftMethod):
     settings: LoraSettings
 
     def attach(self, clip: nn.Module) -> None:
+        # q, k and v may be rows of one weight, which gets one update then.
+        by_weight: dict[tuple[nn.Module, str], list[tuple[int, int]]] = {}
         for linear in self._targets(clip):
-            weight = getattr(linear.module, linear.weight)
-            parametrize.register_parametrization(
-                linear.module, linear.weight, LowRank(weight.detach(), linear, self.settings)
-            )
+            by_weight.setdefault((linear.module, linear.weight), []).append((linear.start, linear.stop))
+        for (module, name), ranges in by_weight.items():
+            weight = getattr(module, name).detach()
+            parametrize.register_parametrization(module, name, LowRank(weight, ranges, self.settings))
 
     def reset(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -6,6 +6,7 @@ forward pass sees is computed from them. Checkpoints hold the result, under the 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -35,6 +36,23 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
                 for tensor in part.parametrizations:
                     state[f"{prefix}.{tensor}" if prefix else tensor] = getattr(part, tensor).detach()
     return state
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module without parametrizations, with the effective values as its weights.
+
+    A deep copy alone shares its parametrized classes, and with them torch's cache, with the module that was copied.
+    """
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if parametrize.is_parametrized(part):
+            names = [name for name, _ in part.parametrizations.named_children()]
+            values = {name: getattr(part, name).detach() for name in names}
+            del part.parametrizations
+            part.__class__ = part.__class__.__bases__[0]
+            for name, value in values.items():
+                part.register_parameter(name, nn.Parameter(value))
+    return twin
 
 
 def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -37,6 +37,14 @@ IBS = {
     "optim": "adamw",
     "peft": {"method": "ibs", "config": {"num_pre_epochs": 1, "retain_ratio": 0.2}},
 }
+# The loss creates a bias within CLIP, which learns; there is no frame selector.
+SIGMOID = {
+    "num_epochs": 1,
+    "save_every_steps": 1,
+    "save_last": True,
+    "objective": {"method": "sigmoid"},
+    "use_policy": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,7 @@ def assert_same_result(one: Path, other: Path) -> None:
         pytest.param(BERTADAM, [("evaluation", 4)], id="in the test"),
         pytest.param(IBS, [("update", 3), ("update", 2)], id="in IBS pre-epochs, with workers, twice in a row"),
         pytest.param(IBS, [("update", 5)], id="after IBS selected"),
+        pytest.param(SIGMOID, [("update", 3)], id="with a bias that the loss created"),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(

@@ -22,6 +22,7 @@ from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
+from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS
 from adaclip_finetune.training import outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
@@ -85,6 +86,25 @@ def test_a_run_leaves_everything_behind(project: Project, tmp_path: Path, capsys
     assert metrics["selected_on"] == "validation"
     assert metrics["finetuned"]["t2v"]["videos_evaluated"] == metrics["finetuned"]["v2t"]["videos_listed"] == 8
     assert metrics["zero_shot"]["t2v"]["R@1"] == result.zero_shot.metrics.t2v.recall(1)
+
+
+def test_without_a_selector_no_temperature_is_logged(project: Project, tmp_path: Path) -> None:
+    result = run(project, tmp_path, num_epochs=1, use_policy=False)
+    assert all("tau" not in event and event["k"] == 6 for event in events(result.folder, "train"))
+
+
+def test_a_bias_that_the_loss_created_is_part_of_the_result(project: Project, tmp_path: Path) -> None:
+    """`objective: sigmoid` on a CLIP without a logit_bias: it learns whatever the method freezes, and is kept."""
+    result = run(project, tmp_path, peft=BITFIT, objective={"method": "sigmoid"})
+    assert result.folder is not None
+    best, adapter = (load_file(result.folder / f"{name}.safetensors") for name in ("best", "adapter"))
+    assert torch.equal(best["clip.logit_bias"], adapter["clip.logit_bias"])
+    assert best["clip.logit_bias"].item() != LOGIT_BIAS
+    for name in ("best", "adapter"):
+        path = str(result.folder / f"{name}.safetensors")
+        for objective in ({"method": "sigmoid"}, None):
+            given = {**project, "do_inference": True, "no_output": True, "resume": path, "objective": objective}
+            assert evaluate_only(load_config(None, given)).as_dict() == result.final.as_dict()
 
 
 def test_the_best_epoch_is_chosen_on_validation_and_evaluated_once(project: Project, tmp_path: Path) -> None:

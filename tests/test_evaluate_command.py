@@ -366,7 +366,8 @@ def test_weights_are_mixed_as_said() -> None:
 
     def point(alpha: float, *ranks: int) -> Point:
         direction = DirectionMetrics(np.arange(len(ranks)), np.array(ranks))
-        return Point(alpha, Metrics(direction, direction))
+        metrics = Metrics(direction, direction)
+        return Point(alpha, metrics, metrics.t2v.recall(1))
 
     assert best_point([point(0, 1, 9), point(0.3, 1, 4), point(0.6, 1, 4), point(1, 2, 2)]).alpha == 0.3
 

@@ -21,6 +21,7 @@ from adaclip_finetune.compare.rows import Group
 from adaclip_finetune.compare.source import find_source
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import Metrics
+from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.loaded import LoadedClip
 
@@ -30,10 +31,12 @@ State = dict[str, Tensor]
 
 
 class Point(NamedTuple):
-    """Figures on validation with the share `alpha` of the finetuned weights."""
+    """Figures on validation with the share `alpha` of the finetuned weights. `worth` is the primary figure, negative
+    where less is better."""
 
     alpha: float
     metrics: Metrics
+    worth: float
 
 
 def interpolate(
@@ -90,8 +93,8 @@ def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) 
 
 
 def best_point(curve: Sequence[Point]) -> Point:
-    """The highest T2V R@1; of equals the lowest mean rank, then the first."""
-    return max(curve, key=lambda point: (point.metrics.t2v.recall(1), -point.metrics.t2v.mean_rank))
+    """The best by the primary figure; of equals the lowest mean rank of T2V, then the first."""
+    return max(curve, key=lambda point: (point.worth, -point.metrics.t2v.mean_rank))
 
 
 def curve_lines(curve: Sequence[Point], validation: str) -> list[str]:
@@ -110,10 +113,13 @@ def curve_lines(curve: Sequence[Point], validation: str) -> list[str]:
 
 def _curve(model: OpenModel, start: State, end: State, alphas: Sequence[float], validation: str) -> list[Point]:
     session, curve, split = model.session, [], model.read(validation)
+    primary = model.config.primary_figure
     for alpha in alphas:
         session.model.clip.load_state_dict(mixed(start, end, alpha))
-        curve.append(Point(alpha, model.measure(split, "validation").metrics))
-        tell(f"α {alpha:g} on {validation}: T2V R@1 {curve[-1].metrics.t2v.recall(1):.1f}")
+        metrics = model.measure(split, "validation").metrics
+        found = value(metrics.as_dict(), primary)
+        curve.append(Point(alpha, metrics, found if model.config.figures[primary] else -found))
+        tell(f"α {alpha:g} on {validation}: {primary} {found:.1f}")
     return curve
 
 

@@ -46,7 +46,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module)
     for part in twin.modules():
         if parametrize.is_parametrized(part):
-            names = [name for name, _ in part.parametrizations.named_children()]
+            names = [name for name, _ in part.get_submodule("parametrizations").named_children()]
             values = {name: getattr(part, name).detach() for name in names}
             del part.parametrizations
             part.__class__ = part.__class__.__bases__[0]

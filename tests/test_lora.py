@@ -118,6 +118,16 @@ def test_only_what_is_targeted_changes() -> None:
     assert moved[:64].all() and not moved[64:].any()
 
 
+def test_a_dry_run_counts_it_on_shapes_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(Path(__file__).resolve().parents[1] / "cfgs/lora.json")
+    assert main(["train", "--config", recipe, "--dry_run", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Rank 8; 12 blocks of width 768 and 12 of width 512; q, k, v, out of W x W, fc and proj of W x 4W.
+    expected = sum(12 * 8 * (4 * 2 * width + 2 * 5 * width) for width in (768, 512))
+    assert found["parameters"]["clip"] == {"trainable": expected, "total": 151_277_313 + expected}
+    assert found["gflops"]["clip_frame"] == pytest.approx(4.36, abs=0.01)  # that of the merged model
+
+
 def test_what_learns_is_what_was_added_and_the_keywords() -> None:
     model, _ = attached(LoraSettings(rank=3, keep_module_keywords=("ln_final", "logit_scale")))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

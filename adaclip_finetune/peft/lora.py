@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,9 @@ class LowRank(nn.Module):
             magnitude.copy_(weight[start:stop].norm(dim=1))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # In the precision of the weight, which autocast would round before it is added to.
-        with torch.autocast(weight.device.type, enabled=False):
+        # In the precision of the weight, which autocast would round before it is added to. (Of meta tensors, which have
+        # no values, there is no autocast.)
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             pieces, end = [], 0
             for number, (start, stop) in enumerate(self.ranges):
                 pieces += [weight[end:start], self._updated(number, weight[start:stop])]

@@ -143,29 +143,28 @@ def open_model(
         check_version(checkpoint)
     # What is written must tell the pretrained weights; rehearsals and evaluations, which write none, need not know.
     starts = checkpoint is None and learn and values == "real"
+    # A checkpoint brings the weights of the selector's CNN too, so that none need be fetched.
+    cnn_is_random = checkpoint is not None or (values != "real" and config.policy_weights == "imagenet")
     at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
     values = "real" if at_hand else values
     with torch.device("meta") if values == "meta" else nullcontext():
         loaded = _load(config, checkpoint, values)
         digest = weights_digest(loaded.module) if starts else None
-        state = None if checkpoint is None else _plain_tensors(checkpoint, loaded, config)
         method = build_method(config)
+        state = None if checkpoint is None else _tensors(checkpoint, loaded, config, method)
         if learn or not method.mergeable:
             method.attach(loaded.module)
-        # A checkpoint brings the weights of the selector's CNN too, so that none need be fetched.
-        fetched = checkpoint is None and values == "real"
-        built = config if fetched or config.policy_weights != "imagenet" else _with(config, policy_weights="random")
-        built = _with(built, policy_weights="random") if checkpoint is not None else built
         if state is not None and "clip.logit_bias" in state:
             ensure_logit_bias(loaded.module)
-        model = VideoRetriever(built, loaded)
+        model = VideoRetriever(_with(config, policy_weights="random") if cnn_is_random else config, loaded)
         objective = build_objective(config, model)
     split_frozen_norms(model.clip)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
         fill(model, state, f"resume: {checkpoint.path}")
-        method.reset(model)
+        if method.mergeable:
+            method.reset(model)
     if accelerator is not None:
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
@@ -221,28 +220,28 @@ def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> Load
     return shapes if values == "meta" else replace(shapes, module=build_towers(find_towers(config), "cpu"))
 
 
-def _plain_tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config) -> dict[str, Tensor]:
-    """The checkpoint's tensors as a plain model has them; those of an adapter laid over the pretrained CLIP."""
+def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method: PeftMethod) -> dict[str, Tensor]:
+    """The checkpoint's tensors as the model has them: plain, or with what a method added that cannot be merged. Those
+    of an adapter are laid over the pretrained CLIP."""
+    kept = checkpoint.method
+    if kept != (None if method.mergeable else config.peft.method):
+        what = f"what peft.method {kept} added to CLIP, which cannot be merged" if kept else "a plain CLIP"
+        raise UserError(
+            f"resume: {checkpoint.path} holds {what}; peft.method {config.peft.method} cannot begin with it"
+        )
     if checkpoint.kind is not Kind.ADAPTER:
-        if checkpoint.method not in (None, config.peft.method):
-            raise UserError(
-                f"resume: {checkpoint.path} holds what peft.method {checkpoint.method} added to CLIP, which cannot be "
-                f"merged; peft.method {config.peft.method} cannot begin with it"
-            )
         return checkpoint.state
-    own = load_config(None, {"peft": checkpoint.settings["peft"]}) if "peft" in checkpoint.settings else config
     _check_pretrained(checkpoint, loaded)
-    clip = copy.deepcopy(loaded.module)
+    own = load_config(None, {"peft": checkpoint.settings["peft"]}) if "peft" in checkpoint.settings else config
+    holder = nn.Module()
+    holder.clip = clip = copy.deepcopy(loaded.module)
     if "clip.logit_bias" in checkpoint.state:
         ensure_logit_bias(clip)
-    method = build_method(own)
-    method.attach(clip)
-    holder = nn.Module()
-    holder.clip = clip
+    theirs = build_method(own)
+    theirs.attach(clip)
     inside = {name: tensor for name, tensor in checkpoint.state.items() if name.startswith("clip.")}
     strict_load(holder, dict(holder.state_dict()) | inside, f"resume: {checkpoint.path}")
-    outside = {name: tensor for name, tensor in checkpoint.state.items() if name not in inside}
-    return plain_state(holder) | outside
+    return theirs.merged_state(holder) | {n: tensor for n, tensor in checkpoint.state.items() if n not in inside}
 
 
 def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:

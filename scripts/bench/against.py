@@ -10,6 +10,7 @@ range of the ratio within a pair: above 1, this checkout is slower.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -65,7 +66,7 @@ def measure(checkout: Path) -> dict[str, float]:
     evaluations = [line["eval_seconds"] for line in lines if line["event"] == "validation"]
     return {
         "`adaclip --help`, s of CPU": cpu,
-        "training step, s": statistics.median(b - a for a, b in zip(steps, steps[1:], strict=False)),
+        "training step, s": statistics.median(b - a for a, b in itertools.pairwise(steps)),
         "validation (150 clips), s": statistics.median(evaluations),
         "the run, s": whole,
     }

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import backbones  # noqa: E402
 
-ROWS = re.findall(r"^\| `([^`]+)` \| (.*) \|$", (ROOT / "docs/backbones.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
+PAGE = (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `([^`]+)` \| (.*) \|$", PAGE, re.MULTILINE)[1:]
 
 
 def test_the_page_has_a_row_for_each_backbone_that_is_tried() -> None:

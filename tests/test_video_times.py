@@ -112,7 +112,8 @@ def test_where_the_file_holds_no_times_they_are_reckoned(
     told = times.length if path.suffix == ".avi" else 7.0
     assert Source(tmp_path, tmp_path, [clip], {}, store).times(clip, [10]) == (told, [0.4])
     monkeypatch.setattr(StripMaker, "_chosen", lambda *_: [(10, None)])
-    model: Any = SimpleNamespace(config=None, session=SimpleNamespace(loaded=SimpleNamespace(image=None)))
+    retriever = SimpleNamespace(views=lambda: None)
+    model: Any = SimpleNamespace(config=None, session=SimpleNamespace(model=retriever))
     for annotated, length in ((7.0, told), (None, times.length)):
         make = StripMaker(model, store, {"v": VideoAnnotation("v", ("a",), duration=annotated)})
         assert make.seconds("v") == length

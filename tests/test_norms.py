@@ -1,6 +1,7 @@
 """Layer norms of which one of weight and bias learns: the same values and gradients as the fused form."""
 
 import copy
+from typing import Any
 
 import open_clip
 import pytest
@@ -54,3 +55,16 @@ def test_every_norm_of_a_tower_is_prepared_and_stays_what_it_was() -> None:
     tokens = open_clip.tokenize(["a dog"])
     torch.testing.assert_close(clip.eval().encode_text(tokens), plain.eval().encode_text(tokens), rtol=0, atol=0)
     torch.testing.assert_close(copy.deepcopy(clip).encode_text(tokens), plain.encode_text(tokens), rtol=0, atol=0)
+
+
+def test_it_is_done_where_the_gradient_would_be_lost() -> None:
+    holder = nn.Sequential(norm_of(nn.LayerNorm, False))
+    split_frozen_norms(holder)
+    norm: Any = holder[0]
+    many, few = torch.empty(65_536, 8), torch.empty(65_535, 8)
+    assert norm._loses_a_gradient(many) and norm._loses_a_gradient(many.view(256, 256, 8))
+    assert not norm._loses_a_gradient(few)
+    with torch.no_grad():
+        assert not norm._loses_a_gradient(many)
+    norm.weight.requires_grad_(True)
+    assert not norm._loses_a_gradient(many)

@@ -7,17 +7,22 @@ without bias, plus the bias, it has the same values and the gradients that it sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from functools import cache
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import Tensor, nn
 
+_MANY_ROWS = 65_536
+
 
 def split_frozen_norms(module: nn.Module) -> None:
-    """Make every layer norm of `module` compute its bias apart while just one of weight and bias learns, on CUDA."""
+    """Make every layer norm of `module` compute its bias apart where PyTorch would lose its gradient: in training on
+    CUDA, on many rows, while just one of weight and bias learns."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm) and not isinstance(part, _Split):
             part.__class__ = _split_class(cast(Hashable, type(part)))
@@ -32,9 +37,13 @@ def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 class _Split(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        parts = (self.weight, self.bias)
-        one_learns = None not in parts and self.weight.requires_grad != self.bias.requires_grad
-        return norm_plus_bias(self, input) if one_learns and input.is_cuda else super().forward(input)
+        return norm_plus_bias(self, input) if input.is_cuda and self._loses_a_gradient(input) else super().forward(input)
+
+    def _loses_a_gradient(self, x: Tensor) -> bool:
+        if self.weight is None or self.bias is None or not torch.is_grad_enabled():
+            return False
+        rows = x.numel() // math.prod(self.normalized_shape)
+        return rows >= _MANY_ROWS and self.weight.requires_grad != self.bias.requires_grad
 
 
 @cache

@@ -37,7 +37,9 @@ def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 class _Split(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return norm_plus_bias(self, input) if input.is_cuda and self._loses_a_gradient(input) else super().forward(input)
+        return (
+            norm_plus_bias(self, input) if input.is_cuda and self._loses_a_gradient(input) else super().forward(input)
+        )
 
     def _loses_a_gradient(self, x: Tensor) -> bool:
         if self.weight is None or self.bias is None or not torch.is_grad_enabled():

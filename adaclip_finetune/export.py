@@ -30,6 +30,7 @@ from adaclip_finetune.weights.backbones import defaults_filled
 from adaclip_finetune.weights.checkpoints import Checkpoint
 from adaclip_finetune.weights.clip_weights import save_tokenizer
 from adaclip_finetune.weights.huggingface_names import to_huggingface_names
+from adaclip_finetune.weights.loaded import LOGIT_BIAS
 from adaclip_finetune.weights.published import to_published_names
 
 
@@ -38,13 +39,16 @@ def export(run: Path, form: str, target: Path) -> list[str]:
 
     The target appears whole or not at all, and one that exists is left alone. Raises UserError.
     """
-    source = _read(run)
     if target.exists():
         raise UserError(f"-o {target}: is there already; give another name, or remove it")
     if not target.absolute().parent.is_dir():
         raise UserError(f"-o {target}: there is no folder {target.absolute().parent}")
+    source = _read(run)
     with _beside(target) as temporary:
         notes = list(FORMATS[form](source, temporary))
+    tower = source.session.config.tower.method
+    if tower != "per_frame":
+        notes.append(f"WARNING: the format has no place for tower {tower}. Read back, each frame is encoded alone")
     return [f"{source.checkpoint.path} → {target} ({form})", *notes]
 
 
@@ -72,7 +76,9 @@ def _read(run: Path) -> _Source:
         )
     state = session.method.merged_state(session.model)
     towers = {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
-    model_cfg = json.loads(session.description()["clip"])["model_cfg"]
+    model_cfg = dict(session.loaded.description["model_cfg"])
+    if "logit_bias" in towers:
+        model_cfg.setdefault("init_logit_bias", LOGIT_BIAS)
     preprocess = open_clip.get_model_preprocess_cfg(session.loaded.module)
     return _Source(checkpoint, session, state, towers, model_cfg, preprocess)
 

@@ -152,6 +152,14 @@ def test_dropout_leaves_out_inputs_of_the_update_in_training_only() -> None:
     torch.testing.assert_close(dropped[:, ~zero], 2 * still[:, ~zero])
 
 
+def test_a_target_named_twice_is_one_and_a_row_of_zeros_stays(tmp_path: Path) -> None:
+    model, _ = attached(LoraSettings(rank=2, targets=("q", "q")))
+    once, _ = attached(LoraSettings(rank=2, targets=("q",)))
+    assert model.state_dict().keys() == once.state_dict().keys()
+    weight = torch.zeros(4, 4)
+    assert LowRank(weight, [(0, 4)], LoraSettings(rank=2, dora=True))(weight).equal(weight)
+
+
 def test_a_block_or_a_tower_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"peft\.config\.layers names block 2"):
         Lora(LoraSettings(layers=(1, 2))).attach(build_tiny_clip())

@@ -11,16 +11,18 @@ from safetensors.torch import load_file, save_file
 from spread import spread
 
 from adaclip_finetune import load_retriever
+from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.objectives import Objective
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.objectives.contrastive import Contrastive
-from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, Sigmoid
+from adaclip_finetune.objectives.sigmoid import Sigmoid
 from adaclip_finetune.processes import is_main, rank, world_size
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.memory import blank_batch
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
+from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
 Project = dict[str, Any]
 SIGMOID = {"method": "sigmoid"}
@@ -77,6 +79,70 @@ def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project
     # And a contrastive run may begin with it.
     given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
     assert fit(load_config(None, given)).folder is not None
+
+
+def learning(given: Project) -> int:
+    return open_model(load_config(None, given)).parameters.clip.trainable
+
+
+def test_the_bias_learns_however_a_run_begins(project: Project, tmp_path: Path) -> None:
+    given = {
+        **project,
+        "objective": SIGMOID,
+        "peft": {"method": "bitfit"},
+        "output_dir": str(tmp_path),
+        "num_epochs": 1,
+    }
+    of_bitfit = learning({**given, "objective": None})
+    assert learning(given) == of_bitfit + 1
+    assert learning({**given, "freeze_clip": True}) == 1
+    with_bias = fit(load_config(None, given)).folder
+    without = fit(load_config(None, {**given, "objective": None})).folder
+    assert with_bias is not None and without is not None
+    for folder in (with_bias, without):
+        for name in ("best.safetensors", "adapter.safetensors"):
+            assert learning({**given, "resume": str(folder / name)}) == of_bitfit + 1
+    session = open_model(load_config(None, {**given, "resume": str(without / "best.safetensors")}))
+    assert session.model.clip.get_parameter("logit_bias").item() == LOGIT_BIAS
+
+
+def test_ibs_does_not_select_among_the_bias(project: Project, tmp_path: Path) -> None:
+    ibs = {"method": "ibs", "config": {"num_pre_epochs": 1, "retain_ratio": 0.1}}
+    given = {**project, "objective": SIGMOID, "peft": ibs, "output_dir": str(tmp_path), "coef_lr": 1.0}
+    folder = fit(load_config(None, given)).folder
+    assert folder is not None and "logit_bias" not in (folder / "ibs_parameters.csv").read_text()
+    assert float(load_file(folder / "best.safetensors")["clip.logit_bias"]) != LOGIT_BIAS
+
+
+def test_a_named_backbone_with_a_new_bias_is_found_again(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(project["clip_weights"])
+    model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-of-a-test", model_cfg)
+    weights = {"clip_backbone": "tiny-of-a-test", "clip_weights": str(folder / "open_clip_model.safetensors")}
+    given = {**project, **weights, "objective": SIGMOID, "output_dir": str(tmp_path), "num_epochs": 1}
+    run = fit(load_config(None, given)).folder
+    assert run is not None
+    again = {**given, "clip_weights": None, "resume": str(run / "best.safetensors"), "do_inference": True}
+    session = open_model(load_config(None, again), learn=False)
+    assert session.model.scorer.logit_bias() is not None
+    assert load_retriever(run, clip_weights=None).model.scorer.logit_bias() is not None
+
+
+def test_a_sigmoid_run_is_interpolated_with_plain_clip(project: Project, tmp_path: Path) -> None:
+    given = {**project, "objective": SIGMOID, "output_dir": str(tmp_path), "num_epochs": 1}
+    run = fit(load_config(None, given)).folder
+    words = [
+        "--interpolate",
+        "zero-shot",
+        str(run),
+        "--annot",
+        project["test_annot"],
+        "--val-annot",
+        project["val_annot"],
+    ]
+    assert main(["evaluate", *words, "--alpha", "0:1:0.5"]) == 0
 
 
 def _gradients(settings: Project, shares: list[int], result: Path) -> None:

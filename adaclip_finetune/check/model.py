@@ -14,7 +14,7 @@ from adaclip_finetune.weights.loaded import LoadedClip
 
 def build_trial_model(config: Config) -> Session:
     """On its device, with what learns in it in the first epoch. Raises UserError where a run would, downloads aside."""
-    session = open_model(config, values="random", accelerator=make_accelerator(config))
+    session = open_model(config, values="random", accelerator=make_accelerator(config), learn=not config.do_inference)
     session.method.on_epoch_start(0)
     return session
 

@@ -134,6 +134,8 @@ def _towers(model: OpenModel, zero_shot: str) -> LoadedClip:
 def _start(model: OpenModel, towers: LoadedClip, end: State) -> State:
     device = model.session.device
     start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
+    if "logit_bias" in end:  # a constant, which changes no rank; a CLIP that was no SigLIP began without
+        start.setdefault("logit_bias", end["logit_bias"])
     if different := sorted(
         name for name in start.keys() | end.keys() if _shape(start.get(name)) != _shape(end.get(name))
     ):

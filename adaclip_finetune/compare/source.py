@@ -9,7 +9,7 @@ from typing import Any
 
 from adaclip_finetune.compare.known import known_of_file
 from adaclip_finetune.compare.options import AS_IT_IS
-from adaclip_finetune.config import Config
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.session import find_checkpoint
@@ -73,6 +73,8 @@ def _settings(given: Path, settings: Path | None, laid: Mapping[str, Any]) -> Co
             raise UserError(f"{error}\nWrite them into a settings file, and give it as --config FILE") from error
     elif not checkpoint.settings and settings is None and not (given / "config.json").is_file():
         raise UserError(f"{given}: holds no settings; give those of its run as --config FILE")
+    if config.task.method != "retrieval":  # which is what is compared here, whatever chose the run's best epoch
+        config = config.model_copy(update={"task": load_config().task, "primary": None})
     return config
 
 

@@ -167,10 +167,14 @@ class TaskSettings(ChoiceSettings):
     figures: ClassVar[Mapping[str, bool]]
     """What the task measures, and whether more is better. The first chooses the best epoch unless `primary` is set."""
 
+    has_similarity: ClassVar[bool] = False
+    """Whether it ranks by a matrix of similarities, which `save_similarity` keeps."""
+
 
 class RetrievalSettings(TaskSettings):
     """Texts find videos, and videos texts."""
 
+    has_similarity: ClassVar[bool] = True
     figures: ClassVar[Mapping[str, bool]] = {
         f"{direction}.{name}": name.startswith("R@")
         for direction in ("t2v", "v2t")

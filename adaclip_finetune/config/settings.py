@@ -429,6 +429,8 @@ def contradictions(c: Config) -> Iterator[Problem]:
     if c.freeze_clip and not selector_learns and not c.do_inference:
         what = "nothing would learn: freeze_clip, and no selector, header or aggregator that learns"
         yield what, ("freeze_clip", "use_policy", "sim_header", "frame_agg")
+    if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
+        yield f"save_similarity: task {c.task.method} has no similarity matrix to keep", ("save_similarity", "task")
     searched = c.optuna_cfg and c.optuna_cfg.objective
     for name, figure in {"primary": c.primary, "optuna_cfg.objective": searched}.items():
         if figure is not None and figure not in c.figures:

@@ -28,6 +28,7 @@ from adaclip_finetune.model.header import SeqTransformerHeader, TransformerHeade
 from adaclip_finetune.model.pooling import WordPooling, build_pooling
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer, Scorer
 from adaclip_finetune.model.selector import FrameSelector
+from adaclip_finetune.model.text import check_words
 from adaclip_finetune.model.towers.base import FrameTower
 from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.weights.loaded import LoadedClip
@@ -58,7 +59,8 @@ class VideoRetriever(nn.Module):
             self.selector = FrameSelector(config, build_backbone(config, self.clip, width), width)
         # While K anneals, more than top_k frames reach the header.
         most_frames = config.num_frm if config.warmup_epochs else self.top_k
-        self.header = _build_header(config, width, most_frames, self.clip)
+        shares = self.tower.frame_shares(most_frames)
+        self.header = _build_header(config, width, most_frames if shares is None else len(shares), self.clip)
         self.reuse_scores = config.reuse_scores and self.selector is not None
         if self.reuse_scores and self.tower.frame_shares(self.top_k) is not None:
             raise UserError(
@@ -66,6 +68,8 @@ class VideoRetriever(nn.Module):
                 "leave reuse_scores out"
             )
         self.aggregator = build_pooling(config, width, self.reuse_scores)
+        if config.word_agg:
+            check_words(self.clip)
         self.word_aggregator = WordPooling(config.word_agg, width, config.word_agg_temp) if config.word_agg else None
         self.scorer: Scorer = (
             QueryScorer(self.clip, config.frame_agg_temp) if self.aggregator is None else CosineScorer(self.clip)
@@ -108,10 +112,14 @@ class VideoRetriever(nn.Module):
         return VideoFeatures(tokens, vector, weights, selection)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """An image, uint8 (1, 3, S, S), as a video of this one frame that nothing selects or weighs: (1, D)."""
+        """An image, uint8 (1, 3, S, S), as a video of this one frame, which nothing selects: (1, D)."""
         mask = torch.ones(1, 1, dtype=torch.bool, device=image.device)
         tokens = self._encode(image[None], mask)
-        return (tokens if self.header is None else self.header(tokens))[0]
+        if self.header is not None:
+            tokens = self.header(tokens)
+        if tokens.shape[1] == 1:
+            return tokens[:, 0]
+        return tokens.mean(dim=1) if self.aggregator is None else self.aggregator(tokens)[0]
 
     def similarity(self, text: TextFeatures, videos: VideoFeatures) -> Tensor:
         """The scorer's logits of every text and every video: (T, B), at least float32."""

@@ -74,13 +74,17 @@ def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
 def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids (T, L) → word embeddings (T, L, D) and which of them count, bool (T, L): all up to the end token.
 
-    Raises UserError for a text tower without an end token to stop at.
+    Only for a text tower that `check_words` lets pass.
     """
-    if not pools_at_end_token(clip):
-        raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     is_word = positions <= end_positions(clip, token_ids)[:, None]
     return _project_text(clip, _text_hidden(clip, token_ids)), is_word
+
+
+def check_words(clip: nn.Module) -> None:
+    """Raise UserError for a text tower without an end token, of which it cannot be told where a text's words end."""
+    if not pools_at_end_token(clip):
+        raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
 
 
 class _Clip(Protocol):

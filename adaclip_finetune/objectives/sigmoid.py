@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, SigmoidSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
-
-LOGIT_BIAS = -10.0
-"""Where the bias begins for a CLIP that has none: most pairs are wrong, and begin as such."""
+from adaclip_finetune.weights.loaded import ensure_logit_bias, has_new_logit_bias
 
 
 class Sigmoid(Objective):
@@ -25,10 +23,10 @@ class Sigmoid(Objective):
 
     def __init__(self, settings: ChoiceSettings, retriever: VideoRetriever) -> None:
         super().__init__(settings, retriever)
-        self._created = ensure_logit_bias(retriever.clip)
+        ensure_logit_bias(retriever.clip)
 
     def choose(self) -> None:
-        if self._created:
+        if has_new_logit_bias(self.retriever.clip):
             self.retriever.clip.get_parameter("logit_bias").requires_grad_(True)
 
     def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
@@ -61,13 +59,3 @@ def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tenso
         counted = right | (text_videos[:, None] != videos[None, :])
         losses = -F.logsigmoid(torch.where(right, logits, -logits))
         return (losses * counted).sum()
-
-
-def ensure_logit_bias(clip: nn.Module) -> bool:
-    """Give a CLIP without a `logit_bias` one, at its starting value. Returns whether it had none."""
-    if getattr(clip, "logit_bias", None) is not None:
-        return False
-    scale = clip.logit_scale
-    assert isinstance(scale, Tensor)
-    clip.logit_bias = nn.Parameter(torch.full_like(scale.detach(), LOGIT_BIAS))
-    return True

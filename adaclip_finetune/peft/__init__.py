@@ -9,6 +9,7 @@ from adaclip_finetune.config.choices import PEFT, implementation
 from adaclip_finetune.peft.base import PeftMethod
 from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.peft.report import TrainableReport, trainable_report
+from adaclip_finetune.weights.loaded import has_new_logit_bias
 
 __all__ = ["PeftMethod", "TrainableReport", "build_method", "choose_what_learns", "trainable_report"]
 
@@ -24,5 +25,8 @@ def choose_what_learns(method: PeftMethod, model: nn.Module, config: Config) -> 
 
     Call it with all weights in place, before the optimizer and before any wrapper.
     """
-    apply_freezing(model.get_submodule("clip"), config.freeze_layer_num, config.freeze_clip)
+    clip = model.get_submodule("clip")
+    apply_freezing(clip, config.freeze_layer_num, config.freeze_clip)
+    if has_new_logit_bias(clip):  # the objective's, which no method may count among CLIP's own
+        clip.get_parameter("logit_bias").requires_grad_(False)
     method.choose(model)

@@ -22,6 +22,8 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import Linear, text_linears, vision_linears
 from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learning, warn_of_idle_keywords
 
+_SHORTEST = 1e-12  # of a row, so that one of zeros stays zero
+
 
 class LowRank(nn.Module):
     """Adds scale · B·A to some ranges of rows of a weight (out, in), each with a B and an A of its own.
@@ -70,7 +72,7 @@ class LowRank(nn.Module):
         rows = torch.addmm(rows, self.up[number], down, alpha=self.scale)
         if not len(self.magnitude):
             return rows
-        factor: Tensor = self.magnitude[number] / rows.detach().norm(dim=1)
+        factor: Tensor = self.magnitude[number] / rows.detach().norm(dim=1).clamp(min=_SHORTEST)
         return rows * factor[:, None]
 
 
@@ -113,7 +115,7 @@ class Lora(PeftMethod):
 
     def _targets(self, clip: nn.Module) -> list[Linear]:
         """The linear maps to update. Raises UserError for a tower or a block that is not there."""
-        settings, found = self.settings, []
+        settings, found, roles = self.settings, [], tuple(dict.fromkeys(self.settings.targets))
         towers = {"image": vision_linears, "text": text_linears}
         for name in towers if settings.towers == "both" else [settings.towers]:
             try:
@@ -129,5 +131,5 @@ class Lora(PeftMethod):
                     f"{len(blocks) - 1}"
                 )
             chosen = [block for number, block in enumerate(blocks) if not settings.layers or number in settings.layers]
-            found += [linear for block in chosen for role in settings.targets for linear in block[role]]
+            found += [linear for block in chosen for role in roles for linear in block[role]]
         return found

@@ -21,7 +21,7 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     Weights that would have to be fetched are not: the model is then built on the meta device, of shapes alone.
     """
     run = RunFolder(config.model_copy(update={"no_output": True}), stream=sys.stderr if as_json else sys.stdout)
-    session = open_model(config, values="meta")
+    session = open_model(config, values="meta", learn=not config.do_inference)
     config, loaded, method = session.config, session.loaded, session.method
     parameters, gflops = session.parameters, session.gflops
     steps = 0

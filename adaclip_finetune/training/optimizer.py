@@ -36,7 +36,7 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
         raise UserError("nothing to train on: train_annot yields no batches")
     groups = _parameter_groups(objective, config)
     if not groups:
-        raise UserError("nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg")
+        raise UserError("nothing learns: no parameter of the model, its selector or its pooling")
     optimizer: Optimizer
     if config.optim == "adamw":
         optimizer = AdamW(groups, config.learning_rate, config.betas)

@@ -89,9 +89,11 @@ def _learned(parameters: TrainableReport) -> str:
 
 
 def _what_next(folder: Path) -> str:
+    names = ("best.safetensors", "adapter.safetensors", "config.json", "metrics.json", "curves.png", "frame_usage.png")
+    left = ", ".join(name for name in names if (folder / name).exists())
     return (
         f"\nrun folder: {folder}\n"
-        "  best.safetensors, adapter.safetensors, config.json, metrics.json, curves.png, frame_usage.png, train.log …\n"
+        f"  {left}, train.log …\n"
         "next: evaluate it on other captions\n"
         f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
         "--test_annot FILE\n"

@@ -25,7 +25,6 @@ from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives import Objective, build_objective
-from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, ensure_logit_bias
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
@@ -39,10 +38,11 @@ from adaclip_finetune.weights.checkpoints import (
 )
 from adaclip_finetune.weights.clip_weights import build_towers, find_towers, load_clip, load_pretrained
 from adaclip_finetune.weights.digest import weights_digest
-from adaclip_finetune.weights.loaded import LoadedClip
+from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_new_logit_bias
 from adaclip_finetune.weights.plain import plain_state, strict_load
 
 Values = Literal["real", "random", "meta"]
+NOTHING_LEARNS = "nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
 
 
 @dataclass
@@ -96,7 +96,8 @@ class Session:
         return describe_device(self.device) + (f", {world_size()} processes" if world_size() > 1 else "")
 
     def use(self, config: Config) -> None:
-        """Go on with other settings of the method, from the same model; what learns is chosen anew."""
+        """Continue with other settings of the method, such as batch sizes, which concern nothing that it attached; what
+        learns is chosen anew."""
         self.config = config
         self.method = build_method(config)
         _choose(self)
@@ -113,8 +114,6 @@ class Session:
         described: dict[str, Any] = dict(self.loaded.description)
         if self.pretrained_digest is not None:
             described |= {"source": self.loaded.source, "digest": self.pretrained_digest}
-        if getattr(self.model.clip, "logit_bias", None) is not None:
-            described["model_cfg"] = {"init_logit_bias": LOGIT_BIAS, **described["model_cfg"]}
         about = {"config": self.config.model_dump_json(), "clip": json.dumps(described)}
         about["parameters"] = json.dumps(self.parameters.as_dict())
         if not self.method.mergeable:
@@ -141,17 +140,20 @@ def open_model(
         if checkpoint.is_foreign:
             check_settings(checkpoint, config)
         check_version(checkpoint)
-    # What is written must tell the pretrained weights; rehearsals and evaluations, which write none, need not know.
-    starts = checkpoint is None and learn and values == "real"
     # A checkpoint brings the weights of the selector's CNN too, so that none need be fetched.
     cnn_is_random = checkpoint is not None or (values != "real" and config.policy_weights == "imagenet")
     at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
-    values = "real" if at_hand else values
-    with torch.device("meta") if values == "meta" else nullcontext():
-        loaded = _load(config, checkpoint, values)
-        digest = weights_digest(loaded.module) if starts else None
+    towers: Values = "real" if at_hand else values
+    with torch.device("meta") if towers == "meta" else nullcontext():
+        loaded = _load(config, checkpoint, towers)
+        # What a run writes tells the pretrained weights; rehearsals and evaluations write none and need not know.
+        digest = weights_digest(loaded.module) if checkpoint is None and learn and values == "real" else None
         method = build_method(config)
-        state = None if checkpoint is None else _tensors(checkpoint, loaded, config, method)
+        state = None
+        if checkpoint is not None:
+            if towers == "real":
+                _check_pretrained(checkpoint, loaded)
+            state = _tensors(checkpoint, loaded, config, method)
         if learn or not method.mergeable:
             method.attach(loaded.module)
         if state is not None and "clip.logit_bias" in state:
@@ -162,6 +164,8 @@ def open_model(
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
+        if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
+            state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
         fill(model, state, f"resume: {checkpoint.path}")
         if method.mergeable:
             method.reset(model)
@@ -169,6 +173,8 @@ def open_model(
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
     _choose(session)
+    if learn and not any(parameter.requires_grad for parameter in objective.parameters()):
+        raise UserError(NOTHING_LEARNS)
     if not learn and checkpoint is not None and (noted := checkpoint.metadata.get("parameters")):
         session.parameters = TrainableReport.from_dict(json.loads(noted))
     return session
@@ -231,7 +237,6 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
         )
     if checkpoint.kind is not Kind.ADAPTER:
         return checkpoint.state
-    _check_pretrained(checkpoint, loaded)
     own = load_config(None, {"peft": checkpoint.settings["peft"]}) if "peft" in checkpoint.settings else config
     holder = nn.Module()
     holder.clip = clip = copy.deepcopy(loaded.module)
@@ -246,10 +251,8 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
 
 def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:
     """An adapter says which weights it goes over."""
-    wanted = checkpoint.description.get("digest")
-    if wanted is None or any(parameter.is_meta for parameter in loaded.module.parameters()):
-        return
-    if wanted != weights_digest(loaded.module):
+    wanted = checkpoint.description.get("digest") if checkpoint.kind is Kind.ADAPTER else None
+    if wanted is not None and wanted != weights_digest(loaded.module):
         raise UserError(
             f"resume: {checkpoint.path} goes over the pretrained weights {checkpoint.description.get('source')} "
             f"(SHA-256 {wanted[:12]}…), and {loaded.source} are others; give those with --clip_weights or "

@@ -77,7 +77,8 @@ class Checkpoint:
         if self.kind is Kind.ADAPTER:
             return None
         inside = {n.removeprefix("clip."): tensor for n, tensor in self.state.items() if n.startswith("clip.")}
-        return Weights(inside, f"resume: {self.path}", self.description, self.path.parent / "tokenizer")
+        tokenizer, additions = self.path.parent / "tokenizer", self.method is not None
+        return Weights(inside, f"resume: {self.path}", self.description, tokenizer, additions)
 
     def own_settings(self, folder: Path | None) -> dict[str, Any]:
         """The settings of the run in `folder`, else those in the file; without what was only a default and says

@@ -29,7 +29,7 @@ from adaclip_finetune.weights.architecture import (
     shapes_of_config,
 )
 from adaclip_finetune.weights.digest import weights_digest
-from adaclip_finetune.weights.loaded import LoadedClip, Tokenizer, pools_at_end_token
+from adaclip_finetune.weights.loaded import LoadedClip, Tokenizer, ensure_logit_bias, pools_at_end_token
 from adaclip_finetune.weights.plain import strict_load
 from adaclip_finetune.weights.torchscript import is_torchscript
 from adaclip_finetune.weights.untrusted import read_untrusted, without_module_prefix
@@ -48,13 +48,15 @@ class Weights(NamedTuple):
     """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from: a setting and its value.
 
     `description` is that of a checkpoint of ours, {} where there is none; `tokenizer` the folder beside the checkpoint
-    that holds the tokenizer's files, if it is not CLIP's own.
+    that holds the tokenizer's files, if it is not CLIP's own. `with_additions`: the tensors include what a method added
+    to CLIP, which is filled in later.
     """
 
     state: Mapping[str, Tensor]
     source: str
     description: Mapping[str, Any] = MappingProxyType({})
     tokenizer: Path | None = None
+    with_additions: bool = False
 
 
 class Towers(NamedTuple):
@@ -240,7 +242,13 @@ def _subject(towers: Towers) -> str:
 def _fill(module: nn.Module, towers: Towers) -> str:
     """Put the weights into the module; says where they came from."""
     if towers.weights is not None:
-        strict_load(module, towers.weights.state, towers.weights.source)
+        state = dict(towers.weights.state)
+        if "logit_bias" in state:
+            ensure_logit_bias(module)
+        if towers.weights.with_additions:
+            own = module.state_dict()
+            state = {name: tensor for name, tensor in state.items() if name in own}
+        strict_load(module, state, towers.weights.source)
         told = f" (by its shapes {_told(towers.name)})" if towers.told_by_shapes else ""
         return towers.weights.source.partition(": ")[2] + told
     if towers.folder is not None and towers.name is not None:

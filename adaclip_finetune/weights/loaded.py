@@ -59,6 +59,24 @@ class Tokenizer:
         return int(self.encode([""], self.context_length)[0, -1])
 
 
+LOGIT_BIAS = -10.0
+"""Where the bias of the logits begins for a CLIP that has none (SigLIP, Zhai et al. 2023): most pairs are wrong."""
+
+
+def ensure_logit_bias(clip: nn.Module) -> None:
+    """Give a CLIP without a `logit_bias` a new one, at its starting value; `has_new_logit_bias` tells of it."""
+    if getattr(clip, "logit_bias", None) is None:
+        scale = clip.logit_scale
+        assert isinstance(scale, Tensor)
+        clip.logit_bias = nn.Parameter(torch.full_like(scale.detach(), LOGIT_BIAS))
+        clip.logit_bias_is_new = True  # type: ignore[assignment]
+
+
+def has_new_logit_bias(clip: nn.Module) -> bool:
+    """Whether `logit_bias` is none that the CLIP was pretrained with: then it always learns with the sigmoid loss."""
+    return getattr(clip, "logit_bias_is_new", False) is True
+
+
 def text_tower(clip: nn.Module) -> nn.Module:
     """The module that holds token_embedding, transformer, ln_final …: CLIP itself (OpenAI's layout, `open_clip.CLIP`)
     or its child `text` (`open_clip.CustomTextCLIP`)."""

@@ -1,4 +1,4 @@
-"""The command line: which command, with which settings. Everything heavy is imported by the command that needs it.
+"""The command line: which command, with which settings. Everything is imported by the command that needs it.
 
 A command is a function from its words to an exit code, and a line in `COMMANDS`. Exit codes: 0 done, 1 done, but some
 of it failed, 2 something the user can mend (one message, no traceback unless --debug), 75 stopped by SIGTERM (go on
@@ -17,13 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adaclip_finetune import __version__
-from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.flags import Parser, add_flags, given
-from adaclip_finetune.config.layers import nearest
-from adaclip_finetune.config.paths import check_paths
-from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract import options as extract_options
 from adaclip_finetune.printable import printable
 
 # What is wrong with a name that somebody gave, wherever it is first asked for.
@@ -53,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(words: Sequence[str]) -> int:
     """Finetune CLIP as a settings file says, or evaluate with --do_inference."""
+    from adaclip_finetune.config import Config, load_config
+    from adaclip_finetune.config.flags import Parser, add_flags, given
+    from adaclip_finetune.config.paths import check_paths
+    from adaclip_finetune.config.resume import continued_config
+
     parser = Parser(
         "adaclip train",
         "Finetune a CLIP video retriever on videos and captions, or evaluate one (--do_inference). "
@@ -111,6 +110,9 @@ def train(words: Sequence[str]) -> int:
 
 def schema(words: Sequence[str]) -> int:
     """Print the JSON Schema of the settings, as in cfgs/schema.json."""
+    from adaclip_finetune.config import Config
+    from adaclip_finetune.config.flags import Parser
+
     Parser("adaclip schema", f"{schema.__doc__}").read(words)
     document = Config.model_json_schema()
     document["properties"] = {"$schema": {"type": "string", "description": "for editors"}} | document["properties"]
@@ -121,6 +123,8 @@ def schema(words: Sequence[str]) -> int:
 
 def export(words: Sequence[str]) -> int:
     """Write the weights of a run in the form that another system reads."""
+    from adaclip_finetune.config.flags import Parser
+
     parser = Parser("adaclip export", f"{export.__doc__}")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or the best.safetensors in it")
     parser.add_argument(
@@ -148,6 +152,9 @@ def convert(words: Sequence[str]) -> int:
 
 def extract(words: Sequence[str]) -> int:
     """Extract the frames of a folder of videos as images, into a folder a video."""
+    from adaclip_finetune.config.flags import Parser
+    from adaclip_finetune.extract import options as extract_options
+
     parser = Parser(
         "adaclip extract",
         f"{extract.__doc__} `python utils/frame_extraction.py` is the same command. What is finished is skipped, what "
@@ -163,6 +170,9 @@ def extract(words: Sequence[str]) -> int:
 
 def pack(words: Sequence[str]) -> int:
     """Put the images of all videos into one file, which frames_dir takes in place of their folder."""
+    from adaclip_finetune.config import Config, load_config
+    from adaclip_finetune.config.flags import Parser
+
     parser = Parser(
         "adaclip pack",
         f"{pack.__doc__} For disks that are slow with many small files. The images stay as they are, each with a "
@@ -255,6 +265,8 @@ COMMANDS = {
 
 
 def _run(words: Sequence[str]) -> int:
+    from adaclip_finetune.config.layers import nearest
+
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adaclip_finetune import __version__, cli
-from adaclip_finetune.config import BitFitSettings, Config, IbsSettings
+from adaclip_finetune.config import BitFitSettings, Config, IbsSettings, paths
 from adaclip_finetune.config.schema import schema_of
 from adaclip_finetune.errors import UserError
 
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         module = types.ModuleType(f"adaclip_finetune.training.{stand_in}")
         setattr(module, name, record(name))
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(cli, "check_paths", lambda config: None)
+    monkeypatch.setattr(paths, "check_paths", lambda config: None)
     return made
 
 

@@ -65,14 +65,14 @@ def to_square(frames: Frames, spec: ImageSpec) -> Frames:
     top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
     crop = np.s_[top : top + spec.size, left : left + spec.size]
     out = np.empty((n, spec.channels, spec.size, spec.size), np.uint8)
+    resized = (height, width) != (resized_height, resized_width)
     for i, frame in enumerate(frames):
-        if (height, width) != (resized_height, resized_width):
-            image = Image.fromarray(frame).resize((resized_width, resized_height), FILTERS[spec.interpolation])
-            frame = np.asarray(image)
-        if spec.grey:
-            out[i, 0] = np.asarray(Image.fromarray(frame).convert("L"))[crop]
-        else:
-            out[i] = frame[crop].transpose(2, 0, 1)
+        if resized or spec.grey:
+            image = Image.fromarray(frame)
+            if resized:
+                image = image.resize((resized_width, resized_height), FILTERS[spec.interpolation])
+            frame = np.asarray(image.convert("L") if spec.grey else image)
+        out[i] = frame[crop] if spec.grey else frame[crop].transpose(2, 0, 1)
     return out
 
 

@@ -265,8 +265,6 @@ COMMANDS = {
 
 
 def _run(words: Sequence[str]) -> int:
-    from adaclip_finetune.config.layers import nearest
-
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
@@ -274,6 +272,8 @@ def _run(words: Sequence[str]) -> int:
         print(f"adaclip {__version__}")
         return 0
     if words[0] not in COMMANDS:
+        from adaclip_finetune.config.layers import nearest
+
         raise UserError(
             f"there is no command {words[0]}; the nearest is {nearest(words[0], COMMANDS)} (adaclip --help)"
         )

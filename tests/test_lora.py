@@ -23,7 +23,8 @@ from transformers import CLIPModel
 
 from adaclip_finetune import VideoIndex, load_retriever
 from adaclip_finetune.cli import main
-from adaclip_finetune.config import LoraSettings, load_config
+from adaclip_finetune.config import load_config
+from adaclip_finetune.config.choices import LoraSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.peft.lora import Lora, LowRank

@@ -13,7 +13,8 @@ import torch
 from conftest import build_tiny_clip
 from torch import nn
 
-from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings, LoraSettings
+from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings
+from adaclip_finetune.config.choices import LoraSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft import build_method, choose_what_learns, trainable_report
 from adaclip_finetune.peft.freezing import apply_freezing

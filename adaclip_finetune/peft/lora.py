@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adaclip_finetune.config import LoraSettings
+from adaclip_finetune.config.choices import LoraSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import Linear, text_linears, vision_linears
 from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learning, warn_of_idle_keywords

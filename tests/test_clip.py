@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import embedding_width, encode_images, text_blocks, text_positions
-from adaclip_finetune.model.text import ClipTextTower, encode_sentences, encode_words, trim_padding
+from adaclip_finetune.model.text import ClipTextTower, check_words, encode_sentences, encode_words, trim_padding
 from adaclip_finetune.weights.loaded import pools_at_end_token, text_tower
 
 WIDTH = 40
@@ -174,7 +174,7 @@ def test_other_towers_use_their_whole_context(name: str) -> None:
     assert lengths == [clip.text.num_pos]
     assert torch.equal(sentences, clip.encode_text(IDS))
     with pytest.raises(UserError, match="word_agg"):
-        encode_words(clip, IDS)
+        check_words(clip)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune import cli
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config import Config, load_config, paths
 from adaclip_finetune.config.schema import schema_of
 from adaclip_finetune.errors import UserError
 
@@ -122,7 +122,7 @@ def test_junk_flags(words: list[str]) -> None:
         raise UserError("a valid config; nothing is trained here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "check_paths", stop)
+        patch.setattr(paths, "check_paths", stop)
         assert cli.main(["train", *words]) in ((0, 2) if {"-h", "--help"} & set(words) else (2,))
 
 

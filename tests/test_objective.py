@@ -16,8 +16,8 @@ from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives import build_objective
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.objectives.contrastive import contrastive_loss
-from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS, sigmoid_loss
-from adaclip_finetune.weights.loaded import LoadedClip
+from adaclip_finetune.objectives.sigmoid import sigmoid_loss
+from adaclip_finetune.weights.loaded import LOGIT_BIAS, LoadedClip
 
 
 def numpy_loss(similarity, groups):

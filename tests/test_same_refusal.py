@@ -1,6 +1,8 @@
 """Settings that a checkpoint contradicts are refused by every command that would use it, with the same reason."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,35 @@ def test_every_command_names_the_setting(
     assert "Traceback" not in printed.err and not list(output.iterdir())
     (tmp_path / "settings.json").write_text(json.dumps(given | {"hidden_dim": 64, "num_epochs": 1}))
     assert main(words.split()) == 0
+
+
+def without_an_end_token(project: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A CLIP whose text tower looks at all tokens, as SigLIP's does."""
+    shutil.copytree(project["clip_weights"], folder / "clip")
+    described = json.loads((folder / "clip/open_clip_config.json").read_text())
+    described["model_cfg"]["text_cfg"]["no_causal_mask"] = True
+    (folder / "clip/open_clip_config.json").write_text(json.dumps(described))
+    return {"clip_weights": str(folder / "clip"), "word_agg": "mlp", "frame_agg": None}
+
+
+def nothing_that_learns(project: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Matrices in a block that is frozen, and nothing beside CLIP."""
+    lora = {"method": "lora", "config": {"layers": [0]}}
+    return {"peft": lora, "freeze_layer_num": 1, "use_policy": False, "frame_agg": None, "num_frm": 2}
+
+
+@pytest.mark.parametrize(("case", "told"), [(without_an_end_token, "word_agg"), (nothing_that_learns, "left to learn")])
+def test_what_a_run_would_stumble_over_is_refused_before_it(
+    case: Callable[..., dict[str, Any]],
+    told: str,
+    project: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {**project, **case(project, tmp_path), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    for words in ([], ["--dry_run"]):
+        assert main(["train", "--config", str(tmp_path / "c.json"), *words]) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["check", "--config", str(tmp_path / "c.json")]) == 1
+    assert told in capsys.readouterr().out

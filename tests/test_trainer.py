@@ -22,7 +22,6 @@ from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
-from adaclip_finetune.objectives.sigmoid import LOGIT_BIAS
 from adaclip_finetune.training import outcome, trainer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
@@ -30,6 +29,7 @@ from adaclip_finetune.training.optimizer import BertAdam, schedule
 from adaclip_finetune.training.outcome import FitResult
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.training.trainer import Trainer, fit
+from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}

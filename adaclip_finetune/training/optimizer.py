@@ -19,6 +19,8 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives.base import Objective
 
+NOTHING_LEARNS = "nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
+
 _EPS = 1e-6
 _MAX_TENSOR_NORM = 1.0
 _MAX_LOGIT_SCALE = math.log(100)
@@ -36,7 +38,7 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
         raise UserError("nothing to train on: train_annot yields no batches")
     groups = _parameter_groups(objective, config)
     if not groups:
-        raise UserError("nothing learns: no parameter of the model, its selector or its pooling")
+        raise UserError(NOTHING_LEARNS)
     optimizer: Optimizer
     if config.optim == "adamw":
         optimizer = AdamW(groups, config.learning_rate, config.betas)

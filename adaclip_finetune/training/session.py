@@ -28,6 +28,7 @@ from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
+from adaclip_finetune.training.optimizer import NOTHING_LEARNS
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
@@ -42,7 +43,6 @@ from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_n
 from adaclip_finetune.weights.plain import plain_state, strict_load
 
 Values = Literal["real", "random", "meta"]
-NOTHING_LEARNS = "nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
 
 
 @dataclass

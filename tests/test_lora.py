@@ -164,6 +164,10 @@ def test_a_target_named_twice_is_one_and_a_row_of_zeros_stays(tmp_path: Path) ->
 def test_a_block_or_a_tower_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"peft\.config\.layers names block 2"):
         Lora(LoraSettings(layers=(1, 2))).attach(build_tiny_clip())
+    deeper = build_tiny_clip()
+    deeper.transformer.resblocks.append(build_tiny_clip().transformer.resblocks[0])
+    Lora(LoraSettings(layers=(2,))).attach(deeper)  # which one of the towers has
+    assert not any(isinstance(module, LowRank) for module in deeper.visual.modules())
     resnet = open_clip.create_model("RN50", load_weights=False)
     with pytest.raises(UserError, match=r"(?s)peft lora: .*peft\.config\.towers to text"):
         Lora(LoraSettings()).attach(resnet)

@@ -103,14 +103,18 @@ class LoraSettings(ChoiceSettings):
 
     rank: int = setting(8, "rank of the matrices", ge=1)
     alpha: float | None = setting(None, "what is added is multiplied by alpha / rank; null: 2 x rank", gt=0)
-    dropout: float = setting(0.0, "share of the inputs of the matrices that is dropped in training", ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "share of the input channels that the matrices leave out in a training step", ge=0, lt=1
+    )
     targets: LoraTargets = setting(
         ("q", "k", "v", "out", "fc", "proj"),
         "what of a block gets matrices: attention (q, k, v, out), MLP (fc, proj)",
         min_length=1,
     )
     towers: Literal["image", "text", "both"] = setting("both", "the towers that get matrices")
-    layers: LayerNumbers = setting((), "blocks that get matrices, counted from 0 in each tower; empty: all")
+    layers: LayerNumbers = setting(
+        (), "blocks that get matrices, counted from 0 in each tower that has them; empty: all"
+    )
     dora: bool = setting(False, "learn the length of each row of a weight apart from its direction (DoRA)")
     rslora: bool = setting(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")

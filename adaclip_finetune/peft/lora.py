@@ -115,21 +115,27 @@ class Lora(PeftMethod):
 
     def _targets(self, clip: nn.Module) -> list[Linear]:
         """The linear maps to update. Raises UserError for a tower or a block that is not there."""
-        settings, found, roles = self.settings, [], tuple(dict.fromkeys(self.settings.targets))
-        towers = {"image": vision_linears, "text": text_linears}
+        settings, towers = self.settings, {"image": vision_linears, "text": text_linears}
+        blocks = {}
         for name in towers if settings.towers == "both" else [settings.towers]:
             try:
-                blocks = towers[name](clip)
+                blocks[name] = towers[name](clip)
             except UserError as error:
                 other = "text" if name == "image" else "image"
                 raise UserError(
                     f"peft lora: {error}; set peft.config.towers to {other}, or take peft bitfit or full"
                 ) from error
-            if beyond := [number for number in settings.layers if number >= len(blocks)]:
+        for number in settings.layers:
+            if all(number >= len(found) for found in blocks.values()):
+                depths = " and ".join(f"the {name} tower {len(found)}" for name, found in blocks.items())
                 raise UserError(
-                    f"peft.config.layers names block {beyond[0]}, but the {name} tower has blocks 0 to "
-                    f"{len(blocks) - 1}"
+                    f"peft.config.layers names block {number}, counted from 0, but there are fewer: {depths}"
                 )
-            chosen = [block for number, block in enumerate(blocks) if not settings.layers or number in settings.layers]
-            found += [linear for block in chosen for role in roles for linear in block[role]]
-        return found
+        return [
+            linear
+            for found in blocks.values()
+            for number, block in enumerate(found)
+            if not settings.layers or number in settings.layers
+            for role in dict.fromkeys(settings.targets)
+            for linear in block[role]
+        ]

@@ -335,3 +335,12 @@ def test_xpu_is_a_device() -> None:
     assert load_config(None, {"xpu": True, "device": "auto"}).device == "xpu"
     assert load_config(None, {"xpu": True, "device": "xpu"}).device == "xpu"
     assert load_config(None, {"xpu": False, "device": "cpu"}).device == "cpu"
+
+
+def test_a_figure_must_be_one_that_the_task_measures() -> None:
+    search = {"opt_params": {"learning_rate": {"range": [1e-5, 1e-3]}}}
+    assert load_config(None, {"optuna_cfg": search}).searched_figure == "t2v.R@1"
+    assert load_config(None, {"optuna_cfg": search, "primary": "v2t.MedR"}).searched_figure == "v2t.MedR"
+    for given in ({"primary": "t2v.R@2"}, {"optuna_cfg": {**search, "objective": "t2v.R@2"}}):
+        with pytest.raises(UserError, match=r"t2v\.R@2 is no figure of task retrieval.* v2t\.MedR"):
+            load_config(None, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol, cast
 
 import torch
@@ -13,7 +14,7 @@ from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.weights.loaded import pools_at_end_token, text_setting, text_tower
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module, ABC):
     """Token ids (T, L) → TextFeatures; those of words only if `words` are asked for.
 
     Ids on the CPU are cut to the longest text of the batch, where that cannot change anything, and moved to the model.
@@ -28,8 +29,8 @@ class TextTower(nn.Module):
         """The CLIP whose text tower this one uses."""
         return self._clip[0]
 
-    def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures: ...
 
 
 class ClipTextTower(TextTower):

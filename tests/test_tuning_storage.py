@@ -53,14 +53,15 @@ def worker(url: str, log: Path, points: int = POINTS, seconds: float = 0.3, sile
         return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
 
 
-def begun(log: Path, trials: int = 1) -> int:
-    """Wait until a worker has begun so many trials; the number of the last."""
+def begun(*logs: Path, trials: int = 1) -> tuple[int, Path]:
+    """Wait until one of the workers has begun so many trials; the number of the last, and the worker's log."""
     for _ in range(600):
-        lines = log.read_text().splitlines() if log.exists() else []
-        if len(lines) >= trials:
-            return int(lines[trials - 1])
+        for log in logs:
+            lines = log.read_text().splitlines() if log.exists() else []
+            if len(lines) >= trials:
+                return int(lines[trials - 1]), log
         time.sleep(0.05)
-    raise AssertionError(f"nothing happened: {log.read_text()}")
+    raise AssertionError(f"nothing happened: {[log.read_text() for log in logs]}")
 
 
 def new_study(storage: StudyStorage, name: str = "s") -> optuna.Study:
@@ -96,12 +97,12 @@ def dashboard(url: str) -> Page:
 
 def check_that_three_workers_do_all_though_one_is_killed(url: str, folder: Path) -> None:
     logs = [folder / f"{number}.log" for number in range(3)]
-    workers = [worker(url, log) for log in logs]
-    lost = begun(logs[0])
-    workers[0].kill()
-    for log, process in zip(logs, workers, strict=True):
+    workers = {log: worker(url, log, seconds=1.0) for log in logs}
+    lost, victim = begun(*logs)  # a worker that starts late may find nothing left to begin
+    workers[victim].kill()
+    for log, process in workers.items():
         process.wait(60)
-        assert process.returncode == (-signal.SIGKILL if process is workers[0] else 0), log.read_text()
+        assert process.returncode == (-signal.SIGKILL if log is victim else 0), log.read_text()
     with open_storage(url) as storage:
         trials = new_study(storage, STUDY).trials
     assert completed(trials) == dict.fromkeys(range(POINTS), 1)
@@ -123,7 +124,7 @@ def test_three_workers_on_postgresql_do_all_though_one_is_killed(server: postgre
 def test_sqlite_is_for_one_process_and_goes_on_at_once_when_that_is_killed(tmp_path: Path) -> None:
     url, log = "sqlite:///optuna.db", tmp_path / "first.log"
     first = worker(url, log, points=3)
-    lost = begun(log, trials=2)
+    lost, _ = begun(log, trials=2)
     with pytest.raises(UserError) as refused, open_storage(url):
         pass
     assert f"{tmp_path}/optuna.db is being written by process {first.pid} on this machine" in str(refused.value)
@@ -133,7 +134,7 @@ def test_sqlite_is_for_one_process_and_goes_on_at_once_when_that_is_killed(tmp_p
     page = dashboard(url)
     assert (page("GET", "/api/studies/1"), page("DELETE", "/api/studies/1")) == (200, 500)  # its guard still stands
     second = worker(url, tmp_path / "second.log", points=3)
-    assert begun(tmp_path / "second.log") == lost + 1
+    assert begun(tmp_path / "second.log")[0] == lost + 1
     assert second.wait(60) == 0
     with open_storage(url) as storage:
         trials = new_study(storage, STUDY).trials

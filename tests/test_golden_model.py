@@ -13,9 +13,9 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.session import fill
 from adaclip_finetune.weights.checkpoints import check_settings, describe, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.plain import strict_load
 
 SETTINGS = [
     "mean_seqTransf",
@@ -45,7 +45,7 @@ def test_golden_setting(name: str, tmp_path: Path) -> None:
     assert "its settings are those given" in describe(checkpoint, config)
     loaded = load_clip(config, from_checkpoint=checkpoint.towers())
     model = VideoRetriever(config, dataclasses.replace(loaded, image=AS_IT_IS)).eval()
-    fill(model, checkpoint.state, str(checkpoint.path))
+    strict_load(model, checkpoint.state, str(checkpoint.path))
     batch = VideoBatch(
         frames=inputs["frames"] * 255,
         frame_mask=torch.ones(5, 8, dtype=torch.bool),

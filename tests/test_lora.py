@@ -16,7 +16,7 @@ from conftest import build_tiny_clip
 from media import write_video
 from pydantic import ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spread import spread
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -317,6 +317,21 @@ def test_a_killed_run_goes_on_bit_for_bit(project: Project, tmp_path: Path) -> N
         states.append(load_file(folder / "best.safetensors") | load_file(folder / "adapter.safetensors"))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_only_an_adapter_may_lack_the_frozen_copy_of_the_tower(project: Project, tmp_path: Path) -> None:
+    given = {**project, "policy_backbone": "frozen_clip", "num_epochs": 1, "output_dir": str(tmp_path / "out")}
+    folder = fit(load_config(None, given)).folder
+    assert folder is not None
+    load_retriever(folder / "adapter.safetensors")
+    state = load_file(folder / "best.safetensors")
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    whole = {name: tensor for name, tensor in state.items() if not name.startswith("selector.backbone.")}
+    assert len(whole) < len(state)
+    save_file(whole, tmp_path / "best.safetensors", metadata)
+    with pytest.raises(UserError, match=r"missing: selector\.backbone\."):
+        load_retriever(tmp_path / "best.safetensors")
 
 
 def test_a_new_run_begins_with_merged_weights_or_an_adapter(run: Path, project: Project, tmp_path: Path) -> None:

@@ -49,14 +49,6 @@ class Linear(NamedTuple):
         return getattr(self.module, self.weight)[self.start : self.stop]
 
 
-def parameter_name(root: nn.Module, linear: Linear) -> str:
-    """The name of the map's parameter in a state dict of `root` without parametrizations (`visual…in_proj_weight`)."""
-    prefix = next((name for name, module in root.named_modules() if module is linear.module), None)
-    if prefix is None:
-        raise ValueError(f"the module that holds this {linear.weight} is not a part of {type(root).__name__}")
-    return f"{prefix}.{linear.weight}".lstrip(".")
-
-
 class Block(ABC):
     """A transformer block: x + attention, then + MLP.
 

@@ -166,7 +166,9 @@ def open_model(
     if state is not None and checkpoint is not None:
         if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
             state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
-        fill(model, state, f"resume: {checkpoint.path}")
+        if checkpoint.kind is Kind.ADAPTER:
+            state = _frozen_copies(model) | state
+        strict_load(model, state, f"resume: {checkpoint.path}")
         if method.mergeable:
             method.reset(model)
     if accelerator is not None:
@@ -185,13 +187,6 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
     session = open_model(config, checkpoint, accelerator=make_accelerator(config), learn=False)
     session.model.eval()
     return session
-
-
-def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put a checkpoint's plain tensors into `model`, strictly. Raises UserError."""
-    own = model.state_dict()
-    brought = {name: own[name] for name in _frozen_copies(model) if name not in state}
-    strict_load(model, brought | dict(state), source)
 
 
 def find_checkpoint(
@@ -266,12 +261,11 @@ def _choose(session: Session) -> None:
     session.recount()
 
 
-def _frozen_copies(model: nn.Module) -> list[str]:
-    """Names of a frozen copy of CLIP's image tower in the selector, which an adapter lacks: the pretrained CLIP that is
-    in the model already has filled it."""
-    return [
-        f"{name}.{inner}"
+def _frozen_copies(model: nn.Module) -> dict[str, Tensor]:
+    """The frozen copy of the pretrained image tower in the selector, if it has one, which an adapter leaves out."""
+    return {
+        f"{name}.{inner}": tensor
         for name, module in model.named_modules()
         if isinstance(module, FrozenClipBackbone)
-        for inner in plain_state(module)
-    ]
+        for inner, tensor in plain_state(module).items()
+    }

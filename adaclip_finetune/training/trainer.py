@@ -56,7 +56,7 @@ from adaclip_finetune.training.optimizer import (
 from adaclip_finetune.training.outcome import SELECTED_ON_TEST, FitResult, say_and_write
 from adaclip_finetune.training.prefetch import prefetched
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.session import fill, open_model
+from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import Interrupted, StopSignals
 from adaclip_finetune.training.snapshot import Snapshot, drop_snapshots, load_snapshot, restore_results, save_snapshot
 from adaclip_finetune.training.switches import explain_nondeterminism
@@ -442,7 +442,7 @@ class Trainer:
         if self.config.no_output:
             self.model.load_state_dict(self.best_state)
         elif path := self.run.file(_BEST):
-            fill(self.model, read_checkpoint(path).state, str(path))
+            strict_load(self.model, read_checkpoint(path).state, str(path))
             if self.session.method.mergeable:
                 self.session.method.reset(self.model)
         copy_from_main(self.model.state_dict().values())

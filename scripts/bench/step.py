@@ -1,0 +1,60 @@
+"""Time a training step on random weights and random pixels, and tell its highest memory on an accelerator.
+
+    python scripts/bench/step.py --device cuda --precision bf16 --num_frm 16 --top_k 8 --batch_size 32 \
+        --clip_backbone PE-Core-B-16:meta --peft.method lora
+
+Every setting of `adaclip train` is a flag. Nothing is downloaded and nothing is read but the flags.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.flags import Parser, add_flags, given
+from adaclip_finetune.training.device import describe_device, make_accelerator, peak_memory_mib
+from adaclip_finetune.training.memory import blank_batch
+from adaclip_finetune.training.optimizer import build_optimizer
+from adaclip_finetune.training.session import open_model
+
+_WARMUP, _STEPS = 3, 8
+
+
+def main() -> None:
+    """Print the median of the steps."""
+    parser = Parser("step.py", f"{(__doc__ or '').splitlines()[0]}")
+    add_flags(parser, Config)
+    defaults = {"frame_agg": "mlp", "freeze_cnn": True, "max_txt_len": 32, "policy_weights": "random"}
+    config = load_config(None, defaults | given(parser.read(sys.argv[1:])))
+    torch.manual_seed(config.seed)
+    session = open_model(config, values="random", accelerator=make_accelerator(config))
+    optimizer, _ = build_optimizer(session.objective, config, _WARMUP + _STEPS)
+    session.objective.train()
+    batch, group = blank_batch(config, session.model, session.loaded.tokenize, config.batch_size)
+    videos = batch.videos
+    pixels = torch.randint(0, 256, videos.frames.shape, dtype=torch.uint8)
+    batch = replace(batch, videos=replace(videos, frames=pixels, frame_mask=torch.ones_like(videos.frame_mask)))
+    batch, seconds = batch.to(session.device), []
+    for _ in range(_WARMUP + _STEPS):
+        started = time.perf_counter()
+        with session.autocast():
+            terms = list(session.objective(batch, group).values())
+        sum(terms[1:], terms[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if session.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - started)
+    step, memory = 1000 * statistics.median(seconds[_WARMUP:]), peak_memory_mib(session.device) / 1024
+    what = f"{config.clip_backbone} {config.peft.method} {config.precision}, batch {config.batch_size}"
+    print(f"{what}, {config.top_k} of {config.num_frm} frames: {step:.1f} ms a step, {memory:.2f} GiB at most")
+    print(describe_device(session.device))
+
+
+if __name__ == "__main__":
+    main()

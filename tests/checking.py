@@ -6,8 +6,8 @@ from typing import Any
 
 from media import write_frames
 
-from adaclip_finetune.check.command import run
 from adaclip_finetune.check.finding import Finding
+from adaclip_finetune.commands.check import run
 
 
 def write_annotation(path: Path, videos: dict[str, Any]) -> str:

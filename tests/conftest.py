@@ -28,6 +28,13 @@ os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in tests/core, so that `pytest -m core` runs it."""
+    for item in items:
+        if item.path.parent.name == "core":
+            item.add_marker(pytest.mark.core)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tests, and the programs that they start, keep what they know of videos: not in the user's home."""

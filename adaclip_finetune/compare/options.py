@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import create_model
 
+from adaclip_finetune.commands.flags import Parser, add_flags
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.base import Settings
-from adaclip_finetune.config.flags import Parser, add_flags
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.durable import beside, write_durably
 from adaclip_finetune.errors import UserError

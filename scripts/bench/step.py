@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
+from adaclip_finetune.commands.flags import Parser, add_flags, given
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.flags import Parser, add_flags, given
 from adaclip_finetune.training.device import describe_device, make_accelerator, peak_memory_mib
 from adaclip_finetune.training.memory import blank_batch
 from adaclip_finetune.training.optimizer import build_optimizer

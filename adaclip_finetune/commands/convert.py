@@ -1,0 +1,59 @@
+"""`adaclip convert FORMAT …`: a command for each format, with flags and help of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaclip_finetune.commands.flags import Parser
+from adaclip_finetune.config.layers import nearest
+from adaclip_finetune.data.formats import FORMATS
+from adaclip_finetune.data.formats.clip import SPLITS
+from adaclip_finetune.errors import UserError
+
+
+def run(words: Sequence[str]) -> int:
+    """Convert, and print what it came to. Returns 0, or 2 if no format is named; raises UserError."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    name = words[0]
+    if name not in FORMATS:
+        raise UserError(
+            f"there is no format {name}; the nearest is {nearest(name, FORMATS)} (adaclip convert --help), "
+            "and `table` reads any CSV, TSV or JSONL"
+        )
+    parser = Parser(
+        f"adaclip convert {name}",
+        f"From {FORMATS[name].HELP}. Written are train.json, val.json and test.json, as far as the source has them "
+        "(docs/formats.md).",
+    )
+    FORMATS[name].add_flags(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
+    arguments = parser.read(words[1:])
+    targets = {(arguments.output / f"{split}.json").resolve() for split in SPLITS}
+    if sources := [path for path in vars(arguments).values() if isinstance(path, Path) and path.resolve() in targets]:
+        raise UserError(f"{sources[0]}: is what is converted, and would be written over; give another -o DIR")
+
+    from adaclip_finetune.data.formats.write import write_splits
+
+    for line in write_splits(FORMATS[name].read(arguments), arguments.output, arguments.overwrite, arguments.videos):
+        print(line)
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:12} {known.HELP}" for name, known in FORMATS.items()]
+    return "\n".join(
+        [
+            "usage: adaclip convert FORMAT ... -o DIR",
+            "",
+            "Write the annotation files of a published data set as train.json, val.json and test.json.",
+            "",
+            *lines,
+            "",
+            "`adaclip convert FORMAT --help` tells which files it needs.",
+        ]
+    )

@@ -1,0 +1,74 @@
+"""`adaclip train`, and train.py: load settings, then train, tune or evaluate."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaclip_finetune.commands.flags import Parser, add_flags, given
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.resume import continued_config
+from adaclip_finetune.errors import UserError, debug_requested
+
+
+def run(words: Sequence[str]) -> int:
+    """Finetune CLIP as a settings file says, or evaluate with --do_inference."""
+
+    parser = Parser(
+        "adaclip train",
+        "Finetune a CLIP video retriever on videos and captions, or evaluate one (--do_inference). "
+        "`python train.py` is the same command. A flag beats the file, the file beats the default.",
+        "adaclip train [--config FILE] [--peft FILE] [--SETTING VALUE ...] [--dry_run [--json]]",
+        "Flags are written in full. A switch may stand alone (--save_last), have a value (--save_last false) or be "
+        "turned off (--no_save_last). Lists are given word by word (--betas 0.9 0.98) or as JSON ('[]'). The word none "
+        "stands for null. Every setting is also a key of the JSON file, dots standing for nesting.",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings to begin with (JSON; those in cfgs/ are explained there)"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check settings and data, say what would be done, and stop"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry_run: say it as one JSON object")
+    add_flags(parser, Config)
+    arguments = parser.read(words)
+    if arguments.json and not arguments.dry_run:
+        raise UserError("--json belongs to --dry_run")
+    config = load_config(arguments.config, given(arguments))
+    folder = None
+    if config.resume is not None and Path(config.resume).is_dir():
+        folder, config = Path(config.resume), continued_config(config)
+    check_paths(config)
+
+    # Before torch is imported: DistributedDataParallel warns in every run that it looks for unused parameters in vain,
+    # which is the price of not hanging where there are some.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from adaclip_finetune.processes import part
+    from adaclip_finetune.training.dry_run import dry_run
+    from adaclip_finetune.training.evaluate_only import evaluate_only
+    from adaclip_finetune.training.trainer import fit
+
+    try:
+        if config.optuna_cfg is not None:
+            from adaclip_finetune.tuning.search import describe, search
+
+            if not arguments.dry_run:
+                search(config)
+                return 0
+            print(*describe(config), sep="\n", file=sys.stderr if arguments.json else sys.stdout)
+        if arguments.dry_run:
+            dry_run(config, as_json=arguments.json)
+        elif config.do_inference:
+            evaluate_only(config, folder)
+        else:
+            fit(config, folder=folder)
+    except UserError:
+        if config.debug and not debug_requested(words):  # asked for in the file
+            traceback.print_exc()
+        raise
+    part()
+    return 0

@@ -1,13 +1,14 @@
-"""The command line: which command, with which settings. Everything is imported by the command that needs it.
+"""The `adaclip` program: find the command, run it, and turn errors into messages and exit codes.
 
-A command is a file in `commands/` and a line in `COMMANDS`. Exit codes: 0 done, 1 done, but some
-of it failed, 2 something the user can mend (one message, no traceback unless --debug), 75 stopped by SIGTERM (go on
-with --resume), 130 by Ctrl-C.
+A command is a module in `commands/` and a line in `COMMANDS`; it is imported when it runs. Exit codes: 0 success,
+1 partial failure, 2 an error that the user can fix (one message; a traceback only with --debug), 75 stopped by SIGTERM
+(continue with --resume), 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -18,12 +19,15 @@ from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError, debug_requested
 from adaclip_finetune.printable import printable
 
-# What is wrong with a name that somebody gave, wherever it is first asked for.
-_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
+# Errors caused by a file name that the user gave.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that is not UTF-8 shows escapes instead of failing
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         code = _run(words)
@@ -34,28 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("adaclip: interrupted", file=sys.stderr)
         return int(getattr(stop, "exit_code", 130))
-    except BrokenPipeError:  # `adaclip schema | head`: the reader has gone, and nobody is left to tell
+    except BrokenPipeError:  # as in `adaclip schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in _OF_NAMES or error.filename is None:
+        if error.errno not in _NAME_ERRORS or error.filename is None:
             raise
         return _refused(f"{printable(os.fsdecode(error.filename))}: {error.strerror}", words)
 
 
-# Each name is a module of `commands`, with a function `run(words) -> exit code`.
+# Name → line of help. Each name is a module of `commands` with a function `run(words) -> exit code`.
 COMMANDS = {
-    "train": "finetune a retriever, or evaluate one; the same as `python train.py`",
-    "evaluate": "compare checkpoints with zero-shot and with each other, on one data set or several",
-    "predict": "for each query the best videos with their scores, as a file",
-    "export": "write a run's weights for the published AdaCLIP, open_clip or transformers",
-    "convert": "annotation files of published data sets, or tables, to train/val/test JSON",
-    "index": "embed videos with a trained model, to be searched",
-    "search": "find videos in an index by a text or a picture",
-    "serve": "a page on this machine to search an index by text or picture",
-    "check": "what would go wrong in a run, and what it would take",
-    "extract": "frames of videos as images; the same as `python utils/frame_extraction.py`",
-    "pack": "the images of all videos in one file, for slow disks",
+    "train": "finetune a retriever, or evaluate one (also: python train.py)",
+    "evaluate": "compare checkpoints and zero-shot CLIP in one table",
+    "predict": "write the best videos of each query to a file",
+    "export": "convert a checkpoint for the published AdaCLIP, open_clip or transformers",
+    "convert": "convert annotations of published data sets, or tables, to JSON",
+    "index": "embed a folder of videos for searching",
+    "search": "find videos in an index by text or image",
+    "serve": "serve a web page that searches an index",
+    "check": "check data and settings before a run, and estimate its cost",
+    "extract": "extract frames of videos as images (also: python utils/frame_extraction.py)",
+    "pack": "pack extracted frames into one LMDB file, for slow disks",
     "schema": "print the JSON Schema of the settings",
 }
 
@@ -70,13 +74,11 @@ def _run(words: Sequence[str]) -> int:
     if words[0] not in COMMANDS:
         from adaclip_finetune.config.layers import nearest
 
-        raise UserError(
-            f"there is no command {words[0]}; the nearest is {nearest(words[0], COMMANDS)} (adaclip --help)"
-        )
+        raise UserError(f"unknown command {words[0]}; did you mean {nearest(words[0], COMMANDS)}? (see adaclip --help)")
     try:
         command = import_module(f"adaclip_finetune.commands.{words[0]}")
         return int(command.run(words[1:]))
-    except SystemExit as done:  # argparse has printed its help
+    except SystemExit as done:  # argparse printed its help
         return int(done.code or 0)
 
 
@@ -88,7 +90,7 @@ def _refused(message: str, words: Sequence[str]) -> int:
 
 
 def _process() -> str:
-    """Which of several processes speaks: torchrun and accelerate number them in the environment."""
+    """Return which process of torchrun or accelerate this is, for error messages; "" for the main one."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return "" if rank == "0" else f" (process {rank} of 0 to {int(count) - 1})"
 
@@ -103,6 +105,6 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`adaclip COMMAND --help` tells about one command, `adaclip --version` the version.",
+            "Run `adaclip COMMAND --help` for the options of a command, `adaclip --version` for the version.",
         ]
     )

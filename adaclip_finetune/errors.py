@@ -1,14 +1,14 @@
-"""The one exception that is meant for users.
+"""The exception for errors that the user can fix.
 
-Whatever a user can get wrong (a key, a path, a broken video) ends here: the command line prints the message alone
-and exits with code 2. The message names the file, the key or row, the value and the way out.
+The command line prints its message without a traceback and exits with code 2. The message says what is wrong (the file,
+the setting or row, the value) and what to do about it.
 """
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend. `str(error)` is all they will see."""
+    """An error that the user can fix. The user sees `str(error)` and nothing else."""
 
 
 def debug_requested(words: Sequence[str]) -> bool:

@@ -1,8 +1,7 @@
-"""Command-line flags made from a settings class: one a setting, nested ones with dots, grouped in `--help`.
+"""Command-line flags generated from a settings class: one per setting, nested ones with dots, grouped in `--help`.
 
-argparse only sorts the words of the command line. What a word means (`16` a number, `true` a boolean, `none` null)
-follows from the schema, and whether it is allowed is decided where the file is checked too: a flag and a line of JSON
-are refused for the same reasons in the same words.
+argparse only splits the command line. The schema decides what a word means (`16` is a number, `true` a boolean, `none`
+null), and flags are validated together with the config file, so that both give the same error messages.
 """
 
 from __future__ import annotations
@@ -21,32 +20,30 @@ from adaclip_finetune.strict_json import parse_json
 
 
 class Parser(argparse.ArgumentParser):
-    """Whole flag names only, the nearest one named for an unknown flag, and UserError where argparse would exit."""
+    """An ArgumentParser without abbreviated flags that raises UserError instead of exiting."""
 
     def __init__(self, prog: str, description: str, usage: str | None = None, epilog: str | None = None):
         super().__init__(prog=prog, description=description, usage=usage, epilog=epilog, allow_abbrev=False)
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse; UserError for a word that belongs nowhere."""
+        """Parse the command line. Raises UserError for unknown flags and stray words."""
         namespace, rest = self.parse_known_args(list(words))
         flags = [word.split("=", 1)[0] for word in rest if word.startswith("-") and word.strip("-")]
         known = [option for action in self._actions for option in action.option_strings]
         if flags:
-            raise UserError(
-                "\n".join(f"there is no flag {flag}; the nearest is {nearest(flag, known)}" for flag in flags)
-            )
+            raise UserError("\n".join(f"unknown flag {flag}; did you mean {nearest(flag, known)}?" for flag in flags))
         if rest:
-            way_out = "; a settings file is given as --config FILE" if "--config" in known else ""
-            raise UserError(f"{' '.join(rest)}: belongs to no flag{way_out}")
+            way_out = " (a settings file is given as --config FILE)" if "--config" in known else ""
+            raise UserError(f"unexpected argument: {' '.join(rest)}{way_out}")
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        """What argparse has against the words, as a UserError."""
+        """Raise UserError with the message of argparse."""
         raise UserError(message)
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """A flag for every setting, a group for every base class that declares some (its docstring is the title)."""
+    """Add a flag for every setting, grouped by the base class that declares it (its docstring is the title)."""
     schema, nodes = schema_of(settings), schema_of(settings).paths()
     for base in reversed(settings.__bases__):
         group = parser.add_argument_group(f"{base.__doc__}")
@@ -56,13 +53,13 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None
 
 
 def given(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Dotted name -> value of the settings flags that were given, ready to be laid over a file."""
+    """Return dotted name → value of the settings flags that were given."""
     overrides: dict[str, Any] = getattr(namespace, "overrides", {})
     return overrides
 
 
 class _Override(argparse.Action):
-    """Note the words of a flag as the value of a setting."""
+    """Store the words of a flag as the value of a setting."""
 
     def __init__(self, nodes: list[Node], schema: Schema, **options: Any):
         super().__init__(default=argparse.SUPPRESS, **options)
@@ -115,11 +112,13 @@ def _metavar(kinds: set[str | None], path: str, nodes: list[Node], schema: Schem
 def _help(path: str, nodes: list[Node], schema: Schema) -> str:
     node, unit = nodes[0], str(nodes[0].get("unit", ""))
     kinds = {option.get("type") for option in schema.alternatives(node)}
-    facts = [f"of {', '.join(owners)}"] if (owners := schema.owners(path)) else []
+    facts = [f"for {', '.join(owners)}"] if (owners := schema.owners(path)) else []
     if kinds == {"object"}:
-        facts += ["a JSON object" if "." in path else "a JSON file that holds this part alone"]
+        facts += ["a JSON object" if "." in path else "a JSON file with this section alone"]
     elif kinds != {"boolean"} and not (unit.startswith(("file", "folder")) and "allowed" not in node):
-        facts += [schema.words(*nodes)] + ([f"unit: {unit}"] if unit and "allowed" not in node else [])
+        facts += [re.sub(r" from (-?\d+) to \d{4,}", r" >= \1", schema.words(*nodes))] + (
+            [f"unit: {unit}"] if unit and "allowed" not in node else []
+        )
     if "default" in node and ("." not in path or kinds != {"object"}):
         facts += [f"default: {_shown(node['default'])}"]
     return f"{node.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
@@ -132,7 +131,7 @@ def _shown(value: Any) -> str:
 
 
 def _value(words: list[str], nodes: list[Node], schema: Schema, flag: str) -> Any:
-    """The value that the words stand for. Words that fit no type stay text, and are refused as such later."""
+    """Return the value of the words of a flag. Words that fit no type stay text, which validation refuses."""
     options = [option for node in nodes for option in schema.alternatives(node)]
     if len(words) == 1 and words[0].lower() in ("none", "null") and any(map(schema.nullable, nodes)):
         return None

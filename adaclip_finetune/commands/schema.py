@@ -10,11 +10,13 @@ from adaclip_finetune.config import Config
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the JSON Schema of the settings, as in cfgs/schema.json."""
+    """Print the JSON Schema of the settings (cfgs/schema.json). Returns the exit code."""
 
     Parser("adaclip schema", f"{run.__doc__}").read(words)
     document = Config.model_json_schema()
-    document["properties"] = {"$schema": {"type": "string", "description": "for editors"}} | document["properties"]
+    document["properties"] = {
+        "$schema": {"type": "string", "description": "the schema of this file, for editors"}
+    } | document["properties"]
     document["title"] = "Settings of adaclip-finetune"
     print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | document, indent=2))
     return 0

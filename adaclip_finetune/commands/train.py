@@ -16,36 +16,34 @@ from adaclip_finetune.errors import UserError, debug_requested
 
 
 def run(words: Sequence[str]) -> int:
-    """Finetune CLIP as a settings file says, or evaluate with --do_inference."""
+    """Run `adaclip train`. Returns the exit code; raises UserError."""
 
     parser = Parser(
         "adaclip train",
         "Finetune a CLIP video retriever on videos and captions, or evaluate one (--do_inference). "
-        "`python train.py` is the same command. A flag beats the file, the file beats the default.",
+        "`python train.py` is the same command. Flags override the config file, which overrides the defaults.",
         "adaclip train [--config FILE] [--peft FILE] [--SETTING VALUE ...] [--dry_run [--json]]",
-        "Flags are written in full. A switch may stand alone (--save_last), have a value (--save_last false) or be "
-        "turned off (--no_save_last). Lists are given word by word (--betas 0.9 0.98) or as JSON ('[]'). The word none "
-        "stands for null. Every setting is also a key of the JSON file, dots standing for nesting.",
+        "Flags cannot be abbreviated. A switch can stand alone (--save_last), have a value (--save_last false) or be "
+        "negated (--no_save_last). Lists are written as words (--betas 0.9 0.98) or as JSON ('[]'). The word none "
+        "means null. Every setting is also a key of the JSON file; dots mean nesting.",
     )
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings (recipes are in cfgs/)")
     parser.add_argument(
-        "--config", metavar="FILE", help="settings to begin with (JSON; those in cfgs/ are explained there)"
+        "--dry_run", action="store_true", help="check settings and data, print what would be done, and stop"
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check settings and data, say what would be done, and stop"
-    )
-    parser.add_argument("--json", action="store_true", help="with --dry_run: say it as one JSON object")
+    parser.add_argument("--json", action="store_true", help="with --dry_run: print one JSON object")
     add_flags(parser, Config)
     arguments = parser.read(words)
     if arguments.json and not arguments.dry_run:
-        raise UserError("--json belongs to --dry_run")
+        raise UserError("--json requires --dry_run")
     config = load_config(arguments.config, given(arguments))
     folder = None
     if config.resume is not None and Path(config.resume).is_dir():
         folder, config = Path(config.resume), continued_config(config)
     check_paths(config)
 
-    # Before torch is imported: DistributedDataParallel warns in every run that it looks for unused parameters in vain,
-    # which is the price of not hanging where there are some.
+    # Must be set before torch is imported. It silences a warning of DistributedDataParallel that appears in every run
+    # because find_unused_parameters is on, which keeps methods with unused parameters from hanging.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from adaclip_finetune.processes import part
     from adaclip_finetune.training.dry_run import dry_run
@@ -67,7 +65,7 @@ def run(words: Sequence[str]) -> int:
         else:
             fit(config, folder=folder)
     except UserError:
-        if config.debug and not debug_requested(words):  # asked for in the file
+        if config.debug and not debug_requested(words):  # set in the config file
             traceback.print_exc()
         raise
     part()

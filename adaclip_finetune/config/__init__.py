@@ -1,4 +1,4 @@
-"""Every setting of a run, and how a config is read: defaults, below a file, below flags. Torch-free."""
+"""All settings of a run, and loading them from defaults, a JSON file and flags. Does not import torch."""
 
 from adaclip_finetune.config.choices import (
     ADAPTATIONS,
@@ -13,28 +13,12 @@ from adaclip_finetune.config.choices import (
     ContrastiveSettings,
     FullSettings,
     IbsSettings,
-    NoAdaptationSettings,
+    LoraSettings,
     PerFrameSettings,
-    RetrievalSettings,
     SigmoidSettings,
     implementation,
 )
-from adaclip_finetune.config.settings import (
-    AggregationSettings,
-    Config,
-    DataSettings,
-    DeviceSettings,
-    EvaluationSettings,
-    FrameSettings,
-    ModelSettings,
-    OptimisationSettings,
-    PeftGroup,
-    RunSettings,
-    SearchGroup,
-    SelectionSettings,
-    contradictions,
-    load_config,
-)
+from adaclip_finetune.config.settings import Config, load_config
 
 __all__ = [
     "ADAPTATIONS",
@@ -42,30 +26,17 @@ __all__ = [
     "PEFT",
     "TASKS",
     "TOWERS",
-    "AggregationSettings",
     "BitFitSettings",
     "Choice",
     "ChoiceSettings",
     "Chosen",
     "Config",
     "ContrastiveSettings",
-    "DataSettings",
-    "DeviceSettings",
-    "EvaluationSettings",
-    "FrameSettings",
     "FullSettings",
     "IbsSettings",
-    "ModelSettings",
-    "NoAdaptationSettings",
-    "OptimisationSettings",
-    "PeftGroup",
+    "LoraSettings",
     "PerFrameSettings",
-    "RetrievalSettings",
-    "RunSettings",
-    "SearchGroup",
-    "SelectionSettings",
     "SigmoidSettings",
-    "contradictions",
     "implementation",
     "load_config",
 ]

@@ -1,7 +1,7 @@
-"""What every settings class has in common, and how one setting is declared.
+"""The base class of all settings, and how one setting is declared.
 
-A setting stands once: name, type, default, range, unit and a line of help. The flags, `--help`, the JSON Schema and
-the error messages are all made from that declaration.
+Each setting is declared once, with its name, type, default, range, unit and one line of help. Flags, `--help`, the
+JSON Schema and error messages are generated from the declaration.
 """
 
 from __future__ import annotations
@@ -11,38 +11,55 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# A JSON list becomes a tuple, so that a frozen config is frozen all the way down; what is in it stays strict.
+# JSON lists become tuples, so that a frozen config is immutable all the way down.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 Problem = tuple[str, tuple[str, ...]]
-"""A combination that cannot be: the message, and the dotted names of the settings that take part in it."""
-
+"""An impossible combination of settings: the message, and the dotted names of the settings involved."""
 
 Role = Literal["data", "view", "model", "method", "optimisation", "run", "machine"]
 """What a setting decides:
 
-- data: which videos and captions, where they lie, and what is asked of them;
-- view: how a video or a text becomes what the model sees;
-- model: the function that the model computes, and the weights that it begins with;
-- method: which parameters learn;
-- optimisation: how they are trained, and which epoch is kept;
-- run: what one run is called, does and writes;
-- machine: where and how fast it is computed. Some of these change the last bits of a figure; they are the ones that
-  say `on_resume="same"`.
+- data: which videos and captions are used, and where they are
+- view: how a video or a text is turned into model input
+- model: the function that the model computes, and its initial weights
+- method: which parameters are trained
+- optimisation: how they are trained, and which epoch is kept
+- run: what a run is called, does and writes
+- machine: where and how fast it is computed. Those that change rounding are marked `on_resume="same"`.
 """
 
 OnResume = Literal["free", "same", "ignored"]
-"""A setting that is given to an interrupted run may be another one, must be the run's own, or has no effect."""
+"""When a run is resumed, a given setting may differ from the run's own, must be the same, or has no effect."""
+
+LARGEST = {
+    "tokens": 4096,
+    "frames": 4096,
+    "pixels": 4096,
+    "channels": 65536,
+    "block": 1000,
+    "blocks": 1000,
+    "groups": 1000,
+    "processes": 1024,
+    "epochs": 10**6,
+    "batches": 10**6,
+    "items": 10**6,
+    "trials": 10**6,
+    "videos": 10**9,
+    "steps": 10**9,
+}
+"""Upper bound of every whole number with this unit, far above what any real run needs. Larger values would only fail
+later: in torch, with an overflow, or by exhausting memory."""
 
 
 class Settings(BaseModel):
-    """Frozen; a string is not a number, true is not a number, NaN is not a number, unknown names are refused."""
+    """A frozen group of settings, read strictly: "1" and true are not numbers, NaN and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Contradictions(ValueError):
-    """Settings that are right one by one and wrong together."""
+    """Settings that are valid one by one but not together."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -64,21 +81,20 @@ def setting(
     pattern: str | None = None,
     min_length: int | None = None,
 ) -> Any:
-    """Declare one setting: its default, one line of help, unit and range. `...` as default: it must be given.
+    """Declare one setting: its default (`...` if required), one line of help, its unit and its range.
 
-    Every setting of `Config` has a role, which counts for all that is in a section; `roles.py` makes lists of names
-    from it. `on_resume` is needed only where the role does not tell. A unit of files or folders makes the setting a
-    path. `allowed` says in words what a pattern asks for.
+    Every setting of `Config` needs a role, which also applies to everything in a section. `on_resume` is only needed
+    where the role does not imply it. The units "file" and "folder" make the setting a path; those in `LARGEST` bound
+    it. `allowed` describes in words what a pattern accepts.
     """
     facts = {"role": role, "on_resume": on_resume, "unit": unit, "allowed": allowed}
-    extra = {key: value for key, value in facts.items() if value}
     return Field(
         default,
         description=help,
-        json_schema_extra=dict(extra) or None,
+        json_schema_extra={key: value for key, value in facts.items() if value} or None,
         ge=ge,
         gt=gt,
-        le=le,
+        le=LARGEST.get(unit or "") if le is None else le,
         lt=lt,
         pattern=pattern,
         min_length=min_length,

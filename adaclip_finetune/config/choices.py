@@ -1,7 +1,7 @@
-"""What a run chooses by name: a PEFT method, a tower, an objective, a task, an adaptation. Torch-free.
+"""The parts of a run that are chosen by name: PEFT method, tower, objective, task and adaptation.
 
-A choice is a settings class here, one line in its table, and the class that the line names, which is imported when it
-is used. In a config a choice is a section `{"method": name, "config": {...}}`.
+A choice is a settings class in this file, one line in a table, and the class named by that line, which is imported
+when it is used. In a config a choice is a section `{"method": name, "config": {...}}`. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import Field, create_model
 
-from adaclip_finetune.config.base import Names, Problem, Settings, setting
+from adaclip_finetune.config.base import LARGEST, Names, Problem, Settings, setting
 
 
 class ChoiceSettings(Settings):
-    """What the settings of every choice share."""
+    """Base class of the settings of a choice."""
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Yield the settings that contradict others of the whole `config`; none unless a choice says so."""
+        """Yield combinations of these settings with the rest of `config` that are impossible; by default none."""
         yield from ()
 
     def with_fitting_batches(self, fit: Callable[[int], int]) -> ChoiceSettings:
-        """Return the same with each batch size of the choice's own replaced by what fits into memory
-        (auto_batch_size)."""
+        """Return a copy in which `fit` has replaced every batch size among these settings (auto_batch_size)."""
         return self
 
 
 class Chosen(Settings):
-    """A section of the config that names a choice and holds its settings."""
+    """A section of the config: the name of a choice, and its settings."""
 
     method: str
     config: ChoiceSettings
 
 
 class Choice(NamedTuple):
-    """A choice: its settings, and `module:name` below adaclip_finetune of the class that they configure."""
+    """A choice: its settings class, and the class it configures as `module:name` below adaclip_finetune."""
 
     settings: type[ChoiceSettings]
     implementation: str
@@ -53,44 +52,46 @@ def implementation(table: Mapping[str, Choice], section: Chosen) -> Any:
 # ---- parameter-efficient finetuning ----
 
 LoraTargets = Annotated[tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)]
-LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST["block"])], ...], Field(strict=False)]
 
 
 class FullSettings(ChoiceSettings):
-    """Everything that freeze_layer_num and freeze_clip leave learns."""
+    """Train all parameters that freeze_layer_num and freeze_clip leave trainable."""
 
 
 class BitFitSettings(ChoiceSettings):
-    """Only biases learn, and what the keywords name (Ben Zaken et al. 2022)."""
+    """Train the biases only, and parameters named by keywords (Ben Zaken et al. 2022)."""
 
-    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
-    include_qkv_bias: bool = setting(False, "the fused biases of queries, keys and values learn too")
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
+    include_qkv_bias: bool = setting(False, "also train the fused biases of queries, keys and values")
 
 
 class IbsSettings(ChoiceSettings):
-    """Importance-based selection: a few epochs of everything, then only the tensors that mattered."""
+    """Importance-based selection: train everything for a few epochs, then only the most important tensors."""
 
     pre_batch_size: int | None = setting(
-        None, "batch size while everything learns; null: batch_size", unit="videos", ge=1
+        None, "batch size of the first phase, in which everything is trained; null: batch_size", unit="videos", ge=1
     )
-    num_pre_epochs: int = setting(1, "first epochs, in which everything learns", unit="epochs", ge=1)
-    retain_ratio: float = setting(0.1, "share of the candidate parameters that goes on learning", gt=0, le=1)
-    metric: Literal["l2norm", "angle"] = setting("l2norm", "how far a tensor moved: by norm, or by angle in degrees")
-    normalization: bool = setting(True, "compare importance within groups of tensors of like size")
-    num_groups: int = setting(2, "groups of the normalization", unit="groups", ge=1)
-    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
+    num_pre_epochs: int = setting(1, "epochs of the first phase, in which everything is trained", unit="epochs", ge=1)
+    retain_ratio: float = setting(0.1, "fraction of the candidate parameters trained in the second phase", gt=0, le=1)
+    metric: Literal["l2norm", "angle"] = setting(
+        "l2norm", "importance of a tensor: norm of its change, or angle in degrees"
+    )
+    normalization: bool = setting(True, "normalize importance within groups of tensors of similar size")
+    num_groups: int = setting(2, "number of groups for the normalization", unit="groups", ge=1)
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
     keep_evolved: bool = setting(
-        False, "frozen tensors keep what they learned at first, instead of going back to CLIP's values"
+        False, "frozen tensors keep their values of the first phase instead of returning to CLIP's"
     )
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """The first epochs must leave some, and CLIP something to select from."""
+        """Yield a first phase that leaves no epochs for the second, and freeze_clip."""
         if self.num_pre_epochs >= config.num_epochs:
-            left = f"leaves no epoch of num_epochs {config.num_epochs} for what is selected"
+            left = f"leaves none of the {config.num_epochs} num_epochs for the second phase"
             names = ("peft.config.num_pre_epochs", "num_epochs")
             yield f"peft.config.num_pre_epochs {self.num_pre_epochs} {left}", names
         if config.freeze_clip:
-            yield "freeze_clip leaves peft.method ibs nothing to select from", ("freeze_clip", "peft.method")
+            yield "freeze_clip leaves peft.method ibs no parameters to select from", ("freeze_clip", "peft.method")
 
     def with_fitting_batches(self, fit: Callable[[int], int]) -> IbsSettings:
         if self.pre_batch_size is None:
@@ -99,30 +100,26 @@ class IbsSettings(ChoiceSettings):
 
 
 class LoraSettings(ChoiceSettings):
-    """Low-rank matrices beside CLIP's own, which stay as they are (Hu et al. 2022)."""
+    """Add trainable low-rank matrices to CLIP's frozen weights (Hu et al. 2022)."""
 
-    rank: int = setting(8, "rank of the matrices", ge=1)
-    alpha: float | None = setting(None, "what is added is multiplied by alpha / rank; null: 2 x rank", gt=0)
-    dropout: float = setting(
-        0.0, "share of the input channels that the matrices leave out in a training step", ge=0, lt=1
-    )
+    rank: int = setting(8, "rank of the matrices", unit="channels", ge=1)
+    alpha: float | None = setting(None, "the update is scaled by alpha / rank; null: 2 * rank", gt=0)
+    dropout: float = setting(0.0, "dropout probability of the input channels of the matrices", ge=0, lt=1)
     targets: LoraTargets = setting(
         ("q", "k", "v", "out", "fc", "proj"),
-        "what of a block gets matrices: attention (q, k, v, out), MLP (fc, proj)",
+        "layers of a block that get matrices: attention (q, k, v, out), MLP (fc, proj)",
         min_length=1,
     )
-    towers: Literal["image", "text", "both"] = setting("both", "the towers that get matrices")
-    layers: LayerNumbers = setting(
-        (), "blocks that get matrices, counted from 0 in each tower that has them; empty: all"
-    )
-    dora: bool = setting(False, "learn the length of each row of a weight apart from its direction (DoRA)")
-    rslora: bool = setting(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
-    keep_module_keywords: Names = setting((), "parameters whose name holds one of these always learn")
+    towers: Literal["image", "text", "both"] = setting("both", "towers that get matrices")
+    layers: LayerNumbers = setting((), "blocks that get matrices, counted from 0 in each tower; empty: all")
+    dora: bool = setting(False, "train the norm of each weight row separately from its direction (DoRA)")
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Yield freeze_clip: the matrices are part of CLIP."""
+        """Yield freeze_clip, since the matrices are part of CLIP."""
         if config.freeze_clip:
-            yield "freeze_clip leaves peft.method lora nothing that learns", ("freeze_clip", "peft.method")
+            yield "freeze_clip also freezes the matrices of peft.method lora", ("freeze_clip", "peft.method")
 
 
 PEFT: dict[str, Choice] = {
@@ -137,7 +134,7 @@ PEFT: dict[str, Choice] = {
 
 
 class PerFrameSettings(ChoiceSettings):
-    """Each frame goes through CLIP's image tower by itself."""
+    """Encode each frame independently with CLIP's image tower."""
 
 
 TOWERS: dict[str, Choice] = {
@@ -149,11 +146,11 @@ TOWERS: dict[str, Choice] = {
 
 
 class ContrastiveSettings(ChoiceSettings):
-    """Each text is to find its video among those of the batch, and each video its text (InfoNCE)."""
+    """Contrast each text with all videos of the batch, and each video with all texts (InfoNCE)."""
 
 
 class SigmoidSettings(ChoiceSettings):
-    """Each pair of the batch is judged by itself: do text and video belong together (Zhai et al. 2023)?"""
+    """Classify each pair of the batch as matching or not with a sigmoid (SigLIP, Zhai et al. 2023)."""
 
 
 OBJECTIVES: dict[str, Choice] = {
@@ -166,17 +163,17 @@ OBJECTIVES: dict[str, Choice] = {
 
 
 class TaskSettings(ChoiceSettings):
-    """What the settings of every task share."""
+    """Base class of the settings of a task."""
 
     figures: ClassVar[Mapping[str, bool]]
-    """What the task measures, and whether more is better. The first chooses the best epoch unless `primary` is set."""
+    """Name of each figure → whether higher is better. The first one is the default of `primary`."""
 
     has_similarity: ClassVar[bool] = False
-    """Whether it ranks by a matrix of similarities, which `save_similarity` keeps."""
+    """Whether the task ranks by a similarity matrix, which `save_similarity` can keep."""
 
 
 class RetrievalSettings(TaskSettings):
-    """Texts find videos, and videos texts."""
+    """Text-to-video and video-to-text retrieval."""
 
     has_similarity: ClassVar[bool] = True
     figures: ClassVar[Mapping[str, bool]] = {
@@ -195,7 +192,7 @@ TASKS: dict[str, Choice] = {
 
 
 class NoAdaptationSettings(ChoiceSettings):
-    """The model is evaluated as it is."""
+    """Evaluate the model as it is."""
 
 
 ADAPTATIONS: dict[str, Choice] = {
@@ -207,16 +204,16 @@ ADAPTATIONS: dict[str, Choice] = {
 
 
 def _section(table: Mapping[str, Choice], kind: str, help: str) -> Any:
-    """Return the type of a section that holds one choice of the table: a class a choice, told apart by `method`."""
+    """Return the type of a section: a union of one class per choice of the table, discriminated by `method`."""
     options = []
     for name, choice in table.items():
         fields: Any = {
             "method": (Literal[name], setting(..., help)),
-            "config": (choice.settings, setting({}, "its settings")),
+            "config": (choice.settings, setting({}, "settings of the method")),
         }
         title = choice.settings.__name__.removesuffix("Settings").removesuffix(kind) + kind
         section = create_model(title, __base__=Chosen, __module__=__name__, __doc__=choice.settings.__doc__, **fields)
-        globals()[title] = section  # where pickle looks for it when a config is sent to a reading process
+        globals()[title] = section  # where pickle looks for it when a config is sent to a data loader process
         options.append(section)
     return Annotated[reduce(or_, options), Field(discriminator="method")] if len(options) > 1 else options[0]
 
@@ -228,8 +225,8 @@ if TYPE_CHECKING:
     TaskSection: TypeAlias = Chosen
     AdaptationSection: TypeAlias = Chosen
 else:
-    PeftSection = _section(PEFT, "Peft", "how CLIP learns")
-    TowerSection = _section(TOWERS, "Tower", "how frames go through CLIP")
-    ObjectiveSection = _section(OBJECTIVES, "Objective", "the loss")
-    TaskSection = _section(TASKS, "Task", "what is measured")
-    AdaptationSection = _section(ADAPTATIONS, "Adaptation", "how the model adapts")
+    PeftSection = _section(PEFT, "Peft", "finetuning method of CLIP")
+    TowerSection = _section(TOWERS, "Tower", "tower that encodes the frames")
+    ObjectiveSection = _section(OBJECTIVES, "Objective", "training loss")
+    TaskSection = _section(TASKS, "Task", "task that is evaluated")
+    AdaptationSection = _section(ADAPTATIONS, "Adaptation", "test-time adaptation")

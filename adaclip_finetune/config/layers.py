@@ -1,7 +1,6 @@
-"""Defaults, a file, flags: one laid over the other, each value remembering where it came from.
+"""Merge defaults, a JSON file and flags, and report every invalid setting at once.
 
-All problems of a config are found together and told together, each with its file or "command line", the name of the
-setting, its value and what is allowed.
+Each problem names the origin of the value (a file or "command line"), the setting, the value and what is accepted.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any]) -> S:
-    """The settings of a JSON file with the overrides laid over it; UserError lists all that is wrong.
+    """Return the settings of a JSON file with overrides merged over it. Raises UserError that lists every problem.
 
-    An override is named with dots (`peft.config.retain_ratio`). A section (`peft`) may be overridden by an object, or
-    by the path of a file that holds this section alone.
+    Overrides have dotted names (`peft.config.retain_ratio`). A section (`peft`) can be overridden by an object, or by
+    the path of a file that contains this section alone.
     """
     layers = Layers(schema_of(settings), path)
     layers.lay_all(overrides)
@@ -41,14 +40,14 @@ def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any
 
 
 def together(problems: Sequence[str]) -> str:
-    """One problem as it is, several as a list."""
+    """Join problems into one message; several become a list."""
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} things are wrong with the settings:\n" + "\n".join(f"  - {line}" for line in problems)
+    return f"{len(problems)} settings are invalid:\n" + "\n".join(f"  - {line}" for line in problems)
 
 
 class Layers:
-    """The merged values, and for each dotted name that was laid where it came from."""
+    """Merged values, with the origin of each."""
 
     def __init__(self, schema: Schema, path: str | Path | None):
         self.schema = schema
@@ -59,12 +58,12 @@ class Layers:
             self._origins = {(name,): str(path) for name in self.data}
 
     def lay_all(self, overrides: Mapping[str, Any]) -> None:
-        """Whole sections first, then the choice of a method, then what lies in them, in whatever order they came."""
+        """Apply overrides: sections first, then the choice of a method, then nested settings."""
         for name in sorted(overrides, key=lambda name: (name.count("."), not self._chooses(name.split(".")))):
             self._lay(name, copy.deepcopy(overrides[name]))
 
     def origin(self, steps: Sequence[str | int]) -> str:
-        """The file or "command line" that gave the value there, or "default"."""
+        """Return where a value came from: a file, "command line" or "default"."""
         starts = (tuple(steps[:end]) for end in range(len(steps), 0, -1))
         return next((self._origins[start] for start in starts if start in self._origins), "default")
 
@@ -72,7 +71,7 @@ class Layers:
         steps = name.split(".")
         nodes = self.schema.locate(steps)[1]
         if not nodes:
-            steps = [name]  # no such setting: kept whole, and refused under its full name
+            steps = [name]  # an unknown setting: kept under its full name, which validation refuses
         elif len(steps) == 1 and isinstance(value, str) and self.schema.is_section(nodes[0]):
             self.data[name], self._origins[name,] = read_section(value, name), value
             return
@@ -84,17 +83,17 @@ class Layers:
                 part[step] = {}
             part = part[step]
             if not isinstance(part, dict):
-                return  # the file holds something else where a section belongs, and is refused for that
+                return  # the file has a value where a section belongs, which validation refuses
         part[steps[-1]] = value
         self._origins[tuple(steps)] = COMMAND_LINE
 
     def _chooses(self, steps: Sequence[str]) -> bool:
-        """Whether the name chooses among alternatives, as `peft.method` does."""
+        """Return whether the name chooses among alternatives, as `peft.method` does."""
         parents = self.schema.locate(steps[:-1])[1] if len(steps) > 1 else []
         return any(self.schema.tag(parent) == steps[-1] for parent in parents)
 
     def _set_aside(self, steps: Sequence[str], value: Any) -> None:
-        """Another method begins with its own defaults: settings meant for the one it replaces are not for it."""
+        """Drop the settings of a method that is replaced: the new one starts from its own defaults."""
         section, tag = steps[0], steps[-1]
         below = self.data.get(section)
         if not isinstance(below, dict) or below.get(tag, value) == value:
@@ -104,29 +103,27 @@ class Layers:
             del below["config"]
         if isinstance(left, dict) and left:
             log.warning(
-                "%s %s replaces %s of %s, whose settings are set aside (%s); %s starts from its own defaults",
+                "%s %s replaces %s of %s, whose settings are ignored (%s); %s starts from its own defaults",
                 ".".join(steps), value, below[tag], self.origin([section]), ", ".join(left), value,
             )  # fmt: skip
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds an object, without its `$schema`."""
+    """Read a JSON file that contains an object; its `$schema` is left out. Raises UserError."""
     data = read_json(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds {show(data)}, where an object of settings belongs: {{...}}")
+        raise UserError(f"{path}: contains {show(data)}, but must contain a JSON object of settings: {{...}}")
     return {name: value for name, value in data.items() if name != "$schema"}
 
 
 def read_section(path: str, name: str) -> Any:
-    """The one section that a file holds: `{"peft": {...}}`, or what would stand within."""
+    """Read a file that contains one section: `{"peft": {...}}`, or only the inner object. Raises UserError."""
     data = read_object(path)
     if name not in data:
         return data
     if len(data) > 1:
         others = ", ".join(sorted(_quoted(other) for other in data if other != name))
-        raise UserError(
-            f"{path}: is laid over the config as its {name} part and may hold nothing else, but holds {others}"
-        )
+        raise UserError(f"{path} overrides the `{name}` section; remove the other keys: {others}")
     return data[name]
 
 
@@ -154,7 +151,7 @@ def _explain_one(problem: Any, layers: Layers) -> Iterator[str]:
     start = dotted(steps) if where == "default" else f"{where}: {dotted(steps)}"
     allowed = schema.words(*nodes) or problem["msg"]
     if kind == "extra_forbidden":
-        yield f"{where}: there is no setting {dotted(steps)}{_instead(problem['loc'], steps, schema)}"
+        yield f"{where}: unknown setting {dotted(steps)}{_instead(problem['loc'], steps, schema)}"
     elif kind == "missing":
         yield f"{start} is missing; it must be {allowed}"
     elif raised is not None and not any("allowed" in node for node in nodes):
@@ -164,30 +161,29 @@ def _explain_one(problem: Any, layers: Layers) -> Iterator[str]:
 
 
 def _instead(loc: Sequence[str | int], steps: Sequence[str | int], schema: Schema) -> str:
-    """What to write instead of an unknown name."""
+    """Suggest what to write instead of an unknown name."""
     *above, name = [step for part in steps for step in str(part).split(".")]
     belongs = [path for path in schema.paths() if path.endswith(f".{name}") and path != dotted(steps)]
     if belongs:
-        return f"; there is {belongs[0]}"
+        return f"; did you mean {belongs[0]}?"
     tags = [step for step in loc if step not in steps]
     parents = schema.locate(loc[:-1] if len(steps) > 1 else above)[1]
     siblings = [sibling for parent in parents for sibling in schema.children(parent)]
     of = f" of {tags[-1]}" if tags else ""
     if not siblings:
-        return f"{of}; none may stand there"
-    return f"{of}; the nearest is {nearest(name, siblings)}" + (
-        f" (of {', '.join(siblings)})" if len(siblings) < 9 else ""
-    )
+        return f"{of}; no setting is accepted there"
+    known = f" (known: {', '.join(siblings)})" if len(siblings) < 9 else ""
+    return f"{of}; did you mean {nearest(name, siblings)}?{known}"
 
 
 def dotted(steps: Sequence[str | int]) -> str:
-    """`betas[1]`, `peft.config.retain_ratio`; a name with odd characters in quotes."""
+    """Return a location as text, such as `betas[1]` or `peft.config.retain_ratio`; unusual names are quoted."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{_quoted(step)}" for step in steps)
     return text.removeprefix(".") or "the config"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like the given one."""
+    """Return the known name most similar to the given one."""
     return (difflib.get_close_matches(name, list(known), n=1, cutoff=0.0) or [""])[0]
 
 

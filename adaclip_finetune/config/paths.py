@@ -1,4 +1,4 @@
-"""Are the files and folders that a config names there? Asked before anything is loaded."""
+"""Check that the files and folders of a config exist, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from adaclip_finetune.config.layers import together
 from adaclip_finetune.config.settings import Config
 from adaclip_finetune.errors import UserError
 
-_LONGEST_HEADER = 100 * 2**20  # of a safetensors file, as safetensors itself allows
+_LONGEST_HEADER = 100 * 2**20  # bytes, the limit of safetensors itself
 
 
 def check_paths(config: Config) -> None:
-    """UserError that lists every setting the run needs and lacks, and every file that is not where it is said to be."""
+    """Raise UserError that lists every required setting that is missing, and every path that does not exist."""
     if problems := [*_not_given(config), *_not_there(config)]:
         raise UserError(together(problems))
 
@@ -22,16 +22,16 @@ def check_paths(config: Config) -> None:
 def _not_given(config: Config) -> Iterator[str]:
     if config.do_inference:
         if config.test_annot is None:
-            yield "test_annot is needed by do_inference: the captions to evaluate (--test_annot FILE)"
+            yield "test_annot is required by do_inference: give the captions to evaluate (--test_annot FILE)"
     else:
         if config.train_annot is None:
-            yield "train_annot is needed to train: the captions of the videos to learn from (--train_annot FILE)"
+            yield "train_annot is required for training: give the captions to train on (--train_annot FILE)"
         if config.val_annot is None:
-            yield "val_annot is needed to train: the best epoch is chosen by it (--val_annot FILE)"
+            yield "val_annot is required for training: it selects the best epoch (--val_annot FILE)"
         if config.save_similarity is not None and config.test_annot is None:
-            yield "test_annot is needed by save_similarity: the matrix is that of the test (--test_annot FILE)"
+            yield "test_annot is required by save_similarity: give the captions of the matrix (--test_annot FILE)"
     if config.frames_dir is None and config.video_dir is None:
-        yield "frames_dir or video_dir is needed: extracted frames (--frames_dir DIR) or videos (--video_dir DIR)"
+        yield "frames_dir or video_dir is required: extracted frames (--frames_dir DIR) or videos (--video_dir DIR)"
 
 
 def _not_there(config: Config) -> Iterator[str]:
@@ -47,7 +47,7 @@ def _not_there(config: Config) -> Iterator[str]:
         yield _wrong("video_dir", config.video_dir, "folder")
     either = {"frames_dir": config.frames_dir, "clip_weights": config.clip_weights, "resume": config.resume}
     if config.resume is not None and describes_its_clip(Path(config.resume)):
-        del either["clip_weights"]  # what they were is told by the checkpoint
+        del either["clip_weights"]  # the checkpoint contains CLIP itself
     for name, value in either.items():
         if value is not None and not Path(value).exists():
             yield _wrong(name, value, "file or folder")
@@ -57,15 +57,15 @@ def _not_there(config: Config) -> Iterator[str]:
         ids = Path(config.save_similarity).with_suffix(".json")
         for name, value in files.items():
             if value is not None and ids.is_file() and Path(value).is_file() and ids.samefile(value):
-                yield f"save_similarity {config.save_similarity} would write its ids over {name}; give another name"
+                yield f"save_similarity {config.save_similarity} would overwrite {name} with its ids; give another name"
     if not config.no_output:
         for name, value in {"output_dir": config.output_dir, "tensorboard_dir": config.tensorboard_dir}.items():
             if value is not None and Path(value).exists() and not Path(value).is_dir():
-                yield f"{name} {value} is no folder"
+                yield f"{name} {value}: not a folder"
 
 
 def describes_its_clip(path: Path) -> bool:
-    """Whether a file is a checkpoint of ours with a whole CLIP and all that its tensors do not tell."""
+    """Return whether a file is a checkpoint of ours that contains all of CLIP and its description."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -80,5 +80,5 @@ def describes_its_clip(path: Path) -> bool:
 
 def _wrong(name: str, value: str, kind: str) -> str:
     if Path(value).exists():
-        return f"{name} {value} is no {kind}"
-    return f"{name} {value}: there is no such {kind}" + ("" if Path(value).is_absolute() else f" in {Path.cwd()}")
+        return f"{name} {value}: not a {kind}"
+    return f"{name} {value}: {kind} not found" + ("" if Path(value).is_absolute() else f" in {Path.cwd()}")

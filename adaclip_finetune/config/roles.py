@@ -1,4 +1,4 @@
-"""Lists of setting names, made from what each setting says of itself: its role, its unit, `on_resume`."""
+"""Lists of setting names, derived from the role, unit and `on_resume` of each setting."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from adaclip_finetune.config.settings import Config
 
 
 def names_with(*roles: Role, paths: bool | None = None, of: type[Settings] = Config) -> frozenset[str]:
-    """Return the names of the settings that have one of the roles; with `paths`, only those that are paths, or are
-    none."""
+    """Return the names of the settings with one of the roles; `paths` keeps only those that are (not) paths."""
     return frozenset(
         name for name in of.model_fields if _facts(name, of).get("role") in roles and paths in (None, is_path(name, of))
     )
@@ -22,28 +21,28 @@ def is_path(name: str, of: type[Settings] = Config) -> bool:
 
 
 def on_resume(what: OnResume) -> frozenset[str]:
-    """Return the names of the settings that are free, must be the same or are ignored where a run goes on.
+    """Return the names of the settings that are free, must be the same, or are ignored when a run is resumed.
 
-    Where a setting does not say so itself, it is free if it tells where an input lies or is of the machine, since
-    nothing that the run computes depends on it.
+    A setting without `on_resume` is free if it is the path of an input or a setting of the machine, because the
+    results of the run do not depend on it.
     """
     free = names_with("data", "model", paths=True) | names_with("machine")
-    told = {
+    answers = {
         name: _facts(name, Config).get("on_resume", "free" if name in free else "same") for name in Config.model_fields
     }
-    return frozenset(name for name, answer in told.items() if answer == what)
+    return frozenset(name for name, answer in answers.items() if answer == what)
 
 
 def deciding_vectors() -> frozenset[str]:
-    """Return the names of the settings that decide the vector of a video or a text, beside the weights.
+    """Return the names of the settings that, with the weights, determine the vector of a video or a text.
 
-    Paths are not among them: files are known by what is in them.
+    Paths are not included, because files are identified by their content.
     """
     return names_with("view", "model", paths=False)
 
 
 def rounding() -> frozenset[str]:
-    """Return the names of the settings of the machine that change the last bits of what is computed."""
+    """Return the names of the settings of the machine that change rounding."""
     return names_with("machine") & on_resume("same")
 
 

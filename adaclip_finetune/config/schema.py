@@ -1,4 +1,4 @@
-"""Questions to the JSON Schema of a settings class: what stands where, and what is allowed there, in words."""
+"""Look up settings in the JSON Schema of a settings class, and describe in words which values they accept."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Node = dict[str, Any]
 
 
 class Schema:
-    """The JSON Schema of one settings class; a node is one of its parts, as a plain dict."""
+    """The JSON Schema of a settings class. A node is a part of it, as a plain dict."""
 
     def __init__(self, settings: type[Settings]):
         self.root: Node = settings.model_json_schema()
         self._defs: Node = self.root.get("$defs", {})
 
     def resolve(self, node: Node) -> Node:
-        """The node itself, where it is a reference; what is said beside the reference wins."""
+        """Follow the references of a node; keys beside a reference override those of its target."""
         while "$ref" in node:
             beside = {key: value for key, value in node.items() if key != "$ref"}
             node = self._defs[node["$ref"].removeprefix("#/$defs/")] | beside
         return node
 
     def alternatives(self, node: Node) -> list[Node]:
-        """The types a value may have, null apart: one for nearly all settings, several for a choice of methods."""
+        """Return the types a value may have, except null: one for most settings, several for a choice of methods."""
         node = self.resolve(node)
         options: list[Node] = node.get("oneOf") or node.get("anyOf") or []
         if not options:
@@ -35,15 +35,15 @@ class Schema:
         return [alternative for option in options for alternative in self.alternatives(option)]
 
     def nullable(self, node: Node) -> bool:
-        """Whether null is allowed."""
+        """Return whether null is accepted."""
         return {"type": "null"} in self.resolve(node).get("anyOf", [])
 
     def is_section(self, node: Node) -> bool:
-        """Whether the value is an object, not a single value."""
+        """Return whether the value is an object rather than a single value."""
         return all(option.get("type") == "object" for option in self.alternatives(node))
 
     def children(self, node: Node) -> dict[str, list[Node]]:
-        """Name -> node under that name in each alternative that knows it, each one once."""
+        """Return name → nodes of that name in all alternatives, without duplicates."""
         found: dict[str, list[Node]] = {}
         for option in self.alternatives(node):
             for name, child in option.get("properties", {}).items():
@@ -53,7 +53,7 @@ class Schema:
         return found
 
     def locate(self, steps: Sequence[str | int]) -> tuple[tuple[str | int, ...], list[Node]]:
-        """The steps of a pydantic error without the tags of unions, and the nodes there (none: no such setting)."""
+        """Return the location of a pydantic error without union tags, and its nodes (none for an unknown setting)."""
         nodes, named = [self.root], list[str | int]()
         for step in steps:
             options = [option for node in nodes for option in self.alternatives(node)]
@@ -66,7 +66,7 @@ class Schema:
         return tuple(named), nodes
 
     def paths(self) -> dict[str, list[Node]]:
-        """Dotted name -> nodes of every setting and every section, in the order of declaration."""
+        """Return dotted name → nodes of every setting and section, in the order of declaration."""
         found: dict[str, list[Node]] = {}
 
         def descend(prefix: str, nodes: list[Node]) -> None:
@@ -80,31 +80,31 @@ class Schema:
         return found
 
     def tag(self, node: Node) -> str | None:
-        """The name of the key that chooses among the alternatives of a section (`method`), if there is one."""
+        """Return the key that chooses among the alternatives of a section (`method`), or None."""
         name: str | None = self._discriminator(node).get("propertyName")
         return name
 
     def _choices(self, node: Node) -> dict[str | int, str]:
-        """What may be chosen there by name -> reference to its node; empty where nothing is."""
+        """Return name → reference of each alternative of a section; empty for other nodes."""
         choices: dict[str | int, str] = self._discriminator(node).get("mapping", {})
         return choices
 
     def _discriminator(self, node: Node) -> Node:
-        """That of the node, or of the one alternative beside null."""
+        """Return the discriminator of the node, or of its only alternative besides null."""
         node = self.resolve(node)
         options = [option for option in (node, *node.get("anyOf", [])) if "discriminator" in option]
         found: Node = options[0]["discriminator"] if options else {}
         return found
 
     def owners(self, path: str) -> list[str]:
-        """Which choices of a section's alternatives know a nested setting: `peft.config.metric` is of ibs."""
+        """Return which choices of a section have a nested setting: `peft.config.metric` → ["ibs"]; all of them → []."""
         section, *rest = path.split(".")
         mapping = self._choices(self.root["properties"][section])
         owners = [str(tag) for tag in mapping if self.locate([section, tag, *rest])[1]]
         return owners if len(owners) < len(mapping) else []
 
     def words(self, *nodes: Node) -> str:
-        """What is allowed, as it stands in help and in errors: `a whole number >= 1`, `one of uniform, random`."""
+        """Describe the accepted values: `a whole number from 1 to 4096`, `one of uniform, random`."""
         if len(nodes) != 1:
             constants = [node["const"] for node in map(self.resolve, nodes) if "const" in node]
             all_constant = constants and len(constants) == len(nodes)
@@ -136,15 +136,15 @@ class Schema:
 
 @cache
 def schema_of(settings: type[Settings]) -> Schema:
-    """The schema of a settings class, made once."""
+    """Return the cached schema of a settings class."""
     return Schema(settings)
 
 
 def show(value: object) -> str:
-    """A value as it would stand in JSON, cut where it is long."""
+    """Return a value as JSON, shortened to 80 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=repr)
-    except (ValueError, TypeError, RecursionError):  # numbers of thousands of digits, keys that are no text, depth
+    except (ValueError, TypeError, RecursionError):  # very long numbers, keys that are not text, deep nesting
         text = f"<{type(value).__name__}, too long to show>"
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -159,10 +159,11 @@ def _child(option: Node, step: str | int) -> Node | None:
 
 
 def _range(node: Node) -> str:
+    if "minimum" in node and "maximum" in node:
+        return f" from {_plain(node['minimum'])} to {_plain(node['maximum'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [
-        f" {sign} {node[key]:g}" if node[key] < 1e6 else f" {sign} {node[key]}"
-        for key, sign in signs.items()
-        if key in node
-    ]
-    return " and".join(bounds)
+    return " and".join(f" {sign} {_plain(node[key])}" for key, sign in signs.items() if key in node)
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"

@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_its_own_model_and_other_workers(tmp_path: Path) -> N
     given = {"resume": str(tmp_path), "num_workers": 0, "auto_batch_size": True}
     config = continued_config(load_config(None, given))
     assert (config.top_k, config.num_workers, config.auto_batch_size) == (3, 0, False)
-    with pytest.raises(UserError, match="top_k is 4 here, and 3 in the run"):
+    with pytest.raises(UserError, match="top_k is 4, but 3 in the run"):
         continued_config(load_config(None, {"resume": str(tmp_path), "top_k": 4}))
 
 

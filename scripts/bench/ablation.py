@@ -1,10 +1,9 @@
-"""What each part is worth on `dataset_example/`: frame choice, aggregation, method; five seeds, paired bootstrap.
+"""Ablation on `dataset_example/`: frame selection, aggregation and PEFT method over five seeds, with paired bootstrap.
 
     python scripts/bench/ablation.py --work /tmp/ablation --seeds 5 --jobs 2
 
 Each row is `train.py --config cfgs/demo.json` with the flags of `rows`, `--jobs` runs at a time with one thread each.
-A run that is done (its similarity matrix lies in the work folder) is not done again. Prints Markdown for
-docs/results.md.
+Runs whose similarity matrix is in the work folder already are not repeated. Prints Markdown for docs/results.md.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ IBS = ["--peft.method", "ibs", "--peft.config.num_pre_epochs", "2", "--peft.conf
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: where its frames come from, and the flags that differ from the demo's."""
+    """A row of the table: the source of its frames, and the flags that differ from the demo."""
 
     name: str
     frames: str
@@ -44,7 +43,7 @@ class Row:
 
 
 def rows(top_k: int, keywords: list[str]) -> list[Row]:
-    """All rows. The first is the baseline, evaluated once: it has no seed."""
+    """Return all rows. The first is the zero-shot baseline, which has no seed."""
     fixed = ("--no_policy", "--num_frm", str(top_k))
     mean = ("--frame_agg", "none")
     return [
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def extract(work: Path, num_frm: int, top_k: int) -> None:
-    """Frames as PNG: num_frm uniform `candidates`, and of these top_k of each video at random, and by an oracle."""
+    """Write frames as PNG: num_frm uniform candidates per video, top_k of them at random, and top_k by an oracle."""
     done = work / "frames.done"
     if done.exists():
         return
@@ -123,20 +122,20 @@ def run(work: Path, row: Row, seed: int) -> None:
 
 
 def read_ranks(matrix: Path) -> NDArray[np.int64]:
-    """T2V ranks, ties counted against; its own arithmetic, so that it checks the package's."""
+    """Return text-to-video ranks with ties counted against, computed independently of the package as a check."""
     similarity, ids = np.load(matrix), json.loads(matrix.with_suffix(".json").read_text())
     own = similarity[np.arange(len(similarity)), ids["video_of_query"]]
     return (similarity >= own[:, None]).sum(axis=1)
 
 
 def needs_order(matrix: Path) -> NDArray[np.bool_]:
-    """Which queries can only be told apart by the order of frames."""
+    """Return which queries depend on the order of frames."""
     ids, events = json.loads(matrix.with_suffix(".json").read_text()), json.loads((DATA / "events.json").read_text())
     return np.array([events["videos"][ids["videos"][video]]["needs_order"] for video in ids["video_of_query"]])
 
 
 def videos(matrix: Path) -> list[NDArray[np.int64]]:
-    """The queries of each video."""
+    """Return the queries of each video."""
     owners = np.array(json.loads(matrix.with_suffix(".json").read_text())["video_of_query"])
     return [np.flatnonzero(owners == video) for video in np.unique(owners)]
 
@@ -148,7 +147,7 @@ def report(
     videos: list[NDArray[np.int64]],
     seeds: int,
 ) -> str:
-    """The table, and the share of the gap that Hard-Top-k closes."""
+    """Print the table and the share of the gap to the oracle that Hard-Top-k closes."""
     hits = {name: (rank == 1).mean(axis=0) * 100 for name, rank in ranks.items()}  # per query, mean over seeds
     reference = hits["BitFit, K by Hard-Top-k, MLP-Score"]
     lines = [
@@ -191,8 +190,8 @@ def by_seed(ranks: NDArray[np.int64]) -> str:
 
 
 def interval(statistic, videos: list[NDArray[np.int64]]) -> str:  # type: ignore[no-untyped-def]
-    """The 95 % percentile bootstrap interval of a statistic of query indices, where videos are drawn: those of one
-    video are found or missed together."""
+    """Return the 95 % percentile bootstrap interval of a statistic of query indices, resampling videos with all their
+    queries."""
     random = np.random.default_rng(0)
     draws = (random.integers(len(videos), size=len(videos)) for _ in range(RESAMPLES))
     values = [statistic(np.concatenate([videos[video] for video in draw])) for draw in draws]

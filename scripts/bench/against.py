@@ -1,10 +1,10 @@
-"""Compare this checkout with another one of this project, in alternating runs: start, training step, evaluation.
+"""Compare this checkout with another one in alternating runs: start-up, training step, evaluation.
 
     git worktree add /tmp/before COMMIT
     python scripts/bench/against.py /tmp/before --pairs 5
 
-Both run the demo for two epochs with the same Python. What is told are medians over the pairs, and the median and
-range of the ratio within a pair: above 1, this checkout is slower.
+Both run the demo for two epochs with the same Python. The table shows medians over the pairs, and median and range of
+the ratio within a pair; above 1, this checkout is slower.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(checkout: Path) -> dict[str, float]:
-    """Seconds of CPU of `adaclip --help`, wall seconds of a training step and of a validation of the demo."""
+    """Return CPU seconds of `adaclip --help`, and wall seconds of a training step and a validation of the demo."""
     code = "import sys; from adaclip_finetune.cli import main; sys.exit(main(sys.argv[1:]))"
     started = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(5):

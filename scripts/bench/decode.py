@@ -1,5 +1,5 @@
-"""How much reading 16 uniform frames in place saves over decoding the whole video, and a later run over the first one,
-which has to scan the files: CPU seconds, one thread.
+"""CPU time of reading 16 uniform frames in place, compared with decoding the whole video; and of a later run, compared
+with the first one, which has to scan the files. One thread.
 
 python scripts/bench/decode.py ../shared/data/panda70m/videos
 """

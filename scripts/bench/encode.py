@@ -1,10 +1,10 @@
-"""What it saves to encode only the frames that are needed, in training and in evaluation: a ratio, in one run.
+"""Time saved by encoding only the frames that are needed, in training and in evaluation, as a ratio within one run.
 
     python scripts/bench/encode.py --videos 2 --num_frm 32 --top_k 16 --repeat 5
 
-ViT-B/32 with random weights (time does not depend on them), BitFit's parameters learning, policy features from raw
+ViT-B/32 with random weights (time does not depend on them), BitFit, selector features from raw
 pixels. "Everything" encodes all frames, with gradients in training, as the published system does; both give the same
-loss and gradients (tests/test_retriever.py).
+loss and gradients (tests/core/test_retriever.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def random_batch(videos: int, num_frm: int) -> VideoBatch:
-    """Noise of the right shapes."""
+    """Return random batches of the right shapes."""
     frames = torch.randint(0, 256, (videos, num_frm, 3, 224, 224), dtype=torch.uint8)
     grey = torch.randint(0, 256, (videos, num_frm, 1, 56, 56), dtype=torch.uint8)
     indices = torch.arange(num_frm).expand(videos, num_frm)

@@ -1,9 +1,9 @@
-"""Extracting frames against the plain ffmpeg command line: wall and CPU seconds, and what it takes on disk.
+"""Frame extraction compared with a plain ffmpeg command: wall time, CPU time and disk space.
 
 python scripts/bench/extract.py --work /tmp/extract_bench --rounds 3
 
 20 clips of 640 x 360, 25 frames a second, 10 s, made by ffmpeg (moving pattern and noise), two processes. Each round
-runs every row once, in turn, so that rows are compared under the same load; the least time of a row counts.
+runs every row once, so that rows are compared under the same load; the minimum over rounds is shown.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WORKERS = 2
 
 
 def make_clips(folder: Path, program: str) -> list[Path]:
-    """The clips; those of an earlier call are used again."""
+    """Make the clips, or reuse those of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"clip{n:02}.mp4" for n in range(20)]
     for n, path in enumerate(paths):
@@ -34,7 +34,7 @@ def make_clips(folder: Path, program: str) -> list[Path]:
 
 
 def plain(program: str, clips: list[Path], frames: Path) -> None:
-    """What one would type, two at a time."""
+    """Run the plain ffmpeg command on two clips at a time."""
 
     def one(clip: Path) -> None:
         folder = frames / clip.stem
@@ -47,7 +47,7 @@ def plain(program: str, clips: list[Path], frames: Path) -> None:
 
 
 def timed(name: str, program: str, clips: list[Path], frames: Path, words: list[str] | None) -> tuple[float, float]:
-    """Wall and CPU seconds of one row; words are the flags of our tool, None the plain command line."""
+    """Return wall and CPU seconds of a row. `words` are the flags of our tool; None runs plain ffmpeg."""
     shutil.rmtree(frames, ignore_errors=True)
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     if words is None:

@@ -1,10 +1,9 @@
-"""Memory and time of ranking a large gallery: from embeddings, into a saved matrix, and from that.
+"""Memory and time of ranking a large gallery: from embeddings, to a saved matrix, and from that matrix.
 
     python scripts/bench/gallery.py --texts 50000 --videos 50000 --width 512 --folder /tmp
 
-Random embeddings, of which each text's own video is the nearer the smaller `--noise` is. Each step is a process of its
-own, so that its peak is its own: that of everything, Python and torch too. The matrix (10 GB at these sizes) is deleted
-at the end. Ranks from embeddings and from the matrix are compared bit for bit.
+The embeddings are random; the smaller `--noise`, the closer a text is to its own video. Each step runs in its own process,
+whose peak memory includes Python and torch. The matrix (10 GB at these sizes) is deleted at the end. Ranks from embeddings and from the matrix are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main() -> None:
     for name, default in (("texts", 50_000), ("videos", 50_000), ("width", 512), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--noise", type=float, default=6.0)
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the matrix is written meanwhile")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder of the temporary matrix")
     parser.add_argument("--step", choices=STEPS, help="one step in this process; without it, all of them")
     a = parser.parse_args()
     matrix = a.folder / "gallery-bench.npy"
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def run_step(a: argparse.Namespace, matrix: Path) -> None:
-    """Prints its time without imports and random numbers, its peak memory, and a digest of the ranks."""
+    """Print the time of a step without imports and random numbers, its peak memory, and a digest of the ranks."""
     import hashlib
 
     import numpy as np
@@ -87,7 +86,7 @@ def run_step(a: argparse.Namespace, matrix: Path) -> None:
 
 
 def peak_mib() -> float:
-    """The most resident memory of this process so far."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

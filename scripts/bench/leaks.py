@@ -1,10 +1,10 @@
-"""Does `dataset_example/` give its answers away to a colour histogram, or to one average frame?
+"""Probe whether colour histograms or average frames of `dataset_example/` reveal the captions.
 
     python scripts/bench/leaks.py
 
-From features of a clip, ridge regression fitted on train foretells which words its caption holds; test captions then
-look for the clip whose foretold words are the most similar (cosine). The same probe on the event's frames alone shows
-that it would find the answer if it lay in the features. Prints Markdown for dataset_example/README.md.
+Ridge regression fitted on train predicts the words of a caption from features of its clip; test captions then retrieve
+the clip whose predicted words are most similar (cosine). The same probe on the frames of the event alone shows that it
+finds the answer where the features contain it. Prints Markdown for dataset_example/README.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Features = NDArray[np.float64]
 
 
 def main() -> None:
-    """Print a line for each kind of feature."""
+    """Print a row for each kind of feature."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     data = parser.parse_args().data
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def features(data: Path, split: str, every: int = 1) -> dict[str, Features]:
-    """By kind, one row a clip of `split` in the order of its annotation, from every `every`-th frame."""
+    """Return kind → one row per clip of `split`, in the order of its annotation, from every `every`-th frame."""
     events = json.loads((data / "events.json").read_text())["videos"]
     names = list(json.loads((data / f"{split}.json").read_text()))
     store = VideoFolder(data / "videos", {})
@@ -70,12 +70,12 @@ def features(data: Path, split: str, every: int = 1) -> dict[str, Features]:
 
 
 def first_sentences(data: Path, split: str) -> list[str]:
-    """One caption a clip."""
+    """Return one caption per clip."""
     return [entry["sentences"][0] for entry in json.loads((data / f"{split}.json").read_text()).values()]
 
 
 def palette(frames: NDArray[np.uint8]) -> Features:
-    """Square roots of the shares of pixels (n, H, W, 3) that look like each of the world's colours."""
+    """Return square roots of the fraction of pixels (n, H, W, 3) close to each of the world's colours."""
     colours = np.array(list(world.COLOURS.values()), np.float32)
     pixels = frames.reshape(-1, 3).astype(np.float32)
     squares = ((pixels**2).sum(axis=1, keepdims=True) - 2 * pixels @ colours.T + (colours**2).sum(axis=1)).T
@@ -84,21 +84,21 @@ def palette(frames: NDArray[np.uint8]) -> Features:
 
 
 def histogram(frames: NDArray[np.uint8]) -> Features:
-    """Square roots of how often each of LEVELS³ shades is there, over all frames (n, H, W, 3)."""
+    """Return square roots of the frequency of each of LEVELS³ shades over all frames (n, H, W, 3)."""
     levels = frames.reshape(-1, 3).astype(int) * LEVELS // 256
     counts = np.bincount(levels @ (LEVELS**2, LEVELS, 1), minlength=LEVELS**3)
     return np.sqrt(counts / len(levels))
 
 
 def average(frames: NDArray[np.uint8]) -> Features:
-    """The mean of the frames (n, H, W, 3), as a thumbnail in one row."""
+    """Return the mean of the frames (n, H, W, 3), as a flattened thumbnail."""
     mean = frames.mean(axis=0)
     block = mean.shape[0] // THUMBNAIL
     return mean.reshape(THUMBNAIL, block, THUMBNAIL, block, 3).mean(axis=(1, 3)).ravel() / 255
 
 
 def probe(rows: dict[str, Features], captions: dict[str, list[str]]) -> NDArray[np.int64]:
-    """Ranks of the test captions' own clips, ties counted against; the penalty is the best on val by mean log rank."""
+    """Return the ranks of the test captions' clips, ties counted against; the penalty is the best on val by mean log rank."""
     words = sorted({word for sentence in captions["train"] for word in sentence.split()})
     bags = {split: _bags(captions[split], words) for split in captions}
     mean, scale = rows["train"].mean(axis=0), rows["train"].std(axis=0) + 1e-6

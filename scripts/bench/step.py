@@ -1,9 +1,9 @@
-"""Time a training step on random weights and random pixels, and tell its highest memory on an accelerator.
+"""Time a training step with random weights and random pixels, and measure its peak memory on an accelerator.
 
     python scripts/bench/step.py --device cuda --precision bf16 --num_frm 16 --top_k 8 --batch_size 32 \
         --clip_backbone PE-Core-B-16:meta --peft.method lora
 
-Every setting of `adaclip train` is a flag. Nothing is downloaded and nothing is read but the flags.
+Every setting of `adaclip train` is a flag. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WARMUP, _STEPS = 3, 8
 
 
 def main() -> None:
-    """Print the median of the steps."""
+    """Print the median time of a step."""
     parser = Parser("step.py", f"{(__doc__ or '').splitlines()[0]}")
     add_flags(parser, Config)
     defaults = {"frame_agg": "mlp", "freeze_cnn": True, "max_txt_len": 32, "policy_weights": "random"}

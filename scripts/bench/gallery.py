@@ -2,8 +2,9 @@
 
     python scripts/bench/gallery.py --texts 50000 --videos 50000 --width 512 --folder /tmp
 
-The embeddings are random; the smaller `--noise`, the closer a text is to its own video. Each step runs in its own process,
-whose peak memory includes Python and torch. The matrix (10 GB at these sizes) is deleted at the end. Ranks from embeddings and from the matrix are compared bit for bit.
+The embeddings are random; the smaller `--noise`, the closer a text is to its own video. Each step runs in its own
+process, whose peak memory includes Python and torch. The matrix (10 GB at these sizes) is deleted at the end. Ranks
+from embeddings and from the matrix are compared bit for bit.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def average(frames: NDArray[np.uint8]) -> Features:
 
 
 def probe(rows: dict[str, Features], captions: dict[str, list[str]]) -> NDArray[np.int64]:
-    """Return ranks of the clips of the test captions, ties counted against; val selects the penalty by mean log rank."""
+    """Return ranks of the clips of the test captions, ties counted against; val selects the penalty (mean log rank)."""
     words = sorted({word for sentence in captions["train"] for word in sentence.split()})
     bags = {split: _bags(captions[split], words) for split in captions}
     mean, scale = rows["train"].mean(axis=0), rows["train"].std(axis=0) + 1e-6

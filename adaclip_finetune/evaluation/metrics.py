@@ -97,7 +97,7 @@ class Metrics:
         return cls(t2v, v2t, state.get("shared_captions", 0), excused and cls.from_state(excused))
 
     def shared_line(self) -> str:
-        """Return one line about captions that several videos share, with both R@1 without them; "" if none is shared."""
+        """Return one line about the captions that several videos share, or "" if there are none."""
         if self.excused is None:
             return ""
         t2v, v2t = self.excused.t2v.recall(1), self.excused.v2t.recall(1)
@@ -216,9 +216,7 @@ def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Te
     start, width = 0, None
     for scores in blocks:
         if scores.ndim != 2:
-            raise ValueError(
-                f"a block is (t, V), not {tuple(scores.shape)}: pass a whole matrix as a list of one block"
-            )
+            raise ValueError(f"a block is (t, V), not {tuple(scores.shape)}: a whole matrix is a list of one block")
         columns = owners[start : start + len(scores)]
         width = scores.shape[1] if width is None else width
         if len(columns) < len(scores):

@@ -1,4 +1,5 @@
-"""`task: retrieval`: embed a gallery of videos and its captions, and rank the videos for each caption and vice versa."""
+"""`task: retrieval`: embed a gallery of videos and its captions, and rank the videos for each caption, and the captions
+for each video."""
 
 from __future__ import annotations
 
@@ -35,9 +36,8 @@ from adaclip_finetune.processes import copy_from_main, from_main, is_main
 from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
 
-COLUMNS = tuple(
-    f"{direction}.{name}" for direction in ("t2v", "v2t") for name in ("R@1", "R@5", "R@10", "MedR", "MeanR")
-)
+_NAMES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+COLUMNS = (*(f"t2v.{name}" for name in _NAMES), *(f"v2t.{name}" for name in _NAMES))
 """The figures that a comparison shows."""
 
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.compare.interpolate import Point, best_point, mixed
-from adaclip_finetune.compare.known import known_of_file
-from adaclip_finetune.compare.request import read_shares
+from adaclip_finetune.commands.evaluate import read_shares
+from adaclip_finetune.compare.interpolate import SharePoint, best_point, mixed
+from adaclip_finetune.compare.seen_data import overlap_of_files
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.metrics import DirectionMetrics, Metrics

@@ -179,7 +179,7 @@ def _reranked(
         row,
         label=f"{row.label} + {method} ({mark})",
         kind="reranked",
-        figures={name: found.as_dict() for name, found in metrics.items()},
+        figures={"v2t": None, **{name: found.as_dict() for name, found in metrics.items()}},
         ranks={name: row.ranks[name]._replace(ranks=found.ranks) for name, found in metrics.items()},
         gallery=row.gallery.splitlines()[0],
         cost=None,

@@ -24,7 +24,7 @@ from torch import Tensor
 from adaclip_finetune.data.annotations import folded
 
 RECALLS = (1, 5, 10, 50)
-_COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+FIGURES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 IntArray = NDArray[np.int64]
 
@@ -117,14 +117,11 @@ def retrieval_metrics(
     t2v and no query in v2t. With `texts` (T,), captions shared by several videos are counted, and `excused` is filled.
 
     `blocks` is iterated twice, because the score that other captions must reach is known only after all rows were seen:
-    pass a list or an object that starts afresh, such as `similarity_blocks` returns, not a generator.
-
-    Raises ValueError for NaN (naming the row), a column out of range, or blocks that do not fit `video_of_text`.
+    pass a list or an object that starts afresh, such as `similarity_blocks` returns, not a generator. Raises ValueError
+    for NaN, naming the row, and for a number of rows other than that of captions.
     """
-    if isinstance(blocks, Iterator):
-        raise TypeError("blocks are iterated twice, and an iterator or generator is spent after one pass")
     owners = torch.as_tensor(video_of_text, dtype=torch.int64, device="cpu")
-    if owners.ndim != 1 or not len(owners):
+    if not len(owners):
         raise ValueError("there are no captions to evaluate")
     same_text = None if texts is None else _SameText(texts, owners.numpy())
     t2v_ranks, best_own = _first_pass(blocks, owners)
@@ -144,11 +141,11 @@ def results_table(rows: Mapping[str, Metrics]) -> str:
     """Return a table of R@1, R@5, R@10, MedR and MeanR in both directions, one line for each model."""
     width = max(len(name) for name in rows)
     head = f"{'':<{width}}   {'text → video':^36}   {'video → text':^36}"
-    names = "".join(f"{name:>7}" for name in _COLUMNS)
+    names = "".join(f"{name:>7}" for name in FIGURES)
     lines = [head, f"{'':<{width}}  {names}    {names}"]
     for name, metrics in rows.items():
         directions = (metrics.t2v.as_dict(), metrics.v2t.as_dict())
-        cells = ["".join(f"{direction[column]:7.1f}" for column in _COLUMNS) for direction in directions]
+        cells = ["".join(f"{direction[column]:7.1f}" for column in FIGURES) for direction in directions]
         lines.append(f"{name:<{width}}  {cells[0]}    {cells[1]}")
     return "\n".join(lines)
 
@@ -211,20 +208,12 @@ def _second_pass(
 
 
 def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each block with its first row number and the columns (t,) of its rows; raise ValueError if it does not
-    fit."""
-    start, width = 0, None
+    """Yield each block with the number of its first row and the columns (t,) of its rows."""
+    start = 0
     for scores in blocks:
-        if scores.ndim != 2:
-            raise ValueError(f"a block is (t, V), not {tuple(scores.shape)}: a whole matrix is a list of one block")
         columns = owners[start : start + len(scores)]
-        width = scores.shape[1] if width is None else width
         if len(columns) < len(scores):
             raise ValueError(f"the similarity has more rows than the {len(owners)} captions")
-        if scores.shape[1] != width:
-            raise ValueError(f"the block of row {start} has {scores.shape[1]} columns, those before {width}")
-        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < width:
-            raise ValueError(f"rows {start} to {start + len(columns) - 1} belong to videos outside the {width} columns")
         if scores.isnan().any():
             row = start + int(scores.isnan().any(dim=1).nonzero()[0])
             raise ValueError(f"the similarity of row {row} is NaN, so nothing can be ranked")

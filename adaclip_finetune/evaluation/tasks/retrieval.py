@@ -25,9 +25,9 @@ from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
-from adaclip_finetune.evaluation.embed import Embeddings, on_main
-from adaclip_finetune.evaluation.metrics import Metrics, one_line, results_table, retrieval_metrics
-from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest
+from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
+from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.parts import PartFolder, names_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
@@ -36,8 +36,7 @@ from adaclip_finetune.processes import copy_from_main, from_main, is_main
 from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
 
-_NAMES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-COLUMNS = (*(f"t2v.{name}" for name in _NAMES), *(f"v2t.{name}" for name in _NAMES))
+COLUMNS = (*(f"t2v.{name}" for name in FIGURES), *(f"v2t.{name}" for name in FIGURES))
 """The figures that a comparison shows."""
 
 
@@ -99,7 +98,7 @@ class RetrievalReport:
     def gallery(self) -> str:
         """Return the size of the gallery in words, with a second line if captions are shared by several videos."""
         missing = f", {self.missing} of {self.num_listed} MISSING" if self.missing else ""
-        counts = f"{len(self.queries.texts)} captions, {len(self.queries.video_ids)} videos{missing}"
+        counts = f"{len(self.queries.texts):,} captions, {len(self.queries.video_ids):,} videos{missing}"
         return f"{counts}; ties count against\n{self.metrics.shared_line()}".rstrip()
 
 
@@ -154,11 +153,11 @@ class Retrieval(Task):
             [name for name in self.split.queries.video_ids if name not in videos.failed]
         )
         gallery = from_main(videos.rows()) if self._adaptation.needs_gallery else None
-        texts = Embeddings("texts", len(self.split.queries.texts), folder)
+        # Texts of unreadable videos too, so that batches do not depend on which videos failed.
+        all_texts = self.split.queries.texts
+        texts, work = Embeddings("texts", len(all_texts), folder), partial(self._embed_texts, model, all_texts, gallery)
         with tqdm(total=texts.count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
-            # All texts, those of unreadable videos too, so that batches do not depend on which videos failed.
-            all_texts = self.split.queries.texts
-            texts.embed(self._text_batches(all_texts), partial(self._text_parts, model, all_texts, gallery), bar)
+            texts.embed(self._text_batches(all_texts), work, bar)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
@@ -175,30 +174,30 @@ class Retrieval(Task):
         """Return the similarity of other texts to the gallery that `model` was measured on in this one process."""
         assert report.similarity is not None, "there is one process"
         gallery = report.similarity.videos.cpu() if self._adaptation.needs_gallery else None
-        parts = self._text_parts(model, texts, gallery, range(self._text_batches(texts)))
-        bar = tqdm(parts, self.label, self._text_batches(texts), unit="batch", leave=False, disable=None)
-        return replace(report.similarity, text=torch.cat([part.rows for part in bar]).to(model.device))
+        batches = self._embed_texts(model, texts, gallery, range(self._text_batches(texts)))
+        bar = tqdm(batches, self.label, self._text_batches(texts), unit="batch", leave=False, disable=None)
+        return replace(report.similarity, text=torch.cat([batch.rows for batch in bar]).to(model.device))
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
         """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
         names = self.split.queries.video_ids
-        videos = Embeddings("videos", len(names), folder)
+        videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
         with tqdm(total=len(names), desc=self.label, unit="video", leave=False, disable=_hidden()) as bar:
-            videos.embed(len(self._loader), partial(self._video_parts, model), bar)
+            videos.embed(len(self._loader), partial(self._embed_video_batches, model), bar)
         videos.failed = {name: videos.failed[name] for name in names if name in videos.failed}
         if videos.failed and (not self.config.skip_missing or len(videos.failed) == len(names)):
             raise unreadable_in_evaluation(videos.failed, len(names))
         return videos
 
-    def _video_parts(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[Part]:
+    def _embed_video_batches(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[EmbeddedBatch]:
         place = {name: number for number, name in enumerate(self.split.queries.video_ids)}
         for collated in self._loader.read(numbers):
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             if collated.videos is None:
-                yield Part(_integers([]), torch.empty(0), _integers([]), failed)
+                yield EmbeddedBatch(_integers([]), torch.empty(0), _integers([]), failed)
             else:
                 rows, usage = self._embedded(model, collated.videos)
-                yield Part(_integers([place[name] for name in collated.videos.video_ids]), rows, usage, failed)
+                yield EmbeddedBatch(_integers([place[name] for name in collated.videos.video_ids]), rows, usage, failed)
 
     def _embedded(self, model: VideoRetriever, batch: VideoBatch) -> tuple[Tensor, Tensor]:
         """Return rows (B, …) and frame usage (N,), or (0,) without a selector."""
@@ -212,16 +211,16 @@ class Retrieval(Task):
     def _text_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // self._text_batch_size)
 
-    def _text_parts(
+    def _embed_texts(
         self, model: VideoRetriever, texts: Sequence[str], gallery: Tensor | None, numbers: Sequence[int]
-    ) -> Iterator[Part]:
+    ) -> Iterator[EmbeddedBatch]:
         size = self._text_batch_size
         for number in numbers:
             places = range(len(texts))[number * size : (number + 1) * size]
             tokens = self.loaded.tokenize([texts[place] for place in places], self.config.max_txt_len)
             with self._adaptation(model, tokens, gallery), torch.no_grad():
                 rows = model.encode_text(tokens).sentence.float().cpu()
-            yield Part(_integers(places), rows, _integers([]))
+            yield EmbeddedBatch(_integers(places), rows, _integers([]))
 
     def _similarity(self, model: VideoRetriever, texts: Embeddings, videos: Embeddings) -> SimilarityBlocks:
         names, text = self.split.queries.video_ids, texts.rows()
@@ -244,7 +243,7 @@ class Retrieval(Task):
             "device": model.device.type,
             "settings": self.config.model_dump(mode="json", include=_deciding_settings()),
         }
-        return PartFolder(path, about, keep_failures=self.config.skip_missing)
+        return PartFolder(path, about)
 
 
 def save_similarity(path: Path, result: RetrievalReport) -> None:

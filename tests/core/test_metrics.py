@@ -197,9 +197,16 @@ def test_similarity_blocks_do_not_change_while_the_model_learns():
 
 
 def test_similarity_of_videos_that_depend_on_the_query(monkeypatch):
+    at_once = []
+
+    class Watching(QueryScorer):
+        def cosines(self, text, kept):
+            at_once.append(len(kept))
+            return super().cosines(text, kept)
+
     generator = torch.Generator().manual_seed(2)
     text, frames = torch.randn(7, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
-    scorer = QueryScorer(clip_with(0).float(), 0.5)
+    scorer = Watching(clip_with(0).float(), 0.5)
     cosines = torch.nn.functional.cosine_similarity(text[:, None, None], frames[None], dim=-1)
     videos = torch.einsum("tvk,vkd->tvd", (cosines / 0.5).softmax(-1), frames)
     expected = torch.nn.functional.cosine_similarity(text[:, None], videos, dim=-1)
@@ -207,6 +214,7 @@ def test_similarity_of_videos_that_depend_on_the_query(monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_BYTES", 100)  # two rows of four videos; answers for two videos at a time
     blocks = list(similarity_blocks(text, frames, scorer, 2))
     assert [block.shape for block in blocks] == [(2, 4), (2, 4), (2, 4), (1, 4)]
+    assert at_once == [4] * 4 + [2] * 6 + [4]
     torch.testing.assert_close(torch.cat(blocks), expected)
 
 

@@ -35,18 +35,8 @@ from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
 
 # Settings that two checkpoints must share for one zero-shot row to serve both, beside the weights of CLIP.
-_DECIDING_ZERO_SHOT = (
-    "num_frm",
-    "segment_sampling",
-    "max_txt_len",
-    "concat_captions",
-    "precision",
-    "frames_dir",
-    "video_dir",
-    "img_tmpl",
-    "skip_missing",
-    "task",
-)
+_DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "max_txt_len", "concat_captions", "precision", "task",
+                       "frames_dir", "video_dir", "img_tmpl", "skip_missing")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,10 +201,10 @@ def _row(label: str, kind: RowKind, task: Task, report: Report, cost: Cost) -> T
 def _learned(session: Session) -> tuple[float | None, float | None]:
     """Return the percentages of CLIP's parameters, and of all, that learned.
 
-    They are None for a checkpoint that does not say so, if its settings do not determine them either.
+    They are None for a checkpoint that does not say so, if the settings of its method do not determine them.
     """
     noted = session.checkpoint is not None and "parameters" in session.checkpoint.metadata
-    if not noted and session.config.peft.method in ("ibs", "lora"):
+    if not noted and session.config.peft.method not in ("full", "bitfit"):
         return None, None
     return session.parameters.clip.percent, session.parameters.all.percent
 

@@ -5,7 +5,7 @@ It shows the figures, how recall depends on the length of caption and video, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,11 @@ from torch import Tensor
 from adaclip_finetune.compare.checkpoints import OpenCandidate
 from adaclip_finetune.compare.strips import Strip, StripMaker
 from adaclip_finetune.data.annotations import load_annotations
-from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.evaluation.bootstrap import intervals
-from adaclip_finetune.evaluation.metrics import IntArray, retrieval_metrics
+from adaclip_finetune.evaluation.metrics import IntArray
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile
-from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, report_of_matrix
 
 _TEMPLATE = Path(__file__).with_name("error_page.html")
 _WORST = 20  # queries that are shown
@@ -58,23 +57,20 @@ class WrongAnswer(NamedTuple):
 
 def error_page(model: OpenCandidate, annotation: str, split: EvaluationSplit, report: RetrievalReport) -> str:
     """Return the page of a model that was just measured. Reads the frames of the shown videos again."""
-    assert report.similarity is not None, "there is one process"
     videos = {video.video_id: video for video in load_annotations(annotation)}
     strips = StripMaker(model, split.store, videos)
     captions = {name: video.sentences for name, video in videos.items()}
     lengths = [strips.seconds(name) for name in report.queries.video_ids]
-    return _page(model.label, annotation, report, report.similarity, captions, lengths, strips)
+    return _page(model.label, annotation, report, captions, lengths, strips)
 
 
 def error_page_of_matrix(file: SimilarityFile) -> str:
     """Return the page of a saved matrix, without frames and without the lengths of videos."""
-    queries = file.queries
-    captions: dict[str, list[str]] = {name: [] for name in queries.video_ids}
-    for text, video in zip(queries.texts, queries.video_of_text, strict=True):
-        captions[queries.video_ids[video]].append(text)
-    metrics = retrieval_metrics(file, queries.video_of_text, queries.texts)
-    report = RetrievalReport(metrics, queries, None, None, num_listed=len(captions), seconds=0)
-    return _page(file.path.stem, str(file.path), report, file, captions, [None] * len(captions), None)
+    names = file.queries.video_ids
+    captions: dict[str, list[str]] = {name: [] for name in names}
+    for text, video in zip(file.queries.texts, file.queries.video_of_text, strict=True):
+        captions[names[video]].append(text)
+    return _page(file.path.stem, str(file.path), report_of_matrix(file), captions, [None] * len(names), None)
 
 
 def rank_bars(ranks: IntArray) -> list[Bar]:
@@ -105,7 +101,6 @@ def _page(
     label: str,
     annotation: str,
     report: RetrievalReport,
-    blocks: Iterable[Tensor],
     captions: Mapping[str, Sequence[str]],
     seconds: Sequence[float | None],
     strips: StripMaker | None,
@@ -130,24 +125,22 @@ def _page(
             "R@1 by length of the video": recall_bars(lengths[known], ranks[known], "s"),
         },
         num_wrong=int((ranks > 1).sum()),
-        wrong=_worst(queries, ranks, blocks, captions, strips or (lambda _: Strip())),
+        wrong=_worst(report, captions, strips or (lambda _: Strip())),
         has_frames=strips is not None,
     )
     return page
 
 
 def _worst(
-    queries: Queries,
-    ranks: IntArray,
-    blocks: Iterable[Tensor],
-    captions: Mapping[str, Sequence[str]],
-    strip_of: Callable[[str], Strip],
+    report: RetrievalReport, captions: Mapping[str, Sequence[str]], strip_of: Callable[[str], Strip]
 ) -> list[WrongAnswer]:
     """Return the queries with the worst ranks, the worst first; of equal ranks the order of the annotation decides."""
+    assert report.similarity is not None, "there is one process"
+    queries, ranks = report.queries, report.metrics.t2v.ranks
     worst = [int(row) for row in np.argsort(-ranks, kind="stable")[:_WORST] if ranks[row] > 1]
     scores: dict[int, Tensor] = {}
     start = 0
-    for block in blocks:
+    for block in report.similarity:
         scores |= {row: block[row - start].cpu() for row in worst if start <= row < start + len(block)}
         start += len(block)
 

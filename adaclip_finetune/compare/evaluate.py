@@ -16,7 +16,7 @@ from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import Queries, evaluation_queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.metrics import DirectionMetrics, retrieval_metrics
+from adaclip_finetune.evaluation.metrics import DirectionMetrics
 from adaclip_finetune.evaluation.rerank import (
     DUAL_SOFTMAX_TEMPERATURE,
     QB_NORM_TEMPERATURE,
@@ -24,7 +24,7 @@ from adaclip_finetune.evaluation.rerank import (
     qb_norm_metrics,
 )
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile, similarity_file
-from adaclip_finetune.evaluation.tasks.retrieval import COLUMNS, Retrieval, RetrievalReport
+from adaclip_finetune.evaluation.tasks.retrieval import COLUMNS, Retrieval, RetrievalReport, report_of_matrix
 
 TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """The temperatures that validation chooses from."""
@@ -181,7 +181,7 @@ def _reranked(
         kind="reranked",
         figures={"v2t": None, **{name: found.as_dict() for name, found in metrics.items()}},
         ranks={name: row.ranks[name]._replace(ranks=found.ranks) for name, found in metrics.items()},
-        gallery=row.gallery.splitlines()[0],
+        gallery=row.measured_on,
         cost=None,
         note=f"{seen}; {how}",
     )
@@ -213,8 +213,6 @@ def _scores(model: OpenCandidate, name: str, task: Retrieval, report: RetrievalR
 
 
 def _matrix_row(file: SimilarityFile, label: str, kind: RowKind, baseline: str | None = None) -> TableRow:
-    queries = file.queries
-    metrics = retrieval_metrics(file, queries.video_of_text, queries.texts)
-    report = RetrievalReport(metrics, queries, None, None, num_listed=len(queries.video_ids), seconds=0)
-    figures = report.as_dict()
-    return TableRow(label, kind, figures, COLUMNS, report.ranks(), queries, report.gallery(), baseline=baseline)
+    report = report_of_matrix(file)
+    figures, ranks, gallery = report.as_dict(), report.ranks(), report.gallery()
+    return TableRow(label, kind, figures, COLUMNS, ranks, report.queries, gallery, baseline=baseline)

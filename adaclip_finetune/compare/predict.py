@@ -90,7 +90,7 @@ def predict(
     (candidate,) = find_candidates([checkpoint], settings, overrides, annotation, retrieval=True)
     model = OpenCandidate(candidate)
     task, report = model.retrieve(model.read(annotation), annotation)
-    assert report.similarity is not None, "there is one process"
+    assert isinstance(report.similarity, SimilarityBlocks), "there is one process"
     texts, similarity = report.queries.texts, report.similarity
     if queries is not None:
         texts, similarity = list(queries), model.similarity_of(queries, task, report)

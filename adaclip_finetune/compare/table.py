@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, Interval, intervals, paired_difference
@@ -53,6 +53,11 @@ class TableRow:
     baseline: str | None = None
     note: str = ""
 
+    @property
+    def measured_on(self) -> str:
+        """The first line of `gallery`."""
+        return self.gallery.splitlines()[0]
+
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """The 95 % intervals of R@K, MedR and MeanR in each direction that has ranks."""
@@ -86,26 +91,21 @@ class TableRow:
         return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": cost}
 
 
-@dataclass(frozen=True)
-class RowDifference:
+class RowDifference(NamedTuple):
     """R@1 of one row minus that of another one, in each direction."""
 
     label: str
-    other: str
+    minus: str
     directions: Mapping[str, Difference]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the difference for JSON."""
-        directions = {name: found.as_dict() for name, found in self.directions.items()}
-        return {"label": self.label, "minus": self.other, **directions}
-
-    def __str__(self) -> str:
+    def as_text(self) -> str:
+        """Return the difference in one line."""
         parts = []
         for name, found in self.directions.items():
             p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
             low, high = found.interval
             parts.append(f"{name.upper()} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
-        return f"R@1 of {self.label} minus {self.other}: {', '.join(parts)}"
+        return f"R@1 of {self.label} minus {self.minus}: {', '.join(parts)}"
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ class DataSetRows:
 
     @property
     def title(self) -> str:
-        return f"{self.name}: {_measured_on(self.rows[0])}"
+        return f"{self.name}: {self.rows[0].measured_on}"
 
     @cached_property
     def differences(self) -> list[RowDifference]:
@@ -135,15 +135,16 @@ class DataSetRows:
         models = [row for row in self.models if row.kind == "model"]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
         pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
-        return [_difference(*pair) for pair in pairs if pair[0].ranks and same_queries(*(row.queries for row in pair))]
+        same = [(row, other) for row, other in pairs if row.ranks and same_queries(row.queries, other.queries)]
+        return [RowDifference(row.label, other.label, _differences(row, other)) for row, other in same]
 
     def said(self) -> Iterator[str]:
         """Yield the lines that stand below the table."""
         for row in self.rows:
-            gallery = _measured_on(row) if _measured_on(row) != _measured_on(self.rows[0]) else ""
+            gallery = row.measured_on if row.measured_on != self.rows[0].measured_on else ""
             if notes := "; ".join(filter(None, (gallery, *row.gallery.splitlines()[1:], row.note))):
                 yield f"{row.label}: {notes}"
-        yield from map(str, self.differences)
+        yield from (difference.as_text() for difference in self.differences)
         yield from self.remarks
 
 
@@ -187,20 +188,17 @@ def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
     for data_set in data_sets:
         of = {"annotation": data_set.name}
         content["rows"] += [of | row.as_dict() for row in data_set.rows]
-        content["differences_in_R@1"] += [of | difference.as_dict() for difference in data_set.differences]
+        for label, other, directions in data_set.differences:
+            found = {name: difference.as_dict() for name, difference in directions.items()}
+            content["differences_in_R@1"].append({**of, "label": label, "minus": other, **found})
         content["remarks"] += [of | {"remark": remark} for remark in data_set.remarks]
     return content
 
 
-def _measured_on(row: TableRow) -> str:
-    return row.gallery.splitlines()[0]
-
-
-def _difference(row: TableRow, other: TableRow) -> RowDifference:
-    differences = {
+def _differences(row: TableRow, other: TableRow) -> dict[str, Difference]:
+    return {
         name: paired_difference(found.ranks, other.ranks[name].ranks, found.videos) for name, found in row.ranks.items()
     }
-    return RowDifference(row.label, other.label, differences)
 
 
 def _columns(data_sets: Sequence[DataSetRows]) -> list[str]:

@@ -12,7 +12,7 @@ other; published figures usually lie between the two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,8 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class DirectionMetrics:
-    """The rank (from 1) of each query's right answer. `queries` are row (t2v) or column (v2t) numbers of the matrix."""
+    """The rank (from 1) of each query's right answer: of captions in t2v, of the videos that have captions in v2t."""
 
-    queries: IntArray
     ranks: IntArray
 
     def recall(self, k: int) -> float:
@@ -52,15 +51,6 @@ class DirectionMetrics:
         """Return R@1, R@5, R@10 and R@50 in percent, MedR, MeanR, and the number of queries."""
         recalls = {f"R@{k}": self.recall(k) for k in RECALLS}
         return {**recalls, "MedR": self.median_rank, "MeanR": self.mean_rank, "queries": len(self.ranks)}
-
-    def as_state(self) -> dict[str, list[int]]:
-        """Return everything, exactly, as JSON can hold it."""
-        return {"queries": self.queries.tolist(), "ranks": self.ranks.tolist()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, list[int]]) -> DirectionMetrics:
-        """Make the metrics from what `as_state` returned."""
-        return cls(np.array(state["queries"], np.int64), np.array(state["ranks"], np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +76,14 @@ class Metrics:
     def as_state(self) -> dict[str, Any]:
         """Return everything, exactly, as JSON can hold it."""
         excused = None if self.excused is None else self.excused.as_state()
-        ranks = {"t2v": self.t2v.as_state(), "v2t": self.v2t.as_state()}
+        ranks = {"t2v": self.t2v.ranks.tolist(), "v2t": self.v2t.ranks.tolist()}
         return {**ranks, "shared_captions": self.shared_captions, "excused": excused}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Metrics:
         """Make the metrics from what `as_state` returned."""
-        t2v, v2t = (DirectionMetrics.from_state(state[direction]) for direction in ("t2v", "v2t"))
-        excused = state.get("excused")
-        return cls(t2v, v2t, state.get("shared_captions", 0), excused and cls.from_state(excused))
+        t2v, v2t = (DirectionMetrics(np.array(state[direction], np.int64)) for direction in ("t2v", "v2t"))
+        return cls(t2v, v2t, state["shared_captions"], state["excused"] and cls.from_state(state["excused"]))
 
     def shared_line(self) -> str:
         """Return one line about the captions that several videos share, or "" if there are none."""
@@ -126,15 +115,12 @@ def retrieval_metrics(
     same_text = None if texts is None else _SameText(texts, owners.numpy())
     t2v_ranks, best_own = _first_pass(blocks, owners)
     v2t_ranks, excused = _second_pass(blocks, owners, best_own, same_text)
-    queries = np.unique(owners.numpy())
-
-    def directions(t2v: IntArray, v2t: IntArray) -> tuple[DirectionMetrics, DirectionMetrics]:
-        return DirectionMetrics(np.arange(len(owners)), t2v), DirectionMetrics(queries, v2t[queries])
-
+    asked = np.unique(owners.numpy())
+    metrics = Metrics(DirectionMetrics(t2v_ranks), DirectionMetrics(v2t_ranks[asked]))
     if same_text is None or not same_text.shared_captions:
-        return Metrics(*directions(t2v_ranks, v2t_ranks))
-    without = Metrics(*directions(t2v_ranks - excused[0], v2t_ranks - excused[1]))
-    return Metrics(*directions(t2v_ranks, v2t_ranks), same_text.shared_captions, without)
+        return metrics
+    t2v, v2t = DirectionMetrics(t2v_ranks - excused[0]), DirectionMetrics((v2t_ranks - excused[1])[asked])
+    return replace(metrics, shared_captions=same_text.shared_captions, excused=Metrics(t2v, v2t))
 
 
 def results_table(rows: Mapping[str, Metrics]) -> str:

@@ -59,78 +59,39 @@ def _parser() -> Parser:
         "those of the model, because it uses other queries than the one that is asked.",
     )
     add = parser.add_argument
-    add(
-        "checkpoints",
-        metavar="RUN_OR_CHECKPOINT",
-        nargs="*",
-        type=Path,
-        help="a run folder (its best.safetensors), or a weights file: ours, an adapter, or a published one",
-    )
+    checkpoints = "run folders (their best.safetensors) or weights files: ours, adapters, or published ones"
+    add("checkpoints", metavar="RUN_OR_CHECKPOINT", nargs="*", type=Path, help=checkpoints)
     add("--annot", metavar="FILE", action="append", default=[], help="captions to evaluate; may be given several times")
     add("--markdown", metavar="FILE.md", type=Path, help="also write the table as Markdown")
     add("--json", metavar="FILE.json", type=Path, help="also write all figures as JSON")
-    add(
-        "--errors",
-        metavar="FILE.html",
-        type=Path,
-        help="write an error analysis of one checkpoint on one annotation: a page with the worst queries, the frames "
-        "that were chosen, and recall by length; with --similarity without frames",
+    errors = (
+        "write an error analysis of one checkpoint on one annotation: a page with the worst queries, the frames that "
+        "were chosen, and recall by length; with --similarity without frames"
     )
+    add("--errors", metavar="FILE.html", type=Path, help=errors)
     add = parser.add_argument_group("Reranking").add_argument
-    add(
-        "--rerank",
-        action="append",
-        choices=_RERANKINGS,
-        default=[],
-        help="dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Give it twice for both",
-    )
-    add(
-        "--bank",
-        metavar="TRAIN.json",
-        help="training captions for qb_norm; with --similarity the .npy of their similarity to the same videos",
-    )
-    add(
-        "--temperature",
-        metavar="T",
-        type=float,
-        help="divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm; with --val-annot the best "
-        "there]",
-    )
-    add(
-        "--val-annot",
-        metavar="FILE",
-        help="validation captions that choose the temperature or alpha; with --similarity the .npy of their similarity",
-    )
+    rerank = "dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Give it twice for both"
+    add("--rerank", action="append", choices=_RERANKINGS, default=[], help=rerank)
+    bank = "training captions for qb_norm; with --similarity the .npy of their similarity to the same videos"
+    add("--bank", metavar="TRAIN.json", help=bank)
+    temperature = "divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm, or by --val-annot]"
+    add("--temperature", metavar="T", type=float, help=temperature)
+    validation = "validation captions that choose temperature or alpha; with --similarity the .npy of their similarity"
+    add("--val-annot", metavar="FILE", help=validation)
     add = parser.add_argument_group("Interpolation (WiSE-FT)").add_argument
-    add(
-        "--interpolate",
-        nargs=2,
-        metavar=("ZERO_SHOT", "FINETUNED"),
-        help="mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint",
-    )
+    interpolate = "mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint"
+    add("--interpolate", nargs=2, metavar=("ZERO_SHOT", "FINETUNED"), help=interpolate)
     add("--alpha", metavar="FROM:TO:STEP", default="0:1:0.1", help="shares to try [default: 0:1:0.1]")
     add = parser.add_argument_group("Without a model").add_argument
-    add(
-        "--similarity",
-        metavar="S.npy",
-        type=Path,
-        action="append",
-        default=[],
-        help="a matrix from `adaclip train --save_similarity`; give several of the same queries to compare them",
+    similarity = "a matrix from `adaclip train --save_similarity`; give several of the same queries to compare them"
+    add("--similarity", metavar="S.npy", type=Path, action="append", default=[], help=similarity)
+    ids = "the queries and videos of all matrices [default: the .json with the name of each]"
+    add("--ids", metavar="IDS.json", type=Path, help=ids)
+    zero_shot = (
+        "the matrix of zero-shot, for the first row: `adaclip train --do_inference --save_similarity` without --resume "
+        "writes it"
     )
-    add(
-        "--ids",
-        metavar="IDS.json",
-        type=Path,
-        help="the queries and videos of all matrices [default: the .json with the name of each]",
-    )
-    add(
-        "--zero-shot",
-        metavar="Z.npy",
-        type=Path,
-        help="the matrix of zero-shot, for the first row: `adaclip train --do_inference --save_similarity` without "
-        "--resume writes it",
-    )
+    add("--zero-shot", metavar="Z.npy", type=Path, help=zero_shot)
     add_checkpoint_flags(parser)
     return parser
 

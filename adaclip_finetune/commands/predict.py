@@ -71,18 +71,9 @@ def _parser() -> Parser:
     add("--annot", metavar="FILE", required=True, help="the videos, and the captions that are asked unless --queries")
     add("--queries", metavar="FILE.txt", type=Path, help="ask these instead, one a line")
     add("-k", type=int, default=10, metavar="N", help="videos for each query [default: 10]")
-    add(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help=".jsonl: one object a query; .csv: one line a query and video",
-    )
-    add(
-        "--save-embeddings",
-        metavar="FILE.safetensors",
-        type=Path,
-        help="also write the vectors of queries and videos, and their ids to the .json of the same name",
-    )
+    output = ".jsonl: one object a query; .csv: one line a query and video"
+    add("--output", metavar="FILE", type=Path, required=True, help=output)
+    vectors = "also write the vectors of queries and videos, and their ids to the .json of the same name"
+    add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=vectors)
     add_checkpoint_flags(parser)
     return parser

@@ -39,7 +39,7 @@ _DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "max_txt_len", "concat_cap
                        "frames_dir", "video_dir", "img_tmpl", "skip_missing")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidate:
     """A checkpoint to be evaluated: the label of its row, and its settings, whose `resume` is the weights file."""
 
@@ -61,17 +61,14 @@ def find_candidates(
     found = [_find(path, settings, overrides, annotation) for path in paths]
     if retrieval or any(candidate.config.task != found[0].config.task for candidate in found):
         changed = {"task": load_config().task, "primary": None}
-        found = [
-            candidate
-            if candidate.config.task.method == "retrieval"
-            else replace(candidate, config=candidate.config.model_copy(update=changed))
-            for candidate in found
-        ]
+        for candidate in found:
+            if candidate.config.task.method != "retrieval":
+                candidate.config = candidate.config.model_copy(update=changed)
     labels = [candidate.label for candidate in found]
-    return [
-        candidate if labels.count(candidate.label) == 1 else replace(candidate, label=f"{candidate.label} ({number})")
-        for number, candidate in enumerate(found, start=1)
-    ]
+    for number, candidate in enumerate(found, start=1):
+        if labels.count(candidate.label) > 1:
+            candidate.label += f" ({number})"
+    return found
 
 
 class OpenCandidate:
@@ -180,16 +177,10 @@ def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], anno
 
 def _exclusive(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Let --frames_dir replace the run's video_dir too, and the reverse; likewise --device and --xpu."""
-    given = dict(overrides)
-    for name, rival, off in (
-        ("frames_dir", "video_dir", None),
-        ("video_dir", "frames_dir", None),
-        ("device", "xpu", False),
-        ("xpu", "device", "auto"),
-    ):
-        if name in overrides and rival not in overrides:
-            given[rival] = off
-    return given
+    rivals: dict[str, dict[str, Any]] = {"frames_dir": {"video_dir": None}, "video_dir": {"frames_dir": None}}
+    rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
+    switched_off = {name: off for given in overrides.keys() & rivals for name, off in rivals[given].items()}
+    return {**switched_off, **overrides}
 
 
 def _row(label: str, kind: RowKind, task: Task, report: Report, cost: Cost) -> TableRow:

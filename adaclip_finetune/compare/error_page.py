@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Template
@@ -35,24 +35,6 @@ class Bar(NamedTuple):
     label: str
     share: float
     queries: int
-
-
-class RankedVideo(NamedTuple):
-    """A video as one query ranks it."""
-
-    name: str
-    score: float
-    captions: Sequence[str]
-    strip: Strip
-
-
-class WrongAnswer(NamedTuple):
-    """A query, the rank of its own video, and the other video with the highest score."""
-
-    query: str
-    rank: int
-    expected: RankedVideo
-    found: RankedVideo
 
 
 def error_page(model: OpenCandidate, annotation: str, split: EvaluationSplit, report: RetrievalReport) -> str:
@@ -133,8 +115,8 @@ def _page(
 
 def _worst(
     report: RetrievalReport, captions: Mapping[str, Sequence[str]], strip_of: Callable[[str], Strip]
-) -> list[WrongAnswer]:
-    """Return the queries with the worst ranks, the worst first; of equal ranks the order of the annotation decides."""
+) -> list[dict[str, Any]]:
+    """Return the queries with the worst ranks, the worst first: query, rank, its own video and the one found first."""
     assert report.similarity is not None, "there is one process"
     queries, ranks = report.queries, report.metrics.t2v.ranks
     worst = [int(row) for row in np.argsort(-ranks, kind="stable")[:_WORST] if ranks[row] > 1]
@@ -144,17 +126,17 @@ def _worst(
         scores |= {row: block[row - start].cpu() for row in worst if start <= row < start + len(block)}
         start += len(block)
 
-    def ranked(row: int, place: int) -> RankedVideo:
+    def ranked(row: int, place: int) -> dict[str, Any]:
         name = queries.video_ids[place]
-        return RankedVideo(name, float(scores[row][place]), captions[name], strip_of(name))
+        return {"name": name, "score": scores[row][place].item(), "captions": captions[name], "strip": strip_of(name)}
 
     found = []
     for row in worst:
         own = int(queries.video_of_text[row])
         others = scores[row].clone()
         others[own] = -float("inf")
-        wrong = ranked(row, int(others.argmax()))
-        found.append(WrongAnswer(queries.texts[row], int(ranks[row]), ranked(row, own), wrong))
+        videos = {"expected": ranked(row, own), "found": ranked(row, int(others.argmax()))}
+        found.append({"query": queries.texts[row], "rank": int(ranks[row]), **videos})
     return found
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from safetensors.torch import save
@@ -17,17 +17,9 @@ from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 
 
-class BestVideos(NamedTuple):
-    """A query and its best videos, best first, with the logits of the model's scorer."""
-
-    query: str
-    videos: list[str]
-    scores: list[float]
-
-
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Iterates over the `k` best videos of each query. `missing` videos of the annotation could not be read."""
+    """The `k` best videos of each query. `missing` videos of the annotation could not be read."""
 
     queries: list[str]
     videos: list[str]
@@ -35,19 +27,19 @@ class Predictions:
     similarity: SimilarityBlocks
     k: int
 
-    def __iter__(self) -> Iterator[BestVideos]:
-        """Yield the queries in their order. Of equal scores, the video that the annotation lists first comes first."""
+    def __iter__(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        """Yield each query with its best videos and their scores, best first; of equal ones in annotation order."""
         queries = iter(self.queries)
         for block in self.similarity:
             scores, places = block.cpu().sort(dim=1, descending=True, stable=True)
-            for row_scores, row in zip(scores[:, : self.k].tolist(), places[:, : self.k].tolist(), strict=True):
-                yield BestVideos(next(queries), [self.videos[place] for place in row], row_scores)
+            for found, row in zip(scores[:, : self.k].tolist(), places[:, : self.k].tolist(), strict=True):
+                yield next(queries), list(zip([self.videos[place] for place in row], found, strict=True))
 
     def as_json_lines(self) -> str:
         """Return one JSON object a query."""
         lines = []
-        for query, videos, scores in self:
-            found = [{"video": name, "score": score} for name, score in zip(videos, scores, strict=True)]
+        for query, best in self:
+            found = [{"video": name, "score": score} for name, score in best]
             lines.append(json.dumps({"query": query, "videos": found}, ensure_ascii=False) + "\n")
         return "".join(lines)
 
@@ -56,9 +48,8 @@ class Predictions:
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(("query", "rank", "video", "score"))
-        for query, videos, scores in self:
-            found = zip(videos, scores, strict=True)
-            writer.writerows((query, rank, *pair) for rank, pair in enumerate(found, start=1))
+        for query, best in self:
+            writer.writerows((query, rank, *found) for rank, found in enumerate(best, start=1))
         return text.getvalue()
 
     def vectors(self) -> tuple[bytes, str]:

@@ -62,11 +62,15 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str
             raise UserError(f"{flag} {path}: exists and is not a file")
         if not place.parent.is_dir() or not os.access(place.parent, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {path}: {place.parent} is not a folder that you can write into")
-        if run := next((folder for folder in place.parents if (folder / "best.safetensors").is_file()), None):
+        if run := next(filter(_is_run_folder, place.parents), None):
             raise UserError(f"{flag} {path}: {run} is a run folder, which stays as it is; choose another place")
         if reason := taken.get(place):
             raise UserError(f"{flag} {path}: this file {reason}; choose another name")
         taken[place] = f"is also written by {flag}"
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return (folder / "best.safetensors").is_file() and (folder / "config.json").is_file()
 
 
 def write_output(flag: str, path: Path, content: str | bytes) -> None:

@@ -48,7 +48,7 @@ def tied_problems(draw):
     return [row_of[text] for text in texts], owners, texts, draw(st.integers(1, captions))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tied_problems())
 def test_ranks_are_those_of_the_definition(problem):
     scores, owners, texts, block = problem
@@ -62,18 +62,6 @@ def test_ranks_are_those_of_the_definition(problem):
     else:
         excused = metrics.excused
         assert (excused.t2v.ranks.tolist(), excused.v2t.ranks.tolist()) == slow_ranks(scores, owners, texts)
-
-
-@pytest.mark.parametrize("block", [7, 200])
-def test_a_larger_matrix_in_blocks_of_any_size(block):
-    generator = torch.Generator().manual_seed(0)
-    scores = (torch.randn(200, 60, generator=generator) * 2).round() / 2
-    owners = torch.randint(0, 60, (200,), generator=generator)
-    metrics = retrieval_metrics(scores.split(block), owners)
-    t2v, v2t = slow_ranks(scores.tolist(), owners.tolist())
-    assert (metrics.t2v.ranks.tolist(), metrics.v2t.ranks.tolist()) == (t2v, v2t)
-    assert metrics.t2v.recall(5) == pytest.approx(100 * sum(r <= 5 for r in t2v) / len(t2v))
-    assert metrics.v2t.median_rank == np.median(v2t) and metrics.t2v.mean_rank == pytest.approx(np.mean(t2v))
 
 
 SCORES = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.6], [0.3, 0.7, 0.2]])
@@ -104,6 +92,7 @@ def test_figures_have_the_names_of_the_field():
     expected = {"R@1": third, "R@5": 100, "R@10": 100, "R@50": 100, "MedR": 3, "MeanR": pytest.approx(7 / 3)}
     metrics = retrieval_metrics([SCORES], [0, 1, 2], ["a", "b", "c"])
     assert metrics.as_dict()["t2v"] == {**expected, "queries": 3}
+    assert metrics.v2t.median_rank == 2 and metrics.v2t.mean_rank == 2
     assert set(metrics.as_dict()) == {"t2v", "v2t"} and metrics.shared_line() == ""
 
 

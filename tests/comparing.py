@@ -1,4 +1,4 @@
-"""A trained run of the `project` fixture, and commands on it: for the tests of evaluate and predict."""
+"""A trained run of the `project` fixture, and `adaclip evaluate` on it, for the tests of evaluate and predict."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ Project = dict[str, Any]
 
 
 def trained_run(project: Project, folder: Path, **settings: Any) -> Path:
-    """The run folder of two epochs; its similarity on test_annot lies beside it, in <folder>/test.npy."""
+    """Train for two epochs and return the run folder; the similarity on test_annot is saved as <folder>/test.npy."""
     folder.mkdir(exist_ok=True)
     path = folder / "settings.json"
     path.write_text(json.dumps({**project, "output_dir": str(folder / "output"), **settings}))
@@ -19,8 +19,13 @@ def trained_run(project: Project, folder: Path, **settings: Any) -> Path:
     return found
 
 
+def matrix_of(run: Path) -> Path:
+    """Return the similarity that `trained_run` saved."""
+    return run.parents[2] / "test.npy"
+
+
 def evaluated(*words: object, folder: Path) -> dict[str, Any]:
-    """What `adaclip evaluate` writes as JSON."""
+    """Return what `adaclip evaluate` writes as JSON."""
     target = folder / "found.json"
     assert main(["evaluate", *map(str, words), "--json", str(target)]) == 0
     content: dict[str, Any] = json.loads(target.read_text())
@@ -28,7 +33,7 @@ def evaluated(*words: object, folder: Path) -> dict[str, Any]:
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
-    """Of a row, what metrics.json holds too."""
+    """Return the figures of a row that metrics.json has too, without intervals."""
     return {
         direction: {name: value for name, value in row[direction].items() if "95%" not in name}
         for direction in ("t2v", "v2t")

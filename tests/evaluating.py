@@ -1,4 +1,4 @@
-"""Evaluations in processes of their own, several together or one that kills itself: for the tests of evaluation."""
+"""Evaluations in processes of their own, several together or one that is killed, for the tests of evaluation."""
 
 import hashlib
 import json
@@ -25,8 +25,7 @@ Settings = dict[str, Any]
 
 
 def evaluated(settings: Settings, keep: Path | None = None, seed: int = 0, diverged: bool = False) -> Settings:
-    """All that an evaluation of test_annot finds, to the last bit, as JSON holds it. The model's own parts are drawn
-    from `seed`."""
+    """Evaluate test_annot with a model drawn from `seed`, and return the result, to the last bit, as JSON holds it."""
     config = load_config(None, settings)
     assert config.test_annot is not None
     torch.manual_seed(seed)
@@ -53,34 +52,31 @@ def summary(result: RetrievalReport) -> Settings:
 
 
 def outcome(action: Callable[[], Any]) -> Any:
-    """What it gives, or how it fails: JSON either way."""
+    """Return what `action` returns or, by its name, the error that it raises."""
     try:
         return action()
     except (UserError, RuntimeError, ZeroDivisionError) as error:
         return {type(error).__name__: str(error)}
 
 
-def together(count: int, function: Callable[[], Any], *arguments: Any, folder: Path) -> list[Any]:
-    """What `function(*arguments)` gives in each of `count` gloo processes."""
-    context = forked.context()
+def together(count: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
+    """Run `function(*arguments)` in `count` gloo processes and return the results in the order of the processes."""
     folder.mkdir()
     processes = [
-        context.Process(target=_member, args=(folder, rank, count, function, arguments)) for rank in range(count)
+        forked.context().Process(target=_member, args=(folder, rank, count, function, arguments))
+        for rank in range(count)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
-    log = (folder / "log").read_text()
-    if any(process.exitcode for process in processes):
-        for process in processes:
-            process.kill()
-        raise AssertionError(f"exit codes {[process.exitcode for process in processes]}: {log}")
+        process.kill()
+    assert not any(process.exitcode for process in processes), (folder / "log").read_text()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 def killed(settings: Settings, keep: Path, call: int, log: Path) -> None:
-    """An evaluation in a process that is killed when it is about to keep batch number `call`, from 0."""
+    """Evaluate in a process that is killed before it keeps batch number `call`, from 0."""
     process = forked.context().Process(target=_killed, args=(settings, keep, call, log))
     process.start()
     process.join(120)
@@ -98,12 +94,11 @@ def _member(folder: Path, rank: int, count: int, function: Callable[..., Any], a
 
 def _killed(settings: Settings, keep: Path, call: int, log: Path) -> None:
     forked.begin(log)
-    original, calls = PartFolder.write, []
+    original, calls = PartFolder.write, iter(range(100))
 
     def write(*arguments: Any) -> None:
-        if len(calls) == call:
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        calls.append(1)
         original(*arguments)
 
     PartFolder.write = write  # type: ignore[method-assign]

@@ -1,36 +1,49 @@
-"""`adaclip evaluate`: figures of checkpoints on data sets, in one table."""
+"""`adaclip evaluate`: the figures of checkpoints on data sets, in one table."""
 
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaclip_finetune.commands.checkpoint_flags import add_checkpoint_flags, check_inputs, check_outputs, write_output
 from adaclip_finetune.commands.flags import Parser, given
-from adaclip_finetune.compare.options import add_overrides, write_file
-from adaclip_finetune.compare.request import RERANKINGS, check, read_shares
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
 if TYPE_CHECKING:
-    from adaclip_finetune.compare.rows import Group
+    from adaclip_finetune.compare.evaluate import Reranking
+    from adaclip_finetune.compare.table import DataSetRows
+
+_RERANKINGS = ("dual_softmax", "qb_norm")
+_SUFFIXES = {"--markdown": ".md", "--json": ".json", "--errors": ".html"}
+_MOST_SHARES = 101  # each of them is an evaluation
 
 
 def run(words: Sequence[str]) -> int:
-    """Evaluate, and print the table. Returns 0; raises UserError."""
+    """Evaluate, print the table and write what was asked for. Returns 0; raises UserError."""
     arguments = _parser().read(words)
-    overrides = given(arguments)
-    check(arguments, overrides)
-    curve: list[Any] = []
+    _check_flags(arguments)
+    shares = read_shares(arguments.alpha)
+    _check_files(arguments)
+
+    from adaclip_finetune.compare.table import as_dict, as_markdown, as_text
+
+    content: dict[str, Any] = {"command": ["adaclip", "evaluate", *words]}
     if arguments.similarity:
-        groups = [_saved(arguments)]
+        data_sets = [_matrices(arguments)]
     elif arguments.interpolate:
-        curve, groups = _interpolated(arguments, overrides)
+        data_sets, content["validation"] = _interpolated(arguments, shares)
     else:
-        groups = _measured(arguments, overrides)
-    _show(arguments, groups, curve)
+        data_sets = _checkpoints(arguments)
+    print(as_text(data_sets))
+    if arguments.markdown:
+        write_output("--markdown", arguments.markdown, as_markdown(data_sets))
+    if arguments.json:
+        text = json.dumps(content | as_dict(data_sets), indent=1, ensure_ascii=False)
+        write_output("--json", arguments.json, text + "\n")
     return 0
 
 
@@ -42,144 +55,144 @@ def _parser() -> Parser:
         "adaclip evaluate RUN_OR_CHECKPOINT [MORE ...] --annot FILE [--annot FILE ...] [--SETTING VALUE ...]\n"
         "       adaclip evaluate --interpolate zero-shot RUN_OR_CHECKPOINT --val-annot FILE --annot FILE\n"
         "       adaclip evaluate --similarity S.npy [--ids S.json] [--zero-shot Z.npy]",
-        "A checkpoint is evaluated with its own settings. Reranking is a row of its own below the model's, and marked, "
-        "since it uses other queries than the one that is asked.",
+        "Each checkpoint is evaluated with its own settings and the task of its run. Reranking adds marked rows below "
+        "those of the model, because it uses other queries than the one that is asked.",
     )
-    parser.add_argument(
-        "checkpoints",
-        metavar="RUN_OR_CHECKPOINT",
-        nargs="*",
-        type=Path,
-        help="a run folder (its best.safetensors), or a weights file: ours, an adapter, or a published one",
+    add = parser.add_argument
+    checkpoints = "run folders (their best.safetensors) or weights files: ours, adapters, or published ones"
+    add("checkpoints", metavar="RUN_OR_CHECKPOINT", nargs="*", type=Path, help=checkpoints)
+    add("--annot", metavar="FILE", action="append", default=[], help="captions to evaluate; may be given several times")
+    add("--markdown", metavar="FILE.md", type=Path, help="also write the table as Markdown")
+    add("--json", metavar="FILE.json", type=Path, help="also write all figures as JSON")
+    errors = (
+        "write an error analysis of one checkpoint on one annotation: a page with the worst queries, the frames that "
+        "were chosen, and recall by length; with --similarity without frames"
     )
-    parser.add_argument(
-        "--annot", metavar="FILE", action="append", help="captions to evaluate; several times if need be"
+    add("--errors", metavar="FILE.html", type=Path, help=errors)
+    add = parser.add_argument_group("Reranking").add_argument
+    rerank = "dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Give it twice for both"
+    add("--rerank", action="append", choices=_RERANKINGS, default=[], help=rerank)
+    bank = "training captions for qb_norm; with --similarity the .npy of their similarity to the same videos"
+    add("--bank", metavar="TRAIN.json", help=bank)
+    temperature = "divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm, or by --val-annot]"
+    add("--temperature", metavar="T", type=float, help=temperature)
+    validation = "validation captions that choose temperature or alpha; with --similarity the .npy of their similarity"
+    add("--val-annot", metavar="FILE", help=validation)
+    add = parser.add_argument_group("Interpolation (WiSE-FT)").add_argument
+    interpolate = "mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint"
+    add("--interpolate", nargs=2, metavar=("ZERO_SHOT", "FINETUNED"), help=interpolate)
+    add("--alpha", metavar="FROM:TO:STEP", default="0:1:0.1", help="shares to try [default: 0:1:0.1]")
+    add = parser.add_argument_group("Without a model").add_argument
+    similarity = "a matrix from `adaclip train --save_similarity`; give several of the same queries to compare them"
+    add("--similarity", metavar="S.npy", type=Path, action="append", default=[], help=similarity)
+    ids = "the queries and videos of all matrices [default: the .json with the name of each]"
+    add("--ids", metavar="IDS.json", type=Path, help=ids)
+    zero_shot = (
+        "the matrix of zero-shot, for the first row: `adaclip train --do_inference --save_similarity` without --resume "
+        "writes it"
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that brings none")
-    parser.add_argument("--markdown", metavar="FILE.md", type=Path, help="write the table as Markdown too")
-    parser.add_argument("--json", metavar="FILE.json", type=Path, help="write all figures as JSON too")
-    parser.add_argument(
-        "--errors",
-        metavar="FILE.html",
-        type=Path,
-        help="write an error analysis of the one checkpoint on the one annotation: a page with the worst queries, as "
-        "frames, and recall by length; with --similarity without the frames",
-    )
-    rerank = parser.add_argument_group("Reranking")
-    rerank.add_argument(
-        "--rerank",
-        action="append",
-        choices=RERANKINGS,
-        default=[],
-        help="dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Given twice for both",
-    )
-    rerank.add_argument(
-        "--bank",
-        metavar="TRAIN.json",
-        help="training captions for qb_norm; beside --similarity the .npy of their similarity to the same videos",
-    )
-    rerank.add_argument(
-        "--temperature",
-        metavar="T",
-        type=float,
-        help="divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm; with --val-annot the best "
-        "there]",
-    )
-    rerank.add_argument(
-        "--val-annot",
-        metavar="FILE",
-        help="validation that chooses temperature or alpha; beside --similarity the .npy of it",
-    )
-    mix = parser.add_argument_group("Interpolation (WiSE-FT)")
-    mix.add_argument(
-        "--interpolate",
-        nargs=2,
-        metavar=("ZERO_SHOT", "FINETUNED"),
-        help="mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint",
-    )
-    mix.add_argument("--alpha", metavar="FROM:TO:STEP", default="0:1:0.1", help="shares to try [default: 0:1:0.1]")
-    saved = parser.add_argument_group("Without a model")
-    saved.add_argument(
-        "--similarity",
-        metavar="S.npy",
-        type=Path,
-        action="append",
-        help="a matrix from `adaclip train --save_similarity`; several of the same queries are compared",
-    )
-    saved.add_argument(
-        "--ids",
-        metavar="IDS.json",
-        type=Path,
-        help="their ids, of all alike [default: the .json of its name beside each]",
-    )
-    saved.add_argument(
-        "--zero-shot",
-        metavar="Z.npy",
-        type=Path,
-        help="the matrix of zero-shot, for the first row: `adaclip train --do_inference --save_similarity` without "
-        "--resume writes it",
-    )
-    add_overrides(parser)
+    add("--zero-shot", metavar="Z.npy", type=Path, help=zero_shot)
+    add_checkpoint_flags(parser)
     return parser
 
 
-def _measured(arguments: Namespace, overrides: dict[str, Any]) -> list[Group]:
+def _check_flags(arguments: Namespace) -> None:
+    """Raise UserError for flags that do not go together: the first rule that is broken."""
+    a, overrides = arguments, given(arguments)
+    modes = {"RUN_OR_CHECKPOINT": a.checkpoints, "--interpolate": a.interpolate, "--similarity": a.similarity}
+    chosen = [name for name, value in modes.items() if value]
+    several = any(len(values) > 1 for values in (a.checkpoints, a.annot, a.similarity))
+    tuned = a.temperature is not None
+    rules = (
+        (len(chosen) == 1, f"give one of {', '.join(modes)} (adaclip evaluate --help)"),
+        (not (a.similarity and a.annot), "--annot does not go with --similarity, whose ids are the captions"),
+        (not (a.similarity and (overrides or a.config)), "--similarity uses no model, and so no settings of one"),
+        (a.similarity or a.annot, "--annot FILE is missing: the captions to evaluate"),
+        (a.similarity or not a.ids, "--ids belongs to --similarity"),
+        (a.similarity or not a.zero_shot, "--zero-shot belongs to --similarity"),
+        (not (a.interpolate and a.rerank), "--rerank does not go with --interpolate: give the run alone"),
+        (not (a.interpolate and a.errors), "--errors does not go with --interpolate: give the run alone"),
+        (not a.interpolate or a.val_annot, "--interpolate needs --val-annot FILE: the captions that choose alpha"),
+        (not (a.errors and several), "--errors needs exactly one checkpoint and one annotation, or one matrix"),
+        (len(set(a.rerank)) == len(a.rerank), "--rerank: the same method is given twice"),
+        (not tuned or 0 < a.temperature < float("inf"), f"--temperature {a.temperature}: must be a number above 0"),
+        (a.rerank or not tuned, "--temperature belongs to --rerank"),
+        (("qb_norm" in a.rerank) == bool(a.bank), "--rerank qb_norm and --bank belong together"),
+        (a.rerank or a.interpolate or not a.val_annot, "--val-annot belongs to --rerank or --interpolate"),
+        (not (a.val_annot and tuned), "--val-annot would choose the temperature that --temperature gives"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def _check_files(arguments: Namespace) -> None:
+    """Raise UserError for inputs that cannot be read, and outputs that cannot be written."""
+    a = arguments
+    inputs: dict[str, list[Any]] = {"--annot": a.annot, "--similarity": a.similarity}
+    inputs |= {"--config": [a.config], "--bank": [a.bank], "--val-annot": [a.val_annot]}
+    inputs |= {"--ids": [a.ids], "--zero-shot": [a.zero_shot]}
+    check_inputs(inputs)
+    read = [path for paths in inputs.values() for path in paths if path is not None]
+    read += [Path(path).with_suffix(".json") for path in read if str(path).endswith(".npy")]  # the ids of a matrix
+    outputs = {"--markdown": a.markdown, "--json": a.json, "--errors": a.errors}
+    check_outputs(outputs, _SUFFIXES, [*read, *a.checkpoints, *(a.interpolate or [])])
+
+
+def read_shares(text: str) -> list[float]:
+    """Return the numbers that FROM:TO:STEP stands for, such as `0:1:0.1`, both ends included. Raises UserError."""
+    wrong = UserError(f"--alpha {text}: must be FROM:TO:STEP between 0 and 1, such as 0:1:0.1")
+    try:
+        start, end, step = map(float, text.split(":"))
+    except ValueError:
+        raise wrong from None
+    if not (0 <= start <= end <= 1 and step > 0):
+        raise wrong
+    if (end - start) / step + 1e-9 >= _MOST_SHARES:
+        raise UserError(f"--alpha {text}: more than {_MOST_SHARES} shares, each of which is an evaluation")
+    return [round(start + number * step, 10) for number in range(int((end - start) / step + 1e-9) + 1)]
+
+
+def _checkpoints(arguments: Namespace) -> list[DataSetRows]:
     from adaclip_finetune.compare.error_page import error_page
-    from adaclip_finetune.compare.error_report import error_report
-    from adaclip_finetune.compare.evaluate import Reranking, evaluate
+    from adaclip_finetune.compare.evaluate import evaluate
 
-    def analyse(model: Any, split: Any, result: Any) -> None:
-        page = error_page(error_report(model, arguments.annot[0], split, result))
-        write_file("--errors", arguments.errors, page)
+    def write_errors(*measured: Any) -> None:
+        write_output("--errors", arguments.errors, error_page(*measured))
 
-    reranking = Reranking(arguments.rerank, arguments.temperature, arguments.bank, arguments.val_annot)
-    on_result = analyse if arguments.errors else None
-    return evaluate(arguments.checkpoints, arguments.annot, arguments.config, overrides, reranking, on_result)
+    on_report = write_errors if arguments.errors else None
+    settings, overrides = arguments.config, given(arguments)
+    return evaluate(arguments.checkpoints, arguments.annot, settings, overrides, _reranking(arguments), on_report)
 
 
-def _interpolated(arguments: Namespace, overrides: dict[str, Any]) -> tuple[list[Any], list[Group]]:
-    from adaclip_finetune.compare.interpolate import curve_lines, interpolate
+def _interpolated(arguments: Namespace, shares: list[float]) -> tuple[list[DataSetRows], list[dict[str, Any]]]:
+    """Print the curve; return the rows, and the points of the curve for JSON."""
+    from adaclip_finetune.compare.interpolate import best_point, interpolate
 
     zero_shot, finetuned = arguments.interpolate
-    curve, groups = interpolate(
-        zero_shot,
-        Path(finetuned),
-        read_shares(arguments.alpha),
-        arguments.val_annot,
-        arguments.annot,
-        arguments.config,
-        overrides,
-    )
-    print(*map(printable, curve_lines(curve, arguments.val_annot)), "", sep="\n")
-    return curve, groups
+    validation, settings, overrides = arguments.val_annot, arguments.config, given(arguments)
+    curve, data_sets = interpolate(zero_shot, Path(finetuned), shares, validation, arguments.annot, settings, overrides)
+    print(f"{printable(validation)}, by the share α of the finetuned weights:")
+    for point in curve:
+        mark = "  ← chosen" if point is best_point(curve) else ""
+        print(f"{point.alpha:6.3g}  {point.line}{mark}")
+    print()
+    return data_sets, [{"alpha": point.alpha, **point.figures} for point in curve]
 
 
-def _saved(arguments: Namespace) -> Group:
-    from adaclip_finetune.compare.saved import SavedReranking, evaluate_saved
+def _matrices(arguments: Namespace) -> DataSetRows:
+    from adaclip_finetune.compare.error_page import error_page_of_matrix
+    from adaclip_finetune.compare.evaluate import evaluate_matrices
+    from adaclip_finetune.evaluation.similarity_file import similarity_file
 
-    bank = None if arguments.bank is None else Path(arguments.bank)
-    validation = None if arguments.val_annot is None else Path(arguments.val_annot)
-    reranking = SavedReranking(arguments.rerank, arguments.temperature, bank, validation)
-    group = evaluate_saved(arguments.similarity, arguments.ids, arguments.zero_shot, reranking)
+    found = evaluate_matrices(arguments.similarity, arguments.ids, arguments.zero_shot, _reranking(arguments))
     if arguments.errors:
-        from adaclip_finetune.compare.error_page import error_page
-        from adaclip_finetune.compare.error_report import error_report_of_matrix
-        from adaclip_finetune.evaluation.similarity_file import similarity_file
-
-        page = error_page(error_report_of_matrix(similarity_file(arguments.similarity[0], arguments.ids)))
-        write_file("--errors", arguments.errors, page)
-    return group
+        page = error_page_of_matrix(similarity_file(arguments.similarity[0], arguments.ids))
+        write_output("--errors", arguments.errors, page)
+    return found
 
 
-def _show(arguments: Namespace, groups: list[Group], curve: list[Any]) -> None:
-    from adaclip_finetune.compare.rows import as_dict
-    from adaclip_finetune.compare.table import as_markdown, as_text
+def _reranking(arguments: Namespace) -> Reranking:
+    from adaclip_finetune.compare.evaluate import Reranking
 
-    print(as_text(groups))
-    if arguments.markdown:
-        write_file("--markdown", arguments.markdown, as_markdown(groups))
-    if arguments.json:
-        content: dict[str, Any] = {"command": ["adaclip", *sys.argv[1:]], **as_dict(groups)}
-        if curve:
-            content["validation"] = [{"alpha": point.alpha, **point.metrics.as_dict()} for point in curve]
-        write_file("--json", arguments.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return Reranking(arguments.rerank, arguments.temperature, arguments.bank, arguments.val_annot)

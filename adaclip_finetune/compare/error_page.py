@@ -1,167 +1,145 @@
-"""The error analysis as one HTML file that needs nothing else: no script, no font, no picture from elsewhere."""
+"""The error analysis of one model on one data set: an HTML file that needs no script, font or picture from elsewhere.
+
+It shows the figures, how recall depends on the length of caption and video, and the queries with the worst ranks.
+"""
 
 from __future__ import annotations
 
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from adaclip_finetune.compare.bars import draw_bars
-from adaclip_finetune.compare.error_report import ErrorReport, Miss, ShownVideo
-from adaclip_finetune.compare.strips import ShownFrame
+import numpy as np
+from jinja2 import Template
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaclip_finetune.compare.checkpoints import OpenCandidate
+from adaclip_finetune.compare.strips import Strip, StripMaker
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.evaluation.bootstrap import intervals
-from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray
+from adaclip_finetune.evaluation.metrics import IntArray
+from adaclip_finetune.evaluation.similarity_file import SimilarityFile
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, report_of_matrix
 
-_COUNTED = "ties count against; 95 %: interval of R@1, drawn over videos"
-_CAPTIONS = 3  # of a video, at most
-_FRAMES = (
-    "Below each frame that the model looked at: its number, from 0; when it is shown; and, where there is a selector, "
-    "its share of the softmax over all candidates."
-)
-_RECKONED = " ≈: reckoned from the annotated length or the frame rate, as if frames were evenly spaced."
-_SCORES = " Scores are the scaled cosine of text and video."
-_NO_FRAMES = "From a saved matrix, without videos, so there are no frames to show. Scores are the matrix's."
-
-_STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --card: #f6f7f9; --ink: #1b1f24; --quiet: #5b6570;
-  --line: #d9dde2; --bar: #2f6fb3; --right: #1a7f4b; --wrong: #b3402f; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --card: #1e2327; --ink: #e6e9ec; --quiet: #9aa5b0;
-  --line: #363d44; --bar: #6aa6e6; --right: #5cc48c; --wrong: #f08f7d; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { margin: .25rem 0; }
-.quiet { color: var(--quiet); fill: var(--quiet); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: 1rem; background: var(--card); border-radius: .5rem; }
-figcaption { font-weight: 600; margin-bottom: .5rem; }
-svg { display: block; width: 100%; max-width: 30rem; height: auto; }
-svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
-svg .quiet { fill: var(--quiet); }
-.track { fill: var(--line); opacity: .6; }
-.bar { fill: var(--bar); }
-article { margin: 1rem 0; padding: 1rem; background: var(--card); border-radius: .5rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-section { border-left: .25rem solid var(--line); padding-left: .75rem; min-width: 0; }
-section.right { border-color: var(--right); }
-section.wrong { border-color: var(--wrong); }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .5rem; padding: .5rem 0;
-  margin: 0; list-style: none; }
-.strip li { font-size: .8rem; color: var(--quiet); }
-.strip img { display: block; width: 100%; height: auto; border-radius: .25rem; }
-table { border-collapse: collapse; }
-th, td { text-align: right; white-space: nowrap; padding: .15rem .75rem .15rem 0; font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; }
-.scroll { overflow-x: auto; }
-"""
+_TEMPLATE = Path(__file__).with_name("error_page.html")
+_WORST = 20  # queries that are shown
+_RANKS = (1, 5, 10, 20, 50, 100, 1000)  # the last rank of each bar
+_GROUPS = 5  # bars of a chart by length
 
 
-def error_page(report: ErrorReport) -> str:
-    """The whole file. Everything that comes from captions and names is escaped."""
-    title = f"What {report.label} gets wrong on {report.annotation}"
-    videos = len(report.queries.video_ids)
-    missing = report.num_listed - videos
-    left_out = f", <strong>{missing:,} of {report.num_listed:,} videos MISSING</strong>" if missing else ""
-    queries = len(report.metrics.t2v.ranks)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-<p class="quiet">{queries:,} captions, {videos:,} videos{left_out}; {_COUNTED}</p>
-{_figures(report)}
-<h2>Where recall is lost</h2>
-<div class="charts">
-{_charts(report)}
-</div>
-<h2>{_heading(report)}</h2>
-<p class="quiet">{_explained(report)}</p>
-{"".join(map(_miss, report.misses))}
-</main>
-</body>
-</html>
-"""
+class Bar(NamedTuple):
+    """A bar of a chart: `share` in percent, and the number of queries that it stands for."""
+
+    label: str
+    share: float
+    queries: int
 
 
-def _figures(report: ErrorReport) -> str:
-    videos = report.queries.video_of_text
-    rows = [("text → video", report.metrics.t2v, videos), ("video → text", report.metrics.v2t, None)]
-    names = ("R@1", "95 %", "R@5", "R@10", "MedR", "MeanR")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    lines = "".join(f'<tr><th scope="row">{name}</th>{_cells(found, of)}</tr>' for name, found, of in rows)
-    return f'<div class="scroll"><table><tr><td></td>{head}</tr>{lines}</table></div>'
+def error_page(model: OpenCandidate, annotation: str, split: EvaluationSplit, report: RetrievalReport) -> str:
+    """Return the page of a model that was just measured. Reads the frames of the shown videos again."""
+    videos = {video.video_id: video for video in load_annotations(annotation)}
+    strips = StripMaker(model, split.store, videos)
+    captions = {name: video.sentences for name, video in videos.items()}
+    lengths = [strips.seconds(name) for name in report.queries.video_ids]
+    return _page(model.label, annotation, report, captions, lengths, strips)
 
 
-def _cells(direction: DirectionMetrics, videos: IntArray | None) -> str:
-    low, high = intervals(direction.ranks, videos)["R@1"]
-    recalls = [f"{direction.recall(k):.1f}" for k in (1, 5, 10)]
-    cells = [recalls[0], f"[{low:.1f}, {high:.1f}]", *recalls[1:]]
-    cells += [f"{direction.median_rank:.1f}", f"{direction.mean_rank:.1f}"]
-    return "".join(f"<td>{cell}</td>" for cell in cells)
+def error_page_of_matrix(file: SimilarityFile) -> str:
+    """Return the page of a saved matrix, without frames and without the lengths of videos."""
+    names = file.queries.video_ids
+    captions: dict[str, list[str]] = {name: [] for name in names}
+    for text, video in zip(file.queries.texts, file.queries.video_of_text, strict=True):
+        captions[names[video]].append(text)
+    return _page(file.path.stem, str(file.path), report_of_matrix(file), captions, [None] * len(names), None)
 
 
-def _charts(report: ErrorReport) -> str:
-    charts = [
-        ("Ranks of the right video", report.ranks, ""),
-        ("R@1 by length of the caption", report.words, "of "),
-        ("R@1 by length of the video", report.lengths, "of "),
-    ]
-    figures = []
-    for caption, bars, of_count in charts:
-        said = "; ".join(f"{bar.label}: {bar.share:.1f} % ({bar.count})" for bar in bars)
-        chart = draw_bars(bars, f"{caption}. {said}", of_count) if bars else "<p>The length is not known.</p>"
-        figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")
-    return "\n".join(figures)
+def rank_bars(ranks: IntArray) -> list[Bar]:
+    """Return how many queries have their right answer at rank 1, at 2 to 5, and so on up to the worst rank."""
+    bars, first, worst = [], 1, int(ranks.max())
+    for last in (*_RANKS, worst):
+        if first <= worst and first <= last:
+            count = int(((ranks >= first) & (ranks <= last)).sum())
+            bars.append(Bar(_range(first, min(last, worst)), 100 * count / len(ranks), count))
+            first = last + 1
+    return bars
 
 
-def _heading(report: ErrorReport) -> str:
-    wrong = int((report.metrics.t2v.ranks > 1).sum())
-    if not wrong:
-        return "No query is answered wrongly"
-    return f"The worst {len(report.misses)} of {wrong:,} queries whose right video is not first"
+def recall_bars(values: NDArray[np.float64], ranks: IntArray, unit: str) -> list[Bar]:
+    """Return R@1 of the queries in at most five groups of similar size by value; equal values stay together."""
+    if not len(values):
+        return []
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, _GROUPS + 1)[1:-1], method="lower"))
+    group, bars = np.searchsorted(edges, values, side="left"), []
+    for number in np.unique(group):
+        here = group == number
+        label = f"{_range(values[here].min(), values[here].max())} {unit}"
+        bars.append(Bar(label, 100 * float((ranks[here] <= 1).mean()), int(here.sum())))
+    return bars
 
 
-def _explained(report: ErrorReport) -> str:
-    if not report.has_frames:
-        return _NO_FRAMES
-    strips = [video.strip for miss in report.misses for video in (miss.expected, miss.found)]
-    reckoned = any(frame.seconds is not None and not frame.measured for strip in strips for frame in strip.frames)
-    return _FRAMES + (_RECKONED if reckoned else "") + _SCORES
-
-
-def _miss(miss: Miss) -> str:
-    return f"""<article>
-<h3><bdi>“{escape(miss.query)}”</bdi></h3>
-<div class="pair">
-{_video(miss.expected, "right", f"Should have been found: rank {miss.rank:,}")}
-{_video(miss.found, "wrong", "Found first instead")}
-</div>
-</article>
-"""
-
-
-def _video(video: ShownVideo, kind: str, what: str) -> str:
-    said = "; ".join(f"“{escape(text)}”" for text in video.captions[:_CAPTIONS])
-    more = f" and {len(video.captions) - _CAPTIONS} more" if len(video.captions) > _CAPTIONS else ""
-    frames = "".join(_frame(frame, video.video_id) for frame in video.strip.frames)
-    problem = f'<p class="quiet">{escape(video.strip.problem)}</p>' if video.strip.problem else ""
-    strip = f'<ol class="strip">{frames}</ol>' if frames else problem
-    return (
-        f'<section class="{kind}"><p><strong>{what}</strong>, score {video.score:.2f}: '
-        f'<bdi>{escape(video.video_id)}</bdi></p>{strip}<p class="quiet"><bdi>{said}{more}</bdi></p></section>'
+def _page(
+    label: str,
+    annotation: str,
+    report: RetrievalReport,
+    captions: Mapping[str, Sequence[str]],
+    seconds: Sequence[float | None],
+    strips: StripMaker | None,
+) -> str:
+    queries, ranks = report.queries, report.metrics.t2v.ranks
+    words = np.array([len(text.split()) for text in queries.texts], np.float64)
+    lengths = np.array(seconds, np.float64)[queries.video_of_text]  # None becomes NaN
+    known = ~np.isnan(lengths)
+    directions = (
+        ("text → video", report.metrics.t2v, intervals(ranks, queries.video_of_text)),
+        ("video → text", report.metrics.v2t, intervals(report.metrics.v2t.ranks)),
     )
+    template = Template(_TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page: str = template.render(
+        label=label,
+        annotation=annotation,
+        gallery=report.gallery().splitlines(),
+        directions=directions,
+        charts={
+            "Ranks of the right video": rank_bars(ranks),
+            "R@1 by length of the caption": recall_bars(words, ranks, "words"),
+            "R@1 by length of the video": recall_bars(lengths[known], ranks[known], "s"),
+        },
+        num_wrong=int((ranks > 1).sum()),
+        wrong=_worst(report, captions, strips or (lambda _: Strip())),
+        has_frames=strips is not None,
+    )
+    return page
 
 
-def _frame(frame: ShownFrame, video_id: str) -> str:
-    when = "" if frame.seconds is None else f", {'' if frame.measured else '≈ '}{frame.seconds:.1f} s"
-    share = "" if frame.share is None else f"<br>{frame.share:.0f} %"
-    alt = escape(f"frame {frame.index} of {video_id}", quote=True)
-    return f'<li><img src="{frame.picture}" alt="{alt}">{frame.index}{when}{share}</li>'
+def _worst(
+    report: RetrievalReport, captions: Mapping[str, Sequence[str]], strip_of: Callable[[str], Strip]
+) -> list[dict[str, Any]]:
+    """Return the queries with the worst ranks, the worst first: query, rank, its own video and the one found first."""
+    assert report.similarity is not None, "there is one process"
+    queries, ranks = report.queries, report.metrics.t2v.ranks
+    worst = [int(row) for row in np.argsort(-ranks, kind="stable")[:_WORST] if ranks[row] > 1]
+    scores: dict[int, Tensor] = {}
+    start = 0
+    for block in report.similarity:
+        scores |= {row: block[row - start].cpu() for row in worst if start <= row < start + len(block)}
+        start += len(block)
+
+    def ranked(row: int, place: int) -> dict[str, Any]:
+        name = queries.video_ids[place]
+        return {"name": name, "score": scores[row][place].item(), "captions": captions[name], "strip": strip_of(name)}
+
+    found = []
+    for row in worst:
+        own = int(queries.video_of_text[row])
+        others = scores[row].clone()
+        others[own] = -float("inf")
+        videos = {"expected": ranked(row, own), "found": ranked(row, int(others.argmax()))}
+        found.append({"query": queries.texts[row], "rank": int(ranks[row]), **videos})
+    return found
+
+
+def _range(low: float, high: float) -> str:
+    first, last = (f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}" for value in (low, high))
+    return first if first == last else f"{first}–{last}"

@@ -1,28 +1,49 @@
-"""The story of `adaclip evaluate` with models: each checkpoint on each data set, zero-shot first."""
+"""`adaclip evaluate`: checkpoints or saved matrices on data sets, zero-shot first, reranked rows below their model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaclip_finetune.compare.model import Baseline, OpenModel, tell
-from adaclip_finetune.compare.reranked import Bank, Scores, reranked_rows
-from adaclip_finetune.compare.rows import Group, Row
-from adaclip_finetune.compare.source import Source, find_source
+from torch import Tensor
+
+from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates
+from adaclip_finetune.compare.seen_data import overlap_of_queries
+from adaclip_finetune.compare.table import DataSetRows, RowKind, TableRow, same_queries
 from adaclip_finetune.data.annotations import load_annotations
-from adaclip_finetune.data.queries import evaluation_queries
+from adaclip_finetune.data.queries import Queries, evaluation_queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
+from adaclip_finetune.evaluation.metrics import DirectionMetrics
+from adaclip_finetune.evaluation.rerank import (
+    DUAL_SOFTMAX_TEMPERATURE,
+    QB_NORM_TEMPERATURE,
+    dual_softmax_metrics,
+    qb_norm_metrics,
+)
+from adaclip_finetune.evaluation.similarity_file import SimilarityFile, similarity_file
+from adaclip_finetune.evaluation.tasks.retrieval import COLUMNS, Retrieval, RetrievalReport, report_of_matrix
 
-OnResult = Callable[[OpenModel, EvaluationSplit, RetrievalReport], None]
+TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+"""The temperatures that validation chooses from."""
+_DEFAULTS = {"dual_softmax": DUAL_SOFTMAX_TEMPERATURE, "qb_norm": QB_NORM_TEMPERATURE}
+_NOT_IN_A_MATRIX = "saved matrices do not tell which videos were left out, what learned, and what the model costs"
+_NO_ZERO_SHOT = (
+    "zero-shot is NOT in this table: add it by --zero-shot Z.npy, which `adaclip train --do_inference "
+    "--save_similarity Z.npy` writes, with the settings of the run and without --resume"
+)
+
+OnReport = Callable[[OpenCandidate, str, EvaluationSplit, RetrievalReport], None]
 
 
 @dataclass(frozen=True)
 class Reranking:
-    """Which methods, with what: the training captions of the bank, and the captions that choose the temperature."""
+    """Reranking methods, a fixed temperature, and the files of the bank and of the validation that chooses it.
+
+    The files are annotations for checkpoints, and saved matrices for saved matrices.
+    """
 
     methods: Sequence[str] = ()
     temperature: float | None = None
@@ -30,17 +51,15 @@ class Reranking:
     validation: str | None = None
 
 
-@dataclass
-class Found:
-    """Of one data set."""
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Logits (T, V) in row blocks with their queries, and for qb_norm those of the bank's texts (B, V)."""
 
-    baselines: list[Baseline] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-    def group(self, name: str) -> Group:
-        """Zero-shot first."""
-        return Group(name, [*(baseline.row for baseline in self.baselines), *self.rows], self.remarks)
+    name: str
+    blocks: Iterable[Tensor]
+    queries: Queries
+    bank: Iterable[Tensor] | None = None
+    bank_texts: Sequence[str] = ()
 
 
 def evaluate(
@@ -49,74 +68,151 @@ def evaluate(
     settings: Path | None,
     overrides: Mapping[str, Any],
     reranking: Reranking,
-    on_result: OnResult | None = None,
-) -> list[Group]:
-    """The rows of each annotation. `on_result` may look at each model's result before the model is dropped.
+    on_report: OnReport | None = None,
+) -> list[DataSetRows]:
+    """Return the rows of each annotation. `on_report` sees each result while its model is open.
 
-    Raises UserError, before anything is measured where that can be told.
+    Raises UserError, before anything is measured where possible.
     """
     check_annotations(*annotations, reranking.bank, reranking.validation)
-    sources = [find_source(given, settings, overrides, annotations[0]) for given in checkpoints]
-    found = {annotation: Found() for annotation in annotations}
-    for source, label in zip(sources, _labels(sources), strict=True):
-        model = OpenModel(source)
-        splits = {annotation: model.read(annotation) for annotation in annotations}
-        validation = _validation_scores(model, reranking)
-        for annotation, split in splits.items():
-            result = measure_on(model, annotation, split, label, found[annotation])
-            if reranking.methods:
-                scores = _scores(model, annotation, result, reranking)
-                row = found[annotation].rows[-1]
-                found[annotation].rows += reranked_rows(
-                    row, scores, reranking.methods, reranking.temperature, validation
-                )
-            if on_result is not None:
-                on_result(model, split, result)
-    return [found[annotation].group(annotation) for annotation in annotations]
+    needs_retrieval = bool(reranking.methods) or on_report is not None
+    candidates = find_candidates(checkpoints, settings, overrides, annotations[0], needs_retrieval)
+    found = [DataSetRows(annotation) for annotation in annotations]
+    for candidate in candidates:
+        model = OpenCandidate(candidate)
+        splits = [model.read(annotation) for annotation in annotations]
+        validation = None
+        if reranking.validation is not None:
+            found_there = model.retrieve(model.read(reranking.validation), "validation")
+            validation = _scores(model, reranking.validation, *found_there, reranking)
+        for data_set, split in zip(found, splits, strict=True):
+            task, report = model.add_rows(data_set, split)
+            if isinstance(task, Retrieval) and isinstance(report, RetrievalReport):
+                if reranking.methods:
+                    scores = _scores(model, data_set.name, task, report, reranking)
+                    data_set.models += reranked_rows(data_set.models[-1], scores, reranking, validation)
+                if on_report is not None:
+                    on_report(model, data_set.name, split, report)
+    return found
 
 
 def check_annotations(*annotations: str | None) -> None:
-    """Raises UserError for one that is wrong, before any of them is evaluated."""
-    for annotation in annotations:
-        if annotation is not None:
-            load_annotations(annotation)
+    """Raise UserError for a wrong annotation file, before anything is evaluated."""
+    for annotation in filter(None, annotations):
+        load_annotations(annotation)
 
 
-def measure_on(model: OpenModel, annotation: str, split: EvaluationSplit, label: str, found: Found) -> RetrievalReport:
-    """Zero-shot, if this CLIP was not measured yet, then the model: both go to `found`."""
-    tell(f"{label} on {annotation}")
-    baseline = None
+def evaluate_matrices(
+    paths: Sequence[Path], ids: Path | None, zero_shot: Path | None, reranking: Reranking
+) -> DataSetRows:
+    """Return a row for each saved matrix, below that of `zero_shot`; all must have the same queries and videos.
+
+    Raises UserError.
+    """
+    files = [similarity_file(path, ids) for path in paths]
+    baseline = None if zero_shot is None else similarity_file(zero_shot, ids)
+    for file in filter(None, (*files, baseline)):
+        if not same_queries(files[0].queries, file.queries):
+            raise UserError(
+                f"--similarity {file.path}: its queries or videos are not those of {files[0].path}; a table has one "
+                "data set, so evaluate them one by one"
+            )
+    validation = None if reranking.validation is None else similarity_file(Path(reranking.validation))
+    bank = None if reranking.bank is None else similarity_file(Path(reranking.bank))
+    if bank is not None and validation is not None:
+        raise UserError(
+            f"--val-annot {validation.path}: a saved bank holds the videos of the test, not those of the validation; "
+            "give --temperature instead"
+        )
+    held_out = None if validation is None else Scores(str(validation.path), validation, validation.queries)
+    found = DataSetRows(", ".join(map(str, paths)), remarks=[_NOT_IN_A_MATRIX])
+    label = None
+    if baseline is None:
+        found.remarks.append(_NO_ZERO_SHOT)
+    else:
+        label = f"zero-shot ({baseline.path.stem})"
+        found.baselines[()] = _matrix_row(baseline, label, "zero-shot")
+    for file in files:
+        if bank is not None and bank.queries.video_ids != file.queries.video_ids:
+            raise UserError(f"--bank {bank.path}: its videos are not those of {file.path}, in the same order")
+        unique = len({path.stem for path in paths}) == len(paths)
+        row = _matrix_row(file, file.path.stem if unique else str(file.path), "model", label)
+        scores = Scores(str(file.path), file, file.queries, bank, bank.queries.texts if bank else ())
+        found.models += [row, *reranked_rows(row, scores, reranking, held_out)]
+    return found
+
+
+def reranked_rows(row: TableRow, scores: Scores, reranking: Reranking, validation: Scores | None) -> list[TableRow]:
+    """Return a row for each reranking method, marked for the other queries that it uses.
+
+    The temperature is that of `reranking`, else the best by T2V R@1 on `validation`, else the default. Raises UserError
+    for scores that are not finite.
+    """
     try:
-        baseline = model.zero_shot(split, found.baselines)
-    except UserError as error:
-        found.remarks.append(f"zero-shot of {label} is NOT measured: {error}")
-    if baseline is not None and baseline not in found.baselines:
-        found.baselines.append(baseline)
-    result = model.measure(split, label)
-    row = model.row(result, label, model.source.acquainted(annotation))
-    found.rows.append(replace(row, baseline=None if baseline is None else baseline.row.label))
-    return result
+        return [_reranked(row, scores, method, reranking.temperature, validation) for method in reranking.methods]
+    except ValueError as error:
+        raise UserError(f"{scores.name}: {error}") from error
 
 
-def _validation_scores(model: OpenModel, reranking: Reranking) -> Scores | None:
-    if reranking.validation is None or reranking.temperature is not None:
-        return None
-    result = model.measure(model.read(reranking.validation), "validation")
-    return _scores(model, reranking.validation, result, reranking)
+def _reranked(
+    row: TableRow, scores: Scores, method: str, temperature: float | None, validation: Scores | None
+) -> TableRow:
+    if temperature is not None:
+        how = f"temperature {temperature:g}, as given"
+    elif validation is not None:
+        temperature = _best_temperature(method, validation)
+        overlap = overlap_of_queries(validation.queries, scores.queries)
+        how = f"temperature {temperature:g}, the best of {len(TEMPERATURES)} on {validation.name}"
+        how += f", which holds {overlap}" if overlap else ""
+    else:
+        temperature = _DEFAULTS[method]
+        how = f"temperature {temperature:g}, the default"
+    metrics = _rerank(method, scores, temperature)
+    if method == "dual_softmax":
+        mark, seen = "transductive", "sees all test queries at once"
+    else:
+        evaluated = set(scores.queries.texts)
+        both = sum(text in evaluated for text in scores.bank_texts)
+        same = f", {both:,} of them also evaluated here" if both else ""
+        mark, seen = "query bank", f"bank of {len(scores.bank_texts):,} training captions{same}; text to video only"
+    return replace(
+        row,
+        label=f"{row.label} + {method} ({mark})",
+        kind="reranked",
+        figures={"v2t": None, **{name: found.as_dict() for name, found in metrics.items()}},
+        ranks={name: row.ranks[name]._replace(ranks=found.ranks) for name, found in metrics.items()},
+        gallery=row.measured_on,
+        cost=None,
+        note=f"{seen}; {how}",
+    )
 
 
-def _scores(model: OpenModel, annotation: str, result: RetrievalReport, reranking: Reranking) -> Scores:
-    assert result.similarity is not None, "there is one process"
-    bank = None
-    if reranking.bank is not None and "qb_norm" in reranking.methods:
-        texts = evaluation_queries(load_annotations(reranking.bank), model.config.concat_captions).texts
-        bank = Bank(model.bank(result, texts), texts)
-    return Scores(annotation, result.similarity, result.queries, bank)
+def _rerank(method: str, scores: Scores, temperature: float) -> dict[str, DirectionMetrics]:
+    owners = scores.queries.video_of_text
+    if method == "dual_softmax":
+        found = dual_softmax_metrics(scores.blocks, owners, temperature)
+        return {"t2v": found.t2v, "v2t": found.v2t}
+    assert scores.bank is not None, "the command refuses qb_norm without a bank"
+    return {"t2v": qb_norm_metrics(scores.blocks, scores.bank, owners, temperature)}
 
 
-def _labels(sources: Sequence[Source]) -> list[str]:
-    """Numbered where names are the same."""
-    labels = [source.label for source in sources]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(labels, start=1)
-    ]
+def _best_temperature(method: str, validation: Scores) -> float:
+    """Return the default temperature unless another one has a strictly better T2V R@1."""
+    default = _DEFAULTS[method]
+    candidates = [default, *(value for value in TEMPERATURES if value != default)]
+    return max(candidates, key=lambda value: _rerank(method, validation, value)["t2v"].recall(1))
+
+
+def _scores(model: OpenCandidate, name: str, task: Retrieval, report: RetrievalReport, reranking: Reranking) -> Scores:
+    assert report.similarity is not None, "there is one process"
+    if reranking.bank is None:
+        return Scores(name, report.similarity, report.queries)
+    texts = evaluation_queries(load_annotations(reranking.bank), model.config.concat_captions).texts
+    bank = model.similarity_of(texts, task, report)
+    return Scores(name, report.similarity, report.queries, bank, texts)
+
+
+def _matrix_row(file: SimilarityFile, label: str, kind: RowKind, baseline: str | None = None) -> TableRow:
+    report = report_of_matrix(file)
+    figures, ranks, gallery = report.as_dict(), report.ranks(), report.gallery()
+    return TableRow(label, kind, figures, COLUMNS, ranks, report.queries, gallery, baseline=baseline)

@@ -1,7 +1,7 @@
-"""Weights between zero-shot CLIP and the finetuned one (WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of zero-shot
-models"): CLIP's parameters are mixed, selector and aggregator stay those of the finetuned model.
+"""Interpolation between zero-shot CLIP and a finetuned one (WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of
+zero-shot models"): CLIP's parameters are mixed, the selector and the aggregator stay those of the finetuned model.
 
-The share is chosen on validation, and the test is evaluated with that one alone.
+Validation chooses the share of the finetuned weights, and the test is evaluated with that share alone.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
-from adaclip_finetune.compare.evaluate import Found, check_annotations, measure_on
-from adaclip_finetune.compare.known import known_of_file
-from adaclip_finetune.compare.model import OpenModel, tell
-from adaclip_finetune.compare.rows import Group
-from adaclip_finetune.compare.source import find_source
+from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates, tell
+from adaclip_finetune.compare.evaluate import check_annotations
+from adaclip_finetune.compare.seen_data import overlap_of_files, seen_by
+from adaclip_finetune.compare.table import DataSetRows
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.metrics import Metrics
 from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.loaded import LoadedClip
 
 ZERO_SHOT = "zero-shot"
 
-State = dict[str, Tensor]
+ClipState = Mapping[str, Tensor]
 
 
-class Point(NamedTuple):
-    """Figures on validation with the share `alpha` of the finetuned weights. `worth` is the primary figure, negative
-    where less is better."""
+class SharePoint(NamedTuple):
+    """The figures on validation with the share `alpha` of the finetuned weights, and the same as a line of text.
+
+    `score` is the primary figure, negative if lower is better.
+    """
 
     alpha: float
-    metrics: Metrics
-    worth: float
+    figures: Mapping[str, Any]
+    line: str
+    score: float
 
 
 def interpolate(
@@ -47,83 +47,60 @@ def interpolate(
     annotations: Sequence[str],
     settings: Path | None,
     overrides: Mapping[str, Any],
-) -> tuple[list[Point], list[Group]]:
-    """The curve on validation, and for each annotation its rows: zero-shot, finetuned, and the best mix.
+) -> tuple[list[SharePoint], list[DataSetRows]]:
+    """Return the curve on validation, and for each annotation the rows of zero-shot, finetuned and the best mix.
 
-    `zero_shot`: that word for the CLIP of the model's own settings, or CLIP weights on disk. Where these are another
-    CLIP's, zero-shot is measured of both: the finetuned model is compared with its own, the mix with where it begins.
+    `zero_shot` is that word for the CLIP of the model's own settings, or CLIP weights on disk. If these are of another
+    CLIP, both are measured: the finetuned model is compared with its own, the mix with the one that it starts from.
     Raises UserError.
     """
     check_annotations(validation, *annotations)
-    source = find_source(finetuned, settings, overrides, validation)
-    model = OpenModel(source)
-    end = _copied(model.session.model.clip.state_dict())
-    towers = _towers(model, zero_shot)
+    (candidate,) = find_candidates([finetuned], settings, overrides, validation)
+    model = OpenCandidate(candidate)
+    clip, towers = model.session.model.clip, _towers(model, zero_shot)
+    end = {name: tensor.detach().clone() for name, tensor in clip.state_dict().items()}
     start = _start(model, towers, end)
     splits = {annotation: model.read(annotation) for annotation in annotations}
-    curve = _curve(model, start, end, alphas, validation)
-    best = best_point(curve)
-    groups = []
+    curve, validation_split = [], model.read(validation)
+    for alpha in alphas:
+        clip.load_state_dict(mixed(start, end, alpha))
+        task, report = model.measure(validation_split, "validation")
+        figures, line = report.as_dict(), task.one_line(report.figures)
+        score = value(figures, task.primary) * (1 if task.greater_is_better else -1)
+        curve.append(SharePoint(alpha, figures, line, score))
+        tell(f"α {alpha:g} on {validation}: {line}")
+    best, data_sets = best_point(curve), []
     for annotation, split in splits.items():
-        found = Found()
-        model.session.model.clip.load_state_dict(end)
-        measure_on(model, annotation, split, source.label, found)
-        begin = model.zero_shot(split, found.baselines, towers, f" of {zero_shot}")
-        if begin not in found.baselines:
-            found.baselines.append(begin)
-        model.session.model.clip.load_state_dict(mixed(start, end, best.alpha))
-        result = model.measure(split, "interpolated")
-        note = f"WiSE-FT from {towers.source} to {source.label}: the best of {len(curve)} shares on {validation}"
-        note += f", which holds {known}" if (known := known_of_file(validation, annotation)) else ""
-        note += f"; of the finetuned: {acquainted}" if (acquainted := source.acquainted(annotation)) else ""
-        row = model.row(result, f"interpolated, α = {best.alpha:g}", note)
+        data_set = DataSetRows(annotation)
+        clip.load_state_dict(end)
+        model.add_rows(data_set, split)
+        baseline = model.add_zero_shot(data_set, split, towers, f" of {zero_shot}")
+        clip.load_state_dict(mixed(start, end, best.alpha))
+        task, report = model.measure(split, "interpolated")
+        note = f"WiSE-FT from {towers.source} to {model.label}: the best of {len(curve)} shares on {validation}"
+        note += f", which holds {overlap}" if (overlap := overlap_of_files(validation, annotation)) else ""
+        note += f"; of the finetuned: {seen}" if (seen := seen_by(model.config, annotation)) else ""
+        row = model.row(f"interpolated, α = {best.alpha:g}", task, report, baseline, note)
         if best.alpha == 0 and row.cost is not None:  # nothing of CLIP that was learned is left
             row = replace(row, cost=replace(row.cost, percent_of_clip=0.0, percent_of_all=None))
-        found.rows.append(replace(row, baseline=begin.row.label))
-        groups.append(found.group(annotation))
-    return curve, groups
+        data_set.models.append(row)
+        data_sets.append(data_set)
+    return curve, data_sets
 
 
-def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> State:
-    """(1 − alpha) · start + alpha · end, exactly the ends at 0 and 1; what is no float is that of `end`."""
+def mixed(start: ClipState, end: ClipState, alpha: float) -> dict[str, Tensor]:
+    """Return (1 − alpha) · start + alpha · end, exactly the ends at 0 and 1; integer tensors are those of `end`."""
     return {
-        name: torch.lerp(start[name], value, alpha) if value.is_floating_point() else value
-        for name, value in end.items()
+        name: lerp(start[name], tensor, alpha) if tensor.is_floating_point() else tensor for name, tensor in end.items()
     }
 
 
-def best_point(curve: Sequence[Point]) -> Point:
-    """The best by the primary figure; of equals the lowest mean rank of T2V, then the first."""
-    return max(curve, key=lambda point: (point.worth, -point.metrics.t2v.mean_rank))
+def best_point(curve: Sequence[SharePoint]) -> SharePoint:
+    """Return the best point by the primary figure; among equal ones the lowest T2V mean rank, then the first."""
+    return max(curve, key=lambda point: (point.score, -point.figures.get("t2v", {}).get("MeanR", 0)))
 
 
-def curve_lines(curve: Sequence[Point], validation: str) -> list[str]:
-    """For the screen: the whole curve, the chosen share marked."""
-    lines = [
-        f"{validation}, the share α of the finetuned weights:",
-        f"{'α':>6}{'T2V R@1':>10}{'R@5':>7}{'V2T R@1':>10}",
-    ]
-    best = best_point(curve)
-    for point in curve:
-        t2v, v2t = point.metrics.t2v, point.metrics.v2t
-        mark = "  ← chosen" if point is best else ""
-        lines.append(f"{point.alpha:6.3g}{t2v.recall(1):10.1f}{t2v.recall(5):7.1f}{v2t.recall(1):10.1f}{mark}")
-    return lines
-
-
-def _curve(model: OpenModel, start: State, end: State, alphas: Sequence[float], validation: str) -> list[Point]:
-    session, curve, split = model.session, [], model.read(validation)
-    primary = model.config.primary_figure
-    for alpha in alphas:
-        session.model.clip.load_state_dict(mixed(start, end, alpha))
-        metrics = model.measure(split, "validation").metrics
-        found = value(metrics.as_dict(), primary)
-        curve.append(Point(alpha, metrics, found if model.config.figures[primary] else -found))
-        tell(f"α {alpha:g} on {validation}: {primary} {found:.1f}")
-    return curve
-
-
-def _towers(model: OpenModel, zero_shot: str) -> LoadedClip:
+def _towers(model: OpenCandidate, zero_shot: str) -> LoadedClip:
     if zero_shot == ZERO_SHOT:
         return model.session.pretrained()
     if not Path(zero_shot).exists():
@@ -131,24 +108,16 @@ def _towers(model: OpenModel, zero_shot: str) -> LoadedClip:
     return load_clip(model.config.model_copy(update={"clip_weights": zero_shot}))
 
 
-def _start(model: OpenModel, towers: LoadedClip, end: State) -> State:
-    device = model.session.device
-    start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
-    if "logit_bias" in end:  # a constant, which changes no rank; a CLIP that was no SigLIP began without
+def _start(model: OpenCandidate, towers: LoadedClip, end: ClipState) -> ClipState:
+    """Return the weights of `towers` on the model's device. Raises UserError if they have other names or shapes."""
+    start = {name: tensor.to(model.session.device) for name, tensor in towers.module.state_dict().items()}
+    if "logit_bias" in end:  # changes no rank; finetuning with the sigmoid loss adds it to a CLIP that has none
         start.setdefault("logit_bias", end["logit_bias"])
-    if different := sorted(
-        name for name in start.keys() | end.keys() if _shape(start.get(name)) != _shape(end.get(name))
-    ):
-        raise UserError(
-            f"--interpolate: the CLIP of {towers.source} is of another architecture than that of {model.source.label}: "
-            f"{different[0]} is {_shape(start.get(different[0]))} there and {_shape(end.get(different[0]))} here"
-        )
+    here, there = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (end, start))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"--interpolate: the CLIP of {towers.source} has another architecture than that of {model.label}: "
+                f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            )
     return start
-
-
-def _shape(tensor: Tensor | None) -> tuple[int, ...] | str:
-    return "not there" if tensor is None else tuple(tensor.shape)
-
-
-def _copied(state: Mapping[str, Tensor]) -> State:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}

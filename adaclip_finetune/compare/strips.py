@@ -1,10 +1,10 @@
-"""Frames that a model chose of a video, small enough to stand inside a page, with their scores."""
+"""The frames that a model chose of a video, as thumbnails for the error page, with their times and shares."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from adaclip_finetune.compare.model import OpenModel
+from adaclip_finetune.compare.checkpoints import OpenCandidate
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
@@ -24,10 +24,12 @@ _MOST = 16  # frames of a strip
 
 
 @dataclass(frozen=True)
-class ShownFrame:
-    """`index` from 0; `seconds` from the start where they are known, and whether they are `measured`, not reckoned from
-    the annotated length or the rate as if frames were evenly spaced; `share` of the selector's softmax over all
-    candidates in percent, where there is a selector; `picture` a JPEG as data URI."""
+class StripFrame:
+    """A thumbnail, `picture`, as a data URI, and the number of the frame, `index`, from 0.
+
+    `seconds` is None if not known; without `measured` it is an estimate from the length or the frame rate, as if
+    frames were evenly spaced. `share` is the percentage of the selector's softmax, None without a selector.
+    """
 
     index: int
     seconds: float | None
@@ -38,16 +40,16 @@ class ShownFrame:
 
 @dataclass(frozen=True)
 class Strip:
-    """Chosen frames in the order of time; `problem` says why there are none."""
+    """The chosen frames in the order of time; `problem` says why there are none."""
 
-    frames: list[ShownFrame] = field(default_factory=list)
+    frames: list[StripFrame] = field(default_factory=list)
     problem: str = ""
 
 
 class StripMaker:
-    """Makes each video's strip once."""
+    """Makes the strip of each video once."""
 
-    def __init__(self, model: OpenModel, store: FrameStore, videos: dict[str, VideoAnnotation]) -> None:
+    def __init__(self, model: OpenCandidate, store: FrameStore, videos: Mapping[str, VideoAnnotation]) -> None:
         self._model, self._store, self._videos = model, store, videos
         self._reader = VideoReader(store, model.config, model.session.model.views())
         self._made: dict[str, Strip] = {}
@@ -61,58 +63,51 @@ class StripMaker:
         return self._made[video_id]
 
     def seconds(self, video_id: str) -> float | None:
-        """The length of a video, as its file says, else as the annotation does, else as reckoned. None: not known."""
-        reckoned = None
+        """Return the length of a video: as its file says, else as annotated, else as estimated; None if not known."""
+        estimated = None
         if isinstance(self._store, VideoFolder):
             with suppress(FrameError):
                 times = self._store.times(video_id, [])
                 if times.length_measured:
                     return times.length
-                reckoned = times.length
+                estimated = times.length
         video = self._videos[video_id]
         if video.duration is not None:
             return video.duration
-        return reckoned if video.start is None or video.end is None else video.end - video.start
+        return estimated if video.start is None or video.end is None else video.end - video.start
 
     def _make(self, video_id: str) -> Strip:
         chosen = self._chosen(video_id)
         indices = [index for index, _ in chosen]
-        times, measured = self._times(video_id, indices)
-        pixels = self._store.read(video_id, indices)
-        return Strip(
-            [
-                ShownFrame(index, seconds, measured, share, _picture(image))
-                for (index, share), seconds, image in zip(chosen, times, pixels, strict=True)
-            ]
-        )
-
-    def _times(self, video_id: str, indices: Sequence[int]) -> tuple[list[float | None], bool]:
-        """When they are shown, and whether that is measured."""
+        seconds: Sequence[float | None]
         if isinstance(self._store, VideoFolder):
             times = self._store.times(video_id, indices)
-            return times.shown, times.shown_measured
-        count, length = self._store.count(video_id), self.seconds(video_id)
-        return [None if length is None else index / count * length for index in indices], False
+            seconds, measured = times.shown, times.shown_measured
+        else:
+            count, length = self._store.count(video_id), self.seconds(video_id)
+            seconds, measured = [None if length is None else index / count * length for index in indices], False
+        pictures = map(_picture, self._store.read(video_id, indices))
+        shown = zip(chosen, seconds, pictures, strict=True)
+        return Strip([StripFrame(index, at, measured, share, picture) for (index, share), at, picture in shown])
 
     @torch.no_grad()
     def _chosen(self, video_id: str) -> Sequence[tuple[int, float | None]]:
-        """Indices in the video, ascending, each with its share."""
+        """Return the numbers of the chosen frames, ascending, each with its share."""
         session = self._model.session
         batch = collate([self._reader.read(video_id)]).videos
-        assert batch is not None, "a video that cannot be read is a FrameError"
-        places = batch.frame_indices[0]
+        assert batch is not None, "a video that cannot be read raises FrameError"
+        candidates = batch.frame_indices[0].tolist()  # -1 where a short video is padded
         with session.autocast():
             selection = session.model.eval().encode_video(batch.to(session.device)).selection
         if selection is None:
-            return [(index, None) for index in places.tolist() if index >= 0][:_MOST]
-        shares = 100 * selection.logits[0].float().softmax(dim=0).cpu()
-        chosen = [(int(places[number]), float(shares[number])) for number in sorted(selection.indices[0].tolist())]
+            return [(index, None) for index in candidates if index >= 0][:_MOST]
+        shares = (100 * selection.logits[0].float().softmax(dim=0)).tolist()
+        chosen = [(candidates[place], shares[place]) for place in sorted(selection.indices[0].tolist())]
         return [(index, share) for index, share in chosen if index >= 0][:_MOST]
 
 
 def _picture(pixels: NDArray[np.uint8]) -> str:
     image = Image.fromarray(pixels)
-    image = image.resize((max(1, round(image.width * _HEIGHT / image.height)), _HEIGHT))
     content = io.BytesIO()
-    image.save(content, format="JPEG", quality=80)
+    image.resize((max(1, round(image.width * _HEIGHT / image.height)), _HEIGHT)).save(content, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

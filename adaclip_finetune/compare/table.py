@@ -1,149 +1,254 @@
-"""The one table of a comparison as text for a terminal, and as Markdown."""
+"""The table of a comparison: rows of figures for each data set, differences between rows; as text, Markdown and JSON.
+
+Columns are the figures that the task shows. A task that gives ranks gets an interval beside each R@1, and p-values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-from adaclip_finetune.compare.rows import Comparison, Group, Row
-from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference
-from adaclip_finetune.evaluation.metrics import DirectionMetrics
+from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, Interval, intervals, paired_difference
+from adaclip_finetune.evaluation.tasks.base import QueryRanks
 from adaclip_finetune.printable import printable
 
-_FIGURES = ("R@1", "95 %", "R@5", "R@10", "MedR", "MeanR")
 _COSTS = ("learned of CLIP", "learned of all", "GFLOPs", "videos/s")
+_INTERVAL = "95 %"
 _NOTHING = "–"
 
-Cells = list[str]
-Line = tuple[str, Cells]
-"""A label, and the cells behind it."""
+RowKind = Literal["zero-shot", "model", "reranked"]
 
 
-def as_text(groups: Sequence[Group]) -> str:
-    """For a terminal: figures, then costs, in columns that all data sets share; then what is to be said of them."""
-    head: list[Line] = [("", ["text → video", *[""] * 5, "video → text", *[""] * 5]), ("", [*_FIGURES, *_FIGURES])]
-    lines = [_title(groups[0])] if len(groups) == 1 else []
-    lines += [*_aligned([*head, *_lines([(_title(group), group.rows) for group in groups], _figures)]), ""]
-    with_cost = [(group.name, [row for row in group.rows if row.cost]) for group in groups]
-    if any(rows for _, rows in with_cost):
-        lines += [*_aligned([("", list(_COSTS)), *_lines(with_cost, _costs)]), ""]
-    for group in groups:
-        said = list(_said(group))
-        lines += said if len(groups) == 1 else [group.name, *(f"  {line}" for line in said)]
-    return "\n".join(map(printable, [*lines, *_explained(groups)]))
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes: the parameters that learned, in percent of those of CLIP and of all (None if not known);
+    10⁹ multiply-adds a video; videos a second, reading included, as measured in this run."""
+
+    percent_of_clip: float | None
+    percent_of_all: float | None
+    gflops: float
+    videos_per_second: float
 
 
-def as_markdown(groups: Sequence[Group]) -> str:
-    """One table; of each data set zero-shot and models, and what reranking makes of them, each with its label."""
-    several = len(groups) > 1
-    names = [f"{direction} {name}" for direction in ("T2V", "V2T") for name in _FIGURES]
-    head = [*(["data set"] if several else []), "", *names, *_COSTS]
-    lines = [_cells(head), "|---" * (len(head) - len(names) - len(_COSTS)) + "|---:" * len([*names, *_COSTS]) + "|"]
-    for group in groups:
-        for row in group.rows:
-            lines.append(_cells([*([group.name] if several else []), row.label, *_figures(row), *_costs(row)]))
-    title = f"{len(groups)} data sets" if several else _title(groups[0])
-    below = []
-    for group in groups:
-        said = [f"- {line}" for line in _said(group)]
-        below += [f"- {_title(group)}", *(f"  {line}" for line in said)] if several else said
-    below += [f"- {line}" for line in _explained(groups)]
-    return "\n".join(map(printable, [f"### {title}", "", *lines, "", *below])) + "\n"
+@dataclass(frozen=True, eq=False)
+class TableRow:
+    """One line of the table.
+
+    `figures` are those of metrics.json, and `columns` the names of those that are shown; a figure that a method does
+    not have is absent. `gallery` describes what was measured on its first line, and has remarks on further ones.
+    `baseline` is the label of the zero-shot row that belongs to a model.
+    """
+
+    label: str
+    kind: RowKind
+    figures: Mapping[str, Any]
+    columns: Sequence[str]
+    ranks: Mapping[str, QueryRanks]
+    queries: Queries
+    gallery: str
+    cost: Cost | None = None
+    baseline: str | None = None
+    note: str = ""
+
+    @property
+    def measured_on(self) -> str:
+        """The first line of `gallery`."""
+        return self.gallery.splitlines()[0]
+
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """The 95 % intervals of R@K, MedR and MeanR in each direction that has ranks."""
+        return {direction: intervals(*found) for direction, found in self.ranks.items()}
+
+    def cell(self, name: str) -> str:
+        """Return the figure with this name, such as `t2v.R@5`, or the interval `t2v.95 %` of R@1, as it is shown."""
+        *path, last = name.split(".")
+        if last == _INTERVAL:
+            found: Any = self.intervals.get(path[0])
+            return _NOTHING if found is None else f"[{found['R@1'][0]:.1f}, {found['R@1'][1]:.1f}]"
+        found = self.figures
+        for part in (*path, last):
+            found = None if found is None else found.get(part)
+        return _NOTHING if found is None else f"{found:.1f}"
+
+    def costs(self) -> list[str]:
+        """Return the cells for `_COSTS`."""
+        if self.cost is None:
+            return [_NOTHING] * len(_COSTS)
+        learned = (self.cost.percent_of_clip, self.cost.percent_of_all)
+        shares = [_NOTHING if share is None else f"{share:.3f} %" for share in learned]
+        return [*shares, f"{self.cost.gflops:.3g}", f"{self.cost.videos_per_second:.1f}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row for JSON, each interval beside its figure."""
+        figures = dict(self.figures)
+        for direction, found in self.intervals.items():
+            figures[direction] = {**figures[direction], **{f"{name} 95%": ends for name, ends in found.items()}}
+        cost = None if self.cost is None else asdict(self.cost)
+        return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": cost}
 
 
-def _cells(cells: Cells) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+class RowDifference(NamedTuple):
+    """R@1 of one row minus that of another one, in each direction."""
+
+    label: str
+    minus: str
+    directions: Mapping[str, Difference]
+
+    def as_text(self) -> str:
+        """Return the difference in one line."""
+        parts = []
+        for name, found in self.directions.items():
+            p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
+            low, high = found.interval
+            parts.append(f"{name.upper()} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
+        return f"R@1 of {self.label} minus {self.minus}: {', '.join(parts)}"
 
 
-def _lines(groups: Sequence[tuple[str, Sequence[Row]]], cells: Callable[[Row], Cells]) -> Iterator[Line]:
-    """Of each data set its heading, where they are several, and its rows."""
-    for number, (heading, rows) in enumerate(groups):
-        if number:
-            yield "", []
-        if len(groups) > 1:
-            yield heading, []
-        yield from ((_label(row), cells(row)) for row in rows)
+@dataclass(eq=False)
+class DataSetRows:
+    """The rows of one data set. `baselines` are the zero-shot rows, by what identifies the CLIP; `remarks` are lines
+    below the table."""
+
+    name: str
+    baselines: dict[tuple[Any, ...], TableRow] = field(default_factory=dict)
+    models: list[TableRow] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[TableRow]:
+        """All rows, zero-shot first."""
+        return [*self.baselines.values(), *self.models]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.rows[0].measured_on}"
+
+    @cached_property
+    def differences(self) -> list[RowDifference]:
+        """Each model against its zero-shot row, then each against every model before it, if they have the same
+        queries."""
+        of = {row.label: row for row in self.rows}
+        models = [row for row in self.models if row.kind == "model"]
+        pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
+        pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
+        same = [(row, other) for row, other in pairs if row.ranks and same_queries(row.queries, other.queries)]
+        return [RowDifference(row.label, other.label, _differences(row, other)) for row, other in same]
+
+    def said(self) -> Iterator[str]:
+        """Yield the lines that stand below the table."""
+        for row in self.rows:
+            gallery = row.measured_on if row.measured_on != self.rows[0].measured_on else ""
+            if notes := "; ".join(filter(None, (gallery, *row.gallery.splitlines()[1:], row.note))):
+                yield f"{row.label}: {notes}"
+        yield from (difference.as_text() for difference in self.differences)
+        yield from self.remarks
 
 
-def _title(group: Group) -> str:
-    first = group.rows[0]
-    missing = f", {first.missing} of {first.num_listed} MISSING" if first.missing else ""
-    return f"{group.name}: {_asked(first)}{missing}"
+def same_queries(one: Queries, other: Queries) -> bool:
+    """Return whether both ask the same texts about the same videos, in the same order."""
+    owners = one.video_of_text.tolist() == other.video_of_text.tolist()
+    return owners and one.texts == other.texts and one.video_ids == other.video_ids
 
 
-def _asked(row: Row) -> str:
-    return f"{len(row.queries.texts):,} captions, {len(row.queries.video_ids):,} videos"
+def as_text(data_sets: Sequence[DataSetRows]) -> str:
+    """Return the table for a terminal: figures, then costs, then remarks; all data sets share their columns."""
+    columns = _columns(data_sets)
+    figures = {
+        data_set.title: [(_label(row), list(map(row.cell, columns))) for row in data_set.rows] for data_set in data_sets
+    }
+    costs = {data_set.name: [(row.label, row.costs()) for row in data_set.rows if row.cost] for data_set in data_sets}
+    lines = _aligned(_head(columns), figures)
+    if any(costs.values()):
+        lines += ["", *_aligned(_COSTS, costs)]
+    for data_set in data_sets:
+        lines += ["", *([data_set.name] if len(data_sets) > 1 else []), *data_set.said()]
+    return "\n".join(map(printable, [*lines, "", *_explained(data_sets)]))
 
 
-def _label(row: Row) -> str:
-    """What was done to a model's scores stands below the model, whose name need not be said again."""
+def as_markdown(data_sets: Sequence[DataSetRows]) -> str:
+    """Return one Markdown table, with the data set in the first column, and the remarks as a list."""
+    columns = _columns(data_sets)
+    table = [["data set", "", *_head(columns), *_COSTS], ["---", "---", *["---:"] * (len(columns) + len(_COSTS))]]
+    for data_set in data_sets:
+        for row in data_set.rows:
+            table.append([data_set.name, row.label, *map(row.cell, columns), *row.costs()])
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in table]
+    for data_set in data_sets:
+        lines += ["", data_set.title, "", *(f"- {line}" for line in data_set.said())]
+    return "\n".join(map(printable, [*lines, "", *_explained(data_sets)])) + "\n"
+
+
+def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
+    """Return lists of rows, differences and remarks for JSON; each entry names its data set."""
+    content: dict[str, Any] = {"rows": [], "differences_in_R@1": [], "remarks": []}
+    for data_set in data_sets:
+        of = {"annotation": data_set.name}
+        content["rows"] += [of | row.as_dict() for row in data_set.rows]
+        for label, other, directions in data_set.differences:
+            found = {name: difference.as_dict() for name, difference in directions.items()}
+            content["differences_in_R@1"].append({**of, "label": label, "minus": other, **found})
+        content["remarks"] += [of | {"remark": remark} for remark in data_set.remarks]
+    return content
+
+
+def _differences(row: TableRow, other: TableRow) -> dict[str, Difference]:
+    return {
+        name: paired_difference(found.ranks, other.ranks[name].ranks, found.videos) for name, found in row.ranks.items()
+    }
+
+
+def _columns(data_sets: Sequence[DataSetRows]) -> list[str]:
+    """Return the names of the columns: the task's own, and the interval of each R@1 that has ranks."""
+    row, names = data_sets[0].rows[0], []
+    for name in row.columns:
+        names.append(name)
+        direction, _, figure = name.rpartition(".")
+        if figure == "R@1" and direction in row.ranks:
+            names.append(f"{direction}.{_INTERVAL}")
+    return names
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    """Return the column titles: the direction stands before the first figure of each direction only."""
+    titles, last = [], ""
+    for name in columns:
+        direction, _, figure = name.rpartition(".")
+        titles.append(figure if direction == last else f"{direction.upper()} {figure}")
+        last = direction
+    return titles
+
+
+def _aligned(head: Sequence[str], table: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) -> list[str]:
+    """Return a head and the rows (label, cells) under each title, in columns as wide as they must be."""
+    lines = [("", head), *(line for rows in table.values() for line in rows)]
+    width = max(len(label) for label, _ in lines)
+    widths = [max(map(len, column)) + 2 for column in zip(*(cells for _, cells in lines), strict=True)]
+
+    def aligned(label: str, cells: Sequence[str]) -> str:
+        return f"{label:<{width}}" + "".join(cell.rjust(room) for cell, room in zip(cells, widths, strict=True))
+
+    text = [aligned("", head)]
+    for number, (title, rows) in enumerate(table.items()):
+        text += [*([""] if number else []), title, *(aligned(*row) for row in rows)]
+    return text
+
+
+def _label(row: TableRow) -> str:
+    """Return the label; that of a reranked row, which stands below its model, without the name of the model."""
     return f"  + {row.label.rpartition(' + ')[2]}" if row.kind == "reranked" else row.label
 
 
-def _figures(row: Row) -> Cells:
-    return [*_direction(row, "t2v", row.t2v), *_direction(row, "v2t", row.v2t)]
-
-
-def _direction(row: Row, name: str, found: DirectionMetrics | None) -> Cells:
-    if found is None:
-        return [_NOTHING] * len(_FIGURES)
-    low, high = row.intervals[name]["R@1"]
-    recalls = [f"{found.recall(k):.1f}" for k in (1, 5, 10)]
-    return [recalls[0], f"[{low:.1f}, {high:.1f}]", *recalls[1:], f"{found.median_rank:.1f}", f"{found.mean_rank:.1f}"]
-
-
-def _costs(row: Row) -> Cells:
-    if row.cost is None:
-        return [_NOTHING] * len(_COSTS)
-    shares = [
-        _NOTHING if share is None else f"{share:.3f} %" for share in (row.cost.percent_of_clip, row.cost.percent_of_all)
-    ]
-    return [*shares, f"{row.cost.gflops:.3g}", f"{row.cost.videos_per_second:.1f}"]
-
-
-def _said(group: Group) -> Iterator[str]:
-    """What is to be said of a data set's rows."""
-    for row in group.rows:
-        asked = _asked(row) if _asked(row) != _asked(group.rows[0]) else ""
-        missing = f"{row.missing} of {row.num_listed} videos MISSING" if row.missing else ""
-        if said := "; ".join(filter(None, (asked, missing, row.note))):
-            yield f"{row.label}: {said}"
-    yield from map(_sentence, group.comparisons)
-    yield from group.remarks
-
-
-def _explained(groups: Sequence[Group]) -> Iterator[str]:
-    """What is to be said of the figures of all."""
-    compared = sum(len(group.comparisons) for group in groups)
-    test = "p: exact permutation of signs, by video, two-sided" if compared else ""
-    alone = ", each by itself, not corrected for how many they are" if compared > 1 else ""
-    drawn = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; exact for R@1 0 and 100"
-    yield "; ".join(filter(None, (drawn, f"{test}{alone}", "ties count against")))
-    if any(row.cost for group in groups for row in group.rows):
-        yield "GFLOPs: multiply-adds a video; videos/s: measured here in this one run, reading included"
-
-
-def _sentence(comparison: Comparison) -> str:
-    directions = f"T2V {_difference(comparison.t2v)}, V2T {_difference(comparison.v2t)}"
-    return f"R@1 of {comparison.label} minus {comparison.other}: {directions}"
-
-
-def _difference(found: Difference) -> str:
-    low, high = found.interval
-    p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
-    return f"{found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})"
-
-
-def _aligned(lines: Sequence[Line]) -> list[str]:
-    """In columns as wide as they must be. A cell before empty ones takes their room; a line without cells is a heading,
-    and takes none."""
-    width = max(len(label) for label, cells in lines if cells)
-    full = [cells for _, cells in lines if cells and "" not in cells]
-    widths = [max(map(len, column)) + 2 for column in zip(*full, strict=True)]
-    return [f"{label:<{width}}{''.join(_spaced(cells, widths) if cells else [])}".rstrip() for label, cells in lines]
-
-
-def _spaced(cells: Cells, widths: Sequence[int]) -> Cells:
-    if "" not in cells:
-        return [cell.rjust(room) for cell, room in zip(cells, widths, strict=True)]
-    half = len(cells) // 2
-    return [cells[start].center(sum(widths[start : start + half])) for start in (0, half)]
+def _explained(data_sets: Sequence[DataSetRows]) -> Iterator[str]:
+    """Yield what the figures of all data sets mean."""
+    rows = [row for data_set in data_sets for row in data_set.rows]
+    compared = sum(len(data_set.differences) for data_set in data_sets)
+    if any(row.ranks for row in rows):
+        text = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; exact for R@1 0 and 100"
+        text += "; p: exact permutation of signs by video, two-sided" if compared else ""
+        yield text + (", not corrected for the number of comparisons" if compared > 1 else "")
+    if any(row.cost for row in rows):
+        yield "GFLOPs: multiply-adds a video; videos/s: measured in this one run, reading included"

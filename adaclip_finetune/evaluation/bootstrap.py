@@ -1,10 +1,10 @@
-"""How far figures would move with other videos of the same kind: 95 % intervals, and whether two models differ.
+"""95 % intervals of figures, and tests of whether two models differ: what would change with other videos of the kind.
 
-Captions of one video are answered well or badly together, so what is drawn again with replacement (Efron 1979) is
-videos, each with all its captions (the cluster bootstrap of Davison and Hinkley 1997, 3.8), and the 2.5 and 97.5
-percentiles of the figures are taken. Two models are compared query by query: if they do not differ, what one of them
-wins on a video might as well be what it loses there. The p-value is the share of all such exchanges of signs that would
-give a difference as large. It is exact; where each video has one caption, it is McNemar's (1947).
+Captions of one video are answered well or badly together. The bootstrap (Efron 1979) therefore draws videos with
+replacement, each with all its captions (the cluster bootstrap of Davison and Hinkley 1997, 3.8), and takes the 2.5 and
+97.5 percentiles of the figures. Two models are compared query by query with a permutation test: if they do not differ,
+a video that one of them wins could just as well have been lost. The p-value is the share of all exchanges of signs,
+video by video, that give a difference at least as large. It is exact; with one caption a video it is McNemar's (1947).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from adaclip_finetune.evaluation.metrics import IntArray
 
 RESAMPLES = 10_000
 RECALLS = (1, 5, 10)
-_AT_ONCE = 200_000  # numbers in a block of draws: what fits a processor's cache
-_VIDEOS_A_BINOMIAL = 8  # that are drawn one by one in the time that a multinomial takes for each kind
+_AT_ONCE = 200_000  # numbers in a block of draws, which fits the cache of a processor
+_VIDEOS_A_BINOMIAL = 8  # drawing so many videos one by one takes as long as a multinomial takes for one kind
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -31,8 +31,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Difference:
-    """R@k of a model minus that of another on the same queries, in points: `interval` is its 95 % interval, `p` the
-    two-sided p-value of no difference. `won` and `lost` queries are answered by one of them alone."""
+    """R@k of one model minus that of another one on the same queries, in points, with its 95 % interval.
+
+    `p` is the two-sided p-value of no difference. `won` and `lost` count the queries that only one of them answers.
+    """
 
     points: float
     interval: Interval
@@ -41,16 +43,15 @@ class Difference:
     lost: int
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the difference for JSON."""
         return asdict(self)
 
 
 def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) -> dict[str, Interval]:
-    """95 % intervals of R@1, R@5, R@10 (percent), MedR and MeanR of the queries with these ranks (Q,), from 1.
+    """Return 95 % intervals of R@1, R@5, R@10 (percent), MedR and MeanR for queries with these ranks (Q,), from 1.
 
-    `videos` (Q,): numbers by which queries that share a video are known; by default each has its own. A recall of 0 or
-    100 stays so in every draw, and says less of other videos than that: it gets Clopper and Pearson's exact interval
-    (1934), the number of trials being that of the videos.
+    Queries with the same number in `videos` (Q,) share a video; by default each has its own. A recall of 0 or 100 is
+    the same in every draw, so it gets the exact interval of Clopper and Pearson (1934), with one trial for each video.
     """
     of_query, count = _clusters(ranks, videos)
     values, table, of_video = _profiles(ranks, of_query, count)
@@ -66,8 +67,7 @@ def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) ->
 def paired_difference(
     ranks: IntArray, other: IntArray, videos: IntArray | None = None, k: int = 1, seed: int = 0
 ) -> Difference:
-    """R@k of `ranks` minus R@k of `other`, query i being the same in both (Q,); `videos` as in `intervals`. Models that
-    answer the very same queries differ by 0 in every draw."""
+    """Return R@k of `ranks` minus R@k of `other` (both (Q,), of the same queries); `videos` is as in `intervals`."""
     if ranks.shape != other.shape:
         raise ValueError(f"ranks of the same queries are needed, not of {len(ranks)} and {len(other)}")
     of_query, count = _clusters(ranks, videos)
@@ -82,7 +82,7 @@ def paired_difference(
 
 
 def _clusters(ranks: IntArray, videos: IntArray | None) -> tuple[IntArray, int]:
-    """The videos of the queries (Q,), numbered from 0, and how many they are."""
+    """Return the video of each query (Q,), numbered from 0, and the number of videos."""
     if not len(ranks):
         raise ValueError("there are no queries")
     if videos is None:
@@ -94,8 +94,8 @@ def _clusters(ranks: IntArray, videos: IntArray | None) -> tuple[IntArray, int]:
 
 
 def _profiles(ranks: IntArray, of_query: IntArray, count: int) -> tuple[IntArray, Any, IntArray]:
-    """The distinct ranks (U,), ascending; the distinct sets of ranks that videos have, as a sparse table (P, U) of how
-    often each rank stands in them; and the row in it of each video (V,)."""
+    """Return the distinct ranks (U,), ascending; a sparse table (P, U) of how often each rank occurs in each distinct
+    set of ranks that a video has; and the row of each video (V,) in it."""
     values, places = np.unique(ranks, return_inverse=True)
     places = places.reshape(-1).astype(np.int64)
     order = np.lexsort((places, of_query))
@@ -109,7 +109,7 @@ def _profiles(ranks: IntArray, of_query: IntArray, count: int) -> tuple[IntArray
 
 
 def _draws(of_video: IntArray, rows: int, seed: int) -> Iterator[IntArray]:
-    """How often each of `rows` kinds of videos was drawn (b, P), RESAMPLES draws in all."""
+    """Yield how often each of `rows` kinds of videos was drawn, in blocks (b, P) of RESAMPLES draws altogether."""
     random, count = np.random.default_rng(seed), len(of_video)
     few = _VIDEOS_A_BINOMIAL * rows < count
     at_once = max(1, _AT_ONCE // (rows if few else count))
@@ -123,7 +123,7 @@ def _draws(of_video: IntArray, rows: int, seed: int) -> Iterator[IntArray]:
 
 
 def _figures(values: IntArray, counts: IntArray) -> dict[str, Floats]:
-    """The figures (b,) of draws in which the ranks `values` (U,) came `counts` (b, U) times."""
+    """Return the figures (b,) of draws in which the ranks `values` (U,) occur `counts` (b, U) times."""
     reached = counts.cumsum(axis=1)
     total = reached[:, -1]
     # The median of an even number of ranks is the mean of the two in the middle.
@@ -133,8 +133,11 @@ def _figures(values: IntArray, counts: IntArray) -> dict[str, Floats]:
 
 
 def _share_of_signs(differences: IntArray) -> float:
-    """The share of all signs s (V,) with |s · differences| as large as with no minus: half the distance of that sum
-    from the smallest one is a sum of binomials, one for each size that differences have."""
+    """Return the share of all sign vectors s (V,) for which |s · differences| is at least |sum of differences|.
+
+    Shifted and halved, s · differences is a sum of binomial variables, one for each size of a difference, so that its
+    distribution is computed exactly.
+    """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     chances = np.ones(1)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):

@@ -1,12 +1,13 @@
-"""Embed numbered batches, dealt out to all processes, and put their rows together on the main one.
+"""Embed numbered batches, shared out among all processes, and collect their rows on the main one.
 
-Batches are the same however many processes there are, and so are their rows, bit for bit. In each round every process
-embeds one batch, and the main process takes, and keeps, them all: a kill loses the batches of one round.
+Batches, and so rows, are the same bit for bit with any number of processes. In each round every process embeds one
+batch, and the main process collects and keeps them all; a kill loses the batches of one round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
 
@@ -15,77 +16,89 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.parts import Part, PartFolder
+from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.processes import from_main, gather_objects, is_main, rank, world_size
 
 T = TypeVar("T")
 
-# Numbers of batches → what they became, in this order.
-Work = Callable[[Sequence[int]], Iterator[Part]]
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """A batch of items, embedded, on the CPU."""
+
+    places: Tensor  # int64 (n,), the number of each row's item
+    rows: Tensor  # float32 (n, …)
+    usage: Tensor  # int64 (N,), how often each candidate frame was chosen; (0,) if no frames are chosen
+    failed: dict[str, str] = field(default_factory=dict)  # unreadable video → reason
+
+
+Work = Callable[[Sequence[int]], Iterator[EmbeddedBatch]]
+"""Embeds the batches with these numbers, in this order."""
 
 
 class Embeddings:
-    """What `count` items were embedded to. Rows are on the main process only."""
+    """The embeddings of `count` items. Rows are on the main process only."""
 
-    def __init__(self, kind: str, count: int, folder: PartFolder | None) -> None:
-        """`folder` is the main process's; parts in it are named after `kind`."""
-        self.kind, self.count, self.folder = kind, count, folder
+    def __init__(self, kind: str, count: int, folder: PartFolder | None, keep_failures: bool = True) -> None:
+        """`folder`, of the main process, keeps the batches, named after `kind`. Without `keep_failures` it does not
+        keep those with unreadable videos, so that they are read again once they were repaired."""
+        self.kind, self.count, self.folder, self.keep_failures = kind, count, folder, keep_failures
         self.failed: dict[str, str] = {}
         self.usage = torch.zeros(0, dtype=torch.int64)
         self._rows = torch.empty(0)
         self._embedded = torch.zeros(count, dtype=torch.bool)
 
     def embed(self, num_batches: int, work: Work, bar: tqdm[object]) -> None:
-        """All batches that are not kept from an earlier time. Afterwards all processes know `failed` and `usage`."""
+        """Embed all batches that were not kept earlier. Afterwards all processes know `failed` and `usage`."""
         todo = on_main(partial(self._take_kept, num_batches, bar))
-        parts = work(todo[rank() :: world_size()])
+        batches = work(todo[rank() :: world_size()])
         for start in range(0, len(todo), world_size()):
             numbers = todo[start : start + world_size()]
-            mine = next(parts) if rank() < len(numbers) else None
+            mine = next(batches) if rank() < len(numbers) else None
             on_main(partial(self._take_round, numbers, gather_objects(mine), bar))
         self.failed, self.usage = from_main((self.failed, self.usage))
 
     def rows(self) -> Tensor:
-        """float32 (n, …) of the n items that did not fail, in their order."""
+        """Return float32 (n, …) of the n items that did not fail, in their order."""
         return self._rows if self._embedded.all() else self._rows[self._embedded]
 
     def _take_kept(self, num_batches: int, bar: tqdm[object]) -> list[int]:
-        """Returns the numbers of the others."""
+        """Take the batches that were kept, and return the numbers of the others."""
         missing = []
         for number in range(num_batches):
-            part = self.folder.read(self._name(number)) if self.folder else None
-            if part is None:
-                missing.append(number)
+            if self.folder and (kept := self.folder.read(self._name(number))):
+                tensors, values = kept
+                self._take(EmbeddedBatch(**tensors, failed=values["failed"]), bar)
             else:
-                self._take(part, bar)
+                missing.append(number)
         return missing
 
-    def _take_round(self, numbers: list[int], parts: list[Part | None], bar: tqdm[object]) -> None:
-        for number, part in zip(numbers, parts, strict=False):
-            assert part is not None, "processes that come later have less to do"
-            if self.folder:
-                self.folder.write(self._name(number), part)
-            self._take(part, bar)
+    def _take_round(self, numbers: list[int], batches: list[EmbeddedBatch | None], bar: tqdm[object]) -> None:
+        for number, batch in zip(numbers, batches, strict=False):
+            assert batch is not None, "only the last processes have no batch in the last round"
+            if self.folder and (self.keep_failures or not batch.failed):
+                tensors = {"places": batch.places, "rows": batch.rows, "usage": batch.usage}
+                self.folder.write(self._name(number), tensors, {"failed": batch.failed})
+            self._take(batch, bar)
 
-    def _take(self, part: Part, bar: tqdm[object]) -> None:
-        if len(part.places):
+    def _take(self, batch: EmbeddedBatch, bar: tqdm[object]) -> None:
+        if len(batch.places):
             if not len(self._rows):
-                # In one piece from the start: parts put together at the end would need the room twice.
-                self._rows = part.rows.new_empty(self.count, *part.rows.shape[1:])
-                self.usage = torch.zeros_like(part.usage)
-            self._rows[part.places] = part.rows
-            self._embedded[part.places] = True
-            self.usage += part.usage
-        self.failed |= part.failed
-        bar.update(len(part.places) + len(part.failed))
+                # Allocated once: concatenating all batches at the end would need twice the memory.
+                self._rows = batch.rows.new_empty(self.count, *batch.rows.shape[1:])
+                self.usage = torch.zeros_like(batch.usage)
+            self._rows[batch.places] = batch.rows
+            self._embedded[batch.places] = True
+            self.usage += batch.usage
+        self.failed |= batch.failed
+        bar.update(len(batch.places) + len(batch.failed))
 
     def _name(self, number: int) -> str:
         return f"{self.kind}-{number:06d}"
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` gives on the main process, in all of them. An error there is raised in all: the others would wait
-    for its word."""
+    """Run `action` on the main process and return its result on all of them. An error there is raised on all."""
     value, error = None, None
     if is_main():
         try:

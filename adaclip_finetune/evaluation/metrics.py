@@ -1,34 +1,42 @@
 """Retrieval metrics from row blocks of a similarity matrix: R@K, median and mean rank, text to video and video to text.
 
-Ties count against: rank = 1 + others strictly greater + others equal. A model that gives every pair the same score then
-scores R@1 = 0 and not 100. Ranks are counts and so exact; no more than one block is held at a time.
+Ties count against: rank = 1 + number of other candidates that score at least as high as the right one. A model that
+gives every pair the same score therefore has R@1 = 0 and not 100. Ranks are integer counts, so they are exact, and at
+most one block is held at a time.
+
+Two videos may have captions with the same text. No model can tell these captions apart, so some of these queries
+are lost whatever the model does. `Metrics.excused` has the figures in which such captions do not count against each
+other; published figures usually lie between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
+from adaclip_finetune.data.annotations import folded
+
 RECALLS = (1, 5, 10, 50)
-_COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+FIGURES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class DirectionMetrics:
-    """The rank (from 1) of each query's right answer. `queries` are row (t2v) or column (v2t) numbers of the matrix."""
+    """The rank (from 1) of each query's right answer: of captions in t2v, of the videos that have captions in v2t."""
 
-    queries: IntArray
     ranks: IntArray
 
     def recall(self, k: int) -> float:
-        """R@k: percent of the queries whose right answer is among the first k."""
+        """Return R@k: the percentage of queries whose right answer is among the first k."""
         return 100 * int(np.count_nonzero(self.ranks <= k)) / len(self.ranks)
 
     @property
@@ -40,88 +48,122 @@ class DirectionMetrics:
         return float(np.mean(self.ranks))
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON: R@1, R@5, R@10 and R@50 in percent, MedR, MeanR, and how many queries they are of."""
+        """Return R@1, R@5, R@10 and R@50 in percent, MedR, MeanR, and the number of queries."""
         recalls = {f"R@{k}": self.recall(k) for k in RECALLS}
         return {**recalls, "MedR": self.median_rank, "MeanR": self.mean_rank, "queries": len(self.ranks)}
-
-    def as_state(self) -> dict[str, list[int]]:
-        """For JSON: all of it, exactly."""
-        return {"queries": self.queries.tolist(), "ranks": self.ranks.tolist()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, list[int]]) -> DirectionMetrics:
-        """What `as_state` gave."""
-        return cls(np.array(state["queries"], np.int64), np.array(state["ranks"], np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """Text to video (a query is a caption) and video to text (a query is a video that has captions)."""
+    """Text to video (a query is a caption) and video to text (a query is a video that has captions).
+
+    `shared_captions` is the number of captions whose text is also a caption of another video. If there are any,
+    `excused` has the metrics in which captions with the same text do not count against each other.
+    """
 
     t2v: DirectionMetrics
     v2t: DirectionMetrics
+    shared_captions: int = 0
+    excused: Metrics | None = None
 
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        """For JSON."""
-        return {"t2v": self.t2v.as_dict(), "v2t": self.v2t.as_dict()}
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each direction; `shared_captions` is present only if there are any."""
+        found: dict[str, dict[str, Any]] = {"t2v": self.t2v.as_dict(), "v2t": self.v2t.as_dict()}
+        if self.excused is not None:
+            found["shared_captions"] = {"captions": self.shared_captions, "excused": self.excused.as_dict()}
+        return found
 
-    def as_state(self) -> dict[str, dict[str, list[int]]]:
-        """For JSON: all of it, exactly."""
-        return {"t2v": self.t2v.as_state(), "v2t": self.v2t.as_state()}
+    def as_state(self) -> dict[str, Any]:
+        """Return everything, exactly, as JSON can hold it."""
+        excused = None if self.excused is None else self.excused.as_state()
+        ranks = {"t2v": self.t2v.ranks.tolist(), "v2t": self.v2t.ranks.tolist()}
+        return {**ranks, "shared_captions": self.shared_captions, "excused": excused}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Mapping[str, list[int]]]) -> Metrics:
-        """What `as_state` gave."""
-        return cls(*(DirectionMetrics.from_state(state[direction]) for direction in ("t2v", "v2t")))
+    def from_state(cls, state: Mapping[str, Any]) -> Metrics:
+        """Make the metrics from what `as_state` returned."""
+        t2v, v2t = (DirectionMetrics(np.array(state[direction], np.int64)) for direction in ("t2v", "v2t"))
+        return cls(t2v, v2t, state["shared_captions"], state["excused"] and cls.from_state(state["excused"]))
+
+    def shared_line(self) -> str:
+        """Return one line about the captions that several videos share, or "" if there are none."""
+        if self.excused is None:
+            return ""
+        t2v, v2t = self.excused.t2v.recall(1), self.excused.v2t.recall(1)
+        return (
+            f"{self.shared_captions:,} captions have the same text as a caption of another video; "
+            f"if these do not count against each other, R@1 is T2V {t2v:.1f}, V2T {v2t:.1f}"
+        )
 
 
-def retrieval_metrics(blocks: Iterable[Tensor], video_of_text: Tensor | IntArray | Sequence[int]) -> Metrics:
-    """Metrics of a similarity matrix (T, V) given as row blocks (t, V), and the column that each row belongs to (T,).
+def retrieval_metrics(
+    blocks: Iterable[Tensor], video_of_text: Tensor | IntArray | Sequence[int], texts: Sequence[str] | None = None
+) -> Metrics:
+    """Return the metrics of a similarity matrix (T, V) given as row blocks (t, V).
 
-    A video may have any number of captions. Its v2t rank is the best among them, and only captions of other videos are
-    others; without any it is a distractor in t2v and no query in v2t. `blocks` is gone through twice, since the score
-    that other captions must reach is known only after all rows were seen: a list or any object that starts afresh, such
-    as `similarity_blocks` makes, and not a generator.
+    `video_of_text` (T,) is the column that each row belongs to. A video may have any number of captions. Its v2t rank
+    is that of the best of them, and only captions of other videos compete; a video without captions is a distractor in
+    t2v and no query in v2t. With `texts` (T,), captions shared by several videos are counted, and `excused` is filled.
 
-    Raises ValueError for NaN (naming the row), a column out of range, or blocks that do not fit `video_of_text`.
+    `blocks` is iterated twice, because the score that other captions must reach is known only after all rows were seen:
+    pass a list or an object that starts afresh, such as `similarity_blocks` returns, not a generator. Raises ValueError
+    for NaN, naming the row, and for a number of rows other than that of captions.
     """
-    if isinstance(blocks, Iterator):
-        raise TypeError("blocks are gone through twice, and an iterator or generator is spent after one pass")
     owners = torch.as_tensor(video_of_text, dtype=torch.int64, device="cpu")
-    if owners.ndim != 1 or not len(owners):
+    if not len(owners):
         raise ValueError("there are no captions to evaluate")
+    same_text = None if texts is None else _SameText(texts, owners.numpy())
     t2v_ranks, best_own = _first_pass(blocks, owners)
-    v2t_ranks = _rank_videos(blocks, owners, best_own)
-    queries = np.unique(owners.numpy())
-    return Metrics(
-        t2v=DirectionMetrics(np.arange(len(owners)), t2v_ranks),
-        v2t=DirectionMetrics(queries, v2t_ranks[queries]),
-    )
+    v2t_ranks, excused = _second_pass(blocks, owners, best_own, same_text)
+    asked = np.unique(owners.numpy())
+    metrics = Metrics(DirectionMetrics(t2v_ranks), DirectionMetrics(v2t_ranks[asked]))
+    if same_text is None or not same_text.shared_captions:
+        return metrics
+    t2v, v2t = DirectionMetrics(t2v_ranks - excused[0]), DirectionMetrics((v2t_ranks - excused[1])[asked])
+    return replace(metrics, shared_captions=same_text.shared_captions, excused=Metrics(t2v, v2t))
 
 
 def results_table(rows: Mapping[str, Metrics]) -> str:
-    """A table of `_COLUMNS`, text to video and video to text, one line a model: {"zero-shot": …, "finetuned": …}."""
+    """Return a table of R@1, R@5, R@10, MedR and MeanR in both directions, one line for each model."""
     width = max(len(name) for name in rows)
     head = f"{'':<{width}}   {'text → video':^36}   {'video → text':^36}"
-    names = "".join(f"{name:>7}" for name in _COLUMNS)
+    names = "".join(f"{name:>7}" for name in FIGURES)
     lines = [head, f"{'':<{width}}  {names}    {names}"]
     for name, metrics in rows.items():
         directions = (metrics.t2v.as_dict(), metrics.v2t.as_dict())
-        cells = ["".join(f"{direction[column]:7.1f}" for column in _COLUMNS) for direction in directions]
+        cells = ["".join(f"{direction[column]:7.1f}" for column in FIGURES) for direction in directions]
         lines.append(f"{name:<{width}}  {cells[0]}    {cells[1]}")
     return "\n".join(lines)
 
 
 def one_line(metrics: Metrics) -> str:
-    """Both directions' R@1, R@5 and R@10 in one line."""
+    """Return R@1, R@5 and R@10 of both directions in one line."""
     parts = []
     for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
         parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
     return "   ".join(parts)
 
 
+class _SameText:
+    """Which videos have a caption with the text of a given caption. Case and spaces do not count."""
+
+    def __init__(self, texts: Sequence[str], owners: IntArray) -> None:
+        numbers: dict[str, int] = {}
+        self._owners = owners
+        self._text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts])
+        text, video = np.unique(np.stack([self._text_of, owners]), axis=1)  # each text once for each of its videos
+        self._videos = csr_array((np.ones_like(text), (text, video)))
+        self.shared_captions = int((np.bincount(text) > 1)[self._text_of].sum())
+
+    def pairs(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return rows, counted from `start`, and the other videos that have a caption with the text of that row."""
+        found = self._videos[self._text_of[start : start + count]].tocoo()
+        other = found.col != self._owners[start + found.row]
+        return torch.from_numpy(found.row[other]).long(), torch.from_numpy(found.col[other]).long()
+
+
 def _first_pass(blocks: Iterable[Tensor], owners: Tensor) -> tuple[IntArray, Tensor]:
-    """The t2v rank of each caption (T,), and the score (V,) of each video's best caption, -inf where it has none."""
+    """Return the t2v rank of each caption (T,), and the score (V,) of each video's best caption, -inf without any."""
     ranks, best_own = torch.empty(len(owners), dtype=torch.int64), torch.empty(0)
     for start, scores, columns in _checked(blocks, owners):
         if start == 0:
@@ -133,34 +175,34 @@ def _first_pass(blocks: Iterable[Tensor], owners: Tensor) -> tuple[IntArray, Ten
     return ranks.numpy(), best_own
 
 
-def _rank_videos(blocks: Iterable[Tensor], owners: Tensor, best_own: Tensor) -> IntArray:
-    """The rank (V,) of each video's best caption among the captions of other videos."""
+def _second_pass(
+    blocks: Iterable[Tensor], owners: Tensor, best_own: Tensor, same_text: _SameText | None
+) -> tuple[IntArray, tuple[IntArray, IntArray]]:
+    """Return the rank (V,) of each video's best caption among the captions of other videos, and how many competitors
+    with the same text are counted in the t2v ranks (T,) and in the v2t ranks (V,)."""
     ranks = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
-    for _, scores, columns in _checked(blocks, owners):
+    t2v, v2t = torch.zeros_like(owners, device=best_own.device), torch.zeros_like(ranks)
+    for start, scores, columns in _checked(blocks, owners):
         reaching = scores >= best_own
         ranks += reaching.sum(dim=0)
         ranks.index_add_(0, columns, -reaching.gather(1, columns[:, None]).squeeze(1).long())
-    ranks_on_cpu: IntArray = ranks.cpu().numpy()
-    return ranks_on_cpu
+        if same_text is not None and same_text.shared_captions:
+            rows, videos = (index.to(scores.device) for index in same_text.pairs(start, len(scores)))
+            t2v.index_add_(0, start + rows, (scores[rows, videos] >= scores[rows, columns[rows]]).long())
+            v2t.index_add_(0, videos, reaching[rows, videos].long())
+    return ranks.cpu().numpy(), (t2v.cpu().numpy(), v2t.cpu().numpy())
 
 
 def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each block with its first row and the columns (t,) of its rows; refused where anything does not fit."""
-    start, width = 0, None
+    """Yield each block with the number of its first row and the columns (t,) of its rows."""
+    start = 0
     for scores in blocks:
-        if scores.ndim != 2:
-            raise ValueError(f"a block is (t, V), not {tuple(scores.shape)}: a whole matrix is a list of one block")
         columns = owners[start : start + len(scores)]
-        width = scores.shape[1] if width is None else width
         if len(columns) < len(scores):
             raise ValueError(f"the similarity has more rows than the {len(owners)} captions")
-        if scores.shape[1] != width:
-            raise ValueError(f"the block of row {start} has {scores.shape[1]} columns, those before {width}")
-        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < width:
-            raise ValueError(f"rows {start} to {start + len(columns) - 1} belong to videos outside the {width} columns")
         if scores.isnan().any():
             row = start + int(scores.isnan().any(dim=1).nonzero()[0])
-            raise ValueError(f"the similarity of row {row} is NaN: nothing can be ranked by it")
+            raise ValueError(f"the similarity of row {row} is NaN, so nothing can be ranked")
         yield start, scores, columns.to(scores.device)
         start += len(scores)
     if start < len(owners):

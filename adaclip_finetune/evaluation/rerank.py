@@ -1,4 +1,4 @@
-"""Scores corrected by what other queries score: dual softmax and QB-Norm, in log space and float64.
+"""Scores corrected by the scores of other queries: dual softmax and QB-Norm, in log space and float64.
 
 Dual softmax (Cheng et al. 2021, "Improving video-text retrieval by multi-stream corpus alignment and dual softmax
 loss") multiplies a score by the softmax of the candidate's scores over all queries of the test: it is transductive.
@@ -6,8 +6,8 @@ QB-Norm (Bogolin et al. 2022, "Cross modal retrieval with querybank normalisatio
 bank of other queries, such as training captions; its dynamic inverted softmax does so only for queries whose best
 candidate is a hub, the best of some query in the bank.
 
-Multiplied out in float32, as usual, most of these scores underflow to the same 0, and ranks become a matter of how ties
-are counted. Here no exponential is ever taken of a score that is ranked.
+Computed as products in float32, as usual, most of these scores underflow to 0, and ranks depend on how ties are
+counted. Here no exponential is taken of a score that is ranked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray, Metr
 Blocks = Iterable[Tensor]
 
 DUAL_SOFTMAX_TEMPERATURE = 1.0
-"""Logits are taken as they are: exp(logit_scale), which CLIP learned, is the temperature."""
+"""The logits are used as they are: their temperature is the one that CLIP learned, exp(logit_scale)."""
 QB_NORM_TEMPERATURE = 5.0
 """The paper multiplies cosines by 20; logits are 100 times the cosine where CLIP's scale is at its bound."""
 
@@ -33,8 +33,8 @@ _LOG_OF_SMALLEST = math.log(5e-324)
 
 
 def dual_softmax_metrics(blocks: Blocks, video_of_text: IntArray, temperature: float) -> Metrics:
-    """Metrics of the logits (T, V), each multiplied by softmax(logits / temperature) over the queries of its direction:
-    all texts in t2v, in v2t all videos that have a text."""
+    """Return the metrics of the logits (T, V), each multiplied by softmax(logits / temperature) over the queries of its
+    direction: all texts in t2v, all videos that have a text in v2t."""
     asked = torch.from_numpy(np.unique(video_of_text))
     by_text = retrieval_metrics(DualSoftmax(blocks, temperature, over_texts=True), video_of_text)
     by_video = retrieval_metrics(DualSoftmax(blocks, temperature, over_texts=False, asked=asked), video_of_text)
@@ -42,18 +42,17 @@ def dual_softmax_metrics(blocks: Blocks, video_of_text: IntArray, temperature: f
 
 
 def qb_norm_metrics(blocks: Blocks, bank: Blocks, video_of_text: IntArray, temperature: float) -> DirectionMetrics:
-    """T2V metrics of the logits (T, V) corrected by those of the bank's texts to the same videos (B, V). The other
-    direction would need a bank of videos."""
+    """Return the T2V metrics of the logits (T, V), corrected by those of the bank's texts to the same videos (B, V).
+    The other direction would need a bank of videos."""
     return retrieval_metrics(QueryBankNorm(blocks, bank, temperature), video_of_text).t2v
 
 
 class DualSoftmax:
-    """Iterates over row blocks (t, V) in float64 that are ordered exactly as the products logit · softmax, anew each
-    time.
+    """Iterates over row blocks (t, V) in float64 that have exactly the order of the products logit · softmax.
 
-    `over_texts`: the softmax runs down each column, for t2v; else along each row, over the videos numbered in `asked`
-    (default all), for v2t. What is given for a product x is sign(x) · (ln|x| + c), c being large enough to keep signs
-    apart. Values may be compared where products may.
+    With `over_texts` the softmax runs down each column, for t2v; else along each row, over the videos with numbers in
+    `asked` (default: all), for v2t. The value for a product x is sign(x) · (ln|x| + c), where c is large enough that
+    the factor stays positive.
     """
 
     def __init__(
@@ -77,9 +76,8 @@ class DualSoftmax:
 
 
 class QueryBankNorm:
-    """Iterates over row blocks (t, V) in float64, anew each time: ln(exp(logit / temperature) / sum over the bank) for
-    queries whose best video is a hub, the logits themselves for the others. Rows are comparable within themselves
-    only."""
+    """Iterates over row blocks (t, V) in float64: ln(exp(logit / temperature) / sum over the bank) for queries whose
+    best video is a hub, the logits themselves for the others. Values are comparable within a row only."""
 
     def __init__(self, blocks: Blocks, bank: Blocks, temperature: float) -> None:
         self._blocks, self._temperature = blocks, _checked(temperature)
@@ -97,8 +95,8 @@ class QueryBankNorm:
 
 @dataclass(init=False)
 class _LogSums:
-    """ln of the sum of exp(logit / temperature) over each column (V,), and the size of the matrix; `spread` is the
-    largest scaled logit minus the smallest."""
+    """The logarithm of the sum of exp(logit / temperature) over each column (V,), and the size of the matrix; `spread`
+    is the largest scaled logit minus the smallest."""
 
     by_column: Tensor
     rows: int
@@ -122,11 +120,11 @@ class _LogSums:
 def _exact(block: Tensor) -> Tensor:
     exact = block.cpu().double()
     if not exact.isfinite().all():
-        raise ValueError("the similarity holds a value that is no finite number: nothing can be reranked by it")
+        raise ValueError("the similarity holds a value that is not finite, so nothing can be reranked")
     return exact
 
 
 def _checked(temperature: float) -> float:
     if not temperature > 0:
-        raise ValueError(f"a temperature is above 0, not {temperature}")
+        raise ValueError(f"the temperature must be above 0, not {temperature}")
     return temperature

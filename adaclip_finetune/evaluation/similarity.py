@@ -1,6 +1,6 @@
-"""The similarity of every text to every video, a block of rows at a time.
+"""The similarity of every text to every video, one block of rows at a time.
 
-What is held at once is counted in bytes: 50,000 texts against 50,000 videos take no more than 500 against 500.
+The size of a block is limited in bytes: 50,000 texts against 50,000 videos take no more memory than 500 against 500.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.scoring import Scorer
 
-BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: their memory is fetched anew from the system each time
+BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: the allocator requests their memory from the system each time
 
 
 @dataclass(frozen=True)
 class SimilarityBlocks:
-    """Iterates over row blocks (t, V) of the similarity matrix, from the start each time it is asked."""
+    """Iterates over row blocks (t, V) of the similarity matrix, starting afresh each time."""
 
     text: Tensor
     videos: Tensor
@@ -41,18 +41,18 @@ class SimilarityBlocks:
         if self.scorer.indexable:
             logits: Tensor = self.scorer(text, self.videos)
             return logits
-        # Here every text has a vector of its own for every video.
+        # Every text has a vector of its own for every video.
         queries = text.sentence
         at_once = rows_in_a_block(len(queries) * queries.shape[1] * max(4, queries.element_size()))
         return torch.cat([self.scorer(text, kept) for kept in torch.split(self.videos, at_once)], dim=1)
 
 
 def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) -> SimilarityBlocks:
-    """The scorer's logits of texts (T, D) and of what it keeps of videos (V, …), in blocks of at most `block` rows and
-    BLOCK_BYTES.
+    """Return the scorer's logits of texts (T, D) and of what it keeps of videos (V, …), in blocks of at most `block`
+    rows and BLOCK_BYTES.
 
-    Float32, on the videos' device (float64 stays float64); no gradients. A pass holds one block, and a second pass
-    gives the very same values, whatever the model has learned since.
+    Blocks are float32 (float64 for float64 texts), on the device of the videos, without gradients. Each pass gives the
+    same values, whatever the model learns in between.
     """
     if block < 1:
         raise ValueError(f"a block has at least one row, not {block}")
@@ -62,7 +62,7 @@ def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) 
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    """Ranks are made of differences that `tf32`, meant for the towers, would round away."""
+    """Switch TF32 off: it is meant for the towers, and would round away differences that decide ranks."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -72,5 +72,5 @@ def _float32_products() -> Iterator[None]:
 
 
 def rows_in_a_block(bytes_a_row: int) -> int:
-    """How many rows of this size BLOCK_BYTES hold; at least one."""
+    """Return how many rows of this size fit into BLOCK_BYTES; at least one."""
     return max(1, BLOCK_BYTES // max(1, bytes_a_row))

@@ -1,7 +1,7 @@
-"""A similarity matrix on disk: `<name>.npy` (rows queries, columns videos) and its ids beside it in `<name>.json`.
+"""A similarity matrix on disk: `<name>.npy` (rows queries, columns videos) with its ids in `<name>.json`.
 
-Written and read a block of rows at a time, by plain reads and writes: pages of a memory map would count as memory of
-the process, all ten gigabytes of 50,000 texts against 50,000 videos.
+It is written and read one block of rows at a time, without a memory map: mapped pages count as memory of the process,
+which would be ten gigabytes for 50,000 texts against 50,000 videos.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEYS = ("queries", "videos", "video_of_query")
 
 @dataclass(frozen=True, eq=False)
 class SimilarityFile:
-    """Iterates over row blocks (t, V) of a saved matrix, from the start each time it is asked."""
+    """Iterates over row blocks (t, V) of a saved matrix, starting afresh each time."""
 
     path: Path
     queries: Queries
@@ -39,7 +39,7 @@ class SimilarityFile:
     offset: int  # bytes before the first value
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Float16 comes as float32. Raises UserError for NaN, and for a file that became shorter."""
+        """Yield float32 blocks (float64 for a float64 file). Raises UserError for NaN or a shortened file."""
         texts, videos = len(self.queries.texts), len(self.queries.video_ids)
         rows = rows_in_a_block(videos * max(4, self.dtype.itemsize))
         with self.path.open("rb") as file:
@@ -59,46 +59,47 @@ class SimilarityFile:
             query, video = self.queries.texts[start + row], self.queries.video_ids[column]
             raise UserError(
                 f"{self.path}: row {start + row}, column {column} (query {query!r}, video {video!r}) is nan; "
-                "nothing can be ranked by it"
+                "so nothing can be ranked"
             )
         return block
 
 
 def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
-    """A matrix that `write_similarity_file` wrote, or another program in the same form. Nothing is unpickled. Its ids
-    are in the JSON file `ids`, by default the one of its name beside it.
+    """Open a matrix that `write_similarity_file`, or another program, wrote. Nothing is unpickled.
 
-    Raises UserError for a file that is not there or no .npy, for a shape or dtype that is none of a similarity, and for
-    ids that do not fit it.
+    `ids` is the JSON file with its queries and videos, by default the one with the same name. Raises UserError for a
+    file that is missing or not .npy, for a wrong shape or dtype, and for ids that do not fit.
     """
     try:
         header = npy.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
+        raise UserError(f"{path}: no such file (looked for in {Path.cwd()})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: is no .npy file of numbers, or was cut off ({error})") from error
+        raise UserError(f"{path}: not a complete .npy file of numbers ({error})") from error
     if header.ndim != 2:
         raise UserError(f"{path}: has the shape {header.shape}; a similarity is (queries, videos)")
     if header.dtype.newbyteorder("=").name not in _FLOATS:
         raise UserError(f"{path}: has the dtype {header.dtype}; a similarity is one of {', '.join(_FLOATS)}")
     if not header.flags.c_contiguous:
-        raise UserError(f"{path}: lies column by column; save it row by row (numpy.ascontiguousarray)")
+        raise UserError(f"{path}: is stored column by column; save it row by row (numpy.ascontiguousarray)")
     ids = path.with_suffix(".json") if ids is None else ids
     queries = _read_ids(ids)
     expected = (len(queries.texts), len(queries.video_ids))
     if header.shape != expected:
-        named = f"{ids.name} beside it" if ids.parent == path.parent else f"{ids}"
         raise UserError(
-            f"{path}: has the shape {header.shape}, but {named} lists {expected[0]} queries and {expected[1]} videos"
+            f"{path}: has the shape {header.shape}, but {ids} lists {expected[0]} queries and {expected[1]} videos"
         )
     return SimilarityFile(path, queries, header.dtype, header.offset)
 
 
 def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries) -> None:
-    """Write the matrix in float32, and its ids. Raises OSError; then what was at `path` before is untouched. Raises
-    UserError where the file of the ids' name is something else, such as the annotation."""
+    """Write the matrix in float32, and its ids.
+
+    Raises OSError, leaving an older matrix at `path` untouched, and UserError if the file for the ids exists and holds
+    something else, such as an annotation.
+    """
     _refuse_other_json(path.with_suffix(".json"))
     ids = dict(zip(_KEYS, (queries.texts, queries.video_ids, queries.video_of_text.tolist()), strict=True))
     part = beside(path)
@@ -119,32 +120,32 @@ def write_similarity_file(path: Path, blocks: Iterable[Tensor], queries: Queries
 def _refuse_other_json(path: Path) -> None:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not there, or of a writer that was killed
+    except (OSError, ValueError):  # absent, or left incomplete by a writer that was killed
         return
     if not isinstance(found, dict) or not found.keys() >= set(_KEYS):
         raise UserError(
-            f"save_similarity: {path}, where the matrix's ids would be written, holds something else; it is left as it "
-            "is, and the matrix is not written. Give another name"
+            f"save_similarity: the ids of the matrix would replace {path}, which holds something else; nothing is "
+            "written. Give the matrix another name"
         )
 
 
 def _read_ids(path: Path) -> Queries:
     ids = read_json(path)
     if not isinstance(ids, dict) or not all(isinstance(ids.get(key), list) for key in _KEYS):
-        raise UserError(f"{path}: is to hold the lists {', '.join(_KEYS)}")
+        raise UserError(f"{path}: must hold the lists {', '.join(_KEYS)}")
     texts, videos, owners = (ids[key] for key in _KEYS)
     for key, names in (("queries", texts), ("videos", videos)):
         if wrong := [name for name in names if not isinstance(name, str)]:
-            raise UserError(f"{path}: {key} holds {wrong[0]!r}, which is no text")
+            raise UserError(f"{path}: {key} holds {wrong[0]!r}, which is not a text")
         if not names:
             raise UserError(f"{path}: lists no {key}")
     if twice := next((name for name, count in Counter(videos).items() if count > 1), None):
-        raise UserError(f"{path}: videos lists {twice!r} twice; each video is one column, whatever captions it has")
+        raise UserError(f"{path}: videos lists {twice!r} twice; each video is one column, with any number of captions")
     if len(owners) != len(texts):
         raise UserError(f"{path}: video_of_query has {len(owners)} entries for {len(texts)} queries")
     for owner in owners:
         if type(owner) is not int or not 0 <= owner < len(videos):
             raise UserError(
-                f"{path}: video_of_query holds {owner!r}, which is no number of a video (0 to {len(videos) - 1})"
+                f"{path}: video_of_query holds {owner!r}, which is not the number of a video (0 to {len(videos) - 1})"
             )
     return Queries(texts, np.array(owners, np.int64), videos)

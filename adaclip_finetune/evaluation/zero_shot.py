@@ -1,5 +1,5 @@
-"""The figure that every finetune has to beat: the pretrained towers, as many uniform frames as the run encodes, their
-mean."""
+"""The zero-shot baseline that every finetune has to beat: the pretrained towers, as many uniform frames as the run
+encodes, and their mean."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from adaclip_finetune.config import Config, load_config
 
 
 def zero_shot_config(config: Config) -> Config:
-    """The settings of the zero-shot baseline that belongs to `config`: top_k uniform frames, nothing learned or
-    adapted, mean pooling."""
+    """Return the settings of the zero-shot baseline of `config`: top_k uniform frames, mean pooling, nothing learned
+    and nothing adapted."""
     defaults = load_config()
     return config.model_copy(
         update={

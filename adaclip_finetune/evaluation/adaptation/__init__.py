@@ -1,4 +1,4 @@
-"""How a model is adapted to what it is evaluated on: a file an adaptation, chosen by the setting `adaptation`."""
+"""Adaptations of a model to the queries of an evaluation. One file for each, chosen by the setting `adaptation`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from adaclip_finetune.evaluation.adaptation.base import Adaptation
 
 
 def build_adaptation(config: Config) -> Adaptation:
-    """The adaptation that the config names."""
+    """Return the adaptation that the config names."""
     adaptation: Adaptation = implementation(ADAPTATIONS, config.adaptation)(config.adaptation.config)
     return adaptation

@@ -11,7 +11,7 @@ from adaclip_finetune.model.retriever import VideoRetriever
 
 
 class NoAdaptation(Adaptation):
-    """The identity."""
+    """Leave the model unchanged."""
 
     needs_gallery = False
 

@@ -1,1 +1,1 @@
-"""What a model is measured by: a file a task, chosen by the setting `task`."""
+"""Tasks: what a model is measured by. One file for each, chosen by the setting `task`."""

@@ -1,7 +1,7 @@
-"""What a task is: a way to measure a model on an annotated split, and the figure that decides.
+"""The interface of a task: it measures a model on an annotated split, and names the figure that decides.
 
-A new task is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md shows a
-complete one.
+A new task is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md has a
+complete example.
 """
 
 from __future__ import annotations
@@ -9,27 +9,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.splits import EvaluationSplit
+from adaclip_finetune.evaluation.metrics import IntArray
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
 class Figures(Protocol):
-    """What a task found, small enough to be remembered."""
+    """The figures that a task measured, small enough to be kept for the whole run."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Named figures for metrics.json, possibly nested: `{"t2v": {"R@1": 9.2}}` holds `t2v.R@1`."""
+        """Return named figures for metrics.json, possibly nested: `{"t2v": {"R@1": 9.2}}` holds `t2v.R@1`."""
 
     def as_state(self) -> dict[str, Any]:
-        """All of it exactly, as JSON can hold it."""
+        """Return everything, exactly, as JSON can hold it."""
 
 
 class Report(Protocol):
-    """What one evaluation found: its figures, and whatever else the task keeps of it."""
+    """The result of one evaluation: its figures, and whatever else the task keeps of it."""
 
     @property
     def seconds(self) -> float: ...
@@ -38,14 +39,24 @@ class Report(Protocol):
     def figures(self) -> Figures: ...
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures for metrics.json."""
+        """Return the figures for metrics.json."""
+
+
+class QueryRanks(NamedTuple):
+    """The rank (Q,) of each query's right answer, and the video (Q,) that the query is about.
+
+    Intervals and p-values are computed from these. `videos` is None if each query has a video of its own.
+    """
+
+    ranks: IntArray
+    videos: IntArray | None
 
 
 class Task(ABC):
-    """Measures models on one split, time and again, in all processes together; its readers live until `close`.
+    """Measures models on one split, any number of times, in all processes together; its readers live until `close`.
 
-    `primary` is the figure that chooses the best epoch, trial and share; what a task can measure its settings class
-    says.
+    `primary` is the figure that chooses the best epoch, trial and interpolation. The settings class of the task lists
+    the figures that it can measure.
     """
 
     def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
@@ -53,45 +64,50 @@ class Task(ABC):
         self.primary = config.primary_figure
         self.greater_is_better = config.figures[self.primary]
         self.curves: Sequence[str] = (self.primary,)  # the figures that curves.png shows
+        self.columns: Sequence[str] = tuple(config.figures)  # the figures that `adaclip evaluate` shows
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:
-        """Put the model into evaluation mode, leave it there and measure it; autocast is the caller's.
+        """Measure the model, in evaluation mode, and leave it in that mode. The caller sets autocast.
 
-        With `keep`, a folder (only the main process's counts), finished work may be kept there, so that the same call
-        after an interruption goes on. Raises UserError, in all processes.
+        `keep` is a folder for finished work (only that of the main process counts): the same call continues there
+        after an interruption. Raises UserError, in all processes.
         """
 
     @abstractmethod
     def one_line(self, figures: Figures) -> str:
-        """The figures in one line of the screen."""
+        """Return the figures in one line for the screen."""
 
     @abstractmethod
     def table(self, rows: Mapping[str, Figures]) -> str:
-        """A table of several models on this split, a line each."""
+        """Return a table of several models on this split, one line for each."""
 
     @abstractmethod
     def gallery(self, report: Report) -> str:
-        """On what the figures were measured, in one line of the screen."""
+        """Return what stands below the table: what was measured on the first line, remarks on further ones."""
 
     @staticmethod
     @abstractmethod
     def figures_from_state(state: Mapping[str, Any]) -> Figures:
-        """What `Figures.as_state` gave."""
+        """Make the figures from what `Figures.as_state` returned."""
+
+    def ranks(self, report: Report) -> Mapping[str, QueryRanks]:
+        """Return the ranks behind the figures R@K, MedR and MeanR, by the part of the name before these; default {}."""
+        return {}
 
     def is_better(self, figures: Figures, best: Figures | None) -> bool:
-        """Whether the primary figure is better, strictly: ties go to what came first."""
+        """Return whether the primary figure is strictly better: of equal figures, the earlier one stays the best."""
         if best is None:
             return True
         one, other = value(figures.as_dict(), self.primary), value(best.as_dict(), self.primary)
         return one > other if self.greater_is_better else one < other
 
-    def close(self) -> None:  # noqa: B027 (a task that reads nothing has nothing to end)
+    def close(self) -> None:  # noqa: B027 (a task without reading processes has nothing to end)
         """End the reading processes."""
 
 
 def value(figures: Mapping[str, Any], name: str) -> float:
-    """The figure of a dotted name in what `Figures.as_dict` gave."""
+    """Return the figure with a dotted name from what `Figures.as_dict` returned."""
     found: Any = figures
     for part in name.split("."):
         found = found[part]

@@ -1,10 +1,11 @@
-"""`task: retrieval`: embed a gallery of videos and its captions, and rank each by the other."""
+"""`task: retrieval`: embed a gallery of videos and its captions, and rank the videos for each caption, and the captions
+for each video."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,47 +25,53 @@ from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
-from adaclip_finetune.evaluation.embed import Embeddings, on_main
-from adaclip_finetune.evaluation.metrics import Metrics, one_line, results_table, retrieval_metrics
-from adaclip_finetune.evaluation.parts import Part, PartFolder, names_digest
+from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
+from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.parts import PartFolder, names_digest
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
-from adaclip_finetune.evaluation.similarity_file import write_similarity_file
-from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.similarity_file import SimilarityFile, write_similarity_file
+from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import copy_from_main, from_main, is_main
 from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
 
+COLUMNS = (*(f"t2v.{name}" for name in FIGURES), *(f"v2t.{name}" for name in FIGURES))
+"""The figures that a comparison shows."""
+
 
 @dataclass(frozen=True, eq=False)
 class RetrievalFigures:
-    """What an evaluation found, small enough to be remembered: the ranks, and of how many videos they are."""
+    """The ranks, and how many videos of the annotation were evaluated."""
 
     metrics: Metrics
     videos_evaluated: int
     videos_listed: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For metrics.json. How many of the gallery's videos were evaluated stands beside the figures of each
-        direction."""
+        """Return the figures of both directions, each beside the number of videos that it was measured on."""
         of = {"videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
-        return {name: {**direction, **of} for name, direction in self.metrics.as_dict().items()}
+        found = self.metrics.as_dict()
+        return {**found, "t2v": found["t2v"] | of, "v2t": found["v2t"] | of}
 
     def as_state(self) -> dict[str, Any]:
-        """For JSON: all of it, exactly."""
+        """Return everything, exactly, as JSON can hold it."""
         of = {"videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
         return {"metrics": self.metrics.as_state(), **of}
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalReport:
-    """Figures of one gallery, and what they came from. `similarity` is None except on the main process; `frame_usage`
-    (N,): how often each candidate frame was chosen, None without a selector; `video_seconds`: the part of `seconds` in
-    which the gallery was read and embedded."""
+    """The figures of one gallery, and what they were computed from.
+
+    `similarity` is None except on the main process. `frame_usage` (N,) counts how often each candidate frame was
+    chosen; it is None without a selector. `video_seconds` is the part of `seconds` in which the gallery was read and
+    embedded.
+    """
 
     metrics: Metrics
     queries: Queries
-    similarity: SimilarityBlocks | None
+    similarity: SimilarityBlocks | SimilarityFile | None
     frame_usage: NDArray[np.int64] | None
     num_listed: int
     seconds: float
@@ -76,24 +83,44 @@ class RetrievalReport:
 
     @property
     def missing(self) -> int:
-        """Videos of the annotation that were left out, on request (`skip_missing`)."""
+        """The number of videos in the annotation that were left out, on request (`skip_missing`)."""
         return self.num_listed - len(self.queries.video_ids)
 
     def as_dict(self) -> dict[str, Any]:
-        """For metrics.json; see `Figures`."""
+        """Return the figures for metrics.json."""
         return self.figures.as_dict()
+
+    def ranks(self) -> dict[str, QueryRanks]:
+        """Return the ranks of both directions, each query with its video."""
+        t2v = QueryRanks(self.metrics.t2v.ranks, self.queries.video_of_text)
+        return {"t2v": t2v, "v2t": QueryRanks(self.metrics.v2t.ranks, None)}
+
+    def gallery(self) -> str:
+        """Return the size of the gallery in words, with a second line if captions are shared by several videos."""
+        missing = f", {self.missing} of {self.num_listed} MISSING" if self.missing else ""
+        counts = f"{len(self.queries.texts):,} captions, {len(self.queries.video_ids):,} videos{missing}"
+        return f"{counts}; ties count against\n{self.metrics.shared_line()}".rstrip()
+
+
+def report_of_matrix(file: SimilarityFile) -> RetrievalReport:
+    """Rank a saved matrix. Which videos were left out of it is not known, so none counts as missing."""
+    queries = file.queries
+    metrics = retrieval_metrics(file, queries.video_of_text, queries.texts)
+    return RetrievalReport(metrics, queries, file, None, num_listed=len(queries.video_ids), seconds=0)
 
 
 class Retrieval(Task):
-    """Text to video and video to text, ties counting against."""
+    """Measures text-to-video and video-to-text retrieval; ties count against."""
 
     def __init__(self, config: Config, split: EvaluationSplit, loaded: LoadedClip, views: Views, label: str) -> None:
         super().__init__(config, split, loaded, views, label)
         both = [name for name in ("t2v.R@1", "v2t.R@1") if name in config.figures]
         self.curves = both or self.curves
+        self.columns = [name for name in COLUMNS if name in config.figures] or self.columns
         dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, views))
         self._loader = GalleryLoader(dataset, config)
         self._adaptation = build_adaptation(config)
+        self._text_batch_size = self._adaptation.queries_at_once or config.val_batch_size
 
     def close(self) -> None:
         self._loader.close()
@@ -108,21 +135,21 @@ class Retrieval(Task):
 
     def gallery(self, report: Report) -> str:
         assert isinstance(report, RetrievalReport)
-        videos = f"{len(report.queries.video_ids)} videos"
-        if report.missing:
-            videos += f", {report.missing} of {report.num_listed} MISSING"
-        return f"{len(report.queries.texts)} captions, {videos}; ties count against"
+        return report.gallery()
+
+    def ranks(self, report: Report) -> Mapping[str, QueryRanks]:
+        return report.ranks() if isinstance(report, RetrievalReport) else {}
 
     @staticmethod
     def figures_from_state(state: Mapping[str, Any]) -> RetrievalFigures:
         return RetrievalFigures(**{**state, "metrics": Metrics.from_state(state["metrics"])})
 
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> RetrievalReport:
-        """Finished batches are kept, and those that an earlier call with the same weights and settings wrote are not
-        embedded again: the figures are the same."""
+        """Rank the gallery. Batches that an earlier call kept, with the same weights and settings, are not embedded
+        again; the figures are the same."""
         started = time.monotonic()
         model.eval()
-        # Batch statistics of each process are those of its own share of the training.
+        # Each process has the batch statistics of its own share of the training data.
         copy_from_main(model.buffers())
         folder = self._part_folder(model, keep) if keep and is_main() else None
         on_main(folder.open if folder else lambda: None)
@@ -132,7 +159,12 @@ class Retrieval(Task):
         queries = self.split.queries.within(
             [name for name in self.split.queries.video_ids if name not in videos.failed]
         )
-        texts = self._embed_texts(model, folder, from_main(videos.rows()) if self._adaptation.needs_gallery else None)
+        gallery = from_main(videos.rows()) if self._adaptation.needs_gallery else None
+        # Texts of unreadable videos too, so that batches do not depend on which videos failed.
+        all_texts = self.split.queries.texts
+        texts, work = Embeddings("texts", len(all_texts), folder), partial(self._embed_texts, model, all_texts, gallery)
+        with tqdm(total=texts.count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
+            texts.embed(self._text_batches(all_texts), work, bar)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
@@ -145,29 +177,37 @@ class Retrieval(Task):
         seconds = time.monotonic() - started
         return RetrievalReport(metrics, queries, similarity, usage, self.split.num_listed, seconds, video_seconds)
 
+    def similarity_of(self, texts: Sequence[str], model: VideoRetriever, report: RetrievalReport) -> SimilarityBlocks:
+        """Return the similarity of other texts to the gallery that `model` was measured on in this one process."""
+        assert isinstance(report.similarity, SimilarityBlocks), "there is one process"
+        gallery = report.similarity.videos.cpu() if self._adaptation.needs_gallery else None
+        batches = self._embed_texts(model, texts, gallery, range(self._text_batches(texts)))
+        bar = tqdm(batches, self.label, self._text_batches(texts), unit="batch", leave=False, disable=None)
+        return replace(report.similarity, text=torch.cat([batch.rows for batch in bar]).to(model.device))
+
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
-        """What the model's scorer keeps of the gallery: (V, …)."""
+        """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
         names = self.split.queries.video_ids
-        videos = Embeddings("videos", len(names), folder)
+        videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
         with tqdm(total=len(names), desc=self.label, unit="video", leave=False, disable=_hidden()) as bar:
-            videos.embed(len(self._loader), partial(self._video_parts, model), bar)
+            videos.embed(len(self._loader), partial(self._embed_video_batches, model), bar)
         videos.failed = {name: videos.failed[name] for name in names if name in videos.failed}
         if videos.failed and (not self.config.skip_missing or len(videos.failed) == len(names)):
             raise unreadable_in_evaluation(videos.failed, len(names))
         return videos
 
-    def _video_parts(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[Part]:
+    def _embed_video_batches(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[EmbeddedBatch]:
         place = {name: number for number, name in enumerate(self.split.queries.video_ids)}
         for collated in self._loader.read(numbers):
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             if collated.videos is None:
-                yield Part(_integers([]), torch.empty(0), _integers([]), failed)
+                yield EmbeddedBatch(_integers([]), torch.empty(0), _integers([]), failed)
             else:
                 rows, usage = self._embedded(model, collated.videos)
-                yield Part(_integers([place[name] for name in collated.videos.video_ids]), rows, usage, failed)
+                yield EmbeddedBatch(_integers([place[name] for name in collated.videos.video_ids]), rows, usage, failed)
 
     def _embedded(self, model: VideoRetriever, batch: VideoBatch) -> tuple[Tensor, Tensor]:
-        """Rows (B, …) and frame usage (N,), or (0,) without a selector."""
+        """Return rows (B, …) and frame usage (N,), or (0,) without a selector."""
         with torch.no_grad():
             features = model.encode_video(batch.to(model.device, non_blocking=self.config.pin_mem))
             rows = model.scorer.keep(features).float().cpu()
@@ -175,24 +215,19 @@ class Retrieval(Task):
             return rows, _integers([])
         return rows, features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
 
-    def _embed_texts(self, model: VideoRetriever, folder: PartFolder | None, gallery: Tensor | None) -> Embeddings:
-        """Vectors (T, D) of all texts, those of unreadable videos too: so batches do not depend on what failed."""
-        count, size = len(self.split.queries.texts), self._adaptation.queries_at_once or self.config.val_batch_size
-        texts = Embeddings("texts", count, folder)
-        with tqdm(total=count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
-            texts.embed(-(-count // size), partial(self._text_parts, model, size, gallery), bar)
-        return texts
+    def _text_batches(self, texts: Sequence[str]) -> int:
+        return -(-len(texts) // self._text_batch_size)
 
-    def _text_parts(
-        self, model: VideoRetriever, size: int, gallery: Tensor | None, numbers: Sequence[int]
-    ) -> Iterator[Part]:
-        texts = self.split.queries.texts
+    def _embed_texts(
+        self, model: VideoRetriever, texts: Sequence[str], gallery: Tensor | None, numbers: Sequence[int]
+    ) -> Iterator[EmbeddedBatch]:
+        size = self._text_batch_size
         for number in numbers:
             places = range(len(texts))[number * size : (number + 1) * size]
             tokens = self.loaded.tokenize([texts[place] for place in places], self.config.max_txt_len)
             with self._adaptation(model, tokens, gallery), torch.no_grad():
                 rows = model.encode_text(tokens).sentence.float().cpu()
-            yield Part(_integers(places), rows, _integers([]))
+            yield EmbeddedBatch(_integers(places), rows, _integers([]))
 
     def _similarity(self, model: VideoRetriever, texts: Embeddings, videos: Embeddings) -> SimilarityBlocks:
         names, text = self.split.queries.video_ids, texts.rows()
@@ -203,7 +238,7 @@ class Retrieval(Task):
 
     def _rank(self, similarity: SimilarityBlocks, queries: Queries) -> Metrics:
         try:
-            return retrieval_metrics(similarity, queries.video_of_text)
+            return retrieval_metrics(similarity, queries.video_of_text, queries.texts)
         except ValueError as error:
             raise UserError(f"{self.label}: {error}; the weights have probably diverged") from error
 
@@ -215,12 +250,12 @@ class Retrieval(Task):
             "device": model.device.type,
             "settings": self.config.model_dump(mode="json", include=_deciding_settings()),
         }
-        return PartFolder(path, about, keep_failures=self.config.skip_missing)
+        return PartFolder(path, about)
 
 
 def save_similarity(path: Path, result: RetrievalReport) -> None:
-    """Write the matrix (rows queries, columns videos) as .npy and its ids beside it as .json, a block at a time: the
-    main process does, the others do nothing."""
+    """Write the matrix (rows queries, columns videos) as .npy and its ids beside it as .json, in the main process
+    only."""
     if result.similarity is None:
         return
     try:
@@ -230,7 +265,8 @@ def save_similarity(path: Path, result: RetrievalReport) -> None:
 
 
 def _deciding_settings() -> set[str]:
-    """The settings that decide an embedding's bits. Files are known by what is in them, not by where they lie."""
+    """Return the names of the settings that decide the bits of an embedding. Paths are not among them: files are
+    identified by their content."""
     return {*deciding_vectors(), *names_with("data", paths=False), *rounding()}
 
 
@@ -239,5 +275,5 @@ def _integers(values: Sequence[int]) -> Tensor:
 
 
 def _hidden() -> bool | None:
-    """Bars are the main process's, on a terminal."""
+    """Return the `disable` of tqdm: bars are shown by the main process, and only on a terminal."""
     return None if is_main() else True

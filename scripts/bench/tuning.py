@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 import optuna
+from adaclip_finetune.tuning.folder import best_trial
+from adaclip_finetune.tuning.ledger import counted
+from adaclip_finetune.tuning.search import search
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoItem, VideoReader
@@ -28,9 +31,6 @@ from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import OnEpoch, TrialResult, run_trial
 from adaclip_finetune.tuning import trial as tuning_trial
-from adaclip_finetune.tuning.folder import best_trial
-from adaclip_finetune.tuning.ledger import counted
-from adaclip_finetune.tuning.search import search
 from adaclip_finetune.tuning.space import with_values
 
 ROOT = Path(__file__).resolve().parents[2]

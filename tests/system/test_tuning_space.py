@@ -5,13 +5,13 @@ from typing import Any
 
 import optuna
 import pytest
+from adaclip_finetune.tuning.sampler import make_pruner, make_sampler
+from adaclip_finetune.tuning.search import describe
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from adaclip_finetune.config import TASKS, Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
-from adaclip_finetune.tuning.sampler import make_pruner, make_sampler
-from adaclip_finetune.tuning.search import describe
 from adaclip_finetune.tuning.space import Impossible, search_space, suggest, with_values
 
 IBS = {"method": "ibs", "config": {"num_pre_epochs": 2}}

@@ -19,6 +19,10 @@ from typing import Any
 import optuna
 import postgres
 import pytest
+from adaclip_finetune.tuning.journal import _process_ids
+from adaclip_finetune.tuning.kept import StudyStorage
+from adaclip_finetune.tuning.retries import requeue_lost
+from adaclip_finetune.tuning.storage import open_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from study_worker import STUDY
@@ -26,10 +30,6 @@ from study_worker import STUDY
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import _began
 from adaclip_finetune.tuning import signs
-from adaclip_finetune.tuning.journal import _process_ids
-from adaclip_finetune.tuning.kept import StudyStorage
-from adaclip_finetune.tuning.retries import requeue_lost
-from adaclip_finetune.tuning.storage import open_storage
 
 WORKER = Path(__file__).parents[1] / "study_worker.py"
 POINTS = 6

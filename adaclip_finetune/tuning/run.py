@@ -45,7 +45,8 @@ FAILURES = 5
 FINAL_RUN = "final_run"
 """The user attribute of a study that names the trial, the folder and the metrics of the final run."""
 
-_WAIT_S = 2.0
+WAIT_S = 2.0
+"""Seconds between two looks at the trials of other processes."""
 
 
 def describe(config: Config) -> list[str]:
@@ -92,10 +93,16 @@ def tune(config: Config) -> None:
             folder.write()
             folder.say("Interrupted. The same command continues; an interrupted trial begins again.")
             raise
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise storage.error(error) from error
-        except KeyError as error:
-            if study.study_name in optuna.get_all_study_names(storage.optuna):
+        except UserError:
+            raise
+        except Exception as error:  # Optuna ends in various errors when its storage fails
+            try:
+                is_there = study.study_name in optuna.get_all_study_names(storage.optuna)
+            except Exception as broken:
+                raise storage.error(broken) from error
+            if isinstance(error, StorageInternalError | SQLAlchemyError):
+                raise storage.error(error) from error
+            if is_there:
                 raise
             raise UserError(
                 f"optuna_cfg.storage: the study {study.study_name} was deleted or renamed while this command used it; "
@@ -121,7 +128,7 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, storage: Open
             if not waiting:
                 folder.say("waiting for the trials of other processes")
             waiting = True
-            time.sleep(_WAIT_S)
+            time.sleep(WAIT_S)
             continue
         trial = _run_trial(study, training, folder)
         folder.write()

@@ -341,9 +341,7 @@ def test_the_final_run_is_trained_with_the_best_values_and_tested_once(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_an_interrupted_final_run_continues(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_final_run_continues(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(project, tmp_path, {"n_trials": 1}, do_training_af_optuna=True)
     calls = at_loss(8, stop, monkeypatch)  # the first six are those of the trial
     with pytest.raises(Interrupted):

@@ -1,5 +1,6 @@
 """Studies for tests: their settings, and a training of milliseconds that takes the place of the real one."""
 
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.training.trainer import TrialResult
 from adaclip_finetune.tuning import run, study, trial
+
+gc.freeze()  # the collections after each trial are quick if they skip what was imported
 
 
 @dataclass
@@ -77,17 +80,24 @@ def start_worker(config: Config, log: Path, began: Event, may_end: Event) -> Any
     return process
 
 
+def use_quick_trials(setattr_: Callable[[Any, str, Any], None]) -> None:
+    """Put the quick training in the place of the real one, by the setattr of a monkeypatch or the builtin one."""
+    setattr_(trial, "run_trial", quick_trial)
+    setattr_(study, "validation_zero_shot", quick_zero_shot)
+    setattr_(run, "draw", lambda *_: None)
+
+
 def _work(given: dict[str, Any], log: Path, began: Event, may_end: Event) -> None:
     forked.begin(log)
+    use_quick_trials(setattr)
 
     def held_trial(*arguments: Any) -> TrialResult:
         began.set()
         may_end.wait()
         return quick_trial(*arguments)
 
-    trial.run_trial, study.validation_zero_shot = held_trial, quick_zero_shot  # type: ignore[attr-defined]
+    trial.run_trial = held_trial  # type: ignore[attr-defined]
     study.HEARTBEAT_S, study.SILENCE_S, run.WAIT_S = 0.2, 3.0, 0.1
-    run.draw = lambda *_: None  # type: ignore[attr-defined]
     try:
         run.tune(load_config(None, given))
     except UserError as error:

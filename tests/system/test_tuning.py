@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from PIL import Image
+from tuned import quick_trial, settings, study_of, use_quick_trials
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
@@ -21,6 +22,7 @@ from adaclip_finetune.objectives import contrastive
 from adaclip_finetune.training import trainer
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.tuning import run as tuning_run
+from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.report import StudyFolder, best_trial
 from adaclip_finetune.tuning.run import FINAL_RUN, tune
 
@@ -29,23 +31,20 @@ PICTURES = {"history", "intermediate_values", "importances", "slices", "parallel
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Drawing takes longer than such a study; the tests marked `draws` draw."""
-    if not request.node.get_closest_marker("filterwarnings"):
-        monkeypatch.setattr(tuning_run, "draw", lambda *_: None)
+def verbosity() -> Iterator[None]:
     yield
     optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
-def settings(project: Project, folder: Path, optuna_cfg: dict[str, Any] | None = None, **others: Any) -> Config:
-    space = {"learning_rate": {"range": [1e-5, 1e-2], "log": True}}
-    cfg = {"n_trials": 3, "storage": f"sqlite:///{folder}/o.db", "opt_params": space, **(optuna_cfg or {})}
-    return load_config(None, {**project, "output_dir": str(folder / "out"), **others, "optuna_cfg": cfg})
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_run, "draw", lambda *_: None)
 
 
-def study_of(config: Config) -> optuna.Study:
-    assert config.optuna_cfg is not None
-    return optuna.load_study(study_name=None, storage=config.optuna_cfg.storage)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of milliseconds: what is tested is the study, not the training."""
+    use_quick_trials(monkeypatch.setattr)
 
 
 def folder_of(config: Config) -> Path:
@@ -62,7 +61,7 @@ def states(config: Config) -> list[str]:
 
 
 def at_loss(number: int, do: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Call `do` before loss `number` (from 1); there are 6 losses in a trial. Returns a list that grows by each loss."""
+    """Call `do` before loss `number` (from 1); there are 3 an epoch. Returns a list that grows."""
     real, calls = contrastive.contrastive_loss, list[int]()
 
     def loss(*arguments: Any) -> Any:
@@ -83,6 +82,7 @@ def out_of_memory() -> None:
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_tries_values_on_validation_and_keeps_the_best(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_study_tries_values_on_validation_and_keeps_the_best(
     assert "3 trials: 3 completed, 0 pruned, 0 failed" in out and "best_config.json" in out
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_same_command_continues_to_the_number_of_trials(project: Project, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -125,14 +126,15 @@ def test_the_same_command_continues_to_the_number_of_trials(project: Project, tm
     assert len(list((parts / "out" / "tiny").iterdir())) == 1, "all commands of a study write into one folder"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_study_tries_the_same_points(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
-    tune(settings(project, whole))
-    at_loss(8, stop, monkeypatch)  # in the second trial
-    config = settings(project, tmp_path)
+    tune(settings(project, whole, num_epochs=1))
+    at_loss(5, stop, monkeypatch)  # in the second trial
+    config = settings(project, tmp_path, num_epochs=1)
     with pytest.raises(Interrupted) as interrupted:
         tune(config)
     assert interrupted.value.exit_code == 75
@@ -147,13 +149,22 @@ def test_an_interrupted_study_tries_the_same_points(
     assert "3 trials: 3 completed, 0 pruned, 0 failed" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_grid_is_tried_once_each_although_it_was_interrupted(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = [1e-4, 1e-3, 1e-2]
     grid = {"sampler": {"name": "GridSampler"}, "opt_params": {"learning_rate": {"choices": values}}, "n_trials": 9}
     config = settings(project, tmp_path, grid, num_epochs=1)
-    at_loss(2, stop, monkeypatch)
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted(signal.SIGTERM)
+        return quick_trial(*arguments)
+
+    monkeypatch.setattr(tuning_trial, "run_trial", interrupted)
     with pytest.raises(Interrupted):
         tune(config)
     tune(config)
@@ -161,6 +172,7 @@ def test_a_grid_is_tried_once_each_although_it_was_interrupted(
     assert len(states(config)) == 4
 
 
+@pytest.mark.usefixtures("quick")
 def test_values_that_the_settings_refuse_are_pruned_with_the_reason(project: Project, tmp_path: Path) -> None:
     grid = {"opt_params": {"top_k": {"choices": [2, 7]}}, "sampler": {"name": "GridSampler"}}
     config = settings(project, tmp_path, grid)
@@ -170,38 +182,30 @@ def test_values_that_the_settings_refuse_are_pruned_with_the_reason(project: Pro
     assert trials[7].user_attrs["reason"].startswith("refused: top_k 7")
 
 
-def test_a_trial_without_memory_is_recorded_and_the_study_continues(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_loss(1, out_of_memory, monkeypatch)
-    config = settings(project, tmp_path)
-    tune(config)
-    assert [row["state"] for row in rows(config)] == ["fail", "complete", "complete"]
-    assert "memory" in rows(config)[0]["reason"]
-    assert "FAILED: " in (folder_of(config) / "trial-0000" / "train.log").read_text()
-
-
+@pytest.mark.usefixtures("no_pictures")
 def test_a_trial_that_diverges_is_recorded_and_the_study_continues(project: Project, tmp_path: Path) -> None:
     grid = {"opt_params": {"learning_rate": {"choices": [1e30, 1e-3]}}, "sampler": {"name": "GridSampler"}}
-    config = settings(project, tmp_path, grid, grad_norm=-1)
+    config = settings(project, tmp_path, grid, num_epochs=1)
     tune(config)
     assert {row["learning_rate"]: row["state"] for row in rows(config)} == {"1e+30": "fail", "0.001": "complete"}
     assert all(row["reason"] for row in rows(config) if row["state"] == "fail")
 
 
+@pytest.mark.usefixtures("quick")
 def test_five_failures_in_a_row_end_the_study(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("nothing works today")
 
-    monkeypatch.setattr(contrastive, "contrastive_loss", broken)
+    monkeypatch.setattr(tuning_trial, "run_trial", broken)
     config = settings(project, tmp_path, {"n_trials": 9})
     with pytest.raises(UserError, match="ZeroDivisionError: nothing works today"):
         tune(config)
     assert states(config) == ["FAIL"] * 5
 
 
+@pytest.mark.usefixtures("quick")
 def test_pruners_are_asked_after_every_epoch(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[int]] = []
 
@@ -226,6 +230,7 @@ def test_pruners_are_asked_after_every_epoch(project: Project, tmp_path: Path, m
         ({"clip_weights": "clip"}, "the content of clip_weights"),
     ],
 )
+@pytest.mark.usefixtures("quick")
 def test_a_study_keeps_to_its_settings_data_and_weights(
     project: Project, tmp_path: Path, change: Any, told: str
 ) -> None:
@@ -242,16 +247,18 @@ def test_a_study_keeps_to_its_settings_data_and_weights(
     assert len(list((tmp_path / "out" / "tiny").iterdir())) == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_settings_that_cannot_be_used_leave_neither_study_nor_folder(project: Project, tmp_path: Path) -> None:
     trained = tmp_path / "trained"
     run = trainer.fit(load_config(None, {**project, "num_epochs": 1, "output_dir": str(trained)})).folder
     config = settings(project, tmp_path, resume=str(run) + "/best.safetensors", mlp_hidden_dim=16)
-    with pytest.raises(UserError, match="mlp_hidden_dim|does not fit"):
+    with pytest.raises(UserError, match="does not fit the model"):
         tune(config)
     assert config.optuna_cfg is not None
     assert optuna.get_all_study_names(config.optuna_cfg.storage) == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path)
     assert config.optuna_cfg is not None
@@ -262,6 +269,7 @@ def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Pa
     assert len(theirs.trials) == 1
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1)
     tune(config)
@@ -276,7 +284,8 @@ def test_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ending", ["failed", "pruned"])
-def test_no_model_is_alive_when_the_next_trial_begins(
+@pytest.mark.usefixtures("no_pictures")
+def test_a_trial_that_fails_or_is_pruned_leaves_no_model_behind(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     made, alive = list[weakref.ref[Any]](), list[int]()
@@ -297,17 +306,23 @@ def test_no_model_is_alive_when_the_next_trial_begins(
     tune(config)
     assert alive == [0, 0, 0, 0]  # the first is that of zero-shot CLIP
     assert study_of(config).trials[-1].user_attrs["trainable_parameters"] > 0
+    if ending == "failed":
+        assert states(config) == ["FAIL"] * 3 and all("memory" in row["reason"] for row in rows(config))
+        assert "Traceback" in (folder_of(config) / "trial-0002" / "train.log").read_text()
 
 
+@pytest.mark.usefixtures("quick")
 def test_ranks_are_minimized(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path, {"objective": "t2v.MeanR"})
     tune(config)
     study = study_of(config)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
-    metrics = json.loads((folder_of(config) / f"trial-{study.best_trial.number:04d}" / "metrics.json").read_text())
-    assert metrics["best_validation"]["t2v"]["MeanR"] == study.best_value == min(t.value for t in study.trials)
+    best = best_trial(study)
+    assert best is not None and best.value == min(trial.value for trial in study.trials)
+    assert [path.parent.name for path in folder_of(config).glob("*/best.safetensors")] == [f"trial-{best.number:04d}"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_makes_figures_doubtful_is_told(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,10 +337,11 @@ def test_what_makes_figures_doubtful_is_told(
     assert out.count(", WITHOUT 1 of 7 videos") == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_final_run_is_trained_with_the_best_values_and_tested_once(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(project, tmp_path, do_training_af_optuna=True)
+    config = settings(project, tmp_path, {"n_trials": 2}, num_epochs=1, do_training_af_optuna=True)
     tune(config)
     study = study_of(config)
     final = study.user_attrs[FINAL_RUN]
@@ -341,16 +357,18 @@ def test_the_final_run_is_trained_with_the_best_values_and_tested_once(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_final_run_continues(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1}, do_training_af_optuna=True)
-    calls = at_loss(8, stop, monkeypatch)  # the first six are those of the trial
+    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, do_training_af_optuna=True)
+    calls = at_loss(5, stop, monkeypatch)  # the first three are those of the trial
     with pytest.raises(Interrupted):
         tune(config)
     tune(config)
     assert study_of(config).user_attrs[FINAL_RUN].keys() == {"trial", "folder", "test"}
-    assert len(calls) == 12, "no update is made twice"
+    assert len(calls) == 6, "no update is made twice"
 
 
+@pytest.mark.usefixtures("quick")
 def test_no_output(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path, {"n_trials": 1}, no_output=True)
     tune(config)
@@ -368,6 +386,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             write()
 
 
+@pytest.mark.usefixtures("quick")
 def test_several_processes_of_a_launcher_are_refused(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,9 @@ import optuna
 import postgres
 import pytest
 from optuna.trial import TrialState
-from tuned import quick_trial, quick_zero_shot, settings, start_worker, storage_of, study_of
+from tuned import quick_trial, settings, start_worker, storage_of, study_of, use_quick_trials
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.tuning import run as tuning_run
 from adaclip_finetune.tuning import study as tuning_study
 from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.run import tune
@@ -29,9 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Trials of milliseconds, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuning_trial, "run_trial", quick_trial)
-    monkeypatch.setattr(tuning_study, "validation_zero_shot", quick_zero_shot)
-    monkeypatch.setattr(tuning_run, "draw", lambda *_: None)
+    use_quick_trials(monkeypatch.setattr)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     yield
     optuna.logging.set_verbosity(optuna.logging.INFO)

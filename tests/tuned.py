@@ -19,7 +19,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.training.trainer import TrialResult
-from adaclip_finetune.tuning import run, study, trial
+from adaclip_finetune.tuning import run, study
 
 gc.freeze()  # the collections after each trial are quick if they skip what was imported
 
@@ -82,7 +82,7 @@ def start_worker(config: Config, log: Path, began: Event, may_end: Event) -> Any
 
 def use_quick_trials(setattr_: Callable[[Any, str, Any], None]) -> None:
     """Put the quick training in the place of the real one, by the setattr of a monkeypatch or the builtin one."""
-    setattr_(trial, "run_trial", quick_trial)
+    setattr_(run, "run_trial", quick_trial)
     setattr_(study, "validation_zero_shot", quick_zero_shot)
     setattr_(run, "draw", lambda *_: None)
 
@@ -96,8 +96,8 @@ def _work(given: dict[str, Any], log: Path, began: Event, may_end: Event) -> Non
         may_end.wait()
         return quick_trial(*arguments)
 
-    trial.run_trial = held_trial  # type: ignore[attr-defined]
-    study.HEARTBEAT_S, study.SILENCE_S, run.WAIT_S = 0.2, 3.0, 0.1
+    run.run_trial = held_trial  # type: ignore[attr-defined]
+    study.HEARTBEAT_S, run.SILENCE_S, run.WAIT_S = 0.2, 3.0, 0.1
     try:
         run.tune(load_config(None, given))
     except UserError as error:

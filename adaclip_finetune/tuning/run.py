@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
+import traceback
 import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import optuna
 from accelerate.utils.memory import clear_device_cache
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,24 +25,37 @@ from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.base import Figures, value
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.training.device import launched_processes
+from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
-from adaclip_finetune.training.trainer import fit
-from adaclip_finetune.tuning.report import StudyFolder, best_trial, draw
-from adaclip_finetune.tuning.space import Space, build_space, describe_space, grid, with_values
+from adaclip_finetune.training.trainer import fit, run_trial
+from adaclip_finetune.tuning.report import StudyFolder, best_trial, draw, rank
+from adaclip_finetune.tuning.space import (
+    ImpossibleValues,
+    Space,
+    build_space,
+    describe_space,
+    grid,
+    suggest,
+    with_values,
+)
 from adaclip_finetune.tuning.study import (
+    SILENCE_S,
     SURPLUS,
     DeadTrials,
-    OpenStorage,
     check_sampler,
+    heartbeat,
     open_storage,
     open_study,
+    place,
     points,
     retry,
+    storage_error,
     study_name,
+    without_password,
 )
-from adaclip_finetune.tuning.trial import TrialFailed, TunedTraining
 
 FAILURES = 5
 """So many failed trials in a row end a study."""
@@ -83,11 +101,11 @@ def tune(config: Config) -> None:
         evaluation_split(config, config.test_annot)  # a test set that cannot be read is reported now
     with warnings.catch_warnings(), StopSignals(saving=False), open_storage(settings.storage) as storage:
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study = open_study(config, space, storage.optuna)
+        study = open_study(config, space, storage)
         folder = StudyFolder(config, study)
-        folder.say_start([*lines, f"watch it: optuna-dashboard {storage.shown}"])
+        folder.say_start([*lines, f"watch it: optuna-dashboard {without_password(settings.storage)}"])
         try:
-            _run_trials(config, space, study, storage, folder)
+            _run_trials(config, space, study, folder)
             _finish(config, study, folder)
         except KeyboardInterrupt:
             folder.write()
@@ -97,11 +115,11 @@ def tune(config: Config) -> None:
             raise
         except Exception as error:  # Optuna ends in various errors when its storage fails
             try:
-                is_there = study.study_name in optuna.get_all_study_names(storage.optuna)
+                is_there = study.study_name in optuna.get_all_study_names(storage)
             except Exception as broken:
-                raise storage.error(broken) from error
+                raise storage_error(settings.storage, broken) from error
             if isinstance(error, StorageInternalError | SQLAlchemyError):
-                raise storage.error(error) from error
+                raise storage_error(settings.storage, error) from error
             if is_there:
                 raise
             raise UserError(
@@ -110,14 +128,14 @@ def tune(config: Config) -> None:
             ) from error
 
 
-def _run_trials(config: Config, space: Space, study: optuna.Study, storage: OpenStorage, folder: StudyFolder) -> None:
+def _run_trials(config: Config, space: Space, study: optuna.Study, folder: StudyFolder) -> None:
     assert config.optuna_cfg is not None
-    n_trials = config.optuna_cfg.n_trials
+    n_trials, storage = config.optuna_cfg.n_trials, config.optuna_cfg.storage
     if config.optuna_cfg.sampler.name == "GridSampler":
         n_trials = min(n_trials, _grid_size(space))
-    training = TunedTraining(config, space, folder, n_trials, storage.exclusive)
-    dead, began, ended = DeadTrials(study, storage), time.monotonic(), 0
-    failures, waiting = list[str](), False
+    training = TunedTraining(config, space, folder, n_trials)
+    dead = DeadTrials(study, 0.0 if storage.startswith("sqlite") else SILENCE_S)
+    began, ended, failures, waiting = time.monotonic(), 0, list[str](), False
     while True:
         dead.retry()
         begun = points(study.get_trials(deepcopy=False))
@@ -165,6 +183,88 @@ def _run_trial(study: optuna.Study, training: TunedTraining, folder: StudyFolder
     return study.trials[training.number]
 
 
+class TrialFailed(Exception):
+    """The trial failed for the reason in the message, or is one too many. The study goes on."""
+
+
+class TunedTraining:
+    """The objective function for study.optimize: one training, whose best validation metric is the value.
+
+    A trial that fails, is pruned or is refused has the reason in its user attribute `reason`.
+    """
+
+    def __init__(self, config: Config, space: Space, folder: StudyFolder, n_trials: int) -> None:
+        # Test data are not read, and nothing is left that only a single run needs.
+        single = {"test_annot": None, "save_last": False, "save_similarity": None, "tensorboard_dir": None}
+        self.config = config.model_copy(update=single)
+        self.space, self.folder, self.n_trials = space, folder, n_trials
+        self.number: int | None = None  # of the trial that began last
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        self.number = trial.number
+        here = place(trial.study.get_trials(deepcopy=False), trial.number)
+        if here >= self.n_trials:
+            trial.set_user_attr(SURPLUS, True)
+            raise TrialFailed("another process began the last trial at the same time")
+        started = time.monotonic()
+        with heartbeat(trial):
+            values = suggest(trial, self.space)
+            self.folder.say_begin(trial.number, here + 1, self.n_trials, values)
+            try:
+                return self._train(trial, values)
+            finally:
+                trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+
+    def _train(self, trial: optuna.Trial, values: Mapping[str, Any]) -> float:
+        try:
+            config = with_values(self.config, values)
+        except ImpossibleValues as error:
+            trial.set_user_attr("reason", f"refused: {error}")
+            raise optuna.TrialPruned from None
+
+        def report(epoch: int, figures: Figures) -> None:
+            current = self._value(figures)
+            trial.report(current, epoch)
+            if trial.should_prune():
+                trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {current:.1f}")
+                raise optuna.TrialPruned
+
+        with Path(os.devnull).open("w", encoding="utf-8") as silent:
+            run = RunFolder(config, stream=silent, trial=self.folder.of_trial(trial.number))
+            try:
+                result = run_trial(config, run, report)
+            except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
+                raise
+            except Exception as error:
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                trial.set_user_attr("reason", reason)
+                if run.path is not None:
+                    run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
+                raise TrialFailed(reason) from error
+            finally:
+                _record_cost(trial, run)
+        trial.set_user_attr("best_epoch", result.best_epoch)
+        found, best = self._value(result.best), best_trial(trial.study)
+        if run.path is not None and (best is None or rank(trial.study, found) < rank(trial.study, best.value)):
+            result.save(run.path / "best.safetensors")
+        return found
+
+    def _value(self, figures: Figures) -> float:
+        return value(figures.as_dict(), self.config.searched_figure)
+
+
+def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
+    """Record the folder, how much learned, and the peak memory (on a CPU that of the process until now)."""
+    if run.path is not None:
+        trial.set_user_attr("folder", str(run.path))
+    for event in run.events:
+        if event["event"] == "parameters":
+            parts = [part for part in event.values() if isinstance(part, dict)]
+            trial.set_user_attr("trainable_parameters", sum(part.get("trainable", 0) for part in parts))
+    if memory := [event["memory_mib"] for event in run.events if event["event"] == "train"]:
+        trial.set_user_attr("peak_memory_mib", round(max(memory)))
+
+
 def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
     folder.write()
     if folder.path is not None:
@@ -174,22 +274,21 @@ def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
             folder.say(f"WARNING: no pictures: {error}")
     for line in folder.summary():
         folder.say(line)
-    if config.do_training_af_optuna:
-        best = best_trial(study)
-        if best is None:
-            raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
-        lock = None if folder.path is None else FolderLock(folder.path)
-        try:
-            if lock is not None:
+    if not config.do_training_af_optuna:
+        return
+    best = best_trial(study)
+    if best is None:
+        raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
+    with ExitStack() as stack:
+        if folder.path is not None:
+            lock = FolderLock(folder.path)
+            try:
                 lock.take()
-        except UserError as error:  # several processes reach the end of a study together
-            folder.say(f"another process trains the final run: {error}")
-            return
-        try:
-            _train_best(config, study, best, folder)
-        finally:
-            if lock is not None:
-                lock.release()
+            except UserError as error:  # several processes reach the end of a study together
+                folder.say(f"another process trains the final run: {error}")
+                return
+            stack.callback(lock.release)
+        _train_best(config, study, best, folder)
 
 
 def _train_best(config: Config, study: optuna.Study, best: FrozenTrial, folder: StudyFolder) -> None:

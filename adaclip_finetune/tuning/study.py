@@ -14,8 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -50,64 +49,47 @@ HEARTBEAT_S = 20.0
 SILENCE_S = 120.0
 """A running trial whose heartbeat has not changed for so long is taken for dead."""
 
-DEATHS = 3
-"""A point is given up when so many of its trials were lost."""
+ATTEMPTS = 3
+"""Values that were lost so often, by interruptions or dead processes, are given up."""
 
 
 # ---- where a study is stored ----
 
 
-@dataclass(frozen=True)
-class OpenStorage:
-    """A storage of Optuna's. `shown` is its URL or path without a password; `exclusive` tells whether only this process
-    uses it."""
-
-    optuna: BaseStorage
-    shown: str
-    exclusive: bool
-
-    def error(self, error: Exception) -> UserError:
-        """Return the error to raise for a storage that fails."""
-        return _storage_error(self.shown, error)
+def without_password(url: str) -> str:
+    """Return the URL of a storage as it may be printed."""
+    return re.sub(r"(://[^:/@]*:)[^/]*(?=@)|(?<=password=)[^&]*", r"\1***", url)
 
 
 @contextmanager
-def open_storage(url: str) -> Iterator[OpenStorage]:
+def open_storage(url: str) -> Iterator[BaseStorage]:
     """Open an SQLite file or a database server by its URL, or a journal file by its path.
 
     An SQLite file is locked against other processes. Raises UserError if the storage cannot be used.
     """
-    shown = re.sub(r"(://[^:/@]*:)[^/]*(?=@)|(?<=password=)[^&]*", r"\1***", url)
-    lock = None
-    try:
-        if url.startswith("sqlite") and (path := make_url(url).database):
-            database = Path(path).resolve()
-            lock = Lock(database.with_name(f".{database.name}.lock"), database)
-            lock.take()
-        storage = _open_database(url, lock is not None) if "://" in url else _open_journal(url)
-    except UserError:
-        raise
-    except Exception as error:  # Optuna, SQLAlchemy, the driver and the file system have errors of their own
-        if lock is not None:
-            lock.release()
-        raise _storage_error(shown, error) from error
-    try:
-        yield OpenStorage(storage, shown, lock is not None)
-    finally:
-        if isinstance(storage, RDBStorage):
-            storage.engine.dispose()
-        if lock is not None:
-            lock.release()
+    with ExitStack() as stack:
+        try:
+            if url.startswith("sqlite") and (path := make_url(url).database):
+                database = Path(path).resolve()
+                lock = Lock(database.with_name(f".{database.name}.lock"), database)
+                lock.take()
+                stack.callback(lock.release)
+            if "://" in url:
+                storage: BaseStorage = (rdb := _open_database(url))
+                stack.callback(rdb.engine.dispose)
+            else:  # Optuna's default lock is a symbolic link, which needs a privilege on Windows
+                file_lock = JournalFileOpenLock(url) if os.name == "nt" else None
+                storage = JournalStorage(JournalFileBackend(url, file_lock))
+        except UserError:
+            raise
+        except Exception as error:  # Optuna, SQLAlchemy, the driver and the file system have errors of their own
+            raise storage_error(url, error) from error
+        yield storage
 
 
-def _open_journal(path: str) -> JournalStorage:
-    # Optuna's default lock is a symbolic link, which needs a privilege on Windows.
-    return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path) if os.name == "nt" else None))
-
-
-def _open_database(url: str, sqlite: bool) -> RDBStorage:
+def _open_database(url: str) -> RDBStorage:
     # SQLite waits for other readers; servers close connections that were idle for long.
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    options: Any = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     for attempt in range(10):
         try:
             return RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)  # Optuna formats it
@@ -118,12 +100,13 @@ def _open_database(url: str, sqlite: bool) -> RDBStorage:
     raise AssertionError
 
 
-def _storage_error(shown: str, error: Exception) -> UserError:
+def storage_error(url: str, error: Exception) -> UserError:
+    """Return what to raise for a storage that fails. Passwords are not part of what drivers say."""
     cause = error.__cause__ or error
     text = " ".join(str(getattr(cause, "orig", None) or cause).split())
     return UserError(
-        f"optuna_cfg.storage: {shown} cannot be used ({type(cause).__name__}: {text}). Give the path of a journal file, "
-        "or a URL as in docs/tuning.md"
+        f"optuna_cfg.storage: {without_password(url)} cannot be used ({type(cause).__name__}: {text}). "
+        "Give a URL as in docs/tuning.md, or the path of a journal file"
     )
 
 
@@ -150,10 +133,9 @@ def place(trials: Sequence[FrozenTrial], number: int) -> int:
     return sum(not history(trial) and SURPLUS not in trial.user_attrs for trial in trials[:first])
 
 
-def retry(study: optuna.Study, number: int, deaths: int | None = None) -> None:
-    """Enqueue the values of trial `number` again, unless its point was lost `deaths` times."""
-    limit = None if deaths is None else deaths - 1
-    RetryHeartbeatStaleTrialCallback(max_retry=limit)(study, study.get_trials()[number])
+def retry(study: optuna.Study, number: int) -> None:
+    """Enqueue the values of trial `number` again, unless it was the last of ATTEMPTS."""
+    RetryHeartbeatStaleTrialCallback(max_retry=ATTEMPTS - 1)(study, study.get_trials()[number])
 
 
 @contextmanager
@@ -180,9 +162,8 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 class DeadTrials:
     """Finds running trials whose process died."""
 
-    def __init__(self, study: optuna.Study, storage: OpenStorage) -> None:
-        self._study = study
-        self._silence = 0.0 if storage.exclusive else SILENCE_S
+    def __init__(self, study: optuna.Study, silence_s: float) -> None:
+        self._study, self._silence = study, silence_s
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its heartbeat, and when this process first saw it
 
     def retry(self) -> None:
@@ -194,7 +175,7 @@ class DeadTrials:
             if now - self._seen[trial.number][1] >= self._silence:
                 with suppress(ValueError, UpdateFinishedTrialError):  # another process was faster
                     self._study.tell(trial.number, state=TrialState.FAIL)
-                    retry(self._study, trial.number, DEATHS)
+                    retry(self._study, trial.number)
 
 
 # ---- how values are chosen, and which trials end early ----

@@ -22,7 +22,6 @@ from adaclip_finetune.objectives import contrastive
 from adaclip_finetune.training import trainer
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.tuning import run as tuning_run
-from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.report import StudyFolder, best_trial
 from adaclip_finetune.tuning.run import FINAL_RUN, tune
 
@@ -164,7 +163,7 @@ def test_a_grid_is_tried_once_each_although_it_was_interrupted(
             raise Interrupted(signal.SIGTERM)
         return quick_trial(*arguments)
 
-    monkeypatch.setattr(tuning_trial, "run_trial", interrupted)
+    monkeypatch.setattr(tuning_run, "run_trial", interrupted)
     with pytest.raises(Interrupted):
         tune(config)
     tune(config)
@@ -198,7 +197,7 @@ def test_five_failures_in_a_row_end_the_study(
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("nothing works today")
 
-    monkeypatch.setattr(tuning_trial, "run_trial", broken)
+    monkeypatch.setattr(tuning_run, "run_trial", broken)
     config = settings(project, tmp_path, {"n_trials": 9})
     with pytest.raises(UserError, match="ZeroDivisionError: nothing works today"):
         tune(config)

@@ -15,10 +15,19 @@ from optuna.trial import TrialState
 from tuned import quick_trial, settings, start_worker, storage_of, study_of, use_quick_trials
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.tuning import run as tuning_run
 from adaclip_finetune.tuning import study as tuning_study
-from adaclip_finetune.tuning import trial as tuning_trial
 from adaclip_finetune.tuning.run import tune
-from adaclip_finetune.tuning.study import DEATHS, DeadTrials, history, open_storage, place, points, retry
+from adaclip_finetune.tuning.study import (
+    ATTEMPTS,
+    DeadTrials,
+    history,
+    open_storage,
+    place,
+    points,
+    retry,
+    without_password,
+)
 
 Project = dict[str, Any]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -118,9 +127,9 @@ def test_a_trial_is_dead_when_its_heartbeat_stands_still(monkeypatch: pytest.Mon
     now = [0.0]
     monkeypatch.setattr(tuning_study.time, "monotonic", lambda: now[0])
     with open_storage("optuna.journal") as storage:
-        study = optuna.create_study(storage=storage.optuna, study_name="s")
+        study = optuna.create_study(storage=storage, study_name="s")
         alive, silent = running_trial(study), running_trial(study)
-        dead = DeadTrials(study, storage)
+        dead = DeadTrials(study, tuning_study.SILENCE_S)
         for seconds in (0, 100, 200):
             now[0] = seconds
             alive.set_user_attr("heartbeat", -seconds)  # the clock of another machine may say anything
@@ -132,16 +141,12 @@ def test_a_trial_is_dead_when_its_heartbeat_stands_still(monkeypatch: pytest.Mon
 
 def test_values_that_killed_three_processes_are_given_up() -> None:
     with open_storage("sqlite:///o.db") as storage:
-        study = optuna.create_study(storage=storage.optuna, study_name="s")
-        for _ in range(DEATHS):
+        study = optuna.create_study(storage=storage, study_name="s")
+        for _ in range(ATTEMPTS):
             running_trial(study)
-            DeadTrials(study, storage).retry()
-        assert [trial.state.name for trial in study.trials] == ["FAIL"] * DEATHS
-        assert [trial.number for trial in points(study.trials)] == [DEATHS - 1]
-        for _ in range(DEATHS):  # interruptions by the user never give a point up
-            retry(study, study.trials[-1].number)
-            study.tell(study.ask().number, state=TrialState.FAIL)
-        assert len(study.trials) == 2 * DEATHS
+            DeadTrials(study, 0.0).retry()
+        assert [trial.state.name for trial in study.trials] == ["FAIL"] * ATTEMPTS
+        assert [trial.number for trial in points(study.trials)] == [ATTEMPTS - 1]
 
 
 def test_places_are_those_of_an_uninterrupted_study() -> None:
@@ -186,7 +191,7 @@ def test_a_trial_that_another_process_ended_is_left_to_it(
             retry(other, 0)
         return quick_trial(*arguments)
 
-    monkeypatch.setattr(tuning_trial, "run_trial", slept)
+    monkeypatch.setattr(tuning_run, "run_trial", slept)
     tune(config)
     assert "trial 0 was taken for dead" in capsys.readouterr().out
     trials = study_of(config).trials
@@ -204,7 +209,7 @@ def test_a_study_that_is_deleted_meanwhile_is_told(
         optuna.delete_study(study_name="tiny-full", storage=storage_of(config))
         return quick_trial(*arguments)
 
-    monkeypatch.setattr(tuning_trial, "run_trial", delete)
+    monkeypatch.setattr(tuning_run, "run_trial", delete)
     with pytest.raises(UserError, match="tiny-full was deleted or renamed"):
         tune(config)
 
@@ -218,7 +223,7 @@ def test_a_server_that_goes_away_is_told(
         server.stop()
         return quick_trial(*arguments)
 
-    monkeypatch.setattr(tuning_trial, "run_trial", stopped)
+    monkeypatch.setattr(tuning_run, "run_trial", stopped)
     try:
         with pytest.raises(UserError, match=r"postgresql\+\w+://owner:\*\*\*@") as told:
             tune(config)
@@ -274,10 +279,19 @@ def test_a_schema_of_another_optuna_is_told() -> None:
 
 def test_names_with_braces_and_blanks() -> None:
     with open_storage("sqlite:///{a} ü'\".db") as storage:
-        optuna.create_study(storage=storage.optuna)
+        optuna.create_study(storage=storage)
     assert [path.name for path in Path().iterdir()] == ["{a} ü'\".db"]
 
 
-def test_what_is_shown_has_no_password(server: postgres.Server) -> None:
-    with open_storage(server.text()) as storage:
-        assert "owner:***@" in storage.shown and postgres.PASSWORD not in storage.shown
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:a{b}:c%40d@h:1/d", "postgresql://u:***@h:1/d"),
+        ("postgresql:///d?user=u&password=geheim&host=h", "postgresql:///d?user=u&password=***&host=h"),
+        ("postgresql://u@h/d", "postgresql://u@h/d"),
+        ("sqlite:///optuna.db", "sqlite:///optuna.db"),
+        ("optuna.journal", "optuna.journal"),
+    ],
+)
+def test_what_is_shown_has_no_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown

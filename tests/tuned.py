@@ -1,6 +1,5 @@
 """Studies for tests: their settings, and a training of milliseconds that takes the place of the real one."""
 
-import gc
 import math
 import sys
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.training.trainer import TrialResult
 from adaclip_finetune.tuning import run, study
-
-gc.freeze()  # the collections after each trial are quick if they skip what was imported
 
 
 @dataclass
@@ -85,6 +82,7 @@ def use_quick_trials(setattr_: Callable[[Any, str, Any], None]) -> None:
     setattr_(run, "run_trial", quick_trial)
     setattr_(study, "validation_zero_shot", quick_zero_shot)
     setattr_(run, "draw", lambda *_: None)
+    setattr_(run, "release_memory", lambda: None)
 
 
 def _work(given: dict[str, Any], log: Path, began: Event, may_end: Event) -> None:

@@ -153,8 +153,8 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, folder: Study
         if trial is None or SURPLUS in trial.user_attrs:
             continue
         ended += 1
-        minutes = (time.monotonic() - began) / ended * (left - 1) / 60
-        folder.say_end(trial.number, f"{left - 1} to go, about {minutes:.0f} min" if left > 1 else "")
+        minutes = max(1, round((time.monotonic() - began) / ended * (left - 1) / 60))
+        folder.say_end(trial.number, f"{left - 1} to go, about {minutes} min" if left > 1 else "")
         failures = [*failures, trial.user_attrs["reason"]] if trial.state == TrialState.FAIL else []
         if len(failures) == FAILURES:
             raise UserError(f"{FAILURES} trials in a row failed:\n  " + "\n  ".join(failures))
@@ -176,11 +176,16 @@ def _run_trial(study: optuna.Study, training: TunedTraining, folder: StudyFolder
             raise
         folder.say(f"  trial {training.number} was taken for dead, and another process ended it")
         return None
-    finally:  # no exception holds the model of the trial any more; the next one must not be built beside it
-        gc.collect()
-        clear_device_cache()
+    finally:
+        release_memory()  # only here no exception holds the model of the trial any more
     assert training.number is not None
     return study.trials[training.number]
+
+
+def release_memory() -> None:
+    """Free the memory of a trial, so that the next model is not built beside the last one."""
+    gc.collect()
+    clear_device_cache()
 
 
 class TrialFailed(Exception):

@@ -15,7 +15,7 @@ from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.config.roles import deciding_vectors, is_path, names_with, on_resume, rounding
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.retrieval import _deciding_settings
-from adaclip_finetune.tuning.space import search_space, searchable
+from adaclip_finetune.tuning.space import build_space, tunable
 
 ROLES = get_args(Role)
 PATHS = names_with(*ROLES, paths=True)
@@ -112,8 +112,8 @@ def test_what_an_evaluation_fixes_cannot_be_given_to_it() -> None:
     assert overridable() >= {"frames_dir", "video_dir", "clip_weights", "img_tmpl", "skip_missing", "device", "debug"}
 
 
-@pytest.mark.parametrize("name", sorted(set(Config.model_fields) - searchable()))
+@pytest.mark.parametrize("name", sorted(set(Config.model_fields) - tunable()))
 def test_what_is_no_hyper_parameter_is_not_searched(name: str) -> None:
     search = {"opt_params": {name: {"choices": [1, 2]}}}
-    with pytest.raises(UserError, match=r"same in all trials|no single value"):
-        search_space(load_config(None, {"optuna_cfg": search}))
+    with pytest.raises(UserError, match=r"same in all trials|not a single value"):
+        build_space(load_config(None, {"optuna_cfg": search}))

@@ -176,14 +176,14 @@ def test_optuna_cfg_is_accepted_and_checked() -> None:
 @pytest.mark.parametrize(
     ("space", "told"),
     [
-        ({"range": [0.5, 0.02]}, "the first value is to be lower than the second"),
+        ({"range": [0.5, 0.02]}, "the first value must be lower than the second"),
         ({"range": [0, 1], "log": True}, "log needs a range above 0"),
         ({"range": [1]}, "opt_params.x.range[1] is missing; it must be a number"),
-        ({}, "in a range or among choices: give one of the two"),
-        ({"range": [1, 2], "choices": [1]}, "in a range or among choices: give one of the two"),
+        ({}, "give either range or choices"),
+        ({"range": [1, 2], "choices": [1]}, "give either range or choices"),
         ({"range": [1, 2], "step": 0}, "opt_params.x.step is 0, but must be a number > 0"),
         ({"range": [1, 2], "step": 1, "log": True}, "log and step exclude each other"),
-        ({"choices": [1], "log": True}, "log and step belong to a range"),
+        ({"choices": [1], "log": True}, "log and step need a range"),
         ({"choices": []}, "must be a list of values, each a number, a text, true, false or null"),
         ({"choices": [[1]]}, "must be a list of values, each a number, a text, true, false or null"),
         ({"rnge": [1, 2]}, "there is no setting optuna_cfg.opt_params.x.rnge; the nearest is range"),

@@ -13,6 +13,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +170,24 @@ def draw(study: optuna.Study, folder: Path, metric: str) -> None:
 
     trials = study.get_trials(deepcopy=False)
     done = {trial.value for trial in trials if trial.state == TrialState.COMPLETE}
+    label = f"{metric} on validation"
     drawings: dict[str, Any] = {}
     if any(trial.intermediate_values for trial in trials):
         drawings["intermediate_values"] = plots.plot_intermediate_values
     if done:
-        drawings["history"] = plots.plot_optimization_history
+        drawings["history"] = partial(plots.plot_optimization_history, target_name=label)
     if len(done) > 1:
-        drawings["importances"] = plots.plot_param_importances
-        drawings |= {"slices": plots.plot_slice, "parallel_coordinates": plots.plot_parallel_coordinate}
+        drawings["importances"] = partial(plots.plot_param_importances, target_name=label)
+        drawings["slices"] = partial(plots.plot_slice, target_name=label)
+        drawings["parallel_coordinates"] = partial(plots.plot_parallel_coordinate, target_name=label)
     for name, plot in drawings.items():
         # Optuna sets a style for the whole process, which other pictures of this process must not get.
         with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plot(study, **({} if name == "intermediate_values" else {"target_name": f"{metric} on validation"}))
+            axes = plot(study)
+            if name == "intermediate_values":
+                axes.set(title="Validation after each epoch", xlabel="Epoch", ylabel=label)
+                axes.xaxis.get_major_locator().set_params(integer=True)
             figure = pyplot.gcf()
             figure.set_size_inches(max(8.0, 2.6 * len(figure.axes)), 5.0)
             figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")

@@ -171,8 +171,8 @@ def _run_trial(study: optuna.Study, training: TunedTraining, folder: StudyFolder
             if stopped.state == TrialState.FAIL and not {"reason", SURPLUS} & stopped.user_attrs.keys():
                 retry(study, stopped.number)
         raise
-    except ValueError:  # Optuna's answer to the end of a trial that has ended
-        if training.number is None or study.trials[training.number].state != TrialState.FAIL:
+    except ValueError:  # Optuna's answer to the end of a trial that had ended before
+        if not training.taken_over:
             raise
         folder.say(f"  trial {training.number} was taken for dead, and another process ended it")
         return None
@@ -204,21 +204,26 @@ class TunedTraining:
         self.config = config.model_copy(update=single)
         self.space, self.folder, self.n_trials = space, folder, n_trials
         self.number: int | None = None  # of the trial that began last
+        self.taken_over = False  # whether another process took this one for dead and ended that trial
 
     def __call__(self, trial: optuna.Trial) -> float:
-        self.number = trial.number
+        self.number, self.taken_over = trial.number, False
         here = place(trial.study.get_trials(deepcopy=False), trial.number)
         if here >= self.n_trials:
             trial.set_user_attr(SURPLUS, True)
             raise TrialFailed("another process began the last trial at the same time")
         started = time.monotonic()
-        with heartbeat(trial):
-            values = suggest(trial, self.space)
-            self.folder.say_begin(trial.number, here + 1, self.n_trials, values)
-            try:
-                return self._train(trial, values)
-            finally:
-                trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+        try:
+            with heartbeat(trial):
+                values = suggest(trial, self.space)
+                self.folder.say_begin(trial.number, here + 1, self.n_trials, values)
+                try:
+                    return self._train(trial, values)
+                finally:
+                    trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+        except UpdateFinishedTrialError:
+            self.taken_over = True
+            raise
 
     def _train(self, trial: optuna.Trial, values: Mapping[str, Any]) -> float:
         try:

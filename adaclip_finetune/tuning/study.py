@@ -50,7 +50,7 @@ SILENCE_S = 120.0
 """A running trial whose heartbeat has not changed for so long is taken for dead."""
 
 ATTEMPTS = 3
-"""Values that were lost so often, by interruptions or dead processes, are given up."""
+"""Values are not tried again after so many lost trials, the last of them by a dead process."""
 
 
 # ---- where a study is stored ----
@@ -90,14 +90,15 @@ def open_storage(url: str) -> Iterator[BaseStorage]:
 def _open_database(url: str) -> RDBStorage:
     # SQLite waits for other readers; servers close connections that were idle for long.
     options: Any = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in range(10):
+    attempts = 0
+    while True:
+        attempts += 1
         try:
             return RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)  # Optuna formats it
         except Exception as error:
-            if attempt == 9 or not re.search("exists|duplicate", str(error), re.IGNORECASE):
+            if attempts == 10 or not re.search("exists|duplicate", str(error), re.IGNORECASE):
                 raise
             time.sleep(random.random())  # another process creates the tables at this moment
-    raise AssertionError
 
 
 def storage_error(url: str, error: Exception) -> UserError:
@@ -133,9 +134,10 @@ def place(trials: Sequence[FrozenTrial], number: int) -> int:
     return sum(not history(trial) and SURPLUS not in trial.user_attrs for trial in trials[:first])
 
 
-def retry(study: optuna.Study, number: int) -> None:
-    """Enqueue the values of trial `number` again, unless it was the last of ATTEMPTS."""
-    RetryHeartbeatStaleTrialCallback(max_retry=ATTEMPTS - 1)(study, study.get_trials()[number])
+def retry(study: optuna.Study, number: int, attempts: int | None = None) -> None:
+    """Enqueue the values of trial `number` again, unless there were `attempts` trials of them."""
+    max_retry = None if attempts is None else attempts - 1
+    RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, study.get_trials()[number])
 
 
 @contextmanager
@@ -175,7 +177,7 @@ class DeadTrials:
             if now - self._seen[trial.number][1] >= self._silence:
                 with suppress(ValueError, UpdateFinishedTrialError):  # another process was faster
                     self._study.tell(trial.number, state=TrialState.FAIL)
-                    retry(self._study, trial.number)
+                    retry(self._study, trial.number, ATTEMPTS)
 
 
 # ---- how values are chosen, and which trials end early ----
@@ -287,17 +289,18 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
         if SETTINGS in study.user_attrs or study.get_trials(deepcopy=False):
             break
         time.sleep(0.5)
-    known = study.user_attrs.get(SETTINGS, {})
+    known = study.user_attrs.get(SETTINGS)
+    another = "start a new study with another --optuna_cfg.study_name"
+    if known is None:
+        raise UserError(f"optuna_cfg.study_name: the study {name} was created by another program; {another}")
     if differ := [
-        f"{setting} is {show(mine.get(setting))} here but {show(known.get(setting))} in the study"
+        f"\n  {setting} is {show(mine.get(setting))} here but {show(known.get(setting))} in the study"
         for setting in sorted(mine.keys() | known.keys())
         if mine.get(setting) != known.get(setting)
     ]:
         raise UserError(
-            f"optuna_cfg.study_name: the study {name} has "
-            + ("other settings, so its trials cannot be compared with new ones" if known else "no settings of ours")
-            + "".join(f"\n  {line}" for line in differ if known)
-            + "\nUse the settings of the study, or start a new study with another --optuna_cfg.study_name"
+            f"optuna_cfg.study_name: the study {name} has other settings, and its trials cannot be compared:"
+            f"{''.join(differ)}\nUse the settings of the study, or {another}"
         )
     return study
 

@@ -263,7 +263,7 @@ def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Pa
     assert config.optuna_cfg is not None
     theirs = optuna.create_study(storage=config.optuna_cfg.storage, study_name="tiny-full")
     theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(UserError, match="no settings of ours"):
+    with pytest.raises(UserError, match="another program"):
         tune(config)
     assert len(theirs.trials) == 1
 

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.resume import continued_config
+from adaclip_finetune.config.schema import show
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
@@ -32,15 +33,7 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
 from adaclip_finetune.training.trainer import fit, run_trial
 from adaclip_finetune.tuning.report import StudyFolder, best_trial, draw, rank
-from adaclip_finetune.tuning.space import (
-    ImpossibleValues,
-    Space,
-    build_space,
-    describe_space,
-    grid,
-    suggest,
-    with_values,
-)
+from adaclip_finetune.tuning.space import ImpossibleValues, Space, build_space, grid, suggest, with_values
 from adaclip_finetune.tuning.study import (
     SILENCE_S,
     SURPLUS,
@@ -80,7 +73,10 @@ def describe(config: Config) -> list[str]:
     return [
         f"study {study_name(config)}, {settings.n_trials} trials: {config.searched_figure} on validation, "
         f"{settings.sampler.name}{size}, pruner {settings.pruner}",
-        *(f"  {line}" for line in describe_space(space)),
+        *(
+            f"  {name}: {show(tuned.model_dump(mode='json', exclude_unset=True))}"
+            for name, tuned in settings.opt_params.items()
+        ),
     ]
 
 

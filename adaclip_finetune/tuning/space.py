@@ -55,12 +55,6 @@ def build_space(config: Config) -> Space:
     return space
 
 
-def describe_space(space: Space) -> list[str]:
-    """Return one line of text for each setting."""
-    width = max(map(len, space))
-    return [f"{name:{width}}  {_in_words(distribution)}" for name, distribution in space.items()]
-
-
 def grid(space: Space) -> dict[str, list[Any]]:
     """Return all values of each setting, for GridSampler. Raises UserError for a range without a step."""
     return {name: _all_values(name, distribution) for name, distribution in space.items()}
@@ -174,11 +168,3 @@ def _all_values(name: str, distribution: Distribution) -> list[Any]:
     low, high, step = distribution.low, distribution.high, distribution.step
     values = [min(round(low + i * step, 12), high) for i in range(round((high - low) / step) + 1)]
     return [int(value) for value in values] if isinstance(distribution, IntDistribution) else values
-
-
-def _in_words(distribution: Distribution) -> str:
-    if isinstance(distribution, CategoricalDistribution):
-        return "one of " + ", ".join(map(show, distribution.choices))
-    log = ", logarithmic" if distribution.log else ""
-    step = f", steps of {distribution.step:g}" if distribution.step not in (None, 1) else ""
-    return f"{distribution.low:g} to {distribution.high:g}{log}{step}"

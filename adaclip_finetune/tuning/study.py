@@ -30,6 +30,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartb
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.optuna import OptunaSettings
@@ -58,7 +59,7 @@ ATTEMPTS = 3
 
 def without_password(url: str) -> str:
     """Return the URL of a storage as it may be printed."""
-    return re.sub(r"(://[^:/@]*:)[^/]*(?=@)|(?<=password=)[^&]*", r"\1***", url)
+    return re.sub(r"(://[^:/@]*:).*(?=@)|(?<=password=)[^&]*", r"\1***", url)
 
 
 @contextmanager
@@ -102,9 +103,11 @@ def _open_database(url: str) -> RDBStorage:
 
 
 def storage_error(url: str, error: Exception) -> UserError:
-    """Return what to raise for a storage that fails. Passwords are not part of what drivers say."""
+    """Return the error to raise for a storage that fails, without a password."""
     cause = error.__cause__ or error
     text = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    if "@" in url and isinstance(cause, ValueError | ArgumentError):  # of which a part of the password may be quoted
+        text = "not a URL; in a password write @ / : % as %40 %2F %3A %25"
     return UserError(
         f"optuna_cfg.storage: {without_password(url)} cannot be used ({type(cause).__name__}: {text}). "
         "Give a URL as in docs/tuning.md, or the path of a journal file"

@@ -106,7 +106,8 @@ def storage_error(url: str, error: Exception) -> UserError:
     """Return the error to raise for a storage that fails, without a password."""
     cause = error.__cause__ or error
     text = " ".join(str(getattr(cause, "orig", None) or cause).split())
-    if "@" in url and isinstance(cause, ValueError | ArgumentError):  # of which a part of the password may be quoted
+    if url.count("@") > 1 or ("@" in url and isinstance(cause, ValueError | ArgumentError)):
+        # What was said may quote a part of the password.
         text = "not a URL; in a password write @ / : % as %40 %2F %3A %25"
     return UserError(
         f"optuna_cfg.storage: {without_password(url)} cannot be used ({type(cause).__name__}: {text}). "

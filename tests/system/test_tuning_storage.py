@@ -245,7 +245,7 @@ def test_a_server_that_goes_away_is_told(
         ("notes.txt", "notes.txt"),
         ("mongo://u:geheim@h", "mongo"),
         ("postgresql://u:geheim@h:port/d", "%40"),
-        ("postgresql+psycopg://u:geheim/a@b@127.0.0.1:1/d", "refused"),
+        ("postgresql+psycopg://u:geheim/a@b@127.0.0.1:1/d", "%40"),
         ("mysql://u:geheim@h/d", "MySQLdb"),
         ("postgresql+pg8000://u:geheim@h/d", "pg8000"),
         ("postgresql+psycopg://u:geheim@127.0.0.1:1/d", "refused"),

@@ -280,11 +280,16 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
     if name not in optuna.get_all_study_names(storage):
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
         direction: Any = "maximize" if config.figures[config.searched_figure] else "minimize"
-        with suppress(DuplicatedStudyError):  # another process was faster
+        folder = None if config.no_output else _new_folder(config, name)
+        try:
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+        except DuplicatedStudyError:  # another process was faster
+            if folder is not None:
+                folder.rmdir()
+        else:
             study.set_metric_names([f"{config.searched_figure} on validation"])  # for optuna-dashboard
             study.set_user_attr(ZERO_SHOT, measured.as_dict() if measured else None)
-            study.set_user_attr(FOLDER, None if config.no_output else str(_new_folder(config, name)))
+            study.set_user_attr(FOLDER, folder and str(folder))
             study.set_user_attr(SETTINGS, mine)
     pruner = make_pruner(config.optuna_cfg, config.num_epochs)
     study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)

@@ -253,6 +253,8 @@ def test_settings_that_cannot_be_used_leave_neither_study_nor_folder(project: Pr
     config = settings(project, tmp_path, resume=str(run) + "/best.safetensors", mlp_hidden_dim=16)
     with pytest.raises(UserError, match="does not fit the model"):
         tune(config)
+    with pytest.raises(UserError, match="output_dir"):
+        tune(settings(project, tmp_path, output_dir=project["val_annot"]))
     assert config.optuna_cfg is not None
     assert optuna.get_all_study_names(config.optuna_cfg.storage) == [] and not (tmp_path / "out").exists()
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,16 +265,6 @@ def test_a_wrong_password_is_told_without_it(server: postgres.Server) -> None:
     with pytest.raises(UserError, match="authentication failed") as error, open_storage(server.text(password="geheim")):
         pass
     assert "geheim" not in str(error.value)
-
-
-def test_a_schema_of_another_optuna_is_told() -> None:
-    with open_storage("sqlite:///o.db"):
-        pass
-    with sqlite3.connect("o.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
-        connection.execute("UPDATE version_info SET library_version = '2.6.0'")
-    with pytest.raises(UserError, match="storage upgrade"), open_storage("sqlite:///o.db"):
-        pass
 
 
 def test_names_with_braces_and_blanks() -> None:

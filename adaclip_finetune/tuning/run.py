@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.optuna import TunedSetting
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.data.splits import evaluation_split
@@ -73,10 +74,7 @@ def describe(config: Config) -> list[str]:
     return [
         f"study {study_name(config)}, {settings.n_trials} trials: {config.searched_figure} on validation, "
         f"{settings.sampler.name}{size}, pruner {settings.pruner}",
-        *(
-            f"  {name}: {show(tuned.model_dump(mode='json', exclude_unset=True))}"
-            for name, tuned in settings.opt_params.items()
-        ),
+        *(f"  {name}: {_in_words(tuned)}" for name, tuned in settings.opt_params.items()),
     ]
 
 
@@ -316,6 +314,13 @@ def _train_best(config: Config, study: optuna.Study, best: FrozenTrial, folder: 
         result = fit(with_values(config, best.params), opened=opened)
     found = {"folder": result.folder and str(result.folder), result.evaluated_on: result.final.as_dict()}
     study.set_user_attr(FINAL_RUN, {"trial": best.number, **found})
+
+
+def _in_words(tuned: TunedSetting) -> str:
+    if tuned.range is None:
+        return "one of " + ", ".join(map(show, tuned.choices or ()))
+    step = f", step {tuned.step:g}" if tuned.step else ""
+    return f"{tuned.range[0]:g} to {tuned.range[1]:g}" + (", logarithmic" if tuned.log else step)
 
 
 def _grid_size(space: Space) -> int:

@@ -2,23 +2,16 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from tuned import settings, study_of, use_quick_trials
 
 from adaclip_finetune.tuning.run import tune
 
 Page = Callable[[str, str], tuple[int, Any]]
-
-
-@pytest.fixture(autouse=True)
-def verbosity() -> Iterator[None]:
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
 def open_dashboard(url: str) -> Page:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,6 @@ from adaclip_finetune.tuning.run import FINAL_RUN, tune
 
 Project = dict[str, Any]
 PICTURES = {"history", "intermediate_values", "importances", "slices", "parallel_coordinates"}
-
-
-@pytest.fixture(autouse=True)
-def verbosity() -> Iterator[None]:
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own, where Debian's package is there: on a Unix socket in a folder of its own."""
+"""A private PostgreSQL server for tests, on a Unix socket in a temporary folder, if PostgreSQL is installed."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ PASSWORD = "a{b}:c@d/e%f"
 
 
 class Server:
-    """Its data, who it runs as, and its URL for the owner of all."""
+    """A server: its folder, the account that runs it, and the URL of its owner."""
 
     def __init__(self, programs: Path, folder: Path, driver: str, account: dict[str, Any]) -> None:
         self.programs, self.folder, self.account = programs, folder, account
@@ -29,7 +29,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def text(self, **changes: Any) -> str:
-        """The URL, with other parts."""
+        """Return the URL with some parts replaced."""
         return self.url.set(**changes).render_as_string(hide_password=False)
 
     def start(self) -> None:
@@ -45,11 +45,11 @@ class Server:
 
     def stop(self) -> None:
         assert self.process is not None
-        self.process.send_signal(2)  # at once, in order
+        self.process.send_signal(2)  # fast shutdown
         self.process.wait(30)
 
     def sql(self, words: str) -> None:
-        """By the owner."""
+        """Run a statement as the owner."""
         done = subprocess.run(
             [self.programs / "psql", "-h", self.folder, "-U", "owner", "-d", "postgres", "-c", words],
             env={**os.environ, "PGPASSWORD": PASSWORD},
@@ -61,7 +61,7 @@ class Server:
 
 @contextmanager
 def running() -> Iterator[Server]:
-    """Skips, with the reason, where there can be none."""
+    """Start a server; skip the test, with the reason, if that is not possible."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     program = shutil.which("initdb") or (found[-1] if found else None)
     if program is None:
@@ -74,9 +74,9 @@ def running() -> Iterator[Server]:
         try:
             entry = pwd.getpwnam("postgres")
         except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+            pytest.skip("PostgreSQL does not run as root, and the user postgres does not exist")
         account = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-    # Not in pytest's own folder, which only its owner may enter; and a socket's path is short.
+    # Other users cannot enter pytest's folder, and the path of a socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         (folder / "password").write_text(PASSWORD)

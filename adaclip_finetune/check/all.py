@@ -82,7 +82,7 @@ def _cost(
 def _search(config: Config) -> Finding:
     import optuna
 
-    from adaclip_finetune.tuning.search import describe
+    from adaclip_finetune.tuning.run import describe
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the sampler is tried out, which is nobody's study
     try:

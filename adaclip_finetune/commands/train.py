@@ -52,10 +52,10 @@ def run(words: Sequence[str]) -> int:
 
     try:
         if config.optuna_cfg is not None:
-            from adaclip_finetune.tuning.search import describe, search
+            from adaclip_finetune.tuning.run import describe, tune
 
             if not arguments.dry_run:
-                search(config)
+                tune(config)
                 return 0
             print(*describe(config), sep="\n", file=sys.stderr if arguments.json else sys.stdout)
         if arguments.dry_run:

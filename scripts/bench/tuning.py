@@ -1,4 +1,4 @@
-"""What the search of `cfgs/demo-optuna.json` finds, against the demo's own values and against random search.
+"""What tuning by `cfgs/demo-optuna.json` finds, compared with the demo's own values and with random values.
 
     python scripts/bench/tuning.py --work /tmp/tuning --seeds 3
 
@@ -27,14 +27,14 @@ from adaclip_finetune.evaluation.tasks.base import Figures, value
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import OnEpoch, TrialResult, run_trial
-from adaclip_finetune.tuning import trial as tuning_trial
-from adaclip_finetune.tuning.folder import best_trial
-from adaclip_finetune.tuning.ledger import counted
-from adaclip_finetune.tuning.search import search
+from adaclip_finetune.tuning import run as tuning_run
+from adaclip_finetune.tuning.report import best_trial
+from adaclip_finetune.tuning.run import tune
 from adaclip_finetune.tuning.space import with_values
+from adaclip_finetune.tuning.study import points
 
 ROOT = Path(__file__).resolve().parents[2]
-SEARCH, DEMO = ROOT / "cfgs" / "demo-optuna.json", ROOT / "cfgs" / "demo.json"
+TUNING, DEMO = ROOT / "cfgs" / "demo-optuna.json", ROOT / "cfgs" / "demo.json"
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     keep_frames()
     train_once()
-    own = load_config(SEARCH).optuna_cfg
+    own = load_config(TUNING).optuna_cfg
     assert own is not None
     samplers: dict[str, dict[str, Any]] = {"own": own.sampler.model_dump(), "random": {"name": "RandomSampler"}}
-    table = [default(arguments.work, load_config(SEARCH).num_epochs)]
+    table = [default(arguments.work, load_config(TUNING).num_epochs)]
     for seed in range(arguments.seeds):
         for name, sampler in samplers.items():
-            table.append(searched(arguments.work, f"{name}-{seed}", {**sampler, "seed": seed}))
+            table.append(tuned(arguments.work, f"{name}-{seed}", {**sampler, "seed": seed}))
             print("\n| | trials | pruned | best trial | validation R@1 | test R@1 |\n|---|---|---|---|---|---|")
             print("\n".join(table), flush=True)
 
@@ -68,10 +68,10 @@ def default(work: Path, epochs: int) -> str:
     return row("the demo's own values", "", "", "", validation, test(config, weights))
 
 
-def searched(work: Path, name: str, sampler: dict[str, Any]) -> str:
+def tuned(work: Path, name: str, sampler: dict[str, Any]) -> str:
     """The row of one study, which is run, or gone on with."""
     config = load_config(
-        SEARCH,
+        TUNING,
         {
             "optuna_cfg.sampler": sampler,
             "optuna_cfg.storage": f"sqlite:///{work / name}.db",
@@ -80,9 +80,9 @@ def searched(work: Path, name: str, sampler: dict[str, Any]) -> str:
             "num_workers": 0,
         },
     )
-    search(config)
+    tune(config)
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{work / name}.db")
-    trials, best = counted(study.trials), best_trial(study)
+    trials, best = points(study.trials), best_trial(study)
     assert best is not None and best.value is not None
     pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in trials)
     weights = Path(best.user_attrs["folder"]) / "best.safetensors"
@@ -147,7 +147,7 @@ def train_once() -> None:
             done[key] = (curve, run_trial(config, run, remembered))
         return done[key][1]
 
-    tuning_trial.run_trial = run_once  # type: ignore[attr-defined]
+    tuning_run.run_trial = run_once  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

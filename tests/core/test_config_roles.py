@@ -15,7 +15,7 @@ from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.config.roles import deciding_vectors, is_path, names_with, on_resume, rounding
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.retrieval import _deciding_settings
-from adaclip_finetune.tuning.space import search_space, searchable
+from adaclip_finetune.tuning.space import build_space, tunable
 
 ROLES = get_args(Role)
 PATHS = names_with(*ROLES, paths=True)
@@ -52,20 +52,20 @@ def test_a_new_setting_of_the_model_is_in_every_list_that_the_model_decides(monk
     assert "width_of_it" in deciding_vectors()  # the fingerprint of an index
     assert "width_of_it" in _deciding_settings()  # finished parts of an evaluation
     assert "width_of_it" in on_resume("same")
-    assert "width_of_it" in searchable()
+    assert "width_of_it" in tunable()
     assert "width_of_it" not in overridable()
 
 
 def test_a_new_path_of_the_model_may_change_and_is_in_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     add(monkeypatch, "weights_of_it", "model", unit="file")
     assert is_path("weights_of_it")
-    assert "weights_of_it" not in deciding_vectors() | _deciding_settings() | searchable()
+    assert "weights_of_it" not in deciding_vectors() | _deciding_settings() | tunable()
     assert "weights_of_it" in on_resume("free") & overridable()
 
 
 def test_a_new_setting_of_the_machine_is_nobody_else_s_business(monkeypatch: pytest.MonkeyPatch) -> None:
     add(monkeypatch, "threads", "machine")
-    assert "threads" not in deciding_vectors() | _deciding_settings() | searchable()
+    assert "threads" not in deciding_vectors() | _deciding_settings() | tunable()
     assert "threads" in on_resume("free") & overridable()
 
 
@@ -74,12 +74,12 @@ def test_a_new_setting_of_the_training_does_not_decide_a_trained_model(
     monkeypatch: pytest.MonkeyPatch, role: Role
 ) -> None:
     add(monkeypatch, "how", role)
-    assert "how" in on_resume("same") & searchable()
+    assert "how" in on_resume("same") & tunable()
     assert "how" not in deciding_vectors() | _deciding_settings() | overridable()
 
 
 def test_a_path_is_never_part_of_a_fingerprint() -> None:
-    assert not PATHS & (deciding_vectors() | _deciding_settings() | searchable())
+    assert not PATHS & (deciding_vectors() | _deciding_settings() | tunable())
 
 
 # ---- the lists as they are ----
@@ -112,8 +112,8 @@ def test_what_an_evaluation_fixes_cannot_be_given_to_it() -> None:
     assert overridable() >= {"frames_dir", "video_dir", "clip_weights", "img_tmpl", "skip_missing", "device", "debug"}
 
 
-@pytest.mark.parametrize("name", sorted(set(Config.model_fields) - searchable()))
-def test_what_is_no_hyper_parameter_is_not_searched(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(Config.model_fields) - tunable()))
+def test_what_is_no_hyper_parameter_is_not_tuned(name: str) -> None:
     search = {"opt_params": {name: {"choices": [1, 2]}}}
-    with pytest.raises(UserError, match=r"same in all trials|no single value"):
-        search_space(load_config(None, {"optuna_cfg": search}))
+    with pytest.raises(UserError, match=r"same in all trials|not a single value"):
+        build_space(load_config(None, {"optuna_cfg": search}))

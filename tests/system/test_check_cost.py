@@ -32,7 +32,7 @@ from adaclip_finetune.lock import this_process
 from adaclip_finetune.training import snapshot as snapshots
 from adaclip_finetune.training.checkpoint import save_tensors
 from adaclip_finetune.training.trainer import fit
-from adaclip_finetune.tuning.search import describe
+from adaclip_finetune.tuning.run import describe
 
 Usage = namedtuple("Usage", "total used free")
 Memory = namedtuple("Memory", "rss")

@@ -1,4 +1,4 @@
-"""Whole searches on a dozen tiny videos: what they try, print, write, refuse, and how they go on."""
+"""Whole studies on a dozen tiny videos: what they try, write, print and refuse, and how they continue."""
 
 import csv
 import json
@@ -6,48 +6,38 @@ import os
 import shutil
 import signal
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from PIL import Image
+from tuned import quick_trial, settings, study_of, use_quick_trials
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives import contrastive
 from adaclip_finetune.training import trainer
 from adaclip_finetune.training.signals import Interrupted
-from adaclip_finetune.tuning import search as searching
-from adaclip_finetune.tuning.folder import StudyFolder, best_trial, order
-from adaclip_finetune.tuning.search import search
-from adaclip_finetune.tuning.space import search_space
-from adaclip_finetune.tuning.storage import open_storage
-from adaclip_finetune.tuning.study import open_study
+from adaclip_finetune.tuning import run as tuning_run
+from adaclip_finetune.tuning.report import StudyFolder, best_trial
+from adaclip_finetune.tuning.run import FINAL_RUN, tune
 
 Project = dict[str, Any]
-SPACE = {"learning_rate": {"range": [1e-5, 1e-2], "log": True}}
+PICTURES = {"history", "intermediate_values", "importances", "slices", "parallel_coordinates"}
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Drawing takes longer than such a search; test_tuning_pictures.py draws."""
-    monkeypatch.setattr(searching, "draw_study", lambda study, folder, _: (folder / "history.png").touch())
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_run, "draw", lambda *_: None)
 
 
-def settings(project: Project, tmp_path: Path, optuna_cfg: dict[str, Any] | None = None, **others: Any) -> Config:
-    cfg = {"n_trials": 3, "storage": f"sqlite:///{tmp_path}/o.db", "opt_params": SPACE, **(optuna_cfg or {})}
-    return load_config(None, {**project, "output_dir": str(tmp_path / "out"), **others, "optuna_cfg": cfg})
-
-
-def study_of(config: Config) -> optuna.Study:
-    assert config.optuna_cfg is not None
-    return optuna.load_study(study_name=None, storage=config.optuna_cfg.storage)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of milliseconds: what is tested is the study, not the training."""
+    use_quick_trials(monkeypatch.setattr)
 
 
 def folder_of(config: Config) -> Path:
@@ -59,13 +49,40 @@ def rows(config: Config) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_search(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def states(config: Config) -> list[str]:
+    return [trial.state.name for trial in study_of(config).trials]
+
+
+def at_loss(number: int, do: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Call `do` before loss `number` (from 1); there are 3 an epoch. Returns a list that grows."""
+    real, calls = contrastive.contrastive_loss, list[int]()
+
+    def loss(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            do()
+        return real(*arguments)
+
+    monkeypatch.setattr(contrastive, "contrastive_loss", loss)
+    return calls
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def out_of_memory() -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_tries_values_on_validation_and_keeps_the_best(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = settings(project, tmp_path)
-    search(config)
+    tune(config)
     study, folder = study_of(config), folder_of(config)
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
-    assert study.study_name == "tiny-full"
-    best = study.best_trial
+    assert states(config) == ["COMPLETE"] * 3 and study.study_name == "tiny-full"
     for trial in study.trials:
         where = folder / f"trial-{trial.number:04d}"
         lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
@@ -75,195 +92,198 @@ def test_a_search(project: Project, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert json.loads((where / "config.json").read_text())["learning_rate"] == trial.params["learning_rate"]
         assert trial.user_attrs["trainable_parameters"] > 0 and trial.user_attrs["seconds"] > 0
         assert {line["event"] for line in lines}.isdisjoint({"zero_shot", "test"})
-        assert not (where / "tensorboard").exists()
+    best = study.best_trial
     assert [path.parent.name for path in folder.glob("*/best.safetensors")] == [f"trial-{best.number:04d}"]
-    table = rows(config)
-    assert [float(row["value"]) for row in table] == [trial.value for trial in study.trials]
-    assert [float(row["learning_rate"]) for row in table] == [trial.params["learning_rate"] for trial in study.trials]
+    assert [(float(row["value"]), float(row["learning_rate"])) for row in rows(config)] == [
+        (trial.value, trial.params["learning_rate"]) for trial in study.trials
+    ]
     found = load_config(folder / "best_config.json")
-    assert found.optuna_cfg is None and found.learning_rate == best.params["learning_rate"]
+    assert (found.optuna_cfg, found.learning_rate) == (None, best.params["learning_rate"])
     assert found.test_annot == config.test_annot
     out = capsys.readouterr().out
     assert out.index("zero-shot on validation") < out.index("trial 0 (1 of 3): learning_rate")
-    assert f"best: trial {best.number}, t2v.R@1 {best.value:.1f} on validation" in out
-    assert "3 trials: 3 completed, 0 pruned, 0 failed" in out
-    assert f"python train.py --config {folder / 'best_config.json'}" in out
+    assert f"best: trial {best.number}, t2v.R@1 {best.value:.1f} on validation (zero-shot " in out
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in out and "best_config.json" in out
 
 
-def test_the_same_command_goes_on_to_the_number_of_trials(project: Project, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_the_same_command_continues_to_the_number_of_trials(project: Project, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    search(settings(project, whole))
+    tune(settings(project, whole))
     for n_trials in (1, 3, 3):
-        config = settings(project, parts, {"n_trials": n_trials}, num_workers=1)
-        search(config)
-    one, other = study_of(settings(project, whole)), study_of(config)
-    assert [(trial.params, trial.value) for trial in other.trials] == [
-        (trial.params, trial.value) for trial in one.trials
-    ]
-    assert len(other.trials) == 3
+        tune(config := settings(project, parts, {"n_trials": n_trials}, num_workers=1))
+    expected = [(trial.params, trial.value) for trial in study_of(settings(project, whole)).trials]
+    assert [(trial.params, trial.value) for trial in study_of(config).trials] == expected
     assert len(list((parts / "out" / "tiny").iterdir())) == 1, "all commands of a study write into one folder"
 
 
-def test_what_the_settings_refuse_is_pruned(
-    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_study_tries_the_same_points(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = {"top_k": {"choices": [2, 7]}}
-    config = settings(project, tmp_path, {"opt_params": space, "sampler": {"name": "GridSampler"}})
-    search(config)
-    trials = {trial.params["top_k"]: trial for trial in study_of(config).trials}
-    assert (trials[2].state, trials[7].state) == (TrialState.COMPLETE, TrialState.PRUNED)
-    assert len(trials) == 2, "a grid of two points has no third trial"
-    assert "refused: top_k 7 is more than num_frm 6" in trials[7].user_attrs["reason"]
-    assert "refused: top_k 7 is more than num_frm 6" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    tune(settings(project, whole, num_epochs=1))
+    at_loss(5, stop, monkeypatch)  # in the second trial
+    config = settings(project, tmp_path, num_epochs=1)
+    with pytest.raises(Interrupted) as interrupted:
+        tune(config)
+    assert interrupted.value.exit_code == 75
+    assert "same command continues" in capsys.readouterr().out
+    tune(config)
+    assert states(config) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    trials = study_of(config).trials
+    assert trials[2].params == trials[1].params
+    expected = [(trial.params, trial.value) for trial in study_of(settings(project, whole)).trials]
+    assert [(trial.params, trial.value) for trial in trials if trial.number != 1] == expected
+    assert [row["tries_again"] for row in rows(config)] == ["", "", "1", ""]
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in capsys.readouterr().out
 
 
-def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
+@pytest.mark.usefixtures("quick")
+def test_a_grid_is_tried_once_each_although_it_was_interrupted(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = contrastive.contrastive_loss, list[int]()
+    values = [1e-4, 1e-3, 1e-2]
+    grid = {"sampler": {"name": "GridSampler"}, "opt_params": {"learning_rate": {"choices": values}}, "n_trials": 9}
+    config = settings(project, tmp_path, grid, num_epochs=1)
+    calls: list[int] = []
 
-    def no_memory_at_first(*args: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return real(*args)
+        if len(calls) == 2:
+            raise Interrupted(signal.SIGTERM)
+        return quick_trial(*arguments)
 
-    monkeypatch.setattr(contrastive, "contrastive_loss", no_memory_at_first)
-    config = settings(project, tmp_path)
-    search(config)
-    failed, *others = study_of(config).trials
-    assert failed.state == TrialState.FAIL and "out of memory" in failed.user_attrs["reason"]
-    assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
-    assert "FAILED: out of memory" in (folder_of(config) / "trial-0000" / "train.log").read_text()
-    assert [row["state"] for row in rows(config)] == ["fail", "complete", "complete"]
+    monkeypatch.setattr(tuning_run, "run_trial", interrupted)
+    with pytest.raises(Interrupted):
+        tune(config)
+    tune(config)
+    assert sorted(t.params["learning_rate"] for t in study_of(config).trials if t.state.name == "COMPLETE") == values
+    assert len(states(config)) == 4
 
 
-def test_five_failures_in_a_row_end_the_search(
+@pytest.mark.usefixtures("quick")
+def test_values_that_the_settings_refuse_are_pruned_with_the_reason(project: Project, tmp_path: Path) -> None:
+    grid = {"opt_params": {"top_k": {"choices": [2, 7]}}, "sampler": {"name": "GridSampler"}}
+    config = settings(project, tmp_path, grid)
+    tune(config)
+    trials = {trial.params["top_k"]: trial for trial in study_of(config).trials}
+    assert {value: trial.state.name for value, trial in trials.items()} == {2: "COMPLETE", 7: "PRUNED"}
+    assert trials[7].user_attrs["reason"].startswith("refused: top_k 7")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_trial_that_diverges_is_recorded_and_the_study_continues(project: Project, tmp_path: Path) -> None:
+    grid = {"opt_params": {"learning_rate": {"choices": [1e30, 1e-3]}}, "sampler": {"name": "GridSampler"}}
+    config = settings(project, tmp_path, grid, num_epochs=1)
+    tune(config)
+    assert {row["learning_rate"]: row["state"] for row in rows(config)} == {"1e+30": "fail", "0.001": "complete"}
+    assert all(row["reason"] for row in rows(config) if row["state"] == "fail")
+
+
+@pytest.mark.usefixtures("quick")
+def test_five_failures_in_a_row_end_the_study(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*_: Any) -> Any:
         raise ZeroDivisionError("nothing works today")
 
-    monkeypatch.setattr(contrastive, "contrastive_loss", broken)
+    monkeypatch.setattr(tuning_run, "run_trial", broken)
     config = settings(project, tmp_path, {"n_trials": 9})
-    with pytest.raises(UserError, match=r"(?s)5 trials in a row failed.*ZeroDivisionError: nothing works today"):
-        search(config)
-    assert len(study_of(config).trials) == 5
+    with pytest.raises(UserError, match="ZeroDivisionError: nothing works today"):
+        tune(config)
+    assert states(config) == ["FAIL"] * 5
 
 
-def test_pruning_looks_at_every_epoch(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[int, float]] = []
+@pytest.mark.usefixtures("quick")
+def test_pruners_are_asked_after_every_epoch(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
 
     def only_the_second(_: Any, study: Any, trial: Any) -> bool:
-        asked.append(dict(trial.intermediate_values))
+        asked.append(list(trial.intermediate_values))
         return trial.number == 1
 
     monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", only_the_second)
     config = settings(project, tmp_path)
-    search(config)
-    trials = study_of(config).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
-    assert [list(curve) for curve in asked] == [[1], [1, 2], [1], [1], [1, 2]]
-    assert trials[1].user_attrs["reason"].startswith("pruned after epoch 1, with ")
+    tune(config)
+    assert states(config) == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert asked == [[1], [1, 2], [1], [1], [1, 2]]
+    assert study_of(config).trials[1].user_attrs["reason"].startswith("pruned after epoch 1")
 
 
-def test_a_search_that_is_stopped_goes_on_and_tries_that_point_again(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"weight_decay": 0.3}, "weight_decay is 0.3 here but 0.2 in the study"),
+        ({"optuna_cfg": {"objective": "v2t.R@1"}}, "optuna_cfg.objective"),
+        ({"val_annot": "test.json"}, "the validation data"),
+        ({"clip_weights": "clip"}, "the content of clip_weights"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_a_study_keeps_to_its_settings_data_and_weights(
+    project: Project, tmp_path: Path, change: Any, told: str
 ) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    search(settings(project, undisturbed))
-    real, calls = contrastive.contrastive_loss, list[int]()
-
-    def stopped(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 8:  # in the second trial
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(contrastive, "contrastive_loss", stopped)
-    config = settings(project, tmp_path)
-    with pytest.raises(Interrupted):
-        search(config)
-    assert "The same command goes on" in capsys.readouterr().out
-    search(config)
-    trials = study_of(config).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[2].params == trials[1].params
-    expected = study_of(settings(project, undisturbed)).trials
-    assert [(t.params, t.value) for t in trials if t.number != 1] == [(t.params, t.value) for t in expected]
-    assert [row["tries_again"] for row in rows(config)] == ["", "", "1", ""]
+    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1)
+    tune(config)
+    shutil.copy(project["test_annot"], tmp_path / "test.json")
+    shutil.copytree(project["clip_weights"], tmp_path / "clip")
+    tune(settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, clip_weights=str(tmp_path / "clip")))
+    (tmp_path / "clip" / "more.bin").write_bytes(b"other weights")
+    paths = {name: str(tmp_path / end) for name, end in change.items() if name in ("val_annot", "clip_weights")}
+    with pytest.raises(UserError, match="study_name") as error:
+        tune(settings(project, tmp_path, num_epochs=1, **{**change, **paths}))
+    assert told in str(error.value) and len(states(config)) == 1
+    assert len(list((tmp_path / "out" / "tiny").iterdir())) == 1
 
 
-def test_a_study_keeps_to_its_settings(project: Project, tmp_path: Path) -> None:
-    search(settings(project, tmp_path, {"n_trials": 1}))
-    with pytest.raises(UserError) as error:
-        search(settings(project, tmp_path, weight_decay=0.3))
-    assert "weight_decay is 0.3 here, and 0.2 in the study" in str(error.value)
-    assert "--optuna_cfg.study_name" in str(error.value)
-    with pytest.raises(UserError, match=r"optuna_cfg\.objective"):
-        search(settings(project, tmp_path, {"objective": "v2t.R@1"}))
-    search(settings(project, tmp_path, {"n_trials": 1, "study_name": "another"}, weight_decay=0.3))
+@pytest.mark.usefixtures("no_pictures")
+def test_settings_that_cannot_be_used_leave_neither_study_nor_folder(project: Project, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    run = trainer.fit(load_config(None, {**project, "num_epochs": 1, "output_dir": str(trained)})).folder
+    config = settings(project, tmp_path, resume=str(run) + "/best.safetensors", mlp_hidden_dim=16)
+    with pytest.raises(UserError, match="does not fit the model"):
+        tune(config)
+    with pytest.raises(UserError, match="output_dir"):
+        tune(settings(project, tmp_path, output_dir=project["val_annot"]))
+    assert config.optuna_cfg is not None
+    assert optuna.get_all_study_names(config.optuna_cfg.storage) == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path)
     assert config.optuna_cfg is not None
     theirs = optuna.create_study(storage=config.optuna_cfg.storage, study_name="tiny-full")
     theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(UserError, match="was made by another program"):
-        search(config)
+    with pytest.raises(UserError, match="another program"):
+        tune(config)
+    assert len(theirs.trials) == 1
 
 
-def test_a_study_keeps_to_its_data_and_weights(project: Project, tmp_path: Path) -> None:
-    search(settings(project, tmp_path, {"n_trials": 1}))
-    captions = json.loads(Path(project["val_annot"]).read_text())
-    captions["video0"]["sentences"] = ["something else"]
-    other = tmp_path / "val.json"
-    other.write_text(json.dumps(captions))
-    with pytest.raises(UserError, match="the validation data is"):
-        search(settings(project, tmp_path, val_annot=str(other)))
-    shutil.copytree(project["clip_weights"], tmp_path / "clip")
-    search(settings(project, tmp_path, {"n_trials": 1}, clip_weights=str(tmp_path / "clip")))
-    (tmp_path / "clip" / "more.bin").write_bytes(b"other weights")
-    with pytest.raises(UserError, match="the content of clip_weights is"):
-        search(settings(project, tmp_path, clip_weights=str(tmp_path / "clip")))
-
-
-def test_searches_of_one_second_have_folders_of_their_own(project: Project, tmp_path: Path) -> None:
-    storages = [f"sqlite:///{tmp_path}/{name}.db" for name in "ab"]
-    folders = set()
-    for storage in storages:
-        config = settings(project, tmp_path, {"n_trials": 1, "storage": storage})
-        with open_storage(storage) as opened:
-            folders.add(open_study(config, search_space(config), opened.storage).user_attrs["folder"])
-    assert len(folders) == 2
-
-
+@pytest.mark.usefixtures("quick")
 def test_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Path) -> None:
-    """Of two workers the later trial ends first, with the same value."""
-    config = settings(project, tmp_path, {"n_trials": 1})
-    search(config)
-    assert config.optuna_cfg is not None
+    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1)
+    tune(config)
     study, folder = study_of(config), folder_of(config)
     (folder / "trial-0001").mkdir()
     (folder / "trial-0001" / "best.safetensors").touch()
     study.add_trial(optuna.create_trial(value=study.trials[0].value))
-    StudyFolder(config, study).write(study)
-    assert best_trial(study).number == 0  # type: ignore[union-attr]
+    StudyFolder(config, study).write()
+    best = best_trial(study)
+    assert best is not None and best.number == 0
     assert [path.parent.name for path in folder.glob("*/best.safetensors")] == ["trial-0000"]
-    value = study.trials[0].value
-    assert value is not None
-    assert order(study, value, 0) < order(study, value, 1) < order(study, value - 1, 0)
 
 
 @pytest.mark.parametrize("ending", ["failed", "pruned"])
-def test_no_model_is_alive_when_the_next_trial_begins(
+@pytest.mark.usefixtures("no_pictures")
+def test_a_trial_that_fails_or_is_pruned_leaves_no_model_behind(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    made, alive = list[weakref.ref[VideoRetriever]](), list[int]()
+    made, alive = list[weakref.ref[Any]](), list[int]()
     real = trainer.open_model
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -272,130 +292,151 @@ def test_no_model_is_alive_when_the_next_trial_begins(
         made.append(weakref.ref(session.model))
         return session
 
-    def fails(*arguments: Any) -> Any:
-        raise RuntimeError("out of memory")
-
     monkeypatch.setattr(trainer, "open_model", counted)
     if ending == "failed":
-        monkeypatch.setattr(contrastive, "contrastive_loss", fails)
+        monkeypatch.setattr(contrastive, "contrastive_loss", lambda *_: out_of_memory())
     else:
         monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda *_: True)
-    search(settings(project, tmp_path))
-    assert alive == [0, 0, 0, 0]  # zero-shot's too
-    attributes = study_of(settings(project, tmp_path)).trials[-1].user_attrs
-    assert attributes["trainable_parameters"] > 0
-    assert ending == "failed" or attributes["peak_memory_mib"] > 0
+    config = settings(project, tmp_path)
+    tune(config)
+    assert alive == [0, 0, 0, 0]  # the first is that of zero-shot CLIP
+    assert study_of(config).trials[-1].user_attrs["trainable_parameters"] > 0
+    if ending == "failed":
+        assert states(config) == ["FAIL"] * 3 and all("memory" in row["reason"] for row in rows(config))
+        assert "Traceback" in (folder_of(config) / "trial-0002" / "train.log").read_text()
 
 
-def test_a_trial_that_another_process_ended_is_let_go(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = settings(project, tmp_path, {"n_trials": 2})
-    real, calls = contrastive.contrastive_loss, list[int]()
-
-    def declared_dead(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            storage = searched_in[0].storage
-            study_id = storage.get_study_id_from_name("tiny-full")
-            storage.set_trial_state_values(storage.get_all_trials(study_id)[-1]._trial_id, TrialState.FAIL)
-        return real(*arguments)
-
-    searched_in: list[Any] = []
-    opening = searching.open_storage
-
-    @contextmanager
-    def remembered(url: str) -> Iterator[Any]:
-        with opening(url) as storage:
-            searched_in.append(storage)
-            yield storage
-
-    monkeypatch.setattr(searching, "open_storage", remembered)
-    monkeypatch.setattr(contrastive, "contrastive_loss", declared_dead)
-    search(config)
-    assert "trial 0 was taken for dead and ended by another process" in capsys.readouterr().out
-    trials = study_of(config).trials
-    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[1].params == trials[0].params
-
-
-def test_a_search_on_the_test_says_so(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    search(settings(project, tmp_path, {"n_trials": 1}, test_annot=project["val_annot"]))
-    out = capsys.readouterr().out
-    assert "WARNING: every figure of this search is selected on test" in out
-    assert "best: trial 0, t2v.R@1" in out and out.count("selected on test") == 2
-
-
-def test_what_is_left_out_stands_beside_the_figures(
-    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    captions = json.loads(Path(project["val_annot"]).read_text())
-    (tmp_path / "val.json").write_text(json.dumps({**captions, "gone": {"sentences": ["nobody saw it"]}}))
-    search(settings(project, tmp_path, {"n_trials": 1}, val_annot=str(tmp_path / "val.json"), skip_missing=True))
-    assert ", WITHOUT 1 of 7 videos" in capsys.readouterr().out
-
-
-def test_ranks_are_minimised(project: Project, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_ranks_are_minimized(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path, {"objective": "t2v.MeanR"})
-    search(config)
+    tune(config)
     study = study_of(config)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
-    best = study.best_trial
-    metrics = json.loads((folder_of(config) / f"trial-{best.number:04d}" / "metrics.json").read_text())
-    assert metrics["best_validation"]["t2v"]["MeanR"] == best.value == min(trial.value for trial in study.trials)
+    best = best_trial(study)
+    assert best is not None and best.value == min(trial.value for trial in study.trials)
+    assert [path.parent.name for path in folder_of(config).glob("*/best.safetensors")] == [f"trial-{best.number:04d}"]
 
 
-def test_the_best_values_are_trained_with_and_tested_once(
+@pytest.mark.usefixtures("no_pictures")
+def test_what_makes_figures_doubtful_is_told(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(project, tmp_path, do_training_af_optuna=True)
-    search(config)
+    """Validation on the test captions, and a gallery with a missing video."""
+    captions = json.loads(Path(project["val_annot"]).read_text())
+    annotation = tmp_path / "val.json"
+    annotation.write_text(json.dumps({**captions, "gone": {"sentences": ["nobody saw it"]}}))
+    given = {"val_annot": str(annotation), "test_annot": str(annotation), "skip_missing": True, "num_epochs": 1}
+    tune(settings(project, tmp_path, {"n_trials": 1}, **given))
+    out = capsys.readouterr().out
+    assert out.count("selected on test") == 2
+    assert out.count(", WITHOUT 1 of 7 videos") == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_final_run_is_trained_with_the_best_values_and_tested_once(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(project, tmp_path, {"n_trials": 2}, num_epochs=1, do_training_af_optuna=True)
+    tune(config)
     study = study_of(config)
-    trained = study.user_attrs["trained_with_the_best"]
-    run = Path(trained["folder"])
-    about = json.loads((run / "study.json").read_text())
-    assert about == {"study": "tiny-full", "folder": str(folder_of(config)), "trial": study.best_trial.number}
+    final = study.user_attrs[FINAL_RUN]
+    run = Path(final["folder"])
+    about = {"study": "tiny-full", "folder": str(folder_of(config)), "trial": study.best_trial.number}
+    assert json.loads((run / "study.json").read_text()) == about
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["evaluated_on"] == "test" and metrics["finetuned"] == trained["test"]
+    assert metrics["evaluated_on"] == "test" and metrics["finetuned"] == final["test"]
     assert metrics["zero_shot"] is not None
     assert load_config(run / "config.json").learning_rate == study.best_params["learning_rate"]
-    capsys.readouterr()
-    search(config)
-    assert f"already: {run}" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    tune(config)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_the_training_with_the_best_values_goes_on_where_it_was_stopped(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1}, do_training_af_optuna=True)
-    real, calls = contrastive.contrastive_loss, list[int]()
-
-    def stopped(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 8:  # six updates are the trial's
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(contrastive, "contrastive_loss", stopped)
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_final_run_continues(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, do_training_af_optuna=True)
+    calls = at_loss(5, stop, monkeypatch)  # the first three are those of the trial
     with pytest.raises(Interrupted):
-        search(config)
-    trained = study_of(config).user_attrs["trained_with_the_best"]
-    assert json.loads((Path(trained["folder"]) / "study.json").read_text())["trial"] == 0
-    search(config)
-    assert study_of(config).user_attrs["trained_with_the_best"].keys() == {"trial", "folder", "test"}
-    assert len([path for path in (tmp_path / "out" / "tiny").iterdir() if path.name.endswith("-full")]) == 2
-    assert len(calls) == 12, "no update is made twice"
+        tune(config)
+    tune(config)
+    assert study_of(config).user_attrs[FINAL_RUN].keys() == {"trial", "folder", "test"}
+    assert len(calls) == 6, "no update is made twice"
 
 
+@pytest.mark.usefixtures("quick")
 def test_no_output(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, no_output=True)
-    search(config)
-    assert [trial.state for trial in study_of(config).trials] == [TrialState.COMPLETE] * 3
+    config = settings(project, tmp_path, {"n_trials": 1}, no_output=True)
+    tune(config)
+    assert states(config) == ["COMPLETE"]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_is_one_process_a_trial(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    study = optuna.create_study(study_name="s")
+    study.set_user_attr("folder", str(tmp_path / "out" / "study"))
+    folder = StudyFolder(load_config(None, {"dataset": "shapes"}), study)
+    for write in (folder.write, lambda: folder.say("a word")):
+        with pytest.raises(UserError, match="cannot be written"):
+            write()
+
+
+@pytest.mark.usefixtures("quick")
+def test_several_processes_of_a_launcher_are_refused(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="start the command several times on one study"):
-        search(settings(project, tmp_path))
+    with pytest.raises(UserError, match="torchrun"):
+        tune(settings(project, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- pictures ----
+
+
+def drawn(folder: Path, *trials: tuple[str, float, list[float]]) -> set[str]:
+    """Draw a study of trials given by state, learning rate and the value of each epoch."""
+    study = optuna.create_study(study_name="s", direction="maximize")
+    space: Any = {"learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)}
+    for state, rate, epochs in trials:
+        study.add_trial(
+            optuna.create_trial(
+                state=TrialState[state],
+                params={"learning_rate": rate},
+                distributions=space,
+                value=epochs[-1] if state != "FAIL" else None,
+                intermediate_values=dict(enumerate(epochs, 1)),
+            )
+        )
+    tuning_run.draw(study, folder, "t2v.R@1")
+    return {path.stem for path in folder.iterdir()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_are_drawn_and_leave_no_style_behind(tmp_path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    style = dict(matplotlib.rcParams)
+    trials = [("COMPLETE", 1e-4, [10.0, 20.0]), ("PRUNED", 1e-5, [3.0]), ("FAIL", 9e-3, []), ("COMPLETE", 1e-3, [40.0])]
+    assert drawn(tmp_path, *trials) == PICTURES
+    assert dict(matplotlib.rcParams) == style
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 20
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("trials", "pictures"),
+    [
+        ([], set()),
+        ([("FAIL", 1e-3, [])], set()),
+        ([("PRUNED", 1e-3, [1.0])], {"intermediate_values"}),
+        ([("COMPLETE", 1e-3, [1.0]), ("COMPLETE", 1e-4, [1.0])], {"history", "intermediate_values"}),
+    ],
+    ids=["nothing", "failed", "pruned", "two alike"],
+)
+def test_as_much_is_drawn_as_there_is(trials: list[Any], pictures: set[str], tmp_path: Path) -> None:
+    assert drawn(tmp_path, *trials) == pictures

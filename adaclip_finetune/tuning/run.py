@@ -1,0 +1,327 @@
+"""Hyperparameter tuning (`optuna_cfg`): trials until there are enough, a report, and a final run if asked for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import optuna
+from accelerate.utils.memory import clear_device_cache
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.optuna import TunedSetting
+from adaclip_finetune.config.resume import continued_config
+from adaclip_finetune.config.schema import show
+from adaclip_finetune.data.splits import evaluation_split
+from adaclip_finetune.durable import write_durably
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.base import Figures, value
+from adaclip_finetune.lock import FolderLock
+from adaclip_finetune.training.device import launched_processes
+from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.signals import StopSignals
+from adaclip_finetune.training.trainer import fit, run_trial
+from adaclip_finetune.tuning.report import StudyFolder, best_trial, draw, rank
+from adaclip_finetune.tuning.space import ImpossibleValues, Space, build_space, grid, suggest, with_values
+from adaclip_finetune.tuning.study import (
+    SILENCE_S,
+    SURPLUS,
+    DeadTrials,
+    check_sampler,
+    heartbeat,
+    open_storage,
+    open_study,
+    place,
+    points,
+    retry,
+    storage_error,
+    study_name,
+    without_password,
+)
+
+FAILURES = 5
+"""So many failed trials in a row end a study."""
+
+FINAL_RUN = "final_run"
+"""The user attribute of a study that names the trial, the folder and the metrics of the final run."""
+
+WAIT_S = 2.0
+"""Seconds between two looks at the trials of other processes."""
+
+
+def describe(config: Config) -> list[str]:
+    """Return what would be tuned, in lines of text. Raises UserError if `optuna_cfg` cannot be carried out."""
+    settings = config.optuna_cfg
+    assert settings is not None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = build_space(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        check_sampler(config, space)
+    size = f" ({_grid_size(space)} points)" if settings.sampler.name == "GridSampler" else ""
+    return [
+        f"study {study_name(config)}, {settings.n_trials} trials: {config.searched_figure} on validation, "
+        f"{settings.sampler.name}{size}, pruner {settings.pruner}",
+        *(f"  {name}: {_in_words(tuned)}" for name, tuned in settings.opt_params.items()),
+    ]
+
+
+def tune(config: Config) -> None:
+    """Run trials until `n_trials` of the study are finished, report on them and, if asked for, train the final run.
+
+    The same call continues a study, and several processes may work on one. Raises UserError, Interrupted.
+    """
+    settings = config.optuna_cfg
+    assert settings is not None
+    if launched_processes() > 1:
+        raise UserError(
+            "optuna_cfg: a trial runs in one process. To use several, start the command several times without torchrun "
+            "or accelerate launch (docs/tuning.md)"
+        )
+    lines, space = describe(config), build_space(config)
+    if config.do_training_af_optuna and config.test_annot is not None:
+        evaluation_split(config, config.test_annot)  # a test set that cannot be read is reported now
+    with warnings.catch_warnings(), StopSignals(saving=False), open_storage(settings.storage) as storage:
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study = open_study(config, space, storage)
+        folder = StudyFolder(config, study)
+        folder.say_start([*lines, f"watch it: optuna-dashboard {without_password(settings.storage)}"])
+        try:
+            _run_trials(config, space, study, folder)
+            _finish(config, study, folder)
+        except KeyboardInterrupt:
+            folder.write()
+            folder.say("Interrupted. The same command continues; an interrupted trial begins again.")
+            raise
+        except UserError:
+            raise
+        except Exception as error:  # Optuna ends in various errors when its storage fails
+            try:
+                is_there = study.study_name in optuna.get_all_study_names(storage)
+            except Exception as broken:
+                raise storage_error(settings.storage, broken) from error
+            if isinstance(error, StorageInternalError | SQLAlchemyError):
+                raise storage_error(settings.storage, error) from error
+            if is_there:
+                raise
+            raise UserError(
+                f"optuna_cfg.storage: the study {study.study_name} was deleted or renamed while this command used it; "
+                "run the command again to start a new one"
+            ) from error
+
+
+def _run_trials(config: Config, space: Space, study: optuna.Study, folder: StudyFolder) -> None:
+    assert config.optuna_cfg is not None
+    n_trials, storage = config.optuna_cfg.n_trials, config.optuna_cfg.storage
+    if config.optuna_cfg.sampler.name == "GridSampler":
+        n_trials = min(n_trials, _grid_size(space))
+    training = TunedTraining(config, space, folder, n_trials)
+    dead = DeadTrials(study, 0.0 if storage.startswith("sqlite") else SILENCE_S)
+    began, ended, failures, waiting = time.monotonic(), 0, list[str](), False
+    while True:
+        dead.retry()
+        begun = points(study.get_trials(deepcopy=False))
+        left = n_trials - sum(trial.state.is_finished() for trial in begun)
+        if left <= 0:
+            return
+        if len(begun) >= n_trials and not any(trial.state == TrialState.WAITING for trial in begun):
+            if not waiting:
+                folder.say("waiting for the trials of other processes")
+            waiting = True
+            time.sleep(WAIT_S)
+            continue
+        trial = _run_trial(study, training, folder)
+        folder.write()
+        if trial is None or SURPLUS in trial.user_attrs:
+            continue
+        ended += 1
+        minutes = max(1, round((time.monotonic() - began) / ended * (left - 1) / 60))
+        folder.say_end(trial.number, f"{left - 1} to go, about {minutes} min" if left > 1 else "")
+        failures = [*failures, trial.user_attrs["reason"]] if trial.state == TrialState.FAIL else []
+        if len(failures) == FAILURES:
+            raise UserError(f"{FAILURES} trials in a row failed:\n  " + "\n  ".join(failures))
+
+
+def _run_trial(study: optuna.Study, training: TunedTraining, folder: StudyFolder) -> FrozenTrial | None:
+    """Run one trial and return it, or None if another process ended it."""
+    training.number = None
+    try:
+        study.optimize(training, n_trials=1, catch=(TrialFailed,))
+    except KeyboardInterrupt:
+        if training.number is not None:
+            stopped = study.trials[training.number]
+            if stopped.state == TrialState.FAIL and not {"reason", SURPLUS} & stopped.user_attrs.keys():
+                retry(study, stopped.number)
+        raise
+    except ValueError:  # Optuna's answer to the end of a trial that had ended before
+        if not training.taken_over:
+            raise
+        folder.say(f"  trial {training.number} was taken for dead, and another process ended it")
+        return None
+    finally:
+        release_memory()  # only here no exception holds the model of the trial any more
+    assert training.number is not None
+    return study.trials[training.number]
+
+
+def release_memory() -> None:
+    """Free the memory of a trial, so that the next model is not built beside the last one."""
+    gc.collect()
+    clear_device_cache()
+
+
+class TrialFailed(Exception):
+    """The trial failed for the reason in the message, or is one too many. The study goes on."""
+
+
+class TunedTraining:
+    """The objective function for study.optimize: one training, whose best validation metric is the value.
+
+    A trial that fails, is pruned or is refused has the reason in its user attribute `reason`.
+    """
+
+    def __init__(self, config: Config, space: Space, folder: StudyFolder, n_trials: int) -> None:
+        # Test data are not read, and nothing is left that only a single run needs.
+        single = {"test_annot": None, "save_last": False, "save_similarity": None, "tensorboard_dir": None}
+        self.config = config.model_copy(update=single)
+        self.space, self.folder, self.n_trials = space, folder, n_trials
+        self.number: int | None = None  # of the trial that began last
+        self.taken_over = False  # whether another process took this one for dead and ended that trial
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        self.number, self.taken_over = trial.number, False
+        here = place(trial.study.get_trials(deepcopy=False), trial.number)
+        if here >= self.n_trials:
+            trial.set_user_attr(SURPLUS, True)
+            raise TrialFailed("another process began the last trial at the same time")
+        started = time.monotonic()
+        try:
+            with heartbeat(trial):
+                values = suggest(trial, self.space)
+                self.folder.say_begin(trial.number, here + 1, self.n_trials, values)
+                try:
+                    return self._train(trial, values)
+                finally:
+                    trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+        except UpdateFinishedTrialError:
+            self.taken_over = True
+            raise
+
+    def _train(self, trial: optuna.Trial, values: Mapping[str, Any]) -> float:
+        try:
+            config = with_values(self.config, values)
+        except ImpossibleValues as error:
+            trial.set_user_attr("reason", f"refused: {error}")
+            raise optuna.TrialPruned from None
+
+        def report(epoch: int, figures: Figures) -> None:
+            current = self._value(figures)
+            trial.report(current, epoch)
+            if trial.should_prune():
+                trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {current:.1f}")
+                raise optuna.TrialPruned
+
+        with Path(os.devnull).open("w", encoding="utf-8") as silent:
+            run = RunFolder(config, stream=silent, trial=self.folder.of_trial(trial.number))
+            try:
+                result = run_trial(config, run, report)
+            except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
+                raise
+            except Exception as error:
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                trial.set_user_attr("reason", reason)
+                if run.path is not None:
+                    run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
+                raise TrialFailed(reason) from error
+            finally:
+                _record_cost(trial, run)
+        trial.set_user_attr("best_epoch", result.best_epoch)
+        found, best = self._value(result.best), best_trial(trial.study)
+        if run.path is not None and (best is None or rank(trial.study, found) < rank(trial.study, best.value)):
+            result.save(run.path / "best.safetensors")
+        return found
+
+    def _value(self, figures: Figures) -> float:
+        return value(figures.as_dict(), self.config.searched_figure)
+
+
+def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
+    """Record the folder, how much learned, and the peak memory (on a CPU that of the process until now)."""
+    if run.path is not None:
+        trial.set_user_attr("folder", str(run.path))
+    for event in run.events:
+        if event["event"] == "parameters":
+            parts = [part for part in event.values() if isinstance(part, dict)]
+            trial.set_user_attr("trainable_parameters", sum(part.get("trainable", 0) for part in parts))
+    if memory := [event["memory_mib"] for event in run.events if event["event"] == "train"]:
+        trial.set_user_attr("peak_memory_mib", round(max(memory)))
+
+
+def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
+    folder.write()
+    if folder.path is not None:
+        try:
+            draw(study, folder.path, config.searched_figure)
+        except OSError as error:
+            folder.say(f"WARNING: no pictures: {error}")
+    for line in folder.summary():
+        folder.say(line)
+    if not config.do_training_af_optuna:
+        return
+    best = best_trial(study)
+    if best is None:
+        raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
+    with ExitStack() as stack:
+        if folder.path is not None:
+            lock = FolderLock(folder.path)
+            try:
+                lock.take()
+            except UserError as error:  # several processes reach the end of a study together
+                folder.say(f"another process trains the final run: {error}")
+                return
+            stack.callback(lock.release)
+        _train_best(config, study, best, folder)
+
+
+def _train_best(config: Config, study: optuna.Study, best: FrozenTrial, folder: StudyFolder) -> None:
+    """Train with the values of the best trial, unless that was done before; continue a run that was interrupted."""
+    known = study.user_attrs.get(FINAL_RUN, {})
+    earlier = Path(known["folder"]) if known.get("trial") == best.number and known.get("folder") else None
+    folder.say(f"final run with the values of trial {best.number}" + (f": {earlier}" if earlier else ""))
+    if earlier is not None and (earlier / "metrics.json").is_file():
+        return
+
+    def opened(run: Path) -> None:
+        study.set_user_attr(FINAL_RUN, {"trial": best.number, "folder": str(run)})
+        about = {"study": study.study_name, "folder": str(folder.path), "trial": best.number}
+        write_durably(run / "study.json", (json.dumps(about, indent=2) + "\n").encode())
+
+    if earlier is not None and (earlier / "config.json").is_file():
+        result = fit(continued_config(load_config(None, {"resume": str(earlier)})), folder=earlier)
+    else:
+        result = fit(with_values(config, best.params), opened=opened)
+    found = {"folder": result.folder and str(result.folder), result.evaluated_on: result.final.as_dict()}
+    study.set_user_attr(FINAL_RUN, {"trial": best.number, **found})
+
+
+def _in_words(tuned: TunedSetting) -> str:
+    if tuned.range is None:
+        return "one of " + ", ".join(map(show, tuned.choices or ()))
+    step = f", step {tuned.step:g}" if tuned.step else ""
+    return f"{tuned.range[0]:g} to {tuned.range[1]:g}" + (", logarithmic" if tuned.log else step)
+
+
+def _grid_size(space: Space) -> int:
+    return prod(len(values) for values in grid(space).values())

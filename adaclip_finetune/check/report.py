@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from adaclip_finetune.printable import printable
@@ -53,7 +53,7 @@ def worst(findings: Sequence[Finding]) -> Severity:
 def as_json(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding]) -> dict[str, Any]:
     """Return everything as one JSON object. `paths` maps a split to its file; `trains` names the training splits."""
     splits = {name: {"path": path, "trains": name in trains} for name, path in paths.items()}
-    return {"verdict": worst(findings), "splits": splits, "findings": [asdict(finding) for finding in findings]}
+    return {"verdict": worst(findings), "splits": splits, "findings": [vars(finding) for finding in findings]}
 
 
 def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding], encoding: str) -> str:

@@ -7,11 +7,9 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from adaclip_finetune.check.data import CheckedSplit
@@ -23,6 +21,7 @@ from adaclip_finetune.data.queries import TrainEntry, evaluation_queries, train_
 from adaclip_finetune.training.device import describe_device, peak_memory_mib, total_memory_gib
 from adaclip_finetune.training.memory import (
     StepCost,
+    attempt,
     explain_out_of_memory,
     explain_out_of_memory_in_evaluation,
     try_steps,
@@ -34,17 +33,6 @@ _READING_SECONDS = 8.0
 _READ_VIDEOS = 48  # but at least three for each reading process
 _READ_AHEAD = 2  # batches that each reading process has ready (torch's default), beside the one that it reads
 _SHARED_MEMORY = Path("/dev/shm")
-
-
-class RunTimes(NamedTuple):
-    """Seconds of a training batch (its two parts and as a whole), an epoch, its validation, and all epochs."""
-
-    computing_a_batch: float
-    reading_a_batch: float
-    batch: float
-    epoch: float
-    validation: float
-    run: float
 
 
 def check_cost(session: Session, splits: Sequence[CheckedSplit], folder: Path | None) -> Iterator[Finding]:
@@ -79,10 +67,11 @@ def check_cost(session: Session, splits: Sequence[CheckedSplit], folder: Path | 
     reading = _reading_seconds(session, splits[0])
     compute = step.seconds * size / step.videos + step.update_seconds
     batch = _at_once(reading * size, compute, session)
-    epoch = batch * entries / size
-    validation = len(splits[1].videos) * _at_once(reading, evaluation_seconds, session)
-    run = config.num_epochs * (epoch + validation)
-    yield _time(session, step.videos, size, RunTimes(compute, reading * size, batch, epoch, validation, run))
+    seconds = {"computing_a_batch": compute, "reading_a_batch": reading * size, "batch": batch}
+    seconds["epoch"] = batch * entries / size
+    seconds["validation"] = len(splits[1].videos) * _at_once(reading, evaluation_seconds, session)
+    seconds["run"] = config.num_epochs * (seconds["epoch"] + seconds["validation"])
+    yield _time(session, step.videos, size, seconds)
 
 
 # ---- trying it out ----
@@ -114,38 +103,34 @@ def _try_evaluation(session: Session, split: CheckedSplit) -> tuple[float, int] 
 
     A CPU tries two videos.
     """
-    device, batch = session.device, _gallery_batch(session, split)
-    tried, widest = min(2, batch) if device.type == "cpu" else batch, 0
+    config, model, device = session.config, session.model.eval(), session.device
+    batch, widest = _gallery_batch(session, split), 0
+    tried = min(2, batch) if device.type == "cpu" else batch
 
     def note(_: nn.Module, given: tuple[object, ...], made: object) -> None:
         nonlocal widest
         widest = max(widest, _bytes(tensor for tensor in (*given, made) if isinstance(tensor, Tensor)))
 
-    hooks = [module.register_forward_hook(note) for module in session.model.modules()]
-    refused = None
-    try:
-        session.model.eval()
-        with torch.no_grad(), session.autocast():
-            videos = blank_videos(session.config.num_frm, session.model.views(), tried).to(device)
-            started = time.monotonic()
-            session.model.encode_video(videos)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            seconds = (time.monotonic() - started) / tried
-    except (RuntimeError, ValueError, MemoryError) as error:
-        refused = explain_out_of_memory_in_evaluation(error, session.config, device)
-        if refused is None:
-            raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if refused:  # only outside of `except` are the tensors of the failed batch free
-        clear_device_cache(garbage_collection=True)
-        return str(refused)
+    @torch.no_grad()
+    def evaluate() -> float:
+        videos = blank_videos(config.num_frm, model.views(), tried).to(device)
+        started = time.monotonic()
+        with session.autocast():
+            model.encode_video(videos)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return (time.monotonic() - started) / tried
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    seconds = attempt(evaluate)
+    for hook in hooks:
+        hook.remove()
+    if isinstance(seconds, str):
+        return str(explain_out_of_memory_in_evaluation(MemoryError(seconds), config, device))
     if device.type != "cpu":
         return seconds, int(peak_memory_mib(device) * 2**20)
     # The zero-shot baseline is a CLIP of its own if the model comes from a checkpoint.
-    baseline = _bytes(session.loaded.module.state_dict().values()) if session.config.resume else 0
+    baseline = _bytes(session.loaded.module.state_dict().values()) if config.resume else 0
     return seconds, psutil.Process().memory_info().rss + baseline + widest * batch // tried
 
 
@@ -186,25 +171,23 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _time(session: Session, tried: int, size: int, times: RunTimes) -> Finding:
-    workers, processors = session.config.num_workers, _processors()
-    batch, compute, read, epoch, validation, run = map(
-        _duration,
-        (times.batch, times.computing_a_batch, times.reading_a_batch, times.epoch, times.validation, times.run),
-    )
+def _time(session: Session, tried: int, size: int, seconds: dict[str, float]) -> Finding:
+    config, workers, processors = session.config, session.config.num_workers, _processors()
+    told = {name: _duration(count) for name, count in seconds.items()}
     measured = "" if tried == size else f", extrapolated from {tried}"
     message = (
-        f"time, estimated on {describe_device(session.device)}: {batch} a batch of {plural(size, 'video')}{measured} "
-        f"(computing {compute}, reading {read} with num_workers {workers}), {epoch} an epoch and {validation} its "
-        f"validation; {plural(session.config.num_epochs, 'epoch')}: {run}"
+        f"time, estimated on {describe_device(session.device)}: {told['batch']} a batch of {plural(size, 'video')}"
+        f"{measured} (computing {told['computing_a_batch']}, reading {told['reading_a_batch']} with num_workers "
+        f"{workers}), {told['epoch']} an epoch and {told['validation']} its validation; "
+        f"{plural(config.num_epochs, 'epoch')}: {told['run']}"
     )
     advice = ""
-    if times.reading_a_batch > times.computing_a_batch:
+    if seconds["reading_a_batch"] > seconds["computing_a_batch"]:
         message += ". Reading is the bottleneck"
         more = f"raise num_workers ({processors} processors here), or " if workers < processors else ""
         frame_size = session.loaded.image.size
         advice = f"{more}extract the frames, no larger than needed (adaclip extract --frame_size {frame_size})"
-    items = {"batch_size": size, "tried": tried, **times._asdict(), "threads": torch.get_num_threads()}
+    items = {"batch_size": size, "tried": tried, **seconds, "threads": torch.get_num_threads()}
     return Finding("fine", "time", "run", message, items, advice)
 
 

@@ -44,9 +44,8 @@ ANY_VIEW = Views(ImageSpec(32, (0.0,) * 3, (1.0,) * 3))
 class CheckedSplit:
     """An annotation file, and what the check finds out about its videos.
 
-    `trains` tells whether the run learns from it, `selects_and_tests` whether it is both val_annot and test_annot.
-    `refused` says why entries are refused; `videos` are the others. `opened` are the videos that a run begins with,
-    `good` those of them in which --deep found nothing wrong either.
+    `trains` tells whether the run learns from it. `refused` says why entries are refused; `videos` are the others.
+    `opened` are the videos that a run begins with, `good` those of them in which --deep found nothing wrong either.
     """
 
     name: str
@@ -55,7 +54,6 @@ class CheckedSplit:
     videos: list[VideoAnnotation]
     refused: list[str]
     store: FrameStore
-    selects_and_tests: bool = False
     opened: list[str] = field(default_factory=list)
     good: list[str] = field(default_factory=list)
 
@@ -75,36 +73,29 @@ class CheckedSplit:
 
 
 def splits_of_config(config: Config) -> list[CheckedSplit]:
-    """Return the splits that a run reads: train, val and test, or "val, test" if these two are one file."""
+    """Return the splits that a run reads."""
     named = {"train": config.train_annot, "val": config.val_annot, "test": config.test_annot}
-    val, test = config.val_annot, config.test_annot
-    both = not config.do_inference and bool(val and test and Path(val).resolve() == Path(test).resolve())
     if config.do_inference:
-        named = {"test": test}
-    elif both:
-        named = {"train": config.train_annot, "val, test": test}
-    splits = [_read(name, path, name == "train", config) for name, path in named.items() if path is not None]
-    splits[-1].selects_and_tests = both
-    return splits
+        named = {"test": config.test_annot}
+    return [_read(name, path, name == "train", config) for name, path in named.items() if path is not None]
 
 
 def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
-    """Return annotation files as splits named like the files, with the folder's name if that is needed.
+    """Return annotation files as splits named like the files, with their folders if needed to tell them apart.
 
     A file with the word "train" in this name counts as training data. Raise UserError for a file that is not there or
     is given twice.
     """
     if absent := [path for path in paths if not Path(path).is_file()]:
         raise UserError(f"--annot {absent[0]}: no such file in {Path.cwd()}")
-    if len({Path(path).resolve() for path in paths}) < len(paths):
+    places = [Path(path).resolve() for path in paths]
+    if len(set(places)) < len(places):
         raise UserError(f"--annot: a file is given twice: {', '.join(paths)}")
-    names = [Path(path).stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{Path(path).absolute().parent.name}/{name}" for name, path in zip(names, paths, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError("--annot: two files have the same name in folders of the same name; rename one")
-    words = [set(re.findall("[a-z]+", name.lower())) for name in names]  # `restrained` is not training data
-    trains = [bool(of_name & {"train", "training", "trainval"}) for of_name in words]
+    stems = [place.stem for place in places]
+    in_folders = [f"{place.parent.name}/{place.stem}" for place in places]
+    names = next(names for names in (stems, in_folders, paths) if len(set(names)) == len(paths))
+    # Whole words: `restrained` is not training data.
+    trains = [bool({"train", "training", "trainval"} & set(re.findall("[a-z]+", name.lower()))) for name in names]
     return [_read(*facts, config) for facts in zip(names, paths, trains, strict=True)]
 
 
@@ -302,12 +293,9 @@ def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config
     message = f"max_txt_len {limit} cuts {len(cut)} of {len(texts)} captions ({len(cut) / len(texts):.1%}){joined}"
     most = clip.context_length
     enough = limit + bisect_left(range(limit, most), True, key=lambda length: not clip.count_cut(cut, length))
+    advice = f"max_txt_len {enough} cuts {clip.count_cut(cut, enough) or 'none'} of them"
     if limit == most:
         advice = f"the text tower takes no more than {most} tokens: shorten the captions"
-    elif enough == most and (left := clip.count_cut(cut, most)):
-        advice = f"max_txt_len {most}, the most that the text tower takes, cuts {left} of them"
-    else:
-        advice = f"max_txt_len {enough} cuts none of them"
     return Finding("warning", "long_captions", split.name, message, items, advice)
 
 
@@ -316,25 +304,21 @@ def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config
 
 def check_overlap(splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
     """Yield what splits share that they should not, which makes figures look better than they are."""
-    found = [_same_data(split.name) for split in splits if split.selects_and_tests]
+    found: list[Finding] = []
     for one, other in itertools.combinations([split for split in splits if split.videos], 2):
-        where = f"{one.name}, {other.name}"
-        if one.videos == other.videos and not (one.trains or other.trains):
-            found.append(_same_data(where))
-        else:
-            found += _shared(one, other, where)
+        found += _shared(one, other, f"{one.name}, {other.name}")
     if not found and len(splits) > 1:
         message = "no video, source video (group) or caption is shared"
         found = [Finding("fine", "overlap", ", ".join(split.name for split in splits), message)]
     yield from found
 
 
-def _same_data(where: str) -> Finding:
-    message = "the same data: the epoch is chosen on what it is then judged by, and every figure says so"
-    return Finding("warning", "same_data", where, message, advice="give another val_annot, of videos not in test_annot")
-
-
 def _shared(one: CheckedSplit, other: CheckedSplit, where: str) -> Iterator[Finding]:
+    if one.videos == other.videos and not (one.trains or other.trains):
+        message = "the same data: the epoch is chosen on what it is then judged by, and every figure says so"
+        advice = "give another val_annot, of videos not in test_annot"
+        yield Finding("warning", "same_data", where, message, advice=advice)
+        return
     advice = f"take them out of {one.path if one.trains else other.path}"
     there = {video.video_id for video in other.videos}
     videos = {video.video_id: "" for video in one.videos if video.video_id in there}

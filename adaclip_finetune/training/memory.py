@@ -175,17 +175,22 @@ def try_steps(
     The learning rate is 0, so the weights stay as they are; gradients are None afterwards. If a step does not fit into
     memory, return the message of that error.
     """
+    cost = attempt(lambda: _two_steps(config, objective, tokenize, accelerator, size))
+    objective.zero_grad()
+    return cost
+
+
+def attempt(call: Callable[[], R]) -> R | str:
+    """Return what `call` returns or, if it runs out of memory, the error's message."""
     try:
-        return _two_steps(config, objective, tokenize, accelerator, size)
+        return call()
     except (RuntimeError, ValueError, MemoryError) as error:
+        if explained := explain_nondeterminism(error):
+            raise explained from error
         if not is_out_of_memory(error):
-            if explained := explain_nondeterminism(error):
-                raise explained from error
             raise
         reason = str(error) or "out of memory"
-    # The tensors of the failed step are freed only outside `except`.
-    objective.zero_grad()
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache(garbage_collection=True)  # only outside `except` are the tensors of the failed call free
     return reason
 
 

@@ -12,7 +12,7 @@ from checking import checked, finding, kinds, write_annotation, write_damaged_fr
 from media import write_frames, write_video
 
 from adaclip_finetune.check import data
-from adaclip_finetune.check.data import CheckedSplit, check_overlap, check_videos, splits_of_config, splits_of_files
+from adaclip_finetune.check.data import CheckedSplit, check_videos, splits_of_files
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
@@ -322,14 +322,6 @@ def test_the_same_data_twice(sound: str, tmp_path: Path, capsys: Captured) -> No
     assert kinds(found, "warning") == {("same_data", "val, test")}
     _, found = checked(capsys, *words(sound, *paths[1:]))
     assert kinds(found, "warning") == {("shared_videos", "test, train")}
-
-
-def test_one_file_for_validation_and_test(sound: str, tmp_path: Path) -> None:
-    paths = [write_annotation(tmp_path / f"{split}.json", {split: [split]}) for split in ("train", "held")]
-    given = {"train_annot": paths[0], "val_annot": paths[1], "test_annot": str(tmp_path / "." / "held.json")}
-    splits = splits_of_config(load_config(None, given | {"frames_dir": sound}))
-    assert [(split.name, split.trains) for split in splits] == [("train", True), ("val, test", False)]
-    assert {one.check: one.severity for one in check_overlap(splits)} == {"same_data": "warning"}
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(sound: str, tmp_path: Path, capsys: Captured) -> None:

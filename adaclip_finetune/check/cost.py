@@ -40,29 +40,35 @@ def check_cost(session: Session, splits: Sequence[CheckedSplit], folder: Path | 
 
     `folder` is that of a run that is resumed.
     """
-    config = session.config
+    config, size, entries = session.config, 0, 0
+    loaders = [(_gallery_batch(session, split), len(split.videos)) for split in splits if not split.trains]
+    if not config.do_inference:
+        good = set(splits[0].good)
+        videos = [video for video in splits[0].videos if video.video_id in good]
+        entries = len(train_entries(videos, config.concat_captions))
+        phases = session.method.phases(config.num_epochs, config.batch_size)
+        size = min(entries, max(phase.batch_size for phase in phases))
+        loaders.append((size, entries))
     yield from _disk(session, splits[-1], folder)
+    # If the videos alone do not fit, nothing is tried: Linux would end this process.
+    if failing := [finding for finding in _memory(session, 0, loaders) if finding.severity == "fails"]:
+        yield from failing
+        return
     evaluation = _try_evaluation(session, splits[-1])
     if isinstance(evaluation, str):
         yield Finding("fails", "gpu_memory", "run", evaluation)
         return
     evaluation_seconds, peak = evaluation
-    loaders = [(_gallery_batch(session, split), len(split.videos)) for split in splits if not split.trains]
     if config.do_inference:
         yield from _memory(session, peak, loaders)
         return
-    good = set(splits[0].good)
-    videos = [video for video in splits[0].videos if video.video_id in good]
-    entries = len(train_entries(videos, config.concat_captions))
-    phases = session.method.phases(config.num_epochs, config.batch_size)
-    size = min(entries, max(phase.batch_size for phase in phases))
     step = _try_training(session, size)
     if isinstance(step, str):
         severity: Severity = "warning" if config.auto_batch_size else "fails"
         yield Finding(severity, "gpu_memory", "run", step)
         return
     peak = max(peak, step.peak_bytes + step.kept_bytes * (size - step.videos) // step.videos)
-    yield from _memory(session, peak, [(size, entries), *loaders])
+    yield from _memory(session, peak, loaders)
 
     reading = _reading_seconds(session, splits[0])
     compute = step.seconds * size / step.videos + step.update_seconds
@@ -204,12 +210,11 @@ def _memory(session: Session, peak: int, loaders: Iterable[tuple[int, int]]) -> 
     """Hold memory against what is free. `loaders` gives the batch size and the number of videos of each loader."""
     config, device = session.config, session.device
     size = "val_batch_size" if config.do_inference else "batch_size"
-    one = blank_videos(config.num_frm, session.model.views(), 1)
-    video = one.frames.nbytes + (0 if one.policy_frames is None else one.policy_frames.nbytes)
+    video = config.num_frm * sum(view.channels * view.size**2 for view in session.model.views() if view)  # a byte each
     batches = config.num_workers * (_READ_AHEAD + 1) + 2  # the one that is computed, and the one copied ahead
     ahead = video * max(min(batches * batch, videos) for batch, videos in loaders)
     held = psutil.Process().memory_info().rss
-    process = peak if device.type == "cpu" else held
+    process = max(peak, held) if device.type == "cpu" else held
     free = psutil.virtual_memory().available + held
     message = f"memory: about {_size(process + ahead)}, {_size(ahead)} of it for batches read ahead; {_size(free)} free"
     items = {"process": process, "batches read ahead": ahead, "free": free}

@@ -293,8 +293,9 @@ def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config
     message = f"max_txt_len {limit} cuts {len(cut)} of {len(texts)} captions ({len(cut) / len(texts):.1%}){joined}"
     most = clip.context_length
     enough = limit + bisect_left(range(limit, most), True, key=lambda length: not clip.count_cut(cut, length))
-    advice = f"max_txt_len {enough} cuts {clip.count_cut(cut, enough) or 'none'} of them"
-    if limit == most:
+    left = clip.count_cut(cut, enough)
+    advice = f"max_txt_len {enough} cuts {left or 'none'} of them"
+    if left == len(cut):
         advice = f"the text tower takes no more than {most} tokens: shorten the captions"
     return Finding("warning", "long_captions", split.name, message, items, advice)
 

@@ -303,14 +303,15 @@ def _changes(config: Config, device: torch.device, batch_size: int, k: int, enco
 
 
 def _above_default(settings: Settings, prefix: str = "") -> Iterator[tuple[float, str]]:
-    """Yield how many times its default each size is, and the setting in words, for sizes above their defaults."""
+    """Yield how many times its default each size is, and the setting in words, for sizes of
+    four times their defaults or more."""
     for name, field in type(settings).model_fields.items():
-        value, facts = getattr(settings, name), field.json_schema_extra
+        value, usual, facts = getattr(settings, name), field.default, field.json_schema_extra
         unit = facts.get("unit") if isinstance(facts, dict) else None
         if isinstance(value, Settings):
             yield from _above_default(value, f"{prefix}{name}.")
-        elif type(value) is int and type(field.default) is int and value > field.default and unit not in _NO_SIZES:
-            yield value / max(field.default, 1), f"{prefix}{name} {value} (default {field.default})"
+        elif type(value) is type(usual) is int and unit not in _NO_SIZES and value >= 4 * max(usual, 1):
+            yield value / max(usual, 1), f"{prefix}{name} {value} (default {usual})"
 
 
 def _reason(error: BaseException) -> str:

@@ -113,6 +113,12 @@ def test_a_folder_without_permission(
     assert checked(capsys, "--config", path, "--no_output")[0] == 0
 
 
+def test_videos_that_do_not_fit_are_not_tried(project: Project, tmp_path: Path, capsys: Captured) -> None:
+    code, found = checked(capsys, "--config", config_file(tmp_path, project, num_frm=10**7))
+    assert code == 1 and ("memory", "run") in kinds(found, "fails") and ("time", "run") not in kinds(found, "fine")
+    assert "GiB" in finding(found, "memory", "run").message and "num_frm" in finding(found, "memory", "run").advice
+
+
 @pytest.mark.parametrize(("do_inference", "setting"), [(True, "val_batch_size"), (False, "batch_size")])
 def test_too_little_memory(
     project: Project,

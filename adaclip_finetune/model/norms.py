@@ -40,10 +40,11 @@ def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 class _Split(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         return (
-            norm_plus_bias(self, input) if input.is_cuda and self._loses_a_gradient(input) else super().forward(input)
+            norm_plus_bias(self, input) if input.is_cuda and self.loses_a_gradient(input) else super().forward(input)
         )
 
-    def _loses_a_gradient(self, x: Tensor) -> bool:
+    def loses_a_gradient(self, x: Tensor) -> bool:
+        """Return whether PyTorch's fused backward pass would lose a gradient for this input on CUDA."""
         if self.weight is None or self.bias is None or not torch.is_grad_enabled():
             return False
         rows = x.numel() // math.prod(self.normalized_shape)

@@ -259,23 +259,3 @@ def test_pretrained_values_are_kept_as_copies_on_the_cpu(tiny_clip):
 def test_nothing_to_select_from_is_said(tiny_clip):
     with pytest.raises(UserError, match="nothing to select from"):
         prepare(tiny_clip, freeze_layer_num=2, keep_module_keywords=("ln_", "proj", "logit_scale"))
-
-
-def test_fault_ibs_through_temporary_pickles(tiny_clip, tmp_path, monkeypatch):
-    """Values before and after are compared in memory: no file is written or read, least of all a pickle."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError("IBS touched a file")
-
-    for module, name in (
-        (torch, "save"),
-        (torch, "load"),
-        (__import__("pickle"), "dump"),
-        (__import__("pickle"), "load"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
-    monkeypatch.chdir(tmp_path)
-    _, method = prepare(tiny_clip)
-    move(tiny_clip)
-    assert method.on_epoch_start(1)
-    assert list(tmp_path.iterdir()) == []

@@ -62,9 +62,9 @@ def test_it_is_done_where_the_gradient_would_be_lost() -> None:
     split_frozen_norms(holder)
     norm: Any = holder[0]
     many, few = torch.empty(65_536, 8), torch.empty(65_535, 8)
-    assert norm._loses_a_gradient(many) and norm._loses_a_gradient(many.view(256, 256, 8))
-    assert not norm._loses_a_gradient(few)
+    assert norm.loses_a_gradient(many) and norm.loses_a_gradient(many.view(256, 256, 8))
+    assert not norm.loses_a_gradient(few)
     with torch.no_grad():
-        assert not norm._loses_a_gradient(many)
+        assert not norm.loses_a_gradient(many)
     norm.weight.requires_grad_(True)
-    assert not norm._loses_a_gradient(many)
+    assert not norm.loses_a_gradient(many)

@@ -39,9 +39,7 @@ def norm_plus_bias(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 class _Split(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return (
-            norm_plus_bias(self, input) if input.is_cuda and self.loses_a_gradient(input) else super().forward(input)
-        )
+        return norm_plus_bias(self, input) if input.is_cuda and self.loses_a_gradient(input) else super().forward(input)
 
     def loses_a_gradient(self, x: Tensor) -> bool:
         """Return whether PyTorch's fused backward pass would lose a gradient for this input on CUDA."""

@@ -218,14 +218,20 @@ def _two_steps(
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     batch, pairs = blank_batch(config, objective.retriever, tokenize, size)
     held.append(batch.to(device).videos.frames)  # the next batch, copied ahead
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself would refer to its own graph, which is then never freed
+
     # Gradients of an earlier batch are there while a later one is computed.
     batches = min(config.gradient_accumulation_steps, 2)
     objective.train()
     for _ in range(2):  # the first step allocates what the second finds
         started = _now(device)
         for _ in range(batches):
-            kept: dict[int, int] = {}
-            hooks = saved_tensors_hooks(_noted_in(kept), _same) if device.type == "cpu" else nullcontext()
+            kept.clear()
+            hooks = saved_tensors_hooks(note, lambda tensor: tensor) if device.type == "cpu" else nullcontext()
             with accelerator.autocast(), hooks:
                 terms = list(objective(batch.to(device), pairs).values())
             sum(terms[1:], terms[0]).backward()
@@ -242,18 +248,6 @@ def _two_steps(
     on_cpu = psutil.Process().memory_info().rss + gradients + kept_bytes
     peak = on_cpu if device.type == "cpu" else int(peak_memory_mib(device) * 2**20)
     return StepCost(size, (computed - started) / batches, updated - computed, kept_bytes, peak)
-
-
-def _noted_in(kept: dict[int, int]) -> Callable[[Tensor], Tensor]:
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself would refer to its own graph, which is then never freed
-
-    return note
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _now(device: torch.device) -> float:

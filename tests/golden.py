@@ -1,4 +1,4 @@
-"""Loads what the published system gave for small random models: `golden/`, whose README says what is there."""
+"""Load outputs of the published system for small random models, from `golden/`; its README describes them."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ VOCABULARY = 49408
 
 
 def load_golden(name: str) -> Any:
-    """Give what `name`.json holds, with the arrays of `name`.npz (or `name`.1.npz and `name`.2.npz) as tensors in it.
+    """Return the content of `name`.json, with the arrays of `name`.npz (or `name`.1.npz and `name`.2.npz) as tensors.
 
-    The name of an array is the path to its place: "3/actions" is `actions` of the fourth case.
+    The name of an array is its path in the content: "3/actions" is `actions` of the fourth case.
     """
     path = FOLDER / f"{name}.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -33,7 +33,7 @@ def load_golden(name: str) -> Any:
 
 
 def load_golden_clip() -> dict[str, Tensor]:
-    """Give CLIP's part of a published state dict; the tokens that no golden text has are zero in its embedding."""
+    """Return CLIP's part of a published state dict. Embeddings of tokens that no golden text has are zero."""
     state = load_golden("clip")
     ids, rows = state.pop("token_ids"), state.pop("token_rows")
     table = torch.zeros(VOCABULARY, rows.shape[1])

@@ -1,108 +1,115 @@
-"""A check in words for people, and as one JSON object for programs."""
+"""Findings: what a check found, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from adaclip_finetune.check.finding import SEVERITIES, Finding, worst
-from adaclip_finetune.check.source import Split
 from adaclip_finetune.printable import printable
 
+Severity = Literal["fails", "warning", "fine"]
+VERDICTS: dict[Severity, str] = {
+    "fails": "As things stand, a run would fail.",
+    "warning": "A run would go through, but look at the warnings.",
+    "fine": "Nothing stands against a run.",
+}
+"""The severities, the worst first, and the verdict if a severity is the worst one found."""
+
 _EXAMPLES = 2
-_LETTERS = 120  # of an example
-_PLAIN = str.maketrans({"·": "-", "→": "->", "…": "...", "“": '"', "”": '"'})
-_FIGURES = (
-    "captions",
-    "disk",
-    "memory",
-    "shared_memory",
-    "gpu_memory",
-    "time",
-)  # whose items are numbers that the message tells
-# Paths and flags are to be copied from the screen.
-_WHOLE_WORDS: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
+_LONGEST = 120  # characters of an example
+_ASCII = str.maketrans({"·": "-", "→": "->", "…": "...", "“": '"', "”": '"'})
 
 
-def as_json(splits: Sequence[Split], findings: Sequence[Finding]) -> dict[str, Any]:
-    """All of it, nothing cut."""
-    return {
-        "verdict": worst(findings),
-        "splits": {split.name: {"path": split.path, "trains": split.trains} for split in splits},
-        "findings": [asdict(finding) for finding in findings],
-    }
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check.
+
+    `severity` is fails (the run would stop, or an evaluation refuse), warning (the run would go on) or fine. `check` is
+    a word for programs, such as missing_videos. `split` is "train", "train, test" or, for what concerns no split,
+    "run". `items` maps each video, caption or figure concerned to details. `advice` is the way out.
+    """
+
+    severity: Severity
+    check: str
+    split: str
+    message: str
+    items: Mapping[str, Any] = field(default_factory=dict)
+    advice: str = ""
 
 
-def as_text(splits: Sequence[Split], findings: Sequence[Finding], encoding: str = "utf-8") -> str:
-    """A table, the worst first, with an example or two of each finding and what to do about it; in letters that the
-    encoding has."""
+def plural(count: int, noun: str) -> str:
+    """Return `1 video`, `2 videos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def worst(findings: Sequence[Finding]) -> Severity:
+    """Return the severity of the worst finding."""
+    return min((finding.severity for finding in findings), key=list(VERDICTS).index, default="fine")
+
+
+def as_json(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return everything as one JSON object. `paths` maps a split to its file; `trains` names the training splits."""
+    splits = {name: {"path": path, "trains": name in trains} for name, path in paths.items()}
+    return {"verdict": worst(findings), "splits": splits, "findings": [vars(finding) for finding in findings]}
+
+
+def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding], encoding: str) -> str:
+    """Return a table, the worst findings first, each with one or two examples and the way out.
+
+    Characters that `encoding` lacks are replaced.
+    """
     columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
     width = max(len(printable(name)) for name in ("run", *(finding.split for finding in findings)))
-    lines = [f"{printable(split.name):{width}}  {printable(split.path)}{_role(split)}" for split in splits] + [""]
-    for severity in SEVERITIES:
-        for finding in findings:
-            if finding.severity == severity:
-                lines += _lines(finding, width, columns)
-    counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
-    verdict = {
-        "fails": "As things stand a run would fail.",
-        "warning": "A run would go through; look at the warnings.",
-        "fine": "Nothing stands against a run.",
-    }[worst(findings)]
-    plural = "" if counts["warning"] == 1 else "s"
-    told = f"{counts['fails']} would fail, {counts['warning']} warning{plural}, {counts['fine']} fine"
-    return _spelled("\n".join([*lines, "", f"{verdict} ({told})"]), encoding)
-
-
-def _spelled(text: str, encoding: str) -> str:
+    lines = [
+        f"{printable(name):{width}}  {printable(path)}  ({'training' if name in trains else 'evaluation'})"
+        for name, path in paths.items()
+    ]
+    ordered = sorted(findings, key=lambda finding: list(VERDICTS).index(finding.severity))
+    lines += ["", *(line for finding in ordered for line in _lines(finding, width, columns)), ""]
+    counts = [sum(finding.severity == severity for finding in findings) for severity in VERDICTS]
+    told = f"{counts[0]} would fail, {plural(counts[1], 'warning')}, {counts[2]} fine"
+    text = "\n".join([*lines, f"{VERDICTS[worst(findings)]} ({told})"])
     try:
         text.encode(encoding)
-        return text
     except UnicodeEncodeError:
-        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _role(split: Split) -> str:
-    return "  (to learn from)" if split.trains else "  (to evaluate)"
+        return text.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
-    head, indent = f"{finding.severity:8} {printable(finding.split):{width}}  ", " " * (width + 11)
-    for number, line in enumerate(finding.message.split("\n")):
-        yield textwrap.fill(
-            printable(line),
-            columns,
-            initial_indent=indent if number else head,
-            subsequent_indent=indent,
-            **_WHOLE_WORDS,
-        )
-    if finding.severity != "fine":
-        for subject, detail in list(finding.items.items())[:_EXAMPLES]:
-            if finding.check not in _FIGURES:
-                yield f"{indent}· {_short(subject, detail)}"
-        if finding.check not in _FIGURES and len(finding.items) > _EXAMPLES:
-            yield f"{indent}· and {len(finding.items) - _EXAMPLES} more (--json lists all)"
+    indent = " " * (width + 11)
+    head = f"{finding.severity:8} {printable(finding.split):{width}}  "
+    for line in finding.message.split("\n"):
+        yield _filled(line, columns, head, indent)
+        head = indent
+    # Where the message holds the figures, `items` are numbers.
+    examples = [] if finding.severity == "fine" else [item for item in finding.items.items() if not _is_figure(item[1])]
+    for subject, detail in examples[:_EXAMPLES]:
+        text = printable(f"{subject}: {_in_words(detail)}" if detail else subject)
+        yield f"{indent}· {text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'}"
+    if len(examples) > _EXAMPLES:
+        yield f"{indent}· and {len(examples) - _EXAMPLES} more (--json lists all)"
     if finding.advice:
-        yield textwrap.fill(
-            printable(finding.advice),
-            columns,
-            initial_indent=f"{indent}→ ",
-            subsequent_indent=f"{indent}  ",
-            **_WHOLE_WORDS,
-        )
+        yield _filled(finding.advice, columns, f"{indent}→ ", f"{indent}  ")
 
 
-def _short(subject: str, detail: Any) -> str:
-    text = printable(f"{subject}: {_told(detail)}" if detail else subject)
-    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+def _filled(line: str, columns: int, first: str, following: str) -> str:
+    """Wrap a line, keeping paths and flags whole, so that they can be copied."""
+    wrapper = textwrap.TextWrapper(columns, first, following, break_on_hyphens=False, break_long_words=False)
+    return wrapper.fill(printable(line))
 
 
-def _told(detail: Any) -> str:
-    """Videos by name; a cut caption by its end."""
+def _is_figure(detail: Any) -> bool:
+    return isinstance(detail, int | float)
+
+
+def _in_words(detail: Any) -> str:
+    """Return a list of videos by name, a cut caption by its end."""
     if not isinstance(detail, list):
         return str(detail)
-    parts = [f"“…{one['kept'][-30:]}” loses “{one['cut']}”" if isinstance(one, dict) else str(one) for one in detail]
-    return ", ".join(parts)
+    return ", ".join(
+        f"“…{one['kept'][-30:]}” loses “{one['cut']}”" if isinstance(one, dict) else str(one) for one in detail
+    )

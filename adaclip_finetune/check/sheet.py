@@ -1,47 +1,37 @@
-"""The contact sheet: a few videos of each split, with the frames that a run would sample and the captions."""
+"""The contact sheet: a few videos of each split, with the frames that a run would sample and their captions."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
-import numpy as np
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-from adaclip_finetune.check.finding import Finding, plural
-from adaclip_finetune.check.source import Split
+from adaclip_finetune.check.data import ANY_VIEW, CheckedSplit
+from adaclip_finetune.check.report import Finding, plural
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.frame_store import FrameError, FrameStore
-from adaclip_finetune.data.sampling import frame_indices
+from adaclip_finetune.data.dataset import VideoReader
+from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.errors import UserError
 
-_PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
-HEIGHT = 90  # pixels of a thumbnail; its width follows from the video's shape
-_A_LINE = 8  # thumbnails
-_MARGIN = 12
-_LINE = 17
+HEIGHT = 90  # pixels of a thumbnail, whose width follows from the video's shape
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ACROSS = 8  # thumbnails
+_MARGIN, _LINE, _GAP = 12, 17, 4  # pixels
 _LETTERS = 120  # in a line of text
 _CAPTIONS = 6  # of a video, at most
 _VIDEOS = 4  # of a split
-_REPEATED = (230, 120, 0)
-_BLACK = (0, 0, 0)
-_GREY = (110, 110, 110)
-
-
-class _Text(NamedTuple):
-    line: str
-    colour: tuple[int, int, int] = _BLACK
+_BLACK, _GREY, _ORANGE = (0, 0, 0), (110, 110, 110), (230, 120, 0)
+_Text = tuple[str, tuple[int, int, int]]
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raises UserError where the sheet would take the place of what is no picture, or cannot be at all."""
+    """Raise UserError if the sheet cannot be written to `path`, or would replace a file that is not a PNG."""
     if path.suffix.lower() != ".png":
-        raise UserError(f"--sheet {path}: it is a PNG; give it a name that ends in .png")
+        raise UserError(f"--sheet {path}: give a name that ends in .png")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--sheet {path}: there is no folder {path.absolute().parent}")
     try:
@@ -52,109 +42,77 @@ def refuse_other_files(path: Path) -> None:
     except OSError as error:
         raise UserError(f"--sheet {path}: cannot be written ({error.strerror})") from None
     if begins and begins != _PNG:
-        raise UserError(f"--sheet {path}: this file is there, and is no PNG; give another name")
+        raise UserError(f"--sheet {path}: this file exists and is not a PNG; give another name")
 
 
-def check_sheet(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> Finding:
-    """Draw the sheet, and say what is on it. Each split comes with its store and its readable videos.
+def check_sheet(path: Path, splits: Sequence[CheckedSplit], config: Config) -> Finding:
+    """Draw the sheet and say what is on it.
 
-    The choice and the frames are the same each time: frames as evaluations take them, and training does with sampling
-    uniform.
+    Videos are chosen evenly; frames are those of an evaluation, and of training unless sampling is random.
     """
-    try:
-        count = _draw(path, splits, config)
-    except OSError as error:
-        return Finding("warning", "sheet", "run", f"{path} cannot be written ({error.strerror or error})")
-    if count:
-        return Finding("fine", "sheet", "run", f"{path} shows {plural(count, 'video')}")
-    return Finding("warning", "sheet", "run", f"{path} is not drawn: there is nothing to show")
-
-
-def _draw(path: Path, splits: Sequence[tuple[Split, FrameStore, Sequence[str]]], config: Config) -> int:
-    """Returns how many videos are on it; for none nothing is written. Raises OSError."""
-    rows = [
-        _row(split, video, store, config)
-        for split, store, readable in splits
-        for video in _chosen(split, readable, store)
-    ]
+    rows = [_row(split, video, config) for split in splits for video in _chosen(split)]
     if not rows:
-        return 0
+        return Finding("warning", "sheet", "run", f"{path} is not drawn: there is nothing to show")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    sheet.save(path, format="PNG")
-    return len(rows)
+    try:
+        sheet.save(path, format="PNG")
+    except OSError as error:
+        return Finding("warning", "sheet", "run", f"{path} cannot be written ({error.strerror or error})")
+    return Finding("fine", "sheet", "run", f"{path} shows {plural(len(rows), 'video')}")
 
 
-def _chosen(split: Split, readable: Sequence[str], store: FrameStore) -> list[VideoAnnotation]:
-    """From the whole of the list; one more where a video is short, since those are worth a look."""
-    places = range(0, len(readable), max(1, -(-len(readable) // _VIDEOS)))
-    wanted = dict.fromkeys(readable[place] for place in places)
-    if readable:
-        wanted[min(readable, key=store.count)] = None
+def _chosen(split: CheckedSplit) -> list[VideoAnnotation]:
+    """Return videos from the whole of the list, and the shortest one."""
+    wanted = set(split.good[:: max(1, -(-len(split.good) // _VIDEOS))])
+    if split.good:
+        wanted.add(min(split.good, key=split.store.count))
     return [video for video in split.videos if video.video_id in wanted]
 
 
-def _row(split: Split, video: VideoAnnotation, store: FrameStore, config: Config) -> Image.Image:
-    count = store.count(video.video_id)
-    indices = frame_indices(count, config.num_frm, segment=config.segment_sampling, subset=config.num_frm_subset)
-    texts = [_Text(f"{split.name}   {_on_one_line(video.video_id)}   {count} frames", _GREY), *_captions(video)]
-    try:
-        pixels = store.read(video.video_id, indices.tolist())
-    except FrameError as error:
-        return _drawn([*texts, _Text(_on_one_line(f"cannot be read: {error.reason}"), _REPEATED)], [], [])
-    height, width = pixels.shape[1:3]
-    size = (max(1, round(width * HEIGHT / height)), HEIGHT)
-    thumbnails = [Image.fromarray(np.ascontiguousarray(frame)).resize(size) for frame in pixels]
-    labels = []
-    for place, index in enumerate(indices.tolist()):
-        when = f"  {index / count * video.duration:.1f} s" if video.duration else ""
-        again = place > 0 and indices[place - 1] == index
-        labels.append(_Text(f"{index}{when}" + ("  again" if again else ""), _REPEATED if again else _GREY))
-    return _drawn(texts, thumbnails, labels)
-
-
-def _captions(video: VideoAnnotation) -> list[_Text]:
-    lines = []
+def _row(split: CheckedSplit, video: VideoAnnotation, config: Config) -> Image.Image:
+    count = split.store.count(video.video_id)
+    texts: list[_Text] = [(f"{split.name}   {' '.join(video.video_id.split())}   {count} frames", _GREY)]
     for sentence in video.sentences[:_CAPTIONS]:
-        lines += textwrap.wrap(_on_one_line(sentence), _LETTERS, initial_indent="• ", subsequent_indent="   ")[:4]
+        lines = textwrap.wrap(" ".join(sentence.split()), _LETTERS, initial_indent="• ", subsequent_indent="   ")
+        texts += [(line, _BLACK) for line in lines[:4]]
     if len(video.sentences) > _CAPTIONS:
-        lines.append(f"and {len(video.sentences) - _CAPTIONS} more")
-    font = FT2Font(str(_font_file()))
-    if absent := sorted({letter for line in lines for letter in line if not font.get_char_index(ord(letter))}):
-        codes = " ".join(f"U+{ord(letter):04X}" for letter in absent[:3])
-        lines.append(f"(boxes are letters that DejaVu Sans lacks: {codes}{' …' if len(absent) > 3 else ''})")
-    return [_Text(line) for line in lines]
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())
+        texts.append((f"and {len(video.sentences) - _CAPTIONS} more", _BLACK))
+    try:
+        item = VideoReader(split.store, config, ANY_VIEW).read(video.video_id)
+        indices = [index for index in item.indices.tolist() if index >= 0]
+        frames = [Image.fromarray(frame) for frame in split.store.read(video.video_id, indices)]
+    except FrameError as error:
+        return _drawn([*texts, (" ".join(f"cannot be read: {error.reason}".split()), _ORANGE)], [], [])
+    labels = []
+    for index, before in zip(indices, [-1, *indices], strict=False):
+        when = f"  {index / count * video.duration:.1f} s" if video.duration else ""
+        labels.append((f"{index}{when}  again", _ORANGE) if index == before else (f"{index}{when}", _GREY))
+    sizes = [(max(1, round(frame.width * HEIGHT / frame.height)), HEIGHT) for frame in frames]
+    return _drawn(texts, [frame.resize(size) for frame, size in zip(frames, sizes, strict=True)], labels)
 
 
 def _drawn(texts: Sequence[_Text], thumbnails: Sequence[Image.Image], labels: Sequence[_Text]) -> Image.Image:
-    font = ImageFont.truetype(str(_font_file()), 13)
-    small = ImageFont.truetype(str(_font_file()), 11)
-    wide = max([thumbnails[0].width if thumbnails else 0, *(round(small.getlength(label.line)) for label in labels)])
-    length: Callable[[str], float] = font.getlength
-    across = min(_A_LINE, len(thumbnails)) * (wide + 4)
-    lines = -(-len(thumbnails) // _A_LINE)
-    width = 2 * _MARGIN + max([across, *(round(length(text.line)) for text in texts)])
-    row = Image.new("RGB", (width, 2 * _MARGIN + _LINE * len(texts) + lines * (HEIGHT + _LINE)), "white")
+    """Draw lines of text above labelled thumbnails; one with an orange label gets a border."""
+    # The font that matplotlib brings has Latin, Greek, Cyrillic, Arabic and more, but no Chinese or Japanese.
+    font_file = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    font, small = ImageFont.truetype(font_file, 13), ImageFont.truetype(font_file, 11)
+    column = _GAP + max(
+        [0, *(image.width for image in thumbnails), *(round(small.getlength(text)) for text, _ in labels)]
+    )
+    width = max(min(_ACROSS, len(thumbnails)) * column, *(round(font.getlength(text)) for text, _ in texts))
+    head, rows = _MARGIN + _LINE * len(texts), -(-len(thumbnails) // _ACROSS)
+    row = Image.new("RGB", (2 * _MARGIN + width, head + rows * (HEIGHT + _LINE) + _MARGIN), "white")
     draw = ImageDraw.Draw(row)
-    for number, text in enumerate(texts):
-        draw.text((_MARGIN, _MARGIN + number * _LINE), text.line, text.colour, font)
-    for place, (thumbnail, label) in enumerate(zip(thumbnails, labels, strict=True)):
-        left = _MARGIN + place % _A_LINE * (wide + 4)
-        top = _MARGIN + _LINE * len(texts) + place // _A_LINE * (HEIGHT + _LINE)
+    for number, (text, colour) in enumerate(texts):
+        draw.text((_MARGIN, _MARGIN + number * _LINE), text, colour, font)
+    for place, (thumbnail, (text, colour)) in enumerate(zip(thumbnails, labels, strict=True)):
+        left, top = _MARGIN + place % _ACROSS * column, head + place // _ACROSS * (HEIGHT + _LINE)
         row.paste(thumbnail, (left, top))
-        if label.colour == _REPEATED:
-            draw.rectangle((left, top, left + thumbnail.width - 1, top + HEIGHT - 1), outline=_REPEATED, width=3)
-        draw.text((left, top + HEIGHT + 1), label.line, label.colour, small)
+        if colour == _ORANGE:
+            draw.rectangle((left, top, left + thumbnail.width - 1, top + HEIGHT - 1), outline=_ORANGE, width=3)
+        draw.text((left, top + HEIGHT + 1), text, colour, small)
     return row
-
-
-def _font_file() -> Path:
-    """The font that matplotlib brings: Latin, Greek, Cyrillic, Arabic and many more, but no Chinese or Japanese."""
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

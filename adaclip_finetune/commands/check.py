@@ -1,10 +1,9 @@
-"""`adaclip check`: what would go wrong in a run, said before it."""
+"""`adaclip check`: report before a run what would go wrong in it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,65 +15,58 @@ from adaclip_finetune.errors import UserError
 
 
 def run(words: Sequence[str]) -> int:
-    """Check, and print what was found. Returns 0, or 1 if a run would fail; raises UserError for a wrong request."""
-    arguments = _parser().read(words)
-    config, folder = _config(arguments)
-
-    from adaclip_finetune.check.all import Request, check
-    from adaclip_finetune.check.finding import worst
-    from adaclip_finetune.check.report import as_json, as_text
-    from adaclip_finetune.check.sheet import refuse_other_files
-    from adaclip_finetune.check.source import splits_of_config, splits_of_files
-
-    if arguments.sheet is not None:
-        refuse_other_files(arguments.sheet)
-    splits = splits_of_files(arguments.annot, config) if arguments.annot else splits_of_config(config)
-    findings = check(Request(config, splits, not arguments.annot, folder, arguments.deep, arguments.sheet))
-    if arguments.json:
-        print(json.dumps(as_json(splits, findings)))
-    else:
-        print(as_text(splits, findings, sys.stdout.encoding or "ascii"))
-    return 1 if worst(findings) == "fails" else 0
-
-
-def _parser() -> Parser:
+    """Check, and print the findings. Return 0, or 1 if a run would fail."""
     parser = Parser(
         "adaclip check",
-        "Say before a run what would go wrong in it: videos, captions, splits; disk, memory and time that it takes. "
-        "Exit code 1 if it would fail.",
+        "Report before a run what would go wrong in it (videos, captions, splits) and what it would take (disk, "
+        "memory, time). The exit code is 1 if the run would fail.",
         "adaclip check --config FILE | --annot FILE [--annot FILE ...] --frames_dir DIR | --video_dir DIR "
         "[--SETTING VALUE ...] [--deep] [--json] [--sheet FILE.png]",
-        "Settings are those of `adaclip train`, and count here as there.",
+        "Settings are those of `adaclip train`, with the same meaning.",
     )
     parser.add_argument("--config", metavar="FILE", help="the settings of the run")
     parser.add_argument(
         "--annot",
         metavar="FILE",
         action="append",
-        help="check this annotation, without a run; one with the word 'train' in its name counts as what is learned "
-        "from, others as what is evaluated. May be given several times",
+        help="check this annotation file without a run; a file with the word 'train' in its name counts as training "
+        "data, others as evaluation data. May be given several times",
     )
     parser.add_argument("--deep", action="store_true", help="decode every frame, in num_workers threads")
-    parser.add_argument("--json", action="store_true", help="all findings as one JSON object, with all that they list")
+    parser.add_argument("--json", action="store_true", help="print all findings, with all their items, as JSON")
     parser.add_argument(
-        "--sheet", metavar="FILE", type=Path, help="draw a PNG of a few videos: frames that are sampled, and captions"
+        "--sheet", metavar="FILE", type=Path, help="draw a PNG of a few videos: the sampled frames and the captions"
     )
     add_flags(parser, Config)
-    return parser
+    arguments = parser.read(words)
+    # Without a run nothing selects frames, so a low num_frm must not contradict the default of top_k.
+    no_run = {"use_policy": False} if arguments.annot else {}
+    config, folder = load_config(arguments.config, no_run | given(arguments)), None
+    if arguments.annot and (arguments.config or config.train_annot or config.val_annot or config.test_annot):
+        raise UserError(
+            "--annot checks files without a run: leave out --config, --train_annot, --val_annot, --test_annot"
+        )
+    if not arguments.annot:
+        if config.resume is not None and Path(config.resume).is_dir():
+            folder, config = Path(config.resume), continued_config(config)
+        check_paths(config)
 
+    from adaclip_finetune.check.data import splits_of_config, splits_of_files
+    from adaclip_finetune.check.report import as_json, as_text, worst
+    from adaclip_finetune.check.run import check_data, check_run
+    from adaclip_finetune.check.sheet import refuse_other_files
 
-def _config(arguments: Namespace) -> tuple[Config, Path | None]:
-    """The settings, and the folder of the run that goes on."""
-    # Without a run nothing chooses among the frames, and a low num_frm must not be held against the default of top_k.
-    without_run = {"use_policy": False} if arguments.annot else {}
-    config = load_config(arguments.config, without_run | given(arguments))
+    if arguments.sheet is not None:
+        refuse_other_files(arguments.sheet)
     if arguments.annot:
-        taken = [name for name in ("train_annot", "val_annot", "test_annot") if getattr(config, name) is not None]
-        if arguments.config or taken:
-            raise UserError("--annot is for files without a run: leave it out beside --config and --train_annot")
-        return config, None
-    folder = None
-    if config.resume is not None and Path(config.resume).is_dir():
-        folder, config = Path(config.resume), continued_config(config)
-    check_paths(config)
-    return config, folder
+        splits = splits_of_files(arguments.annot, config)
+        findings = check_data(config, splits, arguments.deep, arguments.sheet)
+    else:
+        splits = splits_of_config(config)
+        findings = check_run(config, splits, folder, arguments.deep, arguments.sheet)
+    paths, trains = {split.name: split.path for split in splits}, [split.name for split in splits if split.trains]
+    if arguments.json:
+        print(json.dumps(as_json(paths, trains, findings)))
+    else:
+        print(as_text(paths, trains, findings, sys.stdout.encoding or "ascii"))
+    return 1 if worst(findings) == "fails" else 0

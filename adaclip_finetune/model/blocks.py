@@ -1,4 +1,4 @@
-"""CLIP transformer blocks outside the towers, and how our own layers start."""
+"""CLIP transformer blocks outside the towers, and the initialisation of new layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ _HEAD_WIDTH = 64
 
 
 def clip_blocks(width: int, layers: int, layer_norm_eps: float = 1e-5) -> Transformer:
-    """`layers` pre-norm CLIP blocks with quick-GELU; (B, L, width) → (B, L, width); names as OpenAI's
-    (`resblocks.0.attn…`)."""
+    """Return pre-norm CLIP blocks with quick-GELU and OpenAI's parameter names: (B, L, width) → (B, L, width)."""
     blocks = Transformer(width=width, layers=layers, heads=heads_for(width), act_layer=QuickGELU)
     for module in blocks.modules():
         if isinstance(module, nn.LayerNorm):
@@ -21,12 +20,12 @@ def clip_blocks(width: int, layers: int, layer_norm_eps: float = 1e-5) -> Transf
 
 
 def heads_for(width: int) -> int:
-    """One head for every 64 of the width, as in CLIP; fewer where that does not divide it."""
+    """Return the number of attention heads: width / 64 as in CLIP, or the next smaller divisor of the width."""
     return next(heads for heads in range(max(width // _HEAD_WIDTH, 1), 0, -1) if width % heads == 0)
 
 
 def start_small(module: nn.Module) -> None:
-    """Linear and Embedding weights from N(0, 0.02), biases 0."""
+    """Initialise the weights of Linear and Embedding modules from N(0, 0.02), and biases as 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
@@ -35,7 +34,7 @@ def start_small(module: nn.Module) -> None:
 
 
 def start_from(blocks: Transformer, pretrained: Sequence[nn.Module]) -> None:
-    """Copy pretrained blocks into ours, one by one, where the widths are the same; the others keep their start."""
+    """Copy pretrained blocks into new ones, one by one, if their shapes are equal."""
     for own, other in zip(blocks.resblocks, pretrained, strict=False):
         state = other.state_dict()
         if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.state_dict().items()}:
@@ -43,8 +42,7 @@ def start_from(blocks: Transformer, pretrained: Sequence[nn.Module]) -> None:
 
 
 def padding_mask(is_token: Tensor, heads: int) -> Tensor:
-    """bool (T, L), True = counts → the additive mask (T * heads, L, L) that hides the other positions from
-    attention."""
+    """Return the additive attention mask (T * heads, L, L) that hides positions where `is_token` (T, L) is False."""
     length = is_token.shape[1]
     hidden = ~is_token[:, None, :].expand(-1, length, -1).repeat_interleave(heads, dim=0)
     return hidden.float().masked_fill(hidden, float("-inf"))

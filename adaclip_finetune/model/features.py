@@ -1,4 +1,4 @@
-"""What the model makes of texts and of videos."""
+"""The features of texts and videos."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from adaclip_finetune.model.hard_topk import Selection
 
 
 class TextFeatures(NamedTuple):
-    """`sentence` (T, D), the vector of each text, not normalised. `words` (T, L, D) and which of them count, bool
-    `is_word` (T, L), where they were asked for."""
+    """`sentence` (T, D) is the vector of each text, not normalised.
+
+    `words` (T, L, D) and the mask `is_word` (T, L) are None unless they were asked for.
+    """
 
     sentence: Tensor
     words: Tensor | None = None
@@ -20,8 +22,10 @@ class TextFeatures(NamedTuple):
 
 
 class VideoFeatures(NamedTuple):
-    """`tokens` (B, K, D) as they are pooled; `vector` (B, D), not normalised, None if it depends on the query;
-    `frame_weights` (B, N), how much each candidate frame counts in the vector, rows of sum 1; `selection` or None."""
+    """`tokens` (B, K, D) are what is pooled. `vector` (B, D) is not normalised; it is None if it depends on the query.
+
+    `frame_weights` (B, N), rows of sum 1, say how much each candidate frame counts in the vector.
+    """
 
     tokens: Tensor
     vector: Tensor | None
@@ -30,5 +34,5 @@ class VideoFeatures(NamedTuple):
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The values in float32, or in float64 if they are."""
+    """Return the values in float32, unless they are float64."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,10 +1,11 @@
-"""GFLOPs of each part, as multiply-adds, counted and not looked up.
+"""GFLOPs of each part of the model, counted as multiply-adds.
 
-The field's figures (ViT-B/32's image tower: 4.36) are the multiply-adds with weights: linear layers and convolutions.
-The products of activations with activations inside attention (there 0.05) are no part of them; they are counted beside.
+Published figures (4.36 for ViT-B/32's image tower) are the multiply-adds with weights, in linear layers and
+convolutions. The products of activations inside attention (0.05 there) are not included; they are counted separately.
 
-PyTorch's counter watches a forward pass of a copy on the meta device: shapes alone, no memory, no arithmetic.
-Attention's fast path, which it would not see, is not taken there; LSTMs, of which it sees nothing, go by formula.
+PyTorch's counter watches a forward pass of a copy on the meta device, which has shapes but no values. The fast path of
+attention, which the counter does not see, is not taken there; LSTMs, which it does not see either, are computed by
+formula.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _WITH_WEIGHTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolu
 
 @dataclass(frozen=True)
 class Gflops:
-    """10⁹ multiply-adds. `clip_frame` and `policy_frame` are for one frame, the others for one video.
+    """Multiply-adds in 10⁹. `clip_frame` and `policy_frame` are for one frame, the others for one video.
 
-    `video` sums a video's way, N candidates and K chosen; `video_attention` is what the products inside attention add.
+    `video` is the sum for a video with N candidate and K selected frames; `video_attention` is what the products inside
+    attention add to it.
     """
 
     clip_frame: float
@@ -44,7 +46,7 @@ class Gflops:
     video_attention: float
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers by name."""
+        """Return the numbers by name."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -57,7 +59,7 @@ class Gflops:
 
 
 def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
-    """Count a video's way through the model in evaluation: all N frames through the policy, K through CLIP."""
+    """Count what a video costs in evaluation: all N frames go through the policy, K through CLIP."""
     on_meta = _meta_copy(model)
     assert isinstance(on_meta, VideoRetriever)
     size, selector, width = model.image_spec.size, on_meta.selector, embedding_width(model.clip)
@@ -69,7 +71,7 @@ def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
         encoder = _count_encoder(selector.encoder, num_frm, feature_dim)
         scored = torch.empty(1, num_frm, next(selector.scorer.parameters()).shape[1], device="meta")
         scorer = _count(selector.scorer, scored)
-    # The policy `clip` looks at all N frame embeddings, and so needs them.
+    # The policy `clip` scores the embeddings of all N frames.
     looks_at_all = selector is not None and selector.backbone is None
     encoded = frame * model.top_k
     if not model.tower.independent:
@@ -97,7 +99,7 @@ def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
 
 @dataclass(frozen=True)
 class _Count:
-    """Multiply-adds: with weights, and of activations with activations."""
+    """Multiply-adds with weights, and of activations with activations."""
 
     with_weights: float = 0.0
     in_attention: float = 0.0
@@ -110,11 +112,11 @@ class _Count:
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
-    """The same module with all its tensors on the meta device: a copy that costs no memory. float32.
+    """Return a float32 copy of the module on the meta device, which takes no memory.
 
-    Parametrizations are left out of it: they are merged before a model is used. All its parameters learn: torch then
-    multiplies a batch by a weight as one matrix, where it might choose a product of batches, which would be counted as
-    one of activations.
+    Parametrizations are left out, because they are merged before a model is used. All parameters learn: torch then
+    multiplies a batch by a weight as one matrix, and not as a product of batches, which would count as one of
+    activations.
     """
     memo: dict[int, Tensor] = {}
     for tensor in chain(module.parameters(), module.buffers()):
@@ -145,7 +147,7 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
 
 
 def _count(module: nn.Module, *inputs: Tensor) -> _Count:
-    """The multiply-adds of a module on the meta device for these inputs."""
+    """Return the multiply-adds of a module on the meta device for these inputs."""
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     # The counter counts a multiply-add as two operations.

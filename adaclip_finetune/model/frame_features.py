@@ -1,8 +1,8 @@
-"""Cheap features of each candidate frame, by which the selector chooses (the policy of AdaCLIP, Hu et al. 2023).
+"""Backbones: cheap features of each candidate frame, which the selector scores (the policy of AdaCLIP, Hu et al. 2023).
 
-Each backbone says in `view` how the reader must prepare frames for it; None if it takes CLIP's own frames.
+Each backbone says in `view` how the reader must prepare frames for it; None means that it takes CLIP's own frames.
 
-`frame_mask` (B, N) is False for the zero frames of `num_frm_subset`: zero after normalisation, as CLIP sees them.
+`frame_mask` (B, N) is False for the padding frames of `num_frm_subset`, which are zero after normalisation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaclip_finetune.weights.plain import plain_copy, strict_load
 
 
 class RawBackbone(nn.Module):
-    """Grey thumbnails as they are: uint8 (B, N, 1, P, P) → (B, N, P²) in 0…1."""
+    """Takes the pixels of grey thumbnails as features: uint8 (B, N, 1, P, P) → (B, N, P²) in 0…1."""
 
     def __init__(self, rescale_size: int) -> None:
         super().__init__()
@@ -35,9 +35,9 @@ class RawBackbone(nn.Module):
 
 
 class CnnBackbone(nn.Module):
-    """A torchvision CNN up to its pooled features: uint8 (B, N, 3, 224, 224) → (B, N, F).
+    """Computes the pooled features of a torchvision CNN: uint8 (B, N, 3, 224, 224) → (B, N, F).
 
-    Frozen (`freeze_cnn`), it stays in evaluation mode, so that its batch statistics do not move either.
+    A frozen CNN (`freeze_cnn`) stays in evaluation mode, so that its batch statistics do not change either.
     """
 
     view = IMAGENET
@@ -59,7 +59,7 @@ class CnnBackbone(nn.Module):
 
 
 class FrozenClipBackbone(nn.Module):
-    """A second, frozen copy of the pretrained image tower: normalised pixels (B, N, 3, S, S) → (B, N, D)."""
+    """Encodes frames by a frozen copy of the pretrained image tower: normalised pixels (B, N, 3, S, S) → (B, N, D)."""
 
     view = None
 
@@ -81,7 +81,7 @@ Backbone = RawBackbone | CnnBackbone | FrozenClipBackbone
 
 
 def build_backbone(config: Config, clip: nn.Module, width: int) -> Backbone | None:
-    """What `policy_backbone` names; None for `clip`, whose features are the frame embeddings themselves."""
+    """Return the backbone that `policy_backbone` names; None for `clip`, whose features are the frame embeddings."""
     if config.policy_backbone == "raw":
         return RawBackbone(config.rescale_size)
     if config.policy_backbone == "frozen_clip":
@@ -92,7 +92,7 @@ def build_backbone(config: Config, clip: nn.Module, width: int) -> Backbone | No
 
 
 def _without_classifier(name: str, cnn: Any) -> tuple[nn.Module, int]:
-    """The CNN without its class scores, and how many features it then gives."""
+    """Return the CNN without its classifier, and the number of features that it returns."""
     if name == "resnet50":
         width, cnn.fc = cnn.fc.in_features, nn.Identity()
     elif name == "mobilenet_v2":
@@ -109,11 +109,12 @@ def _torchvision_model(name: str, weights: str) -> nn.Module:
     if weights in ("imagenet", "random"):
         try:
             cnn = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
-        except (OSError, RuntimeError) as error:  # no network; or what came is not what was asked for
+        except (OSError, RuntimeError) as error:  # no network, or a damaged download
             raise UserError(
                 f"policy_weights: torchvision's ImageNet weights of {name} could not be downloaded ({error}).\n"
-                "Ways out: run once with a network (they stay in torch's hub cache, TORCH_HOME); set policy_weights to "
-                "a file with them, or to random; or take a policy_backbone that needs none (raw, clip, frozen_clip)."
+                "Run once with a network (the weights stay in torch's hub cache, TORCH_HOME); set policy_weights to a "
+                "file with these weights, or to random; or choose a policy_backbone that needs none (raw, clip, "
+                "frozen_clip)."
             ) from error
         return cnn
     cnn = torchvision.models.get_model(name, weights=None)

@@ -20,8 +20,8 @@ _MIN_REMAINDER = 1e-40
 
 
 class Selection(NamedTuple):
-    """Which frames were chosen: `weights` (B, K, N) one-hot rows, `indices` (B, K) in the order chosen, `logits`
-    (B, N)."""
+    """The selected frames: `weights` (B, K, N) with one-hot rows, `indices` (B, K) in the order of selection, and the
+    `logits` (B, N) of all frames."""
 
     weights: Tensor
     indices: Tensor
@@ -54,8 +54,8 @@ def select_frames(logits: Tensor, k: int, temperature: float | None = None, nois
 
 
 def hard_top_k(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw `k` of N without replacement by `scores` + `noise` (B, N): weights (B, K, N), indices (B, K) in the order
-    drawn.
+    """Draw `k` of N without replacement by `scores` + `noise` (B, N). Return weights (B, K, N) and indices (B, K), both
+    in the order drawn.
 
     Row i of the weights is onehot(jᵢ) − stopgrad(aᵢ) + aᵢ, where aᵢ is the i-th relaxed draw at `temperature` and jᵢ
     its highest entry among those not drawn yet.
@@ -76,12 +76,12 @@ def hard_top_k(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tup
 
 
 def selection_temperature(epoch: int, init_tau: float, min_tau: float, exp_decay_factor: float) -> float:
-    """τ of an epoch (from 0): max(init_tau · exp(−exp_decay_factor · epoch), min_tau)."""
+    """Return the temperature of an epoch (from 0): max(init_tau · exp(−exp_decay_factor · epoch), min_tau)."""
     return max(init_tau * math.exp(-exp_decay_factor * epoch), min_tau)
 
 
 def annealed_k(epoch: int, num_frm: int, top_k: int, warmup_epochs: int) -> int:
-    """K of a training epoch: from num_frm − 1 at epoch 0 in equal steps, floored, down to top_k at `warmup_epochs`."""
+    """Return K of a training epoch, which falls from num_frm − 1 at epoch 0 to top_k at `warmup_epochs`."""
     if epoch >= warmup_epochs:
         return top_k
     start = num_frm - 1

@@ -1,6 +1,6 @@
-"""Similarity headers: what happens to the selected frames before they are aggregated (CLIP4Clip, Luo et al. 2022).
+"""Similarity headers, which transform the selected frames before they are pooled (CLIP4Clip, Luo et al. 2022).
 
-meanP does nothing; `transformer` is one CLIP block over the frames, `seqTransf` four with a residual.
+`meanP` changes nothing; `transformer` is one CLIP block over the frames, `seqTransf` four blocks with a residual.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _SEQ_EPS = 1e-12
 
 
 class TransformerHeader(nn.Module):
-    """Learned positions + one CLIP block, which starts as the text tower's block 4: frames (B, K, D) → (B, K, D)."""
+    """Adds learned positions and applies a CLIP block: (B, K, D) → (B, K, D).
+
+    The block is initialised from the text tower's block 4.
+    """
 
     def __init__(self, width: int, max_frames: int, clip: nn.Module) -> None:
         super().__init__()
@@ -34,13 +37,15 @@ class TransformerHeader(nn.Module):
 
 
 class SeqTransformerHeader(nn.Module):
-    """Text positions + four CLIP blocks, which start as the text tower's blocks 0–3, + residual: (B, K, D) → (B, K,
-    D)."""
+    """Adds positions, applies four CLIP blocks and adds the input: (B, K, D) → (B, K, D).
+
+    Positions and blocks are initialised from the text tower's, with its blocks 0 to 3.
+    """
 
     def __init__(self, width: int, max_frames: int, clip: nn.Module) -> None:
         super().__init__()
         if max_frames > _SEQ_POSITIONS:
-            raise UserError(f"sim_header seqTransf: has {_SEQ_POSITIONS} positions, {max_frames} frames do not fit")
+            raise UserError(f"sim_header seqTransf takes at most {_SEQ_POSITIONS} frames, not {max_frames}")
         self.positions = nn.Embedding(_SEQ_POSITIONS, width)
         self.transformer = clip_blocks(width, _SEQ_LAYERS, _SEQ_EPS)
         start_small(self)

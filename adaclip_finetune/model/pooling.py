@@ -1,4 +1,4 @@
-"""Frames → one video vector, words → one sentence vector.
+"""Pooling: frames to one video vector, words to one sentence vector.
 
 MLP-Score (AdaCLIP, Hu et al. 2023) scores each frame by a small network, so that the video vector does not depend on
 the query and can be indexed.
@@ -20,17 +20,17 @@ _WORD_EPS = 1e-12
 
 
 class Pooling(nn.Module, ABC):
-    """Tokens (B, K, D) → the video vector (B, D), and how much each token counts in it: (B, K), rows of sum 1."""
+    """Pools tokens (B, K, D) to a video vector (B, D). Also returns the weight of each token: (B, K), rows of sum 1."""
 
     uses_length = True
-    """False where the length of a token does not matter, because tokens are normalised first."""
+    """False if tokens are normalised first, so that their lengths do not matter."""
 
     @abstractmethod
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class MeanPooling(Pooling):
-    """The mean of the L2-normalised tokens."""
+    """Returns the mean of the L2-normalised tokens."""
 
     uses_length = False
 
@@ -39,14 +39,14 @@ class MeanPooling(Pooling):
 
 
 class SumPooling(Pooling):
-    """The plain sum: for frames that already carry their weights (`reuse_scores`)."""
+    """Returns the sum of tokens that are already weighted (`reuse_scores`)."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return tokens.sum(dim=1), _equal_shares(tokens)
 
 
 class MlpScore(Pooling):
-    """MLP-Score: a score for each token, softmax over tokens / temperature, weighted sum."""
+    """MLP-Score: scores each token, and returns the sum weighted by softmax(scores / temperature)."""
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MlpScore(Pooling):
 
 
 class TransformerScore(Pooling):
-    """One CLIP block looks at all tokens before they are scored; the weights apply to the tokens as they came."""
+    """Scores tokens after a CLIP block over all of them, and returns the weighted sum of the original tokens."""
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ class TransformerScore(Pooling):
 
 
 class WordPooling(nn.Module):
-    """Word embeddings (T, L, D) and which count (T, L) → (T, D).
+    """Pools word embeddings (T, L, D) to sentence vectors (T, D). `is_word` (T, L) says which embeddings count.
 
-    `mlp` is MLP-Score over words; `transformer` one CLIP block, which sees the words that count, and a linear score.
+    The kind `mlp` is MLP-Score over words; `transformer` is a CLIP block over the words that count, and a linear score.
     """
 
     def __init__(self, kind: str, width: int, temperature: float) -> None:
@@ -95,7 +95,7 @@ class WordPooling(nn.Module):
 
 
 def build_pooling(config: Config, width: int, reuse_scores: bool) -> Pooling | None:
-    """The pooling that `frame_agg` names; None for `qscore`, which pools anew for each query (`model.scoring`)."""
+    """Return the pooling that `frame_agg` names; None for `qscore`, which pools for each query (`model.scoring`)."""
     if config.frame_agg == "mlp":
         return MlpScore(width, config.frame_agg_temp)
     if config.frame_agg == "transformer":
@@ -106,14 +106,17 @@ def build_pooling(config: Config, width: int, reuse_scores: bool) -> Pooling | N
 
 
 def mlp_scorer(width: int) -> nn.Sequential:
-    """(…, D) → (…, 1): Linear D→2D, quick-GELU, Linear 2D→D, quick-GELU, Linear D→1."""
+    """Return an MLP (…, D) → (…, 1): linear to 2D, quick-GELU, linear to D, quick-GELU, linear to 1."""
     return nn.Sequential(
         nn.Linear(width, 2 * width), QuickGELU(), nn.Linear(2 * width, width), QuickGELU(), nn.Linear(width, 1)
     )
 
 
 def weighted_sum(items: Tensor, scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Items (B, L, D) and scores (B, L, 1) → (B, D), and the weights (B, L): softmax over L of scores / temperature."""
+    """Return the weighted sum (B, D) of items (B, L, D), and the weights (B, L).
+
+    The weights are the softmax over L of scores (B, L, 1) / temperature.
+    """
     weights = (scores.float() if scores.dtype != torch.float64 else scores).div(temperature).softmax(dim=1)
     return (weights * items).sum(dim=1), weights.squeeze(-1)
 

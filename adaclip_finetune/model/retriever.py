@@ -35,12 +35,12 @@ from adaclip_finetune.weights.loaded import LoadedClip
 
 
 class VideoRetriever(nn.Module):
-    """Text and video features, and their similarity.
+    """Computes features of texts and videos, and their similarity.
 
-    Submodules: `clip` (open_clip's module, OpenAI's parameter names), `tower` and `text_tower` (what the setting
-    `tower` adds to CLIP's), `selector` or None, `header` or None, `aggregator` (the pooling, None if it depends on the
-    query), `word_aggregator` or None, `scorer`. Everything outside `clip` is new and always trains, save a frozen
-    backbone of the selector.
+    Submodules: `clip` (open_clip's module, with OpenAI's parameter names), `tower` and `text_tower` (what the setting
+    `tower` adds to CLIP's towers), `selector` or None, `header` or None, `aggregator` (the pooling; None if it depends
+    on the query), `word_aggregator` or None, and `scorer`. Everything outside `clip` is new and always trained, except
+    a frozen backbone of the selector.
     """
 
     def __init__(self, config: Config, loaded: LoadedClip) -> None:
@@ -76,13 +76,13 @@ class VideoRetriever(nn.Module):
         )
 
     def forward(self, batch: TrainBatch) -> tuple[TextFeatures, VideoFeatures]:
-        """The features of a batch of pairs: what a training step needs."""
+        """Return the features of the texts and videos of a training batch."""
         noise = batch.noise.to(self.device, non_blocking=True)
         with self._weights_computed_once():
             return self.encode_text(batch.token_ids), self.encode_video(batch.videos, noise)
 
     def encode_text(self, token_ids: Tensor) -> TextFeatures:
-        """Token ids (T, L) → features; ids may be on the CPU."""
+        """Return the features of token ids (T, L), which may be on the CPU."""
         with self._weights_computed_once():
             features: TextFeatures = self.text_tower(token_ids, words=self.word_aggregator is not None)
         if self.word_aggregator is None:
@@ -90,10 +90,10 @@ class VideoRetriever(nn.Module):
         return features._replace(sentence=self.word_aggregator(features.words, features.is_word))
 
     def encode_video(self, videos: VideoBatch, noise: Tensor | None = None) -> VideoFeatures:
-        """Choose frames of the N candidates, encode and pool them.
+        """Select frames among the N candidates, encode them and pool them.
 
-        In training mode the choice is a differentiable draw, for which `noise` (B, N) may replace the Gumbel noise; in
-        evaluation mode it is the top_k best.
+        In training mode frames are drawn differentiably, and `noise` (B, N) may replace the Gumbel noise; in evaluation
+        mode the top_k frames with the highest scores are taken.
         """
         with self._weights_computed_once():
             tokens, selection = self._tokens(videos, noise)
@@ -112,7 +112,7 @@ class VideoRetriever(nn.Module):
         return VideoFeatures(tokens, vector, weights, selection)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """An image, uint8 (1, 3, S, S), as a video of this one frame, which nothing selects: (1, D)."""
+        """Return the vector (1, D) of an image, uint8 (1, 3, S, S), encoded as a video of one frame."""
         mask = torch.ones(1, 1, dtype=torch.bool, device=image.device)
         tokens = self._encode(image[None], mask)
         if self.header is not None:
@@ -122,58 +122,61 @@ class VideoRetriever(nn.Module):
         return tokens.mean(dim=1) if self.aggregator is None else self.aggregator(tokens)[0]
 
     def similarity(self, text: TextFeatures, videos: VideoFeatures) -> Tensor:
-        """The scorer's logits of every text and every video: (T, B), at least float32."""
+        """Return the scorer's logits of every text and every video: (T, B), at least float32."""
         logits: Tensor = self.scorer(text, self.scorer.keep(videos))
         return logits
 
     def views(self) -> Views:
-        """How the reader must prepare frames for this model."""
+        """Return how the reader must prepare frames for this model."""
         return Views(self.image_spec, None if self.selector is None else self.selector.view)
 
     def start_epoch(self, epoch: int) -> None:
-        """Set what follows a schedule over training epochs (from 0)."""
+        """Set everything that follows a schedule over training epochs, which count from 0."""
         if self.selector is not None:
             self.selector.start_epoch(epoch)
 
     def schedule(self) -> dict[str, float]:
-        """What `start_epoch` set, by name, for the log: K and the temperature τ of the frame selector."""
+        """Return what `start_epoch` set: K and the temperature τ of the frame selector, by name, for the log."""
         if self.selector is None:
             return {"k": self.num_frm}
         return {"tau": self.selector.temperature, "k": self.selector.k}
 
     @property
     def frames_with_gradients(self) -> int:
-        """How many frames of a video go through CLIP with gradients in a training step."""
+        """The number of frames of a video that go through CLIP with gradients in a training step."""
         if self.selector is None:
             return self.num_frm
         if self.selector.backbone is not None:
             return self.selector.k
-        # The selector looks at the embeddings of all frames, and those of independent frames are the tokens too.
+        # The selector needs the embeddings of all frames; in an independent tower these are also the tokens.
         return self.num_frm + (0 if self.tower.independent else self.selector.k)
 
     def checkpoint_gradients(self) -> None:
-        """Make CLIP's activations anew in the backward pass instead of keeping them: less memory, more time."""
+        """Recompute CLIP's activations in the backward pass instead of keeping them: less memory, more time."""
         self.clip.set_grad_checkpointing(True)  # type: ignore[operator]
         self.tower.checkpointing = True
 
     def logit_scale(self) -> Tensor:
-        """ln of the similarity's scale, a learned scalar of CLIP."""
+        """Return the logarithm of the similarity's scale, a learned scalar of CLIP."""
         return self.scorer.logit_scale()
 
     def _weights_computed_once(self) -> AbstractContextManager[Any]:
-        """Within it, a weight under a parametrization (LoRA's, say) is computed once and not each time it is used.
+        """Return a context in which a weight with a parametrization, such as LoRA's, is computed only once.
 
-        Where activations are made anew in the backward pass, weights are too, and nothing may be remembered.
+        With gradient checkpointing nothing is cached, because the backward pass computes the weights again.
         """
         return parametrize.cached() if self._parametrized and not self.tower.checkpointing else nullcontext()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self.logit_scale().device
 
     def _tokens(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection | None]:
-        """Tokens (B, K, D) of the chosen frames, in the order chosen; in that of time if frames meet in the tower."""
+        """Return tokens (B, K, D) of the selected frames, in the order of selection.
+
+        If the tower mixes frames, they are in the order of time.
+        """
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:
@@ -186,7 +189,7 @@ class VideoRetriever(nn.Module):
         chosen = self._encode(*_take_frames(videos, selection.indices))
         if not self.training:
             return chosen, selection
-        # Rows of the weights are one-hot in value, but their gradient asks for every frame's embedding: as a value.
+        # The rows of the weights are one-hot, but their gradient needs the values of the embeddings of all frames.
         others = _complement(selection.indices, videos.frames.shape[1])
         with torch.no_grad():
             rest = self._encode(*_take_frames(videos, others))
@@ -194,7 +197,7 @@ class VideoRetriever(nn.Module):
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
 
     def _tokens_of_mixed_input(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
-        """For a tower in which frames meet: the straight-through weights mix pixels, so that scores learn."""
+        """Return the tokens of a tower that mixes frames. Straight-through weights mix pixels, so that scores learn."""
         assert self.selector is not None
         if self.selector.backbone is None:
             features = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
@@ -219,19 +222,21 @@ class VideoRetriever(nn.Module):
         return features
 
     def _encode(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """uint8 (B, n, 3, S, S) → tokens, at least float32 so that what follows is exact; n tokens if frames are
-        independent, of which there may be none."""
+        """Return the tokens of frames, uint8 (B, n, 3, S, S), in float32 or float64.
+
+        Independent frames give n tokens each video, and n may be 0.
+        """
         if not frames.shape[1]:
             width = embedding_width(self.clip)
             return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
         return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
 
     def _reused_scores(self, selection: Selection) -> Tensor:
-        """The chosen frames' scores as weights: (B, K), rows of sum 1."""
+        """Return the scores of the selected frames as weights (B, K) with rows of sum 1."""
         return (selection.logits.gather(1, selection.indices) / self.frame_temperature).softmax(dim=1)
 
     def _frame_weights(self, shares: Tensor, selection: Selection | None, frames: int) -> Tensor:
-        """What the tokens count (B, K) → what the candidate frames count (B, N), rows of sum 1."""
+        """Return the weights of the candidate frames (B, N), rows of sum 1, from those of the tokens (B, K)."""
         encoded = frames if selection is None else selection.indices.shape[1]
         of_frames = self.tower.frame_shares(encoded)
         weights = shares.float() if of_frames is None else shares.float() @ of_frames.to(shares.device)
@@ -256,25 +261,28 @@ def _build_header(
 
 
 def _take_frames(videos: VideoBatch, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames (B, k, 3, S, S) and their mask (B, k) at `indices` (B, k)."""
+    """Return the frames (B, k, 3, S, S) at `indices` (B, k), and their mask (B, k)."""
     rows = torch.arange(len(indices), device=indices.device)[:, None]
     return videos.frames[rows, indices], videos.frame_mask[rows, indices]
 
 
 def _complement(indices: Tensor, count: int) -> Tensor:
-    """The indices of 0…count−1 that are not among `indices` (B, k), ascending: (B, count − k). No device wait."""
+    """Return the indices of 0…count−1 that are not in `indices` (B, k), ascending: (B, count − k).
+
+    It never waits for the device.
+    """
     chosen = torch.zeros(len(indices), count, dtype=torch.uint8, device=indices.device).scatter_(1, indices, 1)
     return chosen.argsort(dim=1, stable=True)[:, : count - indices.shape[1]]
 
 
 def _in_time(selection: Selection) -> Selection:
-    """The same selection with its frames in the order of time instead of that in which they were chosen."""
+    """Return the selection with its frames in the order of time instead of the order of selection."""
     indices, order = selection.indices.sort(dim=1)
     weights = selection.weights.gather(1, order[..., None].expand_as(selection.weights))
     return Selection(weights, indices, selection.logits)
 
 
 def _mix(weights: Tensor, frames: Tensor) -> Tensor:
-    """weights (B, K, N) @ frames (B, N, D). Outside autocast, which would round the embeddings."""
+    """Return weights (B, K, N) @ frames (B, N, D), computed without autocast, which would round the embeddings."""
     with torch.autocast(frames.device.type, enabled=False):
         return weights.to(frames.dtype) @ frames

@@ -1,7 +1,7 @@
-"""The similarity of texts and videos: one and the same in a training batch, in an evaluation and in a search.
+"""The similarity of texts and videos, the same in training, evaluation and search.
 
 `CosineScorer` compares vectors, so that videos can be indexed. `QueryScorer` is QScore (CLIP-Hitchhiker, Bain et al.
-2022), which weighs a video's frames by their similarity to the query and so cannot.
+2022), which weighs a video's frames by their similarity to the query, so that videos cannot be indexed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from adaclip_finetune.model.features import TextFeatures, VideoFeatures, at_leas
 
 
 class Scorer(nn.Module, ABC):
-    """exp(logit_scale) · cosine + logit_bias (0 for a CLIP that has none) of texts and what was kept of videos."""
+    """Scores texts and videos: exp(logit_scale) · cosine + logit_bias, which is 0 for a CLIP without one."""
 
     indexable = True
-    """Whether `keep` gives a vector a video, whose product with a text's unit vector is the cosine."""
+    """Whether `keep` returns one vector a video, whose product with a text's unit vector is the cosine."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -29,21 +29,21 @@ class Scorer(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, videos: VideoFeatures) -> Tensor:
-        """What of B videos must be kept to score them later: (B, …), at least float32."""
+        """Return what must be kept of B videos to score them later: (B, …), at least float32."""
 
     @abstractmethod
     def cosines(self, text: Tensor, kept: Tensor) -> Tensor:
-        """Unit text vectors (t, D) and what was kept of v videos → (t, v)."""
+        """Return the cosines (t, v) of unit text vectors (t, D) and what was kept of v videos."""
 
     def forward(self, text: TextFeatures, kept: Tensor) -> Tensor:
-        """The logits (t, v), in float32 (float64 for a float64 model) whatever autocast says."""
+        """Return the logits (t, v), in float32 (float64 for a float64 model) even under autocast."""
         with torch.autocast(kept.device.type, enabled=False):
             logits = self.scale() * self.cosines(F.normalize(at_least_float32(text.sentence), dim=-1), kept)
             bias = self.logit_bias()
             return logits if bias is None else logits + bias
 
     def fixed(self) -> Scorer:
-        """The same scorer as it is now, whatever the model learns from here on. It has no gradients."""
+        """Return a copy without gradients, which keeps today's scale and bias while the model learns."""
         clip = self._clip[0]
         twin = copy.deepcopy(self, {id(clip): clip}).requires_grad_(False)
         bias = self.logit_bias()
@@ -51,17 +51,17 @@ class Scorer(nn.Module, ABC):
         return twin
 
     def scale(self) -> Tensor:
-        """exp(logit_scale), a scalar."""
+        """Return exp(logit_scale), a scalar."""
         return self.logit_scale().exp() if self._fixed is None else self._fixed[0]
 
     def logit_scale(self) -> Tensor:
-        """ln of the similarity's scale, a learned scalar of CLIP."""
+        """Return the logarithm of the similarity's scale, a learned scalar of CLIP."""
         scale = self._clip[0].logit_scale
         assert isinstance(scale, Tensor)
         return scale.reshape(())
 
     def logit_bias(self) -> Tensor | None:
-        """The offset of the logits that SigLIP's towers learned, a scalar; None for other towers."""
+        """Return the offset of the logits that SigLIP's towers learned, a scalar; None for other towers."""
         if self._fixed is not None:
             return self._fixed[1]
         bias = getattr(self._clip[0], "logit_bias", None)
@@ -69,7 +69,7 @@ class Scorer(nn.Module, ABC):
 
 
 class CosineScorer(Scorer):
-    """Keeps a unit vector a video: (B, D)."""
+    """Compares vectors, and keeps one unit vector a video: (B, D)."""
 
     def keep(self, videos: VideoFeatures) -> Tensor:
         assert videos.vector is not None
@@ -81,7 +81,7 @@ class CosineScorer(Scorer):
 
 
 class QueryScorer(Scorer):
-    """Keeps all tokens of a video (B, K, D), and weighs them by their cosine to each query."""
+    """Weighs the tokens of a video by their cosines to each query, and keeps all tokens: (B, K, D)."""
 
     indexable = False
 
@@ -96,6 +96,6 @@ class QueryScorer(Scorer):
         return torch.einsum("td,tvd->tv", text, F.normalize(self.videos_for(text, kept), dim=-1))
 
     def videos_for(self, text: Tensor, kept: Tensor) -> Tensor:
-        """The video vectors as each query has them: unit texts (t, D) and tokens (v, K, D) → (t, v, D)."""
+        """Return the vector of each video for each query: unit texts (t, D) and tokens (v, K, D) → (t, v, D)."""
         cosines = torch.einsum("qd,bkd->qbk", text, F.normalize(kept, dim=-1))
         return torch.einsum("qbk,bkd->qbd", (cosines / self.temperature).softmax(dim=-1), kept)

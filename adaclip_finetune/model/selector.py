@@ -14,10 +14,11 @@ from adaclip_finetune.model.hard_topk import Selection, annealed_k, select_frame
 
 
 class FrameSelector(nn.Module):
-    """Chooses K of N frames: features (B, N, F) → Selection.
+    """Selects K of N frames by their features (B, N, F).
 
-    In training it is a differentiable draw of `k` frames at `temperature`, which `start_epoch` sets; in evaluation it
-    is the `top_k` highest scores. `backbone` makes the features; with None they are CLIP's embeddings of the frames.
+    In training, `k` frames are drawn differentiably at `temperature`; `start_epoch` sets both. In evaluation, the
+    `top_k` frames with the highest scores are taken. `backbone` computes the features; if it is None, they are CLIP's
+    embeddings of the frames.
     """
 
     k: int
@@ -41,20 +42,19 @@ class FrameSelector(nn.Module):
 
     @property
     def view(self) -> ImageSpec | None:
-        """How the reader must prepare frames for the selector; None if it has no view of its own."""
+        """How the reader must prepare frames for the selector; None if it takes CLIP's frames."""
         return None if self.backbone is None else self.backbone.view
 
     def start_epoch(self, epoch: int) -> None:
-        """Set K and temperature for a training epoch (from 0)."""
+        """Set K and the temperature for a training epoch; epochs count from 0."""
         c = self._config
         self.k = annealed_k(epoch, c.num_frm, c.top_k, c.warmup_epochs)
         self.temperature = selection_temperature(epoch, c.init_tau, c.min_tau, c.exp_decay_factor)
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> Selection:
-        """`noise` (B, N) replaces the Gumbel draw of training. See `select_frames`."""
+        """Select frames (see `select_frames`). In training, `noise` (B, N) replaces the Gumbel noise."""
         k, temperature = (self.k, self.temperature) if self.training else (self.top_k, None)
-        # Scores decide which frames are seen at all: too cheap to compute, and too consequential, to round under
-        # autocast.
+        # Without autocast: the scores are cheap to compute, and rounding them would change which frames are seen.
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(next(self.scorer.parameters()).dtype)
             encoded = features if self.encoder is None else self.encoder(features)
@@ -62,7 +62,7 @@ class FrameSelector(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Linear to hidden_dim + learned positions + one pre-norm CLIP block: (B, N, F) → (B, N, hidden)."""
+    """Encodes frames by a linear map, learned positions and one pre-norm CLIP block: (B, N, F) → (B, N, hidden)."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, num_frm: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TransformerEncoder(nn.Module):
 
 
 class RecurrentEncoder(nn.Module):
-    """An LSTM, or a bidirectional one whose two directions are averaged: (B, N, F) → (B, N, hidden)."""
+    """Encodes frames by an LSTM, which may be bidirectional with averaged directions: (B, N, F) → (B, N, hidden)."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, bidirectional: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The text tower: token ids to sentence vectors, and to word vectors where something pools words anew."""
+"""The text tower: token ids to sentence vectors, and to word vectors for word pooling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from adaclip_finetune.weights.loaded import pools_at_end_token, text_setting, te
 
 
 class TextTower(nn.Module, ABC):
-    """Token ids (T, L) → TextFeatures; those of words only if `words` are asked for.
+    """Encodes token ids (T, L); word features only with `words`.
 
-    Ids on the CPU are cut to the longest text of the batch, where that cannot change anything, and moved to the model.
+    Ids on the CPU are cut to the longest text of the batch, if that cannot change the features, and moved to the model.
     """
 
     def __init__(self, clip: nn.Module) -> None:
@@ -34,7 +34,7 @@ class TextTower(nn.Module, ABC):
 
 
 class ClipTextTower(TextTower):
-    """CLIP's own text tower, as it is."""
+    """CLIP's own text tower, unchanged."""
 
     def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures:
         scale = self.clip.logit_scale
@@ -47,7 +47,7 @@ class ClipTextTower(TextTower):
 
 
 def end_positions(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Where the end token stands in each row of token_ids (T, L): int64 (T,)."""
+    """Return the position of the end token in each row of token_ids (T, L): int64 (T,)."""
     if text_setting(clip, "pool_type") == "eos":
         is_end: Tensor = token_ids == text_setting(clip, "eos_id")
         return is_end.int().argmax(dim=-1)
@@ -56,9 +56,9 @@ def end_positions(clip: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def trim_padding(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Drop the columns after the longest text of the batch, where that cannot change the embeddings.
+    """Drop the columns after the longest text of the batch, if that cannot change the embeddings.
 
-    Only for ids on the CPU: on an accelerator, asking for the longest would wait for the device.
+    Ids on an accelerator stay as they are, because finding the longest text would wait for the device.
     """
     if token_ids.device.type != "cpu" or not len(token_ids) or not pools_at_end_token(clip):
         return token_ids
@@ -66,16 +66,16 @@ def trim_padding(clip: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Token ids (T, L) → sentence embeddings (T, D), not normalised."""
+    """Return the sentence embeddings (T, D) of token ids (T, L), not normalised."""
     if not pools_at_end_token(clip):
         return cast(_Clip, clip).encode_text(token_ids)
     return _project_text(clip, _at(_text_hidden(clip, token_ids), end_positions(clip, token_ids)))
 
 
 def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (T, L) → word embeddings (T, L, D) and which of them count, bool (T, L): all up to the end token.
+    """Return the word embeddings (T, L, D) of token ids (T, L), and a mask (T, L) that is True up to the end token.
 
-    Only for a text tower that `check_words` lets pass.
+    The text tower must be one that `check_words` accepts.
     """
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     is_word = positions <= end_positions(clip, token_ids)[:, None]
@@ -83,19 +83,19 @@ def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_words(clip: nn.Module) -> None:
-    """Raise UserError for a text tower without an end token, of which it cannot be told where a text's words end."""
+    """Raise UserError for a text tower without an end token, which does not tell where the words of a text end."""
     if not pools_at_end_token(clip):
         raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
 
 
 class _Clip(Protocol):
-    """What every CLIP module of open_clip can do."""
+    """The interface of every CLIP module of open_clip."""
 
     def encode_text(self, text: Tensor) -> Tensor: ...
 
 
 class _CausalText(Protocol):
-    """What holds the parts of a causal text tower."""
+    """The parts of a causal text tower."""
 
     token_embedding: nn.Embedding
     positional_embedding: Tensor  # (context_length, width)
@@ -106,12 +106,12 @@ class _CausalText(Protocol):
 
 
 def _at(rows: Tensor, positions: Tensor) -> Tensor:
-    """Row positions[t] of each rows[t]: (T, L, W) → (T, W)."""
+    """Return row positions[t] of each rows[t]: (T, L, W) → (T, W)."""
     return rows[torch.arange(len(rows), device=rows.device), positions]
 
 
 def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Causal tower: the hidden states (T, L, width) of the first L positions, after ln_final."""
+    """Return the hidden states (T, L, width) of a causal tower, after ln_final."""
     tower, length = cast(_CausalText, text_tower(clip)), token_ids.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     hidden = tower.token_embedding(token_ids).to(dtype) + tower.positional_embedding[:length].to(dtype)

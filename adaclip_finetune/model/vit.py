@@ -1,8 +1,8 @@
-"""CLIP's transformers opened: their blocks, and the linear maps inside a block.
+"""Access to the blocks of CLIP's transformers, and to the linear maps inside a block.
 
-This is the only file that knows how the modules of open_clip and timm look inside. Weight-space methods (LoRA and its
-kin) ask `vision_linears` and `text_linears` where the weights are; video towers that run CLIP's image tower block by
-block ask `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
+This is the only file that depends on the insides of open_clip's and timm's modules. Weight-space methods such as LoRA
+find weights by `vision_linears` and `text_linears`; video towers that run CLIP's image tower block by block use
+`vision_view`. Nothing here adds or changes modules, and parameters keep their names.
 """
 
 # Modules of open_clip and timm are Any here: what they return has no type.
@@ -33,9 +33,9 @@ QKV = tuple[Tensor, Tensor, Tensor]
 class Linear(NamedTuple):
     """A linear map inside a block: rows `start` to `stop` of the parameter `weight` of `module`.
 
-    `bias` names the parameter of the same module whose elements `start` to `stop` are the map's bias; it is None where
-    there is no bias, or none in that module (EVA-01 keeps the biases of a fused q and v elsewhere). Several maps may be
-    rows of one parameter, such as q, k and v of `in_proj_weight`: `(module, weight)` identifies the parameter.
+    `bias` names the parameter of the same module whose elements `start` to `stop` are the map's bias; it is None if
+    that module has no bias (EVA-01 keeps the biases of a fused q and v elsewhere). Several maps may be rows of one
+    parameter, such as q, k and v of `in_proj_weight`: `(module, weight)` identifies the parameter.
     """
 
     module: nn.Module
@@ -45,14 +45,14 @@ class Linear(NamedTuple):
     stop: int
 
     def rows(self) -> Tensor:
-        """The map's matrix (outputs, inputs) as the module uses it now, with any parametrization of it applied."""
+        """Return the map's matrix (outputs, inputs), with any parametrization applied."""
         return getattr(self.module, self.weight)[self.start : self.stop]
 
 
 class Block(ABC):
     """A transformer block: x + attention, then + MLP.
 
-    The block in pieces equals the block as a whole (dropout inside attention, which no CLIP uses, apart):
+    The pieces together equal the whole block (except for dropout inside attention, which no CLIP uses):
 
         q, k, v = block.qkv(x)
         x = x + block.attention_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -61,9 +61,9 @@ class Block(ABC):
     A mask is what `F.scaled_dot_product_attention` takes: numbers that are added, or booleans that are true where a
     token may attend; its shape is (L, L), or one that broadcasts to (n, heads, L, L).
 
-    `positions`, (L) or (n, L), tells where in the grid of patches each token stands, row by row from 0; −1 is a token
-    without a place, such as a class token. They are needed where the tokens are not those of `VisionView.embed` (tokens
-    added, dropped or merged), and matter only to blocks with rotary position embeddings; others ignore them.
+    `positions`, (L) or (n, L), are the places of the tokens in the grid of patches, row by row from 0; −1 is a token
+    without a place, such as a class token. Pass them if tokens were added, dropped or merged after `VisionView.embed`.
+    Only blocks with rotary position embeddings use them.
     """
 
     def __init__(self, module: Any, rotary_trunk: Any = None) -> None:
@@ -73,31 +73,33 @@ class Block(ABC):
 
     @abstractmethod
     def linears(self) -> dict[Role, list[Linear]]:
-        """The block's linear maps by role: one for each role, two for the `fc` of an MLP with a separate gate."""
+        """Return the block's linear maps by role: one a role, but two for the `fc` of an MLP with a separate gate."""
 
     @abstractmethod
     def qkv(self, x: Tensor, positions: Tensor | None = None) -> QKV:
-        """What attention multiplies: (n, L, W) → three (n, heads, L, d), after the first norm, the projection, the
-        norms of q and k and the rotary embedding."""
+        """Return q, k and v, each (n, heads, L, d), of tokens (n, L, W).
+
+        The first norm, the projection, the norms of q and k and the rotary embedding are applied.
+        """
 
     @abstractmethod
     def attention_out(self, values: Tensor) -> Tensor:
-        """The residual branch of attention from attended values: (n, heads, L, d) → (n, L, W)."""
+        """Return the residual branch of attention, (n, L, W), from attended values (n, heads, L, d)."""
 
     @abstractmethod
     def mlp(self, x: Tensor) -> Tensor:
-        """The residual branch of the MLP, with its norm and layer scale: (n, L, W) → (n, L, W)."""
+        """Return the residual branch of the MLP, with its norm and layer scale: (n, L, W) → (n, L, W)."""
 
     @abstractmethod
     def __call__(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """The whole block, run by the module itself where it can: (n, L, W) → (n, L, W)."""
+        """Run the whole block, by the module itself if possible: (n, L, W) → (n, L, W)."""
 
 
 class VisionView(ABC):
-    """A vision transformer opened: `pool` of the blocks of `embed` is the tower's own output.
+    """The parts of a vision transformer. `embed`, then all `blocks`, then `pool` give the tower's own output.
 
-    `prefix` tokens (class token, registers) stand in front of `grid` = (rows, columns) of patches; `width` is W.
-    Gradient checkpointing is up to whoever runs the blocks: `set_grad_checkpointing` of the tower has no effect here.
+    `prefix` tokens (class token, registers) stand before the `grid` = (rows, columns) of patches; `width` is W.
+    Gradient checkpointing is up to the caller: `set_grad_checkpointing` of the tower has no effect here.
     """
 
     blocks: list[Block]
@@ -107,15 +109,15 @@ class VisionView(ABC):
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
-        """The tokens that enter the first block: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
+        """Return the tokens that enter the first block: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
-        """The image's embedding from the tokens that leave the last block: (n, L, W) → (n, D)."""
+        """Return the image embeddings from the tokens that leave the last block: (n, L, W) → (n, D)."""
 
 
 def vision_view(clip: nn.Module) -> VisionView:
-    """The image tower of an open_clip model, opened; refuses towers that are no vision transformer."""
+    """Return the parts of an open_clip model's image tower. Raise UserError if it is not a vision transformer."""
     blocks = _vision_blocks(clip)
     visual: Any = clip.visual
     view: VisionView = _TimmView(visual, blocks) if isinstance(visual, TimmModel) else _OpenClipView(visual, blocks)
@@ -126,12 +128,12 @@ def vision_view(clip: nn.Module) -> VisionView:
 
 
 def vision_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
-    """The linear maps of each block of the image tower of an open_clip model; refuses other towers than ViTs."""
+    """Return the linear maps of each block of an open_clip model's image tower. Raise UserError if it is not a ViT."""
     return [block.linears() for block in _vision_blocks(clip)]
 
 
 def text_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
-    """The linear maps of each block of the text tower of an open_clip model; refuses Hugging Face text towers."""
+    """Return the linear maps of each block of the text tower. Raise UserError for Hugging Face text towers."""
     tower: Any = getattr(clip, "text", clip)
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, oc.Transformer):
@@ -223,21 +225,23 @@ class _TimmBlock(Block):
         return x + self.mlp(x)
 
     def _before(self, branch: int, x: Tensor) -> Tensor:
-        """What enters branch 1 (attention) or 2 (MLP)."""
+        """Return the input of branch 1 (attention) or 2 (MLP)."""
         return getattr(self.module, f"norm{branch}")(x)
 
     def _after(self, branch: int, out: Tensor) -> Tensor:
-        """What is added to the residual stream, from what leaves the branch."""
+        """Return what is added to the residual stream, from the output of the branch."""
         scale, drop = getattr(self.module, f"ls{branch}"), getattr(self.module, f"drop_path{branch}")
         return drop(scale(out))
 
     def _rotary_table(self) -> Tensor:
-        """The rotary embedding of each patch, (rows · columns, 2d): sines, then cosines."""
+        """Return the rotary embedding of each patch, (rows · columns, 2d): sines, then cosines."""
         return self._rotary_trunk.rope.get_embed(shape=self._rotary_trunk.patch_embed.grid_size)
 
     def _angles(self, positions: Tensor | None) -> Tensor:
-        """The rotary embedding of each token: (L, 2d), or (n, 1, L, 2d) for positions (n, L); a token at position −1
-        is rotated by nothing (sine 0, cosine 1)."""
+        """Return the rotary embedding of each token: (L, 2d), or (n, 1, L, 2d) for positions (n, L).
+
+        A token at position −1 is not rotated (sine 0, cosine 1).
+        """
         table = self._rotary_table()
         still = torch.zeros_like(table[:1])
         still[:, table.shape[1] // 2 :] = 1
@@ -256,7 +260,7 @@ class _EvaBlock(_TimmBlock):
 
 
 class _PostNormBlock(_TimmBlock):
-    """A block of timm that norms what leaves its branches instead of what enters them."""
+    """A block of timm that normalises the outputs of its branches instead of their inputs."""
 
     def _before(self, branch: int, x: Tensor) -> Tensor:
         return x
@@ -293,7 +297,7 @@ def _vision_blocks(clip: nn.Module) -> list[Block]:
 
 
 def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -> Block:
-    """The module as a `Block`; refuses modules that do more, or in another order, than `Block` says."""
+    """Return the module as a `Block`. Raise UserError for a module that computes something else than `Block` says."""
     opened = next((opened for known, opened in _BLOCKS.items() if isinstance(module, known)), None)
     if opened is None:
         raise _refusal(kind, tower, f"its blocks, {type(module).__name__}, are not supported")
@@ -308,8 +312,8 @@ def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -
 def _refusal(kind: str, tower: nn.Module, why: str) -> UserError:
     core = tower.trunk if isinstance(tower, TimmModel) else tower
     return UserError(
-        f"The {kind} tower ({type(core).__name__}) cannot be taken apart: {why}. Choose another model, or a method or "
-        f"tower that leaves the {kind} tower closed."
+        f"The {kind} tower ({type(core).__name__}) cannot be opened: {why}. Choose another model, or a method or tower "
+        f"that does not open the {kind} tower."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is minimised in training: a file an objective, chosen by the setting `objective`."""
+"""Training objectives, one in each file, chosen by the setting `objective`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ __all__ = ["Objective", "build_objective"]
 
 
 def build_objective(config: Config, retriever: VideoRetriever) -> Objective:
-    """The objective that the config names; without one, what the CLIP was trained with: `sigmoid` for towers with a
-    `logit_bias` (SigLIP), `contrastive` for others."""
+    """Return the objective that the config names.
+
+    The default is what the CLIP was trained with: `sigmoid` for towers with a `logit_bias` (SigLIP), `contrastive` for
+    others.
+    """
     if config.objective is not None:
         chosen: Objective = implementation(OBJECTIVES, config.objective)(config.objective.config, retriever)
         return chosen

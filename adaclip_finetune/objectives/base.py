@@ -1,4 +1,4 @@
-"""What an objective is, and the batch of several processes as one.
+"""The base of objectives, and the group of processes that share a batch.
 
 A new objective is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md shows
 a complete one.
@@ -22,9 +22,9 @@ from adaclip_finetune.processes import rank, world_size
 
 
 class Group:
-    """The processes that work on one batch, each on a share of it.
+    """The processes that share a batch.
 
-    `video_ids` names the videos of each process's share. Gathered rows are in the order of the processes.
+    `video_ids` lists the videos of each process's share. Gathered rows are in the order of the processes.
     """
 
     def __init__(self, video_ids: Sequence[Sequence[str]]) -> None:
@@ -34,27 +34,29 @@ class Group:
         self._videos = [numbers[name] for ids in video_ids for name in ids]
 
     def __len__(self) -> int:
-        """B, the pairs of the batch in all processes together."""
+        """Return B, the number of pairs of the batch in all processes together."""
         return len(self._videos)
 
     @property
     def here(self) -> slice:
-        """Which of the gathered rows are this process's."""
+        """The gathered rows that belong to this process."""
         start = sum(self.sizes[: rank()]) if len(self.sizes) > 1 else 0
         return slice(start, start + self.own)
 
     @property
     def own(self) -> int:
-        """How many pairs this process has. Its batch may hold one blank row more, if that is none."""
+        """The number of pairs of this process. If it is 0, the process's batch has one blank row."""
         return self.sizes[rank() if len(self.sizes) > 1 else 0]
 
     def videos(self, device: torch.device) -> Tensor:
-        """A number for each pair's video, equal for captions of one video: int64 (B,)."""
+        """Return a number for each pair's video, equal for captions of one video: int64 (B,)."""
         return torch.tensor(self._videos, device=device)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """This process's rows (n, …) → the rows of all processes (B, …), with gradients: what any process's loss asks
-        of a row reaches the process that made it."""
+        """Return the rows of all processes (B, …), given this process's rows (n, …).
+
+        Gradients of all processes' losses flow back to the process that computed a row.
+        """
         rows = rows[: self.own]
         if len(self.sizes) == 1:
             return rows
@@ -62,8 +64,11 @@ class Group:
         return gathered
 
     def share_of_sum(self, part: Tensor) -> Tensor:
-        """A loss that is a sum over processes, from this process's part of it: its value is the whole sum, and its
-        gradients are such that the mean over processes, which DistributedDataParallel takes, is that of the sum."""
+        """Return a loss that is a sum over processes, given this process's part of it.
+
+        Its value is the whole sum. Its gradients are scaled so that their mean over processes, which
+        DistributedDataParallel computes, is the gradient of the sum.
+        """
         if len(self.sizes) == 1:
             return part
         whole = part.detach().clone()
@@ -73,10 +78,10 @@ class Group:
 
 
 class Objective(nn.Module, ABC):
-    """What a training step computes and goes back through, and what DistributedDataParallel wraps.
+    """Computes the loss of a training batch; DistributedDataParallel wraps it.
 
-    Everything that learns takes part within `forward`, so that a wrapper sees it. Parameters of an objective's own are
-    new and always learn.
+    Everything that learns is used within `forward`, so that the wrapper sees it. An objective's own parameters are new
+    and always learn.
     """
 
     settings_class: type[ChoiceSettings]
@@ -86,27 +91,29 @@ class Objective(nn.Module, ABC):
         self.settings, self.retriever = settings, retriever
 
     def choose(self) -> None:
-        """Let learn what the objective created within CLIP. Called after the method chose among CLIP's parameters."""
+        """Set `requires_grad` of what the objective created within CLIP. Called after the finetuning method chose."""
 
     def own_state(self) -> dict[str, Tensor]:
-        """The tensors of the objective's own, without the retriever."""
+        """Return the objective's own tensors, without those of the retriever."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("retriever.")}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
-        """What `own_state` gave."""
+        """Load what `own_state` returned."""
         self.load_state_dict(dict(state), strict=False)
 
     @abstractmethod
     def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
-        """`batch` is this process's share. Named scalars, whose sum is the loss of the whole batch in all processes;
-        float32 whatever autocast says."""
+        """Return named terms whose sum is the loss of the whole batch in all processes.
+
+        `batch` is this process's share. The terms are float32 even under autocast.
+        """
 
 
 class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        # Shares differ by a row or so, and gathering wants them alike.
+        # Shares differ by a row at most, and all_gather needs equal shapes.
         padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])]).contiguous()
         parts = [torch.empty_like(padded) for _ in range(world_size())]
         dist.all_gather(parts, padded)

@@ -12,7 +12,7 @@ from adaclip_finetune.objectives.base import Group, Objective
 
 
 class Contrastive(Objective):
-    """Each caption tells its video from the others of the batch, and each video its caption."""
+    """Classifies each caption's video among those of the batch, and each video's caption."""
 
     settings_class = ContrastiveSettings
 
@@ -25,13 +25,13 @@ class Contrastive(Objective):
 
 
 def contrastive_loss(logits: Tensor, videos: Tensor | None = None) -> Tensor:
-    """Mean of the cross-entropies over rows and over columns of `logits` (B, B), whose diagonal is right: a scalar.
+    """Return the mean of the cross-entropies over rows and columns of `logits` (B, B), whose diagonal is right.
 
-    `videos` (B,) numbers the videos: where two pairs of the batch share one, each is right for both, and so the other
-    is left out of the softmax instead of counting as wrong. Float32 outside autocast; float64 stays float64.
+    `videos` (B,) numbers the videos. If two pairs of the batch have the same video, the other pair is left out of the
+    softmax instead of counting as wrong. The loss is float32 even under autocast, and float64 for float64 logits.
     """
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"a batch's logits are square (B, B), not {tuple(logits.shape)}")
+        raise ValueError(f"logits must be square (B, B), not {tuple(logits.shape)}")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = torch.arange(len(logits), device=logits.device)

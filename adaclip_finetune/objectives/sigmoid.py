@@ -1,5 +1,5 @@
-"""`objective: sigmoid`, a yes or no for every pair (SigLIP, Zhai et al. 2023, "Sigmoid Loss for Language Image
-Pre-Training")."""
+"""`objective: sigmoid`, a binary classification of every pair (SigLIP, Zhai et al. 2023, "Sigmoid Loss for Language
+Image Pre-Training")."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from adaclip_finetune.weights.loaded import ensure_logit_bias, has_new_logit_bia
 
 
 class Sigmoid(Objective):
-    """Every caption answers for every video of the batch whether it belongs to it. Uses the tower's own `logit_bias`,
-    and creates it for a CLIP that has none."""
+    """Classifies each pair of a caption and a video of the batch as right or wrong.
+
+    It uses the tower's own `logit_bias`, and creates it for a CLIP that has none.
+    """
 
     settings_class = SigmoidSettings
 
@@ -35,7 +37,7 @@ class Sigmoid(Objective):
         kept = group.gather(scorer.keep(videos))
         numbers = group.videos(kept.device)
         mine = TextFeatures(text.sentence[: group.own])
-        # This process's captions against the videos of one process after the other: no process holds all pairs.
+        # This process's captions are compared with one process's videos at a time, so no process holds all pairs.
         total = kept.new_zeros(())
         start = 0
         for size in group.sizes:
@@ -46,10 +48,10 @@ class Sigmoid(Objective):
 
 
 def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tensor) -> Tensor:
-    """Sum over pairs of −log sigmoid(±logits) for `logits` (t, v), + where text i belongs to video i + offset.
+    """Return the sum over pairs of −log sigmoid(±logits) for `logits` (t, v); + if text i belongs to video i + offset.
 
-    Another pair of the same video (equal numbers in `text_videos` (t,) and `videos` (v,)) is neither right nor wrong,
-    and is left out.
+    Other pairs of the same video (equal numbers in `text_videos` (t,) and `videos` (v,)) are neither right nor wrong,
+    and are left out.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,4 +1,4 @@
-"""Parameter-efficient finetuning: a file a method, chosen by the setting `peft`."""
+"""Parameter-efficient finetuning methods, one in each file, chosen by the setting `peft`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["PeftMethod", "TrainableReport", "build_method", "choose_what_learns"
 
 
 def build_method(config: Config) -> PeftMethod:
-    """The method that the config names, not attached to anything yet."""
+    """Return the method that the config names, not attached to a model yet."""
     method: PeftMethod = implementation(PEFT, config.peft)(config.peft.config)
     return method
 
 
 def choose_what_learns(method: PeftMethod, model: nn.Module, config: Config) -> None:
-    """Freeze what the config freezes in `model.clip`, then let the method choose among the rest.
+    """Freeze what the config freezes in `model.clip`, then let the method choose what learns among the rest.
 
-    Call it with all weights in place, before the optimizer and before any wrapper.
+    Call it after all weights are loaded, and before the optimizer and any wrapper are built.
     """
     clip = model.get_submodule("clip")
     apply_freezing(clip, config.freeze_layer_num, config.freeze_clip)

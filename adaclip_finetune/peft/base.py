@@ -1,8 +1,8 @@
-"""What every finetuning method shares: what it adds to CLIP, which parameters learn, when, and what it leaves behind.
+"""The base of finetuning methods: what a method adds to CLIP, which parameters learn when, and what is saved.
 
-A method sees CLIP alone when it adds something (`attach`), and later a model with CLIP at `.clip`, under OpenAI's
-parameter names. Whatever stands outside CLIP (frame selector, header, pooling) is new and always learns, so methods
-never touch its `requires_grad`.
+`attach` gets CLIP alone; the other functions get a model with CLIP at `.clip`, under OpenAI's parameter names.
+Everything outside CLIP (frame selector, header, pooling) is new and always learns, so methods never change its
+`requires_grad`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with an optimizer and a schedule of its own.
+    """A part of training with its own optimizer and schedule.
 
-    `may_be_best` is False where the weights are not yet what the method promises (IBS before it selects): an epoch of
-    such a phase is validated but never chosen as the result.
+    `may_be_best` is False if the weights are not yet what the method promises (IBS before it selects): the epochs of
+    such a phase are validated but never chosen as the result.
     """
 
     num_epochs: int
@@ -36,51 +36,51 @@ class Phase:
 
 @dataclass(frozen=True)
 class MethodState:
-    """What a method needs to continue after an interruption: tensors, and values that JSON can hold."""
+    """The state of a method, from which an interrupted run continues: tensors, and values that JSON can hold."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
 
 class PeftMethod:
-    """A way to finetune CLIP. This base adds nothing, trains whatever `apply_freezing` left and remembers nothing."""
+    """A way to finetune CLIP. This base adds nothing, and trains everything that `apply_freezing` did not freeze."""
 
     mergeable = True
-    """Whether what the method added can be folded into CLIP's own weights, so that a plain CLIP suffices afterwards."""
+    """Whether what the method adds can be merged into CLIP's own weights, which leaves a plain CLIP."""
 
     def __init__(self, settings: ChoiceSettings) -> None:
         self.settings = settings
 
     def attach(self, clip: nn.Module) -> None:
-        """Add modules to CLIP that leave its outputs as they are. Called once, before a checkpoint is filled in."""
+        """Add modules to CLIP without changing its outputs. Called once, before a checkpoint is loaded."""
 
     def reset(self, model: nn.Module) -> None:
-        """Make what `attach` added change nothing. Called when plain weights were filled in below it."""
+        """Reset what `attach` added, so that it changes nothing. Called after plain weights were loaded."""
 
     def choose(self, model: nn.Module) -> None:
-        """Set what learns, after `apply_freezing` and before the optimizer, with all weights in place."""
+        """Set `requires_grad`. Called after `apply_freezing`, with all weights loaded, before an optimizer is built."""
 
     def phases(self, num_epochs: int, batch_size: int) -> list[Phase]:
-        """The phases, in order; their epochs add up to `num_epochs`."""
+        """Return the phases in order; their epochs add up to `num_epochs`."""
         return [Phase(num_epochs, batch_size)]
 
     def on_epoch_start(self, epoch: int) -> bool:
-        """True if the set of learning parameters changed: optimizer, schedule and wrapper are made anew."""
+        """Return whether the set of learning parameters changed; then optimizer, schedule and wrapper are rebuilt."""
         return False
 
     def after_backward(self, step: int) -> None:
-        """May change gradients before they are clipped."""
+        """Change gradients before they are clipped."""
 
     def merged_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights of the model as best.safetensors holds them: with CLIP's plain names if `mergeable`."""
+        """Return all weights of the model for best.safetensors, with CLIP's plain names if `mergeable`."""
         return plain_state(model) if self.mergeable else dict(model.state_dict())
 
     def own_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What adapter.safetensors holds, by the names of the model's state dict.
+        """Return the tensors for adapter.safetensors, by the names of the model's state dict.
 
-        CLIP's tensors that differ from the pretrained ones (and running statistics, where a tower has any), what
-        `attach` added, and all of the selector and pooling; but not a frozen copy of CLIP's image tower, which the
-        pretrained weights bring.
+        These are CLIP's tensors that differ from the pretrained ones (and running statistics of towers that have any),
+        what `attach` added, and all of the selector and pooling; but not a frozen copy of CLIP's image tower, which
+        comes from the pretrained weights.
         """
         changed = self.changed_parameters(model)
         unchanged = {f"clip.{name}" for name, _ in clip_of(model).named_parameters() if name not in changed}
@@ -92,38 +92,38 @@ class PeftMethod:
         }
 
     def changed_parameters(self, model: nn.Module) -> set[str]:
-        """Names of the CLIP parameters, added ones included, that may differ from the pretrained ones by now."""
+        """Return the names of the CLIP parameters, added ones included, that may differ from the pretrained ones."""
         return {name for name, parameter in clip_of(model).named_parameters() if parameter.requires_grad}
 
     def parameter_rows(self) -> list[TensorImportance]:
-        """The candidate tensors and what became of them, for methods that choose by importance; else empty."""
+        """Return the candidate tensors and whether each was retained, for methods that select by importance."""
         return []
 
     def state_dict(self) -> MethodState:
-        """What `load_state_dict` needs to continue in the middle of a run."""
+        """Return the state from which `load_state_dict` continues."""
         return MethodState()
 
     def load_state_dict(self, state: MethodState) -> None:
-        """Continue from `state_dict()`. Called after `choose`; the weights come from the checkpoint."""
+        """Continue from what `state_dict` returned. Called after `choose`; weights come from the checkpoint."""
 
 
 def clip_of(model: nn.Module) -> nn.Module:
-    """The CLIP inside the model."""
+    """Return the CLIP inside the model."""
     return model.get_submodule("clip")
 
 
 def learning(clip: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of CLIP that learn as things stand."""
+    """Return names and parameters of CLIP that learn at present."""
     return ((name, parameter) for name, parameter in clip.named_parameters() if parameter.requires_grad)
 
 
 def holds_keyword(name: str, keywords: Iterable[str]) -> bool:
-    """Whether the parameter name holds one of the keywords."""
+    """Return whether the parameter name contains one of the keywords."""
     return any(keyword in name for keyword in keywords)
 
 
 def warn_of_idle_keywords(clip: nn.Module, keywords: Iterable[str]) -> None:
-    """Warn about `keep_module_keywords` that no parameter of this CLIP holds: a slip, or another kind of tower."""
+    """Warn about `keep_module_keywords` that occur in no parameter name: a typing error, or another kind of tower."""
     names = [name for name, _ in clip.named_parameters()]
     idle = [keyword for keyword in keywords if not any(keyword in name for name in names)]
     if idle:

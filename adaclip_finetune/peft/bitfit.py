@@ -9,7 +9,7 @@ from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learn
 
 
 class BitFit(PeftMethod):
-    """Of what may learn in CLIP: `*.bias`, names with one of the keywords, and if asked the fused biases of q, k, v."""
+    """Trains `*.bias`, names with a keyword and, with `include_qkv_bias`, the fused biases of q, k and v."""
 
     settings: BitFitSettings
 
@@ -20,6 +20,6 @@ class BitFit(PeftMethod):
             parameter.requires_grad_(self._learns(name))
 
     def _learns(self, name: str) -> bool:
-        # OpenAI's fused biases are called `in_proj_bias`, without the dot: the published rule passes them by.
+        # OpenAI's fused biases are called `in_proj_bias`, without the dot, so the published rule leaves them out.
         fused = self.settings.include_qkv_bias and name.endswith("in_proj_bias")
         return fused or name.endswith(".bias") or holds_keyword(name, self.settings.keep_module_keywords)

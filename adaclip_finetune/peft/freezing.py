@@ -1,7 +1,7 @@
-"""`freeze_layer_num` and `freeze_clip`: which of CLIP's parameters a method has at its disposal, applied before it.
+"""The settings `freeze_layer_num` and `freeze_clip`: which parameters of CLIP may learn, before the method chooses.
 
-The names are OpenAI's; those of open_clip's other towers (`text.…`, timm's `visual.trunk.…`, residual networks) are
-read in the same sense: numbered blocks, and a head behind them that makes the embedding.
+The names are OpenAI's. Those of open_clip's other towers (`text.…`, timm's `visual.trunk.…`, residual networks) are
+understood likewise, as numbered blocks and a head that makes the embedding.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _HEAD = re.compile(
 def apply_freezing(clip: nn.Module, freeze_layer_num: int, freeze_clip: bool) -> None:
     """Set `requires_grad` of every parameter of CLIP.
 
-    freeze_layer_num -1: all learn. n ≥ 0: of both towers the transformer blocks from n on (the first is 0) and what
-    follows them: ln_final, text_projection, logit_scale, visual.ln_post, visual.proj; so 0 freezes the embeddings.
-    freeze_clip: none. Raises UserError for an n beyond the last block of the deeper tower, or a tower without blocks.
+    With freeze_layer_num -1 all learn. With n ≥ 0, the transformer blocks from n on (the first is 0) of both towers
+    learn, and what follows them: ln_final, text_projection, logit_scale, visual.ln_post, visual.proj; so 0 freezes the
+    embeddings. With freeze_clip none learn. Raise UserError for an n beyond the last block of the deeper tower, or a
+    tower without blocks.
     """
     if freeze_layer_num >= 0 and not freeze_clip:
         _check_depth(clip, freeze_layer_num)
@@ -45,7 +46,7 @@ def _learns(name: str, freeze_layer_num: int) -> bool:
 
 
 def _block_of(name: str) -> tuple[str, int] | None:
-    """The tower ("visual" or "text") and the block, from 0, that a parameter belongs to."""
+    """Return the tower ("visual" or "text") and the block, from 0, that a parameter belongs to, or None."""
     if match := _BLOCK.match(name):
         return "visual" if match["tower"] == "visual." else "text", int(match["index"])
     if match := _RESNET_STAGE.match(name):
@@ -60,10 +61,10 @@ def _check_depth(clip: nn.Module, freeze_layer_num: int) -> None:
         if not depth:
             raise UserError(
                 f"freeze_layer_num {freeze_layer_num}: the {tower} tower of this CLIP has no numbered blocks to count; "
-                "take -1 (all of CLIP learns) or freeze_clip (nothing does)"
+                "choose -1 (all of CLIP learns) or freeze_clip (nothing does)"
             )
     if freeze_layer_num > max(depths.values()):
         raise UserError(
             f"freeze_layer_num {freeze_layer_num}: the image tower has {depths['visual']} blocks and the text tower "
-            f"{depths['text']}; take a number up to {max(depths.values())}, or -1 for all of CLIP"
+            f"{depths['text']}; choose a number up to {max(depths.values())}, or -1 for all of CLIP"
         )

@@ -1,4 +1,4 @@
-"""Full finetuning: everything that `freeze_layer_num` and `freeze_clip` leave learns."""
+"""Full finetuning: everything learns that `freeze_layer_num` and `freeze_clip` do not freeze."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from adaclip_finetune.peft.base import PeftMethod
 
 
 class FullFinetuning(PeftMethod):
-    """The base as it is."""
+    """The base method, unchanged."""

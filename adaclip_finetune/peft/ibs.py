@@ -1,7 +1,7 @@
-"""Importance-based selection (IBS): everything learns for a few epochs, then only the tensors that moved most.
+"""Importance-based selection (IBS): everything learns for a few epochs, then only the tensors that changed most.
 
-Published figures call it IBS-G where tensors are compared within groups (`normalization`). What is not retained goes
-back to CLIP's pretrained values, so that the result differs from CLIP only where it should.
+Publications call it IBS-G if tensors are compared within groups (`normalization`). Tensors that are not retained are
+reset to CLIP's pretrained values, so that the result differs from CLIP in the retained ones only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adaclip_finetune.peft.importance import TensorImportance, importance, selec
 
 
 class ImportanceSelection(PeftMethod):
-    """Candidates are CLIP's learning tensors outside `keep_module_keywords`; those inside learn from first to last."""
+    """Selects among CLIP's learning tensors, except those that `keep_module_keywords` name, which always learn."""
 
     settings: IbsSettings
 
@@ -44,15 +44,15 @@ class ImportanceSelection(PeftMethod):
         ]
 
     def choose(self, model: nn.Module) -> None:
-        """Remember the pretrained values of the candidates."""
+        """Keep a copy of the pretrained values of the candidates."""
         self._clip = clip_of(model)
         keywords = self.settings.keep_module_keywords
         warn_of_idle_keywords(self._clip, keywords)
         candidates = [(name, tensor) for name, tensor in learning(self._clip) if not holds_keyword(name, keywords)]
         if not candidates:
             raise UserError(
-                "peft ibs has nothing to select from: freeze_clip, freeze_layer_num and keep_module_keywords leave no "
-                "tensor of CLIP; loosen one of them"
+                "peft ibs has nothing to select from: freeze_clip, freeze_layer_num and keep_module_keywords exclude "
+                "all tensors of CLIP; change one of them"
             )
         self._candidates = [name for name, _ in candidates]
         self._pretrained = {name: _snapshot(parameter) for name, parameter in candidates}
@@ -73,7 +73,7 @@ class ImportanceSelection(PeftMethod):
         return True
 
     def parameter_rows(self) -> list[TensorImportance]:
-        """The candidates by name, as they stand in `ibs_parameters.csv`; empty before the selection."""
+        """Return the candidates by name, as in `ibs_parameters.csv`; none before the selection."""
         return list(self._rows)
 
     def changed_parameters(self, model: nn.Module) -> set[str]:
@@ -81,7 +81,7 @@ class ImportanceSelection(PeftMethod):
         return super().changed_parameters(model).union(evolved)
 
     def state_dict(self) -> MethodState:
-        """Before the selection the pretrained values, after it the rows."""
+        """Return the pretrained values before the selection, and the rows after it."""
         return MethodState(dict(self._pretrained), {"rows": [asdict(row) for row in self._rows]})
 
     def load_state_dict(self, state: MethodState) -> None:
@@ -105,6 +105,6 @@ class ImportanceSelection(PeftMethod):
 
 
 def _snapshot(parameter: Tensor) -> Tensor:
-    # On the CPU, or it would double the accelerator's memory. A dry run's meta tensors have no values to copy.
+    # On the CPU, to save the accelerator's memory. The meta tensors of a dry run have no values to copy.
     parameter = parameter.detach()
     return parameter if parameter.is_meta else parameter.to("cpu", copy=True)

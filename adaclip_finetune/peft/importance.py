@@ -1,7 +1,8 @@
-"""Importance-based selection on numbers alone: how far tensors moved, and which of them are retained.
+"""The arithmetic of importance-based selection: how much tensors changed, and which of them are retained.
 
-A tensor that moved far in a short finetuning of everything is taken to matter. Tensors of different size move on
-different scales; with `normalization`, k-means first groups them by size and movement, and each is judged in its group.
+A tensor that changes much in a short full finetuning is taken to be important. Tensors of different sizes change on
+different scales; with `normalization`, k-means first groups them by size and change, and each is compared within its
+group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adaclip_finetune.config import IbsSettings
 from adaclip_finetune.errors import UserError
 
 _log = logging.getLogger(__name__)
-# Of a group, values up to this share of its median hardly moved: their logarithms would swamp mean and deviation.
+# Values up to this share of their group's median are negligible: their logarithms would dominate mean and deviation.
 _NEGLIGIBLE = 1e-3
 
 FloatArray = NDArray[np.float64]
@@ -40,10 +41,10 @@ class TensorImportance:
 
 
 def importance(before: Tensor, after: Tensor, metric: str) -> float:
-    """How far a tensor moved. `l2norm`: ‖w - w₀‖/√dim. `angle`: degrees between w and w₀; 0 for a scalar.
+    """Return how much a tensor changed. `l2norm`: ‖w - w₀‖/√dim. `angle`: degrees between w and w₀; 0 for a scalar.
 
-    In float64 on the CPU; the angle by 2·atan2(‖u - v‖, ‖u + v‖) of the unit vectors (Kahan), exact also for tiny ones.
-    From or to a zero vector, which has no direction, the angle is 90°, and 0° between two of them.
+    It is computed in float64 on the CPU. The angle is 2·atan2(‖u - v‖, ‖u + v‖) of the unit vectors (Kahan), which is
+    exact for tiny angles too. The angle from or to a zero vector is 90°, and between two of them 0°.
     """
     w0, w = (tensor.detach().cpu().double().flatten() for tensor in (before, after))
     if metric == "l2norm":
@@ -55,22 +56,22 @@ def importance(before: Tensor, after: Tensor, metric: str) -> float:
 
 
 def select_tensors(moved: Mapping[str, tuple[float, int]], settings: IbsSettings) -> list[TensorImportance]:
-    """Name → (importance, dim) of all candidates → one row each, by name.
+    """Return a row for each candidate, sorted by name. `moved` maps a name to (importance, number of parameters).
 
-    From the highest value down, tensors are retained while the retained parameters are fewer than
-    round(retain_ratio x candidate parameters); the one that crosses it is kept. Equal values rank by name.
-    Raises UserError for an importance that is not finite.
+    Tensors are retained from the highest value down, as long as the parameters retained so far are fewer than
+    round(retain_ratio x candidate parameters). Equal values rank by name. Raise UserError for an importance that is not
+    finite.
     """
     rows = [TensorImportance(name, None, dim, value, None, False) for name, (value, dim) in sorted(moved.items())]
     for row in rows:
         if not math.isfinite(row.importance):
             raise UserError(
-                f"peft ibs: the importance of {row.name} is {row.importance}: the weights broke while everything was "
-                "learning; lower learning_rate or coef_lr"
+                f"peft ibs: the importance of {row.name} is {row.importance}: training diverged in the first phase; "
+                "lower learning_rate or coef_lr"
             )
     if rows and not any(row.importance for row in rows):
         _log.warning(
-            "peft ibs: no tensor moved in the first phase, so the first ones by name are retained; "
+            "peft ibs: no tensor changed in the first phase, so the first ones by name are retained; "
             "train longer before selecting (num_pre_epochs), or raise learning_rate x coef_lr"
         )
     if settings.normalization and rows:
@@ -83,7 +84,7 @@ def _retained_names(rows: list[TensorImportance], retain_ratio: float) -> set[st
     budget = round(retain_ratio * sum(row.dim for row in rows))
     names: set[str] = set()
     size = 0
-    # A stable sort: rows come by name, and so equal values stay by name.
+    # The sort is stable, so equal values stay sorted by name.
     for row in sorted(rows, key=lambda row: -(row.importance if row.normalized is None else row.normalized)):
         if size >= budget:
             break
@@ -105,10 +106,10 @@ def _normalize(rows: list[TensorImportance], num_groups: int) -> list[TensorImpo
 
 
 def standardized(values: FloatArray) -> FloatArray:
-    """exp((ln v - mean)/sd) of one group: mean and population sd of ln v without the negligible values.
+    """Return exp((ln v - mean)/sd) for the values of one group, with mean and population sd of ln v.
 
-    Where sd is 0 (one tensor, or equal values) that is taken as exp(0) = 1 for the values themselves; negligible ones,
-    infinitely far below, are then 0, as is every value of 0.
+    Negligible values do not count in mean and sd. If sd is 0 (one tensor, or equal values), the result is 1, and 0 for
+    negligible values.
     """
     counted = values > _NEGLIGIBLE * np.median(values)
     if not counted.any():
@@ -121,7 +122,7 @@ def standardized(values: FloatArray) -> FloatArray:
 
 
 def _groups(log_dims: FloatArray, values: FloatArray, num_groups: int) -> IntArray:
-    """k-means labels on (ln dim, importance); with fewer distinct points than groups, as many groups as points."""
+    """Return k-means labels of the points (ln dim, importance), with at most as many groups as distinct points."""
     from sklearn.cluster import KMeans  # takes a second to import, and only IBS needs it
 
     points = np.stack([log_dims, values], axis=1)

@@ -1,9 +1,9 @@
 """LoRA (Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"), with DoRA (Liu et al. 2024) and rsLoRA
 (Kalajdzievski 2023): W + scale · B·A learns, W does not.
 
-The update lies over the weight itself, as a torch parametrization, and not over a layer's activations. So it works
+The update is added to the weight itself, by a torch parametrization, and not to a layer's activations. So it works
 wherever a weight is used (open_clip's fused attention, timm's trunks, towers that call the blocks themselves), q alone
-can learn inside a fused q, k and v, and merging is reading the weight.
+can learn inside a fused q, k and v, and reading the weight merges it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import Linear, text_linears, vision_linears
 from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learning, warn_of_idle_keywords
 
-_SHORTEST = 1e-12  # of a row, so that one of zeros stays zero
+_SHORTEST = 1e-12  # the least length of a row, so that a row of zeros stays zero
 
 
 class LowRank(nn.Module):
-    """Adds scale · B·A to some ranges of rows of a weight (out, in), each with a B and an A of its own.
+    """Adds scale · B·A to ranges of rows of a weight (out, in). Each range has its own B and A.
 
-    B (rows, rank) begins at 0, A (rank, in) at random. `dropout` leaves out input channels of the update, the same ones
-    for all rows of a batch: over a weight there is no activation to drop. With magnitudes (DoRA) each row of the result
-    is scaled to a learned length, whose gradient takes the row's own length as a constant.
+    B (rows, rank) is initialised with 0, A (rank, in) at random. `dropout` drops input channels of the update, the same
+    ones for a whole batch. With magnitudes (DoRA), each row of the result is scaled to a learned length; its gradient
+    treats the row's own length as a constant.
     """
 
     def __init__(self, weight: Tensor, ranges: Sequence[tuple[int, int]], settings: LoraSettings) -> None:
@@ -48,15 +48,14 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        """Make the update of this weight change nothing."""
+        """Reset the update of this weight, so that it changes nothing."""
         for up in self.up:
             up.zero_()
         for magnitude, (start, stop) in zip(self.magnitude, self.ranges, strict=False):
             magnitude.copy_(weight[start:stop].norm(dim=1))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # In the precision of the weight, which autocast would round before it is added to. (Of meta tensors, which have
-        # no values, there is no autocast.)
+        # In the weight's precision, without autocast, which meta tensors do not have.
         with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             pieces, end = [], 0
             for number, (start, stop) in enumerate(self.ranges):
@@ -77,13 +76,13 @@ class LowRank(nn.Module):
 
 
 class Lora(PeftMethod):
-    """Low-rank updates of `targets` in the chosen towers and blocks learn, and of CLIP's own parameters those that
+    """Trains low-rank updates of `targets` in the chosen towers and blocks, and the parameters of CLIP that
     `keep_module_keywords` name."""
 
     settings: LoraSettings
 
     def attach(self, clip: nn.Module) -> None:
-        # q, k and v may be rows of one weight, which gets one update then.
+        # q, k and v may be rows of one weight, which then gets one update.
         by_weight: dict[tuple[nn.Module, str], list[tuple[int, int]]] = {}
         for linear in self._targets(clip):
             by_weight.setdefault((linear.module, linear.weight), []).append((linear.start, linear.stop))
@@ -114,7 +113,7 @@ class Lora(PeftMethod):
             parameter.requires_grad_(id(parameter) in added or holds_keyword(name, keywords))
 
     def _targets(self, clip: nn.Module) -> list[Linear]:
-        """The linear maps to update. Raises UserError for a tower or a block that is not there."""
+        """Return the linear maps to update. Raise UserError for a tower or a block that does not exist."""
         settings, towers = self.settings, {"image": vision_linears, "text": text_linears}
         blocks = {}
         for name in towers if settings.towers == "both" else [settings.towers]:

@@ -1,4 +1,4 @@
-"""How many parameters learn, in CLIP, in the frame selector and in the aggregator."""
+"""Counts of the parameters that learn in CLIP, in the frame selector and in the aggregator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaclip_finetune.peft.base import clip_of
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of parameters (not of tensors)."""
+    """Numbers of single parameters, not of tensors."""
 
     trainable: int
     total: int
@@ -22,13 +22,13 @@ class Count:
 
     @property
     def percent(self) -> float:
-        """Of all, how many learn; 0 where there are none."""
+        """The percentage that learns; 0 if there are no parameters."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
 
 @dataclass(frozen=True)
 class TrainableReport:
-    """`aggregator` is all outside CLIP and the selector. A frozen copy of CLIP in the selector counts in its total."""
+    """`aggregator` is all outside CLIP and the selector. A frozen copy of CLIP counts in the selector's total."""
 
     clip: Count
     selector: Count
@@ -40,12 +40,12 @@ class TrainableReport:
         return self.clip + self.selector + self.aggregator
 
     def as_dict(self) -> dict[str, dict[str, int]]:
-        """`{"clip": {"trainable": …, "total": …}, "selector": …, "aggregator": …}`, for JSON."""
+        """Return `{"clip": {"trainable": …, "total": …}, "selector": …, "aggregator": …}`, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Mapping[str, int]]) -> TrainableReport:
-        """What `as_dict` gave."""
+        """Return the report from the result of `as_dict`."""
         return cls(**{name: Count(**part) for name, part in content.items()})
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class TrainableReport:
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:
-    """Count the model's parameters; each once, also where two modules share it."""
+    """Count the model's parameters, each once, even if two modules share it."""
     clip = list(clip_of(model).parameters())
     selector = getattr(model, "selector", None)
     chosen = _without(selector.parameters(), clip) if isinstance(selector, nn.Module) else []

@@ -1,16 +1,24 @@
-"""Memory that does not suffice: what to change, and `auto_batch_size`, the largest batch that fits."""
+"""Memory: what a training step needs, the batch size that fits, and what to change when memory runs out."""
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.base import Settings
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
@@ -18,88 +26,176 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
-from adaclip_finetune.training.device import describe_device, total_memory_gib
+from adaclip_finetune.training.device import describe_device, peak_memory_mib, total_memory_gib
+from adaclip_finetune.training.optimizer import build_optimizer, clip_gradients
+from adaclip_finetune.training.switches import explain_nondeterminism
 
-# What is no torch.OutOfMemoryError but means the same: MPS, the CPU (on Linux, on Windows), the CUDA driver, cuBLAS and
-# cuDNN on their own, Level Zero.
+Tokenize = Callable[[Sequence[str], int], Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Messages of errors that are not torch.OutOfMemoryError or MemoryError but mean the same: MPS and the CUDA driver; the
+# CPU (Linux, Windows, sizes beyond 64 bits); numpy, in a reading process and beyond 64 bits; cuBLAS, cuDNN; Level Zero.
 _MESSAGES = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
+    "Storage size calculation overflowed",
+    "Unable to allocate",
+    "array is too big",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "OUT_OF_DEVICE_MEMORY",
     "OUT_OF_HOST_MEMORY",
 )
+_NO_SIZES = (None, "epochs", "updates", "processes", "block")  # units of integer settings that take no memory
+
+# ---- the explanations ----
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, of whichever device."""
+    """Return whether an error means that a device or the machine has too little memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    return isinstance(error, RuntimeError | ValueError) and any(message in str(error) for message in _MESSAGES)
 
 
 def explain_out_of_memory(
     error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
 ) -> UserError | None:
-    """What to tell a user whose training step on a batch of `batch_size` pairs, of all processes together, did not fit,
-    with the K that the retriever is at; None if `error` is something else."""
-    if not is_out_of_memory(error):
-        return None
-    return _too_much(str(error) or type(error).__name__, config, device, batch_size, retriever)
+    """Explain a training step that did not fit into memory: its sizes, and what to change.
+
+    `batch_size` is that of all processes together. Return None if `error` is another error.
+    """
+    return _step_error(error, config, device, batch_size, retriever) if is_out_of_memory(error) else None
 
 
 def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
-    """The same for a batch of an evaluation."""
+    """Explain an evaluation batch that did not fit into memory. Return None if `error` is another error."""
     if not is_out_of_memory(error):
         return None
     at_once = FRAMES_A_GALLERY_BATCH // config.num_frm
     return UserError(
-        f"out of memory on {_in_words(device)} in an evaluation, with val_batch_size {config.val_batch_size}, num_frm "
-        f"{config.num_frm}, precision {config.precision} ({_first_line(str(error))}).\n"
+        f"out of memory on {_name(device)} in an evaluation with val_batch_size {config.val_batch_size}, num_frm "
+        f"{config.num_frm}, precision {config.precision} ({_reason(error)}).\n"
         f"Try --val_batch_size {max(1, min(config.val_batch_size, at_once) // 4)}, or --precision bf16"
     )
+
+
+def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
+    """Decorate a function whose first argument is the config: if what it builds does not fit into memory, it raises a
+    UserError with the size and the settings that probably cause it."""
+
+    @wraps(function)
+    def explaining(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(config, *args, **kwargs)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            settings = sorted(_above_default(config), reverse=True)[:2]
+            total = total_memory_gib(torch.device("cpu"))
+            message = f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB"
+            if settings:
+                message += f".\nThe settings furthest above their defaults: {', '.join(text for _, text in settings)}"
+            raise UserError(message) from error
+
+    return explaining
+
+
+# ---- the batch size that fits ----
+
+
+class StepCost(NamedTuple):
+    """What a training step on `videos` videos costs.
+
+    `seconds` (forward and backward) and `kept_bytes` (tensors kept for the backward pass, measured on a CPU only) grow
+    with the batch; `update_seconds` (the optimizer's) does not. `peak_bytes` is the device's memory; on a CPU, all
+    that this process needs.
+    """
+
+    videos: int
+    seconds: float
+    update_seconds: float
+    kept_bytes: int
+    peak_bytes: int
+
+
+def has_memory_limit(device: torch.device) -> bool:
+    """Return whether the device refuses what does not fit. A CPU swaps, or the system ends the process."""
+    return device.type != "cpu"
 
 
 def fitting_batch_size(
     config: Config,
     objective: Objective,
-    tokenize: Callable[[Sequence[str], int], Tensor],
+    tokenize: Tokenize,
     accelerator: Accelerator,
     say: Callable[[str], None],
     batch_size: int,
 ) -> int:
-    """The largest of batch_size, its half, its quarter, … (at least 2, and one for each process) at which a training
-    step fits with what learns now, at the largest K of the run; all processes agree on it.
+    """Return the largest of batch_size, its half, its quarter and so on at which a training step fits into memory.
 
-    Tries it out on blank videos and captions of max_txt_len. Weights, buffers, gradients and random states stay as they
-    are. A CPU has no memory of its own: there it is batch_size. Raises UserError if nothing fits.
+    The result is at least 2 and the same in all processes; on a CPU it is batch_size. Weights, buffers and random
+    states stay as they are. Raise UserError if no batch fits.
     """
     device = accelerator.device
-    if not _refuses_memory(device):
+    if not has_memory_limit(device):
         say("auto_batch_size is ignored on the CPU, which has no out-of-memory error to probe")
         return batch_size
     objective.retriever.start_epoch(0)
     smallest = min(batch_size, max(2, world_size()))
     size = batch_size
-    with _untouched(objective, device):
-        while reasons := _why_not(config, objective, tokenize, accelerator, size):
+    buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        while True:
+            cost = try_steps(config, objective, tokenize, accelerator, -(-size // world_size()))
+            failures = [told for told in gather_objects(cost if isinstance(cost, str) else "") if told]
+            if not failures:
+                break
             if size <= smallest:
-                raise _too_much(reasons[0], config, device, size, objective.retriever)
+                raise _step_error(MemoryError(failures[0]), config, device, size, objective.retriever)
             size = max(size // 2, smallest)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
     if size < batch_size:
         say(
-            f"auto_batch_size: a batch of {batch_size} does not fit into {_in_words(device)}; it is {size} from here "
-            "on, so each video is told from fewer others"
+            f"auto_batch_size: a batch of {batch_size} does not fit into {_name(device)}; it is {size} from here on, "
+            "so each video is contrasted with fewer others"
         )
     return size
 
 
-def blank_batch(
-    config: Config, retriever: VideoRetriever, tokenize: Callable[[Sequence[str], int], Tensor], size: int
-) -> tuple[TrainBatch, Group]:
-    """`size` blank videos with captions of max_txt_len, as one process's batch, to try a step out."""
+def try_steps(
+    config: Config, objective: Objective, tokenize: Tokenize, accelerator: Accelerator, size: int
+) -> StepCost | str:
+    """Take two training steps on blank videos with captions of full length, and return what the second one costs.
+
+    The learning rate is 0, so the weights stay as they are; gradients are None afterwards. If a step does not fit into
+    memory, return the message of that error.
+    """
+    cost = attempt(lambda: _two_steps(config, objective, tokenize, accelerator, size))
+    objective.zero_grad()
+    return cost
+
+
+def attempt(call: Callable[[], R]) -> R | str:
+    """Return what `call` returns or, if it runs out of memory, the error's message."""
+    try:
+        return call()
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if explained := explain_nondeterminism(error):
+            raise explained from error
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error) or "out of memory"
+    clear_device_cache(garbage_collection=True)  # only outside `except` are the tensors of the failed call free
+    return reason
+
+
+def blank_batch(config: Config, retriever: VideoRetriever, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
+    """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
     batch = TrainBatch(
         blank_videos(config.num_frm, retriever.views(), size),
         tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
@@ -108,88 +204,78 @@ def blank_batch(
     return batch, Group([batch.videos.video_ids])
 
 
-def _refuses_memory(device: torch.device) -> bool:
-    return device.type != "cpu"
-
-
-def _why_not(
-    config: Config,
-    objective: Objective,
-    tokenize: Callable[[Sequence[str], int], Tensor],
-    accelerator: Accelerator,
-    size: int,
-) -> list[str]:
-    """What the processes say for whom their share of a batch does not fit; none if it fits everywhere."""
-    batch, group = blank_batch(config, objective.retriever, tokenize, -(-size // world_size()))
+def _two_steps(
+    config: Config, objective: Objective, tokenize: Tokenize, accelerator: Accelerator, size: int
+) -> StepCost:
+    device = accelerator.device
     clear_device_cache(garbage_collection=True)
-    try:
-        _try_out(config, objective, accelerator, batch, group)
-        reason = ""
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error) or "out of memory"
-    # Only here, outside of `except`, nothing holds the tensors of the failed step any more.
-    objective.zero_grad()
-    clear_device_cache(garbage_collection=True)
-    return [reason for reason in gather_objects(reason) if reason]
-
-
-def _try_out(config: Config, objective: Objective, accelerator: Accelerator, batch: TrainBatch, group: Group) -> None:
-    """What a step holds at once: the optimizer's moments, the next batch, activations and gradients."""
-    copies = 2 if world_size() == 1 else 3  # DistributedDataParallel gathers gradients in buckets of their own
+    optimizer, _ = build_optimizer(objective, config, total_steps=2)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    held = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
-    coming = batch.to(accelerator.device)
+    # DistributedDataParallel holds a second copy of the gradients.
+    held: list[Tensor] = [torch.empty_like(parameter) for parameter in learning] if world_size() > 1 else []
+    weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    batch, pairs = blank_batch(config, objective.retriever, tokenize, size)
+    held.append(batch.to(device).videos.frames)  # the next batch, copied ahead
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself would refer to its own graph, which is then never freed
+
+    # Gradients of an earlier batch are there while a later one is computed.
+    batches = min(config.gradient_accumulation_steps, 2)
     objective.train()
-    # In an accumulated batch the gradients of the one before it are there from the start.
-    for _ in range(min(config.gradient_accumulation_steps, 2)):
-        with accelerator.autocast():
-            terms = objective(batch.to(accelerator.device), group)
-        sum(terms.values(), torch.zeros((), device=accelerator.device)).backward()
-    del held, coming
+    for _ in range(2):  # the first step allocates what the second finds
+        started = _now(device)
+        for _ in range(batches):
+            kept.clear()
+            hooks = saved_tensors_hooks(note, lambda tensor: tensor) if device.type == "cpu" else nullcontext()
+            with accelerator.autocast(), hooks:
+                terms = list(objective(batch.to(device), pairs).values())
+            sum(terms[1:], terms[0]).backward()
+        computed = _now(device)
+        clip_gradients(learning, config.grad_norm)
+        for parameter in learning:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        gradients = sum(parameter.grad.nbytes for parameter in learning if parameter.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        updated = _now(device)
+    kept_bytes = sum(count for storage, count in kept.items() if storage not in weights)
+    on_cpu = psutil.Process().memory_info().rss + gradients + kept_bytes
+    peak = on_cpu if device.type == "cpu" else int(peak_memory_mib(device) * 2**20)
+    return StepCost(size, (computed - started) / batches, updated - computed, kept_bytes, peak)
 
 
-@contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back, at the end, what a step leaves behind although it updates nothing."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    backend = torch.get_device_module(device)
-    states = torch.get_rng_state(), None if device.type == "cpu" else backend.get_rng_state()
-    model.zero_grad()
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, training in modes:
-            module.training = training
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            backend.set_rng_state(states[1])
+def _now(device: torch.device) -> float:
+    """Return the time at which all the work queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic()
 
 
-def _too_much(
-    reason: str, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
+# ---- words ----
+
+
+def _step_error(
+    error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
 ) -> UserError:
     encoded, k = retriever.frames_with_gradients, int(retriever.schedule()["k"])
     processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
-    ways_out = "\n".join(f"  {flag:48} {effect}" for flag, effect in _ways_out(config, device, batch_size, k, encoded))
-    checkpointing = "on" if config.gradient_checkpointing else "off"
+    changes = "\n".join(f"  {flag:48} {effect}" for flag, effect in _changes(config, device, batch_size, k, encoded))
     return UserError(
-        f"out of memory on {_in_words(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
+        f"out of memory on {_name(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
         f"{encoded} go through CLIP with gradients, precision {config.precision}, gradient_checkpointing "
-        f"{checkpointing} ({_first_line(reason)}).\nWhat to change, what costs least first:\n{ways_out}"
+        f"{'on' if config.gradient_checkpointing else 'off'} ({_reason(error)}).\n"
+        f"What to change, the cheapest first:\n{changes}"
     )
 
 
-def _ways_out(config: Config, device: torch.device, batch_size: int, k: int, encoded: int) -> Iterator[tuple[str, str]]:
-    """Flags and what they do, in the order of what they cost."""
+def _changes(config: Config, device: torch.device, batch_size: int, k: int, encoded: int) -> Iterator[tuple[str, str]]:
+    """Yield flags that save memory, and their effects."""
     if config.precision == "fp32":
         yield "--precision bf16", "activations of half the size"
     if not config.gradient_checkpointing:
@@ -205,14 +291,35 @@ def _ways_out(config: Config, device: torch.device, batch_size: int, k: int, enc
     if batch_size > 2:
         own = getattr(config.peft.config, "pre_batch_size", None)
         name = "peft.config.pre_batch_size" if own == batch_size != config.batch_size else "batch_size"
-        yield f"--{name} {batch_size // 2}", "each video is told from fewer others"
-    if device.type != "cpu" and not config.auto_batch_size:
-        yield "--auto_batch_size", "the same, as far as it takes"
+        yield f"--{name} {batch_size // 2}", "each video is contrasted with fewer others"
+    if has_memory_limit(device) and not config.auto_batch_size:
+        yield "--auto_batch_size", "halves the batch size until it fits"
 
 
-def _in_words(device: torch.device) -> str:
+def _above_default(settings: Settings, prefix: str = "") -> Iterator[tuple[float, str]]:
+    """Yield how many times its default each size is, and the setting in words, for sizes of
+    four times their defaults or more."""
+    for name, field in type(settings).model_fields.items():
+        value, usual, facts = getattr(settings, name), field.default, field.json_schema_extra
+        unit = facts.get("unit") if isinstance(facts, dict) else None
+        if isinstance(value, Settings):
+            yield from _above_default(value, f"{prefix}{name}.")
+        elif type(value) is type(usual) is int and unit not in _NO_SIZES and value >= 4 * max(usual, 1):
+            yield value / max(usual, 1), f"{prefix}{name} {value} (default {usual})"
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error's message in one line, with a size in GiB where the message holds one."""
+    message = str(error).strip()
+    if found := re.search(r"tried to allocate (\d+) bytes", message):
+        size = int(found[1])
+    elif found := re.search(r"overflowed with sizes=\[([\d, ]+)\]", message):
+        size = 4 * math.prod(map(int, found[1].split(", ")))
+    else:
+        lines = message.splitlines() or [type(error).__name__]
+        return next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
+    return f"{size / 2**30:,.1f} GiB could not be allocated"
+
+
+def _name(device: torch.device) -> str:
     return f"{describe_device(device)}, {total_memory_gib(device):.1f} GiB"
-
-
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0][:200] if message.strip() else "no more is known"

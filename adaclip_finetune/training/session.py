@@ -28,6 +28,7 @@ from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
+from adaclip_finetune.training.memory import sizes_explained
 from adaclip_finetune.training.optimizer import NOTHING_LEARNS
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
@@ -121,6 +122,7 @@ class Session:
         return about
 
 
+@sizes_explained
 def open_model(
     config: Config,
     checkpoint: Checkpoint | None = None,

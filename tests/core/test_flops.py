@@ -1,4 +1,4 @@
-"""GFLOPs are counted: the field's figure for ViT-B/32, hand counts of small parts, and what each setting adds."""
+"""Counted GFLOPs: the published figure of ViT-B/32, small parts computed by hand, and what each setting adds."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ def counted(**settings: Any) -> Gflops:
 
 
 def block(tokens: int, width: int) -> float:
-    """Multiply-adds with weights of a CLIP block: q, k, v and out (4 w²), two layers of the MLP (8 w²)."""
+    """Return the multiply-adds with weights of a CLIP block: q, k, v and out (4 w²), two layers of the MLP (8 w²)."""
     return tokens * 12 * width**2
 
 
 def attention(tokens: int, width: int) -> float:
-    """Multiply-adds of queries with keys and of weights with values."""
+    """Return the multiply-adds of queries with keys and of attention weights with values."""
     return 2 * tokens**2 * width
 
 
@@ -60,7 +60,7 @@ def test_a_small_tower_by_hand() -> None:
     assert found.policy_frame == found.temporal_encoder == found.scorer == found.header_and_aggregator == 0
 
 
-def test_vit_b_32_is_the_figure_of_the_field() -> None:
+def test_vit_b_32_has_the_published_figure() -> None:
     config = load_config(None, {"clip_backbone": "ViT-B/32", "policy_backbone": "frozen_clip"})
     with torch.device("meta"):
         found = count_gflops(VideoRetriever(config, load_clip(config, with_weights=False)), 16)
@@ -104,7 +104,7 @@ def test_scorers() -> None:
     assert counted(use_rnn=False).scorer == giga(N * (8 * 8 * 32 + 32))
 
 
-def test_a_video_encodes_k_frames_after_the_policy_looked_at_n() -> None:
+def test_a_video_costs_n_frames_of_the_policy_and_k_of_clip() -> None:
     raw = counted()
     assert raw.policy_frame == 0
     assert raw.video == pytest.approx(K * raw.clip_frame + raw.temporal_encoder + raw.scorer)
@@ -125,8 +125,8 @@ def test_the_policy_clip_encodes_all_frames_once() -> None:
     assert found.video_attention == giga(N * FRAME_ATTENTION + attention(N, 64))
 
 
-class Two(FrameTower):
-    """Two tokens a video, each half of all frames."""
+class TwoTokens(FrameTower):
+    """Makes two tokens a video, each of half the frames."""
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         return PerFrame.encode(self.clip, pixels).mean(dim=1, keepdim=True).expand(-1, 2, -1)
@@ -135,10 +135,10 @@ class Two(FrameTower):
         return torch.full((2, frames), 1 / frames)
 
 
-def test_frames_that_meet_go_through_their_tower_after_the_policy_clip_looked_at_all() -> None:
+def test_a_mixing_tower_is_counted_in_addition_to_the_clip_policy() -> None:
     for policy, frames in (("raw", 3), ("clip", N + 3)):
         model = small(policy_backbone=policy, top_k=3, frame_agg="mlp")
-        model.tower = Two(PerFrameSettings(), model.clip)
+        model.tower = TwoTokens(PerFrameSettings(), model.clip)
         found = count_gflops(model, N)
         rest = found.temporal_encoder + found.scorer + found.header_and_aggregator
         assert found.video == pytest.approx(frames * found.clip_frame + rest)

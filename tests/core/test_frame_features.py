@@ -1,4 +1,4 @@
-"""The selector's backbones: torchvision's own pooled features, weights that stay, published tensors under our names."""
+"""The selector's backbones: pooled features of torchvision, frozen weights, and the names of published tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 
 
 def pooled_features(cnn: Any, name: str, pixels: Tensor) -> Tensor:
-    """What comes before the class scores, by torchvision's modules in their own order."""
+    """Compute what comes before the classifier, by torchvision's modules in their own order."""
     if name == "resnet50":
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"):
             pixels = getattr(cnn, part)(pixels)
@@ -38,7 +38,7 @@ def pooled_features(cnn: Any, name: str, pixels: Tensor) -> Tensor:
 
 
 def random_cnn(name: str) -> Any:
-    """With batch statistics of some images, without which features of random weights are all alike."""
+    """Return the network with batch statistics of some images; without, features of random weights are all alike."""
     torch.manual_seed(0)
     cnn = torchvision.models.get_model(name, weights=None).train()
     for module in cnn.modules():
@@ -55,7 +55,7 @@ def video_batch(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "width"), list(zip(CNNS, [1280, 1280, 2048], strict=True)))
 @torch.no_grad()
-def test_features_are_the_pooled_ones_of_torchvision(tmp_path: Path, name: str, width: int) -> None:
+def test_features_are_the_pooled_features_of_torchvision(tmp_path: Path, name: str, width: int) -> None:
     cnn = random_cnn(name)
     torch.save(cnn.state_dict(), tmp_path / "cnn.pth")
     backbone = CnnBackbone(name, str(tmp_path / "cnn.pth"), frozen=True).train()
@@ -78,10 +78,8 @@ def build(policy: str, weights: str = "random", **settings: Any) -> VideoRetriev
 
 @pytest.mark.parametrize("name", CNNS)
 @pytest.mark.parametrize("freeze_cnn", [True, False])
-def test_fault_pretrained_cnn_layers_overwritten_by_our_initialisation(
-    tmp_path: Path, name: str, freeze_cnn: bool
-) -> None:
-    """The published system drew the CNN's last layer anew, and then froze it."""
+def test_initialisation_leaves_pretrained_cnn_layers_alone(tmp_path: Path, name: str, freeze_cnn: bool) -> None:
+    """The published system initialises the CNN's last layer at random, and then freezes it."""
     state = random_cnn(name).state_dict()
     torch.save(state, tmp_path / "cnn.pth")
     model = build(name, str(tmp_path / "cnn.pth"), freeze_cnn=freeze_cnn)
@@ -93,7 +91,7 @@ def test_fault_pretrained_cnn_layers_overwritten_by_our_initialisation(
         assert "classifier.0.weight" in own
 
 
-def test_a_frozen_cnn_neither_learns_nor_drifts() -> None:
+def test_a_frozen_cnn_changes_neither_weights_nor_statistics() -> None:
     backbone = CnnBackbone("mobilenet_v3_large", "random", frozen=True).train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     frames = video_batch(1, 2, 3, 32, 32)
@@ -110,7 +108,7 @@ def test_a_learning_cnn_learns() -> None:
 
 
 @pytest.mark.parametrize("error", [URLError("no route"), ConnectionResetError(), RuntimeError("invalid hash value")])
-def test_imagenet_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -143,7 +141,7 @@ def test_raw_thumbnails() -> None:
     torch.testing.assert_close(features, expected)
 
 
-def test_frozen_clip_is_a_copy_that_stays() -> None:
+def test_frozen_clip_is_a_copy_that_does_not_learn() -> None:
     clip = build_tiny_clip()
     backbone = FrozenClipBackbone(clip, 64).train()
     pixels = torch.randn(2, 3, 3, 32, 32)
@@ -161,12 +159,12 @@ def test_frozen_clip_is_a_copy_that_stays() -> None:
     ("name", "kind"),
     [("raw", RawBackbone), ("frozen_clip", FrozenClipBackbone), ("clip", type(None)), ("resnet50", CnnBackbone)],
 )
-def test_names(name: str, kind: type) -> None:
+def test_each_name_builds_its_backbone(name: str, kind: type) -> None:
     config = load_config(None, {"policy_backbone": name, "policy_weights": "random"})
     assert isinstance(build_backbone(config, build_tiny_clip(), 64), kind)
 
 
-def test_which_view_of_a_frame_the_reader_prepares() -> None:
+def test_views_say_how_the_reader_prepares_frames() -> None:
     for policy in ("clip", "frozen_clip"):
         assert build(policy).views() == Views(SPEC)
     assert build("raw", use_policy=False).views() == Views(SPEC)
@@ -209,7 +207,7 @@ def on_meta(config: Config) -> VideoRetriever:
         return VideoRetriever(config, load_clip(config, with_weights=False))
 
 
-def test_every_published_tensor_is_one_of_ours_and_no_other_exists() -> None:
+def test_published_tensors_and_ours_correspond_one_to_one() -> None:
     layouts = load_golden("checkpoint_layout")["settings"]
     assert len(layouts) == len(PUBLISHED)
     for begin, settings in PUBLISHED.items():

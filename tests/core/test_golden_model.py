@@ -1,4 +1,4 @@
-"""Every golden setting of the published system, from a published checkpoint: the same frames, cosines within 1e-5."""
+"""Golden settings of the published system, from published checkpoints: the same frames, and cosines within 1e-5."""
 
 import dataclasses
 import sys
@@ -29,7 +29,7 @@ SETTINGS = [
     "word-mlp",
     "word-transformer_seqTransf",
 ]
-# The golden frames are already normalised floats: this spec and the factor 255 below hand them through as they are.
+# The golden frames are normalised floats already: this spec and the factor 255 below leave them as they are.
 AS_IT_IS = ImageSpec(size=32, mean=(0, 0, 0), std=(1, 1, 1))
 
 

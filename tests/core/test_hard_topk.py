@@ -1,4 +1,4 @@
-"""Hard-Top-k against the golden values, a numpy version of its formula, and its promises."""
+"""Hard-Top-k compared with golden values and with its formula in numpy."""
 
 import numpy as np
 import pytest
@@ -79,13 +79,13 @@ def test_unselected_frames_get_exactly_zero_gradient() -> None:
     assert frames.grad[chosen].abs().min() > 0
 
 
-def test_stays_float32_under_autocast() -> None:
+def test_it_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         selection = select_frames(torch.randn(2, 8, dtype=torch.bfloat16), 3, temperature=0.5)
     assert selection.weights.dtype == selection.logits.dtype == torch.float32
 
 
-def test_refuses_what_cannot_be_chosen() -> None:
+def test_impossible_selections_are_refused() -> None:
     with pytest.raises(ValueError, match="k=9"):
         select_frames(torch.zeros(2, 8), 9)
     with pytest.raises(ValueError, match="NaN"):

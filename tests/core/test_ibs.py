@@ -1,4 +1,4 @@
-"""Importance-based selection against the published one, and where that one is undefined or noise."""
+"""Importance-based selection compared with the published one, and in cases that the published one leaves undefined."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from adaclip_finetune.peft.importance import importance, select_tensors, standar
 
 
 def as_groups(names, labels):
-    """The partition alone: labels may be permuted."""
+    """Return the partition of names by labels, which may be permuted."""
     return {frozenset(n for n, other in zip(names, labels, strict=True) if other == label) for label in set(labels)}
 
 
@@ -42,7 +42,7 @@ def test_golden_selection(number):
         assert all(row.group is None and row.normalized is None for row in rows)
 
 
-# ---- how far a tensor moved ----
+# ---- importance ----
 
 
 def test_l2norm_is_the_root_mean_square_of_the_update():
@@ -53,8 +53,8 @@ def test_l2norm_is_the_root_mean_square_of_the_update():
 
 
 @pytest.mark.parametrize("degrees", [1e-9, 1e-5, 1e-3, 1, 60, 90, 179.9999, 180])
-def test_angles_are_right_also_when_tiny(degrees):
-    """The published arccos of a float32 cosine cannot tell angles below some hundredths of a degree from zero."""
+def test_angles_are_exact_even_if_tiny(degrees):
+    """The published arccos of a float32 cosine is 0 for angles below some hundredths of a degree."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(1000, generator=generator, dtype=torch.float64)
     other = torch.randn(1000, generator=generator, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_angle_of_float32_weights_after_a_tiny_update():
     before = torch.randn(64, 64, generator=generator)
     after = before + 1e-6 * torch.randn(64, 64, generator=generator)
     u, v = before.double().flatten().numpy(), after.double().flatten().numpy()
-    across = (v - u) - u * ((v - u) @ u) / (u @ u)  # what of the update turns the vector
+    across = (v - u) - u * ((v - u) @ u) / (u @ u)  # the part of the update that turns the vector
     expected = np.degrees(np.arctan2(np.linalg.norm(across), np.linalg.norm(u) + (v - u) @ u / np.linalg.norm(u)))
     assert importance(before, after, "angle") == pytest.approx(expected, rel=1e-9)
 
@@ -121,14 +121,14 @@ def retained(moved, **settings):
 
 def test_the_tensor_that_crosses_the_budget_is_kept():
     moved = {"a": (3.0, 10), "b": (2.0, 50), "c": (1.0, 40)}
-    assert retained(moved, normalization=False, retain_ratio=0.1) == ["a"]  # 10 are no longer fewer than 10
+    assert retained(moved, normalization=False, retain_ratio=0.1) == ["a"]  # 10 parameters are not fewer than 10
     assert retained(moved, normalization=False, retain_ratio=0.11) == ["a", "b"]
     assert retained(moved, normalization=False, retain_ratio=1.0) == ["a", "b", "c"]
     assert retained(moved, normalization=False, retain_ratio=0.001) == []
 
 
 @pytest.mark.parametrize("normalization", [False, True])
-def test_ties_rank_by_name_whatever_the_order(normalization):
+def test_ties_rank_by_name_in_any_order(normalization):
     names = ["d", "b", "a", "c"]
     moved = dict.fromkeys(names, (0.5, 10))
     assert retained(moved, normalization=normalization, retain_ratio=0.5) == ["a", "b"]
@@ -142,7 +142,7 @@ def test_zero_updates_and_few_tensors_are_defined(normalization, num_groups, cap
         moved = {"a": (0.0, 10), "b": (0.0, 10), "c": (0.0, 20)}
         settings = {"normalization": normalization, "num_groups": num_groups, "retain_ratio": 0.5}
         assert retained(moved, **settings) == ["a", "b"]
-        assert "no tensor moved" in caplog.text
+        assert "no tensor changed" in caplog.text
         caplog.clear()
         assert retained({**moved, "c": (1e-9, 20)}, **settings) == ["c"]
         assert retained({"only": (1.0, 1)}, **{**settings, "retain_ratio": 1.0}) == ["only"]
@@ -159,7 +159,7 @@ def test_one_group_compares_all_with_all():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("normalization", [False, True])
-def test_broken_weights_are_an_error_that_names_the_tensor(value, normalization):
+def test_an_importance_that_is_not_finite_names_the_tensor(value, normalization):
     with pytest.raises(UserError, match=r"visual\.proj is (nan|inf)"):
         select_tensors({"a": (1.0, 10), "visual.proj": (value, 10)}, IbsSettings(normalization=normalization))
 
@@ -190,7 +190,7 @@ def move(clip, seed=0):
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_first_everything_learns_then_the_retained_and_the_rest_is_clip_again(tiny_clip):
+def test_everything_learns_then_the_retained_and_the_rest_is_reset(tiny_clip):
     before = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
     _, method = prepare(tiny_clip, num_pre_epochs=2, retain_ratio=0.3, keep_module_keywords=("ln_final", "logit_scale"))
     everything = learning(tiny_clip)
@@ -212,7 +212,7 @@ def test_first_everything_learns_then_the_retained_and_the_rest_is_clip_again(ti
     assert [method.on_epoch_start(2), method.on_epoch_start(3)] == [False, False]
 
 
-def test_importances_on_the_rows_are_those_of_the_update(tiny_clip):
+def test_rows_hold_the_importance_of_the_update(tiny_clip):
     before = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
     _, method = prepare(tiny_clip, keep_evolved=True)
     move(tiny_clip)
@@ -224,7 +224,7 @@ def test_importances_on_the_rows_are_those_of_the_update(tiny_clip):
         assert row.importance == pytest.approx(np.sqrt((update**2).mean()), rel=1e-5)
 
 
-def test_keep_evolved_leaves_what_moved(tiny_clip):
+def test_keep_evolved_keeps_changed_values(tiny_clip):
     model, method = prepare(tiny_clip, keep_evolved=True)
     candidates = learning(tiny_clip)
     move(tiny_clip)
@@ -235,7 +235,7 @@ def test_keep_evolved_leaves_what_moved(tiny_clip):
     assert method.changed_parameters(model) == candidates
 
 
-def test_two_phases_each_with_its_batch_size(tiny_clip):
+def test_each_phase_has_its_batch_size(tiny_clip):
     _, method = prepare(tiny_clip, num_pre_epochs=2, pre_batch_size=8)
     assert [(p.num_epochs, p.batch_size, p.may_be_best) for p in method.phases(30, 16)] == [
         (2, 8, False),
@@ -256,26 +256,6 @@ def test_pretrained_values_are_kept_as_copies_on_the_cpu(tiny_clip):
     assert method.state_dict().tensors == {}
 
 
-def test_nothing_to_select_from_is_said(tiny_clip):
+def test_nothing_to_select_from_is_refused(tiny_clip):
     with pytest.raises(UserError, match="nothing to select from"):
         prepare(tiny_clip, freeze_layer_num=2, keep_module_keywords=("ln_", "proj", "logit_scale"))
-
-
-def test_fault_ibs_through_temporary_pickles(tiny_clip, tmp_path, monkeypatch):
-    """Values before and after are compared in memory: no file is written or read, least of all a pickle."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError("IBS touched a file")
-
-    for module, name in (
-        (torch, "save"),
-        (torch, "load"),
-        (__import__("pickle"), "dump"),
-        (__import__("pickle"), "load"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
-    monkeypatch.chdir(tmp_path)
-    _, method = prepare(tiny_clip)
-    move(tiny_clip)
-    assert method.on_epoch_start(1)
-    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""LoRA: what it computes, by formula; and every step of a user with it, from training to a search over its rank."""
+"""LoRA compared with its formula, and in every command, from training to tuning its rank."""
 
 import json
 import re
@@ -40,7 +40,7 @@ KINDS = [LoraSettings(rank=2), LoraSettings(rank=2, dora=True), LoraSettings(ran
 
 
 class Model(nn.Module):
-    """What a method sees: a model with CLIP inside."""
+    """A model with CLIP inside, as a method gets it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def attached(settings: LoraSettings) -> tuple[Model, Lora]:
 
 
 def disturbed(model: Model) -> Model:
-    """As if something had been learned."""
+    """Change the learning parameters, as training would."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -95,7 +95,7 @@ def test_the_weight_is_w_plus_scale_times_b_a(alpha: float | None, rslora: bool,
     torch.testing.assert_close(original, build_tiny_clip().visual.transformer.resblocks[1].mlp.c_fc.weight)
 
 
-def test_dora_learns_length_and_direction_apart() -> None:
+def test_dora_learns_length_and_direction_separately() -> None:
     model, _ = attached(LoraSettings(rank=2, dora=True, targets=("proj",)))
     disturbed(model)
     layer = model.clip.transformer.resblocks[0].mlp.c_proj
@@ -107,7 +107,7 @@ def test_dora_learns_length_and_direction_apart() -> None:
 
 
 def test_only_what_is_targeted_changes() -> None:
-    """q alone, in the last block of the image tower: inside one fused weight of q, k and v."""
+    """The target is q in the last block of the image tower, inside one fused weight of q, k and v."""
     model, _ = attached(LoraSettings(rank=2, targets=("q",), towers="image", layers=(1,)))
     disturbed(model)
     changed = {
@@ -119,7 +119,7 @@ def test_only_what_is_targeted_changes() -> None:
     assert moved[:64].all() and not moved[64:].any()
 
 
-def test_a_dry_run_counts_it_on_shapes_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_counts_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(Path(__file__).resolve().parents[2] / "cfgs/lora.json")
     assert main(["train", "--config", recipe, "--dry_run", "--json", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -129,7 +129,7 @@ def test_a_dry_run_counts_it_on_shapes_alone(capsys: pytest.CaptureFixture[str])
     assert found["gflops"]["clip_frame"] == pytest.approx(4.36, abs=0.01)  # that of the merged model
 
 
-def test_what_learns_is_what_was_added_and_the_keywords() -> None:
+def test_added_parameters_and_keywords_learn() -> None:
     model, _ = attached(LoraSettings(rank=3, keep_module_keywords=("ln_final", "logit_scale")))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain = {name for name in learning if plain_name(name) is not None}
@@ -139,7 +139,7 @@ def test_what_learns_is_what_was_added_and_the_keywords() -> None:
     assert added == 2 * 2 * 3 * (4 * (64 + 64) + 2 * (64 + 256))
 
 
-def test_dropout_leaves_out_inputs_of_the_update_in_training_only() -> None:
+def test_dropout_drops_inputs_of_the_update_in_training_only() -> None:
     model, _ = attached(LoraSettings(rank=2, targets=("fc",), dropout=0.5))
     disturbed(model)
     layer = model.clip.visual.transformer.resblocks[0].mlp.c_fc
@@ -153,7 +153,7 @@ def test_dropout_leaves_out_inputs_of_the_update_in_training_only() -> None:
     torch.testing.assert_close(dropped[:, ~zero], 2 * still[:, ~zero])
 
 
-def test_a_target_named_twice_is_one_and_a_row_of_zeros_stays(tmp_path: Path) -> None:
+def test_a_repeated_target_counts_once_and_a_row_of_zeros_stays_zero(tmp_path: Path) -> None:
     model, _ = attached(LoraSettings(rank=2, targets=("q", "q")))
     once, _ = attached(LoraSettings(rank=2, targets=("q",)))
     assert model.state_dict().keys() == once.state_dict().keys()
@@ -161,7 +161,7 @@ def test_a_target_named_twice_is_one_and_a_row_of_zeros_stays(tmp_path: Path) ->
     assert LowRank(weight, [(0, 4)], LoraSettings(rank=2, dora=True))(weight).equal(weight)
 
 
-def test_a_block_or_a_tower_that_is_not_there_is_refused() -> None:
+def test_a_missing_block_or_tower_is_refused() -> None:
     with pytest.raises(UserError, match=r"peft\.config\.layers names block 2"):
         Lora(LoraSettings(layers=(1, 2))).attach(build_tiny_clip())
     deeper = build_tiny_clip()
@@ -223,7 +223,7 @@ def test_two_processes_learn_what_one_does(project: Project, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def run(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Return the folder of a finished run."""
     output = tmp_path_factory.mktemp("lora")
     assert main(["train", *flags({**project, **LORA, "output_dir": str(output)})]) == 0
     return next((output / "tiny").iterdir())
@@ -304,7 +304,7 @@ def test_exported_it_loads_elsewhere_with_the_same_vectors(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(project: Project, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(project: Project, tmp_path: Path) -> None:
     given = {**project, **LORA, "peft": {"method": "lora", "config": {"rank": 2, "dropout": 0.2}}}
     states = []
     for name in ("whole", "killed"):
@@ -345,7 +345,7 @@ def test_a_new_run_begins_with_merged_weights_or_an_adapter(run: Path, project: 
         )
 
 
-def test_optuna_searches_its_rank(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_rank_can_be_tuned(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = {
         "n_trials": 2,
         "storage": f"sqlite:///{tmp_path}/o.db",

@@ -1,4 +1,4 @@
-"""Layer norms of which one of weight and bias learns: the same values and gradients as the fused form."""
+"""Layer norms in which only weight or bias learns: the same values and gradients as the fused form."""
 
 import copy
 from typing import Any
@@ -45,7 +45,7 @@ def test_under_autocast_the_dtype_is_that_of_the_fused_norm(kind: type[nn.LayerN
         assert norm_plus_bias(norm, x).dtype == norm(x).dtype
 
 
-def test_every_norm_of_a_tower_is_prepared_and_stays_what_it_was() -> None:
+def test_every_norm_of_a_tower_is_replaced_without_changing_outputs() -> None:
     clip, plain = build_tiny_clip(), build_tiny_clip()
     split_frozen_norms(clip)
     split_frozen_norms(clip)  # once more changes nothing
@@ -57,14 +57,14 @@ def test_every_norm_of_a_tower_is_prepared_and_stays_what_it_was() -> None:
     torch.testing.assert_close(copy.deepcopy(clip).encode_text(tokens), plain.encode_text(tokens), rtol=0, atol=0)
 
 
-def test_it_is_done_where_the_gradient_would_be_lost() -> None:
+def test_a_gradient_is_lost_with_many_rows_and_one_frozen_parameter() -> None:
     holder = nn.Sequential(norm_of(nn.LayerNorm, False))
     split_frozen_norms(holder)
     norm: Any = holder[0]
     many, few = torch.empty(65_536, 8), torch.empty(65_535, 8)
-    assert norm._loses_a_gradient(many) and norm._loses_a_gradient(many.view(256, 256, 8))
-    assert not norm._loses_a_gradient(few)
+    assert norm.loses_a_gradient(many) and norm.loses_a_gradient(many.view(256, 256, 8))
+    assert not norm.loses_a_gradient(few)
     with torch.no_grad():
-        assert not norm._loses_a_gradient(many)
+        assert not norm.loses_a_gradient(many)
     norm.weight.requires_grad_(True)
-    assert not norm._loses_a_gradient(many)
+    assert not norm.loses_a_gradient(many)

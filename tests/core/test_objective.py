@@ -1,4 +1,4 @@
-"""The losses against numpy and plain loops, and what must not count as wrong."""
+"""The losses compared with numpy and plain loops, and pairs that must not count as negatives."""
 
 import math
 
@@ -32,7 +32,7 @@ def numpy_loss(similarity, groups):
 
 
 @pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [3, 0, 3, 1, 3], [7, 7, 7, 7, 7]])
-def test_against_numpy(groups):
+def test_contrastive_loss_equals_its_formula(groups):
     similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
     loss = contrastive_loss(similarity, torch.tensor(groups))
     assert loss.dtype == torch.float64
@@ -72,19 +72,19 @@ def test_half_precision_is_computed_in_float32_even_under_autocast():
     assert loss.item() == pytest.approx(numpy_loss(similarity.double().numpy(), range(6)), rel=1e-6)
 
 
-def test_nan_stays_visible():
+def test_contrastive_loss_passes_nan_on():
     similarity = torch.zeros(3, 3)
     similarity[0, 1] = float("nan")
     assert contrastive_loss(similarity).isnan()
 
 
-def test_only_square_matrices():
+def test_logits_that_are_not_square_are_refused():
     with pytest.raises(ValueError, match="square"):
         contrastive_loss(torch.zeros(2, 3))
 
 
 def slow_sigmoid_loss(logits, offset, text_videos, videos):
-    """The sum over pairs of -log of the probability of the right answer, 1 / (1 + exp(-x))."""
+    """Return the sum over pairs of -log of the probability of the right answer, 1 / (1 + exp(-x))."""
     total = 0.0
     for i, text_video in enumerate(text_videos):
         for j, video in enumerate(videos):
@@ -150,14 +150,14 @@ def test_sigmoid_loss_of_half_precision_is_float32_even_under_autocast():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_sigmoid_loss_shows_nan():
+def test_sigmoid_loss_passes_nan_on():
     logits = torch.zeros(3, 3)
     logits[0, 1] = float("nan")
     assert sigmoid_loss(logits, 0, torch.arange(3), torch.arange(3)).isnan()
 
 
 def build(logit_bias=None, **settings):
-    """A small retriever in float64, and its objective."""
+    """Return a small retriever in float64, and its objective."""
     config = load_config(None, {"num_frm": 3, "use_policy": False, **settings})
     clip = build_tiny_clip()
     if logit_bias is not None:
@@ -197,7 +197,7 @@ def test_the_objective_without_a_setting_is_what_the_clip_was_trained_with():
         assert list(objective(make_batch(["a", "b"]), Group([["a", "b"]]))) == [name]
 
 
-def test_sigmoid_uses_the_bias_of_the_tower_or_one_that_it_creates_and_that_learns():
+def test_sigmoid_uses_the_bias_of_the_tower_or_a_new_one_that_learns():
     for given, expected in ((-12.0, -12.0), (None, LOGIT_BIAS)):
         retriever, objective = build(given, objective={"method": "sigmoid"})
         assert retriever.clip.logit_bias.item() == retriever.scorer.logit_bias().item() == expected

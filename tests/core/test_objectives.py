@@ -1,4 +1,4 @@
-"""Objectives as a run has them: which one is taken, SigLIP's bias, and several processes that share one batch."""
+"""Objectives in a run: the default, SigLIP's bias, and several processes that share one batch."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ SIGMOID = {"method": "sigmoid"}
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with a logit_bias, as SigLIP's towers have it: an open_clip folder."""
+    """Return an open_clip folder of a tiny CLIP with a logit_bias, as SigLIP has one."""
     folder = tmp_path_factory.mktemp("siglip")
     model_cfg = {
         "embed_dim": 64,
@@ -46,7 +46,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_without_a_choice_it_is_what_the_towers_were_trained_with(project: Project, siglip: Path) -> None:
+def test_the_default_is_what_the_towers_were_trained_with(project: Project, siglip: Path) -> None:
     assert type(open_model(load_config(None, project)).objective) is Contrastive
     session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
     assert type(session.objective) is Sigmoid
@@ -56,7 +56,7 @@ def test_without_a_choice_it_is_what_the_towers_were_trained_with(project: Proje
     assert type(open_model(load_config(None, chosen)).objective) is Contrastive
 
 
-def test_logits_have_the_bias_of_the_towers(project: Project, siglip: Path) -> None:
+def test_logits_include_the_bias_of_the_towers(project: Project, siglip: Path) -> None:
     session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
     model = session.model.eval()
     batch, _ = blank_batch(session.config, model, session.loaded.tokenize, 2)
@@ -76,7 +76,7 @@ def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project
     for name in ("best.safetensors", "adapter.safetensors"):
         bias = load_retriever(folder / name).model.scorer.logit_bias()
         assert bias is not None and bias.item() == learned
-    # And a contrastive run may begin with it.
+    # A contrastive run may start from it as well.
     given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
     assert fit(load_config(None, given)).folder is not None
 
@@ -85,7 +85,7 @@ def learning(given: Project) -> int:
     return open_model(load_config(None, given)).parameters.clip.trainable
 
 
-def test_the_bias_learns_however_a_run_begins(project: Project, tmp_path: Path) -> None:
+def test_the_bias_learns_from_every_kind_of_start(project: Project, tmp_path: Path) -> None:
     given = {
         **project,
         "objective": SIGMOID,
@@ -106,7 +106,7 @@ def test_the_bias_learns_however_a_run_begins(project: Project, tmp_path: Path) 
     assert session.model.clip.get_parameter("logit_bias").item() == LOGIT_BIAS
 
 
-def test_ibs_does_not_select_among_the_bias(project: Project, tmp_path: Path) -> None:
+def test_the_bias_is_no_candidate_of_ibs(project: Project, tmp_path: Path) -> None:
     ibs = {"method": "ibs", "config": {"num_pre_epochs": 1, "retain_ratio": 0.1}}
     given = {**project, "objective": SIGMOID, "peft": ibs, "output_dir": str(tmp_path), "coef_lr": 1.0}
     folder = fit(load_config(None, given)).folder
@@ -146,7 +146,7 @@ def test_a_sigmoid_run_is_interpolated_with_plain_clip(project: Project, tmp_pat
 
 
 def _gradients(settings: Project, shares: list[int], result: Path) -> None:
-    """The loss and the gradients of one batch of sum(shares) videos, of which each process has a share; float64."""
+    """Return loss and gradients, in float64, of one batch of sum(shares) videos that the processes share."""
     config = load_config(None, settings)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def _gradients(settings: Project, shares: list[int], result: Path) -> None:
     object.__setattr__(videos, "frames", frames[rows])
     object.__setattr__(videos, "frame_mask", torch.ones_like(videos.frame_mask))
     batch = type(whole)(videos, session.loaded.tokenize(texts, config.max_txt_len)[rows], whole.noise[rows].double())
-    names = [f"v{number % 4}" for number in range(sum(shares))]  # videos stand in it twice
+    names = [f"v{number % 4}" for number in range(sum(shares))]  # some videos occur twice
     ids = [names[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))] if world_size() > 1 else [names]
     wrapped = accelerator.prepare(objective)
     terms = wrapped.train()(batch, Group(ids))

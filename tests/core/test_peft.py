@@ -1,4 +1,4 @@
-"""A table of all methods x what holds for each; BitFit, freezing and the counts of ViT-B/32 by independent oracles."""
+"""Properties that hold for every method; BitFit, freezing and parameter counts compared with independent oracles."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ every_method = pytest.mark.parametrize("case", CASES)
 
 
 class TinyObjective(nn.Module):
-    """What a training step learns by, around a model."""
+    """Computes a loss from the outputs of a model."""
 
     def __init__(self, model):
         super().__init__()
@@ -72,7 +72,7 @@ def prepared(case, model):
 
 
 def chosen(model, settings, freeze_layer_num, freeze_clip=False):
-    """The method of these settings, what learns in the model being chosen by it."""
+    """Return the method of these settings, after it chose what learns in the model."""
     section = section_of(settings)
     config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=section)
     method = build_method(config)
@@ -82,13 +82,13 @@ def chosen(model, settings, freeze_layer_num, freeze_clip=False):
 
 
 def section_of(settings):
-    """The `peft` of a config that has these settings."""
+    """Return the section `peft` of a config with these settings."""
     (name,) = (name for name, choice in PEFT.items() if choice.settings is type(settings))
     return SimpleNamespace(method=name, config=settings)
 
 
 def train(model, method, epochs=EPOCHS):
-    """One step an epoch, with a new optimizer whenever what learns has changed."""
+    """Take a step an epoch, with a new optimizer whenever the learning parameters changed."""
     config = SimpleNamespace(
         optim="bertadam",
         learning_rate=1e-3,
@@ -117,7 +117,7 @@ def batch(seed):
 
 @functools.cache
 def trained(case):
-    """A model after all epochs, its method, and its state before; shared between tests, which leave it as it is."""
+    """Return a trained model, its method, and its state before training; tests share it and must not change it."""
     model = TinyRetriever()
     before = copy.deepcopy(model.state_dict())
     method = prepared(case, model)
@@ -126,7 +126,7 @@ def trained(case):
 
 @torch.no_grad()
 def outputs(model):
-    # Even under no_grad, torch multiplies by a weight that learns with another rounding than by a frozen one.
+    # Even under no_grad, torch rounds a product with a learning weight differently than with a frozen one.
     return copy.deepcopy(model).requires_grad_(False).eval()(*batch(9))
 
 
@@ -135,7 +135,7 @@ def learning_names(module):
 
 
 @every_method
-def test_only_what_is_declared_changes(case):
+def test_only_declared_parameters_change(case):
     model, method, before = trained(case)
     changed = {
         name for name, tensor in model.clip.named_parameters() if not torch.equal(tensor, before[f"clip.{name}"])
@@ -151,7 +151,7 @@ def test_only_what_is_declared_changes(case):
 
 
 @every_method
-def test_a_step_moves_every_declared_parameter_and_what_is_frozen_has_no_gradient(case):
+def test_exactly_the_learning_parameters_have_gradients(case):
     model, _, _ = trained(case)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -166,7 +166,7 @@ def test_choosing_changes_no_output(case):
 
 
 @every_method
-def test_own_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case):
+def test_own_state_on_a_pretrained_model_gives_the_same_outputs(case):
     model, method, _ = trained(case)
     state = method.own_state(model)
     fresh = TinyRetriever()
@@ -177,7 +177,7 @@ def test_own_state_on_a_fresh_pretrained_model_gives_the_same_outputs(case):
 
 
 @every_method
-def test_own_state_holds_no_more_than_it_must(case):
+def test_own_state_holds_only_what_differs(case):
     model, method, _ = trained(case)
     state = method.own_state(model)
     assert {name[5:] for name in state if name.startswith("clip.")} == method.changed_parameters(model)
@@ -193,7 +193,7 @@ def test_own_state_holds_no_more_than_it_must(case):
 
 
 @every_method
-def test_merged_state_alone_makes_the_model(case):
+def test_merged_state_alone_restores_the_model(case):
     model, method, _ = trained(case)
     fresh = TinyRetriever(seed=1)
     fresh.load_state_dict(method.merged_state(model))
@@ -201,7 +201,7 @@ def test_merged_state_alone_makes_the_model(case):
 
 
 @every_method
-def test_phases_add_up_and_only_the_last_may_hold_the_best(case):
+def test_phases_add_up_and_only_the_last_may_be_best(case):
     phases = build_method(SimpleNamespace(peft=section_of(CASES[case][0]))).phases(30, 16)
     assert sum(phase.num_epochs for phase in phases) == 30
     assert [phase.may_be_best for phase in phases] == [False] * (len(phases) - 1) + [True]
@@ -209,8 +209,8 @@ def test_phases_add_up_and_only_the_last_may_hold_the_best(case):
 
 
 @every_method
-def test_an_interrupted_run_goes_on_with_the_same_parameters(case):
-    """State goes through what a checkpoint can hold, into a model prepared anew, after each epoch."""
+def test_an_interrupted_run_continues_with_the_same_parameters(case):
+    """The state is saved after each epoch in forms that a checkpoint can hold, and loaded into a new model."""
     straight, uninterrupted, _ = trained(case)
     for stop in range(1, EPOCHS):
         first = TinyRetriever()
@@ -261,7 +261,7 @@ def test_every_method_is_tested_here_or_in_a_file_of_its_own():
 @pytest.mark.parametrize("include_qkv_bias", [False, True])
 @pytest.mark.parametrize("keywords", [(), KEYWORDS])
 def test_bitfit_learns_the_parameters_of_its_definition(freeze_layer_num, include_qkv_bias, keywords):
-    """Oracle: the modules of the towers, and not the parameters' names."""
+    """The oracle goes by the modules of the towers, not by parameter names."""
     model = TinyRetriever()
     clip = model.clip
     expected = set()
@@ -293,7 +293,7 @@ def test_bitfit_learns_the_parameters_of_its_definition(freeze_layer_num, includ
     assert {id(parameter) for parameter in clip.parameters() if parameter.requires_grad} == expected
 
 
-def test_a_keyword_that_names_nothing_is_said(caplog):
+def test_a_keyword_that_matches_nothing_gives_a_warning(caplog):
     settings = BitFitSettings(keep_module_keywords=("ln_post", "text_projektion"))
     with caplog.at_level(logging.WARNING):
         chosen(TinyRetriever(), settings, 0)
@@ -324,7 +324,7 @@ def test_freezing_of_the_tiny_clip(tiny_clip):
 def test_a_layer_beyond_the_towers_is_refused(tiny_clip):
     with pytest.raises(UserError, match=r"freeze_layer_num 3: the image tower has 2 blocks and the text tower 2"):
         apply_freezing(tiny_clip, 3, False)
-    apply_freezing(tiny_clip, 3, True)  # of no consequence
+    apply_freezing(tiny_clip, 3, True)  # has no effect with freeze_clip
 
 
 def test_a_tower_without_blocks_is_refused(tiny_clip):
@@ -353,7 +353,7 @@ def on_meta(name):
         ),
     ],
 )
-def test_other_towers_are_frozen_in_the_same_sense(name, frozen, head):
+def test_other_towers_are_frozen_likewise(name, frozen, head):
     clip = on_meta(name)
     everything = {name for name, _ in clip.named_parameters()}
     apply_freezing(clip, 0, False)
@@ -395,7 +395,7 @@ def test_published_counts_of_vit_b_32(vit_b_32, settings, freeze_layer_num, trai
     assert report.all.total == 151_277_313 + 11
 
 
-def test_the_report_reads_well(vit_b_32):
+def test_the_report_as_text(vit_b_32):
     chosen(vit_b_32, BitFitSettings(keep_module_keywords=KEYWORDS), 0)
     clip, *_, everything = str(trainable_report(vit_b_32)).splitlines()
     assert "780,801 of   151,277,313" in clip
@@ -405,7 +405,7 @@ def test_the_report_reads_well(vit_b_32):
 
 def test_the_report_counts_a_frozen_copy_in_the_selector_and_nothing_twice():
     model = TinyRetriever()
-    model.aggregator.shared = model.clip.ln_final  # as a header that begins from CLIP's own might
+    model.aggregator.shared = model.clip.ln_final  # as a header that shares CLIP's own module would
     report = trainable_report(model)
     tower = sum(parameter.numel() for parameter in model.clip.visual.parameters())
     assert (report.selector.trainable, report.selector.total) == (128, 128 + tower)

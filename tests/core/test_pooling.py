@@ -1,4 +1,4 @@
-"""Pooling against numpy, by its formulas; padding, temperature, and scores that were used before."""
+"""Pooling compared with its formulas in numpy; padding, temperature and reused scores."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """In float64, with weights large enough for every part to show."""
+    """Return the module in float64, with weights large enough that every part matters."""
     module = module.double()
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
@@ -51,7 +51,7 @@ def quick_gelu(x: np.ndarray) -> np.ndarray:
 
 
 def numpy_mlp_score(scorer: torch.nn.Module, items: np.ndarray) -> np.ndarray:
-    """(…, D) → (…): D → 2D → D → 1 with a quick-GELU after the first two."""
+    """Compute the MLP (…, D) → (…): D → 2D → D → 1, with a quick-GELU after the first two maps."""
     w1, b1, w2, b2, w3, b3 = (parameter.detach().numpy() for parameter in scorer.parameters())
     assert [w.shape for w in (w1, w2, w3)] == [(2 * D, D), (D, 2 * D), (1, D)]
     return (quick_gelu(quick_gelu(items @ w1.T + b1) @ w2.T + b2) @ w3.T + b3)[..., 0]
@@ -120,7 +120,7 @@ def test_cosine_scorer() -> None:
 
 
 @pytest.mark.parametrize("scorer_class", [CosineScorer, lambda clip: QueryScorer(clip, 0.3)])
-def test_a_fixed_scorer_stays_whatever_clip_learns(scorer_class: Any) -> None:
+def test_a_fixed_scorer_does_not_follow_what_clip_learns(scorer_class: Any) -> None:
     clip = clip_with(2, -10)
     scorer = scorer_class(clip)
     text, kept = TextFeatures(random(Q, D, seed=1)), scorer.keep(features(random(B, K, D), random(B, D)))
@@ -133,7 +133,7 @@ def test_a_fixed_scorer_stays_whatever_clip_learns(scorer_class: Any) -> None:
     assert not torch.allclose(scorer(text, kept), before)
 
 
-def test_transformer_weighs_the_frames_as_they_came() -> None:
+def test_transformer_weights_apply_to_the_original_frames() -> None:
     pooling = randomised(TransformerScore(D, 0.7))
     frames = random(B, K, D)
     scores = pooling.scorer(pooling.transformer(frames)).detach().numpy()[..., 0]
@@ -153,7 +153,7 @@ SHUFFLED = [2, 0, 3, 1]
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-def test_pooling_does_not_see_the_order_of_frames(name: str) -> None:
+def test_pooling_ignores_the_order_of_frames(name: str) -> None:
     pooling, frames = POOLINGS[name], random(B, K, D)
     assert isinstance(pooling, Pooling)
     (vector, weights), (shuffled, shuffled_weights) = pooling(frames), pooling(frames[:, SHUFFLED])
@@ -161,13 +161,13 @@ def test_pooling_does_not_see_the_order_of_frames(name: str) -> None:
     torch.testing.assert_close(weights[:, SHUFFLED], shuffled_weights)
 
 
-def test_query_score_does_not_see_the_order_of_frames() -> None:
+def test_query_score_ignores_the_order_of_frames() -> None:
     scorer, frames, queries = QueryScorer(clip_with(0), 1.0), random(B, K, D), TextFeatures(random(Q, D, seed=1))
     torch.testing.assert_close(scorer(queries, frames), scorer(queries, frames[:, SHUFFLED]))
 
 
 @pytest.mark.parametrize("build", [MlpScore, TransformerScore])
-def test_temperature_from_one_frame_to_the_mean(build: Any) -> None:
+def test_a_low_temperature_takes_one_frame_and_a_high_one_the_mean(build: Any) -> None:
     frames = random(B, K, D)
     cold, hot = randomised(build(D, 1e-6)), randomised(build(D, 1e6))
     torch.testing.assert_close(hot(frames)[0], frames.mean(dim=1), atol=1e-4, rtol=0)
@@ -183,7 +183,7 @@ def test_words_after_the_end_cannot_change_the_sentence(kind: str, temperature: 
     sentences = aggregator(words, is_word)
     noise = torch.where(is_word[..., None], 0, 1e3 * random(B, 6, D, seed=3))
     torch.testing.assert_close(aggregator(words + noise, is_word), sentences, atol=1e-12, rtol=1e-12)
-    # Each row alone, cut at its end, is the same.
+    # Each row by itself, cut at its end, gives the same.
     for row, length in enumerate((6, 3, 1)):
         alone = aggregator(words[row : row + 1, :length], is_word[row : row + 1, :length])
         torch.testing.assert_close(alone[0], sentences[row], atol=1e-12, rtol=1e-12)
@@ -223,7 +223,7 @@ def batch() -> VideoBatch:
 @pytest.mark.parametrize("settings", [{}, {"frame_agg": "mlp"}, {"word_agg": "mlp"}, {"sim_header": "transformer"}])
 @torch.no_grad()
 def test_reuse_scores(settings: dict[str, Any]) -> None:
-    """Chosen frames are weighted by the softmax of their scores / frame_agg_temp, before the header."""
+    """Selected frames are weighted by softmax(scores / frame_agg_temp), before the header."""
     temperature = 0.01
     plain = retriever(frame_agg_temp=temperature, **settings)
     reusing = retriever(frame_agg_temp=temperature, reuse_scores=True, **settings)
@@ -258,7 +258,7 @@ def test_reuse_scores(settings: dict[str, Any]) -> None:
         ({"use_policy": False}, MeanPooling),
     ],
 )
-def test_names(settings: dict[str, Any], kind: type | None) -> None:
+def test_each_name_builds_its_pooling(settings: dict[str, Any], kind: type | None) -> None:
     model = retriever(**settings)
     assert type(model.aggregator) is (kind or type(None))
     assert type(model.scorer) is (CosineScorer if kind else QueryScorer)

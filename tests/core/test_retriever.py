@@ -1,4 +1,4 @@
-"""The retriever as a whole: encoding only what is needed equals encoding everything, whatever selector and head."""
+"""The retriever as a whole: encoding only what is needed equals encoding everything, with any selector and head."""
 
 import copy
 from collections.abc import Iterator
@@ -57,12 +57,12 @@ def gumbel(*shape: int) -> Tensor:
 
 
 def pixels_of(batch: VideoBatch, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normalised frames (B, N, 3, S, S), blank ones being zero."""
+    """Return normalised frames (B, N, 3, S, S); blank ones are zero."""
     return normalise(batch.frames, SPEC.mean, SPEC.std).to(dtype) * batch.frame_mask[..., None, None, None]
 
 
 def embed_all(model: VideoRetriever, batch: VideoBatch) -> Tensor:
-    """CLIP's embeddings of all N frames: (B, N, D)."""
+    """Return CLIP's embeddings of all N frames: (B, N, D)."""
     frames = pixels_of(batch, model.logit_scale().dtype)
     return encode_images(model.clip, frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
@@ -78,7 +78,7 @@ def selector_features(model: VideoRetriever, batch: VideoBatch, embeddings: Tens
 
 
 def encode_everything(model: VideoRetriever, batch: VideoBatch, noise: Tensor) -> Tensor:
-    """The published way, as an oracle: all N frames through CLIP with gradients, then the actions choose."""
+    """Compute features as the published system does: all N frames through CLIP with gradients, then the choice."""
     frames = embed_all(model, batch)
     assert model.selector is not None and model.aggregator is not None
     selection = model.selector(selector_features(model, batch, frames), noise)
@@ -147,8 +147,8 @@ def test_evaluation_equals_encoding_everything() -> None:
         torch.testing.assert_close(video.vector, model.aggregator(chosen)[0], atol=1e-9, rtol=1e-9)
 
 
-def test_fault_clip_policy_encoding_twice_or_crashing() -> None:
-    """A fault of the published system: clip policies encoding twice or crashing."""
+def test_the_clip_policy_encodes_frames_once() -> None:
+    """The published system encodes them twice, or crashes."""
     model = build(policy_backbone="clip").train()
     seen = count_encoded(model.clip)
     model.encode_video(make_batch(policy="clip")[0])
@@ -164,7 +164,7 @@ def test_text_is_encoded_up_to_the_longest_caption() -> None:
     assert lengths == [int((ids != 0).sum(dim=1).max())]
 
 
-def test_fault_k_annealing_with_the_transformer_header() -> None:
+def test_k_annealing_works_with_the_transformer_header() -> None:
     model = build(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
     for epoch, k in enumerate([5, 4, 3, 2]):
         model.start_epoch(epoch)
@@ -175,7 +175,7 @@ def test_fault_k_annealing_with_the_transformer_header() -> None:
 
 @pytest.mark.parametrize("frame_agg", [None, "mlp", "transformer", "qscore"])
 @pytest.mark.parametrize("sim_header", ["meanP", "transformer", "seqTransf"])
-def test_every_head_runs_on_a_width_that_the_published_code_cannot(frame_agg: str | None, sim_header: str) -> None:
+def test_every_head_works_with_any_width(frame_agg: str | None, sim_header: str) -> None:
     clip = open_clip.CLIP(
         embed_dim=40,
         vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 1},
@@ -220,7 +220,7 @@ def test_a_frozen_cnn_stays_in_evaluation_mode() -> None:
     assert all(p.grad is None for p in model.selector.backbone.parameters())
 
 
-def test_headers_start_from_the_text_tower() -> None:
+def test_headers_are_initialised_from_the_text_tower() -> None:
     clip = build_tiny_clip()
     model = build(clip, sim_header="seqTransf")
     assert model.header is not None
@@ -232,7 +232,7 @@ def test_headers_start_from_the_text_tower() -> None:
     assert blocks[0].ln_1.eps == 1e-12
 
 
-def test_selector_layers_start_small() -> None:
+def test_selector_layers_are_initialised_small() -> None:
     model = build(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
     assert model.selector is not None and model.aggregator is not None
     for linear in (model.selector.scorer[0], model.aggregator.scorer[0], model.selector.encoder.projection):
@@ -241,7 +241,7 @@ def test_selector_layers_start_small() -> None:
 
 
 @torch.no_grad()
-def test_text_features_come_with_words_where_words_are_pooled() -> None:
+def test_word_features_are_computed_only_for_word_pooling() -> None:
     _, ids = make_batch()
     plain, pooled = build().double().eval(), build(word_agg="mlp").double().eval()
     text, words = plain.encode_text(ids), pooled.encode_text(ids)
@@ -253,7 +253,7 @@ def test_text_features_come_with_words_where_words_are_pooled() -> None:
 
 
 @torch.no_grad()
-def test_an_image_is_a_video_of_one_frame() -> None:
+def test_an_image_is_encoded_as_a_video_of_one_frame() -> None:
     image = make_batch()[0].frames[0, :1]
     model = build(sim_header="transformer", frame_agg="mlp").double().eval()
     embedding = encode_images(model.clip, normalise(image, SPEC.mean, SPEC.std).double())
@@ -262,7 +262,7 @@ def test_an_image_is_a_video_of_one_frame() -> None:
     assert torch.equal(build().double().eval().encode_image(image), embedding)
 
 
-# ---- how much each frame counts ----
+# ---- frame weights ----
 
 POOLINGS: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -274,7 +274,7 @@ POOLINGS: dict[str, dict[str, Any]] = {
 
 
 def sharpen(model: VideoRetriever) -> VideoRetriever:
-    """Make the scores of frames differ, which are all alike at the start."""
+    """Make the scores of frames differ, which are nearly equal after initialisation."""
     with torch.no_grad():
         for part in (model.selector, model.aggregator):
             for seed, parameter in enumerate(() if part is None else part.parameters()):
@@ -286,7 +286,7 @@ def sharpen(model: VideoRetriever) -> VideoRetriever:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("choice", ["selected", "selected, reuse_scores", "all frames"])
 @pytest.mark.parametrize("name", POOLINGS)
-def test_frame_weights_are_what_the_frames_are_multiplied_by(name: str, choice: str, training: bool) -> None:
+def test_frame_weights_are_the_factors_of_the_frames(name: str, choice: str, training: bool) -> None:
     settings = {"frame_agg_temp": 0.5, "top_k": 3, **POOLINGS[name]}
     settings |= {"use_policy": choice != "all frames", "reuse_scores": "reuse" in choice}
     model = sharpen(build(**settings)).double().train(training)
@@ -299,7 +299,7 @@ def test_frame_weights_are_what_the_frames_are_multiplied_by(name: str, choice: 
     assert torch.equal(weights > 0, counted.round().bool())
     weighs = name in ("mlp", "transformer") or (settings["reuse_scores"] and name == "mean")
     assert (weights.max() > 1.2 / counted[0].sum()) == weighs, "frames differ exactly where something scores them"
-    if video.vector is None:  # each query weighs the frames anew
+    if video.vector is None:  # each query has its own weights
         return
     frames = embed_all(model, batch)
     if not weighs:
@@ -307,13 +307,13 @@ def test_frame_weights_are_what_the_frames_are_multiplied_by(name: str, choice: 
     pooled = torch.einsum("bn,bnd->bd", weights.double(), frames)
     if not settings["reuse_scores"] or name == "mean":
         torch.testing.assert_close(video.vector, pooled, atol=1e-6, rtol=1e-6)
-    # Reused scores and those of the pooling, multiplied, have no sum of 1, and the length of a vector does not matter.
+    # Products of reused scores and pooling weights do not sum to 1, and the length of a vector does not matter.
     torch.testing.assert_close(F.normalize(video.vector, dim=-1), F.normalize(pooled, dim=-1), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sim_header", ["transformer", "seqTransf"])
 @torch.no_grad()
-def test_frame_weights_behind_a_header_are_those_of_its_tokens(sim_header: str) -> None:
+def test_frame_weights_with_a_header_are_those_of_its_tokens(sim_header: str) -> None:
     model = sharpen(build(sim_header=sim_header, frame_agg="mlp", frame_agg_temp=0.5)).double().eval()
     video = model.encode_video(make_batch()[0])
     assert video.selection is not None and model.aggregator is not None
@@ -322,11 +322,11 @@ def test_frame_weights_behind_a_header_are_those_of_its_tokens(sim_header: str) 
     torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
 
 
-# ---- towers in which frames meet ----
+# ---- towers that mix frames ----
 
 
-class Meeting(FrameTower):
-    """Each token is half its own frame and half the mean of all. `mask` is the last that it was given."""
+class MixingTower(FrameTower):
+    """Makes each token half its own frame and half the mean of all. `mask` is the last mask that was passed."""
 
     independent = False
     mask: Tensor
@@ -340,17 +340,17 @@ class Meeting(FrameTower):
         return torch.eye(frames) / 2 + 1 / (2 * frames)
 
 
-def meeting(**settings: Any) -> VideoRetriever:
+def mixing(**settings: Any) -> VideoRetriever:
     model = sharpen(build(policy_weights="random", **settings)).double()
-    model.tower = Meeting(PerFrameSettings(), model.clip)
+    model.tower = MixingTower(PerFrameSettings(), model.clip)
     return model
 
 
 @pytest.mark.parametrize("policy", ["raw", "clip", "frozen_clip"])
 @pytest.mark.parametrize("frame_agg", ["mlp", None])
-def test_scores_learn_through_frames_that_meet(policy: str, frame_agg: str | None) -> None:
-    """The straight-through weights mix what goes into the tower, against the same written out with all frames."""
-    model = meeting(policy_backbone=policy, frame_agg=frame_agg).train()
+def test_scores_learn_in_front_of_a_mixing_tower(policy: str, frame_agg: str | None) -> None:
+    """The straight-through weights mix the input of the tower; the oracle encodes all frames."""
+    model = mixing(policy_backbone=policy, frame_agg=frame_agg).train()
     assert model.selector is not None
     model.selector.k, model.selector.temperature = 3, 0.7
     oracle = copy.deepcopy(model)
@@ -384,8 +384,8 @@ def test_scores_learn_through_frames_that_meet(policy: str, frame_agg: str | Non
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("policy", ["raw", "clip"])
-def test_frames_that_meet_come_in_the_order_of_time(policy: str, training: bool) -> None:
-    model = meeting(policy_backbone=policy, frame_agg="mlp", top_k=3).train(training)
+def test_a_mixing_tower_gets_frames_in_the_order_of_time(policy: str, training: bool) -> None:
+    model = mixing(policy_backbone=policy, frame_agg="mlp", top_k=3).train(training)
     assert model.selector is not None
     batch, _ = make_batch(policy=policy)
     batch.frame_mask[:, 1::2] = False
@@ -400,9 +400,9 @@ def test_frames_that_meet_come_in_the_order_of_time(policy: str, training: bool)
     chosen = pixels_of(batch)[torch.arange(4)[:, None], selection.indices]
     torch.testing.assert_close(seen[-1].unflatten(0, (4, 3)), chosen, atol=1e-9, rtol=1e-9)
     assert [len(pixels) for pixels in seen] == [4 * 6, 4 * 3] if policy == "clip" else [4 * 3]
-    assert isinstance(model.tower, Meeting)
+    assert isinstance(model.tower, MixingTower)
     assert torch.equal(model.tower.mask, batch.frame_mask.gather(1, selection.indices))
-    # They are those that would have been chosen for frames that do not meet, in another order.
+    # A tower that does not mix frames gets the same frames in the order of selection.
     model.tower = PerFrame(PerFrameSettings(), model.clip)
     other = model.encode_video(batch, noise).selection
     assert other is not None and not torch.equal(other.indices, selection.indices)
@@ -410,8 +410,8 @@ def test_frames_that_meet_come_in_the_order_of_time(policy: str, training: bool)
 
 
 @torch.no_grad()
-def test_frame_weights_of_frames_that_meet_go_by_their_shares() -> None:
-    model = meeting(frame_agg="mlp", frame_agg_temp=0.5, top_k=3).eval()
+def test_frame_weights_of_a_mixing_tower_follow_its_frame_shares() -> None:
+    model = mixing(frame_agg="mlp", frame_agg_temp=0.5, top_k=3).eval()
     batch, _ = make_batch()
     video = model.encode_video(batch)
     assert video.selection is not None and video.vector is not None and model.aggregator is not None
@@ -422,16 +422,16 @@ def test_frame_weights_of_frames_that_meet_go_by_their_shares() -> None:
     torch.testing.assert_close(video.vector, pooled, atol=1e-6, rtol=1e-6)
 
 
-def test_reused_scores_need_tokens_that_are_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PerFrame, "frame_shares", Meeting.frame_shares)
+def test_reused_scores_are_refused_for_a_mixing_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PerFrame, "frame_shares", MixingTower.frame_shares)
     with pytest.raises(UserError, match="reuse_scores"):
         build(reuse_scores=True)
 
 
-def test_how_many_frames_have_gradients() -> None:
-    """Counted at CLIP's image tower in a training step."""
+def test_frames_with_gradients_are_counted() -> None:
+    """The number is compared with what goes through CLIP's image tower in a training step."""
     for policy, settings in (("raw", {}), ("clip", {}), ("raw", {"use_policy": False})):
-        for model in (build(policy_backbone=policy, **settings), meeting(policy_backbone=policy, **settings)):
+        for model in (build(policy_backbone=policy, **settings), mixing(policy_backbone=policy, **settings)):
             count = 0
 
             def note(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The selector: temporal encoders and scorer against numpy, and which frames follow from the scores."""
+"""The selector: temporal encoders and scorer compared with numpy, and the frames that follow from the scores."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def numpy_lstm(x: np.ndarray, state: dict[str, np.ndarray], suffix: str) -> np.ndarray:
-    """One direction of an LSTM over x (N, F): hidden states (N, H). Gates in the order i, f, g, o (Hochreiter 1997)."""
+    """Return the hidden states (N, H) of one direction of an LSTM over x (N, F), with gates in the order i, f, g, o."""
     w, u, a, b = (state[f"{part}_l0{suffix}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     h = c = np.zeros(u.shape[1])
     out = []
@@ -88,7 +88,7 @@ def test_transformer_encoder() -> None:
 
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "fc"])
-def test_scorer_and_choice(mlp_type: str) -> None:
+def test_the_frames_with_the_highest_scores_are_selected(mlp_type: str) -> None:
     selector = build(use_rnn=False, mlp_type=mlp_type, top_k=3).double()
     p = [tensor.detach().numpy() for tensor in selector.scorer.parameters()]
     x = features(torch.float64).numpy()
@@ -102,13 +102,13 @@ def test_scorer_and_choice(mlp_type: str) -> None:
 
 
 @pytest.mark.parametrize("rnn", ["transformer", "lstm", "bilstm"])
-def test_scores_teach_the_whole_selector(rnn: str) -> None:
+def test_gradients_of_scores_reach_the_whole_selector(rnn: str) -> None:
     selector = build(rnn=rnn).train()
     selector.temperature = 1.0
     selection = selector(features())
     (selection.weights * torch.randn(B, 2, N, generator=torch.Generator().manual_seed(2))).sum().backward()
     for name, parameter in selector.named_parameters():
-        # A bias that is the same for all frames cannot change which are chosen.
+        # A bias that is equal for all frames cannot change the selection.
         if not name.startswith("scorer.2.bias"):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -131,7 +131,7 @@ def test_scores_are_float32_under_autocast() -> None:
     assert torch.equal(logits, expected)
 
 
-def test_how_our_layers_start() -> None:
+def test_new_layers_are_initialised_small() -> None:
     selector = build(hidden_dim=512, mlp_hidden_dim=1024)
     encoder = selector.encoder
     assert isinstance(encoder, TransformerEncoder)
@@ -159,7 +159,7 @@ def test_k_and_temperature_follow_the_epochs_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("noise_is_given", [True, False])
-def test_noise_decides_the_draw(noise_is_given: bool) -> None:
+def test_noise_determines_the_draw(noise_is_given: bool) -> None:
     selector = build(use_rnn=False).train()
     noise = torch.zeros(B, N)
     noise[0, 3] = noise[1, 1] = 1e3

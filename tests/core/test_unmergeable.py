@@ -1,4 +1,4 @@
-"""A method whose additions cannot be merged: checkpoints name it, and it is attached wherever they are read."""
+"""A method that cannot be merged: checkpoints name it, and it is attached wherever they are read."""
 
 import shutil
 import sys
@@ -22,7 +22,7 @@ Project = dict[str, Any]
 
 
 class Bottleneck(PeftMethod):
-    """A small network behind the image tower, whose output is added."""
+    """Adds the output of a small network behind the image tower."""
 
     mergeable = False
 
@@ -41,7 +41,7 @@ class Bottleneck(PeftMethod):
 
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands where BitFit does."""
+    """Register the method in place of BitFit."""
     module = ModuleType("bottleneck")
     module.Bottleneck = Bottleneck  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "adaclip_finetune.peft.bottleneck", module)
@@ -61,7 +61,7 @@ def test_it_is_attached_wherever_its_checkpoint_is_read(
         assert bool(file.get_tensor("clip.visual.behind.2.weight").any())
     (tmp_path / "moved").mkdir()
     shutil.copy(run / "best.safetensors", tmp_path / "moved")
-    merged = load_retriever(tmp_path / "moved", clip_weights=None)  # which needs no pretrained weights
+    merged = load_retriever(tmp_path / "moved", clip_weights=None)  # needs no pretrained weights
     adapter = load_retriever(run / "adapter.safetensors")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The view of open_clip's and timm's transformers: in pieces they compute what they compute as a whole."""
+"""Opened transformers of open_clip and timm: their pieces compute the same as the whole."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -52,7 +52,7 @@ MODELS |= {
 
 
 def build(config: str, vision: dict[str, Any], trunk: dict[str, Any], seed: int = 0) -> nn.Module:
-    """The model of that name with two blocks a tower and 100 words; random, biases and scales included."""
+    """Return the model of that name with two blocks a tower and 100 words, with random weights, biases and scales."""
     settings = open_clip.get_model_config(config)
     assert settings is not None
     if "timm_model_name" not in settings["vision_cfg"]:
@@ -87,7 +87,7 @@ def pixels(clip: Any, count: int = 2) -> Tensor:
 
 
 def words(clip: Any) -> Tensor:
-    """Three sentences with an end token (the highest id, and the id 2 of other tokenizers) and padding."""
+    """Return three sentences with an end token (the highest id, and the id 2 of other tokenizers) and padding."""
     length = getattr(clip, "text", clip).context_length
     ids = torch.randint(3, 99, (3, length), generator=torch.Generator().manual_seed(2))
     for row, end in zip(ids, (5, 9, length - 2), strict=True):
@@ -111,7 +111,7 @@ def assert_close(own: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def parameters_of(linears: list[dict[Any, list[Linear]]]) -> dict[tuple[nn.Module, str], list[Linear]]:
-    """The maps by the parameter that they are rows of."""
+    """Return the maps, grouped by the parameter that they are rows of."""
     parameters: dict[tuple[nn.Module, str], list[Linear]] = {}
     for block in linears:
         for role in ROLES:
@@ -139,7 +139,7 @@ class LowRank(nn.Module):
 
 
 @torch.no_grad()
-def test_the_pieces_of_the_image_tower_make_its_output(clip: Any) -> None:
+def test_the_pieces_of_an_image_tower_compute_its_output(clip: Any) -> None:
     view, images = vision_view(clip), pixels(clip)
     tokens = view.embed(images)
     assert tokens.shape == (2, view.prefix + view.grid[0] * view.grid[1], view.width)
@@ -149,7 +149,7 @@ def test_the_pieces_of_the_image_tower_make_its_output(clip: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_block_in_pieces_is_the_block(clip: Any) -> None:
+def test_the_pieces_of_a_block_compute_its_output(clip: Any) -> None:
     view = vision_view(clip)
     tokens = torch.randn_like(view.embed(pixels(clip)))
     patches = torch.arange(view.grid[0] * view.grid[1])
@@ -175,8 +175,8 @@ def in_pieces(block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def test_each_linear_map_is_what_its_role_says(clip: Any) -> None:
-    """Noise in the rows of a map changes what that map makes, and nothing else."""
+def test_each_linear_map_has_the_role_that_it_is_listed_under(clip: Any) -> None:
+    """Noise in the rows of a map changes the output of that map, and nothing else."""
     block = vision_view(clip).blocks[1]
     x = torch.randn_like(vision_view(clip).embed(pixels(clip, 1)))
 
@@ -197,7 +197,7 @@ def test_each_linear_map_is_what_its_role_says(clip: Any) -> None:
             assert changed == {"mlp" if role in ("fc", "proj") else role}
 
 
-def test_the_maps_cover_the_matrices_of_the_blocks(clip: Any) -> None:
+def test_the_maps_cover_all_matrices_of_the_blocks(clip: Any) -> None:
     named = {id(parameter): name for name, parameter in clip.named_parameters()}
     for linears, blocks in (
         (vision_linears(clip), [block.module for block in vision_view(clip).blocks]),
@@ -230,7 +230,9 @@ def test_weights_can_be_parametrized(clip: nn.Module, train: bool) -> None:
     before = outputs()
     for module, name in parameters_of(vision_linears(clip) + text_linears(clip)):
         parametrize.register_parametrization(module, name, Same())
-    assert len(vision_linears(clip)) == 2  # the classes of the modules have changed: they are known all the same
+    assert (
+        len(vision_linears(clip)) == 2
+    )  # parametrization has changed the classes of the modules, which must still be recognised
     # Not bit for bit: without gradients, PyTorch multiplies by a parameter in another order than by its copy.
     for own, other in zip(outputs(), before, strict=True):
         assert_close(own, other, 1e-5 if own.dtype == torch.float32 else 1e-2)
@@ -277,7 +279,7 @@ def add_low_rank(clip: nn.Module) -> list[LowRank]:
         ("vit_relpos_medium_patch16_cls_224", "VisionTransformerRelPos"),
     ],
 )
-def test_image_towers_that_are_no_vit_are_refused(config: str, tower: str) -> None:
+def test_image_towers_other_than_vits_are_refused(config: str, tower: str) -> None:
     settings: Any = open_clip.get_model_config(config)
     settings["text_cfg"] |= {"vocab_size": 100, "layers": 1}
     kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
@@ -290,7 +292,7 @@ def test_image_towers_that_are_no_vit_are_refused(config: str, tower: str) -> No
     assert len(text_linears(clip)) == 1
 
 
-def test_text_towers_of_hugging_face_are_refused() -> None:
+def test_hugging_face_text_towers_are_refused() -> None:
     clip = nn.Module()
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=9)
     clip.text = HFTextEncoder("", 16, config, "cls_pooler", "linear", pretrained=False)
@@ -298,13 +300,13 @@ def test_text_towers_of_hugging_face_are_refused() -> None:
         text_linears(clip)
 
 
-def test_attention_that_is_no_scaled_dot_product_is_refused() -> None:
+def test_other_attention_than_scaled_dot_product_is_refused() -> None:
     clip = build("ViT-B-32", {"width": 64, "scaled_cosine_attn": True}, {})
     with pytest.raises(UserError, match="logit_scale"):
         vision_view(clip)
 
 
-def test_a_tower_that_drops_patches_has_no_view() -> None:
+def test_a_tower_that_drops_patches_is_refused() -> None:
     clip = build("ViT-B-32", {"width": 64, "patch_dropout": 0.5}, {})
     assert len(vision_linears(clip)) == 2
     with pytest.raises(UserError, match="patch dropout"):

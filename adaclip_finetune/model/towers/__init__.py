@@ -1,1 +1,1 @@
-"""What happens to a video's frames inside CLIP's image tower: a file a tower, chosen by the setting `tower`."""
+"""Towers, one in each file, chosen by the setting `tower`: how CLIP's image tower encodes the frames of a video."""

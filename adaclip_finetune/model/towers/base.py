@@ -1,4 +1,4 @@
-"""What a tower is: all frames of a video through CLIP's image tower together, and the text tower that belongs to it.
+"""The base of towers, which encode all frames of a video by CLIP's image tower, and choose the text tower.
 
 A new tower is one file beside this one: a subclass of `FrameTower`, or of `BlockwiseTower` if it works between the
 transformer's blocks, a settings class and a line in `config/choices.py`. docs/extending.md shows a complete one.
@@ -19,19 +19,19 @@ from adaclip_finetune.model.vit import Block, VisionView, vision_view
 
 
 class FrameTower(nn.Module, ABC):
-    """Normalised frames (B, T, 3, S, S) and which of them are real, bool (B, T) → tokens (B, K, D).
+    """Encodes normalised frames (B, T, 3, S, S) to tokens (B, K, D). A mask (B, T) says which frames are real.
 
-    CLIP is not a submodule of its tower, so that its parameters keep their names; a tower's own parameters are new and
+    CLIP is not a submodule of its tower, so that its parameters keep their names. A tower's own parameters are new and
     always learn.
     """
 
     independent: ClassVar[bool] = False
-    """True if token k depends on frame k alone: then frames that were not chosen need not be encoded with gradients."""
+    """True if token k depends on frame k alone. Then frames that were not selected are encoded without gradients."""
 
     def __init__(self, settings: ChoiceSettings, clip: nn.Module) -> None:
         super().__init__()
         self.settings: Any = settings
-        self.checkpointing = False  # whether activations are made anew in the backward pass
+        self.checkpointing = False  # whether activations are recomputed in the backward pass
         self._clip = (clip,)  # in a tuple, which hides it from torch's registration of submodules
 
     @property
@@ -43,20 +43,20 @@ class FrameTower(nn.Module, ABC):
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor: ...
 
     def frame_shares(self, frames: int) -> Tensor | None:
-        """How much of each of `frames` frames is in each token, (K, frames); None: token k is frame k."""
+        """Return how much of each frame is in each token, (K, frames); None if token k is frame k."""
         return None
 
     def text_tower(self) -> TextTower:
-        """The text tower that belongs to this tower: CLIP's own, unless a tower says otherwise."""
+        """Return the text tower that belongs to this tower: CLIP's own, unless a subclass has another."""
         return ClipTextTower(self.clip)
 
 
 class BlockwiseTower(FrameTower):
-    """A tower that is opened between its blocks: `enter`, each `block` in turn, `leave`.
+    """A tower that can act between the blocks of the transformer: `enter`, each `block` in turn, `leave`.
 
-    What it passes from block to block is one tensor (…, W) whose shape is the tower's own business, and `state`, a
-    dictionary of one forward pass; what a block puts there must follow from its inputs, since a block may run again in
-    the backward pass. By default it does what the image tower itself does to each frame alone.
+    From block to block it passes a tensor (…, W) of any shape, and `state`, a dictionary for one forward pass. What a
+    block writes to `state` must depend on its inputs only, because a block may run again in the backward pass. By
+    default each frame is encoded by itself, as the image tower does.
     """
 
     def __init__(self, settings: ChoiceSettings, clip: nn.Module) -> None:
@@ -80,14 +80,14 @@ class BlockwiseTower(FrameTower):
         return self.leave(tokens, state)
 
     def enter(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
-        """Embedded patches (B, T, L, W) → what the first block takes."""
+        """Return the input of the first block from embedded patches (B, T, L, W)."""
         return tokens.flatten(0, 1)
 
     def block(self, number: int, block: Block, tokens: Tensor, state: dict[str, Any]) -> Tensor:
-        """One block of the transformer."""
+        """Run one block of the transformer."""
         return block(tokens)
 
     def leave(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
-        """What the last block gave → tokens (B, K, D) in CLIP's embedding space."""
+        """Return tokens (B, K, D) in CLIP's embedding space from the output of the last block."""
         pooled: Tensor = self.view.pool(tokens)
         return pooled.reshape(*state["shape"], -1)

@@ -1,4 +1,4 @@
-"""`tower: per_frame`, CLIP as it is: each frame alone through the image tower, a token a frame."""
+"""`tower: per_frame`: CLIP's image tower encodes each frame by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adaclip_finetune.model.towers.base import FrameTower
 
 
 class PerFrame(FrameTower):
-    """(B, T, 3, S, S) → (B, T, D), an embedding a frame."""
+    """Encodes frames (B, T, 3, S, S) to one token each: (B, T, D)."""
 
     independent = True
 
@@ -18,5 +18,5 @@ class PerFrame(FrameTower):
 
     @staticmethod
     def encode(clip: nn.Module, pixels: Tensor) -> Tensor:
-        """The same for any CLIP."""
+        """Return the embeddings (B, T, D) of frames by any CLIP."""
         return encode_images(clip, pixels.flatten(0, 1)).reshape(*pixels.shape[:2], -1)

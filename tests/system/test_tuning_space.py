@@ -107,7 +107,7 @@ def test_values_replace_settings_and_nothing_else() -> None:
 
 
 def test_values_that_contradict_each_other_are_impossible() -> None:
-    with pytest.raises(ImpossibleValues, match="top_k 9 .* num_frm 4") as error:
+    with pytest.raises(ImpossibleValues, match=r"top_k 9 .* num_frm 4") as error:
         with_values(tuned({"top_k": {"range": [2, 8]}}), {"top_k": 9, "num_frm": 4})
     assert error.value.together
 

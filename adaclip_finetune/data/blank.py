@@ -1,4 +1,4 @@
-"""Videos without a picture, in the shapes of real ones: to try a batch out, or to stand in where there is nothing."""
+"""Blank videos in the shapes of real ones: for trial steps, and for shares of a batch that are empty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaclip_finetune.data.preprocess import ImageSpec, Views
 
 
 def blank_videos(num_frm: int, views: Views, count: int) -> VideoBatch:
-    """`count` videos of num_frm zero frames each, all named differently, on the CPU."""
+    """Return `count` videos of num_frm zero frames each, with different names, on the CPU."""
     rows = (count, num_frm)
     return VideoBatch(
         frames=_zeros(rows, views.clip),

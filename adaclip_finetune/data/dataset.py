@@ -1,7 +1,7 @@
-"""From a video's name to tensors: choose frames, read them, bring them to size, stack them into batches.
+"""From a video's name to tensors: choose frames, read them, resize them, stack them into batches.
 
-A dataset gives the FrameError of a video that fails as an item instead of raising it: a failure must reach the main
-process with its name, and one broken video must not take the other rows of its batch with it.
+A dataset returns the FrameError of a video that fails as an item instead of raising it: the main process must learn the
+video's name, and one broken video must not remove the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Number = TypeVar("Number", np.uint8, np.int64)
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """B videos of N frames each. Pixels are uint8, at the tower's size, normalised later, on the device."""
+    """B videos of N frames each. Pixels are uint8, at the tower's size; they are normalised later, on the device."""
 
     frames: Tensor  # uint8 (B, N, 3, S, S)
     frame_mask: Tensor  # bool (B, N), False: a zero frame (zero after normalisation)
@@ -42,7 +42,7 @@ class VideoBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> VideoBatch:
-        """Called by the data loader."""
+        """Copy the tensors to page-locked memory; the data loader calls this."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> VideoBatch:
@@ -57,26 +57,26 @@ class VideoBatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """This process's share of a batch; row i of token_ids and of noise belongs to video i.
+    """This process's share of a training batch; row i of token_ids and of noise belongs to video i.
 
-    A share may be empty: then there is one row of blanks, and no name in `videos.video_ids`.
+    If the share is empty, there is one blank row, and no name in `videos.video_ids`.
     """
 
     videos: VideoBatch
     token_ids: Tensor  # int64 (B, L)
-    noise: Tensor  # float32 (B, N), Gumbel(0, 1), what the frame selector draws by
+    noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """The videos there; token ids and noise, a few kilobytes, stay on the CPU."""
+        """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
         return replace(self, videos=self.videos.to(device, non_blocking))
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One row of a VideoBatch, as arrays, and what was drawn for it in training: a caption, and noise (N,)."""
+    """One row of a VideoBatch, as arrays, with its caption and noise (N,) in training."""
 
     video_id: str
     frames: NDArray[np.uint8]  # (N, 3, S, S)
@@ -88,8 +88,8 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class Collated:
-    """What a worker sends: the rows that could be read (`videos` is None if none), what was drawn for them, and the
-    failures."""
+    """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
+    captions and noise, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
@@ -101,21 +101,15 @@ class Collated:
 
 
 class VideoReader:
-    """Frames of one video, chosen as the config asks and prepared as `views` say."""
+    """Reads frames of videos, chosen as the config says and prepared as `views` say."""
 
     def __init__(self, store: FrameStore, config: Config, views: Views) -> None:
         self.store, self.config, self.views = store, config, views
 
     def read(self, video_id: str, random: np.random.Generator | None = None) -> VideoItem:
-        """Raises FrameError. `random` draws the frames; without it they are evenly spaced."""
+        """Read the frames that `frames_to_read` chooses. Raises FrameError."""
         config = self.config
-        indices = frame_indices(
-            self.store.count(video_id),
-            config.num_frm,
-            segment=config.segment_sampling,
-            subset=config.num_frm_subset,
-            random=random,
-        )
+        indices = frames_to_read(self.store, config, video_id, random)
         different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
         pixels = self.store.read(video_id, different.tolist())
         policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector)
@@ -128,7 +122,7 @@ class VideoReader:
 
 
 class TrainDataset(Dataset[VideoItem | FrameError]):
-    """Items are asked for by (epoch, index), so that what is drawn for them does not depend on the worker asked."""
+    """Training items by (epoch, index), so that random draws do not depend on the worker that makes them."""
 
     def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader) -> None:
         self.entries, self.reader, self.seed = entries, reader, reader.config.seed
@@ -150,7 +144,7 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
-    """The videos of an evaluation, each once."""
+    """The videos of an evaluation, each once, by index."""
 
     def __init__(self, video_ids: Sequence[str], reader: VideoReader) -> None:
         self.video_ids, self.reader = video_ids, reader
@@ -165,8 +159,22 @@ class GalleryDataset(Dataset[VideoItem | FrameError]):
             return error
 
 
+def frames_to_read(
+    store: FrameStore, config: Config, video_id: str, random: np.random.Generator | None = None
+) -> NDArray[np.int64]:
+    """Return the indices of the frames that the config asks for: evenly spaced or, with a generator, drawn by it."""
+    return frame_indices(
+        store.count(video_id),
+        config.num_frm,
+        segment=config.segment_sampling,
+        subset=config.num_frm_subset,
+        random=random,
+        times=store.times(video_id),
+    )
+
+
 def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
-    """Stack what could be read."""
+    """Stack the videos that could be read into a batch."""
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
@@ -187,7 +195,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
 
 
 def _padded(rows: NDArray[Number], length: int, value: int) -> NDArray[Number]:
-    """Rows of `value` at the end, up to `length`."""
+    """Append rows of `value` up to `length` rows."""
     if len(rows) == length:
         return rows
     return np.concatenate([rows, np.full((length - len(rows), *rows.shape[1:]), value, rows.dtype)])

@@ -1,6 +1,6 @@
-"""What a store of frames is, and what it raises.
+"""The interface of frame stores, and the error that they raise.
 
-A store holds paths and what it has learned about the videos, no open files: it can be copied into worker processes,
+A store holds paths and what it has learned about the videos, but no open files: it can be copied into worker processes,
 by fork or by pickle, and used in several threads. Whatever cannot be read is a FrameError; nothing is made up.
 """
 
@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.decoding import Stopped, never
 
+Frames = NDArray[np.uint8] | list[NDArray[np.uint8]]  # RGB (n, H, W, 3); where sizes differ, n arrays (H, W, 3)
 Scan = Iterator[tuple[int, NDArray[np.uint8]]]  # frames with their indices
 Kind = Literal[
     "missing",  # the video is not there
-    "gap",  # an image is not there, though one behind it is
-    "sizes",  # frames differ in size
-    "damaged",  # what is there has gone bad
-    "unreadable",  # what else may be
+    "gap",  # an image is not there, though a later one is
+    "sizes",  # images of a folder differ in size
+    "damaged",  # the content of a file is damaged
+    "unreadable",  # any other reason
 ]
 
 
 class FrameError(Exception):
-    """A video, or one of its frames, that cannot be read: which, where, and why; and what kind of reason that is."""
+    """A video, or one of its frames, that cannot be read: its name, its file or folder, the reason and its kind."""
 
     def __init__(self, video_id: str, path: str | Path, reason: str, kind: Kind = "unreadable") -> None:
         super().__init__(video_id, path, reason, kind)
@@ -38,23 +39,30 @@ class FrameError(Exception):
 
 
 class FrameStore(Protocol):
-    """Frames by video and index; all methods raise FrameError."""
+    """Frames by video and index. All methods raise FrameError."""
 
     def count(self, video_id: str) -> int:
-        """How many frames the video has, at least 1. Cheap when asked again."""
+        """Return how many frames the video has, at least 1. Cheap when asked again."""
         ...
 
-    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The frames with these indices, from 0, in any order and repeated at will: RGB (n, H, W, 3)."""
+    def times(self, video_id: str) -> NDArray[np.float64] | None:
+        """Return when each frame is shown, in seconds (count,), ascending; None if the rate is constant or unknown."""
+        ...
+
+    def read(self, video_id: str, indices: Sequence[int]) -> Frames:
+        """Return the frames with these indices, from 0, in any order and repeated at will."""
         ...
 
     def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        """Every frame with its index, in order, RGB (H, W, 3), a frame at a time in memory; a video file is decoded
-        once. It ends early when `stopped` says so, and at the first frame that cannot be read, which raises."""
+        """Give every frame with its index, in order, with one frame in memory at a time.
+
+        A video file is decoded once. The scan ends early when `stopped` returns True, and raises at the first frame
+        that cannot be read.
+        """
         ...
 
 
 def unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:
-    """Of a folder that the system does not list."""
+    """Return the error for a folder that the system cannot list."""
     kind: Kind = "missing" if error.errno == errno.ENOENT else "unreadable"
     return FrameError(video_id, folder, error.strerror or str(error), kind)

@@ -1,4 +1,4 @@
-"""Where frames come from: a folder of images a video, a pack of such folders, or the video files themselves."""
+"""Open the store of frames that a config names: folders of images, a pack of such folders, or video files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from adaclip_finetune.errors import UserError
 
 
 def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:
-    """The store that `frames_dir` or `video_dir` names. Raises UserError if it is not there, or no pack where it is a
-    file."""
+    """Open the store that `frames_dir` or `video_dir` names. Raises UserError if there is none."""
     key, folder = ("frames_dir", config.frames_dir) if config.frames_dir else ("video_dir", config.video_dir)
     if not folder:
-        raise UserError("where are the videos? Give frames_dir (extracted frames) or video_dir (video files)")
+        raise UserError("no videos are given: set frames_dir (extracted frames) or video_dir (video files)")
     try:
         is_file, is_folder = Path(folder).is_file(), Path(folder).is_dir()
     except OSError as error:  # such as a name that is too long

@@ -1,7 +1,7 @@
-"""Batches in an order that depends on (seed, epoch) alone, read ahead by worker processes.
+"""Load batches in an order that depends on (seed, epoch) alone, ahead of time in worker processes.
 
-`epoch_batches` is the whole plan of an epoch: a run that goes on in the middle of one starts later in the same list,
-and several processes take shares of each batch of it.
+`epoch_batches` plans a whole epoch: a run that resumes in the middle of one starts later in the same list, and several
+processes take shares of each batch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ FRAMES_A_GALLERY_BATCH = 512  # 77 MB of pixels at 224 x 224, of which each work
 
 
 def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The entries of an epoch, shuffled, in batches; each entry once, ceil(num_entries / batch_size) batches.
+    """Return the shuffled entries of an epoch in ceil(num_entries / batch_size) batches, each entry once.
 
-    The last batch may be smaller, but a pair alone has nothing to be told from and teaches nothing: one that would be
-    left over takes a companion from the batch before it, or joins it where that has only two. A batch size above
-    num_entries gives one batch.
+    The last batch may be smaller, but never a single entry, whose contrastive loss has nothing to compare with: such an
+    entry takes one from the batch before it, or joins that batch if it has only two.
     """
     order = generator("shuffle", seed, epoch).permutation(num_entries).tolist()
     starts = list(range(0, num_entries, batch_size))
@@ -45,26 +44,25 @@ def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> l
 
 
 def updates_per_epoch(num_entries: int, batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Of the weights: one for gradient_accumulation_steps batches, or what is left of them."""
+    """Return the optimizer steps per epoch: ceil(batches / gradient_accumulation_steps)."""
     return math.ceil(len(epoch_batches(num_entries, batch_size, seed=0, epoch=0)) / gradient_accumulation_steps)
 
 
 class TrainLoader:
-    """Training batches, of each the share of one process. `failed` gathers videos that turned out unreadable on the
-    way: video → reason.
+    """Training batches, of each the share of this process.
 
-    Such a video is left out of its batch by name, never replaced by another.
+    A video that cannot be read is left out of its batch and never replaced by another; `failed` holds the reasons.
     """
 
     def __init__(self, dataset: TrainDataset, config: Config, tokenize: Callable[[Sequence[str], int], Tensor]) -> None:
-        """tokenize(texts, max_len) → int64 (n, max_len)."""
+        """tokenize(texts, max_len) returns token ids, int64 (n, max_len)."""
         self.dataset, self.config, self.tokenize = dataset, config, tokenize
         self.failed: dict[str, str] = {}
         self._plan = _Plan()
         self._loader = make_loader(dataset, config, self._plan)
 
     def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
-        """This process's shares of the batches of an epoch, from batch number `start` on."""
+        """Yield this process's shares of the batches of an epoch, from batch number `start` on."""
         batches = epoch_batches(len(self.dataset), batch_size, self.dataset.seed, epoch)
         self._plan.batches = [[(epoch, index) for index in _share(batch)] for batch in batches[start:]]
         for collated in self._loader:
@@ -72,7 +70,7 @@ class TrainLoader:
             yield self._batch(collated)
 
     def take_failed(self) -> dict[str, str]:
-        """What failed since this was last asked, in all processes together; to be called by all."""
+        """Return the videos that failed since the last call, in all processes, with reasons. All must call it."""
         failed, self.failed = self.failed, {}
         return {video: reason for part in gather_objects(failed) for video, reason in part.items()}
 
@@ -89,18 +87,18 @@ class TrainLoader:
 
 
 def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:
-    """The error for a training batch of which nothing could be read: something is wrong with the data as a whole."""
+    """Return the error for a training batch of which no video could be read."""
     return UnreadableVideos(
-        f"nothing of a training batch could be read any more:\n{listing(failed)}\n"
-        "Are the videos still where they were? Mend these, or take them out of the annotation",
+        f"nothing of a training batch could be read:\n{listing(failed)}\n"
+        "Check whether the videos are still there; replace them, or remove them from the annotation",
         failed,
     )
 
 
 def _share(batch: list[int]) -> list[int]:
-    """What of a batch this process reads: shares, one after the other, differ by one row at most.
+    """Return the entries of a batch that this process reads. Shares differ by at most one entry.
 
-    The main process's, whose batch statistics are kept, is never empty.
+    The main process's share, whose batch statistics are kept, is never empty.
     """
     size, here = len(batch), rank()
     start, end = (-(-size * number // world_size()) for number in (here, here + 1))
@@ -108,14 +106,16 @@ def _share(batch: list[int]) -> list[int]:
 
 
 class GalleryLoader:
-    """The videos of an evaluation in the order of the annotation, cut into numbered batches: the same ones whoever
-    reads them, and whichever are asked for."""
+    """The videos of an evaluation in numbered batches, in the order of the annotation.
+
+    The content of a batch does not depend on which process reads it, or which other batches are read.
+    """
 
     def __init__(self, dataset: GalleryDataset, config: Config) -> None:
         size = max(1, min(config.val_batch_size, FRAMES_A_GALLERY_BATCH // config.num_frm))
         indices = range(len(dataset))
         self._batches = [list(indices[start : start + size]) for start in indices[::size]]
-        self._asked: list[list[int]] = []  # read by the loader when it starts
+        self._asked: list[list[int]] = []  # the loader reads the list when an iteration starts
         self._loader = make_loader(dataset, config, self._asked)
 
     def close(self) -> None:
@@ -126,14 +126,14 @@ class GalleryLoader:
         return len(self._batches)
 
     def read(self, numbers: Iterable[int]) -> Iterator[Collated]:
-        """The batches with these numbers, in this order, each with its unreadable videos."""
+        """Yield the batches with these numbers, in this order, each with the errors of its unreadable videos."""
         self._asked[:] = [self._batches[number] for number in numbers]
         if self._asked:
             yield from self._loader
 
 
 def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collated]:
-    """A torch loader of `batches` (lists of what the dataset is asked for); its workers live until `stop_workers`."""
+    """Return a torch loader of `batches` (lists of the dataset's keys). Its workers live until `stop_workers`."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -147,7 +147,7 @@ def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collat
 
 
 def stop_workers(loader: DataLoader[Collated]) -> None:
-    """End the loader's worker processes. Left to the garbage collector, each is waited for five seconds."""
+    """End the loader's worker processes. If the garbage collector did it, torch would wait five seconds for each."""
     iterator = loader._iterator
     if iterator is not None:
         loader._iterator = None
@@ -155,7 +155,7 @@ def stop_workers(loader: DataLoader[Collated]) -> None:
 
 
 class _Plan(Sampler[list[tuple[int, int]]]):
-    """The batches of the epoch at hand. It stays in the main process; workers are told what to read batch by batch."""
+    """The batches of the current epoch. It stays in the main process, which sends workers the keys of each batch."""
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[int, int]]] = []
@@ -168,10 +168,10 @@ class _Plan(Sampler[list[tuple[int, int]]]):
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and SIGTERM are for the main process, which finishes its step with what the workers have read.
+    """Leave Ctrl-C and SIGTERM to the main process, which finishes its step with what the workers have read.
 
-    Schedulers send SIGTERM to every process they find: a worker outlives it for a while, and no longer, since it is
-    also how Python ends workers that nobody closed.
+    Schedulers send SIGTERM to every process: a worker survives it for a while, but not forever, since Python also uses
+    it to end workers that were not closed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):

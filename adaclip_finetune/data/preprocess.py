@@ -1,8 +1,7 @@
-"""What happens to a frame between decoding and the towers.
+"""Prepare decoded frames for the towers.
 
-Exactly what CLIP (Radford et al. 2021) did to its images, by Pillow, whose bicubic filter widens when it shrinks:
-shorter side to the tower's resolution, centre crop. Frames stay uint8 until they are on the device; `normalise` does
-the rest.
+Frames are resized by Pillow (whose bicubic filter antialiases) and cropped exactly as CLIP (Radford et al. 2021) does
+with images. They stay uint8 until they are on the device, where `normalise` does the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-Frames = NDArray[np.uint8]
+from adaclip_finetune.data.frame_store import Frames
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -25,8 +24,8 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 class ImageSpec:
     """How a frame is prepared for a network: `size` pixels square, normalised with `mean` and `std` (of values 0…1).
 
-    resize_mode `shortest` brings the shorter side to `resize_to` pixels (None: to `size`) and cuts the centre out;
-    `squash` stretches both sides to `size`. `grey`: one channel instead of three.
+    resize_mode `shortest` resizes the shorter side to `resize_to` pixels (None: to `size`) and crops the centre;
+    `squash` resizes both sides to `size`. `grey`: one channel instead of three.
     """
 
     size: int
@@ -39,45 +38,48 @@ class ImageSpec:
 
     @property
     def channels(self) -> int:
-        """1 or 3."""
+        """The number of channels, 1 or 3."""
         return 1 if self.grey else 3
 
     def __post_init__(self) -> None:
         if self.interpolation not in FILTERS or self.resize_mode not in ("shortest", "squash"):
-            raise ValueError(f"no such preprocessing here: {self.interpolation}, {self.resize_mode}")
+            raise ValueError(f"unknown preprocessing: {self.interpolation}, {self.resize_mode}")
 
 
 IMAGENET = ImageSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize_to=256)
-"""What the CNN policy backbones of torchvision take."""
+"""The input of torchvision's CNNs, which are used as policy backbones."""
 
 
 class Views(NamedTuple):
-    """What the reader prepares of each frame: one view for CLIP, and one for the frame selector if it wants its own."""
+    """How the reader prepares each frame: one view for CLIP, and one for the frame selector if it needs its own."""
 
     clip: ImageSpec
     selector: ImageSpec | None = None
 
 
-def to_square(frames: Frames, spec: ImageSpec) -> Frames:
-    """Frames (n, H, W, 3) as decoded → (n, C, S, S), resized and cropped as `spec` says, not yet normalised."""
-    n, height, width, _ = frames.shape
-    resized_height, resized_width = _resized_size(height, width, spec)
-    top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
-    crop = np.s_[top : top + spec.size, left : left + spec.size]
-    out = np.empty((n, spec.channels, spec.size, spec.size), np.uint8)
-    resized = (height, width) != (resized_height, resized_width)
+def to_square(frames: Frames, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Resize and crop decoded frames as `spec` says: n arrays (H, W, 3), perhaps of several sizes → (n, C, S, S).
+
+    Pixels stay uint8 and are not normalised.
+    """
+    out = np.empty((len(frames), spec.channels, spec.size, spec.size), np.uint8)
     for i, frame in enumerate(frames):
+        height, width, _ = frame.shape
+        resized_height, resized_width = _resized_size(height, width, spec)
+        resized = (height, width) != (resized_height, resized_width)
         if resized or spec.grey:
             image = Image.fromarray(frame)
             if resized:
                 image = image.resize((resized_width, resized_height), FILTERS[spec.interpolation])
             frame = np.asarray(image.convert("L") if spec.grey else image)
-        out[i] = frame[crop] if spec.grey else frame[crop].transpose(2, 0, 1)
+        top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
+        crop = frame[top : top + spec.size, left : left + spec.size]
+        out[i] = crop if spec.grey else crop.transpose(2, 0, 1)
     return out
 
 
 def normalise(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (…, C, H, W) → float32 (x / 255 - mean) / std, on the device where the frames are."""
+    """Convert uint8 (…, C, H, W) to float32 (x / 255 - mean) / std, on the device where the frames are."""
     shape = (len(mean), 1, 1)
     options: dict[str, Any] = {"dtype": torch.float32, "device": frames.device}
     return (frames.float() / 255 - torch.tensor(mean, **options).view(shape)) / torch.tensor(std, **options).view(shape)

@@ -13,7 +13,7 @@ STREAMS = {"caption": 0, "frames": 1, "shuffle": 2, "selection": 3, "dropout": 4
 
 
 def generator(stream: str, seed: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """The generator of one decision. Streams keep the frames of entry 3 independent of its caption."""
+    """Return the generator for one decision. Streams keep the frames of an entry independent of its caption."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((STREAMS[stream], seed, epoch, index))))
 
 
@@ -24,31 +24,62 @@ def frame_indices(
     segment: bool = False,
     subset: int = 0,
     random: np.random.Generator | None = None,
+    times: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int64]:
-    """The indices (from 0, ascending) of the frames to read from a video of `num_frames`.
+    """Return the indices (from 0, ascending) of the frames to read from a video of `num_frames`.
 
-    segment: the middle of each of num_frm equal segments; else num_frm frames evenly from the first, or, with a
-    generator, drawn at random. subset > 0 keeps that many of the num_frm, evenly or, with a generator, at random.
+    segment: take the middle of each of num_frm equal segments. Otherwise take num_frm frames evenly from the first on
+    or, with a generator, at random. subset > 0 keeps that many of them, evenly or at random. times: when each frame is
+    shown, in seconds, ascending. Where the rate is not constant, frames are chosen evenly in time, at random with
+    probabilities proportional to how long they are shown, and a frame that is shown long may be chosen several times.
     A video shorter than num_frm repeats frames. Length: num_frm, or min(subset, num_frm).
     """
+    if times is not None and is_constant_rate(times):
+        times = None
     if segment:
         edges = np.linspace(0, num_frames, num_frm + 1).astype(np.int64)
-        indices = (edges[:-1] + edges[1:]) // 2
-    elif random is None:
-        indices = _evenly(num_frames, num_frm)
+        middles = (np.arange(num_frm) + 0.5) / num_frm
+        indices = (edges[:-1] + edges[1:]) // 2 if times is None else _shown_at(middles, times)
+    elif random is not None:
+        indices = _drawn(num_frames, num_frm, random, None if times is None else _durations(times))
     else:
-        indices = _drawn(num_frames, num_frm, random)
+        indices = _evenly(num_frames, num_frm) if times is None else _shown_at(np.arange(num_frm) / num_frm, times)
     if not 0 < subset < num_frm:
         return indices
     return indices[_evenly(num_frm, subset) if random is None else _drawn(num_frm, subset, random)]
+
+
+def is_constant_rate(times: NDArray[np.float64]) -> bool:
+    """Return whether each frame is within half a frame of where it would be at a constant rate.
+
+    Containers round times to their own units, so a constant rate is never exact.
+    """
+    even = np.linspace(times[0], times[-1], len(times))
+    return bool((np.abs(times - even) <= (times[-1] - times[0]) / max(len(times) - 1, 1) / 2).all())
+
+
+def _shown_at(shares: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the frames that are shown after these shares of the video's length."""
+    instants = times[0] + shares * _durations(times).sum() + 1e-5  # times are rounded, here and there differently
+    indices: NDArray[np.int64] = np.searchsorted(times, instants, side="right") - 1
+    return indices
+
+
+def _durations(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how long each frame is shown, in seconds: the last one as long as the others on average."""
+    durations = np.diff(times)
+    return np.append(durations, durations.mean())
 
 
 def _evenly(population: int, wanted: int) -> NDArray[np.int64]:
     return np.linspace(0, population, wanted, endpoint=False).astype(np.int64)
 
 
-def _drawn(population: int, wanted: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Without replacement as far as the population goes: each is taken wanted // population times, the rest drawn."""
+def _drawn(
+    population: int, wanted: int, random: np.random.Generator, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.int64]:
+    """Draw without replacement as far as possible: each is taken wanted // population times, the rest are drawn."""
     rounds, rest = divmod(wanted, population)
-    drawn = [np.arange(population)] * rounds + [random.choice(population, rest, replace=False)]
+    p = None if weights is None else weights / weights.sum()
+    drawn = [np.arange(population)] * rounds + [random.choice(population, rest, replace=False, p=p)]
     return np.sort(np.concatenate(drawn)).astype(np.int64)

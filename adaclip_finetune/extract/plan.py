@@ -1,171 +1,146 @@
-"""Which video goes into which folder: the listing, a file list or clips of an annotation; and what cannot be.
+"""Which video is extracted into which folder.
 
-The folder of a video is its name without the last extension, since names of LSMDC and Panda-70M hold dots.
+The folder of a video has its name without the last extension. With --clips, it has the name of the annotation's entry.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.names import canonical
+from adaclip_finetune.data.video.discovery import describe_unknown_files, find_videos
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract.options import Request
+from adaclip_finetune.extract.options import ExtractionOptions
 from adaclip_finetune.printable import printable
 
 REPORT = "extraction_report.json"
-SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Job:
-    """One folder to be made, and of what. `start` and `end` are seconds; `problem` says why there is no source."""
+class ExtractionJob:
+    """A folder to be made, and the part of a video that goes into it. `problem` says why that is not possible."""
 
     folder: str  # below FRAMES, parts separated by /
     source: Path
-    start: float | None = None
+    start: float | None = None  # seconds
     end: float | None = None
     problem: str | None = None
 
 
-def plan(request: Request) -> list[Job]:
-    """What is to be done, in a fixed order. UserError: nothing to do, or two that would share a folder."""
-    if not request.videos.is_dir():
-        raise UserError(f"VIDEOS: {request.videos} is not a folder")
-    names = sorted(_listing(request))
-    if request.clips:
-        find = _Finder(names)
-        jobs = [_clip(request, annotation, find) for annotation in _cuttable(request.clips)]
-    elif request.file_list:
-        jobs = list(_listed(request, _Finder(names)))
+def plan_jobs(options: ExtractionOptions) -> tuple[list[ExtractionJob], str]:
+    """Return the jobs in a fixed order, and a line on files that are no videos ("" if there are none).
+
+    Raises UserError if there is nothing to do, or if two jobs would share a folder.
+    """
+    names, passed_over = _find(options)
+    if options.clips:
+        jobs = list(_clips(options, options.clips, _Finder(names)))
+    elif options.file_list:
+        jobs = list(_listed(options, options.file_list, _Finder(names)))
     else:
-        jobs = [_whole(request, name) for name in names]
+        jobs = [ExtractionJob(_stem(name), options.videos / name) for name in names]
     if not jobs:
-        kinds = " ".join(f".{name}" for name in request.formats)
-        deeper = "" if request.recursive else "; --recursive looks into its folders too"
-        raise UserError(f"{request.videos}: holds no video ({kinds}){deeper}")
-    chosen = jobs[request.begin : None if request.end is None else request.end + 1]
+        kinds = f" ({' '.join(f'.{name}' for name in options.formats)})" if options.formats else ""
+        deeper = "" if options.recursive else "; --recursive searches its folders, too"
+        raise UserError(f"{options.videos}: holds no video{kinds}{deeper}")
+    chosen = jobs[options.begin : None if options.end is None else options.end + 1]
     if not chosen:
-        raise UserError(f"--begin {request.begin}: there are {len(jobs)} videos, counted from 0")
-    chosen = list(dict.fromkeys(chosen))  # a file list may name one twice
+        raise UserError(f"--begin {options.begin}: there are {len(jobs)} videos, counted from 0")
+    chosen = list(dict.fromkeys(chosen))  # a file list may name a video twice
     _check_folders(chosen)
-    return chosen
+    return chosen, passed_over
 
 
-def _listing(request: Request) -> Iterator[str]:
-    """Names of the videos, relative to VIDEOS. Hidden files are none: macOS leaves `._a.mp4` beside `a.mp4`."""
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{printable(error.filename)}: cannot be listed: {error.strerror}")
-
-    for folder, below, files in os.walk(request.videos, onerror=unreadable):
-        here = Path(folder)
-        below[:] = sorted(
-            name
-            for name in below
-            if request.recursive and not name.startswith(".") and not _same(here / name, request.frames)
-        )
-        for name in files:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in request.formats and "." in name:
-                yield (here / name).relative_to(request.videos).as_posix()
-
-
-def _whole(request: Request, name: str) -> Job:
-    source = request.videos / name
+def _find(options: ExtractionOptions) -> tuple[list[str], str]:
+    """Return the names of the videos relative to VIDEOS, sorted, and a line on the other files."""
+    if not options.videos.is_dir():
+        raise UserError(f"VIDEOS: {options.videos} is not a folder")
     try:
-        str(source.absolute()).encode()
-    except UnicodeEncodeError:  # such a name can stand in no annotation
-        return Job(_stem(name), source, problem="its name is not UTF-8: rename it")
-    return Job(_stem(name), source)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.exists() and one.samefile(other)
+        videos, others = find_videos(options.videos, options.recursive)
+    except OSError as error:
+        raise UserError(f"{printable(error.filename)}: cannot be listed: {error.strerror}") from None
+    if options.formats is not None:
+        videos = [path for path in [*videos, *others] if path.suffix.lower().removeprefix(".") in options.formats]
+        others = []
+    frames = options.frames.resolve()
+    if options.videos.resolve() in frames.parents:  # frames of an earlier run are no videos
+        videos, others = (
+            [path for path in paths if frames not in path.resolve().parents] for paths in (videos, others)
+        )
+    return sorted(path.relative_to(options.videos).as_posix() for path in videos), describe_unknown_files(others)
 
 
 def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+    return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _listed(request: Request, find: _Finder) -> Iterator[Job]:
-    """One name a line, with extension or without."""
-    assert request.file_list is not None
+def _listed(options: ExtractionOptions, path: Path, find: _Finder) -> Iterator[ExtractionJob]:
+    """Plan the videos of a list with a name a line."""
     try:
-        text = request.file_list.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"--file_list {request.file_list}: cannot be read: {error.strerror}") from None
+        raise UserError(f"--file_list {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--file_list {request.file_list}: not UTF-8 (byte {error.start})") from None
-    for line in text.splitlines():
-        if name := line.strip():
-            found, problem = find(name)
-            if found is None:
-                yield Job(name.lstrip("/"), request.videos / name, problem=problem)
-            else:
-                yield _whole(request, found)
+        raise UserError(f"--file_list {path}: not UTF-8 (byte {error.start})") from None
+    for name in filter(None, map(str.strip, text.splitlines())):
+        found, problem = find([name])
+        if found is None:
+            yield ExtractionJob(name.lstrip("/"), options.videos / name, problem=problem)
+        else:
+            yield ExtractionJob(_stem(found), options.videos / found)
 
 
-def _cuttable(path: Path) -> list[VideoAnnotation]:
-    annotations = load_annotations(path)
-    for one in annotations:
+def _clips(options: ExtractionOptions, path: Path, find: _Finder) -> Iterator[ExtractionJob]:
+    """Plan the entries of an annotation. The source is the file named by `group` or, if there is none, by the entry."""
+    for one in load_annotations(path):
         if one.end is not None and one.end <= (one.start or 0.0):
             raise UserError(f"{path}: video {one.video_id!r}: ends at {one.end:g} s, before it starts ({one.start} s)")
-    return annotations
-
-
-def _clip(request: Request, annotation: VideoAnnotation, find: _Finder) -> Job:
-    """The source is the file called as `group` says, or, where there is none, as the entry itself."""
-    wanted = [annotation.group, annotation.video_id] if annotation.group else [annotation.video_id]
-    problem = None
-    for name in wanted:
-        found, reason = find(f"{name}.{annotation.extension}" if annotation.extension else name)
-        problem = problem or reason
-        if found is not None:
-            return Job(annotation.video_id, request.videos / found, annotation.start, annotation.end)
-    return Job(annotation.video_id, request.videos / wanted[0], annotation.start, annotation.end, problem)
+        wanted = [one.group, one.video_id] if one.group else [one.video_id]
+        found, problem = find([f"{name}.{one.extension}" if one.extension else name for name in wanted])
+        yield ExtractionJob(one.video_id, options.videos / (found or wanted[0]), one.start, one.end, problem)
 
 
 class _Finder:
-    """A video by what a list calls it: its name, its name without extension, or that without folders."""
+    """Finds a video by its name with or without extension, and with or without its folder."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._by: dict[str, set[str]] = {}
         for name in names:
             for key in {name, _stem(name), PurePosixPath(name).name, _stem(PurePosixPath(name).name)}:
-                self._by.setdefault(key, set()).add(name)
+                self._by.setdefault(canonical(key), set()).add(name)
 
-    def __call__(self, wanted: str) -> tuple[str | None, str | None]:
-        """The name below VIDEOS, or why there is none."""
-        found = self._by.get(wanted, set())
-        if wanted in found:
-            return wanted, None
-        if len(found) == 1:
-            return next(iter(found)), None
-        if found:
-            return None, f"{' and '.join(map(printable, sorted(found)[:SHOWN]))} could be meant"
-        return None, "there is no such video"
+    def __call__(self, wanted: Sequence[str]) -> tuple[str | None, str | None]:
+        """Return the name below VIDEOS of the first of these videos that is there, or the reason why none is."""
+        problem = None
+        for name in wanted:
+            found = self._by.get(canonical(name), set())
+            if name in found or len(found) == 1:
+                return (name if name in found else next(iter(found))), None
+            several = f"{' and '.join(map(printable, sorted(found)[:5]))} could be meant"
+            problem = problem or (several if found else "there is no such video")
+        return None, problem
 
 
-def _check_folders(jobs: list[Job]) -> None:
-    """Refuse what would be written twice, into each other, or over files of ours."""
-    sources: dict[str, Job] = {}
+def _check_folders(jobs: list[ExtractionJob]) -> None:
+    """Raise UserError if two jobs have the same folder, or one lies in another's, or has a name that is taken."""
+    sources: dict[str, Path] = {}
     for job in jobs:
         if job.folder in sources:
-            one, other = printable(sources[job.folder].source), printable(job.source)
             raise UserError(
-                f"{one} and {other} would both be extracted into {printable(job.folder)}: rename one, or choose with "
-                "--file_list or --accepted_formats"
+                f"{printable(sources[job.folder])} and {printable(job.source)} would both be extracted into "
+                f"{printable(job.folder)}: rename one, or choose with --file_list or --accepted_formats"
             )
-        sources[job.folder] = job
+        sources[job.folder] = job.source
     for job in jobs:
-        parts = job.folder.split("/")
-        for above in ("/".join(parts[:i]) for i in range(1, len(parts))):
+        for above in map(str, PurePosixPath(job.folder).parents):
             if above in sources:
                 raise UserError(
                     f"{printable(job.source)} would be extracted into {printable(above)}, which is the folder of "
-                    f"{printable(sources[above].source)}: rename one"
+                    f"{printable(sources[above])}: rename one"
                 )
-        if (parts[0].startswith(".") or parts[0] == REPORT) and not job.problem:
-            raise UserError(f"{printable(job.source)}: its folder may not be called {printable(parts[0])}: rename it")
+        first = job.folder.partition("/")[0]
+        if (first.startswith(".") or first == REPORT) and not job.problem:
+            raise UserError(f"{printable(job.source)}: its folder may not be called {printable(first)}: rename it")

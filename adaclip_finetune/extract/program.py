@@ -1,7 +1,7 @@
-"""The ffmpeg program: where it is, what it is told, and how it is run.
+"""The ffmpeg program: its command line for one video, and running it.
 
-It is always told as a list of words, never through a shell; it may open plain containers from disk only, so that a
-playlist or script which calls itself .mp4 cannot make it open anything else.
+It gets a list of words, never a line for a shell. It may open plain containers from disk only, so that a playlist or
+script which is called .mp4 cannot make it open anything else.
 """
 
 from __future__ import annotations
@@ -12,211 +12,143 @@ import re
 import shutil
 import subprocess
 import threading
-from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ffmpeg
 import imageio_ffmpeg
 
 from adaclip_finetune.data.video.container import CONTAINERS
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract.options import Look
+from adaclip_finetune.extract.options import ImageOptions
+from adaclip_finetune.extract.plan import ExtractionJob
 
-KEPT_LINES = 50
-# What ffmpeg says of files that were cut off and then exits with 0.
+# Messages about files that were cut off, after which ffmpeg exits with 0.
 CUT_OFF = ("File ended prematurely", "partial file")
-# That something ended is no reason for it.
-NO_REASON = ("Task finished with", "Terminating thread", "Last message repeated", "Conversion failed")
+CHOSEN_TIMES = "chosen_times.txt"  # where ffmpeg prints when the chosen frames are shown
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Failed(Exception):
-    """A video that could not be extracted, and why."""
+class ExtractionFailed(Exception):
+    """A video could not be extracted; the message is the reason."""
 
 
-class Stopped(Exception):
-    """The whole run is being stopped; what was in flight does not count."""
+def images_of(
+    job: ExtractionJob, images: ImageOptions, chosen: Sequence[int] | None, *, stream: int, seeks: bool, strict: bool
+) -> Any:
+    """Return the ffmpeg-python node that writes the images of a job.
+
+    chosen: only frames with these numbers among those of the job. stream: number of the video stream. seeks: the
+    container knows where its frames are; otherwise they are decoded from the first one on. strict: end at the first
+    damaged frame, which ffmpeg would otherwise conceal. Recordings that begin between key frames cannot be read so.
+    """
+    start, end = job.start or 0.0, job.end
+    options: dict[str, Any] = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    options["reinit_filter"] = 0  # frames that change in size are resized to that of the first
+    if strict:
+        options["err_detect"] = "explode"
+    if seeks:
+        options |= ({"ss": start} if start else {}) | ({} if end is None else {"t": end - start})
+    node = ffmpeg.input(f"file:{job.source.absolute()}", **options)[str(stream)]
+    if not seeks and (start or end is not None):  # in microseconds: AVI's own units would round them to frames
+        node = node.filter("settb", "AVTB").filter("trim", start=start, **({} if end is None else {"end": end}))
+    if chosen is not None:
+        node = node.filter("select", _is_among(chosen)).filter("settb", "AVTB")
+        # Print the microsecond at which each chosen frame is shown. Only frames with metadata are printed.
+        node = node.filter("metadata", mode="add", key="chosen", value=1)
+        node = node.filter("metadata", mode="print", file=CHOSEN_TIMES)
+    if images.frame_rate != -1:
+        node = node.filter("fps", fps=images.frame_rate)
+    size = {}
+    if (side := images.frame_size) != -1:
+        size = {"w": f"if(gt(iw,ih),-1,min({side},iw))", "h": f"if(gt(iw,ih),min({side},ih),-1)"}
+    if jpeg := not images.prefix.endswith(".png"):  # whose colours are BT.601 in full range, whatever the video's were
+        node = node.filter("scale", **size, out_color_matrix="bt601", out_range="pc").filter("format", "yuvj420p")
+    else:
+        node = node.filter("scale", **size).filter("format", "rgb24")
+    # The encoder refuses two frames in the same unit of time: give each frame a unit of its own.
+    node = node.filter("settb", "1/25").filter("setpts", "N")
+    quality = {"q:v": images.quality} if jpeg else {}
+    return ffmpeg.output(node, images.prefix, format="image2", enc_time_base="1:25", **quality)
+
+
+def _is_among(numbers: Sequence[int]) -> str:
+    """Return an expression for "the frame's number n is among these", nested, since ffmpeg refuses long sums."""
+    if len(numbers) == 1:
+        return f"eq(n,{numbers[0]})"
+    middle = len(numbers) // 2
+    return f"({_is_among(numbers[:middle])}+{_is_among(numbers[middle:])})"
 
 
 def find_program() -> str:
-    """ffmpeg on PATH, else the one that imageio-ffmpeg brings. UserError if there is neither."""
+    """Return the path of ffmpeg: the one on PATH, else the one of imageio-ffmpeg. Raises UserError if there is none."""
     if found := shutil.which("ffmpeg"):
         return str(Path(found).absolute())
     try:
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
-        raise UserError(f"there is no ffmpeg program: install one, or reinstall imageio-ffmpeg ({error})") from error
+        raise UserError(f"there is no ffmpeg program: install one, or reinstall imageio-ffmpeg ({error})") from None
 
 
-@dataclass(frozen=True)
-class Part:
-    """What of a file is read: the video stream of this number (None: ffmpeg chooses), where start ≤ t < end seconds.
+class FFmpeg:
+    """Runs the ffmpeg program, in several threads at once."""
 
-    Without `seeks`, the container finds places by guessing: its frames are decoded from the first one on.
-    """
-
-    source: Path
-    stream: int | None = None
-    start: float | None = None
-    end: float | None = None
-    seeks: bool = True
-
-
-def from_file(look: Look, part: Part) -> Any:
-    """The images of a file, as ffmpeg-python's output node for `Program.run`."""
-    stream = _opened(part)
-    if not part.seeks and (part.start is not None or part.end is not None):
-        # In units of a frame, such as an AVI has, start and end would be rounded to frames: microseconds first.
-        stream = stream.filter("settb", "AVTB")
-        stream = stream.filter("trim", start=part.start or 0.0, **({} if part.end is None else {"end": part.end}))
-    return _images(stream, look)
-
-
-def walk(part: Part) -> Any:
-    """Reading what `from_file` reads, decoding and writing nothing: `Program.run` then fails if the file is cut off."""
-    return ffmpeg.output(_opened(part), "-", format="null", c="copy")
-
-
-def from_pixels(look: Look, width: int, height: int) -> Any:
-    """RGB frames of this size that are fed to ffmpeg's standard input, as the output node for `Program.run`."""
-    size = f"{width}x{height}"
-    return _images(ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=size, protocol_whitelist="pipe"), look)
-
-
-def _opened(part: Part) -> Any:
-    cut = {"ss": part.start} if part.seeks and part.start is not None else {}
-    if part.seeks and part.end is not None:
-        cut["t"] = part.end - (part.start or 0.0)
-    safe = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    opened = ffmpeg.input(f"file:{part.source.absolute()}", **safe, **cut)
-    return opened["v" if part.stream is None else str(part.stream)]
-
-
-def _images(stream: Any, look: Look) -> Any:
-    """Every frame becomes an image, numbered from 1."""
-    if look.frame_rate != -1:
-        stream = stream.filter("fps", fps=look.frame_rate)
-    size = {}
-    if (side := look.frame_size) != -1:
-        size = {"w": f"if(gt(iw,ih),-1,min({side},iw))", "h": f"if(gt(iw,ih),min({side},ih),-1)"}
-    if look.is_jpeg:  # a JPEG's colours are BT.601 in full range, whatever the video's were
-        stream = stream.filter("scale", **size, out_color_matrix="bt601", out_range="pc").filter("format", "yuvj420p")
-    else:
-        stream = stream.filter("scale", **size).filter("format", "rgb24")
-    # Frames that are shown a moment apart would be given the same time by the encoder, which refuses that: a tick each.
-    stream = stream.filter("settb", "1/25").filter("setpts", "N")
-    quality = {"q:v": look.quality} if look.is_jpeg else {}
-    return ffmpeg.output(stream, look.prefix, format="image2", enc_time_base="1:25", **quality)
-
-
-class Program:
-    """Runs ffmpeg, in several threads at once, each run within `time_limit` seconds and so many `threads`."""
-
-    def __init__(self, path: str, threads: int, time_limit: float) -> None:
-        self.path, self.threads, self.time_limit = path, threads, time_limit
-        self._all_frames = _all_frames(path)
+    def __init__(self, threads: int, time_limit: float) -> None:
+        """threads: for one run. time_limit: seconds. Raises UserError if there is no ffmpeg that works."""
+        self.path, self.threads, self.time_limit = find_program(), threads, time_limit
+        try:
+            told = subprocess.run([self.path, "-h", "long"], capture_output=True, timeout=60, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(f"{self.path} does not work: {error}") from None
+        # Frames are neither repeated nor dropped for a constant rate. ffmpeg 5 renamed the option.
+        self._every_frame = ["-fps_mode" if b"-fps_mode" in told else "-vsync", "passthrough"]
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
 
-    def words(self, output: Any) -> list[str]:
-        """The command line."""
+    def run(self, output: Any, folder: Path) -> None:
+        """Write the images of an output node into the folder.
+
+        Raises ExtractionFailed with ffmpeg's reason, or OSError if the disk is full.
+        """
         threads = ["-threads", str(self.threads)]
-        said = ["-nostdin", "-hide_banner", "-v", "error", "-nostats", "-xerror"]
+        quiet = ["-nostdin", "-hide_banner", "-v", "error", "-nostats", "-xerror"]
         filters = ["-filter_complex_threads", str(self.threads)]
-        *words, target = output.compile(cmd=[self.path, *said, *filters, *threads])
-        return [*words, *self._all_frames, *threads, target]
-
-    def run(self, output: Any, folder: Path, pixels: Iterable[bytes | memoryview] | None = None) -> None:
-        """Write the images into the folder. Raises Failed with ffmpeg's reason, OSError where the disk is full."""
-        process = self._start(self.words(output), folder, pixels is not None)
-        lines: deque[str] = deque(maxlen=KEPT_LINES)
-        reader = threading.Thread(target=_collect, args=(process.stderr, lines), daemon=True)
-        timer = threading.Timer(self.time_limit, process.kill)
-        reader.start()
-        timer.start()
+        *words, target = output.compile(cmd=[self.path, *quiet, *filters, *threads])
+        with self._lock:
+            if self._stopped:
+                raise ExtractionFailed("the extraction was stopped")
+            process = subprocess.Popen(
+                [*words, *self._every_frame, *threads, target],
+                cwd=folder,  # so that nothing in the names of folders can be taken for a pattern
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C reaches only us, and `close` ends the program
+            )
+            self._running.add(process)
         try:
-            if pixels is not None:
-                _feed(process.stdin, pixels)
-            process.wait()
-        finally:
-            in_time = timer.is_alive()
-            timer.cancel()
+            _, messages = process.communicate(timeout=self.time_limit)
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
-            reader.join()
-            with self._guard:
+            process.communicate()
+            raise ExtractionFailed(f"ffmpeg was not done after {self.time_limit:g} s (--time_limit)") from None
+        finally:
+            with self._lock:
                 self._running.discard(process)
-        if self._stopped:
-            raise Stopped
-        _judge(process.returncode, list(lines), None if in_time else self.time_limit)
+        lines = messages.decode("utf-8", "replace").splitlines()
+        for number in FULL:
+            if any(line.endswith(os.strerror(number)) for line in lines):
+                raise OSError(number, os.strerror(number))
+        if process.returncode != 0 or any(words in line for line in lines for words in CUT_OFF):
+            told = [re.sub(r"^(\[[^]]*\] )+", "", line).strip() for line in lines]  # without addresses in memory
+            reason = "; ".join(list(dict.fromkeys(filter(None, told)))[:3])[:500]
+            raise ExtractionFailed(reason or f"ffmpeg ended with {process.returncode} and no message")
 
-    def stop(self) -> None:
-        """End what runs and let nothing new begin."""
-        with self._guard:
+    def close(self) -> None:
+        """End what is running and let nothing new start."""
+        with self._lock:
             self._stopped = True
             for process in self._running:
                 process.kill()
-
-    def _start(self, words: Sequence[str], folder: Path, fed: bool) -> subprocess.Popen[bytes]:
-        with self._guard:
-            if self._stopped:
-                raise Stopped
-            process = subprocess.Popen(
-                words,
-                cwd=folder,  # so that no name above it can be taken for a pattern
-                stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for us, who then end it
-            )
-            self._running.add(process)
-            return process
-
-
-def _all_frames(path: str) -> list[str]:
-    """The option against repeating and dropping frames until their rate is constant: its name depends on the age."""
-    try:
-        told = subprocess.run([path, "-hide_banner", "-h", "long"], capture_output=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"{path} does not run as ffmpeg should: {error}") from error
-    return ["-fps_mode", "passthrough"] if b"-fps_mode" in told else ["-vsync", "passthrough"]
-
-
-def _feed(pipe: IO[bytes] | None, pixels: Iterable[bytes | memoryview]) -> None:
-    assert pipe is not None
-    try:
-        for frame in pixels:
-            pipe.write(frame)
-    except BrokenPipeError:  # it has ended, and tells why
-        pass
-    finally:
-        with suppress(BrokenPipeError):
-            pipe.close()
-
-
-def _collect(pipe: IO[bytes], lines: deque[str]) -> None:
-    with pipe:
-        while line := pipe.readline(2000):
-            lines.append(line.decode("utf-8", "replace").strip())
-
-
-def _judge(code: int, lines: list[str], exceeded: float | None) -> None:
-    if exceeded is not None and code != 0:
-        raise Failed(f"ffmpeg was not done after {exceeded:g} s (--time_limit)")
-    full = next((number for number in FULL if any(line.endswith(os.strerror(number)) for line in lines)), None)
-    if full:
-        raise OSError(full, os.strerror(full))
-    if code != 0 or any(words in line for line in lines for words in CUT_OFF):
-        raise Failed(_reason(lines) or f"ffmpeg ended with {code} and said nothing")
-
-
-def _reason(lines: list[str]) -> str:
-    """The first few things it said, without addresses in memory."""
-    told = [re.sub(r"^(\[[^]]*\] )+", "", line) for line in lines]
-    worth = [line for line in dict.fromkeys(told) if line and not any(words in line for words in NO_REASON)]
-    return "; ".join(worth[:3])

@@ -1,135 +1,295 @@
-"""The whole of `adaclip extract`: what is to be done, several videos at a time, and the report of it."""
+"""The whole of `adaclip extract`: which videos are not finished, extracting several at a time, and the report.
+
+The images of a video are written to a hidden folder, which gets its name when it is complete and checked. Beside them
+are a manifest, by which a later run recognises finished work, and the times of the frames, by which they are sampled.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import re
 import shutil
+import stat
+import sys
 import time
-from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from adaclip_finetune.data.frame_folder import FRAME_TIMES
+from adaclip_finetune.data.readable import listing
+from adaclip_finetune.data.sampling import frame_indices, is_constant_rate
+from adaclip_finetune.data.video.container import BrokenVideo, opened
+from adaclip_finetune.data.video.decoding import sound_frames
+from adaclip_finetune.data.video.index import TIMED_CONTAINERS, VideoIndex, index_video
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract.manifest import State, encoded, state_of
-from adaclip_finetune.extract.options import Request, cores
-from adaclip_finetune.extract.plan import REPORT, SHOWN, Job, plan
-from adaclip_finetune.extract.program import FULL, Failed, Part, Program, Stopped, find_program, from_file
-from adaclip_finetune.extract.progress import Progress
-from adaclip_finetune.extract.video import extract_video
+from adaclip_finetune.extract.options import ExtractionOptions, ImageOptions, cores
+from adaclip_finetune.extract.plan import REPORT, ExtractionJob, plan_jobs
+from adaclip_finetune.extract.program import CHOSEN_TIMES, FULL, ExtractionFailed, FFmpeg, images_of
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.printable import printable
 
 WORK = ".extraction"  # below FRAMES: the lock, and what is not complete
-LISTED = 20
-
-Done = tuple[Job, int, str | None]  # with the number of its images, or the reason of its failure
+MANIFEST = "manifest.json"
 
 
-def extract(request: Request) -> int:
-    """Do it; returns the exit code, 1 if a video failed. UserError: nothing could be begun, or the disk is full."""
-    jobs = plan(request)
-    program = Program(find_program(), max(1, cores() // request.num_workers), request.time_limit)
-    if request.dry_run:
-        return _tell(request, program, _to_do(request, jobs), len(jobs))
+def extract(options: ExtractionOptions) -> int:
+    """Extract the frames of videos; return the exit code, 1 if a video failed.
+
+    Raises UserError if nothing can be started, or if the disk is full.
+    """
+    jobs, passed_over = plan_jobs(options)
+    if passed_over:
+        print(passed_over)
+    if options.dry_run:
+        to_do = _unfinished(options, jobs)
+        for job in to_do:
+            problem = f" (not possible: {printable(job.problem)})" if job.problem else ""
+            print(f"{printable(job.source)} -> {printable(options.frames / job.folder)}{problem}")
+        print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier; nothing was written")
+        return 0
+    ffmpeg = FFmpeg(max(1, cores() // options.num_workers), options.time_limit)
     try:
-        request.frames.mkdir(parents=True, exist_ok=True)
-        with _work_folder(request.frames) as work:
-            return _extract(request, program, jobs, work)
+        options.frames.mkdir(parents=True, exist_ok=True)
+        with _work_folder(options.frames) as work:
+            return _extract_all(options, ffmpeg, jobs, work)
     except OSError as error:
         if error.errno in FULL:
             raise UserError(
-                f"{request.frames}: {error.strerror}. What is complete stays; make room and run the same command again"
+                f"{options.frames}: {error.strerror}. What is complete stays; make room and run the same command again"
             ) from None
-        raise UserError(f"{printable(error.filename or request.frames)}: {error.strerror}") from error
+        raise UserError(f"{printable(error.filename or options.frames)}: {error.strerror}") from error
 
 
-def _extract(request: Request, program: Program, jobs: list[Job], work: Path) -> int:
-    to_do = _to_do(request, jobs)
-    start = time.monotonic()
-    print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier", flush=True)
-    frames, failed = 0, {}
-    with Progress(len(to_do)) as progress, closing(_all_done(request, program, to_do, work)) as outcomes:
-        for job, count, reason in outcomes:
+def _extract_all(options: ExtractionOptions, ffmpeg: FFmpeg, jobs: list[ExtractionJob], work: Path) -> int:
+    to_do = _unfinished(options, jobs)
+    finished, start = len(jobs) - len(to_do), time.monotonic()
+    print(f"{len(to_do)} videos to extract, {finished} finished earlier", flush=True)
+    frames, failed = 0, dict[str, dict[str, str]]()
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds
+    pool = ThreadPool(options.num_workers)
+    try:
+        outcomes = pool.imap_unordered(partial(_outcome, options, ffmpeg, work), to_do)
+        bar = tqdm(outcomes, "extracting", len(to_do), unit="video", leave=False, mininterval=interval)
+        for job, count, reason in bar:
             frames += count
             if reason is not None:
                 failed[job.folder] = {"source": str(job.source), "reason": reason}
-            progress.add(count, reason is not None)
+            bar.set_postfix_str(f"{frames} frames, {len(failed)} failed", refresh=False)
+    finally:
+        ffmpeg.close()
+        pool.terminate()
+        pool.join()
     report = {
         "videos": len(jobs),
         "extracted": len(to_do) - len(failed),
-        "finished_earlier": len(jobs) - len(to_do),
+        "finished_earlier": finished,
         "frames": frames,
         "seconds": round(time.monotonic() - start, 1),
-        "ffmpeg": program.path,
-        "options": asdict(request.look),
+        "ffmpeg": ffmpeg.path,
+        "options": asdict(options.images),
         "failed": dict(sorted(failed.items())),
     }
-    (work / REPORT).write_bytes(encoded(report))
-    (work / REPORT).replace(request.frames / REPORT)
+    write_durably(options.frames / REPORT, _json(report))
     print(f"{report['extracted']} videos extracted, {frames} frames, {report['seconds']} s")
     if failed:
-        print(f"{len(failed)} failed:")
-        for folder, facts in islice(sorted(failed.items()), LISTED):
-            print(f"  {printable(folder)}: {printable(facts['reason'])}")
-        more = f"and {len(failed) - LISTED} more; " if len(failed) > LISTED else ""
-        print(f"  {more}all of them in {request.frames / REPORT}")
+        reasons = {printable(folder): printable(facts["reason"]) for folder, facts in sorted(failed.items())}
+        print(f"{len(failed)} failed (see {options.frames / REPORT}):\n{listing(reasons)}")
     return 1 if failed else 0
 
 
-def _to_do(request: Request, jobs: list[Job]) -> list[Job]:
-    """What is not finished. UserError where finished work was made with other options: nobody wants a mixture."""
-    if request.overwrite:
+def _outcome(
+    options: ExtractionOptions, ffmpeg: FFmpeg, work: Path, job: ExtractionJob
+) -> tuple[ExtractionJob, int, str | None]:
+    """Extract a video; return the job, the number of images and, if it failed, the reason.
+
+    Raises OSError if the disk is full.
+    """
+    try:
+        return job, _extract_video(job, options.images, ffmpeg, options.frames, work), None
+    except (ExtractionFailed, BrokenVideo) as failure:
+        return job, 0, str(failure)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        return job, 0, error.strerror or str(error)
+
+
+def _extract_video(job: ExtractionJob, images: ImageOptions, ffmpeg: FFmpeg, frames: Path, work: Path) -> int:
+    """Make the job's folder below `frames`; return the number of images. On any error nothing is left behind."""
+    if job.problem:
+        raise ExtractionFailed(job.problem)
+    source = _facts(job.source)  # as it is now: if it changes meanwhile, the next run extracts it again
+    folder = work / uuid4().hex  # an ffmpeg that outlived an earlier run cannot know this name
+    folder.mkdir()
+    try:
+        manifest = _write_images(job, images, ffmpeg, folder) | {"source": source}
+        (folder / MANIFEST).write_bytes(_json(manifest))
+        _put_in_place(folder, frames / job.folder, work)
+        return int(manifest["frames"])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_images(job: ExtractionJob, images: ImageOptions, ffmpeg: FFmpeg, folder: Path) -> dict[str, Any]:
+    """Write the images of a job into the folder, with their times where all frames are wanted; return the manifest."""
+    index = index_video(job.source)
+    times, between = index.times(), _frames_between(job, index)
+    if times is not None:
+        times = times[between]
+    chosen = None if images.num_frames is None else _evenly_spread(len(between), images.num_frames, times)
+    with opened(job.source) as (container, stream):
+        number, seeks = stream.index, container.format.name.partition(",")[0] in (*TIMED_CONTAINERS, "asf")
+    different, strict = None if chosen is None else sorted(set(chosen)), index.position is not None
+    ffmpeg.run(images_of(job, images, different, stream=number, seeks=seeks, strict=strict), folder)
+    if different is not None and times is not None:
+        begins = (job.start or 0.0) if seeks else 0.0  # where ffmpeg's clock is 0
+        _check_times(folder / CHOSEN_TIMES, times[different] - begins)
+    (folder / CHOSEN_TIMES).unlink(missing_ok=True)
+    count = sum(1 for _ in folder.iterdir())
+    if count == 0 or (different is not None and count != len(different)):
+        raise ExtractionFailed(f"ffmpeg gave {count} of {len(different or between)} frames")
+    if chosen is not None:
+        _repeat(folder, images, chosen)
+    elif images.frame_rate == -1 and times is not None and count == len(times):
+        (folder / FRAME_TIMES).write_bytes(_json(times.round(6).tolist()))
+    return {
+        "frames": count if chosen is None else len(chosen),
+        "fps": None if np.isnan(index.rate) else index.rate,
+        "duration": None if np.isnan(index.duration) else index.duration,
+        "options": asdict(images),
+        "start": job.start,
+        "end": job.end,
+        "indices": None if chosen is None else between[chosen].tolist(),
+    }
+
+
+def _frames_between(job: ExtractionJob, index: VideoIndex) -> NDArray[np.int64]:
+    """Return the indices of the frames that are shown between the start and the end of a job."""
+    if job.start is None and job.end is None:
+        return np.arange(index.num_frames)
+    times = index.times()
+    if times is None:  # as FFmpeg guesses, which the program does, too
+        times = np.array([frame.time for frame in sound_frames(job.source)], np.float64) - index.begins
+    times = times.round(6)  # ffmpeg counts in microseconds
+    between = np.flatnonzero((times >= (job.start or 0.0)) & (times < (np.inf if job.end is None else job.end)))
+    if not len(between):
+        raise ExtractionFailed("no frame is shown between start and end")
+    return between
+
+
+def _evenly_spread(count: int, num_frames: int, times: NDArray[np.float64] | None) -> list[int]:
+    """Return which of `count` frames uniform sampling reads.
+
+    A short video gives each of its frames once. Where the rate is not constant, a frame that is shown long is
+    repeated, so that the images are evenly spread in time.
+    """
+    chosen: list[int] = frame_indices(count, num_frames, times=times).tolist()
+    return sorted(set(chosen)) if times is None or is_constant_rate(times) else chosen
+
+
+def _check_times(printed: Path, times: NDArray[np.float64]) -> None:
+    """Raise ExtractionFailed if ffmpeg, which counts frames itself, wrote frames of other times (2 ms for rounding)."""
+    shown = np.array(re.findall(r" pts:(-?\d+)", printed.read_text()), np.float64) / 1e6
+    if len(shown) != len(times) or (np.abs(shown - times) > 0.002).any():
+        raise ExtractionFailed("ffmpeg does not show the same frames as reading in place")
+
+
+def _repeat(folder: Path, images: ImageOptions, chosen: list[int]) -> None:
+    """Rename and copy the images of the different frames, 1, 2, …, so that there is one for each of `chosen`."""
+    place = {frame: number for number, frame in enumerate(sorted(set(chosen)), start=1)}
+    for number, frame in reversed(list(enumerate(chosen, start=1))):  # an image's place is never after `number`
+        if place[frame] != number:
+            shutil.copyfile(folder / images.image_name(place[frame]), folder / images.image_name(number))
+
+
+def _put_in_place(folder: Path, target: Path, work: Path) -> None:
+    """Rename the folder. What was at its place goes away first, if it is a folder of nothing but images."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(target):
+        folder.rename(target)
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ExtractionFailed(f"{target} is a link or a file: move it away")
+    for path in target.iterdir():
+        ours = path.name in (MANIFEST, FRAME_TIMES) or path.suffix.lower() in (".jpg", ".jpeg", ".png")
+        if not ours or path.is_symlink() or not path.is_file():
+            raise ExtractionFailed(f"{target} holds {path.name!r}, which is no image: move it away")
+    old = work / uuid4().hex
+    target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old)
+
+
+def _unfinished(options: ExtractionOptions, jobs: list[ExtractionJob]) -> list[ExtractionJob]:
+    """Return the jobs that are not finished.
+
+    Raises UserError where finished work was made with other options: nobody wants a mixture of both.
+    """
+    if options.overwrite:
         return jobs
-    to_do, other = [], []
+    to_do, other = [], dict[str, str]()
     for job in jobs:
-        if job.problem:
+        folder = options.frames / job.folder
+        if job.problem or not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
             to_do.append(job)
             continue
-        state, differ = state_of(request.frames / job.folder, job.source, request.look, job.start, job.end)
-        if state is State.OPTIONS_CHANGED:
-            other.append(f"  {printable(job.folder)}: {differ}")
-        elif state is State.NOT_OURS:
-            problem = f"{request.frames / job.folder} is there and was not made by this tool; --overwrite replaces it"
-            to_do.append(Job(job.folder, job.source, job.start, job.end, problem))
-        elif state is not State.FINISHED:
+        try:
+            content: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+            then = dict(content["options"]) | {"start": content["start"], "end": content["end"]}
+            source, count = content["source"], int(content["frames"])
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = f"{folder} is there and was not made by this command; --overwrite replaces it"
+            to_do.append(replace(job, problem=problem))
+            continue
+        now = asdict(options.images) | {"start": job.start, "end": job.end}
+        differ = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
+        if differ:
+            other[printable(job.folder)] = ", ".join(differ)
+        elif not all((folder / options.images.image_name(number)).is_file() for number in {1, count}):
             to_do.append(job)
+        else:
+            with suppress(OSError):  # the source has gone; its images have not
+                if _facts(job.source) != source:
+                    to_do.append(job)
     if other:
-        more = [f"  and {len(other) - SHOWN} more"] if len(other) > SHOWN else []
-        listing = "\n".join(other[:SHOWN] + more)
         raise UserError(
-            f"{request.frames}: {len(other)} videos were extracted with other options:\n{listing}\n"
+            f"{options.frames}: {len(other)} videos were extracted with other options:\n{listing(other, 5)}\n"
             "Give --overwrite to extract them again, the same options to go on, or another folder"
         )
     return to_do
 
 
-def _tell(request: Request, program: Program, to_do: list[Job], videos: int) -> int:
-    """What a dry run says: the folders, and the command of the first."""
-    for job in to_do:
-        problem = f" (cannot be: {printable(job.problem)})" if job.problem else ""
-        print(f"{printable(job.source)} -> {printable(request.frames / job.folder)}{problem}")
-    print(f"{len(to_do)} videos to extract, {videos - len(to_do)} finished earlier; nothing was written")
-    first = next((job for job in to_do if not job.problem), None)
-    if first is not None and request.look.num_frames is None:
-        print(f"the first: {program.words(from_file(request.look, Part(first.source, None, first.start, first.end)))}")
-    return 0
+def _facts(path: Path) -> dict[str, Any]:
+    """Return what identifies a video file. Raises OSError, also for a pipe or a device, which would be waited for."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return {"name": path.name, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
 @contextmanager
 def _work_folder(frames: Path) -> Iterator[Path]:
-    """The hidden folder, ours alone, emptied of what a killed run left in it."""
+    """Give the hidden folder, locked, and emptied of what a run that was killed left in it."""
     work = frames / WORK
     work.mkdir(exist_ok=True)
     lock = FolderLock(work)
     lock.take()
     try:
-        for entry in list(work.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry != lock.path:
-                entry.unlink(missing_ok=True)
+        for entry in set(work.iterdir()) - {lock.path}:
+            shutil.rmtree(entry, ignore_errors=True)
         yield work
     finally:
         lock.release()
@@ -137,35 +297,5 @@ def _work_folder(frames: Path) -> Iterator[Path]:
             work.rmdir()
 
 
-def _all_done(request: Request, program: Program, jobs: list[Job], work: Path) -> Generator[Done, None, None]:
-    """Each job as it is done."""
-
-    def one(job: Job) -> Done:
-        try:
-            return job, extract_video(job, request.look, program, request.frames, work), None
-        except Failed as failure:
-            return job, 0, str(failure)
-        except OSError as error:  # of this video alone, unless the disk is full
-            if error.errno in FULL:
-                raise
-            return job, 0, f"{error.strerror or error}"
-        except Stopped:
-            raise
-        except Exception as error:  # decoders raise whatever they stumble over
-            return job, 0, f"{type(error).__name__}: {error}"
-
-    pool = ThreadPoolExecutor(request.num_workers)
-    waiting = iter(jobs)
-    pending: set[Future[Done]] = set()
-    try:
-        while True:
-            # A few ahead, not all: there may be millions.
-            pending |= {pool.submit(one, job) for job in islice(waiting, 2 * request.num_workers - len(pending))}
-            if not pending:
-                return
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        program.stop()
-        pool.shutdown(cancel_futures=True)
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"

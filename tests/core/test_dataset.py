@@ -1,4 +1,4 @@
-"""Batches: what is in them, in which order they come, and that neither workers nor broken videos change them."""
+"""The content and order of batches, which neither workers nor broken videos change."""
 
 import pickle
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from adaclip_finetune.data.dataset import GalleryDataset, TrainBatch, TrainDatas
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.loader import GalleryLoader, TrainLoader, epoch_batches, updates_per_epoch
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, Views, to_square
+from adaclip_finetune.data.preprocess import ImageSpec, Views, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.video.folder import VideoFolder
 
@@ -37,7 +37,7 @@ def make_config(**values: Any) -> Config:
 
 
 def tokenize(texts: Sequence[str], max_len: int) -> Tensor:
-    """A text's bytes, so that tests can read it back."""
+    """Return the bytes of each text, so that tests can read it back."""
     ids = torch.zeros(len(texts), max_len, dtype=torch.int64)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(list(text.encode()))[:max_len]
@@ -68,7 +68,7 @@ def as_lists(batches: Any) -> list[Any]:
     ]
 
 
-def test_what_is_in_a_batch(frames: Path) -> None:
+def test_the_content_of_a_batch(frames: Path) -> None:
     store = FrameFolder(frames, TEMPLATE)
     batch = next(make_train_loader(store).epoch(0, batch_size=5))
     assert isinstance(batch, TrainBatch)
@@ -87,19 +87,6 @@ def test_what_is_in_a_batch(frames: Path) -> None:
         assert chr(batch.token_ids[row, 0]) == video_id
 
 
-@pytest.mark.parametrize(
-    ("view", "shape"), [(GREY, (4, 1, 10, 10)), (IMAGENET, (4, 3, 224, 224)), (IMAGE, (4, 3, 32, 32)), (None, None)]
-)
-def test_policy_frames(frames: Path, view: ImageSpec | None, shape: tuple[int, ...] | None) -> None:
-    store = FrameFolder(frames, TEMPLATE)
-    item = VideoReader(store, make_config(), Views(IMAGE, view)).read("a")
-    if view is None:
-        assert item.policy_frames is None
-    else:
-        assert item.policy_frames is not None and item.policy_frames.shape == shape
-        assert np.array_equal(item.policy_frames, to_square(store.read("a", item.indices.tolist()), view))
-
-
 def test_frames_outside_the_subset_are_blank(frames: Path) -> None:
     config = make_config(sampling="uniform", num_frm_subset=3)
     videos = collate([VideoReader(FrameFolder(frames, TEMPLATE), config, VIEWS).read("c")]).videos
@@ -109,7 +96,7 @@ def test_frames_outside_the_subset_are_blank(frames: Path) -> None:
     assert videos.frames[0, :3].any() and not videos.frames[0, 3].any() and not videos.policy_frames[0, 3].any()
 
 
-def test_fault_a_short_video_repeats_frames_and_trains_on(frames: Path) -> None:
+def test_a_short_video_repeats_frames(frames: Path) -> None:
     loader = make_train_loader(FrameFolder(frames, TEMPLATE), num_frm=8)
     for batch in loader.epoch(0, batch_size=2):
         for video_id, indices in zip(batch.videos.video_ids, batch.videos.frame_indices.tolist(), strict=True):
@@ -117,7 +104,7 @@ def test_fault_a_short_video_repeats_frames_and_trains_on(frames: Path) -> None:
     assert not loader.failed
 
 
-def test_same_batches_whatever_the_workers(frames: Path) -> None:
+def test_batches_do_not_depend_on_workers(frames: Path) -> None:
     store = FrameFolder(frames, TEMPLATE)
     plain = make_train_loader(store)
     by_epoch = [as_lists(plain.epoch(epoch, batch_size=2)) for epoch in range(3)]
@@ -145,28 +132,26 @@ def test_draws_of_an_entry_do_not_depend_on_its_batch(frames: Path) -> None:
     assert rows(2) == rows(3) == rows(5)
 
 
-def test_loading_leaves_the_random_state_of_the_model_alone(frames: Path) -> None:
+def test_loading_does_not_move_the_random_state_of_the_model(frames: Path) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(make_train_loader(FrameFolder(frames, TEMPLATE)).epoch(0, batch_size=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_videos_in_worker_processes(tmp_path: Path, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_in_worker_processes(tmp_path: Path) -> None:
+    """Forked ones, and spawned ones, which get the dataset by pickle."""
     for video_id, count in COUNTS.items():
         write_video(tmp_path / f"{video_id}.mp4", count)
     store = VideoFolder(tmp_path)
-    expected = as_lists(make_train_loader(store).epoch(0, batch_size=3))
-    before = torch.multiprocessing.get_start_method()
-    torch.multiprocessing.set_start_method(context, force=True)
-    try:
-        assert as_lists(make_train_loader(store, num_workers=1).epoch(0, batch_size=3)) == expected
-    finally:
-        torch.multiprocessing.set_start_method(before, force=True)
+    plain = make_train_loader(store)
+    expected = as_lists(plain.epoch(0, batch_size=3))
+    assert as_lists(make_train_loader(store, num_workers=1).epoch(0, batch_size=3)) == expected
+    item, copied = plain.dataset[0, 2], pickle.loads(pickle.dumps(plain.dataset))[0, 2]
+    assert np.array_equal(item.frames, copied.frames) and item.text == copied.text  # type: ignore[union-attr]
 
 
-def test_a_config_reaches_reading_processes_whatever_it_chooses() -> None:
+def test_every_config_reaches_worker_processes() -> None:
     tables = {"peft": PEFT, "tower": TOWERS, "objective": OBJECTIVES, "task": TASKS, "adaptation": ADAPTATIONS}
     for section, table in tables.items():
         for method in table:
@@ -174,7 +159,7 @@ def test_a_config_reaches_reading_processes_whatever_it_chooses() -> None:
             assert pickle.loads(pickle.dumps(config)) == config, method
 
 
-def test_fault_a_batch_larger_than_the_data_is_one_batch(frames: Path) -> None:
+def test_a_batch_larger_than_the_data_is_one_batch(frames: Path) -> None:
     loader = make_train_loader(FrameFolder(frames, TEMPLATE))
     batches = list(loader.epoch(0, batch_size=500))
     assert updates_per_epoch(5, 500, 1) == len(batches) == 1 and len(batches[0].videos) == 5
@@ -192,18 +177,13 @@ def test_epoch_batches(num_entries: int, batch_size: int, epoch: int) -> None:
     if batch_size != 2:
         assert len(batches) == -(-num_entries // batch_size)
     assert batches == epoch_batches(num_entries, batch_size, seed=3, epoch=epoch)
-
-
-def test_epochs_are_shuffled_differently() -> None:
-    orders = {tuple(epoch_batches(50, 50, seed, epoch)[0]) for seed in range(3) for epoch in range(4)}
-    assert len(orders) == 12
+    if num_entries > 50:
+        assert len({tuple(epoch_batches(num_entries, 500, seed, epoch)[0]) for seed in range(3)}) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_fault_one_corrupt_jpeg_neither_ends_nor_changes_training(
-    frames: Path, tmp_path: Path, num_workers: int
-) -> None:
-    """It is left out by name; every other row is what it would have been."""
+def test_one_corrupt_jpeg_neither_ends_nor_changes_training(frames: Path, tmp_path: Path, num_workers: int) -> None:
+    """The video is left out by name; every other row is what it would have been."""
     for video_id, count in COUNTS.items():
         folder = write_frames(tmp_path / video_id, count)
     (tmp_path / "c" / TEMPLATE.format(1)).write_bytes((folder / TEMPLATE.format(1)).read_bytes()[:500])
@@ -219,7 +199,7 @@ def test_fault_one_corrupt_jpeg_neither_ends_nor_changes_training(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_batch_of_which_nothing_can_be_read_is_blank_and_nameless(tmp_path: Path, num_workers: int) -> None:
+def test_a_batch_without_a_readable_video_is_blank(tmp_path: Path, num_workers: int) -> None:
     for video_id, count in COUNTS.items():
         write_frames(tmp_path / video_id, count)
     store = FrameFolder(tmp_path, TEMPLATE)
@@ -246,14 +226,10 @@ def test_gallery(frames: Path, num_workers: int) -> None:
         assert ["".join(batch.video_ids) for batch in batches if batch] == expected
     (collated,) = loader.read([0])
     assert collated.videos is not None
-    assert collated.videos.frame_indices[0].tolist() == [0, 2, 4, 6]  # never random, whatever `sampling`
+    assert collated.videos.frame_indices[0].tolist() == [0, 2, 4, 6]  # never random, even if `sampling` is
     loader.close()
-
-
-def test_gallery_batches_are_bounded_in_frames(frames: Path) -> None:
-    config = make_config(val_batch_size=500, num_frm=256)
-    reader = VideoReader(FrameFolder(frames, TEMPLATE), config, VIEWS)
-    loader = GalleryLoader(GalleryDataset(list(COUNTS), reader), config)
+    config = make_config(val_batch_size=500, num_frm=256)  # bounded in frames, too
+    loader = GalleryLoader(GalleryDataset(list(COUNTS), VideoReader(reader.store, config, VIEWS)), config)
     assert [len(collated.videos or []) for collated in loader.read(range(len(loader)))] == [2, 2, 1]
 
 
@@ -272,21 +248,10 @@ def test_frames_that_fail_in_evaluation_come_with_their_batch(tmp_path: Path, nu
     loader.close()
 
 
-def test_batches_move_and_keep_what_is_not_a_tensor(frames: Path) -> None:
+def test_moving_a_batch_keeps_its_names(frames: Path) -> None:
     reader = VideoReader(FrameFolder(frames, TEMPLATE), make_config(), Views(IMAGE))
     videos = collate([reader.read("a"), reader.read("b")]).videos
     assert videos is not None
     moved = videos.to("meta", non_blocking=True)
     assert moved.frames.is_meta and moved.frame_mask.is_meta and moved.frame_indices.is_meta
     assert moved.policy_frames is None and moved.video_ids == ["a", "b"]
-
-
-def test_real_clips_and_frames(shared: Path) -> None:
-    panda = VideoFolder(shared / "data/panda70m/videos")
-    clips = sorted(path.stem for path in panda.folder.glob("*.mp4"))[:2]
-    msrvtt = FrameFolder(shared / "data/msrvtt_frames/frames", TEMPLATE)
-    videos = sorted(path.name for path in msrvtt.folder.iterdir())[:2]
-    for store, video_ids in ((panda, clips), (msrvtt, videos)):
-        reader = VideoReader(store, make_config(num_frm=16), Views(ImageSpec(224, (0.5,) * 3, (0.5,) * 3)))
-        batch = collate([reader.read(video_id) for video_id in video_ids]).videos
-        assert batch is not None and batch.frames.shape == (2, 16, 3, 224, 224) and batch.frames.float().std() > 10

@@ -1,4 +1,4 @@
-"""Preprocessing against torchvision and open_clip, which define what CLIP's is."""
+"""Preprocessing equals that of open_clip and torchvision."""
 
 import numpy as np
 import pytest
@@ -57,6 +57,13 @@ def test_grey_thumbnails() -> None:
     assert np.array_equal(thumbnails[0, 0], np.asarray(oracle(Image.fromarray(frames[0]))))
 
 
-def test_what_a_tower_may_not_ask_for_is_refused() -> None:
+def test_frames_of_several_sizes_are_prepared_one_by_one() -> None:
+    frames = [random_frames(height, width, n=1)[0] for height, width in SIZES]
+    spec = ImageSpec(32, MEAN, STD)
+    expected = np.concatenate([to_square(frame[None], spec) for frame in frames])
+    assert np.array_equal(to_square(frames, spec), expected)
+
+
+def test_unknown_preprocessing_is_refused() -> None:
     with pytest.raises(ValueError, match="longest"):
         ImageSpec(224, MEAN, STD, resize_mode="longest")

@@ -1,4 +1,4 @@
-"""Unreadable videos: found beforehand, named, and counted; never a smaller evaluation without saying so."""
+"""Unreadable videos are found beforehand, named and counted; no evaluation gets smaller without a message."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def make_annotation(folder: Path, *video_ids: str) -> str:
 
 @pytest.fixture
 def frames(tmp_path: Path) -> Path:
-    """Sound: good (6 frames), short (3). Not: gone, empty, gap, first (its first frame is damaged)."""
+    """Sound videos: good (6 frames), short (3). Others: empty, gap, first and later (that frame is damaged)."""
     folder = tmp_path / "frames"
     for video_id, count in {"good": 6, "short": 3, "gap": 4, "first": 4, "later": 5}.items():
         write_frames(folder / video_id, count)
@@ -52,6 +52,8 @@ def test_find_unreadable(frames: Path, num_workers: int) -> None:
     assert "No such file" in reasons["gone"] and str(frames / "gone") in reasons["gone"]
     assert "image_00002.jpg is missing" in reasons["gap"]
     assert short_videos(store, ["good", "short"], 4) == ["short"]
+    (frames / "later/frame_times.json").write_text("[0]")
+    assert list(find_unreadable(store, ["good", "later"], num_workers)) == ["later"]
 
 
 def test_find_unreadable_videos(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_listing_shows_twenty() -> None:
     assert len(lines) == 21 and lines[0] == "  v0: gone" and lines[-1] == "  and 5 more"
 
 
-def test_training_leaves_them_out_by_name(frames: Path) -> None:
+def test_training_leaves_unreadable_videos_out(frames: Path) -> None:
     split = train_split(make_config(frames), make_annotation(frames.parent, *ALL))
     assert [entry.video_id for entry in split.entries] == ["good", "good", "short", "short", "later", "later"]
     assert list(split.left_out) == ["gone", "empty", "gap", "first"]
@@ -76,13 +78,13 @@ def test_training_leaves_them_out_by_name(frames: Path) -> None:
         train_split(make_config(frames), make_annotation(frames.parent, "gone", "gap"))
 
 
-def test_data_subset_is_of_the_annotation(frames: Path) -> None:
+def test_data_subset_counts_all_videos_of_the_annotation(frames: Path) -> None:
     config = make_config(frames, data_subset=2)
     split = train_split(config, make_annotation(frames.parent, "good", "gone", "short"))
     assert {entry.video_id for entry in split.entries} == {"good"} and list(split.left_out) == ["gone"]
 
 
-def test_fault_missing_videos_never_shrink_an_evaluation_silently(frames: Path) -> None:
+def test_missing_videos_never_shrink_an_evaluation_silently(frames: Path) -> None:
     config, annotation = make_config(frames), make_annotation(frames.parent, *ALL)
     with pytest.raises(UnreadableVideos, match=r"4 of 7 videos .* cannot be read") as caught:
         evaluation_split(config, annotation)

@@ -1,4 +1,8 @@
-"""Frame indices against the published system's, and the properties of the random ones."""
+"""Frame indices: those of the published system, those of variable frame rates, and the properties of random draws."""
+
+import itertools
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -7,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.data.sampling import frame_indices, generator
+
+# 2 s at 25 frames a second, then 6 s at 1 frame a second
+SLOWING = np.concatenate([np.arange(50) / 25, 2.0 + np.arange(6)])
 
 
 def test_published_indices() -> None:
@@ -32,34 +39,77 @@ def test_published_indices() -> None:
     assert held == 475  # the other 12 are draws
 
 
-def test_random_needs_training() -> None:
-    """Without a generator, as in evaluation, the same frames come every time, whatever the subset."""
+def test_without_a_generator_the_same_frames_come_every_time() -> None:
     assert frame_indices(100, 16, subset=6).tolist() == [0, 12, 31, 50, 62, 81]
+
+
+TIMES = [None, np.array([0.0, 0.1, 5.0]), SLOWING, np.cumsum(np.random.default_rng(0).exponential(size=300))]
 
 
 @settings(deadline=None)
 @given(
     n=st.integers(1, 500), num_frm=st.integers(1, 70), subset=st.integers(0, 80), segment=st.booleans(),
-    seed=st.integers(0, 2**40), randomly=st.booleans(),
+    seed=st.integers(0, 2**40), randomly=st.booleans(), times=st.sampled_from(range(len(TIMES))),
 )  # fmt: skip
 def test_always_sorted_in_range_and_counted(
-    n: int, num_frm: int, subset: int, segment: bool, seed: int, randomly: bool
+    n: int, num_frm: int, subset: int, segment: bool, seed: int, randomly: bool, times: int
 ) -> None:
     random = generator("frames", seed, 1, 2) if randomly else None
-    indices = frame_indices(n, num_frm, segment=segment, subset=subset, random=random)
+    shown = TIMES[times]
+    n = n if shown is None else len(shown)
+    indices = frame_indices(n, num_frm, segment=segment, subset=subset, random=random, times=shown)
     assert indices.dtype == np.int64
     assert len(indices) == (min(subset, num_frm) if subset else num_frm)
     assert (np.diff(indices) >= 0).all() and indices[0] >= 0 and indices[-1] < n
-    if n >= num_frm:
+    if n >= num_frm and (shown is None or (randomly and not segment)):
         assert len(set(indices.tolist())) == len(indices)
 
 
 @pytest.mark.parametrize("n", [1, 3, 16])
-def test_fault_a_video_shorter_than_num_frm_repeats_its_frames(n: int) -> None:
+def test_a_video_shorter_than_num_frm_repeats_its_frames(n: int) -> None:
     for random in (None, generator("frames", 0, 0, 0)):
-        indices = frame_indices(n, 16, random=random)
-        times = np.bincount(indices)
-        assert len(indices) == 16 and len(times) == n and times.max() - times.min() <= 1
+        times = np.bincount(frame_indices(n, 16, random=random))
+        assert times.sum() == 16 and len(times) == n and times.max() - times.min() <= 1
+
+
+RATES = ("25", "24000/1001", "30000/1001", "50", "60000/1001", "1", "7")
+
+
+@pytest.mark.parametrize(("rate", "tick"), [*itertools.product(RATES, ("1/1000", "1/90000", "1/12800")), ("7", "1/25")])
+def test_at_a_constant_rate_times_change_nothing(rate: str, tick: str) -> None:
+    """Containers round times to ticks of their own, which are shorter than half a frame."""
+    for n in (1, 2, 9, 250, 1801):
+        ticks = [round(Fraction(i) / Fraction(rate) / Fraction(tick)) for i in range(n)]
+        times = np.array(ticks) * float(Fraction(tick)) + 1.4
+        for num_frm in (1, 2, 8, 12, 16, 64):
+            for how in ({}, {"segment": True}, {"subset": 3}, {"random": 5}):
+                plain, timed = (
+                    how | {"random": generator("frames", 5, 0)} if "random" in how else how for _ in range(2)
+                )
+                expected = frame_indices(n, num_frm, **plain)  # type: ignore[arg-type]
+                assert np.array_equal(frame_indices(n, num_frm, times=times, **timed), expected)  # type: ignore[arg-type]
+
+
+def test_uniform_frames_are_evenly_spread_in_time() -> None:
+    """By number, all 8 of 8 would come from the first 2 of 8 seconds."""
+    assert frame_indices(56, 8).max() == 49
+    shown = SLOWING[frame_indices(56, 8, times=SLOWING)]
+    even = np.arange(8) * SLOWING[-1] * 56 / 55 / 8
+    assert ((shown <= even + 1e-9) & (even - shown < 1)).all() and (shown >= 2).sum() == 5
+    middles = SLOWING[frame_indices(56, 8, times=SLOWING, segment=True)]
+    assert (np.abs(middles - (even + even[1] / 2)) < 1).all() and (middles >= 2).sum() == 6
+    assert frame_indices(2, 4, times=np.array([0.0, 9.0])).tolist() == [0, 0, 1, 1]
+    assert frame_indices(3, 6, times=np.array([0.0, 8.0, 9.0])).tolist() == [0, 0, 0, 0, 2, 2]  # a still picture
+
+
+def test_random_frames_are_drawn_by_how_long_they_are_shown() -> None:
+    def draw(index: int) -> int:
+        return int(frame_indices(56, 1, times=SLOWING, random=generator("frames", 0, 0, index))[0])
+
+    draws = [draw(index) for index in range(400)]
+    late = sum(index >= 50 for index in draws) / 400  # frame 50 is the first that is shown for a whole second
+    assert late == pytest.approx(5.13 / 7.13, abs=0.06)
+    assert max(Counter(draws).values()) < 100 and draws[7] == draw(7)
 
 
 def test_draws_depend_on_stream_seed_epoch_and_index_alone() -> None:
@@ -74,6 +124,6 @@ def test_draws_depend_on_stream_seed_epoch_and_index_alone() -> None:
     assert len({tuple(other) for other in others}) == 4
 
 
-def test_draws_stay_what_they_were() -> None:
+def test_draws_are_the_same_in_every_version() -> None:
     """A changed generator would make every finished run unrepeatable: numpy keeps Philox streams stable."""
     assert frame_indices(100, 5, random=generator("frames", 7, 3, 11)).tolist() == [80, 84, 87, 89, 92]

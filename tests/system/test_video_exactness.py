@@ -1,23 +1,18 @@
-"""Frame n is the n-th that the ffmpeg program shows, pixel by pixel, whatever container, codec, times or damage."""
+"""Frame n is the n-th that the ffmpeg program shows, pixel by pixel, for all containers, codecs, times and damage."""
 
 import random
-import struct
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import numpy as np
 import pytest
-from media import index_of, write_video
+from media import ffmpeg, index_of, with_edits, write_video
 
 from adaclip_finetune.data.video.decoding import Frame
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.index import VideoIndex, index_video
 
 FRAMES = 60  # of the source, at 25 a second
-PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
 
 H264 = "-c:v libx264 -g 12 -bf 3 -pix_fmt yuv420p"
 OPEN = f"{H264} -x264-params open-gop=1:b-pyramid=2"
@@ -28,7 +23,7 @@ MPEG2 = "-c:v mpeg2video -bf 2 -g 12 -b:v 4M"
 VARIABLE = f"-vf select=not(mod(n\\,3))+gt(n\\,30) -fps_mode vfr {H264}"
 INTERLACED = "-vf scale=128:64,interlace,format=yuv420p -flags +ildct+ilme"
 
-# Name → what the ffmpeg program is told between the source, or the file named first, and the name.
+# Name → options of the ffmpeg program that makes it of the source, or (below) of the file named first.
 ENCODED = {
     "h264.mp4": H264,
     "h264.mkv": H264,
@@ -60,6 +55,10 @@ ENCODED = {
     "h263.3gp": "-s 176x144 -c:v h263 -b:v 1M",
     "flv1.flv": "-c:v flv -g 12 -b:v 4M",
     "mjpeg.avi": "-c:v mjpeg",
+    "theora.ogv": "-c:v libtheora -q:v 7 -g 12 -pix_fmt yuv420p",
+    "palette.gif": "-c:v gif",
+    "mpeg2.vob": MPEG2,
+    "h264.m2ts": H264,
 }
 COPIED = {
     "fragments.mp4": ("h264.mp4", "-movflags frag_keyframe+empty_moov"),
@@ -87,19 +86,13 @@ EDITS: dict[str, list[tuple[int, float | None]]] = {
 }
 
 
-def told(*words: object) -> bytes:
-    """What ffmpeg writes to its standard output. It ends well on damaged files, too."""
-    command = [PROGRAM, "-v", "error", "-y", *map(str, words)]
-    return subprocess.run(command, check=True, capture_output=True).stdout
-
-
 class Library:
-    """Makes each file when it is first asked for."""
+    """Videos by name, each of which is made when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.source = write_video(folder / "source.mkv", FRAMES, "ffv1")
-        self.encoders = told("-encoders").decode()
+        self.encoders = ffmpeg("-encoders").decode()
 
     def __getitem__(self, name: str) -> Path:
         path = self.folder / name
@@ -107,11 +100,11 @@ class Library:
             words = ENCODED[name].split()
             if (encoder := words[words.index("-c:v") + 1]) not in self.encoders:
                 pytest.skip(f"this ffmpeg program has no encoder {encoder}")
-            told("-i", self.source, *words, path)
+            ffmpeg("-i", self.source, *words, path)
         elif name in COPIED and not path.exists():
             base, words_after = COPIED[name]
             before, after = (words_after.split(), []) if words_after.startswith("-ss") else ([], words_after.split())
-            told(*before, "-i", self[base], "-c", "copy", *after, path)
+            ffmpeg(*before, "-i", self[base], "-c", "copy", *after, path)
         return path
 
 
@@ -121,17 +114,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 def shown_by_ffmpeg(path: Path) -> Frame:
-    """Every frame, none repeated or dropped for an even rate: RGB (n, H, W, 3)."""
+    """Return every frame, none repeated or dropped for an even rate: RGB (n, H, W, 3)."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         height, width = stream.height, stream.width
     plain = "-map 0:v:0 -fps_mode passthrough -f rawvideo -pix_fmt rgb24"
-    raw = told("-noautorotate", "-i", path, *plain.split(), "-")
+    raw = ffmpeg("-noautorotate", "-i", path, *plain.split(), "-")
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
 
 
 def everything(path: Path) -> tuple[VideoIndex, Frame]:
-    """The index, and all frames, of which any choice must be the same, and one pass over all."""
+    """Return the index and all frames; check that any choice of them, and a scan, give the same."""
     index = index_video(path)
     frames = read_frames(path, index, range(index.num_frames))
     numbers, scanned = zip(*scan_frames(path, index), strict=True)
@@ -154,8 +147,8 @@ def test_frames_are_those_of_the_ffmpeg_program(library: Library, name: str) -> 
 @pytest.mark.parametrize("base", ["h264.mp4", "hevc_open.mp4"])
 @pytest.mark.parametrize("edits", EDITS)
 def test_edit_lists(library: Library, tmp_path: Path, base: str, edits: str) -> None:
-    """What the list says. Of a part that begins between key frames of open groups of HEVC, the program, which does not
-    seek, cannot show the frames before the key frame: these three are what it lacks here."""
+    """Frames are those that the list says. The program, which does not seek, lacks three frames of a part that begins
+    between key frames of open groups of HEVC."""
     path = tmp_path / "edited.mp4"
     path.write_bytes(with_edits(library[base].read_bytes(), EDITS[edits]))
     _, frames = everything(path)
@@ -173,7 +166,7 @@ def test_edit_lists(library: Library, tmp_path: Path, base: str, edits: str) -> 
 def test_interlaced(library: Library, tmp_path: Path, codec: str, container: str) -> None:
     """Near, not equal: two versions of FFmpeg bring the colours of interlaced pictures to RGB by other rules."""
     path = tmp_path / f"interlaced.{container}"
-    told("-i", library.source, *INTERLACED.split(), "-c:v", codec, "-b:v", "4M", path)
+    ffmpeg("-i", library.source, *INTERLACED.split(), "-c:v", codec, "-b:v", "4M", path)
     expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
     assert [index_of(frame) for frame in frames] == [index_of(frame) for frame in expected]
     assert len(frames) in (FRAMES // 2, FRAMES // 2 - 1) and mean_difference(frames, expected) < 3
@@ -182,13 +175,13 @@ def test_interlaced(library: Library, tmp_path: Path, codec: str, container: str
 def test_ten_bits(library: Library, tmp_path: Path) -> None:
     """Near, not equal: FFmpeg's versions differ in how they round."""
     path = tmp_path / "ten.mkv"
-    told("-i", library.source, *HEVC.replace("yuv420p", "yuv420p10le").split(), path)
+    ffmpeg("-i", library.source, *HEVC.replace("yuv420p", "yuv420p10le").split(), path)
     expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
     assert [index_of(frame) for frame in frames] == list(range(FRAMES)) and mean_difference(frames, expected) < 3
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "open.ts", "hevc_open.ts", "mpeg2.ts", "mpeg2.mpg"])
-def test_recordings_that_begin_anywhere(library: Library, tmp_path: Path, name: str) -> None:
+def test_recordings_may_begin_anywhere(library: Library, tmp_path: Path, name: str) -> None:
     content = library[name].read_bytes()
     path = tmp_path / name
     path.write_bytes(content[len(content) // 3 // 188 * 188 :])
@@ -198,13 +191,13 @@ def test_recordings_that_begin_anywhere(library: Library, tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "avi"])
-def test_cut_where_pictures_let_go_of_some_before(tmp_path: Path, container: str) -> None:
-    """That is an error to a decoder that knows none before, though the pictures themselves are sound."""
+def test_a_cut_between_open_groups_of_pictures(tmp_path: Path, container: str) -> None:
+    """A decoder calls it an error that pictures before the cut are missing, though the pictures after it are sound."""
     path, whole = tmp_path / f"cut.{container}", tmp_path / f"whole.{container}"
     source = "-f lavfi -i testsrc=size=96x64:rate=25:duration=3"
     options = "open-gop=1:keyint=20:bframes=3:b-pyramid=normal"
-    told(*source.split(), "-c:v", "libx264", "-x264-params", options, whole)
-    told("-ss", "1.3", "-i", whole, "-t", "1.5", "-c", "copy", path)
+    ffmpeg(*source.split(), "-c:v", "libx264", "-x264-params", options, whole)
+    ffmpeg("-ss", "1.3", "-i", whole, "-t", "1.5", "-c", "copy", path)
     expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
     assert len(frames) == len(expected) > 30 and mean_difference(frames, expected) < 1
 
@@ -223,8 +216,8 @@ COPIED |= {
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("share", [0.45, 0.62, 0.9])
 def test_a_broken_tail(library: Library, tmp_path: Path, name: str, share: float) -> None:
-    """All that is whole is there, in order. Of the frame that was cut, ffmpeg shows what it can and paints the rest, or
-    shows another one twice: that is why only those of its frames count here which the whole file has, too."""
+    """All whole frames are there, in order. The program conceals what is missing of the frame that was cut, or shows
+    another one twice: only those of its frames count that the whole file has, too."""
     whole = {frame.tobytes(): number for number, frame in enumerate(shown_by_ffmpeg(library[name]))}
     content = library[name].read_bytes()
     path = tmp_path / name
@@ -237,34 +230,3 @@ def test_a_broken_tail(library: Library, tmp_path: Path, name: str, share: float
 
 def mean_difference(one: Frame, other: Frame) -> float:
     return float(np.abs(one.astype(np.int16) - other).mean())
-
-
-def with_edits(mp4: bytes, edits: Sequence[tuple[int, float | None]]) -> bytes:
-    """The same file, whose table of contents stands at its end, with another edit list (ISO/IEC 14496-12, 8.6.6)."""
-    content = bytearray(mp4)
-    *outer, old = boxes(content, b"moov", b"trak", b"edts", b"elst")
-    zero = struct.unpack_from(">i", content, old + 20)[0]  # where the encoder began, in ticks of the track
-    header = boxes(content, b"moov", b"trak", b"mdia", b"mdhd")[-1]
-    ticks = struct.unpack_from(">I", content, header + 20)[0]
-    entries = [
-        struct.pack(">IiI", duration, -1 if start is None else zero + round(start * ticks), 1 << 16)
-        for duration, start in edits
-    ]
-    box = struct.pack(">I4sII", 16 + 12 * len(edits), b"elst", 0, len(edits)) + b"".join(entries)
-    size = struct.unpack_from(">I", content, old)[0]
-    content[old : old + size] = box
-    for at in outer:
-        struct.pack_into(">I", content, at, struct.unpack_from(">I", content, at)[0] + len(box) - size)
-    return bytes(content)
-
-
-def boxes(content: bytes | bytearray, *path: bytes) -> list[int]:
-    """Where each box of a path begins, the next one within it."""
-    found: list[int] = []
-    at = 0
-    for name in path:
-        while content[at + 4 : at + 8] != name:
-            at += struct.unpack_from(">I", content, at)[0]
-        found.append(at)
-        at += 8
-    return found

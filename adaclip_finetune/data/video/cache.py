@@ -1,198 +1,135 @@
-"""Frame counts and key frames of the videos of a folder, kept from run to run in the user's cache directory.
+"""What `index_video` found in the videos of a folder, kept from run to run in the user's cache directory.
 
-One file a folder of videos, which holds what `index_video` found, by name, size and time of the video's last change.
-The cache only saves time: where it cannot be read or written, or was cut or altered, videos are scanned as if it were
-not there. Several runs may use it at once: each writes a whole file, with what it found there, and the last one stays.
+The cache is one SQLite file, which several runs may use at once. It only saves time: where it cannot be read or
+written, videos are scanned as if it were not there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
+import sqlite3
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import av
 import numpy as np
-from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.index import KeyFrame, VideoIndex
-from adaclip_finetune.durable import write_durably
+from adaclip_finetune.data.video.index import VideoIndex
 
-FORMAT = 2  # to be raised whenever index_video would tell anything else of the same file, or this file is laid out anew
+FORMAT = 3  # to be raised whenever index_video would find anything else in the same file, or packing changes
 
-_CHECKSUM = 16  # bytes
-_RECORD = struct.Struct("<HIQq")  # bytes of name, bytes of index, size of the video, its time of change in nanoseconds
+_TABLE = """CREATE TABLE IF NOT EXISTS videos (
+    folder BLOB, name BLOB, version TEXT, size INTEGER, mtime_ns INTEGER, packed BLOB, PRIMARY KEY (folder, name)
+) WITHOUT ROWID"""
+
+T = TypeVar("T")
+Known = dict[str, tuple[int, int, bytes]]  # name → size, mtime_ns, packed index
 
 
 class IndexCache:
-    """What is known of the videos of one folder: names are relative to it, indices as `pack_index` gives them."""
+    """The packed indices of the videos of one folder, by name relative to it, size and time of the last change."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._known: dict[str, _Record] | None = None  # what the file held
-        self._new: dict[str, _Record] = {}
+        self._folder = folder
+        self._known: Known | None = None
+        self._new: Known = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker is told by the store what it needs, and can read the file."""
-        return {"folder": self.folder, "_known": None, "_new": {}}
+        """Leave out what was read: the store tells workers what they need, and they can read the file."""
+        return {"_folder": self._folder, "_known": None, "_new": {}}
 
     def find(self, name: str, video: os.stat_result) -> bytes | None:
-        """The index of a video that is as it was when it was scanned; else None."""
+        """Return the packed index of a video that is as it was when it was scanned, else None."""
         if self._known is None:
-            self._known = _load(self._path())
-        record = self._new.get(name) or self._known.get(name)
-        return record.packed if record and record[:2] == (video.st_size, video.st_mtime_ns) else None
+            self._known = self._load()
+        *state, packed = self._known.get(name, (None, None, b""))
+        if state != [video.st_size, video.st_mtime_ns]:
+            return None
+        try:
+            unpack_index(packed)
+        except (zlib.error, ValueError, IndexError):  # damage in the file
+            return None
+        return packed
 
     def add(self, name: str, video: os.stat_result, packed: bytes) -> None:
-        """Remember a video; `video` tells what it was like before it was scanned."""
-        self._new[name] = _Record(video.st_size, video.st_mtime_ns, packed)
+        """Remember a video; `video` is its state before it was scanned."""
+        self._new[name] = video.st_size, video.st_mtime_ns, packed
 
     def save(self) -> None:
-        """Add what is new to the file, if anything is, and drop the videos that are gone. Nothing is lost but time
-        where that is not possible."""
-        path = self._path()
-        if not self._new or not path:
+        """Write what is new, if anything is, and forget videos of the folder that are gone."""
+        if not self._new:
             return
-        stored = _load(path)  # by now another run may have added to it
-        if self._new.items() <= stored.items():  # the other processes of this run found the same
-            return
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        with suppress(OSError):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(beside, _dump(self._present(stored | self._new)))
-                beside.replace(path)
-            finally:
-                beside.unlink(missing_ok=True)
+        folder = _key(self._folder)
+        new = [(folder, os.fsencode(name), _version(), *facts) for name, facts in self._new.items()]
+        gone = [(folder, os.fsencode(name)) for name in self._load() if not (self._folder / name).exists()]
 
-    def _present(self, records: Mapping[str, _Record]) -> dict[str, _Record]:
-        """Those of videos that are still there. Folders are listed, because asking for each of a million takes long."""
-        listings: dict[str, set[str] | None] = {}
-        present = {}
-        for name, record in records.items():
-            folder, _, file = name.rpartition("/")
-            if folder not in listings:
-                listings[folder] = _listing(self.folder / folder)
-            listing = listings[folder]
-            if listing is None or file in listing:
-                present[name] = record
-        return present
+        def write(database: sqlite3.Connection) -> None:
+            database.executemany("INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?)", new)
+            database.executemany("DELETE FROM videos WHERE folder = ? AND name = ?", gone)
 
-    def _path(self) -> Path | None:
-        folder = _cache_folder()
-        name = hashlib.sha256(os.fsencode(os.path.realpath(self.folder))).hexdigest()[:32]
-        return folder / "video-index" / name if folder else None
+        _in_database(write, None)
 
+    def _load(self) -> Known:
+        query = "SELECT name, size, mtime_ns, packed FROM videos WHERE folder = ? AND version = ?"
 
-def _listing(folder: Path) -> set[str] | None:
-    """None if it cannot be told what is there."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    except OSError:
-        return None
+        def read(database: sqlite3.Connection) -> Known:
+            rows = database.execute(query, (_key(self._folder), _version()))
+            return {os.fsdecode(name): (size, mtime_ns, packed) for name, size, mtime_ns, packed in rows}
 
-
-class _Record(NamedTuple):
-    size: int  # bytes
-    changed: int  # nanoseconds
-    packed: bytes
+        return _in_database(read, {})
 
 
 def pack_index(index: VideoIndex) -> bytes:
-    """Some hundred bytes a video: times of frames are nearly regular, and so is their order in the file."""
-    times, kind = (index.pts, 2) if index.pts is not None else (index.shown, 1)
-    if times is None:
-        times, kind = np.zeros(0, np.int64), 0
-    position = np.zeros(0, np.int64) if index.position is None else index.position
-    keys = np.array([(key.position, key.pts, key.dts) for key in index.keys], np.int64).reshape(-1, 3)
-    numbers = np.concatenate(
-        [
-            [index.num_frames, kind, len(keys)],
-            np.diff(times, prepend=0),
-            position - np.arange(len(position)),
-            np.diff(keys, axis=0, prepend=0).T.ravel(),
-        ]
-    )
-    zigzag = (numbers << 1) ^ (numbers >> 63)  # small numbers of both signs have small bytes in the same places
-    return zlib.compress(_by_place(zigzag.astype("<i8").view(np.uint8), len(zigzag), 8), 9)
+    """Compress an index to some hundred bytes: times are nearly regular, and so is the order in the file."""
+    none = np.zeros(0, np.int64)
+    pts, position = (none if each is None else np.diff(each, prepend=0) for each in (index.pts, index.position))
+    facts = np.array([index.tick, index.begins, index.rate, index.duration])
+    head = [index.num_frames, len(pts), len(position)]
+    keys = np.diff(index.keys, axis=0, prepend=0).T.ravel()
+    return zlib.compress(np.concatenate([head, facts.view(np.int64), pts, position, keys]).astype("<i8").tobytes(), 9)
 
 
 def unpack_index(packed: bytes) -> VideoIndex:
-    """What `pack_index` was given."""
-    content = np.frombuffer(zlib.decompress(packed), np.uint8)
-    zigzag = np.frombuffer(_by_place(content, 8, len(content) // 8), "<u8")
-    numbers = (zigzag >> np.uint64(1)).astype(np.int64) ^ -(zigzag & np.uint64(1)).astype(np.int64)
-    num_frames, kind, num_keys = numbers[:3].tolist()
-    if kind == 0:
-        return VideoIndex(num_frames)
-    deltas, moves, keys = np.split(numbers[3:], [num_frames, 2 * num_frames])
-    times = np.cumsum(deltas)
-    if kind == 1:
-        return VideoIndex(num_frames, shown=times)
+    """Return the index that `pack_index` was given."""
+    numbers = np.frombuffer(zlib.decompress(packed), "<i8").astype(np.int64)
+    num_frames, num_pts, num_position = numbers[:3].tolist()
+    facts, pts, position, keys = np.split(numbers[3:], np.cumsum([4, num_pts, num_position]))
+    tick, begins, rate, duration = facts.view(np.float64).tolist()
     return VideoIndex(
         num_frames,
-        times,
-        moves + np.arange(num_frames),
-        tuple(KeyFrame(*key) for key in np.cumsum(keys.reshape(3, num_keys), axis=1).T.tolist()),
+        np.cumsum(pts) if num_pts else None,
+        np.cumsum(position) if num_position else None,
+        np.cumsum(keys.reshape(3, -1), axis=1).T,
+        tick,
+        begins,
+        rate,
+        duration,
     )
 
 
-def _by_place(content: NDArray[np.uint8], rows: int, columns: int) -> bytes:
-    """Transpose: all lowest bytes first, then all second ones, or back."""
-    return content.reshape(rows, columns).T.tobytes()
-
-
-def _cache_folder() -> Path | None:
-    """As the XDG Base Directory Specification has it. None for a user without a home."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():
-        return given / "adaclip-finetune"
+def _in_database(work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+    """Return what `work` returns in a transaction, or `otherwise` where there can be no cache; drop a damaged file."""
+    path = None
     try:
-        return Path.home() / ".cache" / "adaclip-finetune"
-    except RuntimeError:
-        return None
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG Base Directory Specification
+        path = (cache if cache.is_absolute() else Path.home() / ".cache") / "adaclip-finetune" / "videos.sqlite"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute(_TABLE)
+            return work(database)
+    except (OSError, RuntimeError, sqlite3.Error) as error:  # RuntimeError: a user without a home
+        if path is not None and type(error) is sqlite3.DatabaseError:  # not a database, or a damaged one
+            path.unlink(missing_ok=True)
+        return otherwise
 
 
-def _head() -> bytes:
-    """What such a file begins with; another FFmpeg may see other frames."""
-    return f"adaclip video index {FORMAT}, FFmpeg {av.ffmpeg_version_info}\n".encode()
+def _key(folder: Path) -> bytes:
+    return os.fsencode(os.path.realpath(folder))
 
 
-def _dump(records: Mapping[str, _Record]) -> bytes:
-    parts = []
-    for name, record in records.items():
-        raw = os.fsencode(name)
-        parts += [_RECORD.pack(len(raw), len(record.packed), record.size, record.changed), raw, record.packed]
-    body = b"".join(parts)
-    return _head() + _checksum(body) + body
-
-
-def _load(path: Path | None) -> dict[str, _Record]:
-    """Empty if there is no such file, or it is not, to the last byte, what `_dump` gave under this version."""
-    head = _head()
-    try:
-        content = path.read_bytes() if path else b""
-    except OSError:
-        return {}
-    at = len(head) + _CHECKSUM
-    if not content.startswith(head) or content[len(head) : at] != _checksum(content[at:]):
-        return {}
-    records = {}
-    while at < len(content):
-        name_bytes, packed_bytes, size, changed = _RECORD.unpack_from(content, at)
-        start = at + _RECORD.size + name_bytes
-        at = start + packed_bytes
-        records[os.fsdecode(content[start - name_bytes : start])] = _Record(size, changed, content[start:at])
-    return records
-
-
-def _checksum(body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=_CHECKSUM).digest()
+def _version() -> str:
+    """Return what an index depends on beside the video: another FFmpeg may see other frames."""
+    return f"{FORMAT}, FFmpeg {av.ffmpeg_version_info}"

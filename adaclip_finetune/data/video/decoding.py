@@ -1,4 +1,4 @@
-"""A video decoded in order, from its first frame to its last sound one."""
+"""Decode a video in order, from its first frame to its last sound one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Stopped = Callable[[], bool]
 
 
 def never() -> bool:
-    """For a pass that nobody stops."""
+    """Return False: the default of `stopped` arguments."""
     return False
 
 
 def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
-    """Decode everything in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
+    """Decode every frame in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
     decoded, damaged_at, damage, goes_on = 0, -1, "", False
     with opened(path) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
@@ -33,7 +33,7 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
             if stopped():
                 return
             if at == 0:
-                may_start_anywhere |= _is_cut_out(stream.codec_context, bytes(packet))
+                may_start_anywhere |= _starts_within_stream(stream.codec_context, bytes(packet))
             if damage and not packet.size:
                 break
             try:
@@ -50,8 +50,8 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
                 decoded += 1
                 yield frame
     if damage:
-        # A decoder that fails may have swallowed a sound frame that it held back, and would now give the one it spoilt.
-        for frame in islice(_frames_of(path, damaged_at, stopped), decoded, None):
+        # A decoder that fails may have lost a sound frame that it held back, and would now return the damaged one.
+        for frame in islice(_frames_of_first_packets(path, damaged_at, stopped), decoded, None):
             decoded += 1
             yield frame
     if goes_on:
@@ -59,15 +59,22 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
 
 
 def to_rgb(frame: Any) -> Frame:
-    """RGB (H, W, 3), turned upright where the file says that the camera was held sideways."""
+    """Convert a decoded frame to RGB (H, W, 3), rotated and mirrored as the file's display matrix says."""
     pixels: Frame = frame.to_ndarray(format="rgb24", threads=1)
-    quarter_turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, quarter_turns)) if quarter_turns else pixels
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    if abs(b) > abs(a):  # a quarter turn
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _is_cut_out(context: Any, first: bytes) -> bool:
-    """Whether H.264 begins with a key frame that is no IDR picture, as where a stream of open groups of pictures was
-    cut: what follows may speak of pictures before it, which the decoder then calls an error, though it needs none."""
+def _starts_within_stream(context: Any, first: bytes) -> bool:
+    """Return whether H.264 starts with a key frame that is no IDR picture, as after cutting open groups of pictures.
+
+    What follows may refer to pictures before the cut, which the decoder calls an error although it needs none of them.
+    """
     if context.codec.canonical_name != "h264":
         return False
     header = context.extradata or b""
@@ -81,8 +88,8 @@ def _is_cut_out(context: Any, first: bytes) -> bool:
     return 1 in kinds and 5 not in kinds
 
 
-def _frames_of(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:
-    """What the first packets of a file give, which are known to be sound."""
+def _frames_of_first_packets(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:
+    """Decode the first packets of a file, which are known to be sound, and flush the decoder."""
     with opened(path) as (container, stream), suppress(av.FFmpegError):  # damage may show a packet late
         for packet in islice(container.demux(stream), num_packets):
             if stopped():

@@ -1,7 +1,7 @@
-"""One video file, read in place by PyAV: frame n is the n-th frame in presentation order, whatever the container says.
+"""Read frames of one video file: frame n is the n-th that a player shows, whatever the container says.
 
-`index_video` (index.py) counts and locates the frames. `read_frames` then seeks each wanted frame
-(seeking.py), and falls back on decoding from the start (decoding.py) where that does not give it.
+`read_frames` decodes each wanted frame from the key frame before it, passing over frames that no other refers to, and
+decodes from the start of the file where that does not give the frame.
 """
 
 from __future__ import annotations
@@ -10,72 +10,52 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import READ_ERRORS, BrokenVideo, reason_of
+from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
 from adaclip_finetune.data.video.decoding import Frame, Stopped, never, sound_frames, to_rgb
 from adaclip_finetune.data.video.index import VideoIndex
-from adaclip_finetune.data.video.seeking import read_by_seeking
 
 
-def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame:
-    """The frames with these indices (any order, repeats allowed) → RGB (n, H, W, 3), upright. Raises BrokenVideo."""
+def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame | list[Frame]:
+    """Return the frames with these indices, in any order and repeated at will: RGB (n, H, W, 3).
+
+    Where frames differ in size, it is a list of arrays (H, W, 3). Raises BrokenVideo.
+    """
     wanted = sorted(set(indices))
     if wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of {index.num_frames}")
-    try:
-        found = read_by_seeking(path, index, wanted)
-        if len(found) < len(wanted):
-            found |= _read_from_start(path, index, [i for i in wanted if i not in found])
-    except READ_ERRORS as error:
-        raise BrokenVideo(reason_of(error)) from None
-    if len({frame.shape for frame in found.values()}) > 1:
-        raise BrokenVideo("its frames differ in size", "sizes")
-    return np.stack([found[i] for i in indices])
+    found = _read_by_seeking(path, index, wanted)
+    if missing := set(wanted) - set(found):
+        found |= _read_from_start(path, index, missing)
+    frames = [found[i] for i in indices]
+    return np.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames
 
 
 def scan_frames(path: Path, index: VideoIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
-    """Every frame with its index, in order, in one pass: RGB (H, W, 3), upright. They may differ in size.
+    """Give every frame with its index, in order, in one pass: RGB (H, W, 3), perhaps of several sizes.
 
-    It ends early when `stopped`, which is asked before each packet, says so. Raises BrokenVideo at the first frame
-    that `read_frames` could not give either.
+    `stopped` is asked before each packet and ends the scan early. Raises BrokenVideo at the first frame that
+    `read_frames` could not return either.
     """
     damage: list[str] = []
     ahead = 0
-    try:
-        for i, frame in _in_one_pass(path, index, stopped, damage):
-            for passed_over in range(ahead, i):
-                yield passed_over, _seek(path, index, passed_over, damage)
-            yield i, to_rgb(frame)
-            ahead = i + 1
-        for left in range(ahead, index.num_frames):
-            if stopped():
-                return
-            yield left, _seek(path, index, left, damage)
-    except READ_ERRORS as error:
-        raise BrokenVideo(reason_of(error)) from None
-
-
-def _read_from_start(path: Path, index: VideoIndex, wanted: list[int]) -> dict[int, Frame]:
-    """The slow way, which needs nothing but a decoder. Raises BrokenVideo."""
-    place = None if index.pts is None else {int(index.pts[i]): i for i in wanted}
-    found: dict[int, Frame] = {}
-    damage = ""
-    try:
-        for count, frame in enumerate(sound_frames(path)):
-            i = count if place is None else place.get(frame.pts)
-            if i in wanted:
-                found[i] = to_rgb(frame)
-                if len(found) == len(wanted):
-                    return found
-    except BrokenVideo as error:
-        damage = f": {error}"
-    raise _undecodable(next(i for i in wanted if i not in found), index, damage)
+    for i, frame in _in_one_pass(path, index, stopped, damage):
+        for passed_over in range(ahead, i):
+            yield passed_over, _seek(path, index, passed_over, damage)
+        yield i, to_rgb(frame)
+        ahead = i + 1
+    for left in range(ahead, index.num_frames):
+        if stopped():
+            return
+        yield left, _seek(path, index, left, damage)
 
 
 def _in_one_pass(path: Path, index: VideoIndex, stopped: Stopped, damage: list[str]) -> Iterator[tuple[int, Any]]:
-    """What decoding from the start gives, with its index; into `damage` goes why it went no further."""
-    place = None if index.pts is None else {int(pts): i for i, pts in enumerate(index.pts)}
+    """Decode from the start and give frames with their indices; add to `damage` why that went no further."""
+    place = _numbers(index, range(index.num_frames))
     ahead = 0
     try:
         for count, frame in enumerate(sound_frames(path, stopped)):
@@ -84,16 +64,100 @@ def _in_one_pass(path: Path, index: VideoIndex, stopped: Stopped, damage: list[s
                 yield i, frame
                 ahead = i + 1
     except BrokenVideo as error:
+        if error.kind != "damaged":
+            raise
         damage.append(f": {error}")
 
 
+def _read_from_start(path: Path, index: VideoIndex, wanted: set[int]) -> dict[int, Frame]:
+    """Decode in order until all wanted frames are found. Raises BrokenVideo."""
+    damage: list[str] = []
+    found: dict[int, Frame] = {}
+    for i, frame in _in_one_pass(path, index, never, damage):
+        if i in wanted:
+            found[i] = to_rgb(frame)
+            if len(found) == len(wanted):
+                return found
+    raise _undecodable(min(wanted - set(found)), index, damage)
+
+
 def _seek(path: Path, index: VideoIndex, i: int, damage: list[str]) -> Frame:
-    """One frame that decoding from the start did not give. Raises BrokenVideo."""
-    found = read_by_seeking(path, index, [i])
+    """Return one frame that decoding from the start did not give. Raises BrokenVideo."""
+    found = _read_by_seeking(path, index, [i])
     if i not in found:
-        raise _undecodable(i, index, "".join(damage))
+        raise _undecodable(i, index, damage)
     return found[i]
 
 
-def _undecodable(i: int, index: VideoIndex, why: str) -> BrokenVideo:
-    return BrokenVideo(f"frame {i + 1} of {index.num_frames} cannot be decoded{why}", "damaged")
+def _undecodable(i: int, index: VideoIndex, damage: list[str]) -> BrokenVideo:
+    return BrokenVideo(f"frame {i + 1} of {index.num_frames} cannot be decoded{''.join(damage)}", "damaged")
+
+
+def _numbers(index: VideoIndex, frames: Sequence[int]) -> dict[int, int] | None:
+    """Return pts → index of these frames; None where frames can only be counted."""
+    if index.pts is None or index.position is None:
+        return None
+    return dict(zip(index.pts[frames].tolist(), frames, strict=True))
+
+
+def _read_by_seeking(path: Path, index: VideoIndex, wanted: list[int]) -> dict[int, Frame]:
+    """Decode from the nearest key frames. Damaged frames and frames that are not where they should be are left out."""
+    found: dict[int, Frame] = {}
+    pts, position = index.pts, index.position
+    if pts is None or position is None:
+        return found
+    with opened(path) as (container, stream):
+        for key, group in _by_key_frame(wanted, pts, position, index.keys):
+            try:
+                packets = _packets_from(container, stream, index.keys, key)
+                last = int(pts[group[int(position[group].argmax())]])
+                found |= _decode_group(stream.codec_context, packets, _numbers(index, group) or {}, last)
+            except av.FFmpegError:  # decoding from the start will tell
+                continue
+    return found
+
+
+def _by_key_frame(
+    wanted: list[int], pts: NDArray[np.int64], position: NDArray[np.int64], keys: NDArray[np.int64]
+) -> list[tuple[int, list[int]]]:
+    """Group frames by the key frame (its row in `keys`) that decoding must start from."""
+    groups: dict[int, list[int]] = {}
+    for i in wanted:
+        key = int(np.searchsorted(keys[:, 0], position[i], side="right")) - 1
+        # A frame shown before the key frame that it follows in the file may refer to frames before that key frame.
+        while key > 0 and keys[key, 1] > pts[i]:
+            key -= 1
+        groups.setdefault(max(key, 0), []).append(i)
+    return sorted(groups.items())
+
+
+def _packets_from(container: Any, stream: Any, keys: NDArray[np.int64], key: int) -> Iterator[Any]:
+    """Read packets from key frame number `key` on, or from one before it if the container seeks no better."""
+    place = {pts: i for i, pts in enumerate(keys[:, 1].tolist())}
+    for target in keys[key, 1:].tolist():
+        container.seek(target, stream=stream)
+        packets = packets_of(container, stream)
+        first = next((packet for packet in packets if packet.is_keyframe), None)
+        if first is not None and place.get(first.pts, len(keys)) <= key:
+            yield first
+            # What is shown before it refers to frames that were passed over.
+            yield from (packet for packet in packets if packet.pts is None or packet.pts > first.pts)
+            return
+
+
+def _decode_group(context: Any, packets: Iterator[Any], wanted: dict[int, int], last: int) -> dict[int, Frame]:
+    """Decode until the packet with pts `last`; return the frames whose pts are in `wanted` (pts → index)."""
+    found: dict[int, Frame] = {}
+
+    def keep(frames: list[Any]) -> None:
+        for frame in frames:
+            if frame.pts in wanted and not frame.is_corrupt:
+                found[wanted[frame.pts]] = to_rgb(frame)
+
+    for packet in packets:
+        context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        keep(context.decode(packet))
+        if packet.pts == last:
+            break
+    keep(context.decode(None))
+    return found

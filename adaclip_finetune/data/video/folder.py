@@ -1,93 +1,112 @@
-"""Frames of video files, read in place."""
+"""A folder of video files that are read in place: which file is a video, and its frames."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.frame_store import FrameError, Scan, unlisted
+from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, unlisted
+from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
 from adaclip_finetune.data.video.cache import IndexCache, pack_index, unpack_index
 from adaclip_finetune.data.video.container import BrokenVideo
 from adaclip_finetune.data.video.decoding import Stopped, never
+from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import VideoIndex, index_video
-from adaclip_finetune.data.video.times import Times, video_times
+from adaclip_finetune.data.video.index import ShownTimes, VideoIndex, index_video
 
 
 class VideoFolder:
-    """`folder/<video>.mp4` and the like, read in place. `extensions` chooses where a video has several files.
+    """A frame store for `folder/<video>.mp4` and the like. `extensions` chooses where a video has several files.
 
-    Each file is scanned for its frames when it is first asked for, unless an earlier run did and called `remember`.
+    A file is scanned for its frames when it is first asked for, unless an earlier run scanned it and called `remember`.
     """
 
     def __init__(self, folder: Path, extensions: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.extensions = dict(extensions or {})
+        self._names = FolderNames()
+        self._opened: dict[Path, bool] = {}  # files that are not called like videos: whether they are some
         self._listings: dict[Path, dict[str, list[str]]] = {}
-        self._indices: dict[str, bytes] = {}  # packed: a hundred bytes for each of perhaps a million
+        self._indices: dict[str, bytes] = {}  # packed into about a hundred bytes each, since there may be a million
         self._cache = IndexCache(folder)
 
     def count(self, video_id: str) -> int:
         return self._index(video_id).num_frames
 
-    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        path, index = self.find(video_id), self._index(video_id)
-        try:
+    def times(self, video_id: str) -> NDArray[np.float64] | None:
+        return self._index(video_id).times()
+
+    def shown(self, video_id: str, frames: Sequence[int]) -> ShownTimes:
+        """Return the length of the video and when a player shows these frames. Raises FrameError."""
+        return self._index(video_id).shown(frames)
+
+    def read(self, video_id: str, indices: Sequence[int]) -> Frames:
+        index = self._index(video_id)
+        with self._named(video_id) as path:
             return read_frames(path, index, indices)
-        except BrokenVideo as error:
-            raise FrameError(video_id, path, str(error), error.kind) from None
 
     def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        path, index = self.find(video_id), self._index(video_id)
-        try:
+        index = self._index(video_id)
+        with self._named(video_id) as path:
             yield from scan_frames(path, index, stopped)
-        except BrokenVideo as error:
-            raise FrameError(video_id, path, str(error), error.kind) from None
-
-    def times(self, video_id: str, frames: Sequence[int]) -> Times:
-        """How long the video is, and when a player shows these frames. Raises FrameError."""
-        path, index = self.find(video_id), self._index(video_id)
-        try:
-            return video_times(path, index, frames)
-        except BrokenVideo as error:
-            raise FrameError(video_id, path, str(error), error.kind) from None
 
     def remember(self) -> None:
-        """Keep what was scanned for later runs."""
+        """Keep what was found in the videos for later runs."""
         self._cache.save()
 
     def find(self, video_id: str) -> Path:
-        """The file of a video: its name is the id and one of the known extensions, in any case."""
-        path = self.folder / video_id
-        extension = self.extensions.get(video_id)
-        names = [
-            name
-            for name in self._listing(video_id, path.parent).get(path.name, [])
-            if extension is None or name.lower().endswith(f".{extension}")
+        """Return the file of a video: its name is the id, with or without the extension, in any Unicode form.
+
+        Raises FrameError if there is no such file, or if there are several (`extensions` chooses among them).
+        """
+        folder = self._names.find(self.folder, video_id).parent
+        name, extension = canonical(video_id).rpartition("/")[2], self.extensions.get(video_id)
+        listing = self._listing(video_id, folder)
+        there = {*listing.get(name, []), *(file for file in listing.get(_stem(name), []) if canonical(file) == name)}
+        found = [file for file in there if extension is None or file.lower().endswith(f".{extension}")]
+        # Only where no file is called like a video are those of other names opened to see whether they are videos.
+        found = [file for file in found if has_video_extension(file)] or [
+            file for file in found if self._can_open(folder / file)
         ]
-        if not names:
-            extensions = extension or f"({'|'.join(VIDEO_EXTENSIONS)})"
-            raise FrameError(video_id, path.parent, f"there is no file {path.name}.{extensions}", "missing")
-        if len(names) > 1:
-            several = " and ".join(sorted(names))
-            raise FrameError(video_id, path.parent, f'{several} are there: say which by "extension" in the annotation')
-        return path.parent / names[0]
+        if not found:
+            wanted = name if has_video_extension(name) else f"{name}.{extension or '*'}"
+            others = ", ".join(sorted(file for file in there if not has_video_extension(file)))
+            reason = f"there is no video file {wanted}" + (f"; {others} cannot be opened as a video" if others else "")
+            raise FrameError(video_id, folder, reason, "missing")
+        if message := differing_forms(found):
+            raise FrameError(video_id, folder, message)
+        if len(found) > 1:
+            several = " and ".join(sorted(found))
+            raise FrameError(video_id, folder, f'{several} are there: say which by "extension" in the annotation')
+        return folder / found[0]
+
+    def _can_open(self, path: Path) -> bool:
+        if path not in self._opened:
+            self._opened[path] = is_video_file(path)
+        return self._opened[path]
+
+    def other_files(self) -> list[Path]:
+        """Return the files that are no videos, of the folders in which videos were looked up."""
+        files = [
+            folder / name for folder, listing in self._listings.items() for names in listing.values() for name in names
+        ]
+        shown = (path for path in files if not has_video_extension(path.name) and not path.name.startswith("."))
+        return sorted(path for path in shown if not self._can_open(path))
 
     def _listing(self, video_id: str, folder: Path) -> dict[str, list[str]]:
-        """The video files of a folder by their stem, listed once."""
+        """Return the files of a folder by their names without extension, in canonical form. A folder is listed once."""
         if folder not in self._listings:
             listing: dict[str, list[str]] = {}
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        stem, _, extension = entry.name.rpartition(".")
-                        if extension.lower() in VIDEO_EXTENSIONS and _may_be_file(entry):
-                            listing.setdefault(stem, []).append(entry.name)
+                        if _may_be_file(entry):
+                            listing.setdefault(canonical(_stem(entry.name)), []).append(entry.name)
             except OSError as error:
                 raise unlisted(video_id, folder, error) from None
             self._listings[folder] = listing
@@ -95,26 +114,35 @@ class VideoFolder:
 
     def _index(self, video_id: str) -> VideoIndex:
         if video_id not in self._indices:
-            path = self.find(video_id)
-            try:
-                self._indices[video_id] = self._cached_or_scanned(path)
-            except BrokenVideo as error:
-                raise FrameError(video_id, path, str(error), error.kind) from None
-            except OSError as error:
-                raise FrameError(video_id, path, error.strerror or str(error)) from None
+            with self._named(video_id) as path:
+                name, video = path.relative_to(self.folder).as_posix(), path.stat()
+                packed = self._cache.find(name, video)
+                if packed is None:
+                    packed = pack_index(index_video(path))
+                    self._cache.add(name, video, packed)
+                self._indices[video_id] = packed
         return unpack_index(self._indices[video_id])
 
-    def _cached_or_scanned(self, path: Path) -> bytes:
-        name, video = path.relative_to(self.folder).as_posix(), path.stat()
-        packed = self._cache.find(name, video)
-        if packed is None:
-            packed = pack_index(index_video(path))
-            self._cache.add(name, video, packed)
-        return packed
+    @contextmanager
+    def _named(self, video_id: str) -> Iterator[Path]:
+        """Give the file of a video; errors in the body become FrameErrors that name both."""
+        path = self.find(video_id)
+        try:
+            yield path
+        except BrokenVideo as error:
+            raise FrameError(video_id, path, str(error), error.kind) from None
+        except OSError as error:
+            raise FrameError(video_id, path, error.strerror or str(error)) from None
+
+
+def _stem(name: str) -> str:
+    """Return the name of a file without its last extension, which may be any."""
+    stem, dot, _ = name.rpartition(".")
+    return stem if dot and stem else name
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    """True for a link that cannot be followed: opening the video will tell why."""
+    """Return whether an entry is a file, or a link that cannot be followed: opening it will tell the reason."""
     try:
         return entry.is_file()
     except OSError:

@@ -1,92 +1,120 @@
-"""Where the frames of a video are: counted and located by walking over the packets, without decoding; by decoding where
-a file's packets do not tell its frames."""
+"""Find where the frames of a video are in its file, and when a player shows them.
+
+Frames are counted by reading the packets without decoding them, or by decoding where packets do not tell the frames.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import READ_ERRORS, BrokenVideo, opened, packets_of, reason_of
+from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
 from adaclip_finetune.data.video.decoding import sound_frames
 
-# Where packets are frames: containers that keep both times of every packet, codecs that put one frame into each.
+# Packets are frames in containers that keep both times of every packet, for codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")
-# Whose packets say when frames are shown; of others FFmpeg gives what it guessed by the order in the file.
-SHOWN_IN = (*TIMED_CONTAINERS, "mpegts", "mpeg", "asf")
 ONE_FRAME_A_PACKET = ("h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg")
+# Containers that say when frames are shown. In others (avi, raw MPEG) FFmpeg guesses by the order in the file.
+SHOWN_IN = (*TIMED_CONTAINERS, "mpegts", "mpeg", "asf", "ogg", "gif", "mxf")
+
+
+class ShownTimes(NamedTuple):
+    """The length of a video, and when a player shows some of its frames, in seconds. None: not known.
+
+    Each is measured where the file says it, else computed from the frame rate, as if frames were evenly spaced.
+    """
+
+    length: float | None
+    shown: list[float | None]
+    length_measured: bool
+    shown_measured: bool
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """Where the frames are. Where the packets do not tell, `pts` is None: frames are counted from the start, and
-    `shown` says when a player shows them, if the file does: in units of the stream, and no guide for seeking."""
+    """The number of frames, their places in the file and their times, both in the order in which they are shown."""
 
     num_frames: int
-    pts: NDArray[np.int64] | None = None  # (num_frames,), ascending
-    position: NDArray[np.int64] | None = None  # (num_frames,), place in decoding order
-    keys: tuple[KeyFrame, ...] = ()  # in decoding order
-    shown: NDArray[np.int64] | None = None  # (num_frames,), ascending
+    pts: NDArray[np.int64] | None = None  # (num_frames,), ascending, in ticks; None: the file does not say
+    position: NDArray[np.int64] | None = None  # (num_frames,), place in decoding order; None: only decoding tells
+    keys: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    """(K, 3): position, pts and dts of each packet where decoding can start, in decoding order."""
+    tick: float = math.nan  # seconds that a pts of 1 stands for
+    begins: float = 0.0  # where a player's clock is 0, in seconds: sound may begin before the picture
+    rate: float = math.nan  # frames a second, NaN: not known
+    duration: float = math.nan  # seconds, as the file says, NaN: it does not
 
+    def times(self) -> NDArray[np.float64] | None:
+        """Return when a player shows each frame, in seconds (num_frames,); None where the file does not say."""
+        if self.pts is None or math.isnan(self.tick):
+            return None
+        return np.asarray(self.pts * self.tick - self.begins, np.float64)
 
-@dataclass(frozen=True)
-class KeyFrame:
-    """A packet where decoding can start; times in units of the stream."""
-
-    position: int
-    pts: int
-    dts: int
+    def shown(self, frames: Sequence[int]) -> ShownTimes:
+        """Return the length of the video and when these frames are shown, both in full milliseconds."""
+        length = None if math.isnan(self.duration) else self.duration
+        spacing = None if math.isnan(self.rate) else 1 / self.rate
+        times = self.times()
+        if times is None:
+            evenly = [None if spacing is None else _milliseconds(i * spacing) for i in [*frames, self.num_frames]]
+            return ShownTimes(evenly[-1] if length is None else length, evenly[:-1], length is not None, False)
+        *shown, last = [_milliseconds(float(time)) for time in times[[*frames, -1]]]
+        if length is None:
+            length = round(last + (spacing or 0.0), 3)
+        # Writers compute a length from when frames are decoded, which is before they are shown.
+        return ShownTimes(max(length, last), list(shown), True, True)
 
 
 def index_video(path: Path) -> VideoIndex:
     """Count and locate the frames of a video that has at least one. Raises BrokenVideo."""
-    try:
-        index = _index_by_packets(path) or _index_by_decoding(path)
-    except READ_ERRORS as error:
-        raise BrokenVideo(reason_of(error)) from None
+    with opened(path) as (container, stream):
+        facts = {
+            "tick": float(stream.time_base) if stream.time_base else math.nan,
+            "begins": (container.start_time or 0) / av.time_base,
+            "rate": float(stream.average_rate) if stream.average_rate else math.nan,
+            "duration": round(container.duration / av.time_base, 3) if container.duration else math.nan,
+        }
+        kind, codec = container.format.name.partition(",")[0], stream.codec_context.codec.canonical_name
+        by_packets = kind in TIMED_CONTAINERS and codec in ONE_FRAME_A_PACKET
+        places = _places(container, stream) if by_packets else None
+    # A stream that starts in the middle loses its first frames: then packets do not tell the frames.
+    first = next((frame.pts for frame in sound_frames(path)), None) if places else None
+    if places is not None and (len(places[0]) == 0 or first == places[0][0]):
+        index = VideoIndex(len(places[0]), *places, **facts)
+    else:
+        shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
+        told = kind in SHOWN_IN and None not in shown
+        pts = np.array(shown, np.int64) if told else None
+        index = VideoIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
     if index.num_frames == 0:
         raise BrokenVideo("it holds no video frame")
     return index
 
 
-def _index_by_packets(path: Path) -> VideoIndex | None:
-    """None where packets and frames do not match one to one, or have no times."""
-    pts: list[int] = []
-    position: list[int] = []
-    keys: list[KeyFrame] = []
-    with opened(path) as (container, stream):
-        container_name = container.format.name.partition(",")[0]
-        codec = stream.codec_context.codec.canonical_name
-        if container_name not in TIMED_CONTAINERS or codec not in ONE_FRAME_A_PACKET:
+def _places(container: Any, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return pts, position and keys of a VideoIndex; None where packets have no times or two have the same."""
+    shown: list[tuple[int, int]] = []
+    keys: list[tuple[int, int, int]] = []
+    for at, packet in enumerate(packets_of(container, stream)):
+        if packet.pts is None:
             return None
-        for at, packet in enumerate(packets_of(container, stream)):
-            if packet.pts is None:
-                return None
-            if packet.is_keyframe:
-                keys.append(KeyFrame(at, packet.pts, packet.pts if packet.dts is None else packet.dts))
-            if not packet.is_discard and not packet.is_corrupt:  # outside the edit list; cut off by the end of the file
-                pts.append(packet.pts)
-                position.append(at)
-    times = np.array(pts, np.int64)
-    order = np.argsort(times, kind="stable")
-    times = times[order]
-    if len(times) and ((np.diff(times) == 0).any() or not keys or _first_pts(path) != times[0]):
+        if packet.is_keyframe:
+            keys.append((at, packet.pts, packet.pts if packet.dts is None else packet.dts))
+        if not packet.is_discard and not packet.is_corrupt:  # outside the edit list; cut off by the end of the file
+            shown.append((packet.pts, at))
+    pts, position = np.array(sorted(shown), np.int64).reshape(-1, 2).T
+    if len(pts) and ((np.diff(pts) == 0).any() or not keys):
         return None
-    return VideoIndex(len(times), times, np.array(position, np.int64)[order], tuple(keys))
+    return pts, position, np.array(keys, np.int64).reshape(-1, 3)
 
 
-def _index_by_decoding(path: Path) -> VideoIndex:
-    with opened(path) as (container, _):
-        tells = container.format.name.partition(",")[0] in SHOWN_IN
-    shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
-    if not tells or None in shown:
-        return VideoIndex(len(shown))
-    times = np.array(shown, np.int64)
-    return VideoIndex(len(times), shown=times if (np.diff(times) > 0).all() else None)
-
-
-def _first_pts(path: Path) -> int | None:
-    """A stream that starts in the middle loses its first frames: then packets are no guide."""
-    return next((frame.pts for frame in sound_frames(path)), None)
+def _milliseconds(seconds: float) -> float:
+    """Round up to milliseconds: a moment earlier, a player would show the frame before."""
+    return math.ceil(seconds * 1000 - 1e-3) / 1000

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from adaclip_finetune.commands.flags import Parser
 from adaclip_finetune.config.layers import nearest
-from adaclip_finetune.data.formats import FORMATS
-from adaclip_finetune.data.formats.clip import SPLITS
+from adaclip_finetune.data.formats.clips import SPLITS
+from adaclip_finetune.data.formats.published import FORMATS, FormatFlag
 from adaclip_finetune.errors import UserError
 
 
 def run(words: Sequence[str]) -> int:
-    """Convert, and print what it came to. Returns 0, or 2 if no format is named; raises UserError."""
+    """Write the annotation files of a published data set as train.json, val.json and test.json.
+
+    Return the exit code, 2 if no format is named. Raises UserError.
+    """
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
@@ -21,14 +25,16 @@ def run(words: Sequence[str]) -> int:
     if name not in FORMATS:
         raise UserError(
             f"there is no format {name}; the nearest is {nearest(name, FORMATS)} (adaclip convert --help), "
-            "and `table` reads any CSV, TSV or JSONL"
+            "and `table` reads any CSV, TSV, JSON list or JSON Lines"
         )
+    known = FORMATS[name]
     parser = Parser(
         f"adaclip convert {name}",
-        f"From {FORMATS[name].HELP}. Written are train.json, val.json and test.json, as far as the source has them "
+        f"Convert {known.help}. The splits that the source has are written as train.json, val.json and test.json "
         "(docs/formats.md).",
     )
-    FORMATS[name].add_flags(parser)
+    for flag in known.flags:
+        parser.add_argument(flag.name, help=flag.help, **_argument(flag))
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
@@ -39,13 +45,23 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.data.formats.write import write_splits
 
-    for line in write_splits(FORMATS[name].read(arguments), arguments.output, arguments.overwrite, arguments.videos):
+    for line in write_splits(known.read(vars(arguments)), arguments.output, arguments.overwrite, arguments.videos):
         print(line)
     return 0
 
 
+def _argument(flag: FormatFlag) -> dict[str, Any]:
+    """Return how argparse is to read a flag."""
+    if flag.kind == "switch":
+        return {"action": "store_true"}
+    if flag.kind == "choice":
+        return {"choices": flag.choices}
+    kind = {"metavar": "FILE", "type": Path} if flag.kind == "file" else {"metavar": "NAME"}
+    return {"required": flag.required, **kind}
+
+
 def _overview() -> str:
-    lines = [f"  {name:12} {known.HELP}" for name, known in FORMATS.items()]
+    lines = [f"  {name:12} {known.help}" for name, known in FORMATS.items()]
     return "\n".join(
         [
             "usage: adaclip convert FORMAT ... -o DIR",
@@ -54,6 +70,6 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`adaclip convert FORMAT --help` tells which files it needs.",
+            "`adaclip convert FORMAT --help` lists the files that a format needs.",
         ]
     )

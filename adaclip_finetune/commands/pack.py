@@ -1,4 +1,4 @@
-"""`adaclip pack`: put the images of all videos into one file."""
+"""`adaclip pack`: put the images of many videos into one file."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from adaclip_finetune.config import Config, load_config
 
 
 def run(words: Sequence[str]) -> int:
-    """Put the images of all videos into one file, which frames_dir takes in place of their folder."""
-
+    """Put the images of all videos into one LMDB file, which frames_dir takes in place of their folder."""
     parser = Parser(
         "adaclip pack",
-        f"{run.__doc__} For disks that are slow with many small files. The images stay as they are, each with a "
-        "checksum. What was interrupted goes on with the same command. Exit code 1 if videos could not be packed; "
-        "the others are, and the reasons are told.",
+        f"{run.__doc__} This helps on disks that are slow with many small files. The images are kept byte for byte. "
+        "Videos that the file holds already are skipped, so run the same command again after an interruption, or to "
+        "add new videos. The exit code is 1 if some videos could not be packed; their reasons are printed.",
     )
-    parser.add_argument("frames_dir", metavar="FRAMES_DIR", type=Path, help="extracted frames, a folder a video")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE.lmdb", type=Path, help="the pack that is made")
-    parser.add_argument(
+    img_tmpl = Config.model_fields["img_tmpl"].default
+    add = parser.add_argument
+    add("frames_dir", metavar="FRAMES_DIR", type=Path, help="extracted frames, a folder for each video")
+    add("-o", "--output", required=True, metavar="FILE.lmdb", type=Path, help="the pack to write")
+    add(
         "--annot",
         action="append",
         default=[],
         metavar="FILE",
-        help="only the videos of this annotation; may be given several times. Else every folder that is not hidden",
+        help="pack only the videos of this annotation; may be given several times [default: all folders]",
     )
-    img_tmpl = Config.model_fields["img_tmpl"].default
-    parser.add_argument("--img_tmpl", metavar="NAME", default=img_tmpl, help=f"as in the settings; default {img_tmpl}")
-    parser.add_argument("--overwrite", action="store_true", help="make it anew where it is there already")
+    add("--img_tmpl", metavar="NAME", default=img_tmpl, help=f"names of the images [default: {img_tmpl}]")
+    add("--overwrite", action="store_true", help="replace the pack by a new one, such as after frames have changed")
     arguments = parser.read(words)
     img_tmpl = load_config(None, {"img_tmpl": arguments.img_tmpl}).img_tmpl
 
-    from adaclip_finetune.data.packing import pack as pack_frames
+    from adaclip_finetune.data.packing import pack
 
-    return pack_frames(arguments.frames_dir, arguments.output, arguments.annot, img_tmpl, arguments.overwrite)
+    return pack(arguments.frames_dir, arguments.output, arguments.annot, img_tmpl, arguments.overwrite)

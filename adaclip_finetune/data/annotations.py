@@ -1,145 +1,192 @@
-"""The annotation file: which videos there are and what is said about each.
+"""The annotation file, which lists videos and what is said about each.
 
     {"video_name": {"sentences": ["…", …], "extension"?, "timestamps"?, "duration"?, "start"?, "end"?, "group"?}, …}
 
-Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here,
-once, and nothing downstream has to ask again.
+Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, StrictStr, ValidationError
+from pydantic.dataclasses import dataclass
+
+from adaclip_finetune.data.names import canonical, split_extension
+from adaclip_finetune.data.other_forms import describe_other_form
 from adaclip_finetune.errors import UserError
 
-KEYS = ("sentences", "extension", "timestamps", "duration", "start", "end", "group")
+# Unicode categories of characters that show nothing by themselves: control, format, unassigned, marks, separators.
+_INVISIBLE = ("Cc", "Cf", "Cn", "Mn", "Me", "Zs", "Zl", "Zp")
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are blank nevertheless
 
 
-@dataclass(frozen=True)
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: it is empty, or holds spaces, control and zero-width characters only."""
+    return all(unicodedata.category(character) in _INVISIBLE or character in _FILLERS for character in text)
+
+
+def is_unicode(text: str) -> bool:
+    """Return False for half a surrogate pair, which JSON can spell and no file system or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(value: str) -> str:
+    if is_blank(value) or not is_unicode(value):
+        raise ValueError("must be a text that is not blank")
+    return value.strip()
+
+
+def _extension(value: str) -> str:
+    """Return `mp4` for `mp4` and `.MP4`."""
+    extension = value.removeprefix(".").lower()
+    if not extension.isalnum():
+        raise ValueError('must be like "mp4"')
+    return extension
+
+
+Text = Annotated[StrictStr, AfterValidator(_text)]
+Number = StrictFloat  # whole numbers, too, but not true and false
+Seconds = Annotated[Number, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class VideoAnnotation:
-    """One video. Times are in seconds; `start` and `end` cut a clip out of its file, `group` names the source video."""
+    """One video. Times are in seconds; `start` and `end` cut a clip out of the file that `group` names.
+
+    `group` is the source video: two clips of one group in different splits are leakage.
+    """
 
     video_id: str
-    sentences: tuple[str, ...]
-    extension: str | None = None
-    timestamps: tuple[tuple[float, float], ...] | None = None
-    duration: float | None = None
-    start: float | None = None
-    end: float | None = None
-    group: str | None = None
+    sentences: Annotated[tuple[Text, ...], Field(min_length=1)]
+    extension: Annotated[StrictStr, AfterValidator(_extension)] | None = None
+    timestamps: tuple[tuple[Number, Number], ...] | None = None
+    duration: Seconds | None = None
+    start: Seconds | None = None
+    end: Seconds | None = None
+    group: Text | None = None
+
+
+KEYS = tuple(field.name for field in fields(VideoAnnotation) if field.name != "video_id")
 
 
 def load_annotations(path: str | Path, data_subset: int = 0) -> list[VideoAnnotation]:
-    """The videos of an annotation file, in its order; only the first `data_subset` if that is above 0.
+    """Return the videos of an annotation file, in its order; only the first `data_subset` if that is above 0.
 
     Raises UserError, naming file, video and value, for anything that is not as the format says.
     """
-    content = _content(path)
-    if repeated := content.repeated():
-        raise UserError(_stands_twice(path, repeated))
-    videos = [_parse_video(f"{path}: video {name!r}", name, entry) for name, entry in content]
+    videos, problems = sound_entries(path)
+    if problems:
+        raise UserError(problems[0])
     return videos[:data_subset] if data_subset > 0 else videos
 
 
 def sound_entries(path: str | Path) -> tuple[list[VideoAnnotation], list[str]]:
-    """Every entry by itself: the videos of those that `load_annotations` takes, and why it refuses the others.
+    """Return the videos of all entries that are right, and why each of the others is wrong.
 
-    Raises UserError for a file that has no entries.
+    Raises UserError for a file that is not JSON or holds no entries.
     """
     videos: list[VideoAnnotation] = []
     problems: list[str] = []
-    seen: set[str] = set()
-    for name, entry in _content(path):
+    named: dict[str, str] = {}  # a video's name in one form, with and without extension → as it is written
+    entries = _read_entries(Path(path))
+    if isinstance(entries, _RepeatedKey):
+        problems.append(f"{path}: the video {entries.key!r} occurs twice; put all sentences into one entry")
+    for name, entry in entries.items():
         try:
-            if name in seen:
-                raise UserError(_stands_twice(path, name))
-            seen.add(name)
-            videos.append(_parse_video(f"{path}: video {name!r}", name, entry))
+            video = _parse_video(f"{path}: video {name!r}", name, entry)
+            _note_name(path, name, named)
+            videos.append(video)
         except UserError as error:
             problems.append(str(error))
     return videos, problems
 
 
-class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs: unlike a dict it still shows which keys stand twice."""
+class _RepeatedKey(dict[str, Any]):
+    """A JSON object in which `key` occurs more than once, with the last of its values."""
 
-    def repeated(self) -> str | None:
-        seen: set[str] = set()
-        for key, _ in self:
-            if key in seen:
-                return key
-            seen.add(key)
-        return None
+    key: str
 
 
-def _content(path: str | Path) -> _Object:
-    """Video names and entries, of which there is at least one."""
-    content = _read_json(Path(path))
-    if not isinstance(content, _Object):
-        raise UserError(f'{path}: expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}')
-    if not content:
-        raise UserError(f"{path}: holds no video")
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        content = _RepeatedKey(content)
+        content.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
     return content
 
 
-def _stands_twice(path: str | Path, name: str) -> str:
-    return f"{path}: the video {name!r} stands twice; put all its sentences into one entry"
-
-
-def _read_json(path: Path) -> Any:
+def _read_entries(path: Path) -> dict[str, Any]:
+    content = problem = None
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    try:
-        return json.loads(text, object_pairs_hook=_Object)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON that can be read: {error}") from None
+        problem = f"not JSON in UTF-8: {error}"
+    problem = describe_other_form(path, content) or problem
+    if problem is None and not isinstance(content, dict):
+        problem = f'expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}'
+    if problem is not None:
+        raise UserError(f"{path}: {problem}")
+    if not content:
+        raise UserError(f"{path}: holds no video")
+    entries: dict[str, Any] = content
+    return entries
 
 
 def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     check_name(where, name)
-    if not isinstance(entry, _Object):
+    if not isinstance(entry, dict):
         raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {_shown(entry)}')
-    if repeated := entry.repeated():
-        raise UserError(f"{where}: the key {repeated!r} stands twice")
-    fields = dict(entry)
-    for key in fields:
-        if key not in KEYS:
-            nearest = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(KEYS)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-    if "sentences" not in fields:
+    if isinstance(entry, _RepeatedKey):
+        raise UserError(f"{where}: the key {entry.key!r} occurs twice")
+    if unknown := [key for key in entry if key not in KEYS]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
+    if "sentences" not in entry:
         raise UserError(f'{where}: has no "sentences"')
-    return VideoAnnotation(
-        video_id=name,
-        sentences=_sentences(where, fields["sentences"]),
-        extension=_extension(where, fields.get("extension")),
-        timestamps=_timestamps(where, fields.get("timestamps")),
-        duration=_seconds(where, "duration", fields.get("duration")),
-        start=_seconds(where, "start", fields.get("start")),
-        end=_seconds(where, "end", fields.get("end")),
-        group=_optional_text(where, "group", fields.get("group")),
-    )
+    try:
+        return VideoAnnotation(video_id=name, **entry)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key, *place = [step for step in problem["loc"] if not isinstance(step, str) or step in KEYS]
+        number = f", entry {int(place[0]) + 1}" if place else ""
+        reason = problem["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+        reason = re.sub("^(Input|Tuple) should", "must", reason).replace("tuple", "list")
+        raise UserError(f'{where}: "{key}"{number}: {reason}, got {_shown(problem["input"])}') from None
+
+
+def _note_name(path: str | Path, name: str, named: dict[str, str]) -> None:
+    """Add a name to those before. Raises UserError if it names a video that one of them names: "clip" and "clip.mp4",
+    or the same name in two Unicode forms."""
+    key = canonical(name)
+    stem, extension = split_extension(key)
+    other = named.get(key) or (named.get(f"{stem}/") if extension is None else named.get(stem))
+    if other is not None:
+        raise UserError(f"{path}: {other!a} and {name!a} name the same video; put all sentences into one entry")
+    named[key] = name
+    if extension is not None:
+        named.setdefault(f"{stem}/", name)  # no name ends in "/"
 
 
 def folded(caption: str) -> str:
-    """By which captions are known to be the same: letters' case and spaces do not count."""
+    """Return the caption without differences of case and spaces. Two captions are the same if these texts are equal."""
     return " ".join(caption.casefold().split())
 
 
 def check_name(where: str, name: str) -> None:
-    """Refuse what is not a plain relative path on every system: names are joined to a folder and opened."""
-    if not name.strip():
+    """Raise UserError for a name that is not a plain relative path on every system: names are joined to a folder."""
+    if is_blank(name):
         reason = "is empty"
     elif "\0" in name or "\\" in name or not is_unicode(name):
         reason = "holds a character that no video name may hold (NUL, backslash or half a surrogate pair)"
@@ -152,76 +199,11 @@ def check_name(where: str, name: str) -> None:
     raise UserError(f"{where}: this name {reason}; use the name of the file or folder below frames_dir or video_dir")
 
 
-def _sentences(where: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or isinstance(value, _Object):
-        raise UserError(f'{where}: "sentences" must be a list of strings, got {_shown(value)}')
-    if not value:
-        raise UserError(f'{where}: "sentences" is empty; give at least one, or take the video out')
-    for row, sentence in enumerate(value, start=1):
-        if not isinstance(sentence, str) or not sentence.strip() or not is_unicode(sentence):
-            raise UserError(f"{where}: sentence {row} of {len(value)} must be a text, got {_shown(sentence)}")
-    return tuple(sentence.strip() for sentence in value)
-
-
-def _extension(where: str, value: Any) -> str | None:
-    """`mp4` and `.MP4` are the same: kept in lower case without the dot."""
-    text = _optional_text(where, "extension", value)
-    if text is None:
-        return None
-    extension = text.removeprefix(".").lower()
-    if not extension.isalnum():
-        raise UserError(f'{where}: "extension" must be like "mp4", got {_shown(value)}')
-    return extension
-
-
-def _timestamps(where: str, value: Any) -> tuple[tuple[float, float], ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(_is_pair_of_numbers(pair) for pair in value):
-        raise UserError(f'{where}: "timestamps" must be a list of [start, end] in seconds, got {_shown(value)}')
-    return tuple((float(start), float(end)) for start, end in value)
-
-
-def _seconds(where: str, key: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if not _is_number(value) or value < 0:
-        raise UserError(f'{where}: "{key}" must be a number of seconds from 0 up, got {_shown(value)}')
-    return float(value)
-
-
-def _optional_text(where: str, key: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise UserError(f'{where}: "{key}" must be a string, got {_shown(value)}')
-    return value
-
-
-def _is_pair_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_number(number) for number in value)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 1 << 53
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and no file system or tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def same_captions(one: Path, other: Path) -> bool:
+    """Return whether two annotations are the same file, or have the same content under two names."""
+    return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)
 
 
 def _shown(value: Any) -> str:
-    kind = "an object" if isinstance(value, _Object) else repr(value)
-    return kind if len(kind) <= 60 else kind[:57] + "..."
-
-
-def same_captions(one: Path, other: Path) -> bool:
-    """Whether two annotations are one: the same file, or the same content under two names."""
-    return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)
+    text = "an object" if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

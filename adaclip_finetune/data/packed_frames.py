@@ -1,58 +1,147 @@
-"""Frames out of a pack, as out of the folders that it was made of."""
+"""Packs: one LMDB file that holds the images of many videos, byte for byte as they were in their folders.
+
+    /                what the file is (JSON)
+    <video>/         a video: how many images it has, and when they are shown, if that is known (JSON)
+    <video>/00001    an image, as its file was; numbers start at 1
+
+A video is written in one transaction, so a pack holds all of a video or nothing of it, whenever writing it ended.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Kind, Scan
-from adaclip_finetune.data.images import decoded, one_by_one, stacked
-from adaclip_finetune.data.pack import BrokenPack, Pack
+from adaclip_finetune.data.frame_store import FrameError, Scan
+from adaclip_finetune.data.images import one_by_one, read_image, stacked
+from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.data.video.decoding import Stopped, never
+from adaclip_finetune.errors import UserError
+
+PACK_KEY = b"/"
+PACK_VALUE = json.dumps({"format": "frames of videos", "version": 2}).encode()
+NOT_A_PACK = "is not a pack of frames, or was made by another version; adaclip pack makes one"
+LONGEST_ID = 480  # bytes; a key of LMDB has at most 511
 
 
 class PackedFrames:
-    """The file that `adaclip pack` made of such folders: the same frames."""
+    """A frame store for a file made by `adaclip pack`. It gives the same frames as the folders that were packed.
+
+    The store can be copied into other processes, by fork or by pickle, and used in several threads.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError if the file is no pack."""
-        self._pack = Pack(path)
-        self._counts: dict[str, int] = {}
+        """Open the pack. Raises UserError if the file is not there or is not a pack."""
+        self.path = path
+        self._records: dict[str, dict[str, Any]] = {}
+        self._environment: lmdb.Environment | None = None
+        try:
+            found = self._values([PACK_KEY])[0]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+            found = None
+        except lmdb.Error as error:
+            if path.stat().st_size:
+                raise UserError(f"{path}: cannot be opened ({error})") from None
+            found = None
+        if found != PACK_VALUE:
+            raise UserError(f"{path}: {NOT_A_PACK}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_environment": None}
 
     def count(self, video_id: str) -> int:
-        if video_id not in self._counts:
-            try:
-                record = self._pack.record(video_id)
-            except (BrokenPack, OSError) as error:
-                raise self._error(video_id, error) from None
-            if record is None:
-                raise FrameError(video_id, self._pack.path, "holds no video of this name", "missing")
-            self._counts[video_id] = record.images
-        return self._counts[video_id]
+        return int(self._record(video_id)["images"])
 
     def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        different = sorted(set(indices))
-        try:
-            contents = self._pack.images(video_id, different)
-        except (BrokenPack, OSError) as error:
-            raise self._error(video_id, error) from None
+        name, different = self._record(video_id)["name"], sorted(set(indices))
+        contents = self._of_video(video_id, [image_key(name, index) for index in different])
         images = {i: self._image(video_id, i, content) for i, content in zip(different, contents, strict=True)}
-        return stacked(images, indices, video_id, self._pack.path)
+        return stacked(images, indices, video_id, self.path)
 
     def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
         return one_by_one(self, video_id, stopped)
 
-    def _error(self, video_id: str, error: BrokenPack | OSError) -> FrameError:
-        kind: Kind = "damaged" if isinstance(error, BrokenPack) else "unreadable"
-        return FrameError(video_id, self._pack.path, str(error), kind)
+    def times(self, video_id: str) -> NDArray[np.float64] | None:
+        """Return when each frame is shown, in seconds (count,), if that was known of the frames that were packed."""
+        times = self._record(video_id).get("times")
+        return None if times is None else np.array(times, np.float64)
 
-    def _image(self, video_id: str, index: int, content: bytes) -> NDArray[np.uint8]:
+    def _record(self, video_id: str) -> dict[str, Any]:
+        """Return what the pack says of a video, whose name may carry the extension of a video file."""
+        if video_id not in self._records:
+            names = [video_id, split_extension(video_id)[0]]
+            found = self._of_video(video_id, [video_key(name) for name in names])
+            named = next(((name, value) for name, value in zip(names, found, strict=True) if value is not None), None)
+            if named is None:
+                reason = "holds no video of this name; adaclip pack adds videos to it"
+                raise FrameError(video_id, self.path, reason, "missing")
+            self._records[video_id] = {"name": named[0], **json.loads(named[1])}
+        return self._records[video_id]
+
+    def _image(self, video_id: str, index: int, content: bytes | None) -> NDArray[np.uint8]:
         try:
-            return decoded(io.BytesIO(content))
+            return np.asarray(read_image(io.BytesIO(content or b"")))
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            reason = f"{self._pack.image_name(index)} cannot be decoded ({error})"
-            raise FrameError(video_id, self._pack.path, reason, "damaged") from None
+            reason = f"image {index + 1} cannot be decoded ({error})"
+            raise FrameError(video_id, self.path, reason, "damaged") from None
+
+    def _of_video(self, video_id: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        try:
+            return self._values(keys)
+        except lmdb.Error as error:
+            raise FrameError(video_id, self.path, f"is damaged ({error}); pack anew", "damaged") from None
+        except OSError as error:
+            raise FrameError(video_id, self.path, error.strerror or str(error)) from None
+
+    def _values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of these keys, None for a key that is not there. Raises OSError and lmdb.Error."""
+        self._environment = self._environment or _open(self.path)
+        with self._environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+
+def video_key(name: str) -> bytes:
+    """Return the key of a video's record."""
+    encoded = canonical(name).encode()
+    return (encoded if len(encoded) <= LONGEST_ID else hashlib.sha256(encoded).hexdigest().encode()) + b"/"
+
+
+def image_key(name: str, index: int) -> bytes:
+    """Return the key of a video's image; `index` counts from 0. The images of a video follow each other in the file."""
+    return video_key(name) + f"{index + 1:05d}".encode()
+
+
+# LMDB refuses to open a file twice in a process, and two splits may name the same pack. A forked process may go on with
+# the environment that it inherits, since that one only reads and needs no locks.
+_ENVIRONMENTS: WeakValueDictionary[tuple[int, int], lmdb.Environment] = WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def _open(path: Path) -> lmdb.Environment:
+    """Return the only environment of this file in this process. Raises OSError and lmdb.Error."""
+    facts = path.stat()
+    key = (facts.st_dev, facts.st_ino)
+    with _LOCK:
+        environment = _ENVIRONMENTS.get(key)
+        if environment is None:
+            # Reading ahead stays on: the images of a video lie side by side.
+            environment = lmdb.open(os.fsencode(path), subdir=False, readonly=True, create=False, lock=False)
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if facts.st_size < needed:  # LMDB maps the file into memory: reading a page that is not there is fatal
+                environment.close()
+                raise OSError(f"is cut off ({facts.st_size} of {needed} bytes): copy it again, or pack anew")
+            _ENVIRONMENTS[key] = environment
+        return environment

@@ -1,20 +1,14 @@
-"""The making of a pack: `adaclip pack FRAMES_DIR -o data.lmdb`.
+"""Making a pack: `adaclip pack FRAMES_DIR -o data.lmdb`.
 
-The file grows in a hidden folder beside its place and is renamed when it is complete, so that nobody ever reads a part
-of one. A video's record is written after its images: what has a record is finished, and a run that was interrupted goes
-on after it.
+What is in the pack already stays there, so the same command goes on after an interruption and adds new videos.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
+import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
@@ -25,222 +19,157 @@ from adaclip_finetune.data.annotations import check_name, load_annotations
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.images import IMAGE_FORMATS
-from adaclip_finetune.data.pack import BrokenPack, Contents, Pack, VideoRecord
-from adaclip_finetune.data.pack_writer import PackWriter
-from adaclip_finetune.durable import beside, flush_folder
+from adaclip_finetune.data.names import canonical, differing_forms
+from adaclip_finetune.data.packed_frames import NOT_A_PACK, PACK_KEY, PACK_VALUE, image_key, video_key
+from adaclip_finetune.durable import beside
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.lock import FolderLock
+from adaclip_finetune.lock import Lock
 from adaclip_finetune.printable import printable
 
-SUFFIX = ".lmdb"
-
-
-@dataclass
-class _Outcome:
-    """What was packed now and earlier, and why the others were not: video → reason."""
-
-    records: list[VideoRecord] = field(default_factory=list)
-    earlier: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
+MAP_SIZE = 1 << 40  # bytes of address space, an upper bound of the file's size
 
 
 def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: str, overwrite: bool) -> int:
-    """Pack the videos that the annotations list, or all below frames_dir; returns the exit code, 1 if some failed.
+    """Pack the videos that the annotations list, or all below frames_dir. Return the exit code, 1 if some failed.
 
-    UserError: nothing to pack, another pack in the way, or no room (what is packed stays for the next run).
+    Raises UserError if there is nothing to pack, `output` is something else, or the disk is full.
     """
-    if output.suffix.lower() != SUFFIX:
-        raise UserError(f"-o {printable(output)}: the name of a pack ends in {SUFFIX}")
+    if output.suffix.lower() != ".lmdb":
+        raise UserError(f"-o {printable(output)}: the name of a pack ends in .lmdb")
+    if not frames_dir.is_dir():
+        raise UserError(f"{printable(frames_dir)}: there is no such folder")
     folder = FrameFolder(frames_dir, img_tmpl)
+    videos = _listed(annotations) if annotations else _found(folder)
+    lock = Lock(output.with_name(f".{output.name}.lock"), output)
     try:
         if output.is_dir():
             raise UserError(f"-o {printable(output)}: is a folder")
-        if not frames_dir.is_dir():
-            raise UserError(f"{printable(frames_dir)}: there is no such folder")
-        videos = _listed(annotations) if annotations else _found(folder)
-        if output.exists() and not overwrite:
-            return _compare(Pack(output), folder, videos)
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _work_folder(output) as work:
-            return _pack(folder, videos, work / output.name, output)
-    except FrameError as error:  # of frames_dir itself
-        raise UserError(f"{printable(error.path)}: {error.reason}") from error
+        lock.take()
     except OSError as error:
-        raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from error
-
-
-def _pack(folder: FrameFolder, videos: list[str], part: Path, output: Path) -> int:
-    outcome = _Outcome()
+        raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from None
     try:
-        with PackWriter(part) as writer:
-            for video_id in tqdm(videos, "packing", unit="video", leave=False, disable=None):
-                _pack_video(folder, video_id, writer, outcome)
-            if not outcome.records:
-                raise UserError(f"none of {len(videos)} videos could be packed:\n{_listing(outcome.failed)}")
-            images, size = sum(r.images for r in outcome.records), sum(r.size for r in outcome.records)
-            writer.finish(outcome.records, Contents(folder.img_tmpl, len(outcome.records), images, size))
-    except (BrokenPack, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError):
-        raise UserError(
-            f"{printable(part)} was left by a run that did not finish, and is damaged: delete it and run the same "
-            "command again"
-        ) from None
+        # With --overwrite, the old pack stays until the new one is complete.
+        part = beside(output) if overwrite and output.exists() else output
+        if part != output:
+            part.unlink(missing_ok=True)
+        added, there, failed = _write(folder, videos, part)
+        part.replace(output)
+    except lmdb.InvalidError:
+        raise UserError(f"{printable(output)}: {NOT_A_PACK}") from None
     except lmdb.Error as error:
-        free = shutil.disk_usage(part.parent).free / 1e6  # LMDB calls a full disk an I/O error
         raise UserError(
-            f"{printable(part)}: {error.reason} ({free:.1f} MB are free there). What was packed until then stays: make "
-            "room, or mend what is wrong, and run the same command again"
+            f"{printable(output)}: cannot be written ({error}). What was packed until now stays: make room, or mend "
+            "what is wrong, and run the same command again"
         ) from None
-    part.replace(output)
-    flush_folder(output.parent)
-    earlier = f" ({outcome.earlier} of them earlier)" if outcome.earlier else ""
-    print(
-        f"{printable(output)}: {len(outcome.records)} videos{earlier}, {images} images of {size / 1e6:.1f} MB, in "
-        f"{output.stat().st_size / 1e6:.1f} MB"
-    )
-    return _tell(outcome.failed)
-
-
-def _pack_video(folder: FrameFolder, video_id: str, writer: PackWriter, outcome: _Outcome) -> None:
-    try:
-        record = _record(folder, video_id)
-        if writer.record(video_id) == record:
-            outcome.earlier += 1
-        else:
-            writer.add(record, _images(folder, record))
-    except FrameError as error:
-        outcome.failed[video_id] = f"{error.path}: {error.reason}"
-    else:
-        outcome.records.append(record)
-
-
-def _record(folder: FrameFolder, video_id: str) -> VideoRecord:
-    """The video as its folder is now. Raises FrameError if the folder is not whole, or no annotation could name it."""
-    try:
-        check_name("no annotation could name it", video_id)
-    except UserError as error:
-        raise FrameError(video_id, folder.folder / video_id, str(error).partition(";")[0]) from None
-    listing, size = hashlib.sha256(), 0
-    count = folder.count(video_id)
-    for index in range(count):
-        path = folder.path(video_id, index)
-        try:
-            facts = path.stat()
-        except OSError as error:
-            raise FrameError(video_id, path, error.strerror or str(error)) from None
-        listing.update(f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
-        size += facts.st_size
-    return VideoRecord(video_id, count, size, listing.hexdigest())
-
-
-def _images(folder: FrameFolder, record: VideoRecord) -> Iterator[bytes]:
-    """The images as they are on disk, each opened but not decoded. Raises FrameError."""
-    size = 0
-    for index in range(record.images):
-        path = folder.path(record.video_id, index)
-        try:
-            content = path.read_bytes()
-            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).close()
-        except Exception as error:  # Pillow's readers raise whatever they stumble over
-            reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
-            raise FrameError(record.video_id, path, reason) from None
-        size += len(content)
-        yield content
-    if size != record.size:
-        raise FrameError(record.video_id, folder.folder / record.video_id, "changed while it was packed")
-
-
-def _listed(annotations: Sequence[str]) -> list[str]:
-    """The videos of all annotation files, each once."""
-    return list(dict.fromkeys(video.video_id for name in annotations for video in load_annotations(name)))
-
-
-def _found(folder: FrameFolder) -> list[str]:
-    """The folders below that hold images, or nothing at all (which will be told)."""
-    if folder.numbers("."):
-        name = folder.img_tmpl.format(1)
-        raise UserError(f"{printable(folder.folder)} holds images itself ({name}): give the folder above it")
-    if videos := sorted(_folders_below(folder, "", ())):
-        return videos
-    raise UserError(f"{printable(folder.folder)}: there are no folders in it, one a video is expected")
-
-
-def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Hidden folders are none: extraction keeps what is not complete in one. Links are followed, but not in circles."""
-    here = folder.folder / name
-    try:
-        with os.scandir(here) as entries:
-            below = [
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and folder.number(entry.name) is None and _may_be_folder(entry)
-            ]
-    except OSError:  # is told when its images are asked for
-        below = []
-    if name and (not below or folder.numbers(name)):
-        yield name
-    above = (*above, os.path.realpath(here))
-    for child in below:
-        if os.path.realpath(here / child) not in above:
-            yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
-
-
-def _may_be_folder(entry: os.DirEntry[str]) -> bool:
-    """True for a link behind a closed folder: that it cannot be followed will be told, so that no video is lost."""
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        return error.errno != errno.ELOOP  # which leads to nothing
-
-
-def _compare(there: Pack, folder: FrameFolder, videos: list[str]) -> int:
-    """What is said of a pack that is there already. UserError unless it holds these videos as packing would."""
-    failed, lacking, changed = {}, [], []
-    others = there.contents.videos
-    for video_id in tqdm(videos, "comparing", unit="video", leave=False, disable=None):
-        try:
-            then = there.record(video_id)
-            others -= then is not None
-            now = _record(folder, video_id)
-        except FrameError as error:
-            failed[video_id] = f"{error.path}: {error.reason}"
-            continue
-        except BrokenPack as error:
-            raise UserError(f"{printable(there.path)}: {error}") from None
-        if then is None:
-            lacking.append(video_id)
-        elif then != now:
-            changed.append(video_id)
-    if lacking or changed:
-        example = printable((lacking + changed)[0])
-        raise UserError(
-            f"{printable(there.path)} is there already; of {len(videos)} videos it lacks {len(lacking)}, and "
-            f"{len(changed)} have changed since ({example}, …): --overwrite packs all of them anew"
-        )
-    more = f"; it holds {others} besides them" if others else ""
-    print(f"{printable(there.path)} holds them already: {len(videos) - len(failed)} videos, nothing to do{more}")
-    return _tell(failed)
-
-
-def _tell(failed: Mapping[str, str]) -> int:
+    finally:
+        lock.release()
+    before = f" ({there} of them were there already)" if there else ""
+    size = output.stat().st_size / 1e6
+    print(f"{printable(output)}: {added + there} videos{before}, {size:.1f} MB")
     if failed:
         print(f"{len(failed)} could not be packed:\n{_listing(failed)}")
     return 1 if failed else 0
 
 
+def _write(folder: FrameFolder, videos: Sequence[str], path: Path) -> tuple[int, int, dict[str, str]]:
+    """Write a pack, or add to it. Return how many videos were added, how many it had, and why others failed.
+
+    Raises UserError if the file is another LMDB file or no video could be packed, and lmdb.Error.
+    """
+    added = there = 0
+    failed: dict[str, str] = {}
+    with lmdb.open(os.fsencode(path), subdir=False, lock=False, map_size=MAP_SIZE, metasync=False) as environment:
+        with environment.begin(write=True) as transaction:
+            is_new = transaction.stat()["entries"] == 0
+            if is_new:
+                transaction.put(PACK_KEY, PACK_VALUE)
+            elif transaction.get(PACK_KEY) != PACK_VALUE:
+                raise UserError(f"{printable(path)}: {NOT_A_PACK}")
+        for video_id in tqdm(videos, "packing", unit="video", leave=False, disable=None):
+            try:
+                with environment.begin(write=True) as transaction:  # undone as a whole if reading an image fails
+                    is_added = _pack_video(folder, video_id, transaction)
+            except FrameError as error:
+                failed[video_id] = f"{error.path}: {error.reason}"
+            except UserError as error:
+                failed[video_id] = str(error)
+            else:
+                added, there = added + is_added, there + (not is_added)
+        environment.sync(True)
+    if is_new and not added:
+        path.unlink()
+        raise UserError(f"none of {len(videos)} videos could be packed:\n{_listing(failed)}")
+    return added, there, failed
+
+
+def _pack_video(folder: FrameFolder, video_id: str, transaction: lmdb.Transaction) -> bool:
+    """Put a video into the pack; return False if the pack holds it already.
+
+    Raises FrameError if its images are not whole, and UserError if no annotation could hold its name.
+    """
+    place = folder.video_folder(video_id)
+    name = canonical(place.relative_to(folder.folder).as_posix())
+    check_name("no annotation could name it", name)
+    if transaction.get(video_key(name)) is not None:
+        return False
+    record: dict[str, object] = {"images": folder.count(video_id)}
+    for index in range(folder.count(video_id)):
+        path = folder.path(video_id, index)
+        try:
+            content = path.read_bytes()
+            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).close()
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
+            raise FrameError(video_id, path, reason) from None
+        transaction.put(image_key(name, index), content)
+    if (times := folder.times(video_id)) is not None:
+        record["times"] = times.tolist()
+    transaction.put(video_key(name), json.dumps(record).encode())
+    return True
+
+
+def _listed(annotations: Sequence[str]) -> list[str]:
+    """Return the videos of all annotation files, each once."""
+    videos = [video.video_id for name in annotations for video in load_annotations(name)]
+    return list({canonical(video_id): video_id for video_id in videos}.values())
+
+
+def _found(folder: FrameFolder) -> list[str]:
+    """Return the folders below that hold images, and those that hold nothing at all, which will be reported."""
+    try:
+        if folder.numbers("."):
+            name = folder.img_tmpl.format(1)
+            raise UserError(f"{printable(folder.folder)} holds images itself ({name}): give the folder above it")
+    except FrameError as error:
+        raise UserError(f"{printable(error.path)}: {error.reason}") from None
+    videos = sorted(_folders_below(folder, "", ()))
+    if not videos:
+        raise UserError(f"{printable(folder.folder)}: there are no folders in it, one for each video is expected")
+    if message := differing_forms(videos):
+        raise UserError(f"{printable(folder.folder)}: {message}")
+    return videos
+
+
+def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names of folders with images, or without anything. Links are followed, but not in circles.
+
+    Hidden folders are left out: extraction keeps what is not complete in one.
+    """
+    here = folder.folder / name
+    above = (*above, os.path.realpath(here))
+    try:
+        with os.scandir(here) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    except OSError:  # reading its images will tell the reason
+        names = []
+    below = [child for child in names if folder.number(child) is None and (here / child).is_dir()]
+    if name and (not below or folder.numbers(name)):
+        yield name
+    for child in below:
+        if os.path.realpath(here / child) not in above:
+            yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
+
+
 def _listing(failed: Mapping[str, str]) -> str:
     return "\n".join(f"  {printable(video_id)}: {printable(reason)}" for video_id, reason in failed.items())
-
-
-@contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """The hidden folder where the file grows, ours alone."""
-    work = beside(output)
-    work.mkdir(exist_ok=True)
-    lock = FolderLock(work)
-    lock.take()
-    try:
-        yield work
-    finally:
-        lock.release()
-        with suppress(OSError):  # not finished
-            work.rmdir()

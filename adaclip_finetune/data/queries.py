@@ -1,7 +1,8 @@
-"""From annotated videos to what is asked: training pairs and evaluation queries.
+"""Training entries and evaluation queries of annotated videos.
 
-`concat_captions` decides: `concat` joins a video's sentences by spaces into one query; `indep-one` has one entry a
-video, of which training draws one sentence each epoch and evaluation asks all; `indep-all` has one entry a sentence.
+The setting `concat_captions` decides how several sentences of a video are used. `concat` joins them by spaces into one
+text. `indep-one` makes one training entry of a video, from which each epoch draws one sentence. `indep-all` makes a
+training entry of each sentence. With the last two, each sentence is a query of an evaluation.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from adaclip_finetune.data.sampling import generator
 
 @dataclass(frozen=True)
 class TrainEntry:
-    """One row of the training set: a video and the sentences of which each epoch takes one."""
+    """One row of the training set: a video, and the sentences from which each epoch takes one."""
 
     video_id: str
     sentences: tuple[str, ...]
 
     def sentence(self, seed: int, epoch: int, index: int) -> str:
-        """The sentence of this epoch; `index` is the entry's place in the training set."""
+        """Return the sentence of this epoch; `index` is the entry's place in the training set."""
         if len(self.sentences) == 1:
             return self.sentences[0]
         return self.sentences[generator("caption", seed, epoch, index).integers(len(self.sentences))]
@@ -34,14 +35,14 @@ class TrainEntry:
 
 @dataclass(frozen=True)
 class Queries:
-    """The texts of an evaluation, the gallery they are asked of, and which video of it each text belongs to."""
+    """The texts of an evaluation, the gallery of videos in which they are searched, and the video of each text."""
 
     texts: list[str]
     video_of_text: NDArray[np.int64]  # (T,), an index into video_ids
     video_ids: list[str]  # (V,), each video once
 
     def within(self, video_ids: Sequence[str]) -> Queries:
-        """What is left if only these videos could be read: gallery in the order given, texts in their old order."""
+        """Return the queries of a smaller gallery: these videos in the order given, their texts in the old order."""
         place = {video_id: i for i, video_id in enumerate(video_ids)}
         kept = [
             (text, place[self.video_ids[video]])
@@ -52,14 +53,14 @@ class Queries:
 
 
 def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> list[TrainEntry]:
-    """The training set, in the order of the annotation."""
+    """Return the training set, in the order of the annotation."""
     if concat_captions == "indep-one":
         return [TrainEntry(video.video_id, video.sentences) for video in videos]
     return [TrainEntry(video.video_id, (text,)) for video in videos for text in _texts(video, concat_captions)]
 
 
 def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) -> Queries:
-    """Every text of every video, and the gallery in which each video stands once."""
+    """Return every text of every video, and the gallery, in which each video occurs once."""
     texts: list[str] = []
     video_of_text: list[int] = []
     video_ids: list[str] = []
@@ -72,7 +73,7 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
 
 
 def fingerprint(entries: Sequence[TrainEntry], **evaluated: Queries) -> dict[str, str]:
-    """A digest each of what is trained on and of what is evaluated, by which a run knows its data again."""
+    """Return digests of the training set and of each evaluation, by which a resumed run recognises its data."""
     parts: dict[str, object] = {"training": [(entry.video_id, entry.sentences) for entry in entries]}
     for name, queries in evaluated.items():
         parts[name] = (queries.texts, queries.video_of_text.tolist(), queries.video_ids)

@@ -1,10 +1,12 @@
-"""From an annotation file to what can be trained on or evaluated: its readable videos, and an account of the others.
+"""From an annotation file to what can be trained on or evaluated: its readable videos, and why others are left out.
 
-Training leaves unreadable videos out by name. An evaluation does not shrink unless the user says so (`skip_missing`).
+Training leaves unreadable videos out and names them. An evaluation never becomes smaller unless the user says so
+(`skip_missing`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,11 +16,15 @@ from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.queries import Queries, TrainEntry, evaluation_queries, train_entries
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing, short_videos
+from adaclip_finetune.data.video.discovery import describe_unknown_files
+from adaclip_finetune.data.video.folder import VideoFolder
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainSplit:
-    """What is trained on. `left_out`: unreadable video → reason; `short`: videos with fewer than num_frm frames."""
+    """A training set. `left_out`: unreadable video → reason; `short`: videos with fewer than num_frm frames."""
 
     entries: list[TrainEntry]
     store: FrameStore
@@ -28,7 +34,10 @@ class TrainSplit:
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """What is evaluated: texts and the readable gallery, of `num_listed` videos that the annotation lists."""
+    """The texts and the gallery of an evaluation, whose annotation lists `num_listed` videos.
+
+    `left_out`: unreadable video → reason; `short`: videos with fewer than num_frm frames.
+    """
 
     queries: Queries
     store: FrameStore
@@ -38,7 +47,10 @@ class EvaluationSplit:
 
 
 def train_split(config: Config, annotation: str) -> TrainSplit:
-    """Raises UserError if the annotation is wrong, UnreadableVideos if nothing is left of it."""
+    """Return the training set of an annotation.
+
+    Raises UserError if the annotation is wrong, and UnreadableVideos if none of its videos can be read.
+    """
     listed = load_annotations(annotation, config.data_subset)
     store, videos, left_out, short = _readable(config, listed)
     if not videos:
@@ -47,7 +59,11 @@ def train_split(config: Config, annotation: str) -> TrainSplit:
 
 
 def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
-    """Raises UserError if the annotation is wrong, UnreadableVideos if videos are unreadable and not to be skipped."""
+    """Return the texts and the gallery of an annotation.
+
+    Raises UserError if the annotation is wrong, and UnreadableVideos if videos cannot be read and `skip_missing` is
+    not set.
+    """
     listed = load_annotations(annotation)
     store, videos, left_out, short = _readable(config, listed)
     if left_out and (not videos or not config.skip_missing):
@@ -58,11 +74,11 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
 
 
 def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> UnreadableVideos:
-    """The error that an evaluation ends with rather than measure a smaller gallery unasked."""
+    """Return the error that ends an evaluation in which videos cannot be read."""
     return UnreadableVideos(
         f"{len(reasons)} of {num_listed} videos to evaluate cannot be read:\n{listing(reasons, at_most=None)}\n"
-        "Mend them or take them out of the annotation; --skip_missing evaluates the others "
-        "and says beside each figure how many they are",
+        "Mend them or take them out of the annotation; --skip_missing evaluates the others and says beside each figure "
+        "how many they are",
         reasons,
     )
 
@@ -70,7 +86,10 @@ def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> Unr
 def _readable(
     config: Config, listed: list[VideoAnnotation]
 ) -> tuple[FrameStore, list[VideoAnnotation], dict[str, str], list[str]]:
+    """Return the store, the videos that can be read, why others cannot, and those that are short."""
     store = open_store(config, listed)
     left_out = find_unreadable(store, [video.video_id for video in listed], config.num_workers)
     videos = [video for video in listed if video.video_id not in left_out]
+    if left_out and isinstance(store, VideoFolder) and (line := describe_unknown_files(store.other_files())):
+        _log.warning("%s: %s", store.folder, line)
     return store, videos, left_out, short_videos(store, [video.video_id for video in videos], config.num_frm)

@@ -4,6 +4,7 @@ cache is emptied of the images before a cold pass (names and inodes stay, which 
 python scripts/bench/pack.py ../shared/data/msrvtt_frames/frames
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -11,12 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import numpy as np
 
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameStore
-from adaclip_finetune.data.pack import Pack
-from adaclip_finetune.data.packed_frames import PackedFrames
+from adaclip_finetune.data.packed_frames import PackedFrames, image_key, video_key
 from adaclip_finetune.data.packing import pack
 from adaclip_finetune.data.sampling import frame_indices
 
@@ -45,11 +46,11 @@ def main(frames: Path, num_frm: int = 16) -> None:
                     store.path(video, index).read_bytes()
 
         def pack_bytes() -> None:
-            opened = Pack(packed)
-            for video in videos:
-                record = opened.record(video)
-                assert record is not None
-                opened.images(video, sorted(set(frame_indices(record.images, num_frm).tolist())))
+            with lmdb.open(str(packed), subdir=False, readonly=True, lock=False) as opened, opened.begin() as reading:
+                for video in videos:
+                    count = json.loads(reading.get(video_key(video)))["images"]
+                    for index in sorted(set(frame_indices(count, num_frm).tolist())):
+                        reading.get(image_key(video, index))
 
         ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
             "files alone": (folder_bytes, pack_bytes),

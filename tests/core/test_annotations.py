@@ -1,6 +1,7 @@
-"""Annotation files: good ones are read as they stand, bad ones are refused with file, video and value."""
+"""Annotation files: right ones are read as they are, wrong ones are refused with file, video and value."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations
+from adaclip_finetune.cli import main
+from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations, sound_entries
 from adaclip_finetune.errors import UserError
 
 
 def write(folder: Path, content: Any) -> Path:
     path = folder / "annot.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8-sig")  # a byte order mark is no content
     return path
 
 
@@ -46,15 +48,8 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
 
 def test_data_subset_keeps_the_first(tmp_path: Path) -> None:
     path = write(tmp_path, {name: {"sentences": [name]} for name in "cab"})
-    assert [video.video_id for video in load_annotations(path, data_subset=2)] == ["c", "a"]
-    assert len(load_annotations(path, data_subset=0)) == 3
-    assert len(load_annotations(path, data_subset=99)) == 3
-
-
-def test_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "annot.json"
-    path.write_text('{"a": {"sentences": ["é"]}}', encoding="utf-8-sig")
-    assert load_annotations(path)[0].sentences == ("é",)
+    for subset, names in [(2, "ca"), (0, "cab"), (99, "cab")]:
+        assert [video.video_id for video in load_annotations(path, data_subset=subset)] == list(names)
 
 
 @pytest.mark.parametrize(
@@ -76,59 +71,127 @@ def test_odd_but_harmless_names_are_kept(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (["x"], "expected an object"),
-        ({}, 'has no "sentences"'),
-        ({"sentences": "a dog"}, "must be a list of strings, got 'a dog'"),
-        ({"sentences": []}, "is empty"),
-        ({"sentences": ["a", " \t"]}, "sentence 2 of 2"),
-        ({"sentences": ["a", "b", 3]}, "sentence 3 of 3 .* got 3"),
-        ({"sentences": ["\ud83d"]}, "sentence 1 of 1"),
-        ({"sentence": ["a"]}, "unknown key 'sentence'; did you mean 'sentences'"),
-        ({"sentences": ["a"], "foo": 1}, "unknown key 'foo'; known are"),
-        ({"sentences": ["a"], "duration": float("nan")}, '"duration" must be a number'),
-        ({"sentences": ["a"], "duration": True}, '"duration" must be a number'),
-        ({"sentences": ["a"], "start": -1}, '"start" must be a number'),
-        ({"sentences": ["a"], "end": "3"}, '"end" must be a number'),
-        ({"sentences": ["a"], "timestamps": [[0]]}, '"timestamps" must be a list'),
-        ({"sentences": ["a"], "timestamps": {"a": 1}}, '"timestamps" must be a list'),
-        ({"sentences": ["a"], "extension": "../mp4"}, '"extension" must be like "mp4"'),
-        ({"sentences": ["a"], "group": 5}, '"group" must be a string'),
-    ],
+    ("one", "other"), [("v0", "v0.mp4"), ("v0.MTS", "v0"), ("caf\xe9", "cafe\u0301"), ("caf\xe9.mp4", "cafe\u0301")]
 )
-def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, message: str) -> None:
-    with pytest.raises(UserError, match=rf"annot\.json: video 'clip'.*{message}"):
-        load_annotations(write(tmp_path, {"clip": entry}))
+def test_two_names_of_one_video_are_refused_with_both(tmp_path: Path, one: str, other: str) -> None:
+    path = write(tmp_path, {"a": {"sentences": ["x"]}, one: {"sentences": ["x"]}, other: {"sentences": ["y"]}})
+    with pytest.raises(UserError, match="same video") as caught:
+        load_annotations(path)
+    assert ascii(one) in str(caught.value) and ascii(other) in str(caught.value)
+
+
+def test_files_that_differ_in_their_extension_are_two_videos(tmp_path: Path) -> None:
+    path = write(tmp_path, {name: {"sentences": ["x"]} for name in ("v0.mp4", "v0.mkv", "v0.1", "V0", "w")})
+    assert len(load_annotations(path)) == 5
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("entry", "facts"),
+    [
+        (["x"], ["object"]),
+        ({}, ['"sentences"']),
+        ({"sentences": "a dog"}, ['"sentences"', "list", "'a dog'"]),
+        ({"sentences": []}, ['"sentences"', "at least 1"]),
+        ({"sentences": ["a", " \t"]}, ['"sentences", entry 2', "blank"]),
+        ({"sentences": ["a", "\u200b\u2060\ufeff\x07\u00ad \u3164"]}, ['"sentences", entry 2', "blank"]),
+        ({"sentences": ["a", "b", 3]}, ['"sentences", entry 3', "got 3"]),
+        ({"sentences": ["\ud83d"]}, ['"sentences", entry 1']),
+        ({"sentence": ["a"]}, ["'sentence'", "known are sentences"]),
+        ({"sentences": ["a"], "video_id": "b"}, ["unknown key 'video_id'"]),
+        ({"sentences": ["a"], "duration": float("nan")}, ['"duration"', "finite", "nan"]),
+        ({"sentences": ["a"], "duration": True}, ['"duration"', "got True"]),
+        ({"sentences": ["a"], "start": -1}, ['"start"', "got -1"]),
+        ({"sentences": ["a"], "end": "3"}, ['"end"', "number", "got '3'"]),
+        ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2']),
+        ({"sentences": ["a"], "timestamps": {"a": 1}}, ['"timestamps"', "list"]),
+        ({"sentences": ["a"], "extension": "../mp4"}, ['"extension"', "'../mp4'"]),
+        ({"sentences": ["a"], "group": 5}, ['"group"', "got 5"]),
+    ],
+)
+def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, facts: list[str]) -> None:
+    path = write(tmp_path, {"good": {"sentences": ["x"]}, "clip": entry})
+    with pytest.raises(UserError) as caught:
+        load_annotations(path)
+    assert all(fact in str(caught.value) for fact in [f"{path}: video 'clip': ", *facts]), caught.value
+    videos, problems = sound_entries(path)
+    assert [video.video_id for video in videos] == ["good"] and problems == [str(caught.value)]
+
+
+def test_captions_with_invisible_characters_beside_others_are_kept(tmp_path: Path) -> None:
+    captions = ["a\u200bb", "👩‍🚀", "हिन्दी", "\u0e01\u0e33", "7"]
+    assert load_annotations(write(tmp_path, {"v": {"sentences": captions}}))[0].sentences == tuple(captions)
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
     [
         ("[]", "expected an object"),
         ("{}", "holds no video"),
-        ("", "not JSON at line 1"),
-        ('{"a": {"sentences": ["x"]},}', "not JSON at line 1, column"),
-        ("[" * 200_000, "not JSON that can be read"),
-        ('{"a": {"sentences": ["x"], "duration": 1' + "0" * 5000 + "}}", "not JSON that can be read"),
-        ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', "the video 'a' stands twice"),
-        ('{"a": {"sentences": ["x"], "sentences": ["y"]}}', "video 'a': the key 'sentences' stands twice"),
+        ("", "not JSON"),
+        ('{"a": {"sentences": ["x"]}}\n{"b": {"sentences": ["x"]}}', "Extra data: line 2"),
+        ('{"a": {"sentences": ["x"]},}', "line 1 column"),
+        ("[" * 200_000, "recursion"),
+        ('{"a": {"sentences": ["x"], "duration": 1' + "0" * 5000 + "}}", "integer"),
+        ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', "'a' occurs twice"),
+        ('{"a": {"sentences": ["x"], "sentences": ["y"]}}', "video 'a': the key 'sentences' occurs twice"),
+        ('{"a": {"sentences": ["é"]}}'.encode("latin-1"), "position 22"),
+        (None, "No such file"),
     ],
 )
-def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=rf"annot\.json.*{message}"):
-        load_annotations(write(tmp_path, text))
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        load_annotations(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_annotations(tmp_path)
-    path = tmp_path / "latin.json"
-    path.write_bytes('{"a": {"sentences": ["é"]}}'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 at byte 22"):
+def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> None:
+    path = tmp_path / "annot.json"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=rf"annot\.json.*{fact}"):
         load_annotations(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "command"),
+    [
+        (
+            "f.json",
+            [{"video_id": "clip0000", "text": "x"}],
+            "table --video-column video_id --caption-column text --train",
+        ),
+        ("f.json", [{"mp4": "a", "caption": "x"}], "table --video-column NAME --caption-column caption --train"),
+        ("f.json", [{"videoID": "a", "enCap": ["x"]}], "vatex --train"),
+        ("f.json", [{"annotation_id": 1, "video": "a", "description": "x"}], "didemo --train"),
+        ("f.json", {"videos": [], "sentences": []}, "msrvtt --data"),
+        ("f.json", {"annotations": [], "images": []}, "msrvtt --train LIST --test LIST --data"),
+        ("f.json", {"database": {}}, "youcook2 --data"),
+        ("f.json", '{"clip_id": "a", "text": "x"}\n{"clip_id": "b", "text": "y"}\n', "clipvip --train"),
+        ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column video"),
+        (
+            "my table.csv",
+            'key,"video_id",sentence\n',
+            "table --video-column video_id --caption-column sentence --train",
+        ),
+        ("table.tsv", "mp4\ttext\n", "table --video-column NAME --caption-column text --train"),
+    ],
+)
+def test_other_forms_are_met_with_the_command_that_converts_them(
+    tmp_path: Path, name: str, content: Any, command: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_annotations(path)
+    told, _, words = str(caught.value).rpartition("adaclip ")
+    assert told.startswith(f"{path}: ") and words.startswith(f"convert {command}")
+    assert shlex.split(words)[-3:] == [str(path), "-o", "DIR"]
+
+
+@pytest.mark.parametrize(("name", "as_list"), [("f.json", True), ("f.json", False), ("f.jsonl", False)])
+def test_the_command_for_another_form_works(tmp_path: Path, name: str, as_list: bool) -> None:
+    rows = [{"video_id": "clip0.mp4", "caption": "x"}, {"video_id": "clip1.mp4", "caption": "y"}]
+    path = tmp_path / name
+    path.write_text(json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError) as caught:
+        load_annotations(path)
+    words = shlex.split(str(caught.value).rpartition("adaclip ")[2])
+    assert main([*words[:-1], str(tmp_path)]) == 0
+    assert [video.sentences for video in load_annotations(tmp_path / "train.json")] == [("x",), ("y",)]
 
 
 def test_real_annotations(shared: Path) -> None:
@@ -149,23 +212,17 @@ JSON = st.recursive(
 
 
 @settings(deadline=None)
-@given(content=st.dictionaries(st.text(), JSON, max_size=3) | JSON)
-def test_junk_is_parsed_or_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
-    path = write(tmp_path_factory.getbasetemp(), json.dumps(content))
+@given(
+    content=(st.dictionaries(st.text(), JSON, max_size=3) | JSON).map(lambda junk: json.dumps(junk).encode())
+    | st.binary(max_size=60)
+    | st.text(alphabet='{}[]":,a0.\\ud8', max_size=60).map(str.encode)
+)
+def test_junk_is_parsed_or_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "annot.json"
+    path.write_bytes(content)
     try:
         videos = load_annotations(path)
     except UserError as error:
         assert str(path) in str(error)
     else:
-        assert len(videos) == len(content) and all(video.sentences for video in videos)
-
-
-@settings(deadline=None)
-@given(content=st.binary(max_size=60) | st.text(alphabet='{}[]":,a0.\\ud8', max_size=60).map(str.encode))
-def test_random_bytes_are_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "bytes.json"
-    path.write_bytes(content)
-    try:
-        load_annotations(path)
-    except UserError as error:
-        assert str(path) in str(error)
+        assert len(videos) == len(json.loads(content)) and all(video.sentences for video in videos)

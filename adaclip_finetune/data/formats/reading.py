@@ -1,134 +1,191 @@
-"""Files of annotations, read with the file and the row in every message."""
+"""Rows of files: CSV, tab-separated tables, JSON, JSON Lines, lists of ids and pickles of plain data.
+
+Whatever is wrong with a file is a UserError that names the file and the row.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
+import logging
 import math
+import pickle
 import re
-from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
-from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.formats.clip import SPLITS
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json, read_json
 
-_VIDEO_FILE = re.compile(rf"(.+)\.({'|'.join(VIDEO_EXTENSIONS)})", re.IGNORECASE | re.DOTALL)
+Row = tuple[str, dict[str, Any]]  # the place of a row, for messages; its values by column
+Kind = type[Any] | tuple[type[Any], ...]
+
+_log = logging.getLogger(__name__)
+_DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')  # a cell in quotation marks, with those inside doubled
 
 
-def add_split_flags(parser: ArgumentParser, what: str) -> None:
-    """--train, --val and --test, each a file; `what` tells what it holds of the split."""
-    for split in SPLITS:
-        parser.add_argument(f"--{split}", metavar="FILE", type=Path, help=f"{split}: {what}")
+def table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a table, which has these columns. The extension of the file says how it is written."""
+    kind = path.suffix.lower()
+    if kind in (".json", ".jsonl"):
+        return json_list(path) if _begins_as_list(path) else json_lines(path)
+    if kind in (".csv", ".tsv", ".txt"):
+        return csv_rows(path, columns, "," if kind == ".csv" else "\t")
+    raise UserError(f"{path}: expected a file named .csv, .tsv, .txt, .json or .jsonl, which says how it is written")
 
 
-def given_splits(arguments: Namespace, suffix: str = "") -> dict[str, Path]:
-    """The files of --train, --val, --test (or --train-ids and so on with a suffix) that were given."""
-    given = {split: getattr(arguments, split + suffix) for split in SPLITS}
-    return {split: path for split, path in given.items() if path is not None}
-
-
-def needed_splits(arguments: Namespace) -> dict[str, Path]:
-    """`given_splits`, of which there must be one. Raises UserError."""
-    if not (given := given_splits(arguments)):
-        raise UserError("nothing to convert: give at least one of --train FILE, --val FILE, --test FILE")
-    return given
-
-
-def read_csv(
-    path: Path, columns: Sequence[str], optional: Sequence[str] = (), delimiter: str = ","
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the values of these columns, by a header; a column that is `optional` and not there gives ''."""
-    rows = csv_lines(path, delimiter)
-    line, header = next(rows, (1, []))
+def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[Row]:
+    """Yield the rows of a table with a header, which names at least these columns."""
+    lines = csv_cells(path, delimiter)
+    line, header = next(lines, (1, []))
     header = [name.strip() for name in header]
-    if missing := [name for name in columns if name not in header]:
+    if wrong := [name for name in columns if header.count(name) != 1]:
         got = ", ".join(header) or "nothing"
-        raise UserError(f"{path}: line {line}: expected a header with the column {missing[0]!r}, got {got}")
-    places = [header.index(name) if name in header else None for name in (*columns, *optional)]
-    width = 1 + max(place for place in places if place is not None)
-    for line, row in rows:
-        if not row:
-            continue
-        if len(row) < width:
-            raise UserError(f"{path}: line {line}: expected {len(header)} columns, got {len(row)}: {shown(row)}")
-        yield line, ["" if place is None else row[place] for place in places]
+        raise UserError(f"{path}: line {line}: expected a header with one column {wrong[0]!r}, got {got}")
+    needed = 1 + max(map(header.index, columns))
+    for line, cells in lines:
+        if len(cells) < needed or any(cells[len(header) :]):
+            raise UserError(f"{path}: line {line}: expected {len(header)} columns, got {len(cells)}: {shown(cells)}")
+        yield f"{path}: line {line}", dict(zip(header, cells, strict=False))
 
 
-def csv_lines(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row, header or not. Raises UserError."""
-    line = 0
+def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and the cells of each row that is not blank, header or not.
+
+    Where commas separate the cells, quotation marks enclose a cell and are doubled inside it. A mark that is not closed
+    is an error, and rows that go over several lines are reported. Where tabs separate them, a row is a line, and
+    quotation marks are ordinary characters, except around a cell in which they are doubled; but a file whose first line
+    begins with a quotation mark is read as if it had commas.
+    """
+    line = 0  # the last one of the rows so far
+    first_long, num_long = 0, 0  # rows of several lines
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
-            for row in reader:
+            quoted = delimiter == "," or file.read(1) == '"'
+            file.seek(0)
+            how: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
+            reader = csv.reader(file, delimiter=delimiter, strict=True, **how)
+            for cells in reader:
+                if reader.line_num - line > 1:
+                    first_long, num_long = first_long or line + 1, num_long + 1
                 line = reader.line_num
-                yield line, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"no row of a table ({error})"
-        raise UserError(f"{path}: after line {line}: {what}") from None
+                if any(map(str.strip, cells)):
+                    yield line, cells if quoted else [_without_quotes(cell) for cell in cells]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: after line {line}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: line {line + 1}: cannot be read as a row ({error}); a quotation mark that opens a cell must be "
+            "closed at its end, and those inside must be doubled"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if num_long:
+        _warn_once(
+            f"{path}: {num_long:,} rows go over several lines, because a quotation mark opens a cell; the first begins "
+            f"in line {first_long}"
+        )
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line. Raises UserError."""
+def json_lines(path: Path) -> Iterator[Row]:
+    """Yield the objects of a file of JSON Lines."""
     line = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line, text in enumerate(file, start=1):
                 if text.strip():
                     where = f"{path}: line {line}"
-                    yield line, expect(where, parse_json(text, where), dict, "an object {…} a line")
+                    yield where, expect(where, parse_json(text, where), dict, "an object in each line")
     except UnicodeDecodeError:
         raise UserError(f"{path}: after line {line}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def json_list(path: Path, content: Any = None, name: str = "") -> Iterator[Row]:
+    """Yield the objects of a JSON list: of the file, or `content`, which is called `name` in it."""
+    place = f"{path}: {name}" if name else str(path)
+    entries = expect(place, read_json(path) if content is None else content, list, "a list of objects")
+    for number, entry in enumerate(entries, start=1):
+        where = f"{place}{',' if name else ':'} entry {number}"
+        yield where, expect(where, entry, dict, "an object")
+
+
+def json_object(path: Path, content: Any = None) -> Iterator[tuple[str, str, Any]]:
+    """Yield place, name and value of what a JSON object of videos holds: of the file, or `content`."""
+    videos = expect(str(path), read_json(path) if content is None else content, dict, "an object of videos")
+    for name, value in videos.items():
+        yield f"{path}: video {name!r}", expect(f"{path}: {name!r}", name, str, "the name of a video"), value
+
+
 def read_ids(path: Path) -> list[str]:
-    """The ids of a list, each once, in its order: JSON, a csv with a column `video_id`, or one a line."""
+    """Return the ids of a list, each once, in its order: a JSON list, a CSV with a column video_id, or one a line."""
     if path.suffix.lower() == ".json":
         content = expect(str(path), read_json(path), list, "a list of ids")
         ids = [expect(f"{path}: id {row}", value, str, "a text") for row, value in enumerate(content, start=1)]
     else:
-        rows = [(line, row) for line, row in csv_lines(path) if any(map(str.strip, row))]
-        column = rows[0][1].index("video_id") if rows and "video_id" in rows[0][1] else None
-        for line, row in rows:
-            if len(row) > 1 and (column is None or column >= len(row)):
-                raise UserError(f"{path}: line {line}: expected one id a line, or a column video_id, got {shown(row)}")
-        ids = [row[column or 0] for _, row in rows[column is not None :]]
+        rows = list(csv_cells(path))
+        if rows and "video_id" in rows[0][1]:
+            ids = [row["video_id"] for _, row in csv_rows(path, ["video_id"])]
+        elif wrong := [row for row in rows if len(row[1]) > 1]:
+            line, cells = wrong[0]
+            raise UserError(f"{path}: line {line}: expected one id a line, or a column video_id, got {shown(cells)}")
+        else:
+            ids = [cells[0] for _, cells in rows]
     found = list(dict.fromkeys(text for name in ids if (text := name.strip())))
     if not found:
         raise UserError(f"{path}: holds no id; expected one a line")
     return found
 
 
-def expect(where: str, value: Any, kind: type[Any] | tuple[type[Any], ...], words: str) -> Any:
-    """The value, if it is of that kind; else a UserError that says in `words` what was expected."""
+def read_plain_pickle(path: Path) -> Any:
+    """Return what a pickle of lists, dicts, text and numbers holds. A pickle that asks for any code is refused."""
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file, encoding="utf-8").load()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes lead to
+        raise UserError(
+            f"{path}: expected a pickle of plain lists, dicts and text ({error}); nothing was run"
+        ) from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickling calls what the file names; here it may name nothing."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to something outside the file")
+
+
+def expect(where: str, value: Any, kind: Kind, words: str) -> Any:
+    """Return the value if it is of that kind. Raise a UserError that says in `words` what was expected if not."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"{where}: expected {words}, got {shown(value)}")
     return value
 
 
-def member(where: str, entry: dict[str, Any], key: str, kind: type[Any] | tuple[type[Any], ...], words: str) -> Any:
-    """`entry[key]`, if it is there and of that kind. Raises UserError."""
-    if key not in entry:
-        raise UserError(f"{where}: expected {key!r} ({words}), got only {', '.join(map(repr, entry)) or 'nothing'}")
-    return expect(f"{where}: {key!r}", entry[key], kind, words)
+def member(where: str, row: dict[str, Any], key: str, kind: Kind = str, words: str = "a text") -> Any:
+    """Return `row[key]` if it is there and of that kind. Raises UserError."""
+    if key not in row:
+        raise UserError(f"{where}: expected {key!r} ({words}), got only {', '.join(map(repr, row)) or 'nothing'}")
+    return expect(f"{where}: {key!r}", row[key], kind, words)
 
 
 def texts(where: str, value: Any) -> list[str]:
-    """A list of texts. Raises UserError."""
-    expect(where, value, list, "a list of texts")
+    """Return a text, or a list of texts, as a list. Raises UserError."""
+    if isinstance(value, str):
+        return [value]
+    expect(where, value, list, "a text or a list of texts")
     return [expect(f"{where}: caption {row}", text, str, "a text") for row, text in enumerate(value, start=1)]
 
 
 def seconds(where: str, value: Any) -> float:
-    """A number of seconds from 0 up, as a number or written out. Raises UserError."""
+    """Return a number of seconds from 0 up, given as a number or a text. Raises UserError."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -138,21 +195,40 @@ def seconds(where: str, value: Any) -> float:
     return number
 
 
-def cut(where: str, start: Any, end: Any) -> tuple[float, float]:
-    """Start and end of something that lasts. Raises UserError."""
-    first, last = seconds(f"{where}: start", start), seconds(f"{where}: end", end)
-    if first >= last:
-        raise UserError(f"{where}: expected an end after the start, got {first:g} to {last:g} seconds")
-    return first, last
+def time_span(where: str, pair: Any) -> tuple[float, float]:
+    """Return [start, end] in seconds, from 0 up, as a tuple. Raises UserError."""
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise UserError(f"{where}: expected [start, end] in seconds, got {shown(pair)}")
+    return seconds(where, pair[0]), seconds(where, pair[1])
 
 
-def without_extension(name: str) -> tuple[str, str | None]:
-    """`a.b.MP4` -> `a.b`, `mp4`; what is no video file's name stays, since ids have dots too."""
-    found = _VIDEO_FILE.fullmatch(name)
-    return (found[1], found[2].lower()) if found else (name, None)
+def cut(where: str, pair: Any) -> tuple[float, float]:
+    """Return a time span that lasts. Raises UserError."""
+    start, end = time_span(where, pair)
+    if start >= end:
+        raise UserError(f"{where}: expected an end after the start, got {start:g} to {end:g} seconds")
+    return start, end
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value, for a message."""
+    """Return the beginning of a value, for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _without_quotes(cell: str) -> str:
+    """Return a cell as programs meant it that quote a cell only where it holds quotation marks."""
+    return cell[1:-1].replace('""', '"') if _DOUBLED.fullmatch(cell) else cell
+
+
+def _begins_as_list(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return file.read(1000).lstrip().startswith("[")
+    except OSError:  # reading the file will tell the reason
+        return False
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)

@@ -1,0 +1,495 @@
+"""The formats in which data sets are published: for each, the files and flags that it needs, and how it is read.
+
+Most formats are a function that makes clips of the rows of one file, and `_reader` does the rest: there is a file for
+each split, or one file of all clips, of which a split takes those that a list names or that say so themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from adaclip_finetune.data.annotations import check_name
+from adaclip_finetune.data.formats.clips import SPLITS, SourceClip, SourceSplit, merged
+from adaclip_finetune.data.formats.reading import (
+    csv_cells,
+    csv_rows,
+    cut,
+    expect,
+    json_lines,
+    json_list,
+    json_object,
+    member,
+    read_ids,
+    read_plain_pickle,
+    seconds,
+    shown,
+    table_rows,
+    texts,
+    time_span,
+)
+from adaclip_finetune.data.names import canonical, split_extension
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import read_json
+
+Options = Mapping[str, Any]  # the values of a format's flags by name (`train_ids`), None or False where not given
+Splits = dict[str, SourceSplit]
+
+
+@dataclass(frozen=True)
+class FormatFlag:
+    """A flag of `adaclip convert FORMAT`. Its value is a file, the name of a column, a switch, or one of `choices`."""
+
+    name: str
+    help: str
+    kind: Literal["file", "column", "switch", "choice"] = "file"
+    required: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: what `--help` says of it, its flags, and the function that reads it, which raises UserError."""
+
+    help: str
+    flags: tuple[FormatFlag, ...]
+    read: Callable[[Options], Splits]
+
+
+# ---- what formats share ----
+
+_SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+_CUT_FROM = re.compile(r"(.+)_(\d+)_(\d+)", re.ASCII | re.DOTALL)
+
+
+def _reader(
+    clips: Callable[[Path, Options], Iterable[SourceClip]],
+    data_flag: str = "data",
+    prefix: str = "",
+    merge: Callable[[Iterable[SourceClip]], SourceSplit] = merged,
+) -> Callable[[Options], Splits]:
+    """Return the function that reads a format, of which `clips` reads one file.
+
+    If `data_flag` names a file of all clips, --train and so on are lists of them. If each split has a file of its own,
+    --train-ids and so on are lists. Names in a list may have `prefix` in front or not.
+    """
+
+    def read(options: Options) -> Splits:
+        files, lists, data = _given(options), _given(options, "_ids"), options.get(data_flag)
+        if data is None and not files:
+            flags = [data_flag] * (data_flag in options) + list(SPLITS)
+            raise UserError(f"nothing to convert: give at least one of {', '.join(f'--{flag} FILE' for flag in flags)}")
+        if lost := [split for split in lists if split not in files]:
+            raise UserError(f"--{lost[0]}-ids needs the captions, too: --{lost[0]} FILE")
+        if data is None:
+            splits = {split: merge(clips(path, options)) for split, path in files.items()}
+            return splits | {split: _chosen(splits[split], ids, prefix) for split, ids in lists.items()}
+        if files:
+            whole = merge(clips(data, options))
+            return {split: _chosen(whole, ids, prefix) for split, ids in files.items()}
+        rows: dict[str, list[SourceClip]] = {}
+        split_of: dict[str, str] = {}
+        for clip in clips(data, options):
+            split = split_of[clip.video] = _split_named(clip, split_of.get(clip.video))
+            rows.setdefault(split, []).append(clip)
+        return {split: merge(of_split) for split, of_split in rows.items()}
+
+    return read
+
+
+def _given(options: Options, suffix: str = "") -> dict[str, Path]:
+    return {split: path for split in SPLITS if (path := options.get(split + suffix)) is not None}
+
+
+def _split_named(clip: SourceClip, before: str | None) -> str:
+    """Return the split that a row names, or that a row of the same video named before."""
+    if clip.split is None:
+        if before is None:
+            raise UserError(f"{clip.where}: names no split; give lists of videos: --train FILE --test FILE")
+        return before
+    if (split := _SPLIT_NAMES.get(clip.split.strip().lower())) is None:
+        raise UserError(f"{clip.where}: expected the split train, val or test, got {shown(clip.split)}")
+    return split
+
+
+def _chosen(source: SourceSplit, ids: Path, prefix: str = "") -> SourceSplit:
+    """Return the clips that a list names, in the order of the list.
+
+    A name in the list may have extensions, of which the outer one counts for the clip, and `prefix` in front or not.
+    """
+    known = {canonical(clip.video): clip for clip in source.clips}
+    chosen: dict[str, SourceClip] = {}
+    absent = []
+    for name in map(canonical, read_ids(ids)):
+        stem, extension = split_extension(name)
+        spellings = (name, f"{prefix}{name}", name.removeprefix(prefix), stem, split_extension(stem)[0])
+        video = next((spelling for spelling in spellings if spelling in known), None)
+        if video is None:
+            absent.append(name)
+        else:
+            chosen.setdefault(video, replace(known[video], extension=extension or known[video].extension))
+    return SourceSplit(list(chosen.values()), absent, source.duplicates)
+
+
+def _clip(where: str, row: dict[str, Any], video: str, captions: str, **facts: Any) -> SourceClip:
+    """Return the clip of a row, with its name under the key `video`, and a text or a list of texts under `captions`.
+
+    The extension of a video file at the end of the name becomes the extension of the clip.
+    """
+    name, extension = split_extension(str(member(where, row, video, (str, int))).strip())
+    sentences = texts(f"{where}: {captions!r}", member(where, row, captions, (str, list)))
+    return SourceClip(where, name, sentences, extension=extension, **facts)
+
+
+def _cut_clip(where: str, name: str, sentences: list[str]) -> SourceClip:
+    """Return the clip of a file `<YouTube id>_<start>_<end>`; the id may hold underscores, too."""
+    if (found := _CUT_FROM.fullmatch(name)) is None:
+        return SourceClip(where, name, sentences)
+    return SourceClip(where, name, sentences, duration=_length(int(found[2]), int(found[3])), group=found[1])
+
+
+def _length(start: float, end: float) -> float | None:
+    return round(float(end - start), 3) if end > start else None
+
+
+# ---- MSR-VTT (Xu et al., CVPR 2016), with its own splits or those of lists (1k-A: Yu et al., ECCV 2018) ----
+
+_YOUTUBE = re.compile(r"(?:[?&]v=|youtu\.be/)([\w-]{11})")
+
+
+def _read_msrvtt(options: Options) -> Splits:
+    splits = _reader(_msrvtt_clips)(options)
+    for split, path in _given(options).items():
+        if options["data"] is not None and _has_captions(path):
+            known = {clip.video: clip for clip in splits[split].clips}
+            splits[split] = merged(_msrvtt_captions(path))
+            for clip in splits[split].clips:
+                clip.duration, clip.group = known.get(clip.video, clip).duration, known.get(clip.video, clip).group
+    return splits
+
+
+def _has_captions(path: Path) -> bool:
+    return "sentence" in next(csv_cells(path), (0, []))[1]
+
+
+def _msrvtt_captions(path: Path) -> Iterator[SourceClip]:
+    """Yield the rows of a list of ids with a column `sentence`, which is used in place of the captions."""
+    for where, row in csv_rows(path, ["video_id", "sentence"]):
+        yield _clip(where, row, "video_id", "sentence")
+
+
+def _msrvtt_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield the clips of MSRVTT_data.json or MSR_VTT.json. Times are those in the source video, not in the clip."""
+    if path != options["data"]:
+        if not _has_captions(path):
+            raise UserError(f"{path}: has no column sentence: the captions come from --data MSRVTT_data.json")
+        yield from _msrvtt_captions(path)
+        return
+    content = expect(str(path), read_json(path), dict, "an object {videos, sentences} or {annotations}")
+    key, video_key = ("sentences", "video_id") if "sentences" in content else ("annotations", "image_id")
+    if key == "sentences":
+        for where, row in json_list(path, member(str(path), content, "videos", list, "a list of videos"), "videos"):
+            clip = SourceClip(where, member(where, row, "video_id"), [])
+            clip.split = str(row["split"]) if "split" in row else None
+            if isinstance(url := row.get("url"), str) and url.strip():
+                clip.group = found[1] if (found := _YOUTUBE.search(url)) else url
+            if "start time" in row and "end time" in row:
+                clip.duration = _length(*time_span(where, [row["start time"], row["end time"]]))
+            yield clip
+    captions = member(str(path), content, key, list, f"a list of {{{video_key}, caption}}")
+    for where, row in json_list(path, captions, key):
+        yield SourceClip(where, member(where, row, video_key), [member(where, row, "caption")])
+
+
+# ---- MSVD (Chen and Dolan, ACL 2011): lists of ids, and a pickle {id: [[token, …], …]} ----
+
+
+def _msvd_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    for where, name, captions in json_object(path, read_plain_pickle(path)):
+        sentences = []
+        for row, tokens in enumerate(expect(where, captions, list, "a list of captions"), start=1):
+            here = f"{where}: caption {row}"
+            words = expect(here, tokens, (list, tuple), "a list of tokens")
+            sentences.append(" ".join(expect(here, word, str, "a text") for word in words))
+        yield _cut_clip(where, name, sentences)
+
+
+# ---- ActivityNet Captions (Krishna et al., ICCV 2017): {"v_<id>": {duration, timestamps, sentences}} ----
+
+
+def _activitynet_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    for where, video, entry in json_object(path):
+        expect(where, entry, dict, "an object {duration, timestamps, sentences}")
+        clip = SourceClip(where, video, texts(where, member(where, entry, "sentences", list)), paragraph=True)
+        if "timestamps" in entry:
+            pairs = member(where, entry, "timestamps", list, "a list of [start, end]")
+            clip.timestamps = [time_span(f"{where}: timestamp {row}", pair) for row, pair in enumerate(pairs, start=1)]
+            if (got := len(pairs)) != (needed := len(clip.sentences)):
+                raise UserError(f"{where}: expected a timestamp for each sentence, got {got} for {needed}")
+        if "duration" in entry:
+            clip.duration = seconds(f"{where}: 'duration'", entry["duration"])
+        yield clip
+
+
+# ---- DiDeMo (Hendricks et al., ICCV 2017): [{annotation_id, video, description, times}] ----
+
+SEGMENT_SECONDS = 5.0
+
+
+def _didemo_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield descriptions, each ending in a full stop. Those of a video, in their order, are a paragraph."""
+    for where, row in json_list(path):
+        key, text = member(where, row, "annotation_id", (int, str)), member(where, row, "description").strip()
+        clip = _clip(where, row, "video", "description", paragraph=True, key=key)
+        clip.sentences = [text if not text or text.endswith(".") else f"{text}."]
+        clip.timestamps = [_didemo_time(where, member(where, row, "times", list, "a list of [first, last] segment"))]
+        yield clip
+
+
+def _didemo_time(where: str, times: list[Any]) -> tuple[float, float]:
+    """Return the seconds that most annotators chose, the earlier answer at a tie."""
+    for pair in times or [None]:
+        good = isinstance(pair, list) and len(pair) == 2 and all(type(segment) is int for segment in pair)
+        if not good or not 0 <= pair[0] <= pair[1]:
+            raise UserError(f"{where}: 'times': expected [first, last] segment, counted from 0, got {shown(pair)}")
+    [((first, last), _)] = Counter(map(tuple, times)).most_common(1)
+    return first * SEGMENT_SECONDS, (last + 1) * SEGMENT_SECONDS
+
+
+# ---- YouCook2 (Zhou et al., AAAI 2018): {"database": {id: {subset, recipe_type, annotations: [{id, segment}]}}} ----
+
+
+def _youcook2_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield a clip `training/101/<id>_<n>` of each annotated segment, cut out of the file `training/101/<id>`."""
+    content = expect(str(path), read_json(path), dict, "an object {database}")
+    for where, video, entry in json_object(path, member(str(path), content, "database", dict, "an object of videos")):
+        expect(where, entry, dict, "an object {subset, recipe_type, annotations}")
+        subset = member(where, entry, "subset")
+        file = f"{subset}/{member(where, entry, 'recipe_type', (str, int))}/{video}"
+        for here, part in json_list(Path(where), entry.get("annotations", []), "annotations"):
+            start, end = cut(f"{here}: 'segment'", member(here, part, "segment", list, "[start, end] in seconds"))
+            number, sentence = member(here, part, "id", (int, str), "a number"), member(here, part, "sentence")
+            yield SourceClip(here, f"{file}_{number}", [sentence], start=start, end=end, group=file, split=subset)
+
+
+# ---- LSMDC (Rohrbach et al., IJCV 2017): tab-separated, without a header ----
+
+_LSMDC_COLUMNS = ("clip_id", "start_aligned", "end_aligned", "start_extracted", "end_extracted", "sentence")
+_LSMDC_TIME = re.compile(r"(\d+)[.:](\d+)[.:](\d+)[.,:](\d{1,3})", re.ASCII)
+_LSMDC_TIMES_IN_ID = re.compile(r"_\d+\.\d+\.\d+\.\d+-\d+\.\d+\.\d+\.\d+$", re.ASCII)
+
+
+def _lsmdc_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield clips. Their times are those in the movie, since the published files are the clips."""
+    for line, cells in csv_cells(path, "\t"):
+        where = f"{path}: line {line}"
+        if len(cells) != len(_LSMDC_COLUMNS):
+            expected = f"expected 6 columns with tabs between them ({', '.join(_LSMDC_COLUMNS)})"
+            raise UserError(f"{where}: {expected}, got {len(cells)}: {shown(cells)}")
+        name, _, _, start, end, sentence = map(str.strip, cells)
+        movie = _LSMDC_TIMES_IN_ID.sub("", name)
+        duration = _length(_lsmdc_seconds(where, start), _lsmdc_seconds(where, end))
+        name = f"{movie}/{name}" if options["nested"] else name
+        yield SourceClip(where, name, [sentence], duration=duration, group=movie)
+
+
+def _lsmdc_seconds(where: str, text: str) -> float:
+    if (found := _LSMDC_TIME.fullmatch(text)) is None:
+        raise UserError(f"{where}: expected a time such as 00.01.59.370, got {shown(text)}")
+    return int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3]) + float(f"0.{found[4]}")
+
+
+# ---- VATEX (Wang et al., ICCV 2019): [{videoID, enCap, chCap}] for each split, or {id: [caption, …]} and lists ----
+
+
+def _vatex_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    key = {"en": "enCap", "zh": "chCap"}[options["language"] or "en"]
+    if path != options["data"]:
+        for where, row in json_list(path):
+            yield _cut_clip(where, member(where, row, "videoID"), texts(f"{where}: {key!r}", row.get(key, [])))
+    elif options["language"] is not None:
+        raise UserError(f"--language chooses between enCap and chCap; {path} has captions of one language")
+    else:
+        for where, name, captions in json_object(path):
+            yield _cut_clip(where, name, texts(where, captions))
+
+
+# ---- WebVid (Bain et al., ICCV 2021): CSV with up to ten million rows ----
+
+_ISO_DURATION = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?", re.ASCII)
+
+
+def _webvid_once(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield each video once; those with several rows come last.
+
+    The file is read twice, so that memory holds no rows, but 8 bytes for each.
+    """
+    import numpy as np
+
+    hashes = np.fromiter((hash(clip.video) for clip in _webvid_clips(path, options)), np.int64)
+    hashes.sort()
+    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    later = []
+    for clip in _webvid_clips(path, options):
+        if hash(clip.video) in repeated:
+            later.append(clip)
+        else:
+            yield clip
+    yield from merged(later).clips
+
+
+def _webvid_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    for where, row in csv_rows(path, ["videoid", "name", *(["page_dir"] if options["nested"] else [])]):
+        clip = _clip(where, row, "videoid", "name", duration=_webvid_seconds(where, row.get("duration", "")))
+        if options["nested"]:
+            clip.video = f"{row['page_dir']}/{clip.video}"
+        yield clip
+
+
+def _webvid_seconds(where: str, text: str) -> float | None:
+    """Return 15.0 for PT00H00M15S."""
+    if not text:
+        return None
+    found = _ISO_DURATION.fullmatch(text)
+    if found is None or not any(found.groups()):
+        raise UserError(f"{where}: expected a duration such as PT00H00M15S, got {shown(text)}")
+    days, hours, minutes, rest = (float(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+# ---- CLIP-ViP (Xue et al., ICLR 2023): JSON Lines of {clip_id, text} ----
+
+
+def _clipvip_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    return (_clip(where, row, "clip_id", "text") for where, row in json_lines(path))
+
+
+# ---- any table ----
+
+
+def _read_table(options: Options) -> Splits:
+    if (options["start"] is None) != (options["end"] is None):
+        raise UserError("--start and --end belong together: give both columns or none")
+    if (options["data"] is None) == (not _given(options)):
+        raise UserError("give either --data FILE --split COLUMN, or at least one of --train, --val and --test FILE")
+    if (options["data"] is None) != (options["split"] is None):
+        raise UserError("--data and --split belong together: a table of one split is given as --train, --val or --test")
+    return _reader(_table_clips)(options)
+
+
+def _table_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    video, captions, start, end, split = (
+        options[column] for column in ("video_column", "caption_column", "start", "end", "split")
+    )
+    for where, row in table_rows(path, [name for name in (video, captions, start, end, split) if name is not None]):
+        clip = _clip(where, row, video, captions, split=str(row.get(split)) if split is not None else None)
+        check_name(where, clip.video)
+        if start is not None:
+            clip.start, clip.end = cut(f"{where}: {start!r}, {end!r}", [row.get(start), row.get(end)])
+            clip.video, clip.group = f"{clip.video}_{clip.start:.10g}_{clip.end:.10g}", clip.video
+        yield clip
+
+
+# ---- the table of formats ----
+
+
+def _split_flags(what: str, suffix: str = "") -> tuple[FormatFlag, ...]:
+    return tuple(FormatFlag(f"--{split}{suffix}", f"{split}: {what}") for split in SPLITS)
+
+
+_IDS_HELP = "only the videos of this list; extensions in it replace those of the annotation"
+
+FORMATS = {
+    "msrvtt": Format(
+        "MSR-VTT: MSRVTT_data.json or MSR_VTT.json, and lists such as MSRVTT_train.9k.csv and MSRVTT_JSFUSION_test.csv",
+        (
+            FormatFlag("--data", "MSRVTT_data.json or MSR_VTT.json: the captions"),
+            *_split_flags(
+                "list of video ids (CSV with a column video_id, or one a line; a column sentence is used as captions)"
+            ),
+        ),
+        _read_msrvtt,
+    ),
+    "msvd": Format(
+        "MSVD: raw-captions.pkl, and train_list.txt, val_list.txt, test_list.txt",
+        (
+            FormatFlag("--captions", "raw-captions.pkl; nothing in it is run", required=True),
+            *_split_flags("list of video ids, one a line"),
+        ),
+        _reader(_msvd_clips, data_flag="captions"),
+    ),
+    "activitynet": Format(
+        "ActivityNet Captions: train.json, val_1.json, val_2.json, and lists of ids",
+        (
+            *_split_flags("train.json, val_1.json or val_2.json"),
+            *_split_flags(f"{_IDS_HELP}; with or without v_", "-ids"),
+        ),
+        _reader(_activitynet_clips, prefix="v_"),  # an id may begin with v_ itself
+    ),
+    "didemo": Format(
+        "DiDeMo: train_data.json, val_data.json, test_data.json, and lists of videos",
+        (*_split_flags("train_data.json, val_data.json or test_data.json"), *_split_flags(_IDS_HELP, "-ids")),
+        _reader(_didemo_clips),
+    ),
+    "youcook2": Format(
+        "YouCook2: youcookii_annotations_trainval.json",
+        (FormatFlag("--data", "youcookii_annotations_trainval.json: all splits", required=True),),
+        _reader(_youcook2_clips),
+    ),
+    "lsmdc": Format(
+        "LSMDC: LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictest.csv",
+        (
+            *_split_flags("six columns with tabs between them, of which the last is the sentence"),
+            FormatFlag(
+                "--nested", "name clips as the archive has its files: <movie>/<clip_id>, not <clip_id>", "switch"
+            ),
+        ),
+        _reader(_lsmdc_clips),
+    ),
+    "vatex": Format(
+        "VATEX: vatex_training_v1.0.json, vatex_validation_v1.0.json, …; or ref_captions.json and lists",
+        (
+            *_split_flags("list of {videoID, enCap, chCap}; with --data a list of ids, one a line"),
+            FormatFlag("--data", "ref_captions.json: {id: [caption, …]}"),
+            FormatFlag("--language", "en: enCap (default), zh: chCap", "choice", choices=("en", "zh")),
+        ),
+        _reader(_vatex_clips),
+    ),
+    "webvid": Format(
+        "WebVid: results_2M_train.csv or results_10M_train.csv, results_2M_val.csv",
+        (
+            *_split_flags("CSV with the columns videoid and name; duration and page_dir are used if they are there"),
+            FormatFlag(
+                "--nested", "name clips as downloads lay them out: <page_dir>/<videoid>, not <videoid>", "switch"
+            ),
+        ),
+        _reader(_webvid_once, merge=SourceSplit),
+    ),
+    "clipvip": Format(
+        "CLIP-ViP's files: JSON Lines of {clip_id, text}",
+        _split_flags("JSON Lines of {clip_id, text}"),
+        _reader(_clipvip_clips),
+    ),
+    "table": Format(
+        "any table (CSV, TSV, JSON list or JSON Lines) with a video and a caption in each row",
+        (
+            FormatFlag("--data", "one table of all splits, told apart by --split"),
+            *_split_flags("a table of its own (.csv; .tsv or .txt with tabs; .json with a list; .jsonl)"),
+            FormatFlag(
+                "--video-column", "names of videos, or paths below the folder of videos", "column", required=True
+            ),
+            FormatFlag("--caption-column", "captions; in JSON also lists of them", "column", required=True),
+            FormatFlag("--start", "column of the second at which the clip begins in the video", "column"),
+            FormatFlag("--end", "column of the second at which it ends", "column"),
+            FormatFlag("--split", "column of train, val or test (validation, dev and so on, too)", "column"),
+        ),
+        _read_table,
+    ),
+}

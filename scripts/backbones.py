@@ -3,10 +3,11 @@
     python scripts/backbones.py                 all of them
     python scripts/backbones.py PE-Core-B-16:meta SigLIP2
 
-Nothing is downloaded: weights are random, and each model is built with one block a tower (and a vocabulary of at most
-49,408 words) under its own name, with its own structure, names of tensors, preprocessing and loss. A file stands in for
-what the hub would give. What is asked of each: it loads by name, by file and by folder; its tokenizer and preprocessing
-are its own; one training step with BitFit, with LoRA and with full finetuning; evaluation; an index; export.
+Nothing is downloaded: weights are random, and each model is built under its own name with one block in each tower and a
+vocabulary of at most 49,408 words; structure, names of tensors, preprocessing and loss are its own. A file takes the
+place of what the hub would give. Each model must load by name, by file and by folder, have its own tokenizer and
+preprocessing, take a training step with BitFit, with LoRA and with full finetuning, and be evaluated, indexed and
+exported.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from adaclip_finetune import load_retriever
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.export import export
 from adaclip_finetune.model.vit import text_linears, vision_view
-from adaclip_finetune.search.retriever import load_retriever
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
 
@@ -74,7 +75,7 @@ COLUMNS = ["size", "text", "loss", "blockwise towers", "BitFit", "LoRA", "full",
 
 
 def main() -> int:
-    """Print the table; the exit code is 1 if one of the backbones failed."""
+    """Print the table; return the exit code 1 if one of the backbones failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="backbones whose name contains one of these; default: all")
     names = parser.parse_args().names or [""]
@@ -95,7 +96,7 @@ def main() -> int:
 
 
 def try_out(backbone: str, folder: Path) -> dict[str, str]:
-    """The row of a backbone. Raises for what should work and does not."""
+    """Return the row of a backbone. Raise an error if something that should work does not."""
     data = _write_data(folder)
     with shrunk(backbone, folder) as weights:
         base = load_config(None, {**data, "clip_backbone": backbone})
@@ -151,7 +152,7 @@ def try_out(backbone: str, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def shrunk(backbone: str, folder: Path) -> Iterator[Path]:
-    """Within it, open_clip builds this backbone with one block a tower; the file given is what the hub gives for it."""
+    """Let open_clip build this backbone with one block in each tower, and take the yielded file for the hub's."""
     name, _ = _name_and_tag(backbone)
     weights = folder / "weights.safetensors"
     configs = {}
@@ -186,7 +187,7 @@ def _name_and_tag(backbone: str) -> tuple[str, str]:
 
 
 def _methods(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """The methods to try. LoRA goes where there are transformer blocks."""
+    """Return the methods to try. LoRA is put into the towers that have transformer blocks."""
     where = {"image": _works(lambda: vision_view(module)), "text": _works(lambda: text_linears(module))}
     towers = [tower for tower, works in where.items() if works == "yes"]
     lora: dict[str, Any] = {"rank": 2} | ({} if len(towers) == 2 else {"towers": towers[0]})
@@ -223,7 +224,7 @@ def _moved(state: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> l
 
 
 def _write_data(folder: Path) -> dict[str, Any]:
-    """Four videos of four frames, as images, and the settings of a run on them."""
+    """Write four videos of four frames as images; return the settings of a run on them."""
     annotation = {}
     for number, (caption, colour) in enumerate(zip(CAPTIONS, [(220, 30, 30), (30, 200, 40), (30, 40, 220), (99,) * 3],
                                                    strict=True)):  # fmt: skip
@@ -256,7 +257,7 @@ def _write_data(folder: Path) -> dict[str, Any]:
 
 
 def _clip(folder: Path) -> Path:
-    """A short video file."""
+    """Write a short video file."""
     import av
 
     path = folder / "clip.mp4"
@@ -271,7 +272,7 @@ def _clip(folder: Path) -> Path:
 
 
 def _write_tokenizer(folder: Path) -> Path:
-    """Files of a Hugging Face tokenizer, which stand in for a backbone's own: a number a word."""
+    """Write files of a Hugging Face tokenizer in place of a backbone's own, with one token per word."""
     if not folder.is_dir():
         special = ["<s>", "<pad>", "</s>", "<unk>"]
         vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}

@@ -1,4 +1,4 @@
-"""Checkpoints as other systems write them, and files that attack whoever opens them."""
+"""Checkpoints as other systems write them, and files that attack the program that opens them."""
 
 import os
 import pickle
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# As OpenAI's files have them beside the tensors.
+# Entries of OpenAI's files that are not weights.
 NUMBERS = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
 
 
 class EasyDict(dict):
-    """Pickles as easydict's class of this name does: a dict of items, with an attribute for each beside it."""
+    """A dict that pickles as easydict.EasyDict does, with an attribute for each item."""
 
     __module__ = "easydict"
 
@@ -31,7 +31,7 @@ class EasyDict(dict):
 
 @contextmanager
 def easydict_installed() -> Iterator[None]:
-    """What pickle needs in order to write the class by its name; gone when the file is read."""
+    """Let pickle write the class by its name; the module is gone when the file is read."""
     assert "easydict" not in sys.modules
     module = ModuleType("easydict")
     module.EasyDict = EasyDict  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def easydict_installed() -> Iterator[None]:
 
 
 def write_published(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any], zipped: bool = True) -> Path:
-    """A published AdaCLIP checkpoint, in torch's format or (`zipped=False`) the one before it."""
+    """Write a published AdaCLIP checkpoint in torch's format, or with `zipped=False` in torch's older one."""
     optimizer = {"state": {0: {"step": 7, "next_m": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
     content = {"arch": "AdaCLIP", "epoch": 4, "state_dict": dict(state), "optimizer": optimizer}
     with easydict_installed():
@@ -52,7 +52,7 @@ def write_published(path: Path, state: Mapping[str, Tensor], settings: Mapping[s
 
 
 class Holder(nn.Module):
-    """A module of the given tensors, nested as their names say."""
+    """A module with the given tensors, nested as in their names."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -67,12 +67,12 @@ class Holder(nn.Module):
 
 
 def write_jit(path: Path, state: Mapping[str, Tensor]) -> None:
-    """As OpenAI published CLIP: a TorchScript archive in float16, with three numbers among the tensors."""
+    """Write CLIP as OpenAI published it: a TorchScript archive in float16, with three numbers among the tensors."""
     torch.jit.script(Holder({n: t.half() for n, t in state.items()} | NUMBERS)).save(str(path))
 
 
 class Evil:
-    """Makes the folder `canary` when it is unpickled with the standard library."""
+    """An object that makes the folder `canary` when the standard library unpickles it."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -82,7 +82,7 @@ class Evil:
 
 
 def write_evil(path: Path, canary: Path, content: Mapping[str, Any], how: str) -> None:
-    """`content` and an `Evil` in it, as a torch zip, torch's older format, or a bare pickle of protocol 2 or 4."""
+    """Write `content` with an `Evil` in it: a torch zip, torch's older format, or a pickle of protocol 2 or 4."""
     evil = {**content, "evil": Evil(canary)}
     if how == "zip":
         torch.save(evil, path)

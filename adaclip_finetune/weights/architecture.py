@@ -1,15 +1,15 @@
-"""Which CLIP a set of weights is: told from the shapes of its tensors (OpenAI's names, Radford et al. 2021).
+"""Tell the architecture of a CLIP from the shapes of its tensors (OpenAI's names, Radford et al. 2021).
 
-Shapes do not show how many heads a block has nor which activation. So: the shapes of a model that OpenAI published mean
-that model, with quick-GELU; those of another model that open_clip knows mean that one; any other are taken for
-OpenAI's kind, a head for every 64 channels and quick-GELU. `clip_backbone` decides otherwise.
+Shapes show neither the number of attention heads nor the activation. Shapes of a model that OpenAI published are
+therefore taken for that model, with quick-GELU; shapes of another open_clip model for that one; and all others for a
+model with 64 channels per head and quick-GELU. The setting `clip_backbone` overrides this.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import open_clip
@@ -18,156 +18,107 @@ from torch import Tensor
 from adaclip_finetune.errors import UserError
 
 _HEAD_WIDTH = 64
-_RESNET_SHRINKS = 32
-_VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-
-
-class Shapes(NamedTuple):
-    """What the shapes of a CLIP show. A residual network has no patches, and its blocks are counted by stage."""
-
-    patch_size: int | None
-    image_size: int
-    vision_width: int
-    vision_layers: int | tuple[int, ...]
-    vision_hidden: int | None
-    text_width: int = 0
-    text_layers: int = 0
-    text_hidden: int = 0
-    context_length: int = 0
-    vocab_size: int = 0
-    embed_dim: int = 0
+_RESNET_STRIDE = 32
+# What open_clip's description of a model may hold if its tensors are laid out as OpenAI's are.
+_MODEL = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+_VISION = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
+_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 
 
 class Architecture(NamedTuple):
-    """open_clip's description of a CLIP, and its name there; None for one that open_clip has no name for."""
+    """open_clip's description of a CLIP, and its open_clip name (None for a model that open_clip does not have)."""
 
     model_cfg: dict[str, Any]
     name: str | None
 
 
-def shapes_of(state: Mapping[str, Tensor], source: str) -> Shapes:
-    """Read the shapes of CLIP's tensors. Raises UserError for what is not laid out as OpenAI's models are."""
+def architecture_of(state: Mapping[str, Tensor], source: str) -> Architecture:
+    """Return the model that these tensors are taken for, by the rules in the docstring of this module.
+
+    Raise UserError for tensors that are not laid out as OpenAI's are.
+    """
     try:
-        shapes = _vit(state) if "visual.class_embedding" in state else _resnet(state)
-        context_length, text_width = state["positional_embedding"].shape
-        return shapes._replace(
-            text_width=text_width,
-            text_layers=_count(state, r"transformer\.resblocks\.(\d+)\."),
-            text_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
-            context_length=context_length,
-            vocab_size=len(state["token_embedding.weight"]),
-            embed_dim=state["text_projection"].shape[1],
-        )
-    except (KeyError, ValueError, IndexError) as error:
+        model_cfg = _openai_like(state)
+    except (KeyError, ValueError, TypeError) as error:
+        why = f"there is no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{source}: the architecture cannot be told from these tensors, which are not laid out as OpenAI's CLIP is "
-            f"({type(error).__name__}: {error}); name it with clip_backbone (an open_clip name), or give a folder that "
-            "holds its config"
+            f"{source}: cannot tell the architecture from the tensors, which are not laid out as OpenAI's CLIP ({why}; "
+            f"the file holds, for example, {', '.join(sorted(state)[:3])}). Name the architecture with clip_backbone "
+            "(an open_clip name), or give a folder that holds its config"
         ) from error
+    sizes = sizes_of(model_cfg)
+    openai = [name for name in open_clip.list_openai_models() if name.endswith("-quickgelu")]
+    # `NAME` comes before `NAME-quickgelu`, since an open_clip model has GELU unless its name says otherwise.
+    for name in [*openai, *sorted(open_clip.list_models(), key=len)]:
+        if sizes_of(known := open_clip.get_model_config(name)) == sizes:
+            return Architecture(known, name)
+    return Architecture(model_cfg, None)
 
 
-def shapes_of_config(model_cfg: Mapping[str, Any]) -> Shapes | None:
-    """The shapes that open_clip's description of a model leads to; None for a tower that is not of OpenAI's kind."""
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    plain = _used(model_cfg) <= {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
-    if not plain or not _used(vision) <= _VISION_KEYS or not _used(text) <= _TEXT_KEYS:
+def sizes_of(model_cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the sizes that the tensors of a model show, or None for a model that is not laid out as OpenAI's are."""
+    sections = (model_cfg, _MODEL), (model_cfg["vision_cfg"], _VISION), (model_cfg["text_cfg"], _TEXT)
+    if any(key not in known and value not in (None, False) for part, known in sections for key, value in part.items()):
         return None
-    seen, read = open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)
-    resnet = isinstance(seen.layers, list | tuple)
-    if not isinstance(seen.image_size, int):
-        return None
-    return Shapes(
-        None if resnet else seen.patch_size,
-        seen.image_size,
-        seen.width,
-        tuple(seen.layers) if resnet else seen.layers,
-        None if resnet else int(seen.width * seen.mlp_ratio),
-        read.width,
-        read.layers,
-        int(read.width * read.mlp_ratio),
-        read.context_length,
-        read.vocab_size,
-        model_cfg["embed_dim"],
-    )
-
-
-def architecture_of(shapes: Shapes) -> Architecture:
-    """The model that has these shapes, as the head of this file says."""
-    for name in open_clip.list_openai_models():
-        if name.endswith("-quickgelu") and shapes == shapes_of_config(open_clip.get_model_config(name)):
-            return Architecture(open_clip.get_model_config(name), name)
-    # `name` comes before `name-quickgelu`: an open_clip model is GELU unless its name says otherwise.
-    for name in sorted(open_clip.list_models(), key=len):
-        if shapes == shapes_of_config(open_clip.get_model_config(name)):
-            return Architecture(open_clip.get_model_config(name), name)
-    return Architecture(_of_openai_kind(shapes), None)
-
-
-def differences(given: Shapes, found: Shapes) -> Iterator[str]:
-    """In words, what differs between two architectures: `patch_size 32, not 16`."""
-    for name, one, other in zip(Shapes._fields, given, found, strict=True):
-        if one != other:
-            yield f"{name} {_shown(one)}, not {_shown(other)}"
+    vision, text = open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]), open_clip.CLIPTextCfg(**model_cfg["text_cfg"])
+    resnet = isinstance(vision.layers, list | tuple)
+    return {
+        "embed_dim": model_cfg["embed_dim"],
+        "image_size": vision.image_size,
+        "patch_size": None if resnet else vision.patch_size,
+        "vision_width": vision.width,
+        "vision_layers": list(vision.layers) if resnet else vision.layers,
+        "vision_mlp": None if resnet else int(vision.width * vision.mlp_ratio),
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "text_width": text.width,
+        "text_layers": text.layers,
+        "text_mlp": int(text.width * text.mlp_ratio),
+    }
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """The `mlp_ratio` from which open_clip, rounding down, makes `hidden` again."""
+    """Return the `mlp_ratio` with which open_clip, which rounds down, builds an MLP of `hidden` channels."""
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
-def _used(section: Mapping[str, Any]) -> set[str]:
-    return {name for name, value in section.items() if value not in (None, False)}
-
-
-def _shown(value: int | tuple[int, ...] | None) -> str:
-    return "none" if value is None else str(value)
-
-
-def _vit(state: Mapping[str, Tensor]) -> Shapes:
-    width, _, patch_size, _ = state["visual.conv1.weight"].shape
-    image_size = patch_size * _grid(state["visual.positional_embedding"])
-    layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-    return Shapes(patch_size, image_size, width, layers, len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]))
-
-
-def _resnet(state: Mapping[str, Tensor]) -> Shapes:
-    image_size = _RESNET_SHRINKS * _grid(state["visual.attnpool.positional_embedding"])
-    layers = tuple(_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5))
-    return Shapes(None, image_size, len(state["visual.layer1.0.conv1.weight"]), layers, None)
+def _openai_like(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the description of a model of OpenAI's kind. Raise KeyError or ValueError for another layout."""
+    width, embed_dim = state["text_projection"].shape
+    text = {
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": len(state["token_embedding.weight"]),
+        "width": width,
+        "heads": max(width // _HEAD_WIDTH, 1),
+        "layers": _count(state, r"transformer\.resblocks\.(\d+)\."),
+        "mlp_ratio": mlp_ratio(len(state["transformer.resblocks.0.mlp.c_fc.weight"]), width),
+    }
+    if "visual.class_embedding" in state:
+        width, _, patch_size, _ = state["visual.conv1.weight"].shape
+        vision: dict[str, Any] = {
+            "image_size": patch_size * _grid(state["visual.positional_embedding"]),
+            "patch_size": patch_size,
+            "width": width,
+            "layers": _count(state, r"visual\.transformer\.resblocks\.(\d+)\."),
+            "head_width": min(_HEAD_WIDTH, width),
+            "mlp_ratio": mlp_ratio(len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]), width),
+        }
+    else:
+        vision = {
+            "image_size": _RESNET_STRIDE * _grid(state["visual.attnpool.positional_embedding"]),
+            "width": len(state["visual.layer1.0.conv1.weight"]),
+            "layers": [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5)],
+        }
+    return {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
 
 
 def _grid(positions: Tensor) -> int:
-    """Positions are those of a square of patches, and one of the class."""
+    """Return the side of the square of patches; one position more belongs to the class token."""
     side = math.isqrt(len(positions) - 1)
     if side**2 != len(positions) - 1:
-        raise ValueError(f"{len(positions)} positions are no square and one")
+        raise ValueError(f"{len(positions)} image positions are not a square plus one")
     return side
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
-
-
-def _of_openai_kind(shapes: Shapes) -> dict[str, Any]:
-    text_heads = max(shapes.text_width // _HEAD_WIDTH, 1)
-    return {
-        "embed_dim": shapes.embed_dim,
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": shapes.image_size,
-            "layers": shapes.vision_layers,
-            "width": shapes.vision_width,
-            "patch_size": shapes.patch_size,
-            "head_width": min(_HEAD_WIDTH, shapes.vision_width) if shapes.patch_size else _HEAD_WIDTH,
-            "mlp_ratio": mlp_ratio(shapes.vision_hidden or 0, shapes.vision_width),
-        },
-        "text_cfg": {
-            "context_length": shapes.context_length,
-            "vocab_size": shapes.vocab_size,
-            "width": shapes.text_width,
-            "heads": text_heads,
-            "layers": shapes.text_layers,
-            "mlp_ratio": mlp_ratio(shapes.text_hidden, shapes.text_width),
-        },
-    }

@@ -1,11 +1,11 @@
-"""What open_clip knows: names of architectures, tags of weights, folders. It builds the towers, without weights."""
+"""Names of open_clip's architectures and of their weights (tags), and towers built by open_clip without weights."""
 
 from __future__ import annotations
 
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from torch import nn
 
 from adaclip_finetune.errors import UserError
 
-# The names OpenAI gave its models.
+# The names that OpenAI gave its models.
 _OPENAI_NAMES = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 LOCAL_DIR = "local-dir:"
-"""How open_clip marks a folder where a name may stand."""
+"""The prefix with which open_clip takes a folder in place of a model name."""
 
 
 def resolve_backbone(clip_backbone: str) -> tuple[str, str | None]:
-    """`ViT-B/32` → ("ViT-B-32-quickgelu", "openai"); `name:tag` → (name, tag); `name` → (name, None).
+    """Return the open_clip name and tag: `ViT-B/32` → ("ViT-B-32-quickgelu", "openai"); `name` → (name, None).
 
-    Weights trained with quick-GELU get the architecture that has it, which open_clip keeps under a name of its own.
-    Raises UserError for a name or a tag that open_clip does not know.
+    Weights that were trained with quick-GELU get the architecture that has it, for which open_clip has a name of its
+    own. Raise UserError for a name or tag that open_clip does not know.
     """
     name, _, tag = clip_backbone.partition(":")
     tag = "openai" if clip_backbone in _OPENAI_NAMES else tag
@@ -48,105 +48,86 @@ def resolve_backbone(clip_backbone: str) -> tuple[str, str | None]:
     return name, tag
 
 
-def only_tag(name: str) -> str:
-    """The tag of a model that has weights of one kind. Raises UserError where one must be chosen, or none exists."""
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(name)
-    if len(tags) == 1:
-        return tags[0]
-    choice = f"write {name}:TAG with one of its tags, {_tags(name)}, or set" if tags else "there are none: set"
-    raise UserError(f"clip_backbone: {name} does not say which weights; {choice} clip_weights")
+def with_tag(clip_backbone: str) -> tuple[str, str]:
+    """Return the open_clip name and tag, the tag being the only one of the model if none is given.
 
-
-def describe(name: str) -> dict[str, Any]:
-    """open_clip's description of a named architecture, or of a folder. Raises UserError."""
-    try:
-        model_cfg: dict[str, Any] = open_clip.get_model_config(name)
-        # Filled with open_clip's defaults, to see that it is a description.
-        defaults_filled(model_cfg)
-    except Exception as error:  # all that a folder's config can hold
-        raise cannot_build(subject_of(name), error) from error
-    return model_cfg
-
-
-def defaults_filled(model_cfg: dict[str, Any]) -> object:
-    """What decides an architecture, with all defaults in: equal for descriptions that mean the same."""
-    rest = {key: value for key, value in model_cfg.items() if value}
-    vision, text = rest.pop("vision_cfg"), rest.pop("text_cfg")
-    return open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), rest
-
-
-def build_named(name: str, tag: str | None, device: str) -> nn.Module:
-    """The towers of a named architecture or a folder, random or (device meta) shapes alone. Raises UserError."""
-    # A file of weights does not say how its images were prepared; its tag does, or all tags of the architecture alike.
-    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(name)
-    preparations = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
-    alike = all(preparation == preparations[0] for preparation in preparations)
-    try:
-        return _created(name, device, preparations[0] if preparations and alike else None)
-    except Exception as error:  # all that a folder's config, or a library behind a tower, can lead to
-        raise cannot_build(subject_of(name), error) from error
-
-
-def build_described(model_cfg: dict[str, Any], preprocess: dict[str, Any], subject: str, device: str) -> nn.Module:
-    """The towers that open_clip's words describe; images are prepared as OpenAI's unless `preprocess` says otherwise.
-
-    Raises UserError, which begins with `subject`: the setting and its value.
+    Raise UserError if the model has several tags to choose from, or none.
     """
-    # open_clip builds every kind of model from a folder that holds its description.
+    name, tag = resolve_backbone(clip_backbone)
+    tags: list[str] = [tag] if tag else open_clip.list_pretrained_tags_by_model(name)
+    if len(tags) != 1:
+        choice = f"write {name}:TAG with one of its tags ({_tags(name)}), or set" if tags else "open_clip has none; set"
+        raise UserError(f"clip_backbone: {name} does not say which weights: {choice} clip_weights")
+    name, tag = resolve_backbone(f"{name}:{tags[0]}")
+    return name, tag or tags[0]
+
+
+def with_defaults(model_cfg: Mapping[str, Any]) -> object:
+    """Return open_clip's description of a model with its defaults filled in, so that equal architectures compare equal.
+
+    The result is None for a description that open_clip does not understand.
+    """
+    rest = {key: value for key, value in model_cfg.items() if value}
+    try:
+        return open_clip.CLIPVisionCfg(**rest.pop("vision_cfg")), open_clip.CLIPTextCfg(**rest.pop("text_cfg")), rest
+    except (KeyError, TypeError):
+        return None
+
+
+def preprocess_of(name: str, tag: str | None) -> dict[str, Any]:
+    """Return how images are preprocessed for a tag of a model; without a tag, for all its tags if they agree, else {}.
+
+    A file of weights does not say how its images were preprocessed, so that of the tags is assumed for it.
+    """
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(name)
+    found: list[dict[str, Any]] = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
+    return found[0] if found and all(preprocess == found[0] for preprocess in found) else {}
+
+
+def build(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], subject: str, device: str) -> nn.Module:
+    """Build the towers that open_clip's terms describe, with random weights, or shapes alone on the device `meta`.
+
+    Images are preprocessed as OpenAI's unless `preprocess` says otherwise. Raise UserError, beginning with `subject`
+    (a setting and its value), if open_clip cannot build them.
+    """
+    # From a folder with a description, open_clip builds every kind of model.
     with tempfile.TemporaryDirectory() as folder:
         described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
         try:
-            return _created(f"{LOCAL_DIR}{folder}", device, None)
-        except Exception as error:
+            (Path(folder) / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
+            with open_clip_silent(), torch.device(device):
+                module: nn.Module = open_clip.create_model(
+                    f"{LOCAL_DIR}{folder}", load_weights=False, pretrained_text=False, device=device
+                )
+        except Exception as error:  # whatever a config, or a library behind a tower, can lead to
             raise cannot_build(subject, error) from error
-
-
-def _created(name: str, device: str, preprocess: dict[str, Any] | None) -> nn.Module:
-    with open_clip_silent(), torch.device(device):
-        module: nn.Module = open_clip.create_model(
-            name,
-            load_weights=False,
-            pretrained_text=False,
-            pretrained_image=False,
-            precision="fp32",
-            device=device,
-            force_preprocess_cfg=preprocess,
-        )
     return module
 
 
-def subject_of(name: str) -> str:
-    """The setting and what it says, for a message: `clip_backbone: ViT-B-32`, `clip_weights: folder`."""
-    if name.startswith(LOCAL_DIR):
-        return f"clip_weights: {name.removeprefix(LOCAL_DIR)}"
-    return f"clip_backbone: {name}"
-
-
 def cannot_build(subject: str, error: Exception) -> UserError:
-    """open_clip, or a library behind it, cannot make the towers."""
+    """Return the error for towers that open_clip, or a library behind it, cannot build."""
     return UserError(f"{subject}: open_clip cannot build it: {type(error).__name__}: {error}")
 
 
 @contextmanager
 def open_clip_silent() -> Iterator[None]:
-    """Keep from the user what open_clip says through the root logger: that a module it made for us has no weights.
+    """Hide what open_clip logs, such as that a module that was built to be filled has no weights.
 
-    The logger is left as it was: without any handler, the first message would have given it one for good.
+    open_clip logs through the root logger, which would get a handler for good if it had none.
     """
+
+    def is_not_open_clip(record: logging.LogRecord) -> bool:
+        return "open_clip" not in Path(record.pathname).parts
+
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)
-    root.addFilter(_is_not_open_clip)
+    root.addFilter(is_not_open_clip)
     try:
         yield
     finally:
-        root.removeFilter(_is_not_open_clip)
+        root.removeFilter(is_not_open_clip)
         root.removeHandler(handler)
 
 
 def _tags(name: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-
-
-def _is_not_open_clip(record: logging.LogRecord) -> bool:
-    return "open_clip" not in Path(record.pathname).parts

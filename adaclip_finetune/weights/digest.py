@@ -1,4 +1,4 @@
-"""By which weights are known again."""
+"""A digest of weights, by which a checkpoint recognises the pretrained CLIP that it belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adaclip_finetune.weights.plain import plain_state
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the plain names, shapes and effective values of all weights."""
+    """Return the SHA-256 digest of the plain names, shapes and effective values of all weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(plain_state(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

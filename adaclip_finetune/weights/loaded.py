@@ -1,4 +1,4 @@
-"""A CLIP that was loaded, and how it is fed: pixels and token ids."""
+"""A CLIP that was loaded, its tokenizer, and what its text tower is like."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from adaclip_finetune.data.preprocess import ImageSpec
 
+LOGIT_BIAS = -10.0
+"""Initial bias of the logits for a CLIP without one (SigLIP, Zhai et al. 2023): most pairs do not match."""
+
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """The towers and how to feed them.
+    """CLIP's towers, how images and texts are prepared for them, and where they came from.
 
-    `tokenize(texts, max_len)` gives int64 (n, max_len), cut at max_len keeping the end token; a tower that needs its
-    whole context gets it padded to that. `count_cut(texts, max_len)` says how many texts lose words that way.
-    `description` is what a checkpoint keeps, so that the towers can be built again without the file they came from.
+    `tokenize(texts, max_len)` returns token ids (n, max_len), int64, cut at `max_len` but with the end token; they are
+    padded to the whole context for a tower that needs it. `count_cut(texts, max_len)` counts the texts that lose words.
+    `description` is what a checkpoint stores, so that the towers can be built without the file they came from.
     """
 
     module: nn.Module
@@ -31,17 +34,17 @@ class LoadedClip:
 
 
 class Tokenizer:
-    """Cuts captions at a length and keeps the end token of what is left.
+    """Turns captions into token ids of a given length, keeping the end token of a caption that is cut.
 
-    `encode(texts, length)` is open_clip's tokenizer: int64 (n, length), padded or cut. With `whole_context` the ids are
-    padded to `context_length`, for towers that look at the padding or count positions from the end.
+    `encode(texts, length)` is open_clip's tokenizer, which returns int64 ids (n, length). With `whole_context` the ids
+    are padded to `context_length`, for towers that attend to the padding or count positions from the end.
     """
 
     def __init__(self, encode: Callable[[list[str], int], Tensor], context_length: int, whole_context: bool) -> None:
         self.encode, self.context_length, self.whole_context = encode, context_length, whole_context
 
     def __call__(self, texts: Sequence[str], max_len: int) -> Tensor:
-        """int64 (n, max_len), or (n, context_length)."""
+        """Return int64 ids (n, max_len), or (n, context_length) with `whole_context`."""
         ids = self.encode(list(texts), max_len)
         if not self.whole_context or max_len == self.context_length:
             return ids
@@ -49,8 +52,8 @@ class Tokenizer:
         return torch.cat([ids, padding], dim=1)
 
     def count_cut(self, texts: Sequence[str], max_len: int) -> int:
-        """How many of the texts do not fit into max_len tokens."""
-        # Given one place more, what fits gains a padding, and what does not gains a token.
+        """Count the texts that have more than `max_len` tokens."""
+        # With room for one token more, a text that fits gains padding, and one that was cut gains a token.
         ids, longer = self.encode(list(texts), max_len), self.encode(list(texts), max_len + 1)
         cut = (longer[:, :-1] != ids).any(dim=1) | (longer[:, -1] != self._padding_id())
         return int(cut.sum())
@@ -59,12 +62,8 @@ class Tokenizer:
         return int(self.encode([""], self.context_length)[0, -1])
 
 
-LOGIT_BIAS = -10.0
-"""Where the bias of the logits begins for a CLIP that has none (SigLIP, Zhai et al. 2023): most pairs are wrong."""
-
-
 def ensure_logit_bias(clip: nn.Module) -> None:
-    """Give a CLIP without a `logit_bias` a new one, at its starting value; `has_new_logit_bias` tells of it."""
+    """Add a `logit_bias` at its initial value to a CLIP without one; `has_new_logit_bias` is then true."""
     if getattr(clip, "logit_bias", None) is None:
         scale = clip.logit_scale
         assert isinstance(scale, Tensor)
@@ -73,26 +72,27 @@ def ensure_logit_bias(clip: nn.Module) -> None:
 
 
 def has_new_logit_bias(clip: nn.Module) -> bool:
-    """Whether `logit_bias` is none that the CLIP was pretrained with: then it always learns with the sigmoid loss."""
+    """Return whether `logit_bias` was added by `ensure_logit_bias`; it then always learns with the sigmoid loss."""
     return getattr(clip, "logit_bias_is_new", False) is True
 
 
 def text_tower(clip: nn.Module) -> nn.Module:
-    """The module that holds token_embedding, transformer, ln_final …: CLIP itself (OpenAI's layout, `open_clip.CLIP`)
-    or its child `text` (`open_clip.CustomTextCLIP`)."""
+    """Return the module with the text tower's parts: CLIP itself (`open_clip.CLIP`, OpenAI's layout) or its child
+    `text` (`open_clip.CustomTextCLIP`)."""
     tower = getattr(clip, "text", clip)
     assert isinstance(tower, nn.Module)
     return tower
 
 
 def text_setting(clip: nn.Module, name: str) -> Any:
-    """`pool_type` or `eos_id` of the text tower, which a CLIP that is its own text tower keeps as `text_…`."""
+    """Return `pool_type` or `eos_id` of the text tower; `open_clip.CLIP` keeps them as `text_pool_type` and so on."""
     tower = text_tower(clip)
     return getattr(tower, f"text_{name}", getattr(tower, name, None))
 
 
 def pools_at_end_token(clip: nn.Module) -> bool:
-    """True for a causal text tower whose sentence is the output at the end token: what follows it cannot matter."""
+    """Return whether the text tower is causal and a sentence is its output at the end token, so that padding after the
+    end token has no effect."""
     tower = text_tower(clip)
     return (
         isinstance(getattr(tower, "attn_mask", None), Tensor)

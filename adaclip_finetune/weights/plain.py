@@ -1,7 +1,7 @@
-"""A module's tensors by their plain names and with their effective values, whatever parametrizations lie over them.
+"""The tensors of a module by plain name and with their effective values, with or without parametrizations.
 
-A weight W with torch parametrizations is kept as `parametrizations.W.original` and some tensors beside it; what a
-forward pass sees is computed from them. Checkpoints hold the result, under the name W.
+torch keeps a weight W that has parametrizations as `parametrizations.W.original` and further tensors, from which the
+effective W is computed in each forward pass. Checkpoints hold the effective value under the name W.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ORIGINAL = re.compile(r"(?P<module>.*\.|)parametrizations\.(?P<tensor>[^.]+)\.o
 
 
 def plain_name(name: str) -> str | None:
-    """The plain name of an entry of a state dict; None for one that belongs to a parametrization."""
+    """Return the plain name of an entry of a state dict; None for a tensor that a parametrization added."""
     if "parametrizations." not in name:
         return name
     match = _ORIGINAL.match(name)
@@ -28,7 +28,7 @@ def plain_name(name: str) -> str | None:
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the same module without parametrizations, their effect being in the values; detached."""
+    """Return the state dict of the module without its parametrizations, whose effect is in the values; detached."""
     state = {name: tensor for name, tensor in module.state_dict().items() if "parametrizations." not in name}
     with torch.no_grad():
         for prefix, part in module.named_modules():
@@ -39,9 +39,9 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module without parametrizations, with the effective values as its weights.
+    """Return a copy of the module without parametrizations, with the effective values as its weights.
 
-    A deep copy alone shares its parametrized classes, and with them torch's cache, with the module that was copied.
+    A deep copy alone shares the parametrized classes, and with them torch's cache, with the original.
     """
     twin = copy.deepcopy(module)
     for part in twin.modules():
@@ -56,16 +56,16 @@ def plain_copy(module: nn.Module) -> nn.Module:
 
 
 def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`, or raise UserError listing every tensor that is missing, unexpected or misshapen.
+    """Copy `state` into `module`. Raise UserError listing all tensors that are missing, unexpected or of another shape.
 
-    Plain names fill what parametrizations lie over, and leave these as they are; names as in `module.state_dict()` fill
-    both. A module on the meta device is only compared.
+    `state` has plain names, which fill the weights under parametrizations and leave these unchanged, or the names of
+    `module.state_dict()`, which fill both. A module on the meta device is compared but not filled.
     """
     own = module.state_dict()
     raw = any("parametrizations." in name for name in state)
     wanted = {name if raw else plain_name(name): name for name in own}
     wanted.pop(None, None)
-    # Batch counters are no weights, and old torchvision files lack them.
+    # Batch counters are not weights, and old torchvision files lack them.
     given = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | dict(state)
     problems = [f"missing: {name} {tuple(own[real].shape)}" for name, real in wanted.items() if name not in given]
     problems += [f"unexpected: {name} {tuple(given[name].shape)}" for name in given if name not in wanted]

@@ -1,18 +1,18 @@
-"""The towers: equal to an independent CLIP (transformers'), and what is left out cannot be told from the result."""
+"""CLIP's towers give what transformers' CLIP gives, and leaving out padding does not change the result."""
 
-import re
 from typing import Any
 
 import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import embedding_width, encode_images, text_blocks, text_positions
 from adaclip_finetune.model.text import ClipTextTower, check_words, encode_sentences, encode_words, trim_padding
+from adaclip_finetune.weights.huggingface import to_openai_names
 from adaclip_finetune.weights.loaded import pools_at_end_token, text_tower
 
 WIDTH = 40
@@ -21,42 +21,9 @@ TEXT = {"context_length": 20, "vocab_size": 49408, "width": 48, "heads": 3, "lay
 END = 49407
 IDS = open_clip.tokenize(["a red square", "two small blue circles meet, then one of them leaves", "it", "stars"], 20)
 
-FROM_HF = [
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
-    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
-    (r"^vision_model\.post_layernorm", "visual.ln_post"),
-    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
-    (r"^visual_projection\.weight", "visual.proj"),
-    (r"^text_projection\.weight", "text_projection"),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-]
-
-
-def openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of transformers' CLIPModel under OpenAI's names: projections transposed; q, k, v fused."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in FROM_HF:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor.T if name in ("visual.proj", "text_projection") else tensor
-    for name in [name for name in renamed if ".attn.q." in name]:
-        q, k, v = (renamed.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv")
-        renamed[name.replace(".q.", ".in_proj_")] = torch.cat([q, k, v])
-    return renamed
-
 
 def random_weights(module: nn.Module, seed: int = 0) -> None:
-    """Larger than an initialisation's, so that every part shows in the result."""
+    """Draw weights that are larger than initial ones, so that every part of the model shows in the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -67,35 +34,16 @@ def random_weights(module: nn.Module, seed: int = 0) -> None:
 
 @pytest.fixture(params=[True, False], ids=["quick_gelu", "gelu"])
 def pair(request: pytest.FixtureRequest) -> tuple[CLIPModel, open_clip.CLIP]:
-    """transformers' CLIP and open_clip's with the same random weights."""
-    activation = {"hidden_act": "quick_gelu" if request.param else "gelu"}
-    theirs = CLIPModel(
-        CLIPConfig(
-            projection_dim=WIDTH,
-            text_config={
-                "hidden_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 3,
-                "intermediate_size": 192,
-                "max_position_embeddings": 20,
-                "vocab_size": 49408,
-                "eos_token_id": END,
-                **activation,
-            },
-            vision_config={
-                "hidden_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "intermediate_size": 256,
-                "image_size": 48,
-                "patch_size": 16,
-                **activation,
-            },
-        )
-    ).eval()
+    """Return transformers' CLIP and open_clip's with the same random weights."""
+    activation: dict[str, Any] = {"hidden_act": "quick_gelu" if request.param else "gelu"}
+    text = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+    vision = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
+    text |= {"max_position_embeddings": 20, "vocab_size": 49408, "eos_token_id": END, **activation}
+    vision |= {"image_size": 48, "patch_size": 16, **activation}
+    theirs = CLIPModel(CLIPConfig(projection_dim=WIDTH, text_config=text, vision_config=vision)).eval()
     random_weights(theirs)
     ours = open_clip.CLIP(WIDTH, VISION, TEXT, quick_gelu=request.param).eval()
-    ours.load_state_dict(openai_names(theirs.state_dict()))
+    ours.load_state_dict(to_openai_names(theirs.state_dict(), "transformers"))
     return theirs, ours
 
 
@@ -178,14 +126,14 @@ def test_other_towers_use_their_whole_context(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_non_causal_clip_is_not_trimmed_either() -> None:
+def test_a_clip_of_openais_layout_without_causal_mask_is_not_trimmed_either() -> None:
     clip = open_clip.CLIP(WIDTH, VISION, {**TEXT, "no_causal_mask": True}).double().eval()
     assert trim_padding(clip, IDS) is IDS
     assert torch.equal(encode_sentences(clip, IDS), clip.encode_text(IDS))
 
 
 @torch.no_grad()
-def test_a_tower_that_also_gives_its_patches() -> None:
+def test_an_image_tower_that_also_returns_its_patches() -> None:
     pixels = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     plain, with_patches = custom({}), custom({}, output_tokens=True)
     assert torch.equal(encode_images(with_patches, pixels), encode_images(plain, pixels))

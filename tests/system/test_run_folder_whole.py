@@ -1,4 +1,4 @@
-"""A run folder is whole: copied elsewhere, its CLIP weights and its first place being gone, it does all that it did."""
+"""A run folder is whole: it works after it was copied elsewhere, without its first place and its CLIP weights."""
 
 import json
 import shutil
@@ -19,11 +19,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from adaclip_finetune import load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
-from adaclip_finetune.search.retriever import load_retriever
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.digest import weights_digest
 
@@ -33,16 +33,12 @@ WORDS += [*map(str, range(40)), "[EOS]"]
 
 
 def write_clip_with_words(folder: Path, seed: int = 0) -> None:
-    """An open_clip folder whose tokenizer is one of Hugging Face's, of these WORDS; the end token is the largest id."""
+    """Write an open_clip folder with a Hugging Face tokenizer of these WORDS; the end token is the largest id."""
     folder.mkdir()
-    model_cfg = {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
-        "text_cfg": {
-            "context_length": 24, "vocab_size": len(WORDS), "width": 64, "heads": 2, "layers": 2,
-            "hf_tokenizer_name": "of/this-test",
-        },
-    }  # fmt: skip
+    text = {"context_length": 24, "vocab_size": len(WORDS), "width": 64, "heads": 2, "layers": 2}
+    text["hf_tokenizer_name"] = "of/this-test"
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64}
+    model_cfg = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
     preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
     torch.manual_seed(seed)
@@ -64,13 +60,13 @@ RUNS = {
 
 
 class Moved(NamedTuple):
-    """`run` is the copy; `clip` is where the pretrained weights are now, and `was` where the run knew them."""
+    """A run that was moved."""
 
-    run: Path
-    clip: Path
-    was: Path
+    run: Path  # the copy
+    clip: Path  # where the pretrained weights are now
+    was: Path  # where they were in training
     index: Path  # made with the run before it moved
-    vectors: torch.Tensor  # of TEXTS, likewise
+    vectors: torch.Tensor  # of TEXTS, made with the run before it moved
     noted: dict[str, Any]
     project: Project
 
@@ -103,6 +99,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def with_other_values(clip: Path, copy: Path) -> Path:
+    """Copy CLIP weights of which only a value tells that they are others."""
+    shutil.copytree(clip, copy)
+    state = load_file(clip / "open_clip_model.safetensors")
+    state["logit_scale"] += 1e-3
+    save_file(state, copy / "open_clip_model.safetensors")
+    return copy
+
+
 def metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         return {name: json.loads(value) if value[0] == "{" else value for name, value in file.metadata().items()}
@@ -118,18 +123,32 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_it_is_evaluated(moved: Moved, tmp_path: Path) -> None:
     found = evaluated(moved.run, "--annot", moved.project["test_annot"], folder=tmp_path)
-    (row,) = found["rows"]  # zero-shot cannot be measured: the pretrained weights are not there
+    (row,) = found["rows"]  # there is no zero-shot row, since the pretrained weights are not there
     assert figures(row) == moved.noted["finetuned"]
     words = ["--annot", moved.project["test_annot"], "--clip_weights", moved.clip]
     zero_shot, row = evaluated(moved.run, *words, folder=tmp_path)["rows"]
     assert (figures(zero_shot), figures(row)) == (moved.noted["zero_shot"], moved.noted["finetuned"])
 
 
-def test_it_is_evaluated_by_train(moved: Moved, tmp_path: Path) -> None:
+def test_another_clip_in_the_place_of_its_own_changes_nothing_and_is_named(
+    moved: Moved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_other_values(moved.clip, tmp_path / "other")
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = [0.1, 0.1, 0.1]
+    config["model_cfg"]["quick_gelu"] = not config["model_cfg"].get("quick_gelu", False)
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    model = load_retriever(moved.run, clip_weights=str(other))
+    torch.testing.assert_close(model.encode_text(TEXTS), moved.vectors, rtol=0, atol=1e-6)
+    assert model.loaded.image == load_retriever(moved.run).loaded.image
     words = ["--do_inference", "--resume", str(moved.run / "best.safetensors"), "--output_dir", str(tmp_path / "out")]
+    words += ["--clip_weights", str(other)]
     assert main(["train", "--config", str(moved.run / "config.json"), *words]) == 0
+    told = capsys.readouterr().out
     (found,) = (tmp_path / "out").glob("*/*/metrics.json")
     assert json.loads(found.read_text()) == {"best.safetensors": moved.noted["finetuned"]}
+    digest = metadata(moved.run / "best.safetensors")["clip"]["digest"][:12]
+    assert str(other) in told and digest in told  # beside the reason why there is no zero-shot
 
 
 def test_it_makes_an_index_and_searches_the_old_one(moved: Moved, tmp_path: Path) -> None:
@@ -139,7 +158,7 @@ def test_it_makes_an_index_and_searches_the_old_one(moved: Moved, tmp_path: Path
     assert main(["search", str(moved.index), "a red thing", "--model", str(moved.run)]) == 0
     old, again = (load_file(folder / "vectors.safetensors")["vectors"] for folder in (moved.index, Path(new)))
     torch.testing.assert_close(again, old, rtol=0, atol=1e-6)
-    assert VideoIndex.load(new).about.fingerprint == VideoIndex.load(moved.index).about.fingerprint
+    assert VideoIndex.load(new).info.fingerprint == VideoIndex.load(moved.index).info.fingerprint
 
 
 def test_it_is_exported(moved: Moved, tmp_path: Path) -> None:
@@ -165,20 +184,13 @@ def test_it_is_trained_on_and_that_run_is_whole_too(moved: Moved, tmp_path: Path
     load_retriever(tmp_path / "third").encode_text(TEXTS)
 
 
-def test_its_files_tell_the_weights_that_it_began_with(moved: Moved) -> None:
-    pretrained = load_clip(load_config(None, {"clip_weights": str(moved.clip)})).module
-    for name in ("best", "adapter"):
-        clip = metadata(moved.run / f"{name}.safetensors")["clip"]
-        assert clip["source"] == str(moved.was / "open_clip_model.safetensors")
-        assert clip["digest"] == weights_digest(pretrained)
-        assert clip["pretrained"] is None  # not weights that open_clip can fetch
-
-
 def test_the_best_weights_need_only_a_tokenizer_that_is_not_clip_s(moved: Moved, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(moved.run / "best.safetensors", alone)
-    if (moved.run / "tokenizer").exists():
+    with_words = "hf_tokenizer_name" in metadata(moved.run / "best.safetensors")["clip"]["model_cfg"]["text_cfg"]
+    assert (moved.run / "tokenizer").exists() == with_words
+    if with_words:
         with pytest.raises(UserError, match=r"tokenizer.* copy the whole run folder"):
             load_retriever(alone / "best.safetensors")
         shutil.copytree(moved.run / "tokenizer", alone / "tokenizer")
@@ -186,55 +198,45 @@ def test_the_best_weights_need_only_a_tokenizer_that_is_not_clip_s(moved: Moved,
         torch.testing.assert_close(load_retriever(source).encode_text(TEXTS), moved.vectors, rtol=0, atol=1e-6)
 
 
-def test_only_the_other_tokenizer_lies_in_the_folder(moved: Moved) -> None:
-    with_words = "hf_tokenizer_name" in metadata(moved.run / "best.safetensors")["clip"]["model_cfg"]["text_cfg"]
-    assert (moved.run / "tokenizer").exists() == with_words
-
-
 def test_an_adapter_goes_over_the_weights_that_it_was_made_for(moved: Moved, tmp_path: Path) -> None:
     adapter = moved.run / "adapter.safetensors"
+    told = metadata(adapter)["clip"]
+    pretrained = load_clip(load_config(None, {"clip_weights": str(moved.clip)})).module
+    assert (told["source"], told["digest"]) == (
+        str(moved.was / "open_clip_model.safetensors"),
+        weights_digest(pretrained),
+    )
+    assert told["pretrained"] is None  # open_clip cannot fetch these weights
     assert adapter.stat().st_size < (moved.run / "best.safetensors").stat().st_size / 2
     model = load_retriever(adapter, clip_weights=str(moved.clip))
     torch.testing.assert_close(model.encode_text(TEXTS), moved.vectors, rtol=0, atol=1e-6)
     words = ["--annot", moved.project["test_annot"], "--clip_weights", moved.clip]
     zero_shot, row = evaluated(adapter, *words, folder=tmp_path)["rows"]
     assert (figures(zero_shot), figures(row)) == (moved.noted["zero_shot"], moved.noted["finetuned"])
+    words = ["--format", "open_clip", "-o", str(tmp_path / "exported"), "--clip_weights", str(moved.clip)]
+    assert main(["export", str(adapter), *words]) == 0
+    exported = load_file(tmp_path / "exported" / "open_clip_model.safetensors")
+    best = load_file(moved.run / "best.safetensors")
+    assert all(torch.equal(tensor, best[f"clip.{name}"]) for name, tensor in exported.items())
 
 
-def test_an_adapter_over_other_weights_is_refused(
-    moved: Moved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of the same shapes: only their values tell."""
-    adapter, annotation, other = moved.run / "adapter.safetensors", moved.project["test_annot"], tmp_path / "other"
-    shutil.copytree(moved.clip, other)
-    state = load_file(moved.clip / "open_clip_model.safetensors")
-    state["logit_scale"] += 1e-3
-    save_file(state, other / "open_clip_model.safetensors")
-    given = ("--clip_weights", other)
-    config = ("--config", moved.run / "config.json", "--do_inference", "--no_output", "--resume", adapter)
-    for words in (
-        ("evaluate", adapter, "--annot", annotation, *given),
-        ("index", adapter, annotation, "-o", tmp_path / "i", *given),
-        ("export", adapter, "--format", "open_clip", "-o", tmp_path / "e"),  # has no flag that says where they are
-        ("train", *config, *given),
-        ("train", *config, *given, "--dry_run"),
-    ):
-        told = refusal(capsys, *words)
-        assert str(moved.was) in told and str(adapter) in told
-        if words[0] != "export":
-            digest = metadata(adapter)["clip"]["digest"][:12]
-            assert f"the pretrained weights {moved.was}" in told and digest in told and str(other) in told
-    assert not (tmp_path / "i").exists() and not (tmp_path / "e").exists()
-
-
-def test_an_adapter_whose_weights_are_gone_says_which(
-    moved: Moved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("given", [True, False], ids=["other weights", "no weights"])
+def test_an_adapter_without_its_weights_is_refused_by_every_command(
+    moved: Moved, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
 ) -> None:
     adapter, annotation = moved.run / "adapter.safetensors", moved.project["test_annot"]
+    other = with_other_values(moved.clip, tmp_path / "other")
+    train = ("train", "--config", moved.run / "config.json", "--do_inference", "--no_output", "--resume", adapter)
     for words in (
         ("evaluate", adapter, "--annot", annotation),
         ("index", adapter, annotation, "-o", tmp_path / "i"),
+        ("export", adapter, "--format", "open_clip", "-o", tmp_path / "e"),
+        train,
+        (*train, "--dry_run"),
     ):
-        told = refusal(capsys, *words)
-        assert f"clip_weights {moved.was}: there is no such file or folder" in told and "--clip_weights" in told
-    assert not (tmp_path / "i").exists()
+        told = refusal(capsys, *words, *(["--clip_weights", other] if given else []))
+        assert str(moved.was) in told and ("--clip_weights" in told or words[0] == "train")
+        if given:
+            assert str(adapter) in told and str(other) in told
+            assert metadata(adapter)["clip"]["digest"][:12] in told
+    assert not (tmp_path / "i").exists() and not (tmp_path / "e").exists()

@@ -2,7 +2,7 @@
 
     from adaclip_finetune import VideoIndex, load_retriever
 
-What is imported here is loaded when it is first used, so that `adaclip --help` stays fast.
+These names are imported when they are first used, so that `adaclip --help` stays fast.
 """
 
 from importlib import import_module
@@ -10,13 +10,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "Retriever": "search.retriever",
-    "VideoIndex": "search.index",
-    "load_retriever": "search.retriever",
-}
+_PUBLIC = {"VideoIndex": "search.index", "load_retriever": "search.search_model"}
 
-__all__ = ["Retriever", "VideoIndex", "__version__", "load_retriever"]
+__all__ = ["VideoIndex", "__version__", "load_retriever"]
 
 
 def __getattr__(name: str) -> Any:

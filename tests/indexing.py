@@ -1,20 +1,20 @@
-"""A run folder with random weights, and indexes without any model: for the tests of search."""
+"""A run folder with random weights, and indexes that are written without a model, for the tests of search."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaclip_finetune.search.about import About
-from adaclip_finetune.search.stored import write_index
+from adaclip_finetune.search.nearest import FaissIndex
+from adaclip_finetune.search.storage import IndexInfo, write_index
 
 
 def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: float = 0.0) -> Path:
-    """As `adaclip train` leaves it, with random selector and pooling: weights, adapter, config.json, tokenizer.
+    """Write a run folder as `adaclip train` leaves it, with random selector and pooling.
 
-    `learned` is the standard deviation of what is added to all that learns.
+    `learned` is the standard deviation of what is added to every parameter that learns.
     """
-    import torch  # here: a process that only writes indexes starts at once
+    import torch  # here, so that a process that only writes indexes starts at once
 
     from adaclip_finetune.config import load_config
     from adaclip_finetune.training.checkpoint import save_tensors
@@ -37,26 +37,32 @@ def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: fl
 
 
 def unit_rows(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
-    """(count, width), float32, of length 1."""
+    """Return random rows (count, width), float32, of length 1."""
     rows = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def about(kind: str = "flat", dtype: str = "float32", **others: Any) -> About:
+def index_info(**others: Any) -> IndexInfo:
+    """Return the info of an index whose model does not exist."""
     facts = {"fingerprint": "f" * 64, "run": "/run", "settings": {}, "source": "/videos", "root": "/videos"}
-    return About(**facts | {"made": "2026-01-01", "changed": "2026-01-01"} | others, kind=kind, dtype=dtype)
+    facts |= {"kind": "flat", "dtype": "float32", "made": "2026-01-01", "changed": "2026-01-01"}
+    return IndexInfo(**facts | others)
 
 
-def row(number: int) -> dict[str, Any]:
-    """A line of videos.jsonl."""
+def index_row(number: int) -> dict[str, Any]:
+    """Return a line of videos.jsonl."""
     frames = [{"index": 3, "time": 0.5, "weight": 0.25}, {"index": 400, "time": 65.0, "weight": 0.75}]
     facts = {"id": f"video{number}", "path": f"/videos/video{number}.mp4", "size": 1, "mtime_ns": 2, "duration": 70.0}
     return facts | {"captions": ["a ä"], "frames": frames, "best": 1, "thumb": "a.jpg"}
 
 
-def write_random_index(folder: Path, count: int = 50, kind: str = "flat", dtype: str = "float32") -> np.ndarray:
-    """Gives the vectors."""
+def write_random_index(
+    folder: Path, count: int = 50, kind: str = "flat", dtype: str = "float32", seed: int = 0
+) -> np.ndarray:
+    """Write an index of random vectors, and return the vectors."""
     folder.mkdir(exist_ok=True)
-    vectors = unit_rows(count)
-    write_index(folder, about(kind, dtype), vectors, [row(number) for number in range(count)])
+    vectors = unit_rows(count, seed=seed)
+    graph = FaissIndex.build(vectors.astype(dtype), kind).dump() if kind == "hnsw" else None
+    rows = [index_row(number) for number in range(count)]
+    write_index(folder, index_info(kind=kind, dtype=dtype), vectors, rows, graph)
     return vectors

@@ -1,4 +1,4 @@
-"""An index of small real videos, written by hand, and a model that is none: for the tests of the page's server."""
+"""A small index of real videos, written by hand, a model that is none, and a server in a thread, for tests of serve."""
 
 import http.client
 import json
@@ -6,81 +6,91 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import uvicorn
+from indexing import index_info
 from media import coded_frame, write_video
 from PIL import Image
 
+from adaclip_finetune.commands.serve import listen
+from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import VideoIndex
-from adaclip_finetune.search.serve.address import listen
-from adaclip_finetune.search.serve.app import create_app
-from adaclip_finetune.search.serve.connection import Connection, server_config
-from adaclip_finetune.search.serve.engine import Encoder, Engine
-from adaclip_finetune.search.serve.guard import Policy
-from adaclip_finetune.search.serve.library import Library
-from adaclip_finetune.search.serve.picture import MAX_BYTES
-from adaclip_finetune.search.stamp import stamp_of
-from adaclip_finetune.search.stored import THUMBS, About, write_index
+from adaclip_finetune.search.serve.app import create_app, make_server
+from adaclip_finetune.search.serve.model_thread import ModelThread
+from adaclip_finetune.search.serve.served import ServedIndex
+from adaclip_finetune.search.storage import THUMBS, write_index
 
 WIDTH = 16
 
 
 def axis(number: int) -> np.ndarray:
-    """(WIDTH,)."""
+    """Return a unit vector (WIDTH,)."""
     return np.eye(WIDTH, dtype=np.float32)[number]
 
 
 class Axes:
-    """A model to which the text "3" is the third axis, and so is a picture with a red of about 30."""
+    """A model that maps the text "3" to the third axis, and likewise a picture with a red of about 30."""
 
     def encode_text(self, texts: Sequence[str]) -> Any:
         return np.stack([axis(int(text)) for text in texts])
 
     def encode_image(self, image: Image.Image) -> Any:
-        return axis(round(image.convert("RGB").getpixel((0, 0))[0] / 10))
+        red = image.convert("RGB").getpixel((0, 0))[0]  # type: ignore[index]
+        return axis(round(red / 10))
 
 
-def write_small_index(folder: Path, count: int = 5, thumbs: bool = True) -> VideoIndex:
-    """`count` videos of two seconds, number n on axis n; frames 5 and 30 of each are chosen, the second weighs more."""
+@cache
+def video_of_two_seconds() -> bytes:
+    """Return a video file of 50 coded frames, encoded once."""
+    with TemporaryDirectory() as folder:
+        return write_video(Path(folder) / "v.mp4", 50).read_bytes()
+
+
+def write_clip(path: Path) -> Path:
+    """Write a video file of two seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(video_of_two_seconds())
+    return path
+
+
+def write_small_index(folder: Path, count: int = 5) -> VideoIndex:
+    """Write `count` videos of two seconds, number n on axis n, and their index; frames 5 and 30 of each are chosen, of
+    which the second weighs more."""
     index = folder / "my.index"
     (index / THUMBS).mkdir(parents=True)
     rows = []
     for number in range(count):
-        path = write_video(folder / "videos" / f"video{number}.mp4", 50)
-        if thumbs:
-            Image.fromarray(coded_frame(30)).save(index / THUMBS / f"{number}.jpg")
-        rows.append(row(path, f"{number}.jpg" if thumbs else ""))
+        path = write_clip(folder / "videos" / f"video{number}.mp4")
+        Image.fromarray(coded_frame(30)).save(index / THUMBS / f"{number}.jpg")
+        rows.append(served_row(path, f"{number}.jpg"))
     vectors = np.stack([axis(number) for number in range(count)]) if count else np.empty((0, WIDTH), np.float32)
-    write_index(index, about(folder / "videos"), vectors, rows)
+    write_index(index, index_info(root=str(folder / "videos")), vectors, rows)
     return VideoIndex.load(index)
 
 
-def about(root: Path) -> About:
-    return About("f" * 64, "nowhere", {}, str(root), str(root), "flat", "float32", "2026-01-01", "2026-01-01")
+def write_one(folder: Path, path: Path, thumb: str = "", **info: Any) -> VideoIndex:
+    """Write the index of one file or folder of frames, which is number 0."""
+    index = folder / "one.index"
+    index.mkdir(exist_ok=True)
+    write_index(index, index_info(**{"root": str(path.parent)} | info), axis(0)[None], [served_row(path, thumb)])
+    return VideoIndex.load(index)
 
 
-def row(path: Path, thumb: str) -> dict[str, Any]:
-    found = stamp_of(path)
+def served_row(path: Path, thumb: str) -> dict[str, Any]:
+    """Return a line of videos.jsonl for a file or a folder of frames."""
+    stamp = stamp_of(path)
     frames = [{"index": 5, "time": 0.2, "weight": 0.25}, {"index": 30, "time": 1.2, "weight": 0.75}]
-    return {
-        "id": path.name,
-        "path": str(path),
-        "size": found.size,
-        "mtime_ns": found.mtime_ns,
-        "duration": 2.0,
-        "captions": ["two dogs run"],
-        "frames": frames,
-        "best": 1,
-        "thumb": thumb,
-    }
+    facts = {"id": path.name, "path": str(path), "size": stamp.size, "mtime_ns": stamp.mtime_ns, "duration": 2.0}
+    return facts | {"captions": ["two dogs run"], "frames": frames, "best": 1, "thumb": thumb}
 
 
 class Reply(NamedTuple):
     status: int
-    headers: dict[str, str]  # names in small letters
+    headers: dict[str, str]  # names in lower case
     body: bytes
 
     @property
@@ -89,28 +99,20 @@ class Reply(NamedTuple):
 
 
 class Server:
-    """A real server in a thread; `ask` sends exactly what it is told."""
+    """A running server; `ask` sends exactly what it is given."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
     def ask(
-        self,
-        path: str,
-        method: str = "GET",
-        body: bytes | None = None,
-        host: str | None = None,
-        origin: str | None = None,
-        **headers: str,
+        self, path: str, method: str = "GET", body: bytes | None = None, host: str | None = None, **headers: str
     ) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         connection.putheader("Host", f"127.0.0.1:{self.port}" if host is None else host)
-        if origin is not None:
-            connection.putheader("Origin", origin)
         for name, value in headers.items():
             connection.putheader(name.replace("_", "-"), value)
-        if body is not None and "Content_Length" not in headers:
+        if body is not None:
             connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body)
         reply = connection.getresponse()
@@ -118,31 +120,38 @@ class Server:
         connection.close()
         return Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, content)
 
+    def found(self, query: str = "q=0") -> list[Any]:
+        """Return the videos that a search finds."""
+        found: list[Any] = self.ask(f"/api/search?{query}").json["found"]
+        return found
+
 
 @contextmanager
 def running(
     index: VideoIndex,
-    encoder: Encoder | None = None,
-    load: Callable[[], Encoder] | None = None,
-    connection: type[Connection] = Connection,
+    load: Callable[[], Axes] | None = None,
     port: int = 0,
-    **policy: Any,
+    token: str | None = None,
 ) -> Iterator[Server]:
-    """Serves the index, with the model `Axes` or another one ready; or with one that `load` gives some time."""
+    """Serve an index, with the model `Axes` ready, or with one that `load` returns when it likes."""
+    model = ModelThread(load or Axes)  # type: ignore[arg-type]
     listening = listen("127.0.0.1", port)
-    port = listening.getsockname()[1]
-    engine, library = Engine(load or (lambda: encoder or Axes())), Library(index)
-    library.open()
-    given = {"host": "127.0.0.1", "port": port, "reachable": False, "token": None, "max_body": MAX_BYTES} | policy
-    app = create_app(engine, library, Policy(**given))
-    server = uvicorn.Server(server_config(app, connection))
+    server = make_server(create_app(model, ServedIndex(index, look_every=0), token))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
-    engine.start()
+    model.start()
     try:
-        while not server.started or (load is None and engine.state.name == "loading"):
-            time.sleep(0.01)
-        yield Server(port)
+        until(lambda: server.started and (load is not None or model.state != "loading"))
+        yield Server(listening.getsockname()[1])
     finally:
         server.should_exit = True
         thread.join()
+
+
+def until(holds: Callable[[], Any], patience: float = 30) -> Any:
+    """Return what `holds` returns as soon as that is true; fail after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (found := holds()):
+        assert time.monotonic() < deadline, holds
+        time.sleep(0.01)
+    return found

@@ -1,120 +1,122 @@
-"""`adaclip serve`: its flags, and the server."""
+"""`adaclip serve`: the search page."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import secrets
+import socket
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from adaclip_finetune.commands.flags import Parser
 from adaclip_finetune.commands.model_flags import a_path, add_model_flags, model_settings
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.serve.address import is_loopback, listen, url
 
 if TYPE_CHECKING:
-    from adaclip_finetune.search.serve.engine import Encoder
+    from adaclip_finetune.search.search_model import SearchModel
 
 PORT = 8765
 
 
 def run(words: Sequence[str]) -> int:
-    """Serve until Ctrl-C, which raises KeyboardInterrupt. Raises UserError."""
+    """Serve the page until Ctrl-C, which ends the process with exit code 130. Raise UserError."""
     arguments = _parser().read(words)
-    token, settings = _token(arguments), model_settings(arguments)
+    settings = model_settings(arguments)
     listening = listen(arguments.host, arguments.port)
-    port = listening.getsockname()[1]
-
-    import uvicorn
+    token = _token(arguments.host, listening, arguments.token)
 
     from adaclip_finetune.search.index import VideoIndex
-    from adaclip_finetune.search.serve.app import create_app
-    from adaclip_finetune.search.serve.connection import server_config
-    from adaclip_finetune.search.serve.engine import Engine
-    from adaclip_finetune.search.serve.guard import Policy
-    from adaclip_finetune.search.serve.library import Library
-    from adaclip_finetune.search.serve.picture import MAX_BYTES
+    from adaclip_finetune.search.serve.app import create_app, make_server
+    from adaclip_finetune.search.serve.model_thread import ModelThread
+    from adaclip_finetune.search.serve.served import ServedIndex
 
     index = VideoIndex.load(arguments.index)
-    library = Library(index)
 
-    def load() -> Encoder:
-        from adaclip_finetune.search.retriever import retriever_of
+    def load() -> SearchModel:
+        from adaclip_finetune.search.search_model import search_model_of
 
-        library.open()
-        return retriever_of(index, arguments.model, **settings)
+        return search_model_of(index, arguments.model, **settings)
 
-    engine = Engine(load)
-    policy = Policy(arguments.host, port, not is_loopback(arguments.host), token, MAX_BYTES)
-    app = create_app(engine, library, policy)
-    print(f"{arguments.index}: {len(index):,} videos; the model is being loaded meanwhile. Ctrl-C ends this")
-    print(url(arguments.host, port) + (f"?token={token}" if token else ""), flush=True)
-    engine.start()
+    model = ModelThread(load)
+    server = make_server(create_app(model, ServedIndex(index), token, arguments.host))
     try:
-        uvicorn.Server(server_config(app)).run([listening])
+        print(f"{arguments.index}: {len(index):,} videos; the model is being loaded. Ctrl-C stops the server")
+        print(_url(arguments.host, listening) + (f"?token={token}" if token else ""), flush=True)
+        model.start()
+        server.run([listening])
     except KeyboardInterrupt:
-        if engine.working or library.working:
-            _end_at_once()
-        raise
+        # A thread inside torch or FFmpeg cannot be interrupted, and Python would wait for it.
+        print("adaclip: interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there. Raise UserError if that is not possible."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 0 to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server((str(address[0]), int(address[1])), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot listen on --host {host} --port {port} ({reason}); --port N takes another port, --port 0 a free one"
+        ) from error
 
 
 def _parser() -> Parser:
     parser = Parser(
         "adaclip serve",
-        "A page to search an index by text or picture, in a browser on this machine. It comes at once; the model is "
-        "loaded meanwhile. Ctrl-C ends it. Its /docs tells of the JSON API behind it, /openapi.json tells programs.",
+        "Serve a page to search an index by text or picture, in a browser on this machine. The page opens at once, "
+        "while the model is being loaded. Ctrl-C stops the server. Its /docs describes the JSON API.",
     )
-    parser.add_argument("index", metavar="NAME.index", type=a_path, help="what `adaclip index` made")
+    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
     parser.add_argument(
-        "--model",
-        metavar="RUN",
-        type=a_path,
-        help="the run or checkpoint that the index was made with, if it has moved",
+        "--model", metavar="RUN", type=a_path, help="the run or checkpoint that the index was made with, if it moved"
     )
     parser.add_argument("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
     parser.add_argument(
         "--host",
         metavar="ADDRESS",
         default="127.0.0.1",
-        help="listen there; default 127.0.0.1, which only this machine reaches. Any other needs --token. There is no "
-        "encryption: what is sent can be read on the way",
+        help="address to listen on; default 127.0.0.1, which only this machine reaches. Any other needs --token. "
+        "The connection is not encrypted",
     )
     parser.add_argument(
         "--token",
         metavar="TOKEN",
         nargs="?",
         const="",
-        help="only who knows it may ask: letters, digits, - and _, at least 16; left out, one is made. The address "
-        "that is printed holds it",
+        help="answer only requests that know it: at least 16 letters, digits, - and _; without a value, one is made. "
+        "The address that is printed contains it",
     )
     add_model_flags(parser)
     return parser
 
 
-def _token(arguments: Namespace) -> str | None:
-    """What was given, or made; None where none is asked for. Raises UserError."""
-    if not 0 <= arguments.port <= 65535:
-        raise UserError(f"--port {arguments.port}: must be from 0 to 65535")
-    if arguments.token is None:
-        if not is_loopback(arguments.host):
+def _token(host: str, listening: socket.socket, given: str | None) -> str | None:
+    """Return the token that was given or made, or None if none is needed. Raise UserError."""
+    if given is None:
+        if not ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback:
             raise UserError(
-                f"--host {arguments.host}: others can reach that, and would see the videos: add --token (one is made), "
-                "or leave --host out"
+                f"--host {host}: other machines can reach this address and would see the videos: add --token (one is "
+                "made), or leave --host out"
             )
         return None
-    if not arguments.token:
+    if not given:
         return secrets.token_urlsafe(24)
-    if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", arguments.token):
-        raise UserError("--token: must be 16 to 200 letters, digits, - and _; --token alone makes one")
-    return str(arguments.token)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", given):
+        raise UserError("--token: must be 16 to 200 letters, digits, - and _; --token without a value makes one")
+    return given
 
 
-def _end_at_once() -> NoReturn:
-    """A thread that is inside torch or FFmpeg cannot be interrupted, and Python may fall over it while it ends."""
-    print("adaclip: interrupted", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(130)
+def _url(host: str, listening: socket.socket) -> str:
+    """Return the address for a browser; this machine's name stands for an address that means all addresses."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    port = listening.getsockname()[1]
+    return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"

@@ -1,36 +1,66 @@
-"""Which rows are nearest to a query, by FAISS (Douze et al. 2024): exact (`flat`), or by a graph (`hnsw`, Malkov and
-Yashunin 2018), which looks at a part of them."""
+"""Nearest neighbours by FAISS (Douze et al. 2024): exact (`flat`), or by a graph (`hnsw`, Malkov and Yashunin 2018).
+
+A graph looks at a part of the vectors only; `measure_recall` says which share of the true neighbours it finds.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.durable import write_durably
-from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.stored import Rows
-from adaclip_finetune.strict_json import read_json
+from adaclip_finetune.search.storage import Vectors
 
-_LINKS = 32  # of a row in the graph
-_CANDIDATES = 128  # kept while a row is linked, and at least so many while a query is answered
-_GRAPH, _GRAPH_OF = "faiss.index", "faiss.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+K = 10  # recall is measured on the K nearest
+
+_LINKS = 32  # of a vector in the graph
+_CANDIDATES = 128  # that are kept while a vector is linked; at least so many while a query is answered
+_TIE = 1e-6  # cosines that differ by less are equal
+_QUERIES = 1000  # at most, to measure recall
 
 
-class Nearest:
-    """Rows (V, D), searched by inner product. Rows in float16 stay so in memory."""
+class FaissIndex:
+    """Vectors (V, D) that are searched by inner product. float16 vectors stay float16 in memory."""
 
     def __init__(self, index: Any) -> None:
         self._index = index
 
+    @classmethod
+    def build(cls, vectors: Vectors, kind: str) -> FaissIndex:
+        """Return an index of the vectors; building a graph of 100,000 takes minutes."""
+        width, half = vectors.shape[1], vectors.dtype == np.float16
+        product: Any = faiss.METRIC_INNER_PRODUCT
+        fp16: Any = faiss.ScalarQuantizer.QT_fp16
+        index: Any
+        if kind == "flat":
+            index = faiss.IndexScalarQuantizer(width, fp16, product) if half else faiss.IndexFlatIP(width)
+        else:
+            graph = faiss.IndexHNSWSQ(width, fp16, _LINKS, product) if half else None
+            index = graph or faiss.IndexHNSWFlat(width, _LINKS, product)
+            index.hnsw.efConstruction = _CANDIDATES
+        rows = np.ascontiguousarray(vectors, np.float32)
+        if not index.is_trained:
+            index.train(rows)
+        index.add(rows)
+        return cls(index)
+
+    @classmethod
+    def load(cls, content: bytes) -> FaissIndex:
+        """Return the index that `dump` gave as bytes."""
+        return cls(faiss.deserialize_index(np.frombuffer(content, np.uint8)))
+
+    def dump(self) -> bytes:
+        """Return the index as bytes."""
+        return bytes(faiss.serialize_index(self._index).tobytes())
+
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Queries (Q, D) → scores and rows (Q, min(k, V)), best first; row -1 for what a graph did not find."""
+        """Return scores and rows (Q, min(k, V)) for queries (Q, D), best first. Row -1: the graph found no more."""
         k = min(k, self._index.ntotal)
         if k == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -40,51 +70,28 @@ class Nearest:
         return scores, rows
 
 
-def build(vectors: Rows, kind: str) -> Nearest:
-    """An index of FAISS over the rows (V, D)."""
-    index = _empty(vectors.shape[1], kind, half=vectors.dtype == np.float16)
-    rows = np.ascontiguousarray(vectors, np.float32)
-    if not index.is_trained:
-        index.train(rows)
-    index.add(rows)
-    return Nearest(index)
+def measure_recall(
+    index: FaissIndex,
+    exact: NDArray[np.float32],
+    captions: Sequence[str],
+    encode_text: Callable[[list[str]], Tensor],
+) -> tuple[float, str] | None:
+    """Return the share, 0…1, of the K rows of `exact` (V, D) with the highest product with a query that `index` finds,
+    on average over queries, and in words the queries.
 
-
-def load(folder: Path, vectors: Rows, kind: str, digest: str) -> Nearest:
-    """The graph that `keep` wrote for these very vectors; else it is built, which takes a graph its time."""
-    # Of the flat kind, nothing is saved by keeping a copy of the vectors.
-    return (_kept(folder, digest) if kind == "hnsw" else None) or build(vectors, kind)
-
-
-def keep(folder: Path, nearest: Nearest, kind: str, digest: str) -> None:
-    """Write a graph beside the vectors that it is of, if it is not there. Raises OSError."""
-    if kind == "hnsw" and _kept(folder, digest):
-        return
-    (folder / _GRAPH_OF).unlink(missing_ok=True)
-    if kind == "flat":
-        (folder / _GRAPH).unlink(missing_ok=True)
-        return
-    content = faiss.serialize_index(nearest._index).tobytes()
-    write_durably(folder / _GRAPH, content)
-    of = {"vectors": digest, "graph": hashlib.sha256(content).hexdigest()}
-    write_durably(folder / _GRAPH_OF, json.dumps(of).encode())
-
-
-def _kept(folder: Path, digest: str) -> Nearest | None:
-    with suppress(OSError, UserError, TypeError, KeyError):
-        content = (folder / _GRAPH).read_bytes()
-        kept = read_json(folder / _GRAPH_OF)
-        # FAISS's reader was not made for files that somebody altered: it is given what was written, to the byte.
-        if kept["vectors"] == digest and kept["graph"] == hashlib.sha256(content).hexdigest():
-            return Nearest(faiss.deserialize_index(np.frombuffer(content, np.uint8)))
-    return None
-
-
-def _empty(width: int, kind: str, half: bool) -> Any:
-    metric: Any = faiss.METRIC_INNER_PRODUCT
-    fp16: Any = faiss.ScalarQuantizer.QT_fp16
-    if kind == "flat":
-        return faiss.IndexScalarQuantizer(width, fp16, metric) if half else faiss.IndexFlatIP(width)
-    graph = faiss.IndexHNSWSQ(width, fp16, _LINKS, metric) if half else faiss.IndexHNSWFlat(width, _LINKS, metric)
-    graph.hnsw.efConstruction = _CANDIDATES
-    return graph
+    The queries are the captions if there are any, else the rows themselves, each of which is then left out of its own
+    result. A row that ties with the K-th counts as found. Return None for K + 1 rows or fewer, which are all found.
+    """
+    if len(exact) <= K + 1:
+        return None
+    count = len(captions) or len(exact)
+    asked = [place * count // min(count, _QUERIES) for place in range(min(count, _QUERIES))]
+    queries = encode_text([captions[place] for place in asked]).numpy() if captions else exact[asked]
+    k = K if captions else K + 1
+    best, _ = FaissIndex.build(exact, "flat").search(queries, k)
+    _, rows = index.search(queries, k)
+    found = []
+    for query, row in enumerate(rows):
+        others = row[(row >= 0) & (row != (-1 if captions else asked[query]))][:K]
+        found.append((exact[others] @ queries[query] >= best[query, -1] - _TIE).sum() / K)
+    return float(np.mean(found)), f"{len(asked)} captions" if captions else f"{len(asked)} of its own vectors"

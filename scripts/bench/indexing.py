@@ -21,12 +21,12 @@ import open_clip
 import torch
 from torch import nn
 
+from adaclip_finetune import load_retriever
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.search.retriever import load_retriever
-from adaclip_finetune.search.videos import videos_of_folder
+from adaclip_finetune.search.collection import collect_folder
 from adaclip_finetune.weights.loaded import LoadedClip
 
 RANDOM = "vit-b-32"
@@ -43,10 +43,10 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     model, config = random_model() if a.run == RANDOM else trained_model(a.run)
-    source = videos_of_folder(a.folder)
-    reader = VideoReader(source.store, config, model.views())
+    collection = collect_folder(a.folder)
+    reader = VideoReader(collection.store, config, model.views())
     clocks = [Clock(model, time.perf_counter), Clock(model, time.process_time)]
-    ids = [clip.id for clip in source.clips[: a.videos + BATCH]]
+    ids = [video.id for video in collection.videos[: a.videos + BATCH]]
     for start in range(0, len(ids), BATCH):
         if start == BATCH:  # the first batch warms up
             for clock in clocks:

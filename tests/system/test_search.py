@@ -5,10 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from indexing import write_random_index, write_run
@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.search import clock
+from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.video.file import read_frames
-from adaclip_finetune.data.video.index import index_video
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search import retriever
+from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
-from adaclip_finetune.search.retriever import load_retriever, retriever_of
+from adaclip_finetune.search.search_model import SearchModel, load_retriever, search_model_of
+from adaclip_finetune.training.session import open_model
 
 Settings = dict[str, Any]
+Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,13 @@ def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(run: Path) -> SearchModel:
+    return load_retriever(run)
+
+
+@pytest.fixture(scope="module")
 def index(run: Path, project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The index of an annotation's twelve videos, which are folders of frames."""
     folder = tmp_path_factory.mktemp("index") / "my.index"
     assert main(["index", str(run), str(project["train_annot"]), "-o", str(folder)]) == 0
     return folder
@@ -44,7 +51,7 @@ def index(run: Path, project: Settings, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def clips(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos, and the index of them."""
+    """A folder of two video files, with their index."""
     folder = tmp_path_factory.mktemp("clips")
     write_video(folder / "a.mp4", 40)
     write_video(folder / "b.mp4", 30)
@@ -52,31 +59,29 @@ def clips(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def order(run: Path, index: Path, text: str) -> tuple[list[str], list[float]]:
-    """Names and cosines by brute force, best first."""
-    model = load_retriever(run)
+def order(model: SearchModel, index: Path, text: str) -> tuple[list[str], list[float]]:
+    """Return names and cosines by brute force, best first."""
     with torch.no_grad():
         query = model.model.encode_text(model.loaded.tokenize([text], model.config.max_txt_len)).sentence[0]
     names = [video.id for video in VideoIndex.load(index).videos]
     cosines = torch.nn.functional.cosine_similarity(load_file(index / "vectors.safetensors")["vectors"], query[None])
     best = cosines.argsort(descending=True)
-    return [names[place] for place in best], cosines[best].tolist()
+    return [names[row] for row in best], cosines[best].tolist()
 
 
-def test_a_text(run: Path, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text(model: SearchModel, index: Path, capsys: Capsys) -> None:
     assert main(["search", str(index), "a red thing", "-k", "3"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    names, cosines = order(run, index, "a red thing")
-    assert first == "a red thing"
+    names, cosines = order(model, index, "a red thing")
+    assert (first, len(lines)) == ("a red thing", 3)
     for rank, line in enumerate(lines, 1):
         found = line.split()
         assert (found[0], found[3]) == (str(rank), names[rank - 1])
         assert float(found[1]) == pytest.approx(cosines[rank - 1], abs=1e-4)
-    assert len(lines) == 3
 
 
-def test_json_lines_of_many_queries(
-    run: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_many_queries_as_json_lines(
+    model: SearchModel, index: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = "\ufeffa red thing\r\n\n  it\x0bis\u2028so\x85blue \n".encode()
     (tmp_path / "q.txt").write_bytes(content)
@@ -86,7 +91,7 @@ def test_json_lines_of_many_queries(
     answers = [json.loads(line) for line in told.splitlines()]
     assert [answer["query"] for answer in answers] == ["a red thing", "it\x0bis\u2028so\x85blue"]
     for answer in answers:
-        assert [hit["id"] for hit in answer["hits"]] == order(run, index, answer["query"])[0]
+        assert [hit["id"] for hit in answer["hits"]] == order(model, index, answer["query"])[0]
         assert [hit["rank"] for hit in answer["hits"]] == list(range(1, 13))
     assert "frames" not in answers[0]["hits"][0]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -94,28 +99,22 @@ def test_json_lines_of_many_queries(
     assert capsys.readouterr().out == told
 
 
-def test_explain_shows_frames_by_weight(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_shows_frames_by_weight(model: SearchModel, clips: Path, capsys: Capsys) -> None:
     command = ["search", str(clips / "my.index"), "x", "-k", "1", "--explain"]
     assert main(command) == 0
-    video = VideoIndex.load(clips / "my.index").search(load_retriever_of(clips).encode_text(["x"]), 1)[0][0].video
+    video = VideoIndex.load(clips / "my.index").search(model.encode_text(["x"]), 1)[0][0].video
     *_, line = capsys.readouterr().out.splitlines()
-    heavy, light = sorted(range(2), key=lambda place: -video.weights[place])
-    for place in (heavy, light):
-        assert f"(frame {video.frames[place]}) {100 * video.weights[place]:.1f} %" in line
-    assert line.index(f"(frame {video.frames[heavy]})") < line.index(f"(frame {video.frames[light]})")
+    shown = [f"(frame {f.index}) {100 * f.weight:.1f} %" for f in sorted(video.frames, key=lambda f: -f.weight)]
+    assert len(shown) == 2 and line.index(shown[0]) < line.index(shown[1])
     assert main([*command, "--json"]) == 0
     (hit,) = json.loads(capsys.readouterr().out)["hits"]
-    assert [frame["index"] for frame in hit["frames"]] == list(video.frames)
-    assert hit["time"] == video.best_time
+    assert [(frame["index"], frame["time"]) for frame in hit["frames"]] == [(f.index, f.time) for f in video.frames]
+    assert (hit["time"], hit["path"]) == (video.best_time, str(video.path))
 
 
-def load_retriever_of(clips: Path) -> Any:
-    return retriever_of(VideoIndex.load(clips / "my.index"))
-
-
-def test_a_picture(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its vector is that of a video which shows nothing else."""
-    model = load_retriever_of(clips)
+def test_the_vector_of_a_picture_is_that_of_a_video_which_shows_nothing_else(
+    model: SearchModel, clips: Path, tmp_path: Path, capsys: Capsys
+) -> None:
     Image.fromarray(coded_frame(7)).save(tmp_path / "p.png")
     (tmp_path / "still").mkdir()
     for number in range(1, 7):
@@ -128,114 +127,97 @@ def test_a_picture(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     with Image.open(tmp_path / "p.png") as picture:
         torch.testing.assert_close(model.encode_image(picture), vector)
     assert main(["search", str(clips / "my.index"), "--image", str(tmp_path / "p.png"), "--json"]) == 0
-    hits = json.loads(capsys.readouterr().out)["hits"]
-    vectors = {video.id: model.encode_video(video.path)[0] for video in VideoIndex.load(clips / "my.index").videos}
-    assert [hit["score"] for hit in hits] == [
-        pytest.approx(float(vectors[hit["id"]] @ vector), abs=1e-5) for hit in hits
-    ]
-
-
-def test_a_picture_that_was_held_sideways(run: Path, tmp_path: Path) -> None:
-    model, pixels = load_retriever(run), coded_frame(9)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    turned = Image.fromarray(np.rot90(pixels))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # orientation: to be turned by 90° clockwise
-    turned.save(tmp_path / "b.png", exif=exif)
-    torch.testing.assert_close(model.encode_image(tmp_path / "b.png"), model.encode_image(tmp_path / "a.png"))
+    for hit in json.loads(capsys.readouterr().out)["hits"]:
+        own = model.encode_video(hit["path"])[0]
+        assert hit["score"] == pytest.approx(float(own @ vector), abs=1e-5)
 
 
 @pytest.mark.parametrize("header", ["transformer", "seqTransf"])
-def test_a_picture_passes_the_header(project: Settings, clips: Path, tmp_path: Path, header: str) -> None:
-    run = write_run(tmp_path / "run", project | {"sim_header": header, "num_frm": 1, "top_k": 1})
-    write_video(tmp_path / "one.mkv", 1, codec="ffv1", pix_fmt="bgr0")
-    model = load_retriever(run)
-    frame = read_frames(tmp_path / "one.mkv", index_video(tmp_path / "one.mkv"), [0])[0]
-    torch.testing.assert_close(
-        model.encode_image(Image.fromarray(frame)), model.encode_video(tmp_path / "one.mkv")[0], atol=1e-5, rtol=1e-4
-    )
+def test_a_picture_passes_the_header_as_a_frame_does(project: Settings, tmp_path: Path, header: str) -> None:
+    model = load_retriever(write_run(tmp_path / "run", project | {"sim_header": header, "num_frm": 1, "top_k": 1}))
+    path = write_video(tmp_path / "one.mkv", 1, codec="ffv1", pix_fmt="bgr0")
+    frame = VideoFiles(tmp_path, {"one": "one.mkv"}).read("one", [0])[0]
+    picture = model.encode_image(Image.fromarray(frame))
+    torch.testing.assert_close(picture, model.encode_video(path)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_another_model_is_refused(
-    project: Settings, run: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_model_is_refused(project: Settings, run: Path, index: Path, tmp_path: Path, capsys: Capsys) -> None:
     other = write_run(tmp_path / "other", project, seed=1)
-    temperature = write_run(tmp_path / "temperature", project | {"frame_agg_temp": 2.0})
-    for model in (other, temperature):
-        assert main(["search", str(index), "x", "--model", str(model)]) == 2
-        assert f"was made with another model ({run}" in capsys.readouterr().err
+    setting = write_run(tmp_path / "setting", project | {"frame_agg_temp": 2.0})
+    for wrong in (other, setting):
+        assert main(["search", str(index), "x", "--model", str(wrong)]) == 2
+        assert f"made with another model ({run}" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "same")
     assert main(["search", str(index), "x", "--model", str(tmp_path / "same" / "best.safetensors")]) == 0
 
 
-def test_a_model_that_moved_is_asked_for(project: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_moved_is_asked_for(project: Settings, tmp_path: Path, capsys: Capsys) -> None:
     run = write_run(tmp_path / "run", project)
     assert main(["index", str(run), str(project["test_annot"]), "-o", str(tmp_path / "i")]) == 0
     run.rename(tmp_path / "moved")
     assert main(["search", str(tmp_path / "i"), "x"]) == 2
-    assert "say where it is: --model RUN_OR_CHECKPOINT" in capsys.readouterr().err
+    assert "--model" in capsys.readouterr().err
     assert main(["search", str(tmp_path / "i"), "x", "--model", str(tmp_path / "moved")]) == 0
 
 
-def test_from_any_folder_though_the_run_names_its_clip_from_another(
+def test_an_index_is_searched_from_any_folder(
     project: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Even if the run names its CLIP weights relative to another folder."""
     shutil.copytree(str(project["clip_weights"]), tmp_path / "here" / "clip")
     monkeypatch.chdir(tmp_path / "here")
     run = write_run(tmp_path / "run", project | {"clip_weights": "clip"})
     assert main(["index", str(run), str(project["test_annot"]), "-o", str(tmp_path / "i")]) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["search", "i", "x"]) == 0
-    command = ["index", str(run), str(project["test_annot"]), "-o"]
-    assert main([*command, "j"]) == 0
-    assert main([*command, "k", "--clip_weights", "here/clip"]) == 0
-    assert len({VideoIndex.load(tmp_path / name).about.fingerprint for name in "ijk"}) == 1
+    assert main(["index", str(run), str(project["test_annot"]), "-o", "k", "--clip_weights", "here/clip"]) == 0
+    assert len({VideoIndex.load(tmp_path / name).info.fingerprint for name in "ik"}) == 1
     monkeypatch.chdir(tmp_path / "here")
     assert main(["search", str(tmp_path / "k"), "x"]) == 0
 
 
-def test_a_foreign_checkpoint_needs_its_settings(
-    run: Path, project: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_of_another_system_needs_its_settings(
+    run: Path, project: Settings, tmp_path: Path, capsys: Capsys
 ) -> None:
     assert main(["export", str(run), "--format", "published", "-o", str(tmp_path / "p.pth")]) == 0
     command = ["index", str(tmp_path / "p.pth"), str(project["test_annot"]), "-o", str(tmp_path / "i")]
-    frames = ["--frames_dir", str(project["frames_dir"])]
-    assert main([*command, *frames]) == 2
-    assert "its tensors contradict these settings" in capsys.readouterr().err
+    command += ["--frames_dir", str(project["frames_dir"])]
+    assert main(command) == 2
+    assert "settings" in capsys.readouterr().err
     shutil.copy(run / "config.json", tmp_path / "settings.json")
-    assert main([*command, *frames, "--config", str(tmp_path / "settings.json")]) == 0
+    assert main([*command, "--config", str(tmp_path / "settings.json")]) == 0
     assert main(["search", str(tmp_path / "i"), "x"]) == 0
 
 
-def test_long_queries_are_cut_and_told(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_queries_are_cut_with_a_note(index: Path, capsys: Capsys) -> None:
     assert main(["search", str(index), "red " * 50]) == 0
-    assert "max_txt_len 20 of the model cuts 1 of 1 queries" in capsys.readouterr().err
+    assert "max_txt_len 20" in capsys.readouterr().err
 
 
-def test_wrong_requests(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*words: object) -> str:
-        assert main(["search", *map(str, words)]) == 2
-        return capsys.readouterr().err
-
-    assert "what is to be found?" in refused(index)
-    assert "what is to be found?" in refused(index, "x", "--queries", "-")
-    assert "-k 0: a whole number from 1 up" in refused(index, "x", "-k", 0)
-    assert "is empty" in refused(index, "  ")
-    assert "argument NAME.index: is empty" in refused("", "x")
-    for flag in ("--image", "--queries", "--model", "--config", "--clip_weights"):
-        assert f"argument {flag}: is empty" in refused(index, flag, "")
-    assert "there is no such folder" in refused(tmp_path / "no", "x")
-    assert "cannot be read (No such file" in refused(index, "--queries", tmp_path / "no")
-    (tmp_path / "q").write_bytes(b"\n \n")
-    assert "holds no query" in refused(index, "--queries", tmp_path / "q")
-    (tmp_path / "q").write_bytes(b"\xff\xfe")
-    assert "not UTF-8 text at byte 0" in refused(index, "--queries", tmp_path / "q")
-    assert "cannot be decoded as one of JPEG" in refused(index, "--image", tmp_path / "q")
-    assert "No such file" in refused(index, "--image", tmp_path / "no.png")
+def test_command_lines_that_are_refused(index: Path, tmp_path: Path, capsys: Capsys) -> None:
+    (tmp_path / "blank").write_bytes(b"\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     write_random_index(tmp_path / "empty", count=0)
-    assert "is empty; `adaclip index` adds videos" in refused(tmp_path / "empty", "x")
-    with pytest.raises(UserError, match="it is no video of a known kind"):
-        retriever_of(VideoIndex.load(index)).encode_video(tmp_path / "q")
+    cases: list[tuple[list[object], str]] = [
+        ([index], "--queries"),
+        ([index, "x", "--queries", "-"], "--queries"),
+        ([index, "x", "-k", 0], "-k 0"),
+        ([index, "  "], "empty"),
+        (["", "x"], "NAME.index: is empty"),
+        ([tmp_path / "no", "x"], "no such folder"),
+        ([index, "--queries", tmp_path / "no"], "No such file"),
+        ([index, "--queries", tmp_path / "blank"], "no query"),
+        ([index, "--queries", tmp_path / "binary"], "UTF-8"),
+        ([index, "--image", tmp_path / "binary"], "JPEG"),
+        ([index, "--image", tmp_path / "no.png"], "No such file"),
+        ([tmp_path / "empty", "x"], "adaclip index"),
+    ]
+    flags = ("--image", "--queries", "--model", "--config", "--clip_weights")
+    for words, fact in cases + [([index, flag, ""], f"{flag}: is empty") for flag in flags]:
+        assert main(["search", *map(str, words)]) == 2
+        assert fact in capsys.readouterr().err
+    with pytest.raises(UserError, match="binary"):
+        search_model_of(VideoIndex.load(index)).encode_video(tmp_path / "binary")
 
 
 def test_clocks() -> None:
@@ -247,29 +229,60 @@ def test_help_needs_no_torch() -> None:
     code = """
 import sys
 from adaclip_finetune.cli import main
-assert main(["search", "--help"]) == 0 and main(["index", "--help"]) == 0
-assert not set(sys.modules) & {"torch", "faiss", "numpy", "open_clip"}, "too much"
+assert all(main([command, "--help"]) == 0 for command in ("index", "search", "serve"))
+assert not set(sys.modules) & {"torch", "faiss", "numpy", "open_clip", "fastapi"}, "too much"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--explain" in done.stdout and "--sync" in done.stdout
+    assert "--explain" in done.stdout and "--sync" in done.stdout and "--token" in done.stdout
 
 
-def test_a_picture_like_a_thread_is_cut_before_it_is_brought_to_size(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, seen = load_retriever(run), list[tuple[int, ...]]()
-    real = retriever.to_square
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"frame_agg": None},
+        {"frame_agg": None, "reuse_scores": True},
+        {"frame_agg": "transformer", "sim_header": "transformer"},
+        {"frame_agg": "mlp", "reuse_scores": True},
+        {"use_policy": False},
+        {"policy_backbone": "clip"},
+        {"num_frm": 30, "num_frm_subset": 20},
+    ],
+    ids=str,
+)
+def test_every_model_says_what_its_frames_weigh(project: Settings, clips: Path, others: Settings) -> None:
+    torch.manual_seed(0)
+    session = open_model(load_config(None, project | others))
+    session.model.eval()
+    model = SearchModel(Path("run"), session)
+    vector, frames, weights = model.encode_video(clips / "b.mp4")  # short: some frames are repeated
+    assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
+    assert frames == sorted(set(frames)) and min(frames) >= 0 and len(frames) == len(weights)
+    assert sum(weights) == pytest.approx(1, abs=1e-5) and min(weights) > 0
+    if others == {"frame_agg": None}:
+        assert weights == [0.5, 0.5]
 
-    def noted(frames: Any, spec: Any) -> Any:
-        seen.append(frames.shape)
-        return real(frames, spec)
 
-    monkeypatch.setattr(retriever, "to_square", noted)
-    ramp = np.linspace(0, 255, 600).astype(np.uint8)
-    wide = Image.fromarray(np.repeat(np.tile(ramp, (60, 1))[..., None], 3, axis=2))
-    middle = wide.crop((180, 0, 420, 60))
-    torch.testing.assert_close(model.encode_image(wide), model.encode_image(middle))
-    model.encode_image(Image.new("RGB", (50_000, 1)))
-    model.encode_image(Image.new("RGB", (1, 50_000)))
-    assert seen == [(1, 60, 240, 3), (1, 60, 240, 3), (1, 1, 4, 3), (1, 4, 1, 3)]
+def test_the_vector_of_a_video_is_that_of_an_evaluation(model: SearchModel, clips: Path) -> None:
+    reader = VideoReader(VideoFiles(clips, {"a": "a.mp4"}), model.config, model.model.views())
+    batch = collate([reader.read("a")]).videos
+    assert batch is not None
+    with torch.no_grad():
+        features = model.model.encode_video(batch)
+        shares = model.model.aggregator.scorer(features.tokens)[0, :, 0].softmax(0)  # type: ignore[operator, union-attr]
+    assert features.vector is not None and features.selection is not None
+    vector, frames, weights = model.encode_video(clips / "a.mp4")
+    torch.testing.assert_close(vector, features.vector[0] / features.vector[0].norm())
+    chosen = batch.frame_indices[0][features.selection.indices[0]]
+    assert frames == sorted(chosen.tolist())
+    assert weights == pytest.approx(shares[chosen.argsort()].tolist())
+    mixed = (shares[:, None] * features.tokens[0]).sum(0)
+    torch.testing.assert_close(vector, mixed / mixed.norm())
+
+
+def test_a_selector_that_chooses_blank_frames_alone(model: SearchModel, clips: Path) -> None:
+    reader = VideoReader(VideoFiles(clips, {"a": "a.mp4"}), model.config, model.model.views())
+    batch = collate([reader.read("a")]).videos
+    assert batch is not None
+    _, (weighted,) = model.embed(replace(batch, frame_indices=torch.full_like(batch.frame_indices, -1)))
+    assert (weighted.frames, weighted.weights, weighted.best) == ([], [], 0)

@@ -1,2 +1,1 @@
-"""`adaclip serve`: a page on this machine to search an index by text or picture; `command.py` starts it, `app.py` is
-what it answers."""
+"""The page and JSON API of `adaclip serve`."""

@@ -1,198 +1,305 @@
-"""The page and its JSON API, which /openapi.json describes to programs, and /docs to readers: a page of our own, since
-FastAPI's loads its scripts from elsewhere."""
+"""The page of `adaclip serve` and the JSON API behind it."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
-import sys
+import secrets
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import Hit
-from adaclip_finetune.search.serve.answers import Answer, Refused, Status, found
-from adaclip_finetune.search.serve.engine import Engine, State
-from adaclip_finetune.search.serve.guard import Guard, Policy
-from adaclip_finetune.search.serve.library import Library
-from adaclip_finetune.search.serve.media import Gone, Media
-from adaclip_finetune.search.serve.picture import FORMATS, MAX_BYTES, BadPicture
-from adaclip_finetune.search.serve.ranges import file_response
-from adaclip_finetune.search.serve.worker import Busy, NotReady
+from adaclip_finetune.search.pictures import open_picture
+from adaclip_finetune.search.serve.model_thread import ModelThread
+from adaclip_finetune.search.serve.served import ServedIndex, has_file
 
-MAX_TEXT = 500  # characters
-MAX_K, MAX_PAGE = 50, 50
+if TYPE_CHECKING:
+    from adaclip_finetune.search.search_model import SearchModel
 
+MAX_BYTES = 20 * 2**20  # of a picture that is sent
+MAX_PIXELS = 50_000_000  # of a picture, 200 MB decoded
+MAX_TEXT, MAX_K, MAX_PAGE = 500, 50, 50
+
+_PICTURES = ("JPEG", "PNG", "WEBP")
+_MEDIA_TYPES = {".m4v": "video/mp4", ".mkv": "video/x-matroska"}  # those that Python does not know
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _PAGE = Path(__file__).parent / "page"
-_ON_PAGE = {"/": "index.html", "/docs": "docs.html"} | {
-    f"/{name}": name for name in ("style.css", "script.js", "cards.js", "player.js", "docs.js", "icon.svg")
+_FOR_A_WHILE = {"cache-control": "private, max-age=600"}
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
 }
-_REFUSED: dict[int | str, dict[str, Any]] = {"default": {"model": Refused, "description": "refused"}}
-_JPEG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "the picture"}}
-_VIDEO: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"video/*": {}}, "description": "the file"},
-    206: {"content": {"video/*": {}}, "description": "the range that was asked for"},
-}
-_FOR_A_WHILE = "private, max-age=600"
-BODY_TIME = 60  # seconds in which a picture must have arrived
+
+
+class StatusAnswer(BaseModel):
+    """Whether the server can search."""
+
+    state: Literal["loading", "ready", "failed"] = Field(description="state of the model")
+    message: str | None = Field(description="why nothing can be searched, and what to do")
+    index: str = Field(description="name of the index")
+    videos: int = Field(description="number of videos in the index")
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that failed."""
+
+    detail: str = Field(description="what is wrong")
+
+
+class FoundFrame(BaseModel):
+    """A frame that the vector of a video was made of."""
+
+    index: int = Field(description="in the video, from 0")
+    time: float | None = Field(description="seconds, as a player counts")
+    weight: float = Field(description="share of the video's vector; the weights sum to 1")
+    picture: str = Field(description="URL of its JPEG")
+
+
+class FoundVideo(BaseModel):
+    """A video that was found."""
+
+    rank: int = Field(description="from 1")
+    score: float = Field(description="cosine between query and video")
+    id: str
+    path: str = Field(description="of the file, on the machine of the server")
+    duration: float | None = Field(description="seconds")
+    captions: list[str]
+    frames: list[FoundFrame] = Field(description="in order of time")
+    best: int = Field(description="position in `frames` of the one with the greatest weight")
+    poster: str | None = Field(description="URL of the JPEG of that frame")
+    video: str | None = Field(description="URL of the file; null if the index was made of frames")
+
+
+class SearchAnswer(BaseModel):
+    """One page of the videos that were found."""
+
+    page: int = Field(description="from 1")
+    pages: int = Field(description="number of pages")
+    videos: int = Field(description="number of videos in the index")
+    version: str = Field(description="of the index; pages of two versions do not belong together")
+    found: list[FoundVideo]
+
 
 Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
-PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="which page of them")]
-PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="how many videos a page")]
-Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="a video, as a search names it")]
-Place = Annotated[int, InPath(ge=0, le=10_000, description="among the frames of the video, from 0")]
+PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="which page")]
+PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="videos per page")]
+Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
+FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames of the video, from 0")]
 
 
-def create_app(engine: Engine, library: Library, policy: Policy) -> ASGIApp:
-    """Everything that is served, behind its guard."""
-    app = FastAPI(
-        title="adaclip serve",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        responses=_REFUSED,
+def create_app(model: ModelThread, served: ServedIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+    """Return the application. With a `token`, every request must know it; without, only those pass that address this
+    machine by `host` or a name of the loopback, so that no other site can make a browser ask (DNS rebinding)."""
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "an error"}}
+    app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None, responses=errors)
+    app.add_middleware(Gate, token=token)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if token else [*_LOOPBACK, host])
+    _add_searches(app, model, served)
+    _add_media(app, served)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        return FileResponse(_PAGE / "docs.html")
+
+    app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    for error in (UserError, Exception):
+        app.add_exception_handler(error, _server_error)
+    app.add_exception_handler(RequestValidationError, _bad_request)
+    app.add_exception_handler(ClientDisconnect, _no_answer)
+    return app
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Return a server for `app`: at most 100 connections, and no access log, which would contain the token."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        limit_concurrency=100,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=0,
+        access_log=False,
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        proxy_headers=False,
     )
-    api = _Api(engine, library)
-    app.add_api_route("/api/status", api.status)
-    app.add_api_route("/api/search", api.search)
-    body = {"content": {f"image/{kind.lower()}": {} for kind in FORMATS}, "required": True}
-    app.add_api_route("/api/search/image", api.search_image, methods=["POST"], openapi_extra={"requestBody": body})
-    app.add_api_route("/api/videos/{key}/file", api.file, response_class=Response, responses=_VIDEO)
-    app.add_api_route("/api/videos/{key}/poster", api.poster, response_class=Response, responses=_JPEG)
-    app.add_api_route("/api/videos/{key}/frames/{place}", api.frame, response_class=Response, responses=_JPEG)
-    for path, name in _ON_PAGE.items():
-        app.add_route(path, _Static(_PAGE / name).answer)
-    for kind, status in {Gone: 404, NotReady: 503, Busy: 503, UserError: 500}.items():
-        app.add_exception_handler(kind, _Says(status))
-    app.add_exception_handler(BadPicture, _bad_picture)
-    app.add_exception_handler(ClientDisconnect, _nobody_listens)
-    app.add_exception_handler(RequestValidationError, _wrong_request)
-    app.add_exception_handler(Exception, _unforeseen)
-    return Guard(app, policy)
+    return uvicorn.Server(config)
 
 
-class _Api:
-    def __init__(self, engine: Engine, library: Library) -> None:
-        self.engine, self.library = engine, library
-        # Also of ".", and as it was called, not what a link to it leads to.
-        self.name = Path(os.path.abspath(library.index.folder)).name  # noqa: PTH100
+def _add_searches(app: FastAPI, model: ModelThread, served: ServedIndex) -> None:
+    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int) -> SearchAnswer:
+        await asyncio.to_thread(served.follow)
+        if served.refused:
+            raise HTTPException(503, served.refused)
+        index = served.videos.index
+        # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
+        wanted = slice((page - 1) * k, page * k)
+        hits = await model.run(lambda loaded: index.search(encode(loaded), k * MAX_PAGE, wanted)[0])
+        return SearchAnswer(
+            page=page,
+            pages=min(-(-len(index) // k), MAX_PAGE),
+            videos=len(index),
+            version=index.version,
+            found=[_found(hit) for hit in hits],
+        )
 
-    async def status(self) -> Status:
-        """Whether the model is ready, and how many videos there are."""
-        await self.library.follow()
-        state, message = State("failed", self.library.refused) if self.library.refused else self.engine.state
-        index = self.library.index
-        return Status(state=state, message=message, index=self.name, videos=len(index))
+    @app.get("/api/status")
+    async def status() -> StatusAnswer:
+        """Return whether the model is ready, and how many videos there are."""
+        await asyncio.to_thread(served.follow)
+        state, message = ("failed", served.refused) if served.refused else (model.state, model.message)
+        index = served.videos.index
+        name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
+        return StatusAnswer(state=state, message=message, index=name, videos=len(index))
 
-    async def search(self, q: Text, page: PageNumber = 1, k: PageSize = 12) -> Answer:
-        """Videos that show what a text says, the best first."""
+    @app.get("/api/search")
+    async def search(q: Text, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:
+        """Return the videos that show what a text says, best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        media = await self._searched()
-        return _answer(media, await self.engine.by_text(media.index, q.strip(), k * MAX_PAGE), page, k)
+        return await answer(lambda loaded: loaded.encode_text([q.strip()]), page, k)
 
-    async def search_image(self, request: Request, page: PageNumber = 1, k: PageSize = 12) -> Answer:
-        """Videos that look like a picture, which is the body of the request."""
+    picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
+
+    @app.post("/api/search/image", openapi_extra={"requestBody": picture})
+    async def search_image(request: Request, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:
+        """Return the videos that look like a picture, which is the body of the request."""
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise HTTPException(413, f"the picture has more than {MAX_BYTES // 2**20} MB")
         try:
-            content = await asyncio.wait_for(_body(request), BODY_TIME)
-        except asyncio.TimeoutError:
-            raise HTTPException(408, f"the picture did not arrive within {BODY_TIME} seconds") from None
-        media = await self._searched()
-        return _answer(media, await self.engine.by_picture(media.index, content, k * MAX_PAGE), page, k)
-
-    def file(self, key: Key, request: Request) -> Response:
-        """The video itself; ranges are understood."""
-        file, media_type = self.library.media.video(key)
-        return file_response(file, media_type, request.headers.get("range"), request.headers.get("if-range"))
-
-    def poster(self, key: Key) -> Response:
-        """The frame that weighs most, as a small JPEG."""
-        answer = file_response(self.library.media.poster(key), "image/jpeg", None, None)
-        answer.headers["cache-control"] = _FOR_A_WHILE
-        return answer
-
-    async def frame(self, key: Key, place: Place) -> Response:
-        """One of the frames that the selector kept, as a small JPEG."""
-        content = await self.library.media.frame(key, place)
-        return Response(content, headers={"cache-control": _FOR_A_WHILE}, media_type="image/jpeg")
-
-    async def _searched(self) -> Media:
-        """What is in the folder now, as far as it is loaded; one request sees one index. Raises NotReady."""
-        await self.library.follow()
-        if self.library.refused:
-            raise NotReady(self.library.refused)
-        return self.library.media
+            image = await asyncio.to_thread(open_picture, io.BytesIO(content), _PICTURES, MAX_PIXELS)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k)
 
 
-class _Static:
-    """One file of the page."""
+def _add_media(app: FastAPI, served: ServedIndex) -> None:
+    one_at_a_time = asyncio.Lock()
+    jpeg: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "the picture"}}
+    video: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"video/*": {}}, "description": "the file"},
+        206: {"content": {"video/*": {}}, "description": "the requested range"},
+    }
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    @app.get("/api/videos/{key}/file", response_class=Response, responses=video)
+    def file(key: Key) -> Response:
+        """Return the video file; range requests are supported."""
+        path, stat = served.videos.file(key)
+        return FileResponse(path, media_type=_MEDIA_TYPES.get(path.suffix.lower()), stat_result=stat)
 
-    async def answer(self, _request: Request) -> Response:
-        """It."""
-        return FileResponse(self.path, headers={"cache-control": "no-cache"})
+    @app.get("/api/videos/{key}/poster", response_class=Response, responses=jpeg)
+    def poster(key: Key) -> Response:
+        """Return the frame with the greatest weight as a small JPEG."""
+        return FileResponse(served.videos.poster(key), media_type="image/jpeg", headers=_FOR_A_WHILE)
+
+    @app.get("/api/videos/{key}/frames/{number}", response_class=Response, responses=jpeg)
+    async def frame(key: Key, number: FrameNumber) -> Response:
+        """Return one of the frames that the vector was made of as a small JPEG."""
+        async with one_at_a_time:
+            content = await asyncio.to_thread(served.videos.frame, key, number)
+        return Response(content, headers=_FOR_A_WHILE, media_type="image/jpeg")
 
 
-class _Says:
-    """The message of an exception, under one status."""
+class Gate:
+    """Middleware that refuses requests of other sites and without the token, and adds headers to every answer."""
 
-    def __init__(self, status: int) -> None:
-        self.status = status
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app, self.token = app, token
 
-    async def __call__(self, _request: Request, error: Exception) -> Response:
-        headers = {"retry-after": "2"} if self.status == 503 else None
-        return JSONResponse({"detail": str(error) or "too many are asking; wait a moment"}, self.status, headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request (ASGI)."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                headers.setdefault("cache-control", "no-cache")
+            await send(message)
+
+        await (self._answer(Request(scope)) or self.app)(scope, receive, send_with_headers)
+
+    def _answer(self, request: Request) -> Response | None:
+        """Return the answer to a request that must not reach the application."""
+        opened = request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+        if not opened and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return JSONResponse({"detail": "this request comes from the page of another site"}, 403)
+        if self.token is None:
+            return None
+        cookie = f"adaclip_{request.scope['server'][1]}"  # browsers send a cookie to all ports of a host
+        if request.url.path == "/" and self._is_token(request.query_params.get("token", "")):
+            rest = request.url.remove_query_params("token").query
+            answer = RedirectResponse(f"/?{rest}" if rest else "/", 303)
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="lax")
+            return answer
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else request.cookies.get(cookie, "")
+        if self._is_token(given):
+            return None
+        detail = "the token is missing or wrong: open the address that the terminal shows"
+        return JSONResponse({"detail": detail}, 401, {"www-authenticate": "Bearer"})
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), (self.token or "").encode())
 
 
-def _answer(media: Media, hits: list[Hit], page: int, k: int) -> Answer:
-    """A part of all hits that pages may show: asked for fewer, FAISS may order equal scores otherwise, and a video
-    would stand on two pages or on none."""
-    videos = len(media.index)
-    return Answer(
-        page=page,
-        pages=min(-(-videos // k), MAX_PAGE),
-        videos=videos,
-        version=media.index.version,
-        found=[found(hit, media) for hit in hits[(page - 1) * k : page * k]],
+def _found(hit: Hit) -> FoundVideo:
+    video, urls = hit.video, f"/api/videos/{hit.video.key}"
+    return FoundVideo(
+        rank=hit.rank,
+        score=hit.score,
+        id=video.id,
+        path=os.fsencode(video.path).decode("utf-8", "replace"),
+        duration=video.duration,
+        captions=list(video.captions[:5]),
+        frames=[
+            FoundFrame(index=frame.index, time=frame.time, weight=frame.weight, picture=f"{urls}/frames/{number}")
+            for number, frame in enumerate(video.frames)
+        ],
+        best=video.best,
+        poster=f"{urls}/poster" if video.thumb else None,
+        video=f"{urls}/file" if has_file(video) else None,
     )
 
 
-async def _body(request: Request) -> bytes:
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_BYTES:
-            raise HTTPException(413, f"the picture has more than {MAX_BYTES // 2**20} MB")
-    return bytes(content)
-
-
-async def _bad_picture(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": str(error)}, 413 if getattr(error, "too_large", False) else 400)
-
-
-async def _nobody_listens(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=400)
-
-
-async def _wrong_request(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    wrong = "; ".join(f"{what['loc'][-1]}: {what['msg']}" for what in error.errors())
-    return JSONResponse({"detail": wrong}, 422)
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
+async def _server_error(_request: Request, error: Exception) -> Response:
+    if isinstance(error, UserError):
+        return JSONResponse({"detail": str(error)}, 500)
     traceback.print_exception(error)
-    print(f"adaclip serve: {request.method} {request.url.path}: {error!r}", file=sys.stderr)
-    return JSONResponse({"detail": "something went wrong here; the terminal tells more"}, 500)
+    return JSONResponse({"detail": "an error in the server; its terminal shows more"}, 500)
+
+
+async def _bad_request(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse({"detail": "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())}, 422)
+
+
+async def _no_answer(_request: Request, _error: Exception) -> Response:
+    """Answer a client that has gone, so that it does not count as an error of the server."""
+    return Response(status_code=400)

@@ -1,0 +1,143 @@
+"""The videos that an index is made of: those in a folder and its subfolders, or those of an annotation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.annotations import check_name, load_annotations
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frames import open_store
+from adaclip_finetune.data.video.discovery import find_videos
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.errors import UserError
+
+
+class FileStamp(NamedTuple):
+    """Size and time of change of a video, by which a change since indexing is noticed.
+
+    For a folder of frames, `size` is the sum over its files, and `mtime_ns` the latest change of one of them or of the
+    folder itself, which changes when a file is added, removed or renamed.
+    """
+
+    size: int  # bytes
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class CollectionVideo:
+    """A video to be indexed; `path` is its file, the folder of its frames, or the pack that holds them."""
+
+    id: str
+    path: Path
+    stamp: FileStamp
+    captions: tuple[str, ...] = ()
+    duration: float | None = None  # seconds, as annotated
+
+
+@dataclass(frozen=True)
+class VideoCollection:
+    """Videos to be indexed, and the store that reads their frames."""
+
+    name: Path  # of the folder or the annotation
+    root: Path  # the folder that holds the files
+    videos: list[CollectionVideo]
+    broken: dict[str, str]  # id → why the video cannot be read
+    store: FrameStore
+    others: list[Path] = field(default_factory=list)  # files in the folder that are not videos
+
+    @property
+    def img_tmpl(self) -> str | None:
+        """Return how the frames' files are named, if the frames are files."""
+        return self.store.img_tmpl if isinstance(self.store, FrameFolder) else None
+
+    def times(self, video: CollectionVideo, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
+        """Return the length of a video and the times at which a player shows these frames, in seconds; None where that
+        is not known. Raise FrameError."""
+        if isinstance(self.store, VideoFolder):
+            times = self.store.shown(video.id, frames)
+            annotated = None if times.length_measured else video.duration
+            return times.length if annotated is None else annotated, times.shown
+        if (shown := self.store.times(video.id)) is not None:
+            return video.duration, [round(float(shown[frame]), 3) for frame in frames]
+        if video.duration is None:
+            return None, [None] * len(frames)
+        count = self.store.count(video.id)
+        return video.duration, [frame / count * video.duration for frame in frames]
+
+
+class VideoFiles(VideoFolder):
+    """Video files by id, anywhere below `folder`; `files` maps each id to its path relative to the folder."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        super().__init__(folder)
+        self.files = dict(files)
+
+    def find(self, video_id: str) -> Path:
+        return self.folder / self.files[video_id]
+
+
+def stamp_of(path: Path) -> FileStamp:
+    """Return the stamp that a file or a folder of frames has now. Raise OSError."""
+    found = path.stat()
+    if not path.is_dir():
+        return FileStamp(found.st_size, found.st_mtime_ns)
+    with os.scandir(path) as entries:
+        images = [entry.stat() for entry in entries]
+    return FileStamp(sum(one.st_size for one in images), max(one.st_mtime_ns for one in (found, *images)))
+
+
+def collect_folder(folder: Path) -> VideoCollection:
+    """Return all video files in a folder and its subfolders, except hidden ones. The id of a video is its path relative
+    to the folder. Raise UserError for a folder that cannot be listed."""
+    root = folder.absolute()
+    try:
+        paths, others = find_videos(root)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    videos, broken = [], {}
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        try:
+            check_name("video", name)
+            if path.exists() and not path.is_file():
+                raise UserError("not a file")  # opening a pipe would wait for ever
+            videos.append(CollectionVideo(name, path, stamp_of(path)))
+        except (OSError, UserError) as error:
+            broken[name.encode("utf-8", "replace").decode()] = getattr(error, "strerror", None) or str(error)
+    store = VideoFiles(root, {video.id: video.id for video in videos})
+    return VideoCollection(root, root, videos, broken, store, others)
+
+
+def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
+    """Return the videos of an annotation, below the `video_dir` or `frames_dir` of the settings. Raise UserError."""
+    listed = load_annotations(annotation)
+    key = "frames_dir" if config.frames_dir else "video_dir"
+    root = Path(getattr(config, key) or "").expanduser().absolute()
+    if getattr(config, key):
+        config = config.model_copy(update={key: str(root)})
+    store = open_store(config, listed)
+    videos, broken = [], {}
+    for video in listed:
+        try:
+            path = _path(store, root, video.video_id)
+            known = stamp_of(path), video.sentences, video.duration
+            videos.append(CollectionVideo(video.video_id, path, *known))
+        except FrameError as error:
+            broken[video.video_id] = f"{error.path}: {error.reason}"
+        except OSError as error:
+            broken[video.video_id] = f"{error.filename}: {error.strerror}"
+    if isinstance(store, VideoFolder):
+        store = VideoFiles(root, {video.id: video.path.relative_to(root).as_posix() for video in videos})
+    return VideoCollection(annotation.absolute(), root, videos, broken, store)
+
+
+def _path(store: FrameStore, root: Path, video_id: str) -> Path:
+    if isinstance(store, VideoFolder):
+        return store.find(video_id)
+    return store.video_folder(video_id) if isinstance(store, FrameFolder) else root

@@ -1,0 +1,154 @@
+// A video that was found: its card, and the dialog that plays it.
+
+const get = (id) => document.getElementById(id);
+const dialog = get("player"), stage = get("stage");
+
+export function card(video, onClick) {
+  const best = video.frames[video.best], at = best && best.time !== null ? clock(best.time, video.duration) : "";
+  const button = element("button", "card"), seen = element("span", "seen"), words = element("span", "words");
+  const title = element("span", "line"), caption = video.captions[0] ?? "";
+  if (video.poster) seen.append(image(video.poster));
+  if (at) seen.append(element("span", "at", at));
+  title.append(element("span", "name", video.id), element("span", "score", video.score.toFixed(3)));
+  words.append(title, element("span", "caption", caption));
+  button.append(seen, timeline(video), words);
+  button.type = "button";
+  const moment = at && `, best moment at ${at}`;
+  button.setAttribute("aria-label", `${video.rank}. ${caption || video.id}, score ${video.score.toFixed(3)}${moment}. Play`);
+  button.addEventListener("click", () => onClick(video));
+  return inList(button);
+}
+
+// A mark where each frame is in the video, as high as its weight.
+function timeline(video) {
+  const line = element("span", "timeline"), most = Math.max(...video.frames.map((frame) => frame.weight));
+  video.frames.forEach((frame, place) => {
+    if (frame.time === null || !video.duration) return;
+    const mark = element("i", place === video.best ? "best" : "");
+    mark.style.left = `${1.5 + 97 * Math.min(frame.time / video.duration, 1)}%`;
+    mark.style.height = `${Math.max(15, 100 * frame.weight / most)}%`;
+    line.append(mark);
+  });
+  return line;
+}
+
+// Play a video from its best moment; its frames below lead to theirs.
+export function play(video) {
+  get("player-title").textContent = video.id;
+  get("player-captions").textContent = video.captions.join("\n");
+  get("player-path").textContent = video.path;
+  get("copy").textContent = "Copy";
+  get("download").hidden = !video.video;
+  get("download").href = video.video ?? "";
+  get("download").download = video.id.split("/").pop();
+  say(video.video ? "" : "This index was made of frames: there is no video file to play.");
+  stage.replaceChildren(video.video ? screen(video) : still(video));
+  get("frames").replaceChildren(...video.frames.map((frame, place) => frameButton(frame, place === video.best, video)));
+  dialog.showModal();
+  dialog.scrollTop = 0;
+  stage.querySelector("video")?.focus();
+}
+
+get("player-close").addEventListener("click", () => dialog.close());
+get("copy").addEventListener("click", copyPath);
+dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+dialog.addEventListener("close", () => {
+  stage.querySelector("video")?.pause();
+  stage.replaceChildren();
+});
+
+function screen(video) {
+  const made = element("video");
+  Object.assign(made, { controls: true, playsInline: true, preload: "auto", poster: video.poster ?? "" });
+  made.setAttribute("aria-label", video.id);
+  made.addEventListener("loadedmetadata", () => {
+    if (made.videoWidth) seek(video.frames[video.best]?.time ?? 0);
+    else showStill(video);  // only the sound can be played
+  });
+  made.addEventListener("error", () => showStill(video));
+  made.src = video.video;
+  return made;
+}
+
+function seek(time) {
+  const made = stage.querySelector("video");
+  if (!made) return;
+  made.currentTime = time;
+  made.play().catch(() => {});  // the browser may wait for a click on its own button
+}
+
+function still(video) {
+  return image(video.poster ?? "", `The best frame of ${video.id}`);
+}
+
+// Say why a video does not play: the server knows whether its file is there and unchanged.
+async function showStill(video) {
+  if (!stage.querySelector("video")) return;
+  stage.replaceChildren(still(video));
+  get("player-close").focus();
+  for (const button of get("frames").querySelectorAll("button")) button.disabled = true;
+  let reason = "This browser cannot play this kind of file. Open it in a video player: its path is below, or download it.";
+  try {
+    const answer = await fetch(video.video, { headers: { Range: "bytes=0-0" } });
+    if (!answer.ok) reason = (await answer.json()).detail;
+  } catch {
+    reason = "The server does not answer. Is it still running in its terminal?";
+  }
+  say(reason);
+}
+
+function frameButton(frame, best, video) {
+  const button = element("button", best ? "best" : ""), line = element("span", "line"), bar = element("span", "weight");
+  const weight = `${Math.round(100 * frame.weight)} %`;
+  const time = frame.time === null ? `frame ${frame.index + 1}` : clock(frame.time, video.duration);
+  button.type = "button";
+  button.setAttribute("aria-label", `${best ? "Best frame" : "Frame"} at ${time}, weight ${weight}`);
+  button.disabled = frame.time === null || !video.video;
+  button.addEventListener("click", () => seek(frame.time));
+  bar.style.width = `${100 * frame.weight}%`;
+  line.append(element("span", "", time), element("span", "", weight));
+  button.append(image(frame.picture), bar, line);
+  return inList(button);
+}
+
+async function copyPath() {
+  try {
+    await navigator.clipboard.writeText(get("player-path").textContent);
+    get("copy").textContent = "Copied";
+  } catch {  // browsers forbid it on a page that came unencrypted from another machine
+    getSelection().selectAllChildren(get("player-path"));
+    get("copy").textContent = "Selected";
+  }
+}
+
+function say(text) {
+  get("player-trouble").textContent = text;
+  get("player-trouble").hidden = !text;
+}
+
+// 75.4 → 1:15; in a video shorter than a minute, 15.4 → 0:15.4
+function clock(seconds, duration) {
+  if (duration < 60) return `0:${(Math.floor(10 * seconds) / 10).toFixed(1).padStart(4, "0")}`;
+  const whole = Math.floor(seconds), hours = Math.floor(whole / 3600), minutes = Math.floor(whole / 60) % 60;
+  const two = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`;
+}
+
+function element(name, className = "", text = "") {
+  return Object.assign(document.createElement(name), { className, textContent: text });
+}
+
+function image(src, alt = "") {
+  const made = element("img");
+  made.alt = alt;
+  made.loading = "lazy";
+  made.addEventListener("error", () => made.remove());
+  if (src) made.src = src;
+  return made;
+}
+
+function inList(button) {
+  const item = element("li");
+  item.append(button);
+  return item;
+}

@@ -1,0 +1,146 @@
+"""The index that is served: its newest version, and its videos and pictures by key.
+
+A request names a key, never a path. A file is given out only if the index names it and it has not changed since it was
+indexed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from functools import lru_cache
+from pathlib import Path
+
+from fastapi import HTTPException
+
+from adaclip_finetune.config import Config
+from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.packed_frames import PackedFrames
+from adaclip_finetune.data.video.discovery import is_video_file
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.collection import VideoFiles, stamp_of
+from adaclip_finetune.search.index import IndexedVideo, VideoIndex
+from adaclip_finetune.search.pictures import thumbnail
+from adaclip_finetune.search.storage import version_of
+
+_REMEMBERED = 100  # videos whose pictures are kept in memory
+
+
+class ServedVideos:
+    """The videos of one version of an index, by key. All methods raise HTTPException (404) for a key that the index
+    lacks, and for files that are missing or have changed."""
+
+    def __init__(self, index: VideoIndex) -> None:
+        self.index = index
+        self._rows = {key: row for row, key in enumerate(index.videos.keys())}
+        self._root = Path(index.info.root)
+        self._files = VideoFiles(self._root, {})  # remembers where frames are in the files
+        self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
+
+    def file(self, key: str) -> tuple[Path, os.stat_result]:
+        """Return the video file of a key."""
+        video = self._find(key)
+        if not has_file(video):
+            raise HTTPException(404, f"{video.id}: the index was made of frames; there is no video file")
+        _check_unchanged(video)
+        return video.path, video.path.stat()
+
+    def poster(self, key: str) -> Path:
+        """Return the JPEG of the frame with the greatest weight."""
+        thumb = self._find(key).thumb
+        if thumb is None or thumb.is_symlink() or not thumb.is_file():
+            raise HTTPException(404, "this video has no picture")
+        return thumb
+
+    def frame(self, key: str, number: int) -> bytes:
+        """Return a JPEG of one of the frames that the vector was made of, counted from 0."""
+        video = self._find(key)
+        if number >= len(video.frames):
+            raise HTTPException(404, f"{video.id}: has {len(video.frames)} frames here")
+        _check_unchanged(video)
+        return self._pictures(video)[number]
+
+    def _find(self, key: str) -> IndexedVideo:
+        if key not in self._rows:
+            raise HTTPException(404, "the index no longer has this video; search again")
+        return self.index.videos[self._rows[key]]
+
+    def _read_pictures(self, video: IndexedVideo) -> list[bytes]:
+        """All pictures of a video at once, which is one pass over its file."""
+        try:
+            store, name = self._store(video)
+            pictures = [thumbnail(frame) for frame in store.read(name, [frame.index for frame in video.frames])]
+        except (FrameError, UserError, LookupError) as error:
+            self._files = VideoFiles(self._root, {})  # what it remembers may be of another file
+            raise HTTPException(404, f"{video.id}: its frames cannot be read ({error})") from error
+        _check_unchanged(video)
+        return pictures
+
+    def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
+        """Return the store of a video's frames, and the name of the video there."""
+        if has_file(video):
+            if not video.path.is_relative_to(self._root):  # a video that stayed in the index when the folder changed
+                return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
+            self._files.files[video.id] = str(video.path)
+            return self._files, video.id
+        if video.path.is_dir():
+            img_tmpl = self.index.info.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default)
+            return FrameFolder(video.path.parent, str(img_tmpl)), video.path.name
+        return PackedFrames(video.path), video.id
+
+
+class ServedIndex:
+    """The index in a folder. `videos` is the newest version that could be read; `refused` says why nothing can be
+    searched, if the folder now holds the index of another model."""
+
+    def __init__(self, index: VideoIndex, look_every: float = 1.0) -> None:
+        """`look_every`: seconds between two looks at the folder."""
+        self.videos, self.refused = ServedVideos(index), ""
+        self._look_every, self._looked, self._seen = look_every, time.monotonic(), index.version
+        self._lock = threading.Lock()
+
+    def follow(self) -> None:
+        """Load the index again if `adaclip index` has rewritten the folder."""
+        with self._lock:
+            if time.monotonic() - self._looked >= self._look_every:
+                self._looked = time.monotonic()
+                if (version := version_of(self.videos.index.folder)) != self._seen:
+                    self._seen, self.refused = version, ""
+                    self._load()
+
+    def _load(self) -> None:
+        before = self.videos.index
+        try:
+            index = VideoIndex.load(before.folder)
+        except Exception as error:  # the index in memory remains usable, whatever has happened to the folder
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            print(f"adaclip serve: {error}\nUntil then the old index is searched", file=sys.stderr, flush=True)
+            return
+        if index.info.fingerprint != before.info.fingerprint:
+            self.refused = (
+                f"{index.folder}: was rewritten with another model ({index.info.run}). Stop `adaclip serve` in its "
+                "terminal (Ctrl-C) and start it again"
+            )
+            print(f"adaclip serve: {self.refused}", file=sys.stderr, flush=True)
+        elif index.version != before.version:
+            self.videos = ServedVideos(index)
+            print(f"{index.folder}: was rewritten; now it holds {len(index):,} videos", flush=True)
+
+
+def has_file(video: IndexedVideo) -> bool:
+    """Return whether the index was made of the video's file, not of frames in a folder or a pack."""
+    return is_video_file(video.path) and not os.path.isdir(video.path)  # noqa: PTH112 (never raises)
+
+
+def _check_unchanged(video: IndexedVideo) -> None:
+    try:
+        unchanged = stamp_of(video.path) == video.stamp and (video.path.is_file() or video.path.is_dir())
+    except OSError as error:
+        raise HTTPException(404, f"{video.path}: {error.strerror}") from error
+    if not unchanged:
+        raise HTTPException(404, f"{video.path}: has changed since it was indexed; run `adaclip index` again")

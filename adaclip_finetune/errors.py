@@ -11,6 +11,10 @@ class UserError(Exception):
     """An error that the user can fix. The user sees `str(error)` and nothing else."""
 
 
+class NotFinite(UserError, ValueError):
+    """Weights or scores have become NaN or infinite, usually because training diverged."""
+
+
 def debug_requested(words: Sequence[str]) -> bool:
     """Return whether the command line asks for tracebacks (`--debug`), before anything is parsed."""
     following = dict(zip(words, [*words[1:], ""], strict=True))

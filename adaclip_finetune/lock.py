@@ -1,4 +1,8 @@
-"""One run to a folder or a file: a lock file that names who writes there, and which a dead run does not hold."""
+"""Lock files: one process at a time writes to a folder or a file, and a process that died holds no lock.
+
+The lock file names its owner by process id, host and start time. Locks of the operating system would not do: data
+loader processes inherit them and may outlive a run that was killed.
+"""
 
 from __future__ import annotations
 
@@ -13,114 +17,85 @@ import psutil
 
 from adaclip_finetune.errors import UserError
 
+_CLOCK_TOLERANCE = 2.0  # seconds: start times move with the system clock
+
 
 class Lock:
-    """Held from `take` to `release`. The file at `path` tells process id, host and when that process began; `guarded`
-    is what only its holder may write."""
+    """A lock file at `path` that guards `guarded`, which only the owner of the lock may write."""
 
     def __init__(self, path: Path, guarded: Path) -> None:
-        self.path, self._guarded = path, guarded
+        self.path, self._guarded, self._held = path, guarded, False
 
     def take(self) -> None:
-        """Raises UserError if a living process, or one on another machine, holds it; OSError if there is no room."""
+        """Take the lock. Raise UserError if another process holds it, and OSError if the file cannot be written."""
         while True:
             try:
-                self._create()
+                with self.path.open("x", encoding="utf-8") as file:
+                    json.dump(this_process(), file)
+                self._held = True
                 return
             except FileExistsError:
-                self._clear_away_the_dead()
+                self._remove_if_stale()
+            except OSError:  # A full disk must not leave a lock that names no owner.
+                self.path.unlink(missing_ok=True)
+                raise
 
     def release(self) -> None:
-        """Let the next one in."""
-        with suppress(FileNotFoundError):
-            if _read(self.path) == this_process():
-                self.path.unlink()
-
-    def _create(self) -> None:
-        """Raises FileExistsError where there is one: the first comes first. OSError leaves nothing behind."""
-        mine = self.path.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
-        try:
-            mine.write_text(json.dumps(this_process()), encoding="utf-8")
-            os.link(mine, self.path)  # whole at once, where the file system has links
-        except FileExistsError:
-            raise
-        except OSError:
-            self._create_without_links()
-        finally:
-            mine.unlink(missing_ok=True)
-
-    def _create_without_links(self) -> None:
-        file = self.path.open("x", encoding="utf-8")
-        try:
-            with file:
-                json.dump(this_process(), file)
-        except OSError:  # a full disk leaves it without its content, which nobody could read
+        """Release the lock, if `take` succeeded."""
+        if self._held:
             self.path.unlink(missing_ok=True)
-            raise
+            self._held = False
 
-    def _clear_away_the_dead(self) -> None:
-        owner = _read(self.path)
-        if owner is None:  # released this very moment
+    def _remove_if_stale(self) -> None:
+        """Remove the lock file of a process that is gone. Raise UserError if its owner may still be running."""
+        try:
+            owner = _read_owner(self.path)
+        except FileNotFoundError:  # released in the meantime
             return
+        who = f"{self._guarded} is locked by process {owner['pid']}"
         if owner["host"] != socket.gethostname():
-            raise UserError(
-                f"{self._guarded} is being written by process {owner['pid']} on {owner['host']}; whether that still "
-                f"runs cannot be told from here. If it does not, delete {self.path}"
-            )
+            raise UserError(f"{who} on {owner['host']}. If it is no longer running, delete {self.path}")
         if is_alive(owner):
-            raise UserError(
-                f"{self._guarded} is being written by process {owner['pid']} on this machine: wait for it, or stop it"
-            )
+            raise UserError(f"{who} on this machine: wait for it, or stop it")
+        # Renaming tells which process removes the lock, if several find the owner gone at the same time.
         stale = self.path.with_name(f".stale-{socket.gethostname()}-{os.getpid()}")
-        with suppress(FileNotFoundError):  # another one was quicker
+        with suppress(FileNotFoundError):
             self.path.rename(stale)
-            if _read(stale) == owner:
+            if _read_owner(stale) == owner:
                 stale.unlink()
-            else:  # between reading and renaming, another one took the dead one's place: it was first
+            else:  # Another process has taken the lock since its owner was read.
                 stale.rename(self.path)
 
 
 class FolderLock(Lock):
-    """A folder's, in its lock.json."""
+    """The lock of a folder: `lock.json` in it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "lock.json", folder)
 
 
 def this_process() -> dict[str, Any]:
-    """Who we are, to be told to others in JSON."""
-    # A process id alone comes back, in containers within the minute.
-    return {"pid": os.getpid(), "host": socket.gethostname(), "began": _began(os.getpid())}
+    """Return what identifies this process: process id, host, and start time, since process ids are used again."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "began": psutil.Process().create_time()}
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process of this machine that said so of itself still runs."""
+    """Return whether the process of this machine that `this_process` described is still running."""
     try:
-        return bool(_began(owner["pid"]) == owner["began"])
+        process = psutil.Process(owner["pid"])
+        same = abs(process.create_time() - owner["began"]) < _CLOCK_TOLERANCE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # a process of another user
+        return True
 
 
-def _began(pid: int) -> str:
-    """When a process began, on a clock that nobody sets. Raises psutil.NoSuchProcess."""
+def _read_owner(path: Path) -> dict[str, Any]:
+    """Return what `this_process` gave in the owner. Raise FileNotFoundError, and UserError for any other file."""
+    text = path.read_text(encoding="utf-8")
     try:
-        # Linux: the boot, and the ticks since then (field 22 of proc(5), counted behind the command's name).
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return str(psutil.Process(pid).create_time())
-    if fields[0] in "ZX":  # killed, and its parent does not look; in containers it may never do
-        raise psutil.ZombieProcess(pid)
-    return f"{boot}+{fields[19]}"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds it; None where nobody does. Raises UserError for what is no lock."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        owner = {name: content[name] for name in ("pid", "host", "began")}
-    except FileNotFoundError:
-        return None
+        content = json.loads(text)
+        return {"pid": int(content["pid"]), "host": str(content["host"]), "began": float(content["began"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no lock of a run; if no run is going on there, delete it") from error
-    return owner
+        raise UserError(f"{path} does not name the process that holds it. If none is running, delete it") from error

@@ -1,8 +1,8 @@
-"""Text of others, such as names of files, as it can be shown."""
+"""Show text that comes from elsewhere, such as file names, on a terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """On one line, and without what would steer a terminal."""
+    """Return `str(text)` with line breaks and other control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -1,6 +1,6 @@
-"""Several processes that train or evaluate one model together: which of them this is, and what they tell each other.
+"""The group of processes that train or evaluate one model together, and what they tell each other.
 
-A single process needs no process group: everything here then answers at once.
+A single process needs no process group: every function then returns at once.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if _group() else 1
+    """Return the number of processes."""
+    return dist.get_world_size() if _has_group() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
-    return dist.get_rank() if _group() else 0
+    """Return the number of this process, counted from 0."""
+    return dist.get_rank() if _has_group() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this is the process that prints and writes."""
     return rank() == 0
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each process gave, in the order of the processes: on every process. Any picklable value."""
-    if not _group():
+    """Return the values of all processes (anything that can be pickled), ordered by rank, in every process."""
+    if not _has_group():
         return [value]
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
@@ -44,38 +44,35 @@ def gather_objects(value: T) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """What the main process gave, on every process."""
-    if not _group():
+    """Return the main process's value in every process."""
+    if not _has_group():
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    told: T = box[0]
-    return told
+    received: T = box[0]
+    return received
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors, the same ones in every process, with those of the main process."""
-    if _group():
+    """Overwrite tensors with those of the main process. Every process passes the same tensors in the same order."""
+    if _has_group():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def explain_lost_process(error: RuntimeError) -> UserError | None:
-    """What to tell in a process that waited for one which is gone; None for other errors."""
-    if not _group() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+    """Return a message for an error that means that another process is gone, and None for any other error."""
+    if not _has_group() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
         return None
-    first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return UserError(
-        "another process of this run has ended, and what it said itself tells why; or it cannot be reached: "
-        f"{first_line}"
-    )
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"another process of this run has ended (see its own message) or cannot be reached: {first_line}")
 
 
-def part() -> None:
-    """Leave the others, all work being done."""
-    if _group():
+def leave_group() -> None:
+    """Leave the process group at the end of the work, so that torch does not warn at exit."""
+    if _has_group():
         dist.destroy_process_group()
 
 
-def _group() -> bool:
+def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,4 +1,4 @@
-"""JSON read strictly: no key twice, no NaN or Infinity, UTF-8, and a message for the user where that fails."""
+"""Read JSON strictly: UTF-8, no key twice, no NaN or Infinity. Anything else is a UserError that says where it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaclip_finetune.errors import UserError
 
 
 def read_json(path: str | Path) -> Any:
-    """What the file holds. UserError: it is not there, cannot be read, or is not JSON; names file and place."""
+    """Return the content of a JSON file. Raise UserError, which names the file and the place, if that fails."""
     if not str(path):
         raise UserError("the name of a JSON file is empty")
     try:
@@ -25,11 +25,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """What the text says; `source` (a file, a flag) stands in front of the UserError where it is not strict JSON."""
+    """Return the value of a JSON text. Raise UserError, beginning with `source` (a file, a flag), if it fails."""
     try:
-        return json.loads(
-            text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant, parse_int=_whole_number
-        )
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except RecursionError:
@@ -38,11 +36,11 @@ def parse_json(text: str, source: str) -> Any:
         raise UserError(f"{source}: {error}") from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)} stands twice; remove one")
+            raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)} appears twice; remove one")
         result[key] = value
     return result
 
@@ -51,7 +49,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def _whole_number(digits: str) -> int:
-    if len(digits) > 400:  # beyond any float, and near where Python itself refuses
+def _integer(digits: str) -> int:
+    if len(digits) > 400:  # beyond any float, and near the limit of Python itself
         raise ValueError(f"holds a number of {len(digits)} digits, which is too long")
     return int(digits)

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which kill themselves at a chosen place: for the tests of going on."""
+"""Runs in processes of their own that kill themselves at a chosen place, for tests of resuming."""
 
 import os
 import signal
@@ -10,29 +10,30 @@ from typing import Any
 
 import forked
 
+from adaclip_finetune import report
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval
-from adaclip_finetune.training import outcome, snapshot, trainer
+from adaclip_finetune.training import checkpoint, optimizer
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.signals import Interrupted
-from adaclip_finetune.training.trainer import Trainer
+from adaclip_finetune.training.trainer import fit
 
-# Place → what is called there; the process ends in the middle of such a call, or before it.
+# Place → the function at whose call the process ends.
 PLACES: dict[str, tuple[Any, str]] = {
-    "update": (Trainer, "_update"),
-    "save": (snapshot, "save_tensors"),
-    "pointer": (snapshot, "write_durably"),
+    "update": (optimizer, "clamp_logit_scale"),
+    "save": (checkpoint, "save_tensors"),
+    "saved": (checkpoint, "flush_folder"),
     "evaluation": (Retrieval, "__call__"),
     "embedded": (PartFolder, "write"),
 }
 
 
 def run(settings: dict[str, Any], log: Path, place: str = "", call: int = 0, signum: int = signal.SIGKILL) -> int:
-    """One run, or with `resume` the rest of one, in a process of its own; returns its exit code, negative for a signal.
+    """Train (or resume, or evaluate) in a process of its own and return the exit code, negative for a signal.
 
-    With a place, `signum` is sent to the process at that call of it.
+    If a place is given, the process sends itself `signum` at the given call (from 1) of that place.
     """
     process = forked.context().Process(target=_run, args=(settings, log, place, call, signum))
     process.start()
@@ -43,7 +44,8 @@ def run(settings: dict[str, Any], log: Path, place: str = "", call: int = 0, sig
 
 def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int) -> None:
     forked.begin(log)
-    trainer.draw_curves = outcome.draw_frame_usage = lambda *_: None  # a third of the time, and tested elsewhere
+    # Drawing takes a third of the time and is tested elsewhere.
+    report.draw_curves = report.draw_frame_usage = lambda *_: None  # type: ignore[assignment]
     if place:
         owner, name = PLACES[place]
         setattr(owner, name, _killing(getattr(owner, name), call, signum))
@@ -54,7 +56,7 @@ def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int
         if config.do_inference:
             evaluate_only(config, folder)
         else:
-            trainer.fit(config, folder=folder)
+            fit(config, folder=folder)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
 

@@ -1,4 +1,4 @@
-"""Several processes that find each other as torchrun's do."""
+"""Processes that form a group, as those of torchrun do."""
 
 import os
 import socket
@@ -12,8 +12,10 @@ import forked
 
 
 def spread(target: Callable[..., None], processes: int, log: Path, *arguments: Any) -> list[int]:
-    """Call target(*arguments) in that many processes of one group; their exit codes, in order of rank. What they print
-    is in `log`."""
+    """Call target(*arguments) in each of `processes` processes of a group and return their exit codes by rank.
+
+    Their output is appended to the file `log`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -18,9 +18,9 @@ from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import is_alive
 from adaclip_finetune.strict_json import read_json
+from adaclip_finetune.training.checkpoint import load_snapshot
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.session import Session, open_model
-from adaclip_finetune.training.snapshot import load_snapshot
 from adaclip_finetune.tuning.run import describe
 from adaclip_finetune.weights.checkpoints import read_checkpoint, with_its_clip
 from adaclip_finetune.weights.clip_weights import load_clip

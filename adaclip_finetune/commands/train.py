@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     # Must be set before torch is imported. It silences a warning of DistributedDataParallel that appears in every run
     # because find_unused_parameters is on, which keeps methods with unused parameters from hanging.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from adaclip_finetune.processes import part
+    from adaclip_finetune.processes import leave_group
     from adaclip_finetune.training.dry_run import dry_run
     from adaclip_finetune.training.evaluate_only import evaluate_only
     from adaclip_finetune.training.trainer import fit
@@ -68,5 +68,5 @@ def run(words: Sequence[str]) -> int:
         if config.debug and not debug_requested(words):  # set in the config file
             traceback.print_exc()
         raise
-    part()
+    leave_group()
     return 0

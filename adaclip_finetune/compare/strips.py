@@ -67,7 +67,7 @@ class StripMaker:
         estimated = None
         if isinstance(self._store, VideoFolder):
             with suppress(FrameError):
-                times = self._store.times(video_id, [])
+                times = self._store.shown(video_id, [])
                 if times.length_measured:
                     return times.length
                 estimated = times.length
@@ -81,7 +81,7 @@ class StripMaker:
         indices = [index for index, _ in chosen]
         seconds: Sequence[float | None]
         if isinstance(self._store, VideoFolder):
-            times = self._store.times(video_id, indices)
+            times = self._store.shown(video_id, indices)
             seconds, measured = times.shown, times.shown_measured
         else:
             count, length = self._store.count(video_id), self.seconds(video_id)

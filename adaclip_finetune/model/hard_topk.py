@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaclip_finetune.errors import NotFinite
+
 _MIN_PROBABILITY = 1e-8
 _MIN_REMAINDER = 1e-40
 
@@ -35,15 +37,15 @@ def select_frames(logits: Tensor, k: int, temperature: float | None = None, nois
     `k` highest logits, descending, and no gradient. `noise` (B, N) replaces the Gumbel(0, 1) draw. Works in float32
     (float64 for float64 logits) whatever the autocast state, and never waits for the device.
 
-    Raises ValueError for k outside 1…N, and for NaN logits on CPU. On an accelerator the check would stall every step,
-    so NaN logits there turn the weights into NaN, which the loss and the metrics refuse.
+    Raises ValueError for k outside 1…N, and NotFinite for NaN logits on the CPU. On an accelerator that check would
+    stall every step, so NaN logits turn the weights into NaN there, which the loss and the metrics refuse.
     """
     if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
         raise ValueError(
             f"cannot choose k={k} frames by logits of shape {tuple(logits.shape)}: need (B, N) and 1 <= k <= N"
         )
     if logits.device.type == "cpu" and bool(logits.isnan().any()):
-        raise ValueError("frame selector logits are NaN")
+        raise NotFinite("the scores of the frame selector are NaN: the weights are damaged, or training diverged")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if temperature is None:

@@ -1,20 +1,24 @@
-"""Where to compute: the accelerator that `device`, `xpu` and `precision` ask for, in one process or several, and what
-the device says about itself."""
+"""Choose the device and the precision, join the processes of a launcher, and describe the device."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
 from accelerate import __version__ as accelerate_version
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from torch import nn
+from torch.optim import Optimizer
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
@@ -22,18 +26,20 @@ from adaclip_finetune.training.switches import apply_switches
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _WAYS_OUT = {
-    "cuda": "install a CUDA build of torch and an NVIDIA driver; CUDA_VISIBLE_DEVICES must not hide it",
-    "xpu": "install PyTorch's own XPU build (README) and Intel's GPU driver; ZE_AFFINITY_MASK must not hide it",
-    "mps": "needs a Mac with Apple silicon",
+    "cuda": "Install a CUDA build of torch and an NVIDIA driver (CUDA_VISIBLE_DEVICES must not hide the device)",
+    "xpu": "Install the XPU build of torch and Intel's GPU driver (ZE_AFFINITY_MASK must not hide the device)",
+    "mps": "Use a Mac with Apple silicon",
 }
-# The main process may rank a large gallery while the others wait.
-_PATIENCE = timedelta(hours=2)
+_GROUP_TIMEOUT = timedelta(hours=2)  # The main process may rank a large gallery while the others wait.
+_IPEX = "intel_extension_for_pytorch"
 
-# What a launcher sets; the last ones count for accelerate even where nothing was launched.
-_PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCHED = ("WORLD_SIZE", *_PLACE, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# What accelerate reads from `accelerate config` or `accelerate launch`, and our settings decide.
-_OURS_TO_DECIDE = (
+# Left in the environment, accelerate would take any of these for a launch of several processes.
+_LAUNCHED = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+# Variables from `accelerate config` or `accelerate launch` for what the settings of this project decide.
+_OVERRIDDEN = (
     "ACCELERATE_USE_CPU",
     "ACCELERATE_TORCH_DEVICE",
     "ACCELERATE_MIXED_PRECISION",
@@ -41,71 +47,70 @@ _OURS_TO_DECIDE = (
     "ACCELERATE_DYNAMO_BACKEND",
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
-_OTHER_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The one place that decides on device, mixed precision, tf32 and determinism, and that lets the processes of
-    torchrun or accelerate launch find each other.
+    """Return the accelerator for `device`, `precision`, `tf32` and `deterministic`; join the processes of a launcher.
 
-    May be called again in a process, with other settings: a process group that is there is used again.
-    Raises UserError for a device that is not there, or does not do what is asked.
+    It may be called again in a process with other settings; an existing process group is reused. Raise UserError if the
+    device is not available or does not support what is asked.
     """
-    _refuse_other_engines()
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if _is_set(f"ACCELERATE_USE_{engine}"):
+            raise UserError(
+                f"the accelerate configuration asks for {engine}, which is not supported: several processes train with "
+                "DistributedDataParallel (accelerate launch --multi_gpu, or torchrun)"
+            )
     wanted, processes = config.device, launched_processes()
-    if wanted in _WAYS_OUT and not _available(wanted):
-        raise UserError(
-            f"device: no {wanted} device is usable here. Either {_WAYS_OUT[wanted]}, or choose device auto or cpu"
-        )
+    if wanted in _WAYS_OUT and not _is_available(wanted):
+        raise UserError(f"device: no {wanted} device is usable. {_WAYS_OUT[wanted]}, or set device to cpu")
     on_cpu = wanted == "cpu" or (
-        wanted == "auto" and (_is_set("ACCELERATE_USE_CPU") or not any(map(_available, _WAYS_OUT)))
+        wanted == "auto" and (_is_set("ACCELERATE_USE_CPU") or not any(map(_is_available, _WAYS_OUT)))
     )
+    kind = "cpu" if on_cpu else next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    if processes > 1 and kind != "cpu" and local_rank >= getattr(torch, kind).device_count():
+        raise UserError(
+            f"device: LOCAL_RANK is {local_rank}, but this machine has {getattr(torch, kind).device_count()} {kind} "
+            "devices: start one process per device (--nproc_per_node), or set device to cpu"
+        )
     apply_switches(config)
-    accelerator = _accelerator(_PRECISION[config.precision], on_cpu, processes)
+    accelerator = _build_accelerator(_PRECISION[config.precision], on_cpu, processes)
     found = accelerator.device.type
     if wanted not in ("auto", found):
         raise UserError(
-            f"device: {wanted} was asked for, but accelerate {accelerate_version} with torch {torch.__version__} takes "
-            f"{found} on this machine. Choose device {found}, or hide it (CUDA_VISIBLE_DEVICES=''), or update these two"
+            f"device is {wanted}, but accelerate {accelerate_version} with torch {torch.__version__} uses {found}. "
+            f"Set device to {found}, or hide that device (CUDA_VISIBLE_DEVICES=''), or update the two packages"
         )
     if accelerator.num_processes != processes:
         raise UserError(
-            f"device: {processes} processes were started, but on {found} they cannot work together with torch "
-            f"{torch.__version__}; start one process, or choose device cpu"
+            f"WORLD_SIZE is {processes}, but torch {torch.__version__} cannot join {processes} processes on {found}: "
+            "start them with torchrun or accelerate launch, or set device to cpu, or unset WORLD_SIZE for one process"
         )
     if config.precision == "fp16" and found == "cpu":
-        raise UserError("precision: fp16 needs an accelerator; on the CPU choose bf16 or fp32")
+        raise UserError("precision: fp16 is not available on the CPU; choose bf16 or fp32")
     return accelerator
 
 
 def launched_processes() -> int:
-    """How many processes torchrun or accelerate launch started; 1 without them. Raises UserError if that is unclear."""
-    if (processes := _number("WORLD_SIZE", 1)) <= 1:
-        return 1
-    if missing := [name for name in _PLACE if not os.environ.get(name)]:
-        raise UserError(
-            f"the environment variable WORLD_SIZE is {processes}, but {', '.join(missing)} not set: start several "
-            "processes with torchrun or accelerate launch (README), or unset WORLD_SIZE for a single one"
-        )
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        _number(name, 0)
-    return processes
+    """Return how many processes torchrun or accelerate launch started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words, for the log and environment.json."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    if device.type == "xpu":
-        return f"xpu: {torch.xpu.get_device_name(device)}"
+    """Return a one-line description of the device for the log and environment.json."""
+    if device.type in ("cuda", "xpu"):
+        return f"{device.type}: {torch.get_device_module(device).get_device_name(device)}"
     return f"{device.type}: {torch.get_num_threads()} threads of {os.cpu_count()} processors"
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory in use so far, in MiB: of the accelerator, or on a CPU of this process. MPS tells what its driver
-    holds for this process, which hardly ever shrinks."""
+    """Return the peak memory use in MiB: of the accelerator, or of this process on the CPU.
+
+    MPS knows no peak; there it is the memory that its driver holds for this process.
+    """
     if device.type in ("cuda", "xpu"):
-        return float(getattr(torch, device.type).max_memory_allocated(device)) / 2**20
+        return float(torch.get_device_module(device).max_memory_allocated(device)) / 2**20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -113,91 +118,85 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mib` begin anew, where a device can."""
+    """Reset what `peak_memory_mib` returns, on devices that can."""
     if device.type in ("cuda", "xpu"):
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def total_memory_gib(device: torch.device) -> float:
-    """What the device has in all, in GiB: of memory of its own, or on a CPU of the machine's."""
+    """Return the total memory of the device in GiB, on the CPU that of the machine."""
     if device.type in ("cuda", "xpu"):
-        return float(getattr(torch, device.type).get_device_properties(device).total_memory) / 2**30
+        return float(torch.get_device_module(device).get_device_properties(device).total_memory) / 2**30
     if device.type == "mps":
         return torch.mps.recommended_max_memory() / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def _accelerator(precision: str, on_cpu: bool, processes: int) -> Accelerator:
-    if processes > 1 and not on_cpu:
-        _refuse_shared_devices()
-    # accelerate keeps its state for the whole process, and another run in it may want another precision.
+def load_ipex(device: torch.device, say: Callable[[str], None]) -> ModuleType | None:
+    """Return Intel's extension for PyTorch if the device is an XPU and a usable version is installed, else None.
+
+    XPU works without the extension, which has been archived since March 2026. Each version fits one version of torch
+    and ends the process when it is imported beside another, so the versions are compared first. `say` is told if an
+    installed version is of no use.
+    """
+    if device.type != "xpu":
+        return None
+    try:
+        found = version(_IPEX)
+    except PackageNotFoundError:
+        return None
+    try:
+        if found.split(".")[:2] != torch.__version__.split(".")[:2]:
+            raise ImportError(f"it does not fit torch {torch.__version__}")
+        return importlib.import_module(_IPEX)
+    except (Exception, SystemExit) as error:
+        say(f"{_IPEX} {found} is not used: {error}. XPU works without it")
+        return None
+
+
+def optimize_with_ipex(
+    ipex: ModuleType | None, model: nn.Module, optimizer: Optimizer, say: Callable[[str], None]
+) -> tuple[nn.Module, Optimizer]:
+    """Return model and optimizer, optimized in place for training if `ipex` is given and succeeds."""
+    if ipex is not None:
+        try:
+            model, optimizer = ipex.optimize(model.train(), optimizer=optimizer, inplace=True)
+        except Exception as error:
+            say(f"{_IPEX} could not optimize the model ({error}); it is trained without")
+    return model, optimizer
+
+
+def _build_accelerator(precision: str, on_cpu: bool, processes: int) -> Accelerator:
+    # accelerate keeps its state for the whole process, but another run in it may use another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if processes > 1:
         backend = {"backend": "gloo"} if on_cpu else {}
-        handlers.append(InitProcessGroupKwargs(timeout=_PATIENCE, **backend))
-    # Left to itself, accelerate makes a group of one process out of a stray variable.
-    hidden = _OURS_TO_DECIDE if processes > 1 else (*_OURS_TO_DECIDE, *_LAUNCHED)
+        handlers.append(InitProcessGroupKwargs(timeout=_GROUP_TIMEOUT, **backend))
     try:
-        with _without(hidden):
+        with _hidden(_OVERRIDDEN if processes > 1 else (*_OVERRIDDEN, *_LAUNCHED)):
             return Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=handlers)
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
-            f"the {processes} processes could not find each other at {where} (MASTER_ADDR, MASTER_PORT): {error}"
-        ) from error
+        raise UserError(f"the {processes} processes could not connect at {where} (MASTER_ADDR): {error}") from error
     except ValueError as error:
-        raise UserError(f"precision or device: accelerate refuses mixed precision {precision} here: {error}") from error
+        raise UserError(f"accelerate refuses this precision, device or WORLD_SIZE ({processes}): {error}") from error
 
 
-def _refuse_other_engines() -> None:
-    for engine in _OTHER_ENGINES:
-        if _is_set(f"ACCELERATE_USE_{engine}"):
-            raise UserError(
-                f"accelerate's settings ask for {engine}, which does not work here: several processes train with "
-                "DistributedDataParallel (accelerate launch --multi_gpu, or torchrun)"
-            )
-
-
-def _refuse_shared_devices() -> None:
-    for kind in ("cuda", "xpu"):
-        if not _available(kind):
-            continue
-        devices, local_rank = getattr(torch, kind).device_count(), _number("LOCAL_RANK", 0)
-        if local_rank >= devices:
-            raise UserError(
-                f"device: LOCAL_RANK is {local_rank}, but this machine shows {devices} {kind} devices: start one "
-                "process a device (--nproc_per_node), or choose device cpu"
-            )
-        return
-
-
-def _available(kind: str) -> bool:
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return bool(getattr(torch, kind).is_available())
+def _is_available(kind: str) -> bool:
+    return bool((torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available())
 
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "")
-    if not text:
-        return default
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"the environment variable {variable} is {text!r}, not a number; unset it") from error
-
-
 @contextmanager
-def _without(variables: Sequence[str]) -> Iterator[None]:
-    """Within it, these environment variables are not set."""
-    hidden = {name: os.environ.pop(name) for name in variables if name in os.environ}
+def _hidden(variables: Sequence[str]) -> Iterator[None]:
+    """Remove environment variables within the block."""
+    removed = {name: os.environ.pop(name) for name in variables if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.update(removed)

@@ -1,16 +1,23 @@
-"""What is measured in a run: zero-shot, and the model as it is."""
+"""Measure a model in a run: CLIP before it learns (zero-shot), and the model as it is; write and print the results."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.tasks.base import Report, Task
+from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
+from adaclip_finetune.model.flops import Gflops
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.peft import TrainableReport
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
 from adaclip_finetune.training.run_folder import RunFolder
@@ -18,55 +25,19 @@ from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
 
 EMBEDDINGS = "embeddings"
-"""Where an evaluation keeps what it has finished, in the run folder, until the run is finished."""
+"""The folder in the run folder where an evaluation keeps finished batches until the run is finished."""
+
+SELECTED_ON_TEST = "selected on test (val_annot and test_annot hold the same captions)"
 
 
 def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
-    """The task that the config names, on a split, for models that see frames as `model` does."""
+    """Return the task of the config on a split, for models that see frames as `model` does."""
     task: Task = implementation(TASKS, config.task)(config, split, loaded, model.views(), label)
     return task
 
 
-def zero_shot(
-    session: Session, split: EvaluationSplit, name: str, run: RunFolder, adapted: bool = False
-) -> Report | None:
-    """Measured with the pretrained towers, before anything learns, and printed first; `adapted`: with the config's
-    adaptation.
-
-    None, and said so, only where the model came from a checkpoint and CLIP itself is not at hand.
-    """
-    config, pretrained, problem = zero_shot_config(session.config), None, ""
-    label = "zero-shot"
-    if adapted:
-        config = config.model_copy(update={"adaptation": session.config.adaptation})
-        label = f"zero-shot, {config.adaptation.method}"
-    try:
-        pretrained = session.pretrained()
-    except UserError as error:
-        if session.checkpoint is None:
-            raise
-        problem = str(error)
-    # All of the processes measure it, or none.
-    problem = next(filter(None, gather_objects(problem)), "")
-    if pretrained is None or problem:
-        run.say(f"WARNING: zero-shot is NOT measured, CLIP as it was before not being at hand. {problem}")
-        return None
-    model = VideoRetriever(config, pretrained).to(session.device)
-    with closing(build_task(config, split, pretrained, model, f"{label} on {name}")) as task:
-        report = measure(session, task, model, run.file(f"{EMBEDDINGS}/{label}"))
-        run.say(f"{label} on {name} ({config.num_frm} uniform frames, mean)  {task.one_line(report.figures)}")
-    run.record("zero_shot" if not adapted else "zero_shot_adapted", 0, metrics=report.as_dict())
-    return report
-
-
-def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFolder) -> tuple[Report, Task]:
-    """The session's model on a split; finished batches are kept, should the run be stopped. The task is closed."""
-    with closing(build_task(session.config, split, session.loaded, session.model, name)) as task:
-        return measure(session, task, session.model, run.file(f"{EMBEDDINGS}/{name}")), task
-
-
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:
-    """`model` in the session's precision, on its device; memory that does not suffice is told in words."""
+    """Measure `model` in the session's precision on its device. Raise UserError if it does not fit into memory."""
     try:
         with session.autocast():
             return task(model, keep)
@@ -74,3 +45,125 @@ def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | No
         if explained := explain_out_of_memory_in_evaluation(error, session.config, session.device):
             raise explained from error
         raise
+
+
+def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFolder) -> tuple[Report, Task]:
+    """Measure the session's model on a split and return the report and the (closed) task.
+
+    Finished batches are kept in the run folder, so that the evaluation can continue after an interruption.
+    """
+    with closing(build_task(session.config, split, session.loaded, session.model, name)) as task:
+        return measure(session, task, session.model, run.file(f"{EMBEDDINGS}/{name}")), task
+
+
+def zero_shot(
+    session: Session, split: EvaluationSplit, name: str, run: RunFolder, adapted: bool = False
+) -> Report | None:
+    """Measure the pretrained CLIP, with the config's adaptation if `adapted`, and print its figures.
+
+    Return None, after a warning, if the model came from a checkpoint and its pretrained CLIP is not available.
+    """
+    config, label = zero_shot_config(session.config), "zero-shot"
+    if adapted:
+        config = config.model_copy(update={"adaptation": session.config.adaptation})
+        label = f"zero-shot, {config.adaptation.method}"
+    pretrained, problem = None, ""
+    try:
+        pretrained = session.pretrained()
+    except UserError as error:
+        if session.checkpoint is None:
+            raise
+        problem = str(error)
+    # Either all processes measure it or none.
+    problem = next(filter(None, gather_objects(problem)), "")
+    if pretrained is None or problem:
+        run.say(f"WARNING: zero-shot is NOT measured, since the pretrained CLIP is not available. {problem}")
+        return None
+    model = VideoRetriever(config, pretrained).to(session.device)
+    with closing(build_task(config, split, pretrained, model, f"{label} on {name}")) as task:
+        measured = measure(session, task, model, run.file(f"{EMBEDDINGS}/{label}"))
+    event = "zero_shot_adapted" if adapted else "zero_shot"
+    run.record(event, 0, metrics=measured.as_dict(), split=name)
+    run.say(f"{label} on {name} ({config.num_frm} uniform frames, mean)  {task.one_line(measured.figures)}")
+    return measured
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a run found.
+
+    `final` is measured on test_annot, or on val_annot without one (`evaluated_on`). `zero_shot` is None if the run
+    began with a checkpoint whose pretrained CLIP is not available; `folder` is None with no_output.
+    """
+
+    zero_shot: Figures | None
+    final: Report
+    best_validation: Figures
+    best_epoch: int
+    evaluated_on: str
+    selected_on_test: bool
+    parameters: TrainableReport
+    gflops: Gflops
+    folder: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of metrics.json."""
+        return {
+            "evaluated_on": self.evaluated_on,
+            "selected_on": "test" if self.selected_on_test else "validation",
+            "best_epoch": self.best_epoch,
+            "zero_shot": self.zero_shot.as_dict() if self.zero_shot else None,
+            "finetuned": self.final.as_dict(),
+            "best_validation": self.best_validation.as_dict(),
+            "parameters": self.parameters.as_dict(),
+            "gflops": self.gflops.as_dict(),
+        }
+
+
+def report_fit(result: FitResult, task: Task, config: Config, run: RunFolder) -> None:
+    """Write the result of a run into its folder, metrics.json last since it marks a finished run; then print it."""
+    final = result.final
+    usage = final.frame_usage if isinstance(final, RetrievalReport) else None
+    if usage is not None and (path := run.file("frame_usage.png")):
+        report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
+    write_similarity(config, final, run)
+    run.write_json("metrics.json", result.as_dict())
+
+    note = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
+    if result.evaluated_on == "validation":
+        note = "   (no test_annot: these captions chose the epoch, so the figures are optimistic)"
+    run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{note}")
+    before = {"zero-shot": result.zero_shot} if result.zero_shot else {}
+    say_table(task, {**before, "finetuned": final.figures}, final, run)
+    clip, whole = result.parameters.clip, result.parameters.all
+    run.say(
+        f"learned: {clip.trainable:,} of CLIP's {clip.total:,} parameters ({clip.percent:.3f} %), "
+        f"{whole.trainable:,} of {whole.total:,} in all ({whole.percent:.3f} %)"
+    )
+    if result.zero_shot and not task.is_better(final.figures, result.zero_shot):
+        run.say(
+            "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
+        )
+    if folder := run.path:
+        written = ("best.safetensors", "adapter.safetensors", "config.json", "metrics.json", "*.png", "train.log")
+        names = ", ".join(path.name for pattern in written for path in sorted(folder.glob(pattern)))
+        run.say(
+            f"\nrun folder: {folder}\n  {names}, …\n"
+            "next: evaluate it on other captions\n"
+            f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
+            "--test_annot FILE\n"
+            "or train on your own videos (see the README)"
+        )
+
+
+def say_table(task: Task, rows: Mapping[str, Figures], last: Report, run: RunFolder) -> None:
+    """Print the table of several models on the task's split, and what they were measured on."""
+    run.say(task.table(rows))
+    run.say(task.gallery(last))
+
+
+def write_similarity(config: Config, measured: Report, run: RunFolder) -> None:
+    """Write the similarity matrix if `save_similarity` asks for it and the task has one."""
+    if config.save_similarity and isinstance(measured, RetrievalReport):
+        save_similarity(Path(config.save_similarity), measured)
+        run.say(f"similarity (rows queries, columns videos): {config.save_similarity}, with the ids in a JSON file")

@@ -1,7 +1,7 @@
-"""BertAdam (the optimizer of Devlin et al. 2019), AdamW, and the one schedule of both.
+"""BertAdam (the optimizer of Devlin et al. 2019), AdamW, and the learning rate schedule of both.
 
-One mechanism sets the learning rate: a `LambdaLR`, stepped after the optimizer. A group's `lr` is therefore at any time
-the rate of the coming update, readable for the log.
+The schedule is a `LambdaLR` that is stepped after the optimizer, so the `lr` of a parameter group is always the
+learning rate of the next update.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ _MAX_LOGIT_SCALE = math.log(100)
 
 
 def build_optimizer(objective: Objective, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """The optimizer of what learns in `objective` (not wrapped), and its schedule over all updates.
+    """Return the optimizer for what learns in `objective` (not wrapped), and its schedule over `total_steps` updates.
 
-    Groups are named clip_decay, clip_no_decay, other_decay and other_no_decay; empty ones are left out. CLIP's learning
-    rate is learning_rate x coef_lr; what has `bias` in its name does not decay. Step the schedule after each update.
-
-    Raises UserError where nothing learns, or for no updates at all.
+    The parameter groups are clip_decay, clip_no_decay, other_decay and other_no_decay; empty ones are left out. The
+    learning rate of CLIP is learning_rate x coef_lr, and parameters with `bias` in their name have no weight decay.
+    Raise UserError if nothing learns or there are no updates.
     """
     if total_steps < 1:
         raise UserError("nothing to train on: train_annot yields no batches")
@@ -44,17 +43,14 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
         optimizer = AdamW(groups, config.learning_rate, config.betas)
     else:
         optimizer = BertAdam(groups, config.learning_rate, config.betas, config.weight_decay)
-
-    def factor(step: int) -> float:
-        return schedule(step / total_steps, config.warmup_proportion, config.no_warmup)
-
-    return optimizer, LambdaLR(optimizer, factor)
+    warmup, constant = config.warmup_proportion, config.no_warmup
+    return optimizer, LambdaLR(optimizer, lambda step: schedule(step / total_steps, warmup, constant))
 
 
 def schedule(x: float, warmup_proportion: float, no_warmup: bool) -> float:
-    """The share of the full learning rate when x, from 0 to 1, of all updates are done.
+    """Return the learning rate factor after a share x (0 to 1) of all updates.
 
-    Linear from 0 over `warmup_proportion`, then 0.5·(1 + cos(π·x)); 1 throughout with `no_warmup`.
+    It rises linearly from 0 over `warmup_proportion` and is 0.5·(1 + cos(π·x)) from there; with `no_warmup` it is 1.
     """
     if no_warmup:
         return 1.0
@@ -64,12 +60,12 @@ def schedule(x: float, warmup_proportion: float, no_warmup: bool) -> float:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Learning rate of the coming update by group name."""
+    """Return the learning rate of the next update by the name of the parameter group."""
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
 def advance(schedule: LambdaLR, updates: int) -> None:
-    """Put a new schedule where one is that has seen so many updates."""
+    """Set a new schedule to where it is after `updates` updates."""
     schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1})
     for group, base, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
@@ -78,7 +74,7 @@ def advance(schedule: LambdaLR, updates: int) -> None:
 
 
 def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, Tensor]:
-    """What the optimizer remembers, as "<parameter>/<key>": its moments, and AdamW's count of steps."""
+    """Return the optimizer's state as tensors named `<parameter>/<key>`: moments, and for AdamW the step count."""
     return {
         f"{name.removeprefix('retriever.')}/{key}": value
         for name, parameter in objective.named_parameters()
@@ -88,36 +84,34 @@ def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, T
 
 
 def load_optimizer(optimizer: Optimizer, objective: Objective, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises KeyError for a parameter that the objective does not have."""
+    """Load what `optimizer_tensors` returned. Raise KeyError for a parameter that the objective does not have."""
     parameters = {name.removeprefix("retriever."): parameter for name, parameter in objective.named_parameters()}
     for place, tensor in tensors.items():
         name, key = place.rsplit("/", 1)
-        # AdamW keeps its count on the CPU; what has the shape of the parameter belongs where that is.
-        device = parameters[name].device if key != "step" else tensor.device
+        # AdamW keeps its step count on the CPU; moments belong to the device of the parameter.
+        device = tensor.device if key == "step" else parameters[name].device
         optimizer.state[parameters[name]][key] = tensor.to(device, copy=True)
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], grad_norm: float) -> Tensor | None:
-    """Scale all gradients together down to norm `grad_norm`; -1: leave them. Returns their norm before."""
-    if grad_norm == -1:
-        return None
-    return torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
+    """Scale all gradients down to a joint norm of `grad_norm` and return their norm before; do nothing for -1."""
+    return None if grad_norm == -1 else torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
 
 
 @torch.no_grad()
 def clamp_logit_scale(clip: nn.Module) -> None:
-    """Hold CLIP's `logit_scale`, if it learns, at ≤ ln 100, as CLIP itself was trained. Call it after each update."""
+    """Limit CLIP's `logit_scale`, if it learns, to ln 100, as in the training of CLIP. Call it after each update."""
     scale = clip.get_parameter("logit_scale")
-    # OpenAI's own value is a rounding error above ln 100: frozen, it must stay bit for bit.
+    # The value in OpenAI's weights is a rounding error above ln 100 and must not change while it is frozen.
     if scale.requires_grad:
         scale.clamp_(max=_MAX_LOGIT_SCALE)
 
 
 class BertAdam(Optimizer):
-    """Adam as BERT was trained: moments without bias correction; decay x weight added to the update, not the gradient.
+    """Adam as used for BERT: moments without bias correction, and decay x weight added to the update.
 
-    Each tensor's gradient is first clipped, in place, to norm 1 of its own. Parameters without a gradient stay.
+    The gradient of each tensor is first clipped, in place, to norm 1. Parameters without a gradient do not change.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -125,6 +119,7 @@ class BertAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one update; `closure`, if given, computes gradients and returns the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,9 +131,12 @@ class BertAdam(Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = [self._moment(parameter, "exp_avg") for parameter in parameters]
-        squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
+        means = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
 
         norms = torch._foreach_norm(gradients)
         torch._foreach_mul_(gradients, [(_MAX_TENSOR_NORM / (norm + _EPS)).clamp(max=1) for norm in norms])
@@ -151,13 +149,6 @@ class BertAdam(Optimizer):
         # w - lr·(m/(√v + ε) + decay·w), without a third copy of the weights.
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_addcdiv_(parameters, means, roots, -lr)
-
-    def _moment(self, parameter: Tensor, name: str) -> Tensor:
-        state = self.state[parameter]
-        if name not in state:
-            state[name] = torch.zeros_like(parameter)
-        moment: Tensor = state[name]
-        return moment
 
 
 def _parameter_groups(objective: Objective, config: Config) -> list[dict[str, Any]]:

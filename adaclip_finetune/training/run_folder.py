@@ -1,9 +1,9 @@
-"""The run folder: everything a run leaves behind, and the one place that prints.
+"""The run folder: everything that a run leaves behind, and the only place that prints during a run.
 
-output/<dataset>/<timestamp>-<method>/
+output/<dataset>/<time>-<method>/
     config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
     best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
-    while it runs: lock.json  last.json  last-<step>/
+    while it runs: lock.json  last-<step>/
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,84 +29,95 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
-from adaclip_finetune.processes import is_main, world_size
+from adaclip_finetune.processes import explain_lost_process, is_main, world_size
+from adaclip_finetune.training.signals import Interrupted
 
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]+@")  # in the URL of a database
+_LOG = "train.log"
 _EVENTS = "metrics.jsonl"
 _MISSING = "missing_videos.txt"
 _PACKAGES = (
-    "adaclip-finetune",
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "av",
+    *("adaclip-finetune", "torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "pillow", "av"),
     "safetensors",
 )
 
 
 class RunFolder:
-    """Prints, logs and writes for one run; in processes other than the main one it is silent and writes nothing.
+    """Print, log and write for one run. Processes other than the main one print and write nothing.
 
-    `path` is None there, with `no_output`, and until `open`, so that a run which is refused leaves no folder; what is
-    said and written until then is kept and follows.
+    `path` is None in those processes, with `no_output`, and until `open`, so that a run that is refused leaves no
+    folder. What is said and written before `open` is kept in memory and written then.
     """
 
     def __init__(self, config: Config, stream: TextIO | None = None, trial: Path | None = None) -> None:
-        """trial: the folder to make for one of many runs, which leaves less behind: nothing for TensorBoard."""
+        """Print to `stream` (default: stdout). `trial` is the folder of a tuning trial, without TensorBoard files."""
         self.path: Path | None = None
         self._trial = trial
-        self.going_on: Path | None = None  # the folder of an earlier run, from `lock` on
+        self.going_on: Path | None = None  # the folder of the earlier run that this one continues
         self.events: list[dict[str, Any]] = []
         self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
-        self._stream = stream or sys.stdout
+        self._stream: TextIO | None = stream or sys.stdout
         self._waiting: dict[str, str] | None = {}  # what was written before there was a folder
         self._started = time.monotonic()
         self._writer: SummaryWriter | None = None
         self._lock: FolderLock | None = None
 
     def open(self, config: Config, device: str) -> None:
-        """Make the folder, for a run with these settings on this device (in words): nothing is left to refuse.
-
-        Raises UserError if that cannot be.
-        """
+        """Make the folder for a run with these settings on this device (a description). Raise UserError if it fails."""
         if self._no_output or not is_main():
             self._waiting = None
             return
-        self._begin(_new_folder(config) if self._trial is None else _made(self._trial), step=0)
-        self.write_json("config.json", config.model_dump(mode="json", exclude=_not_in_force(config)))
-        self.write_json("environment.json", environment(device))
+        try:
+            if self._trial is None:
+                name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.peft.method}"
+                folder = new_folder(Path(config.output_dir) / config.dataset, name)
+            else:
+                folder = self._trial
+                folder.mkdir(parents=True)
+            self._begin(folder, step=0)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot make a run folder ({error}); set output_dir or no_output") from error
+        # A clip_backbone that is only the default says nothing if weights on disk determine the architecture.
+        from_disk = config.clip_weights or config.resume
+        unused = {"clip_backbone"} if from_disk and "clip_backbone" not in config.model_fields_set else set()
+        self.write_json("config.json", config.model_dump(mode="json", exclude=unused))
+        self.write_json("environment.json", _environment(device))
 
     def lock(self, path: Path) -> None:
-        """Take hold of an earlier run's folder, before anything is read from it. Raises UserError if another run has
-        it, or if it is finished."""
+        """Lock the folder of an earlier run. Raise UserError if another run holds the lock or that run is finished."""
         self.going_on = path
         if is_main():
-            self._lock = _locked(path)
+            self._lock = FolderLock(path)
+            self._lock.take()
         if (path / "metrics.json").exists():
             best = path / "best.safetensors"
-            begin = f". To train on from its weights, begin a new run: --resume {best}" if best.exists() else ""
-            raise UserError(f"resume: what ran in {path} is finished (metrics.json){begin}")
+            hint = f". To train on from its weights, begin a new run: --resume {best}" if best.exists() else ""
+            raise UserError(f"resume: the run in {path} is finished (metrics.json){hint}")
 
     def reopen(self, path: Path, step: int, size: int) -> None:
-        """Go on in the folder of an earlier run at update `step`, when metrics.jsonl had `size` bytes: what came after
-        is forgotten, since it will come again."""
+        """Continue in the folder of an earlier run from update `step`, when metrics.jsonl had `size` bytes.
+
+        Later events are dropped, since the run will repeat them. Raise UserError if the file is shorter.
+        """
         if not is_main():
             self._waiting = None
             return
-        with (path / _EVENTS).open("ab") as file:
+        with (path / _EVENTS).open("ab+") as file:
+            if file.tell() < size:
+                raise UserError(f"resume: {path / _EVENTS} is incomplete: it should have at least {size} bytes")
             file.truncate(size)
-        self.events = [json.loads(line) for line in (path / _EVENTS).read_text(encoding="utf-8").splitlines()]
+            file.seek(0)
+            self.events = [json.loads(line) for line in file]
         if self.events:
             self._started -= self.events[-1]["seconds"]
-        (path / _MISSING).unlink(missing_ok=True)  # found again, and noted again
+        (path / _MISSING).unlink(missing_ok=True)  # found and noted again
         self._begin(path, step)
 
     def _begin(self, path: Path, step: int) -> None:
         self.path = path
-        self._lock = self._lock or _locked(path)
+        if self._lock is None:
+            self._lock = FolderLock(path)
+            self._lock.take()
         if self._trial is None:
             self._writer = SummaryWriter(self._tensorboard_dir or path / "tensorboard", purge_step=step + 1)
         waiting, self._waiting = self._waiting or {}, None
@@ -114,51 +125,61 @@ class RunFolder:
             self.append_text(name, text)
 
     def say(self, text: str = "") -> None:
-        """Print without tearing a progress bar, and keep the text in train.log."""
+        """Print a text, without tearing a progress bar, and append it to train.log.
+
+        It never fails: no run is lost because its terminal, the program that it is piped to or the disk of its log is
+        gone.
+        """
         if not is_main():
             return
-        self.append_text("train.log", f"{text}\n")
-        with suppress(BrokenPipeError):  # `… | tee log`, and tee has gone: no reason to lose what was learned
-            tqdm.write(text, file=self._stream)
+        with suppress(UserError):
+            self.append_text(_LOG, f"{text}\n")
+        if self._stream is None:  # Python was started with a closed stdout
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        with suppress(OSError, ValueError):  # ValueError: a closed stream
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)
             self._stream.flush()
 
     def note_missing(self, reasons: Mapping[str, str]) -> None:
-        """Video → reason: all of them go to missing_videos.txt, a line each."""
+        """Append videos that cannot be read, each with the reason, to missing_videos.txt."""
         self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl; its numbers go to TensorBoard too. `step` counts updates."""
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard. `step` counts updates."""
         line = {"event": event, "step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
         self.events.append(line)
         self.append_text(_EVENTS, json.dumps(line, allow_nan=False) + "\n")
         if self._writer is not None:
-            for name, value in _numbers(values):
-                self._writer.add_scalar(f"{event}/{name}", value, step)
+            with suppress(OSError):  # a full disk
+                for name, value in _numbers(values):
+                    self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def file(self, name: str) -> Path | None:
-        """Where a file of this name belongs, or None if nothing is to be written."""
+        """Return the path for a file of this name in the folder, None if nothing is to be written."""
         return None if self.path is None else self.path / name
 
     def append_text(self, name: str, text: str) -> None:
+        """Append to a text file (UTF-8) in the folder. Raise UserError if that fails."""
         if self.path is None:
             if self._waiting is not None:
                 self._waiting[name] = self._waiting.get(name, "") + text
             return
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             raise UserError(f"{self.path / name} could not be written: {error}") from error
 
     def flushed_events(self) -> int:
-        """The size of metrics.jsonl in bytes, when all of it has reached the disk."""
+        """Flush metrics.jsonl to disk and return its size in bytes."""
         assert self.path is not None
         with (self.path / _EVENTS).open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Written at once or never, for files that stand when the folder is open. Raises UserError."""
+        """Write a JSON file in the open folder, whole or not at all. Raise UserError if that fails."""
         if self.path is None:
             return
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -168,22 +189,57 @@ class RunFolder:
             raise UserError(f"{self.path / name} could not be written: {error}") from error
 
     def drop(self, name: str) -> None:
-        """Delete a folder in it that has served its purpose."""
+        """Delete a folder in the run folder that is no longer needed."""
         if self.path is not None:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def close(self) -> None:
+        """Close the TensorBoard files and release the lock."""
         try:
             if self._writer is not None:
-                with suppress(OSError):  # a full disk has been told of by then
+                with suppress(OSError):  # a full disk
                     self._writer.close()
         finally:
             if self._lock is not None:
                 self._lock.release()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a figure was measured on: versions, machine, command."""
+@contextmanager
+def closing_run(run: RunFolder) -> Iterator[None]:
+    """Close the run folder however the run ends; if it was interrupted or lost a process, say how to resume it."""
+    try:
+        yield
+    except Interrupted:
+        _say_how_to_resume(run)
+        raise
+    except RuntimeError as error:
+        if explained := explain_lost_process(error):
+            _say_how_to_resume(run)
+            raise explained from error
+        raise
+    finally:
+        run.close()
+
+
+def _say_how_to_resume(run: RunFolder) -> None:
+    if folder := run.path or run.going_on:
+        run.say(f"stopped. To resume: python train.py --resume {folder}")
+    else:
+        run.say("stopped. Nothing was saved, so this run cannot be resumed")
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of this name in `parent`, with a number added if it exists, and return it. Raise OSError."""
+    for attempt in range(1000):
+        path = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise OSError(f"a thousand folders {name} exist already")
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """Return what a figure was measured on: command, versions and machine."""
     return {
         "command": [_PASSWORD.sub(r"\1***@", word) for word in sys.argv],
         "processes": world_size(),
@@ -194,60 +250,16 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def _not_in_force(config: Config) -> set[str]:
-    """A clip_backbone that nobody gave says nothing where weights on disk say what they are."""
-    from_disk = config.clip_weights or config.resume
-    return {"clip_backbone"} if from_disk and "clip_backbone" not in config.model_fields_set else set()
-
-
-def _locked(path: Path) -> FolderLock:
-    lock = FolderLock(path)
-    lock.take()
-    return lock
-
-
-def _made(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {path} cannot be made: {error.strerror}") from error
-    return path
-
-
-def _new_folder(config: Config) -> Path:
-    parent = Path(config.output_dir) / config.dataset
-    try:
-        return new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{config.peft.method}")
-    except OSError as error:
-        raise UserError(
-            f"output_dir: cannot make a run folder in {parent} ({error}); set output_dir or no_output"
-        ) from error
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """A folder of this name, or with a number behind it where others came first. Raises OSError."""
-    for attempt in range(1000):
-        path = parent / (name if attempt == 0 else f"{name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path
-    raise OSError(f"there are a thousand folders {name} already")
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((prefix + name, float(value)))
-    return found
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, float(value)

@@ -1,4 +1,4 @@
-"""The one way to a model: `open_model`, which every command uses.
+"""The one way to a model: `open_model`, used by every command.
 
 plain CLIP ─► method.attach ─► retriever ─► fill ─► method.choose
 """
@@ -35,6 +35,7 @@ from adaclip_finetune.weights.checkpoints import (
     Kind,
     check_settings,
     check_version,
+    describe,
     read_checkpoint,
     with_its_clip,
 )
@@ -48,7 +49,11 @@ Values = Literal["real", "random", "meta"]
 
 @dataclass
 class Session:
-    """A model, and what learns in it. `config` is completed by what the checkpoint tells."""
+    """A model and what learns in it. `config` is complete: it holds what the checkpoint tells.
+
+    `pretrained_digest` is a digest of CLIP's weights before anything was added or learned, known in runs that start
+    from them.
+    """
 
     config: Config
     accelerator: Accelerator | None
@@ -57,7 +62,7 @@ class Session:
     method: PeftMethod
     objective: Objective
     checkpoint: Checkpoint | None
-    pretrained_digest: str | None = None  # of CLIP before anything was added or learned, in a run that starts from it
+    pretrained_digest: str | None = None
     parameters: TrainableReport = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,57 +74,55 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The run's precision, within which the model is called."""
-        if self.accelerator is None:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        """Return the context in which to call the model: the precision of the run."""
+        context: AbstractContextManager[Any] = (
+            nullcontext() if self.accelerator is None else self.accelerator.autocast()
+        )
         return context
 
     @cached_property
     def gflops(self) -> Gflops:
-        """What a video costs, counted on shapes alone."""
+        """What a video costs, counted without computing anything."""
         return count_gflops(self.model, self.config.num_frm)
 
     def describe(self) -> str:
-        """For the screen: device, CLIP, what learns, what a video costs."""
+        """Return a text for the screen: checkpoint, device, CLIP, what learns and what a video costs."""
         c = self.config
+        origin = "" if self.checkpoint is None else f"{describe(self.checkpoint, c)}\n"
         return (
-            f"device {self.where()}, {c.precision}   CLIP {self.loaded.source}   seed {c.seed}\n"
+            f"{origin}device {self.where()}, {c.precision}   CLIP {self.loaded.source}   seed {c.seed}\n"
             f"method {c.peft.method}\n{self.parameters}\n{self.gflops}"
         )
 
     def where(self) -> str:
-        """The device, and how many processes there are, in words."""
+        """Return a description of the device and of the number of processes."""
         return describe_device(self.device) + (f", {world_size()} processes" if world_size() > 1 else "")
 
     def use(self, config: Config) -> None:
-        """Continue with other settings of the method, such as batch sizes, which concern nothing that it attached; what
-        learns is chosen anew."""
+        """Continue with other settings that concern nothing attached to CLIP, and choose again what learns."""
         self.config = config
         self.method = build_method(config)
         _choose(self)
 
     def pretrained(self) -> LoadedClip:
-        """CLIP as it was before anything learned: the session's own at its start, a fresh one for a checkpoint.
+        """Return CLIP before anything learned: the session's own at its start, a new one for a checkpoint.
 
-        Raises UserError where it is not at hand.
+        Raise UserError if it is not available.
         """
         return self.loaded if self.checkpoint is None else load_pretrained(self.config, self.loaded)
 
     def description(self) -> dict[str, str]:
-        """What a checkpoint of this session says beside its tensors, as metadata of safetensors."""
-        described: dict[str, Any] = dict(self.loaded.description)
+        """Return the metadata that a checkpoint of this session holds beside its tensors."""
+        clip: dict[str, Any] = dict(self.loaded.description)
         if self.pretrained_digest is not None:
-            described |= {"source": self.loaded.source, "digest": self.pretrained_digest}
-        about = {"config": self.config.model_dump_json(), "clip": json.dumps(described)}
+            clip |= {"source": self.loaded.source, "digest": self.pretrained_digest}
+        about = {"config": self.config.model_dump_json(), "clip": json.dumps(clip)}
         about["parameters"] = json.dumps(self.parameters.as_dict())
-        if not self.method.mergeable:
-            about["method"] = self.config.peft.method
-        return about
+        return about if self.method.mergeable else {**about, "method": self.config.peft.method}
 
 
 @sizes_explained
@@ -130,11 +133,11 @@ def open_model(
     accelerator: Accelerator | None = None,
     learn: bool = True,
 ) -> Session:
-    """The model of a config, filled from `checkpoint` (default: that of `config.resume`), with what learns chosen.
+    """Return the session of a config, filled from `checkpoint` (default: that of `config.resume`).
 
-    `values` says what weights that would have to be fetched are instead: random, or shapes alone on the meta device.
+    `values` says what stands in for weights that would have to be downloaded: random ones, or none at all ("meta").
     Without an `accelerator` the model stays on the CPU. Without `learn` nothing is attached to CLIP unless the
-    checkpoint needs it, and `parameters` tells what learned. Raises UserError, the same for every command.
+    checkpoint needs it, and `parameters` tells what once learned. Raise UserError, the same for every command.
     """
     checkpoint = checkpoint or (read_checkpoint(Path(config.resume)) if config.resume else None)
     if checkpoint is not None:
@@ -142,13 +145,11 @@ def open_model(
         if checkpoint.is_foreign:
             check_settings(checkpoint, config)
         check_version(checkpoint)
-    # A checkpoint brings the weights of the selector's CNN too, so that none need be fetched.
-    cnn_is_random = checkpoint is not None or (values != "real" and config.policy_weights == "imagenet")
     at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
     towers: Values = "real" if at_hand else values
     with torch.device("meta") if towers == "meta" else nullcontext():
         loaded = _load(config, checkpoint, towers)
-        # What a run writes tells the pretrained weights; rehearsals and evaluations write none and need not know.
+        # Only a run that writes checkpoints needs the digest of the pretrained weights.
         digest = weights_digest(loaded.module) if checkpoint is None and learn and values == "real" else None
         method = build_method(config)
         state = None
@@ -160,17 +161,16 @@ def open_model(
             method.attach(loaded.module)
         if state is not None and "clip.logit_bias" in state:
             ensure_logit_bias(loaded.module)
-        model = VideoRetriever(_with(config, policy_weights="random") if cnn_is_random else config, loaded)
+        # A checkpoint holds the weights of the selector's CNN too, so they need not be downloaded.
+        cnn_is_random = checkpoint is not None or (values != "real" and config.policy_weights == "imagenet")
+        policy = {"policy_weights": "random"} if cnn_is_random else {}
+        model = VideoRetriever(config.model_copy(update=policy), loaded)
         objective = build_objective(config, model)
     split_frozen_norms(model.clip)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
-        if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
-            state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
-        if checkpoint.kind is Kind.ADAPTER:
-            state = _frozen_copies(model) | state
-        strict_load(model, state, f"resume: {checkpoint.path}")
+        _fill(model, state, checkpoint)
         if method.mergeable:
             method.reset(model)
     if accelerator is not None:
@@ -185,7 +185,7 @@ def open_model(
 
 
 def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
-    """A trained model on the device of its config, in evaluation mode, nothing of it learning."""
+    """Return the session of a trained model, on the device of its config, in evaluation mode, with nothing learning."""
     session = open_model(config, checkpoint, accelerator=make_accelerator(config), learn=False)
     session.model.eval()
     return session
@@ -194,10 +194,10 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
 def find_checkpoint(
     source: str | Path, overrides: Mapping[str, Any], settings: Path | None = None
 ) -> tuple[Checkpoint, Config]:
-    """The checkpoint of a run folder or a weights file, and its settings with `overrides` (flags) over them.
+    """Return the checkpoint in a run folder or weights file, and its settings with `overrides` (flags) over them.
 
-    The settings are those of the run folder, of the checkpoint itself, or of the file `settings` for a checkpoint that
-    brings none. Raises UserError.
+    The settings are those of the run folder or of the checkpoint itself; for a checkpoint without any they come from
+    the file `settings`. Raise UserError.
     """
     path = Path(source)
     weights = path / "best.safetensors" if path.is_dir() else path
@@ -211,10 +211,6 @@ def find_checkpoint(
     return checkpoint, load_config(None, {**own, **overrides})
 
 
-def _with(config: Config, **settings: Any) -> Config:
-    return config.model_copy(update=settings)
-
-
 def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> LoadedClip:
     towers = None if checkpoint is None else checkpoint.towers()
     if values == "real":
@@ -224,13 +220,15 @@ def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> Load
 
 
 def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method: PeftMethod) -> dict[str, Tensor]:
-    """The checkpoint's tensors as the model has them: plain, or with what a method added that cannot be merged. Those
-    of an adapter are laid over the pretrained CLIP."""
+    """Return the checkpoint's tensors by the names of the model, those of an adapter merged into the pretrained CLIP.
+
+    They are plain weights, or include what a method attached that cannot be merged.
+    """
     kept = checkpoint.method
     if kept != (None if method.mergeable else config.peft.method):
         what = f"what peft.method {kept} added to CLIP, which cannot be merged" if kept else "a plain CLIP"
         raise UserError(
-            f"resume: {checkpoint.path} holds {what}; peft.method {config.peft.method} cannot begin with it"
+            f"resume: {checkpoint.path} holds {what}; peft.method {config.peft.method} cannot start from it"
         )
     if checkpoint.kind is not Kind.ADAPTER:
         return checkpoint.state
@@ -246,14 +244,29 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
     return theirs.merged_state(holder) | {n: tensor for n, tensor in checkpoint.state.items() if n not in inside}
 
 
+def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Load the checkpoint's tensors into the model, strictly except for what the checkpoint leaves out on purpose."""
+    if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
+        state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
+    if checkpoint.kind is Kind.ADAPTER:
+        # An adapter leaves out the frozen copy of the pretrained image tower that a selector may have.
+        state = {
+            f"{name}.{inner}": tensor
+            for name, module in model.named_modules()
+            if isinstance(module, FrozenClipBackbone)
+            for inner, tensor in plain_state(module).items()
+        } | state
+    strict_load(model, state, f"resume: {checkpoint.path}")
+
+
 def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:
-    """An adapter says which weights it goes over."""
+    """Raise UserError if an adapter belongs to other pretrained weights than these."""
     wanted = checkpoint.description.get("digest") if checkpoint.kind is Kind.ADAPTER else None
     if wanted is not None and wanted != weights_digest(loaded.module):
         raise UserError(
-            f"resume: {checkpoint.path} goes over the pretrained weights {checkpoint.description.get('source')} "
-            f"(SHA-256 {wanted[:12]}…), and {loaded.source} are others; give those with --clip_weights or "
-            "--clip_backbone"
+            f"resume: {checkpoint.path} is an adapter for the pretrained weights "
+            f"{checkpoint.description.get('source')} (SHA-256 {wanted[:12]}…), but {loaded.source} holds other "
+            "weights; give the right ones with --clip_weights or --clip_backbone"
         )
 
 
@@ -261,13 +274,3 @@ def _choose(session: Session) -> None:
     choose_what_learns(session.method, session.model, session.config)
     session.objective.choose()
     session.recount()
-
-
-def _frozen_copies(model: nn.Module) -> dict[str, Tensor]:
-    """The frozen copy of the pretrained image tower in the selector, if it has one, which an adapter leaves out."""
-    return {
-        f"{name}.{inner}": tensor
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenClipBackbone)
-        for inner, tensor in plain_state(module).items()
-    }

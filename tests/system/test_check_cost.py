@@ -21,7 +21,7 @@ from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval
 from adaclip_finetune.lock import this_process
-from adaclip_finetune.training import snapshot as snapshots
+from adaclip_finetune.training import checkpoint as snapshots
 from adaclip_finetune.training.checkpoint import save_tensors
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit

@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it. Minutes, so `pytest -m slow`; .ci/run runs the demo itself in any case."""
+"""The demo as a newcomer runs it; it takes minutes, so only with `pytest -m slow` (.ci/run runs the demo anyway)."""
 
 import json
 import os

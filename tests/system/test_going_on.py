@@ -1,8 +1,10 @@
-"""Runs that are killed, and go on: the result is bit for bit that of a run that never stopped."""
+"""Runs that are killed and resumed: the result is bit for bit that of a run that never stopped."""
 
 import json
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.training import signals, snapshot
+from adaclip_finetune.training import checkpoint, signals
 from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
@@ -49,7 +51,7 @@ SIGMOID = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Project], Path]:
-    """The run folder of these settings, trained without a stop; each once."""
+    """Return the run folder of these settings, trained without a stop, once for each."""
     folders: dict[str, Path] = {}
 
     def train(settings: Project) -> Path:
@@ -63,16 +65,40 @@ def uninterrupted(project: Project, tmp_path_factory: pytest.TempPathFactory) ->
     return train
 
 
+@pytest.fixture(scope="module")
+def stopped_once(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its fifth update, the second of its second epoch; update 4 was saved."""
+    output = tmp_path_factory.mktemp("stopped")
+    given = {**project, "save_every_steps": 2, "output_dir": str(output)}
+    assert killed.run(given, output / "log", "update", 5) == -signal.SIGKILL
+    return only_run(output)
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of `stopped_once` to resume."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped", ignore=shutil.ignore_patterns("lock.json")))
+
+
 def only_run(output: Path) -> Path:
     (folder,) = (output / "tiny").iterdir()
     return folder
 
 
+def resume(folder: Path, **settings: Any) -> None:
+    fit(continued_config(load_config(None, {"resume": str(folder), **settings})), folder=folder)
+
+
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock or a process measures."""
+    """Return metrics.jsonl without what a clock or a process measures."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = ("seconds", "videos_per_second", "memory_mib", "eval_seconds")
     return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_result(one: Path, other: Path) -> None:
@@ -89,18 +115,18 @@ def assert_same_result(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "deaths"),
     [
-        pytest.param(BERTADAM, [("evaluation", 1)], id="while zero-shot is measured"),
-        pytest.param(BERTADAM, [("update", 2)], id="before the first save"),
-        pytest.param(BERTADAM, [("save", 2)], id="in the middle of a save"),
-        pytest.param(BERTADAM, [("pointer", 4)], id="saved but not pointed to"),
-        pytest.param(BERTADAM, [("evaluation", 3)], id="in validation"),
-        pytest.param(BERTADAM, [("evaluation", 4)], id="in the test"),
-        pytest.param(IBS, [("update", 3), ("update", 2)], id="in IBS pre-epochs, with workers, twice in a row"),
+        pytest.param(BERTADAM, [("evaluation", 1)], id="during zero-shot"),
+        pytest.param(BERTADAM, [("update", 2)], id="before the first snapshot"),
+        pytest.param(BERTADAM, [("save", 2)], id="while a snapshot is written"),
+        pytest.param(BERTADAM, [("saved", 4)], id="before the older snapshot is deleted"),
+        pytest.param(BERTADAM, [("evaluation", 3)], id="during validation"),
+        pytest.param(BERTADAM, [("evaluation", 4)], id="during the test"),
+        pytest.param(IBS, [("update", 3), ("update", 2)], id="twice in IBS pre-epochs, with workers"),
         pytest.param(IBS, [("update", 5)], id="after IBS selected"),
         pytest.param(SIGMOID, [("update", 3)], id="with a bias that the loss created"),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     settings: Project,
     deaths: list[tuple[str, int]],
     project: Project,
@@ -115,20 +141,20 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_result(uninterrupted(settings), only_run(tmp_path))
 
 
-def test_sigterm_finishes_the_update_saves_and_asks_to_be_run_again(
+def test_sigterm_finishes_the_update_saves_and_exits_with_75(
     project: Project, uninterrupted: Callable[[Project], Path], tmp_path: Path
 ) -> None:
     given = {**project, **BERTADAM, "output_dir": str(tmp_path)}
     assert killed.run(given, tmp_path / "log", "update", 3, signal.SIGTERM) == 75
     folder = only_run(tmp_path)
     assert [line["step"] for line in metrics_lines(folder) if line["event"] == "train"] == [1, 2, 3]
-    assert json.loads((folder / "last.json").read_text()) == {"snapshot": "last-3"}
+    assert [path.name for path in folder.glob("last*")] == ["last-3"]
     assert f"--resume {folder}" in (tmp_path / "log").read_text()
     assert killed.run({"resume": str(folder)}, tmp_path / "log") == 0
     assert_same_result(uninterrupted(BERTADAM), folder)
 
 
-def test_a_killed_evaluation_goes_on_with_what_it_embedded(project: Project, tmp_path: Path) -> None:
+def test_a_killed_evaluation_continues_with_its_finished_batches(project: Project, tmp_path: Path) -> None:
     given = {**project, "do_inference": True, "val_batch_size": 2}
     whole, parted = ({**given, "output_dir": str(tmp_path / name)} for name in ("whole", "parted"))
     assert killed.run(whole, tmp_path / "log") == 0
@@ -142,89 +168,90 @@ def test_a_killed_evaluation_goes_on_with_what_it_embedded(project: Project, tmp
     assert not (folder / "embeddings").exists()
 
 
-def stopped_run(project: Project, tmp_path: Path, **settings: Any) -> Path:
-    """A run folder in which a run died at its third update, update 2 being saved."""
-    given = {**project, "save_every_steps": 2, "output_dir": str(tmp_path), **settings}
-    assert killed.run(given, tmp_path / "log", "update", 3) == -signal.SIGKILL
-    return only_run(tmp_path)
+def test_a_snapshot_is_data_with_the_permissions_of_the_user(stopped: Path) -> None:
+    assert [path.name for path in stopped.glob("last*")] == ["last-4"]
+    assert {path.suffix for path in (stopped / "last-4").iterdir()} == {".safetensors", ".json"}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in stopped.rglob("*") if path.is_file()}
+    assert "state.safetensors" in modes and "adapter.safetensors" in modes
+    assert set(modes.values()) == {modes["train.log"]}
 
 
-def go_on(folder: Path, **settings: Any) -> None:
-    fit(continued_config(load_config(None, {"resume": str(folder), **settings})), folder=folder)
-
-
-def test_a_snapshot_is_data_and_only_one_is_kept(project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path, save_every_steps=1)
-    assert [path.name for path in folder.glob("last*")] == ["last-2", "last.json"]
-    assert {path.suffix for path in (folder / "last-2").iterdir()} == {".safetensors", ".json"}
-    found = snapshot.load_snapshot(folder)
-    assert found is not None and found.step == 2
-    assert found.group("model").keys() > {"clip.visual.proj"} and found.group("optimizer")
-
-
-@pytest.mark.parametrize("failing", ["save_tensors", "flush_folder"])
-def test_a_full_disk_leaves_the_last_good_snapshot_and_says_so(
-    failing: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = stopped_run(project, tmp_path)
-
+def test_a_full_disk_leaves_the_older_snapshot(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot, failing, full)
-    with pytest.raises(UserError, match=r"(?s)update 3 could not be saved: .*No space left") as refused:
-        go_on(folder)
-    assert f"What was saved before it is whole: {folder / 'last-2'} (--resume {folder})" in str(refused.value)
-    assert not list(folder.glob(".last*"))
-    monkeypatch.undo()
-    go_on(folder)
-    assert (folder / "metrics.json").exists()
+    for failing in ("save_tensors", "flush_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, failing, full)
+            with pytest.raises(UserError, match=r"update 5 could not be saved.*No space left") as refused:
+                resume(stopped, save_every_steps=1)
+        assert str(stopped / "last-4") in str(refused.value) and f"--resume {stopped}" in str(refused.value)
+        assert not list(stopped.glob(".last*"))
+    resume(stopped)
+    assert (stopped / "metrics.json").exists()
 
 
-def test_settings_of_a_run_that_goes_on(project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path)
-    with pytest.raises(
-        UserError, match=r"(?s)with its own settings.*learning_rate is 0\.5 here, and 0\.001 in the run\nLeave"
-    ):
-        go_on(folder, learning_rate=0.5)
-    go_on(folder, num_workers=1, learning_rate=1e-3)
-    with pytest.raises(UserError, match=rf"is finished .*--resume {folder}/best\.safetensors"):
-        go_on(folder)
-
-
-def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run folder: it holds no config\.json"):
-        continued_config(load_config(None, {"resume": str(tmp_path)}))
-
-
-def test_evaluating_a_run_that_trains_says_how(project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path)
+def test_only_settings_that_decide_no_figure_may_change(stopped: Path) -> None:
+    with pytest.raises(UserError, match=r"learning_rate is 0\.5"):
+        resume(stopped, learning_rate=0.5)
     with pytest.raises(UserError, match=r"--do_inference --resume .*best\.safetensors"):
-        continued_config(load_config(None, {"resume": str(folder), "do_inference": True}))
+        resume(stopped, do_inference=True)
+    resume(stopped, num_workers=1, learning_rate=1e-3)
+    with pytest.raises(UserError, match=rf"is finished .*--resume {stopped}/best\.safetensors"):
+        resume(stopped)
 
 
-def test_other_data_is_refused(project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path)
-    other = tmp_path / "other.json"
-    before = (folder / "metrics.jsonl").read_bytes()
-    for name, words in (("train_annot", "training"), ("val_annot", "validation"), ("test_annot", "test")):
-        annotation = json.loads(Path(project[name]).read_text())
-        annotation["video5"]["sentences"] = ["something else"]
-        other.write_text(json.dumps(annotation))
-        with pytest.raises(UserError, match=rf"the {words} data is not what the run .* began with"):
-            go_on(folder, **{name: str(other)})
-    assert (folder / "metrics.jsonl").read_bytes() == before
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        resume(tmp_path)
 
 
-def test_a_file_of_a_snapshot_is_no_checkpoint(project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path)
-    state = folder / "last-2" / "state.safetensors"
-    with pytest.raises(UserError, match=rf"belongs to a run that can go on: --resume {folder}$"):
+@pytest.mark.parametrize(
+    ("setting", "name"), [("train_annot", "training"), ("val_annot", "validation"), ("test_annot", "test")]
+)
+def test_other_data_is_refused(setting: str, name: str, stopped: Path, project: Project, tmp_path: Path) -> None:
+    annotation = json.loads(Path(project[setting]).read_text())
+    annotation["video5"]["sentences"] = ["something else"]
+    (tmp_path / "other.json").write_text(json.dumps(annotation))
+    before = content(stopped)
+    with pytest.raises(UserError, match=rf"resume: the {name} data"):
+        resume(stopped, **{setting: str(tmp_path / "other.json")})
+    assert content(stopped) == before
+
+
+def test_the_weights_in_a_snapshot_are_no_checkpoint(stopped: Path, project: Project) -> None:
+    state = stopped / "last-4" / "state.safetensors"
+    with pytest.raises(UserError, match=rf"--resume {stopped}$"):
         fit(load_config(None, {**project, "resume": str(state), "no_output": True}))
 
 
+@pytest.mark.parametrize("lost", ["last-4", "last-4/state.json", "last-4/state.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_what_is_left_of_a_run_is_not_overwritten(lost: str, how: str, stopped: Path) -> None:
+    path = stopped / lost
+    if how == "missing":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif path.is_dir():
+        (path / "state.json").unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:1])
+    before = content(stopped)
+    with pytest.raises(UserError, match=r"resume: .*(last-|metrics\.jsonl)"):
+        resume(stopped)
+    left = content(stopped)
+    assert {name: left[name] for name in before if name in left} == before
+
+
+def test_an_unfinished_older_snapshot_is_ignored(stopped: Path) -> None:
+    """A crash while older snapshots are deleted leaves a part of one beside the newest."""
+    (stopped / "last-2").mkdir()
+    (stopped / ".last-6.part").mkdir()
+    resume(stopped)
+    assert not list(stopped.glob("*last*"))
+
+
 @pytest.mark.parametrize("seconds", [0.0, 5.0])
-def test_a_launcher_may_signal_twice_and_only_a_person_stops_at_once(
+def test_launchers_signal_twice_and_only_a_person_stops_at_once(
     seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # in the background it is ignored
@@ -243,11 +270,3 @@ def test_a_launcher_may_signal_twice_and_only_a_person_stops_at_once(
         work()
     assert bool(finished) == (seconds == 0)
     assert stopped.value.exit_code == 130
-
-
-@pytest.mark.parametrize("broken", ["last.json", "last-2/state.json", "last-2/state.safetensors"])
-def test_a_broken_snapshot_is_named(broken: str, project: Project, tmp_path: Path) -> None:
-    folder = stopped_run(project, tmp_path)
-    (folder / broken).write_bytes(b"{")
-    with pytest.raises(UserError, match=r"resume: what .*last\.json points to cannot be read"):
-        go_on(folder)

@@ -1,4 +1,4 @@
-"""One run to a folder or a file."""
+"""Lock files: one owner at a time, and none that is dead."""
 
 import errno
 import json
@@ -7,124 +7,78 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.lock import FolderLock, Lock, _began, is_alive, this_process
+from adaclip_finetune.lock import FolderLock, Lock, is_alive, this_process
 
 
-def write_owner(folder: Path, **changes: object) -> None:
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "began": "then", **changes}
-    (folder / "lock.json").write_text(json.dumps(owner))
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
-def test_a_second_one_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
-    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_a_second_owner_is_refused_until_the_first_releases(of_a_file: bool, tmp_path: Path) -> None:
+    guarded = tmp_path / "optuna.db" if of_a_file else tmp_path
+    first, second = (Lock(tmp_path / ".lock", guarded) if of_a_file else FolderLock(tmp_path) for _ in range(2))
     first.take()
-    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on this machine"):
+    with pytest.raises(UserError, match=rf"{guarded} is locked by process {os.getpid()} on this machine"):
         second.take()
+    second.release()
+    assert names(tmp_path), "only the owner releases"
     first.release()
     second.take()
     second.release()
-    assert list(tmp_path.iterdir()) == []
+    assert not names(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "dead", [{"began": "another time"}, {"pid": 2**22 + 1}], ids=["its number was given again", "no process"]
-)
-def test_the_lock_of_a_dead_run_is_taken_over(dead: dict[str, object], tmp_path: Path) -> None:
-    write_owner(tmp_path, **dead)
-    lock = FolderLock(tmp_path)
-    lock.take()
-    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+@pytest.mark.parametrize("dead", [{"began": 1.0}, {"pid": 2**22 + 1}], ids=["its id was given again", "no process"])
+def test_the_lock_of_a_dead_process_is_taken_over(dead: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text(json.dumps(this_process() | dead))
+    FolderLock(tmp_path).take()
+    assert json.loads((tmp_path / "lock.json").read_text()) == this_process()
+    assert names(tmp_path) == ["lock.json"]
 
 
-def test_another_machine_is_believed(tmp_path: Path) -> None:
-    write_owner(tmp_path, host="elsewhere", pid=7)
+def test_a_process_of_another_machine_counts_as_alive(tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text(json.dumps({"pid": 7, "host": "elsewhere", "began": 1.0}))
     with pytest.raises(UserError, match=r"by process 7 on elsewhere.*delete .*lock\.json"):
         FolderLock(tmp_path).take()
-
-
-def test_release_leaves_the_lock_of_another(tmp_path: Path) -> None:
-    write_owner(tmp_path, host="elsewhere")
     FolderLock(tmp_path).release()
-    assert (tmp_path / "lock.json").exists()
+    assert names(tmp_path) == ["lock.json"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_what_is_no_lock(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1, "host": "here", "began": "then"}'])
+def test_a_file_that_names_no_process_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text(content)
-    with pytest.raises(UserError, match=r"lock\.json is no lock of a run"):
+    with pytest.raises(UserError, match=r"lock\.json.* delete it"):
         FolderLock(tmp_path).take()
-
-
-def test_a_file_may_be_guarded_by_a_lock_beside_it(tmp_path: Path) -> None:
-    database = tmp_path / "optuna.db"
-    first, second = (Lock(tmp_path / ".optuna.db.lock", database) for _ in range(2))
-    first.take()
-    with pytest.raises(UserError, match=rf"{database} is being written by process {os.getpid()} on this machine"):
-        second.take()
-    first.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files can be made, and hold nothing."""
-
-    def full(path: Path, *_: object, **__: object) -> None:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def nothing(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(json, "dump", nothing)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full_disk(monkeypatch)
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
     with pytest.raises(OSError, match="No space left"):
         FolderLock(tmp_path).take()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_leaves_the_lock_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not names(tmp_path)
+    monkeypatch.undo()
     FolderLock(tmp_path).take()
-    held = (tmp_path / "lock.json").read_text()
-    full_disk(monkeypatch)
-    with pytest.raises(UserError, match="is being written by process"):
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(UserError, match="is locked by process"):
         FolderLock(tmp_path).take()
-    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
-    assert (tmp_path / "lock.json").read_text() == held
+    assert json.loads((tmp_path / "lock.json").read_text())["host"] == socket.gethostname()
 
 
-def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def link(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    lock = FolderLock(tmp_path)
-    lock.take()
-    assert json.loads(lock.path.read_text()) == this_process()
-    with pytest.raises(UserError, match="is being written by process"):
-        FolderLock(tmp_path).take()
-    lock.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_who_is_alive() -> None:
-    assert is_alive(this_process())
-    assert not is_alive({**this_process(), "began": "another time"})
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="where it is read is Linux's")
-def test_a_killed_process_that_its_parent_does_not_look_after_is_dead() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    owner = {**this_process(), "pid": child.pid, "began": _began(child.pid)}
-    assert is_alive(owner)
+def test_a_killed_process_is_dead_even_if_its_parent_has_not_collected_it() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = {**this_process(), "pid": child.pid, "began": psutil.Process(child.pid).create_time()}
+    assert is_alive(owner) and is_alive(this_process())
+    assert not is_alive({**this_process(), "began": owner["began"] - 3600})
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
     assert not is_alive(owner)

@@ -1,4 +1,4 @@
-"""Several processes train as one would: the same losses, weights, figures and files."""
+"""Several processes train as one process does: the same losses, weights, figures and files."""
 
 import json
 from contextlib import ExitStack
@@ -47,13 +47,13 @@ def test_one_process_needs_no_group() -> None:
 
 
 def train_in_float64(settings: Project, result: Path) -> None:
-    """The main process saves the losses and the weights."""
+    """Train in float64 and save the losses and the weights in the main process."""
     config = load_config(None, settings)
     run = RunFolder(config)
     with ExitStack() as stack:
         trainer = Trainer(config, run, StopSignals(), stack)
         trainer.model.double()
-        trainer.model.unused = nn.Parameter(torch.zeros(3))  # must not keep the others waiting
+        trainer.model.unused = nn.Parameter(torch.zeros(3))  # must not keep the other processes waiting
         trainer.train()
     if is_main():
         losses = [event["loss"] for event in run.events if event["event"] == "train"]
@@ -83,10 +83,10 @@ def test_processes_follow_one_process_on_the_whole_batch(
     settings: Project, processes: int, project: Project, tmp_path: Path
 ) -> None:
     given = {**project, "no_output": True, "seed": 3, **settings}
-    for count in (1, processes):
-        log = tmp_path / f"{count}.log"
-        assert spread(train_in_float64, count, log, given, tmp_path / f"{count}.pt") == [0] * count, log.read_text()
-    alone, together = (torch.load(tmp_path / f"{count}.pt") for count in (1, processes))
+    log, one, several = (tmp_path / name for name in ("log", "one.pt", "several.pt"))
+    train_in_float64(given, one)
+    assert spread(train_in_float64, processes, log, given, several) == [0] * processes, log.read_text()
+    alone, together = torch.load(one), torch.load(several)
     assert len(alone["losses"]) >= 2
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     set_seed(given["seed"])
@@ -98,22 +98,19 @@ def test_processes_follow_one_process_on_the_whole_batch(
 
 
 def fit_it(settings: Project) -> None:
+    """Train a whole run."""
     fit(load_config(None, settings))
 
 
 def test_only_the_main_process_writes_and_the_figures_are_those_of_one(project: Project, tmp_path: Path) -> None:
-    found = {}
-    for count in (1, 2):
-        output = tmp_path / str(count)
-        output.mkdir()
-        given = {**project, "output_dir": str(output), "num_epochs": 1, "num_workers": count - 1}
-        assert spread(fit_it, count, output / "log", given) == [0] * count, (output / "log").read_text()
-        (folder,) = (output / "tiny").iterdir()
-        found[count] = folder
-    one, two = found[1], found[2]
+    given = {**project, "num_epochs": 1}
+    fit_it({**given, "output_dir": str(tmp_path / "one")})
+    log, several = tmp_path / "log", {**given, "output_dir": str(tmp_path / "two"), "num_workers": 1}
+    assert spread(fit_it, 2, log, several) == [0, 0], log.read_text()
+    (one,), (two,) = (list((tmp_path / name / "tiny").iterdir()) for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
-    assert metrics[0]["zero_shot"] == metrics[1]["zero_shot"], "embedded in the same batches: the same, bit for bit"
+    assert metrics[0]["zero_shot"] == metrics[1]["zero_shot"], "the batches are the same, so the embeddings are"
     assert metrics[0]["finetuned"] == metrics[1]["finetuned"]
     lines = [len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (one, two)]
     assert lines[0] == lines[1]
@@ -129,7 +126,7 @@ ALL_ROWS = torch.arange(5, dtype=torch.float64)[:, None] + torch.tensor([0.0, 0.
 def gather_uneven(result: Path, sizes: list[int]) -> None:
     make_accelerator(load_config(None, {"device": "cpu"}))
     start = sum(sizes[: rank()])
-    # A process without a pair has a batch of one blank row.
+    # The batch of a process without a pair is one blank row.
     rows = ALL_ROWS[start : start + max(sizes[rank()], 1)].clone().requires_grad_()
     names = iter(f"video{number}" for number in range(sum(sizes)))
     group = Group([list(islice(names, size)) for size in sizes])
@@ -147,13 +144,14 @@ def test_rows_are_gathered_with_gradients(tmp_path: Path) -> None:
     for number, size in enumerate(sizes):
         together, gradient = torch.load(tmp_path / f"rows.{number}")
         assert torch.equal(together, ALL_ROWS)
-        assert not gradient[size:].any(), "nothing is asked of a blank row"
+        assert not gradient[size:].any(), "a blank row gets no gradient"
         gradients.append(gradient[:size])
     # Each of the three processes has the whole loss, and their gradients are summed.
     torch.testing.assert_close(torch.cat(gradients), 3 * 3 * ALL_ROWS**2)
 
 
 def break_on_one(settings: Project) -> None:
+    """Fail in one process and wait for it in the other."""
     config = load_config(None, settings)
     make_accelerator(config)
     if rank() == 1:
@@ -166,6 +164,6 @@ def break_on_one(settings: Project) -> None:
 
 def test_a_process_that_dies_ends_the_others_with_its_error_shown(project: Project, tmp_path: Path) -> None:
     codes = spread(break_on_one, 2, tmp_path / "log", project)
-    assert all(codes), "and none is still waiting"
+    assert all(codes), "no process is still waiting"
     log = (tmp_path / "log").read_text()
     assert "absent.json" in log and "another process of this run has ended" in log

@@ -1,17 +1,23 @@
-"""The table and the pictures: what they are given is what they show."""
+"""The pictures and the table of a run show what they are given."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from adaclip_finetune.evaluation.metrics import one_line, results_table, retrieval_metrics
 from adaclip_finetune.peft.importance import TensorImportance
 from adaclip_finetune.report import draw_curves, draw_frame_usage, write_importance
 
+NAMES = ["t2v.R@1", "v2t.R@1"]
 
-def test_table_has_a_line_a_model_and_both_directions() -> None:
+
+def test_a_table_has_a_line_for_each_model_and_both_directions() -> None:
     perfect = retrieval_metrics([torch.eye(4)], np.arange(4))
     constant = retrieval_metrics([torch.ones(4, 4)], np.arange(4))
     lines = results_table({"zero-shot": constant, "finetuned": perfect}).splitlines()
@@ -27,23 +33,58 @@ def is_a_picture(path: Path) -> bool:
         return image.format == "PNG" and len(set(image.convert("L").resize((64, 64)).tobytes())) > 1
 
 
-def test_pictures_are_drawn_even_of_a_run_that_stopped_at_once(tmp_path: Path) -> None:
-    metrics = {"t2v": {"R@1": 10.0}, "v2t": {"R@1": 12.0}}
-    events = [
-        {"event": "zero_shot", "step": 0},
-        {"event": "train", "step": 1, "loss": 3.0, "lr": {"clip": 0.0, "other": 0.0}},
-        {"event": "train", "step": 2, "loss": 2.0, "lr": {"other": 1e-3}},
-        {"event": "validation", "step": 2, "metrics": metrics},
-        {"event": "best", "step": 2},
-    ]
-    for name, part in (("none.png", []), ("zero.png", events[:2]), ("all.png", events)):
-        draw_curves(tmp_path / name, part, ["t2v.R@1", "v2t.R@1"])
-        assert is_a_picture(tmp_path / name)
+def event(kind: str, step: int, recall: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {"event": kind, "step": step, "metrics": {"t2v": {"R@1": recall}, "v2t": {"R@1": recall - 1}}, **more}
+
+
+def update(step: int, rates: Mapping[str, float]) -> dict[str, Any]:
+    return {"event": "train", "step": step, "loss": 3.0 - step, "lr": rates}
+
+
+RATES = {"clip_decay": 1e-6, "clip_no_decay": 1e-6, "other_decay": 1e-3}
+EVENTS = [
+    event("zero_shot", 0, 81.5, split="test"),
+    update(1, dict.fromkeys(RATES, 0.0)),
+    update(2, RATES),
+    event("validation", 2, 82.0),
+    event("best", 2),
+    event("validation", 3, 82.4),
+    event("finetuned", 3, 83.6, split="test"),
+]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from here on."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def test_curves_group_equal_lines_and_do_not_dramatise(drawn: list[Figure], tmp_path: Path) -> None:
+    draw_curves(tmp_path / "curves.png", EVENTS, NAMES)
+    _, rates, validation = drawn[0].axes
+    assert rates.get_legend_handles_labels()[1] == ["clip_decay\nclip_no_decay", "other_decay"]
+    labels = validation.get_legend_handles_labels()[1]
+    for name in NAMES:
+        assert {f"{name}, validation", f"{name}, zero-shot on test", f"{name}, best epoch on test"} < set(labels)
+    low, high = validation.get_ylim()
+    assert low < 80.5 and high > 83.6 and high - low > 20
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, len(EVENTS)])
+def test_pictures_are_drawn_even_of_a_run_that_stopped_at_once(count: int, tmp_path: Path) -> None:
+    draw_curves(tmp_path / "curves.png", EVENTS[:count], NAMES)
+    assert is_a_picture(tmp_path / "curves.png")
+
+
+def test_frame_usage_shows_shares_of_the_videos(drawn: list[Figure], tmp_path: Path) -> None:
     draw_frame_usage(tmp_path / "usage.png", np.array([3, 0, 1, 4]), videos=4, top_k=2)
-    assert is_a_picture(tmp_path / "usage.png")
+    (axes,) = drawn[0].axes
+    assert [bar.get_height() for bar in axes.patches] == [75, 0, 25, 100]  # type: ignore[attr-defined]
 
 
-def test_importance_table_and_picture(tmp_path: Path) -> None:
+def test_importance_is_a_table_and_a_picture(tmp_path: Path) -> None:
     rows = [TensorImportance("a", 0, 10, 0.5, 1.5, True), TensorImportance("b", None, 1, 0.25, None, False)]
     write_importance(tmp_path / "i.csv", tmp_path / "i.png", rows)
     assert (tmp_path / "i.csv").read_text().splitlines() == [

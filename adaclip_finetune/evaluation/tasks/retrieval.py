@@ -23,7 +23,7 @@ from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluation
-from adaclip_finetune.errors import UserError
+from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
 from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
@@ -240,7 +240,7 @@ class Retrieval(Task):
         try:
             return retrieval_metrics(similarity, queries.video_of_text, queries.texts)
         except ValueError as error:
-            raise UserError(f"{self.label}: {error}; the weights have probably diverged") from error
+            raise NotFinite(f"{self.label}: {error}; the weights have probably diverged") from error
 
     def _part_folder(self, model: VideoRetriever, path: Path) -> PartFolder:
         about = {

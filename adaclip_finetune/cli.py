@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         code = _run(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where Python was started with a closed standard output
+            sys.stdout.flush()
         return code
     except UserError as error:
         return _refused(str(error), words)

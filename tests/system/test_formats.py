@@ -370,7 +370,7 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in overview
         assert main(["convert", name, "--help"]) == 0
         told = capsys.readouterr().out
-        assert "--overwrite" in told and all(flag.name in told for flag in known.flags)
+        assert "--overwrite" in told and all(flag in told for flag in known.flags)
     assert main(["convert", "msrvt"]) == 2 and "msrvtt" in capsys.readouterr().err
     assert main(["convert", "msrvtt"]) == 2 and "--output" in capsys.readouterr().err
 

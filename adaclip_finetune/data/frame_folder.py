@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Kind, Scan, unlisted
-from adaclip_finetune.data.images import one_by_one, read_image, stacked
+from adaclip_finetune.data.frame_store import FrameError, unlisted
+from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import FolderNames, split_extension
-from adaclip_finetune.data.video.decoding import Stopped, never
 
 FRAME_TIMES = "frame_times.json"  # seconds, one an image: when it is shown in the video
 
 
-class FrameFolder:
+class FrameFolder(ImageStore):
     """A frame store for `folder/<video>/image_00001.jpg …`, numbered from 1 without gaps.
 
     `img_tmpl` is the name of an image with one place for its number, such as `image_{:05d}.jpg`.
@@ -50,13 +49,6 @@ class FrameFolder:
         if times.shape != (self.count(video_id),) or not (np.diff(times) > 0).all():
             raise FrameError(video_id, path, "does not hold one time for each image: extract again, or delete it")
         return times
-
-    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        images = {i: self._image(video_id, i) for i in sorted(set(indices))}
-        return stacked(images, indices, video_id, self.folder / video_id)
-
-    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        return one_by_one(self, video_id, stopped)
 
     def video_folder(self, video_id: str) -> Path:
         """Return the folder of a video's images, whatever Unicode form its name has.
@@ -102,14 +94,10 @@ class FrameFolder:
             raise FrameError(video_id, folder, f"{first} is missing, though {last} is there", "gap")
         return len(numbers)
 
-    def _image(self, video_id: str, index: int) -> NDArray[np.uint8]:
-        path = self.path(video_id, index)
-        try:
-            return np.asarray(read_image(path))
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            # An error that the system reports, such as a missing permission, is no damage of the image.
-            kind: Kind = "unreadable" if isinstance(error, OSError) and error.errno else "damaged"
-            raise FrameError(video_id, path, f"cannot be decoded ({error})", kind) from None
+    def _images(self, video_id: str, indices: Sequence[int]) -> Iterator[tuple[Path, str, Path]]:
+        for index in indices:
+            path = self.path(video_id, index)
+            yield path, "", path
 
 
 def _is_folder(path: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lmdb
@@ -136,39 +136,28 @@ def _listed(annotations: Sequence[str]) -> list[str]:
 
 
 def _found(folder: FrameFolder) -> list[str]:
-    """Return the folders below that hold images, and those that hold nothing at all, which will be reported."""
-    try:
-        if folder.numbers("."):
-            name = folder.img_tmpl.format(1)
-            raise UserError(f"{printable(folder.folder)} holds images itself ({name}): give the folder above it")
-    except FrameError as error:
-        raise UserError(f"{printable(error.path)}: {error.reason}") from None
-    videos = sorted(_folders_below(folder, "", ()))
-    if not videos:
-        raise UserError(f"{printable(folder.folder)}: there are no folders in it, one for each video is expected")
-    if message := differing_forms(videos):
-        raise UserError(f"{printable(folder.folder)}: {message}")
-    return videos
+    """Return the folders below that hold images, and those that hold no folder either, which will be reported.
 
-
-def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the names of folders with images, or without anything. Links are followed, but not in circles.
-
-    Hidden folders are left out: extraction keeps what is not complete in one.
+    Links are followed, but not to a folder above. Hidden folders are left out: extraction keeps what is not complete
+    in one.
     """
-    here = folder.folder / name
-    above = (*above, os.path.realpath(here))
-    try:
-        with os.scandir(here) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    except OSError:  # reading its images will tell the reason
-        names = []
-    below = [child for child in names if folder.number(child) is None and (here / child).is_dir()]
-    if name and (not below or folder.numbers(name)):
-        yield name
-    for child in below:
-        if os.path.realpath(here / child) not in above:
-            yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
+    root, found = folder.folder, []
+    for here, below, names in os.walk(root, onerror=lambda error: found.append(error.filename), followlinks=True):
+        real = Path(here).resolve()
+        below[:] = [
+            name for name in below if not name.startswith(".") and not real.is_relative_to(Path(here, name).resolve())
+        ]
+        images = [name for name in sorted(names) if folder.number(name) is not None]
+        if Path(here) != root and (images or not below):
+            found.append(here)
+        elif images:
+            raise UserError(f"{printable(root)} holds images itself ({images[0]}): give the folder above it")
+    videos = sorted(Path(path).relative_to(root).as_posix() for path in found)
+    if not videos:
+        raise UserError(f"{printable(root)}: there are no folders in it, one for each video is expected")
+    if message := differing_forms(videos):
+        raise UserError(f"{printable(root)}: {message}")
+    return videos
 
 
 def _listing(failed: Mapping[str, str]) -> str:

@@ -102,13 +102,12 @@ class VideoFolder:
         """Return the files of a folder by their names without extension, in canonical form. A folder is listed once."""
         if folder not in self._listings:
             listing: dict[str, list[str]] = {}
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if _may_be_file(entry):
-                            listing.setdefault(canonical(_stem(entry.name)), []).append(entry.name)
-            except OSError as error:
+
+            def refuse(error: OSError) -> None:
                 raise unlisted(video_id, folder, error) from None
+
+            for name in next(os.walk(folder, onerror=refuse))[2]:
+                listing.setdefault(canonical(_stem(name)), []).append(name)
             self._listings[folder] = listing
         return self._listings[folder]
 
@@ -139,11 +138,3 @@ def _stem(name: str) -> str:
     """Return the name of a file without its last extension, which may be any."""
     stem, dot, _ = name.rpartition(".")
     return stem if dot and stem else name
-
-
-def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a file, or a link that cannot be followed: opening it will tell the reason."""
-    try:
-        return entry.is_file()
-    except OSError:
-        return True

@@ -63,16 +63,6 @@ class FrameFolder(ImageStore):
         without = self._names.find(self.folder, stem)
         return without if _is_folder(without) else folder
 
-    def numbers(self, video_id: str) -> set[int]:
-        """Return the numbers of the images in a video's folder. Raises FrameError if it cannot be listed."""
-        folder = self.video_folder(video_id)
-        try:
-            with os.scandir(folder) as entries:
-                numbers = {self.number(entry.name) for entry in entries}
-        except OSError as error:
-            raise unlisted(video_id, folder, error) from None
-        return {number for number in numbers if number is not None}
-
     def number(self, name: str) -> int | None:
         """Return the number of the image that has this file name; None if `img_tmpl` gives no image this name."""
         found = self._pattern.fullmatch(name)
@@ -83,7 +73,12 @@ class FrameFolder(ImageStore):
         return self.video_folder(video_id) / self.img_tmpl.format(index + 1)
 
     def _count(self, video_id: str) -> int:
-        folder, numbers = self.video_folder(video_id), self.numbers(video_id)
+        folder = self.video_folder(video_id)
+        try:
+            with os.scandir(folder) as entries:
+                numbers = {found for entry in entries if (found := self.number(entry.name)) is not None}
+        except OSError as error:
+            raise unlisted(video_id, folder, error) from None
         if not numbers:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
         if 0 in numbers:

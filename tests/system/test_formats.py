@@ -413,7 +413,7 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         ("youcook2 --data f",
          {"database": {"a": {"subset": "testing", "recipe_type": "1", "annotations": [*PARTS, PARTS[1] | {"id": 0}]}}},
          ["entry 3", "other times"]),
-        ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "clip_id", "got 2"]),
+        ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "got 2"]),
         ("lsmdc --val f", "a\tb\tc\tx\te\tf\n", ["line 1", "00.01.59.370", "'x'"]),
         ("vatex --test f", [{"videoID": "a", "enCap": 3}], ["entry 1", "'enCap'", "got 3"]),
         ("vatex --language en --test f --data f", {}, ["--language"]),

@@ -336,12 +336,8 @@ _LSMDC_TIMES_IN_ID = re.compile(r"_\d+\.\d+\.\d+\.\d+-\d+\.\d+\.\d+\.\d+$", re.A
 
 def _lsmdc_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     """Yield clips. Their times are those in the movie, since the published files are the clips."""
-    for line, cells in csv_cells(path, "\t"):
-        where = f"{path}: line {line}"
-        if len(cells) != len(_LSMDC_COLUMNS):
-            expected = f"expected 6 columns with tabs between them ({', '.join(_LSMDC_COLUMNS)})"
-            raise UserError(f"{where}: {expected}, got {len(cells)}: {shown(cells)}")
-        name, _, _, start, end, sentence = map(str.strip, cells)
+    for where, row in csv_rows(path, _LSMDC_COLUMNS, "\t", has_header=False):
+        name, _, _, start, end, sentence = map(str.strip, row.values())
         movie = _LSMDC_TIMES_IN_ID.sub("", name)
         duration = _length(_lsmdc_seconds(where, start), _lsmdc_seconds(where, end))
         name = f"{movie}/{name}" if options["nested"] else name

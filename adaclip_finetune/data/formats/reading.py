@@ -38,10 +38,10 @@ def table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     raise UserError(f"{path}: expected a file named .csv, .tsv, .txt, .json or .jsonl, which says how it is written")
 
 
-def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[Row]:
-    """Yield the rows of a table with a header, which names at least these columns."""
+def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",", has_header: bool = True) -> Iterator[Row]:
+    """Yield the rows of a table, whose header names at least these columns, or which has them without a header."""
     lines = csv_cells(path, delimiter)
-    line, header = next(lines, (1, []))
+    line, header = next(lines, (1, [])) if has_header else (0, columns)
     header = [name.strip() for name in header]
     if wrong := [name for name in columns if header.count(name) != 1]:
         got = ", ".join(header) or "nothing"
@@ -163,9 +163,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to something outside the file")
 
 
 def expect(where: str, value: Any, kind: Kind, words: str) -> Any:

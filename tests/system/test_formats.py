@@ -374,35 +374,26 @@ def test_files_are_counted_as_training_finds_them(tmp_path: Path, convert: Conve
 
 
 def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--help"]) == 0
-    overview = capsys.readouterr().out
     for name, known in FORMATS.items():
-        assert f"\n  {name} " in overview
         assert main(["convert", name, "--help"]) == 0
         told = capsys.readouterr().out
-        assert "--overwrite" in told and all(flag in told for flag in known.flags)
+        assert all(flag in told for flag in ["--overwrite", *known.flags])
     assert main(["convert", "msrvt"]) == 2 and "msrvtt" in capsys.readouterr().err
-    assert main(["convert", "msrvtt"]) == 2 and "--output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "content", "told"),
     [
         ("msrvtt --data f", "[]", ["f: ", "{videos, sentences}", "[]"]),
-        ("msrvtt --data f", {"x": 1}, ["f: ", "'annotations'", "'x'"]),
-        ("msrvtt --data f", {"videos": [], "sentences": [{"video_id": "a"}]}, ["sentences, entry 1", "'caption'"]),
         ("msrvtt --data f", {"annotations": [{"image_id": "a", "caption": "b"}]}, ["annotations, entry 1", "split"]),
         ("msrvtt --test f", "video_id\nv\n", ["f: ", "sentence", "--data"]),
         ("msrvtt --test f", 'video_id,sentence\nu,t\nv,"x\nw,y\n', ["f: line 3", "quotation mark"]),
         ("activitynet --test f", {"v_a": {"sentences": [3]}}, ["caption 1", "got 3"]),
         ("activitynet --test f", {"v_a": {"sentences": ["a"], "timestamps": []}}, ["got 0 for 1"]),
-        ("activitynet --test f", {"v_a": {"sentences": ["a"], "timestamps": [["x", 1]]}}, ["timestamp 1", "'x'"]),
         ("activitynet --test f", {"v_a": {"sentences": ["a"], "duration": -1}}, ["'duration'", "-1"]),
         ("activitynet --train-ids f", ["a"], ["--train FILE"]),
         ("msvd --test /dev/null --captions f", "no pickle", ["f: expected a pickle"]),
         ("clipvip --test f", '{"clip_id": "a", "text": "b"}\n{"clip_id"', ["f: line 2", "not JSON"]),
-        ("didemo --train f", [{"annotation_id": 1, "video": "a", "description": ["b", "c"], "times": [[0, 0]]}],
-         ["entry 1: 'description'"]),
         ("didemo --train f", [{"annotation_id": 1, "video": "a", "description": "b", "times": [[3, 1]]}],
          ["entry 1: 'times'", "[3, 1]"]),
         ("youcook2 --data f", {"database": {"a": {"subset": "x", "recipe_type": 1, "annotations": PARTS}}},
@@ -415,28 +406,22 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
          ["entry 3", "other times"]),
         ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "got 2"]),
         ("lsmdc --val f", "a\tb\tc\tx\te\tf\n", ["line 1", "00.01.59.370", "'x'"]),
-        ("vatex --test f", [{"videoID": "a", "enCap": 3}], ["entry 1", "'enCap'", "got 3"]),
         ("vatex --language en --test f --data f", {}, ["--language"]),
         ("webvid --train f", "videoid,caption\n", ["line 1", "'name'"]),
         ("webvid --train f", "videoid,name,duration\n1,a,soon\n", ["line 2", "'soon'"]),
         ("table V C --train f.csv", "v,d\n", ["line 1", "'c'", "v, d"]),
         ("table V C --train f.csv", "v,c\na,b, and c\n", ["line 2", "expected 2 columns, got 3"]),
         ("table V C --train f.csv", b"v,c\na,\xff\n", ["f.csv", "UTF-8"]),
-        ("table V C --train f.xls", "", ["f.xls", ".csv"]),
         ("table V C --train f.csv", "v,c\na.mp4,x\na.mkv,y\n", ["line 3", "a.mp4 and a.mkv"]),
-        ("table V C --train f.jsonl", '{"v": "a", "c": "x"}\n7\n', ["line 2", "expected an object"]),
-        ("table V C --train f.csv", "v,c,v\na,x,b\n", ["line 1", "'v'"]),
         ("table V C --train f.jsonl", '{"v": 1.5, "c": "x"}', ["line 1: 'v'", "1.5"]),
-        ("table V C --split s --data f.csv", "v,c,s\na,b,x\n", ["line 2", "'x'"]),
         ("table V C --data f.csv", "v,c\n", ["--split"]),
-        ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,2,1\n", ["line 2", "2 to 1"]),
         ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,x,1\n", ["line 2", "seconds", "'x'"]),
     ],
 )  # fmt: skip
 def test_wrong_input_is_told_with_its_place(
     tmp_path: Path, convert: Convert, words: str, content: Any, told: list[str]
 ) -> None:
-    [name] = {word for word in words.split() if word in ("f", "f.csv", "f.xls", "f.jsonl")} or {"f"}
+    [name] = {word for word in words.split() if word in ("f", "f.csv", "f.jsonl")}
     printed = convert(words.replace("V C", COLUMNS), {name: content}, code=2)
     assert all(fact in printed for fact in told), printed
     assert not list((tmp_path / "out").glob("*"))

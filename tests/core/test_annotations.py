@@ -107,9 +107,7 @@ def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, fac
     [
         ("[]", "expected an object"),
         ("{}", "holds no video"),
-        ("", "not JSON"),
         ('{"a": {"sentences": ["x"]}}\n{"b": {"sentences": ["x"]}}', "Extra data: line 2"),
-        ('{"a": {"sentences": ["x"]},}', "line 1 column"),
         ("[" * 200_000, "recursion"),
         ('{"a": {"sentences": ["x"], "duration": 1' + "0" * 5000 + "}}", "integer"),
         ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', "'a' occurs twice"),
@@ -137,11 +135,7 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
         ("f.json", {"database": {}}, "youcook2 --data"),
         ("f.json", '{"clip_id": "a", "text": "x"}\n{"clip_id": "b", "text": "y"}\n', "clipvip --train"),
         ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column video"),
-        (
-            "my table.csv",
-            'key,"video_id",sentence\n',
-            "table --video-column video_id --caption-column sentence --train",
-        ),
+        ("my table.csv", 'key,"video_id",text\n', "table --video-column video_id --caption-column text --train"),
     ],
 )
 def test_other_forms_are_met_with_the_command_that_converts_them(

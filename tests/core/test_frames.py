@@ -97,8 +97,6 @@ def test_names_are_found_in_any_unicode_form_and_with_extension(tmp_path: Path, 
 def test_names_that_differ_in_their_unicode_form_alone_are_refused_with_both(tmp_path: Path, make: Make) -> None:
     for name in ("\u00e9", "e\u0301"):
         write(make, tmp_path, name, 2)
-    if len(list(tmp_path.iterdir())) < 2:
-        pytest.skip("to this file system they are one name")
     with pytest.raises((FrameError, UserError)) as caught:
         make(tmp_path).count("\u00e9")
     assert r"'\xe9" in str(caught.value) and r"'e\u0301" in str(caught.value)
@@ -163,15 +161,6 @@ def test_transparent_images_lie_on_white_and_cmyk_becomes_rgb() -> None:
     assert np.allclose(cyan, (0, 255, 255), atol=8)
 
 
-@pytest.mark.parametrize("make", [folder_store, pack_store])
-def test_stores_read_images_by_the_same_function(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "v").mkdir()
-    Image.fromarray((RAMP * 65535).astype(np.uint16)).save(tmp_path / "v/turned.png", exif=TURNED)
-    (tmp_path / "v/turned.png").rename(tmp_path / "v" / TEMPLATE.format(1))  # the content counts, not the name
-    pixels = make(tmp_path).read("v", [0])[0]
-    assert pixels.shape == (6, 4, 3) and 100 < pixels.mean() < 150
-
-
 # ---- folders of images ----
 
 
@@ -202,17 +191,13 @@ def test_only_files_of_the_template_count(tmp_path: Path) -> None:
     for other in (".DS_Store", "image_4.jpg", "image_00004.png", "ximage_00004.jpg", "image_00004.jpg.part"):
         (folder / other).write_bytes(b"x")
     assert FrameFolder(tmp_path, TEMPLATE).count("v") == 3
+    (folder / TEMPLATE.format(10**12)).touch()  # some number images by the time, too large to count up to
+    with pytest.raises(FrameError, match=r"image_00004.jpg is missing, though image_1000000000000\.jpg is there"):
+        FrameFolder(tmp_path, TEMPLATE).count("v")
     for number in (1, 2, 3):
         (folder / TEMPLATE.format(number)).rename(folder / f"{number}+frame.png")
     store = FrameFolder(tmp_path, "{}+frame.png")
     assert store.count("v") == 3 and index_of(store.read("v", [2])[0]) == 2
-
-
-def test_a_gap_is_named_without_counting_up_to_it(tmp_path: Path) -> None:
-    """Some number images by the time."""
-    (write_frames(tmp_path / "v", 2) / TEMPLATE.format(10**12)).write_bytes(b"")
-    with pytest.raises(FrameError, match=r"image_00003.jpg is missing, though image_1000000000000\.jpg is there"):
-        FrameFolder(tmp_path, TEMPLATE).count("v")
 
 
 # ---- folders of videos ----

@@ -84,19 +84,6 @@ def test_every_image_is_kept_to_the_byte(frames: Path, packed: Path) -> None:
     assert {path.name for path in packed.parent.iterdir()} == {"frames", "data.lmdb"}
 
 
-def test_times_of_frames_are_kept(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (frames / "b" / FRAME_TIMES).write_text("[0, 0.5, 4.25]")
-    (frames / "a" / FRAME_TIMES).write_text("[0]")
-    (frames / "e" / FRAME_TIMES).write_text("{")
-    assert run(frames, tmp_path / "p.lmdb") == 1
-    told = capsys.readouterr().out
-    assert "2 could not be packed" in told and told.count(FRAME_TIMES) == 2
-    store = PackedFrames(tmp_path / "p.lmdb")
-    times = store.times("b")
-    assert times is not None and times.dtype == np.float64 and times.tolist() == [0, 0.5, 4.25]
-    assert store.times("deep/d.1") is None
-
-
 # ---- which videos are packed ----
 
 
@@ -125,14 +112,20 @@ def test_what_is_not_whole_is_told_and_the_others_are_packed(
     (frames / "itself").symlink_to("itself")
     (frames / "again").symlink_to(frames / "a")
     (frames / "back\\slash").symlink_to(frames / "a")
+    (frames / "b" / FRAME_TIMES).write_text("[0, 0.5, 4.25]")
+    (frames / "e" / FRAME_TIMES).write_text("[0]")
     assert run(frames, tmp_path / "p.lmdb") == 1
     told = dict(
         line.strip().split(": ", 1) for line in capsys.readouterr().out.partition("packed:\n")[2].strip().splitlines()
     )
-    assert told.keys() == {"gap", "none", "text", "dangling", r"back\slash"}
+    assert told.keys() == {"gap", "none", "text", "dangling", r"back\slash", "e"}
     assert "image_00002.jpg is missing" in told["gap"] and "image_00003.jpg: is not an image" in told["text"]
-    assert len(values(tmp_path / "p.lmdb")) == 37 + 5 + 1 + 10, "something of a failed video is left"
-    assert PackedFrames(tmp_path / "p.lmdb").count("again") == COUNTS["a"]
+    assert FRAME_TIMES in told["e"]
+    assert len(values(tmp_path / "p.lmdb")) == 30 + 4 + 1 + 10, "something of a failed video is left"
+    store = PackedFrames(tmp_path / "p.lmdb")
+    times = store.times("b")
+    assert times is not None and times.dtype == np.float64 and times.tolist() == [0, 0.5, 4.25]
+    assert store.times("again") is None and store.count("again") == COUNTS["a"]
 
 
 def test_names_may_be_longer_than_a_key(tmp_path: Path) -> None:

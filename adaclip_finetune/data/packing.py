@@ -149,6 +149,8 @@ def _found(folder: FrameFolder) -> list[str]:
             found.append(here)
         elif images:
             raise UserError(f"{printable(root)} holds images itself ({images[0]}): give the folder above it")
+    if str(root) in found:
+        raise UserError(f"{printable(root)}: cannot be listed")
     videos = sorted(Path(path).relative_to(root).as_posix() for path in found)
     if not videos:
         raise UserError(f"{printable(root)}: there are no folders in it, one for each video is expected")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,9 +81,9 @@ def _write(source: SourceSplit, path: Path, store: VideoFolder | None, missing: 
             counts["videos"] += 1
             counts["captions"] += len(entry["sentences"])
             if store is not None:
-                absent = list(_without_file(store, clip))
-                missing += absent
-                counts["files there"] += not absent
+                name = _missing_file(store, clip)
+                counts["files there"] += name is None
+                missing += [] if name is None else [name]
         file.write("\n}\n" if counts["videos"] else "{}\n")
     counts["listed but absent"] = len(source.absent)  # known when all clips are read
     return counts
@@ -110,12 +110,12 @@ def _entry(clip: SourceClip, counts: Counter[str]) -> dict[str, Any] | None:
     return entry | {key: value for key, value in facts.items() if value is not None}
 
 
-def _without_file(store: VideoFolder, clip: SourceClip) -> Iterator[str]:
-    """Yield the name of a clip that training would not find: neither its file nor the one from which it is cut."""
+def _missing_file(store: VideoFolder, clip: SourceClip) -> str | None:
+    """Return the name of the file of a clip, None if training finds it or the file from which the clip is cut."""
     names = [clip.video] if clip.start is None or clip.group is None else [clip.video, clip.group]
     for name in names:
         store.extensions = {name: clip.extension} if clip.extension else {}
         with suppress(FrameError):
             store.find(name)
-            return
-    yield f"{names[-1]}.{clip.extension}" if clip.extension else names[-1]
+            return None
+    return f"{names[-1]}.{clip.extension}" if clip.extension else names[-1]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adaclip_finetune.commands.flags import Parser
 from adaclip_finetune.config.layers import nearest
-from adaclip_finetune.data.formats.clips import SPLITS
-from adaclip_finetune.data.formats.published import FORMATS, FormatFlag
+from adaclip_finetune.data.formats.published import FORMATS, SPLITS
 from adaclip_finetune.errors import UserError
 
 
@@ -33,8 +31,8 @@ def run(words: Sequence[str]) -> int:
         f"Convert {known.help}. The splits that the source has are written as train.json, val.json and test.json "
         "(docs/formats.md).",
     )
-    for flag in known.flags:
-        parser.add_argument(flag.name, help=flag.help, **_argument(flag))
+    for flag, settings in known.flags.items():
+        parser.add_argument(flag, **settings)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
@@ -50,26 +48,12 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _argument(flag: FormatFlag) -> dict[str, Any]:
-    """Return how argparse is to read a flag."""
-    if flag.kind == "switch":
-        return {"action": "store_true"}
-    if flag.kind == "choice":
-        return {"choices": flag.choices}
-    kind = {"metavar": "FILE", "type": Path} if flag.kind == "file" else {"metavar": "NAME"}
-    return {"required": flag.required, **kind}
-
-
 def _overview() -> str:
-    lines = [f"  {name:12} {known.help}" for name, known in FORMATS.items()]
-    return "\n".join(
-        [
-            "usage: adaclip convert FORMAT ... -o DIR",
-            "",
-            "Write the annotation files of a published data set as train.json, val.json and test.json.",
-            "",
-            *lines,
-            "",
-            "`adaclip convert FORMAT --help` lists the files that a format needs.",
-        ]
-    )
+    formats = "\n".join(f"  {name:12} {known.help}" for name, known in FORMATS.items())
+    return f"""usage: adaclip convert FORMAT ... -o DIR
+
+Write the annotation files of a published data set as train.json, val.json and test.json.
+
+{formats}
+
+`adaclip convert FORMAT --help` lists the files that a format needs."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Kind, Scan, unlisted
-from adaclip_finetune.data.images import one_by_one, read_image, stacked
+from adaclip_finetune.data.frame_store import FrameError, unlisted
+from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import FolderNames, split_extension
-from adaclip_finetune.data.video.decoding import Stopped, never
 
 FRAME_TIMES = "frame_times.json"  # seconds, one an image: when it is shown in the video
 
 
-class FrameFolder:
+class FrameFolder(ImageStore):
     """A frame store for `folder/<video>/image_00001.jpg …`, numbered from 1 without gaps.
 
     `img_tmpl` is the name of an image with one place for its number, such as `image_{:05d}.jpg`.
@@ -51,13 +50,6 @@ class FrameFolder:
             raise FrameError(video_id, path, "does not hold one time for each image: extract again, or delete it")
         return times
 
-    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        images = {i: self._image(video_id, i) for i in sorted(set(indices))}
-        return stacked(images, indices, video_id, self.folder / video_id)
-
-    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        return one_by_one(self, video_id, stopped)
-
     def video_folder(self, video_id: str) -> Path:
         """Return the folder of a video's images, whatever Unicode form its name has.
 
@@ -71,16 +63,6 @@ class FrameFolder:
         without = self._names.find(self.folder, stem)
         return without if _is_folder(without) else folder
 
-    def numbers(self, video_id: str) -> set[int]:
-        """Return the numbers of the images in a video's folder. Raises FrameError if it cannot be listed."""
-        folder = self.video_folder(video_id)
-        try:
-            with os.scandir(folder) as entries:
-                numbers = {self.number(entry.name) for entry in entries}
-        except OSError as error:
-            raise unlisted(video_id, folder, error) from None
-        return {number for number in numbers if number is not None}
-
     def number(self, name: str) -> int | None:
         """Return the number of the image that has this file name; None if `img_tmpl` gives no image this name."""
         found = self._pattern.fullmatch(name)
@@ -91,7 +73,12 @@ class FrameFolder:
         return self.video_folder(video_id) / self.img_tmpl.format(index + 1)
 
     def _count(self, video_id: str) -> int:
-        folder, numbers = self.video_folder(video_id), self.numbers(video_id)
+        folder = self.video_folder(video_id)
+        try:
+            with os.scandir(folder) as entries:
+                numbers = {found for entry in entries if (found := self.number(entry.name)) is not None}
+        except OSError as error:
+            raise unlisted(video_id, folder, error) from None
         if not numbers:
             raise FrameError(video_id, folder, f"holds no file named like {self.img_tmpl.format(1)}")
         if 0 in numbers:
@@ -102,14 +89,10 @@ class FrameFolder:
             raise FrameError(video_id, folder, f"{first} is missing, though {last} is there", "gap")
         return len(numbers)
 
-    def _image(self, video_id: str, index: int) -> NDArray[np.uint8]:
-        path = self.path(video_id, index)
-        try:
-            return np.asarray(read_image(path))
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            # An error that the system reports, such as a missing permission, is no damage of the image.
-            kind: Kind = "unreadable" if isinstance(error, OSError) and error.errno else "damaged"
-            raise FrameError(video_id, path, f"cannot be decoded ({error})", kind) from None
+    def _images(self, video_id: str, indices: Sequence[int]) -> Iterator[tuple[Path, str, Path]]:
+        for index in indices:
+            path = self.path(video_id, index)
+            yield path, "", path
 
 
 def _is_folder(path: Path) -> bool:

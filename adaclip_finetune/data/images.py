@@ -1,9 +1,10 @@
-"""Images as frames: one function that decodes every image, and helpers for stores of images."""
+"""Images as frames: one function that decodes every image, and what the stores of images share."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from adaclip_finetune.data.frame_store import FrameError, FrameStore, Scan
-from adaclip_finetune.data.video.decoding import Stopped
+from adaclip_finetune.data.frame_store import FrameError, Kind, Scan
+from adaclip_finetune.data.video.decoding import Stopped, never
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 
@@ -42,19 +43,34 @@ def to_rgb_image(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def stacked(
-    images: Mapping[int, NDArray[np.uint8]], indices: Sequence[int], video_id: str, path: Path
-) -> NDArray[np.uint8]:
-    """Return the images with these indices, RGB (n, H, W, 3). Raises FrameError if they differ in size."""
-    shapes = {image.shape for image in images.values()}
-    if len(shapes) > 1:
-        raise FrameError(video_id, path, f"frames differ in size: {sorted(shapes)}", "sizes")
-    return np.stack([images[i] for i in indices])
+class ImageStore(ABC):
+    """What stores of single images share: a subclass counts the images of a video and finds their content."""
 
+    @abstractmethod
+    def count(self, video_id: str) -> int:
+        """Return how many images the video has. Raises FrameError."""
 
-def one_by_one(store: FrameStore, video_id: str, stopped: Stopped) -> Scan:
-    """Implement `FrameStore.scan` for a store in which no frame depends on another one."""
-    for index in range(store.count(video_id)):
-        if stopped():
-            return
-        yield index, store.read(video_id, [index])[0]
+    @abstractmethod
+    def _images(self, video_id: str, indices: Sequence[int]) -> Iterable[tuple[Path, str, Path | io.BytesIO]]:
+        """Give the file, the beginning of an error message and the content of each image. Raises FrameError."""
+
+    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
+        images: dict[int, NDArray[np.uint8]] = {}
+        different = sorted(set(indices))
+        for index, (path, what, source) in zip(different, self._images(video_id, different), strict=True):
+            try:
+                images[index] = np.asarray(read_image(source))
+            except Exception as error:  # Pillow's decoders raise whatever they stumble over
+                # An error that the system reports, such as a missing permission, is no damage of the image.
+                kind: Kind = "unreadable" if isinstance(error, OSError) and error.errno else "damaged"
+                raise FrameError(video_id, path, f"{what}cannot be decoded ({error})", kind) from None
+        shapes = {image.shape for image in images.values()}
+        if len(shapes) > 1:
+            raise FrameError(video_id, path, f"frames differ in size: {sorted(shapes)}", "sizes")
+        return np.stack([images[index] for index in indices])
+
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        for index in range(self.count(video_id)):
+            if stopped():
+                return
+            yield index, self.read(video_id, [index])[0]

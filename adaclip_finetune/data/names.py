@@ -11,8 +11,12 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from adaclip_finetune.data.extensions import VIDEO_EXTENSIONS
-from adaclip_finetune.data.frame_store import FrameError
+# How the names of video files end. Files with other names are videos, too, if the reader can open them.
+VIDEO_EXTENSIONS = (
+    "mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "ts", "flv", "wmv",
+    "3g2", "asf", "divx", "dv", "f4v", "gif", "m1v", "m2t", "m2ts", "m2v", "mjpeg", "mjpg", "mpe", "mts", "mxf",
+    "ogm", "ogv", "rm", "rmvb", "vob", "y4m",
+)  # fmt: skip
 
 
 def canonical(name: str) -> str:
@@ -57,6 +61,8 @@ class FolderNames:
         for part in video_id.split("/"):
             names = [part] if part.isascii() else self._listing(path).get(canonical(part), [part])
             if message := differing_forms(names):
+                from adaclip_finetune.data.frame_store import FrameError  # `adaclip convert --help` needs no NumPy
+
                 raise FrameError(video_id, path, message)
             path /= names[0]
         return path

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,10 +23,9 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Scan
-from adaclip_finetune.data.images import one_by_one, read_image, stacked
+from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import canonical, split_extension
-from adaclip_finetune.data.video.decoding import Stopped, never
 from adaclip_finetune.errors import UserError
 
 PACK_KEY = b"/"
@@ -35,7 +34,7 @@ NOT_A_PACK = "is not a pack of frames, or was made by another version; adaclip p
 LONGEST_ID = 480  # bytes; a key of LMDB has at most 511
 
 
-class PackedFrames:
+class PackedFrames(ImageStore):
     """A frame store for a file made by `adaclip pack`. It gives the same frames as the folders that were packed.
 
     The store can be copied into other processes, by fork or by pickle, and used in several threads.
@@ -50,12 +49,8 @@ class PackedFrames:
             found = self._values([PACK_KEY])[0]
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None
-        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
-            found = None
         except lmdb.Error as error:
-            if path.stat().st_size:
-                raise UserError(f"{path}: cannot be opened ({error})") from None
-            found = None
+            raise UserError(f"{path}: cannot be read as a pack of frames ({error}); adaclip pack makes one") from None
         if found != PACK_VALUE:
             raise UserError(f"{path}: {NOT_A_PACK}")
 
@@ -64,15 +59,6 @@ class PackedFrames:
 
     def count(self, video_id: str) -> int:
         return int(self._record(video_id)["images"])
-
-    def read(self, video_id: str, indices: Sequence[int]) -> NDArray[np.uint8]:
-        name, different = self._record(video_id)["name"], sorted(set(indices))
-        contents = self._of_video(video_id, [image_key(name, index) for index in different])
-        images = {i: self._image(video_id, i, content) for i, content in zip(different, contents, strict=True)}
-        return stacked(images, indices, video_id, self.path)
-
-    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        return one_by_one(self, video_id, stopped)
 
     def times(self, video_id: str) -> NDArray[np.float64] | None:
         """Return when each frame is shown, in seconds (count,), if that was known of the frames that were packed."""
@@ -91,12 +77,11 @@ class PackedFrames:
             self._records[video_id] = {"name": named[0], **json.loads(named[1])}
         return self._records[video_id]
 
-    def _image(self, video_id: str, index: int, content: bytes | None) -> NDArray[np.uint8]:
-        try:
-            return np.asarray(read_image(io.BytesIO(content or b"")))
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            reason = f"image {index + 1} cannot be decoded ({error})"
-            raise FrameError(video_id, self.path, reason, "damaged") from None
+    def _images(self, video_id: str, indices: Sequence[int]) -> Iterator[tuple[Path, str, io.BytesIO]]:
+        name = self._record(video_id)["name"]
+        contents = self._of_video(video_id, [image_key(name, index) for index in indices])
+        for index, content in zip(indices, contents, strict=True):
+            yield self.path, f"image {index + 1} ", io.BytesIO(content or b"")
 
     def _of_video(self, video_id: str, keys: Sequence[bytes]) -> list[bytes | None]:
         try:

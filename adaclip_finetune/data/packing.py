@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
@@ -68,17 +68,17 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
     size = output.stat().st_size / 1e6
     print(f"{printable(output)}: {added + there} videos{before}, {size:.1f} MB")
     if failed:
-        print(f"{len(failed)} could not be packed:\n{_listing(failed)}")
+        print(f"{len(failed)} could not be packed:", *failed, sep="\n")
     return 1 if failed else 0
 
 
-def _write(folder: FrameFolder, videos: Sequence[str], path: Path) -> tuple[int, int, dict[str, str]]:
-    """Write a pack, or add to it. Return how many videos were added, how many it had, and why others failed.
+def _write(folder: FrameFolder, videos: Sequence[str], path: Path) -> tuple[int, int, list[str]]:
+    """Write a pack, or add to it. Return how many videos were added, how many it had, and a line for each that failed.
 
     Raises UserError if the file is another LMDB file or no video could be packed, and lmdb.Error.
     """
     added = there = 0
-    failed: dict[str, str] = {}
+    failed: list[str] = []
     with lmdb.open(os.fsencode(path), subdir=False, lock=False, map_size=MAP_SIZE, metasync=False) as environment:
         with environment.begin(write=True) as transaction:
             is_new = transaction.stat()["entries"] == 0
@@ -90,16 +90,13 @@ def _write(folder: FrameFolder, videos: Sequence[str], path: Path) -> tuple[int,
             try:
                 with environment.begin(write=True) as transaction:  # undone as a whole if reading an image fails
                     is_added = _pack_video(folder, video_id, transaction)
-            except FrameError as error:
-                failed[video_id] = f"{error.path}: {error.reason}"
-            except UserError as error:
-                failed[video_id] = str(error)
-            else:
                 added, there = added + is_added, there + (not is_added)
+            except (FrameError, UserError) as error:
+                failed.append(f"  {printable(error)}")
         environment.sync(True)
     if is_new and not added:
         path.unlink()
-        raise UserError(f"none of {len(videos)} videos could be packed:\n{_listing(failed)}")
+        raise UserError("\n".join([f"none of {len(videos)} videos could be packed:", *failed]))
     return added, there, failed
 
 
@@ -110,7 +107,7 @@ def _pack_video(folder: FrameFolder, video_id: str, transaction: lmdb.Transactio
     """
     place = folder.video_folder(video_id)
     name = canonical(place.relative_to(folder.folder).as_posix())
-    check_name("no annotation could name it", name)
+    check_name(f"{video_id}: no annotation could name it", name)
     if transaction.get(video_key(name)) is not None:
         return False
     record: dict[str, object] = {"images": folder.count(video_id)}
@@ -136,40 +133,27 @@ def _listed(annotations: Sequence[str]) -> list[str]:
 
 
 def _found(folder: FrameFolder) -> list[str]:
-    """Return the folders below that hold images, and those that hold nothing at all, which will be reported."""
-    try:
-        if folder.numbers("."):
-            name = folder.img_tmpl.format(1)
-            raise UserError(f"{printable(folder.folder)} holds images itself ({name}): give the folder above it")
-    except FrameError as error:
-        raise UserError(f"{printable(error.path)}: {error.reason}") from None
-    videos = sorted(_folders_below(folder, "", ()))
-    if not videos:
-        raise UserError(f"{printable(folder.folder)}: there are no folders in it, one for each video is expected")
-    if message := differing_forms(videos):
-        raise UserError(f"{printable(folder.folder)}: {message}")
-    return videos
+    """Return the folders below that hold images, and those that hold no folder either, which will be reported.
 
-
-def _folders_below(folder: FrameFolder, name: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the names of folders with images, or without anything. Links are followed, but not in circles.
-
-    Hidden folders are left out: extraction keeps what is not complete in one.
+    Links are followed, but not to a folder above. Hidden folders are left out: extraction keeps what is not complete
+    in one.
     """
-    here = folder.folder / name
-    above = (*above, os.path.realpath(here))
-    try:
-        with os.scandir(here) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    except OSError:  # reading its images will tell the reason
-        names = []
-    below = [child for child in names if folder.number(child) is None and (here / child).is_dir()]
-    if name and (not below or folder.numbers(name)):
-        yield name
-    for child in below:
-        if os.path.realpath(here / child) not in above:
-            yield from _folders_below(folder, f"{name}/{child}" if name else child, above)
-
-
-def _listing(failed: Mapping[str, str]) -> str:
-    return "\n".join(f"  {printable(video_id)}: {printable(reason)}" for video_id, reason in failed.items())
+    root, found = folder.folder, []
+    for here, below, names in os.walk(root, onerror=lambda error: found.append(error.filename), followlinks=True):
+        real = Path(here).resolve()
+        below[:] = [
+            name for name in below if not name.startswith(".") and not real.is_relative_to(Path(here, name).resolve())
+        ]
+        images = [name for name in sorted(names) if folder.number(name) is not None]
+        if Path(here) != root and (images or not below):
+            found.append(here)
+        elif images:
+            raise UserError(f"{printable(root)} holds images itself ({images[0]}): give the folder above it")
+    if str(root) in found:
+        raise UserError(f"{printable(root)}: cannot be listed")
+    videos = sorted(Path(path).relative_to(root).as_posix() for path in found)
+    if not videos:
+        raise UserError(f"{printable(root)}: there are no folders in it, one for each video is expected")
+    if message := differing_forms(videos):
+        raise UserError(f"{printable(root)}: {message}")
+    return videos

@@ -46,28 +46,23 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
     ]
 
 
-def test_data_subset_keeps_the_first(tmp_path: Path) -> None:
-    path = write(tmp_path, {name: {"sentences": [name]} for name in "cab"})
-    for subset, names in [(2, "ca"), (0, "cab"), (99, "cab")]:
-        assert [video.video_id for video in load_annotations(path, data_subset=subset)] == list(names)
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        "../../x", "a/../../x", "..", ".", "", " ", "/etc/passwd", "C:/x", "C:x", "//server/x", "a//b", "a/", "./a",
-        "a\0b", "..\\..\\x", "a\\b", "\ud800",
-    ],
-)  # fmt: skip
+    ["../../x", "a/../../x", "..", ".", " ", "/etc/passwd", "C:x", "a//b", "a/", "a\0b", "..\\x", "\ud800"],
+)
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, {"good": {"sentences": ["x"]}, name: {"sentences": ["x"]}})
     with pytest.raises(UserError, match=r"annot\.json: video .*this name"):
         load_annotations(path)
 
 
-@pytest.mark.parametrize("name", ["0WjR.3", "-dash", "a b'\"$(x);", "日本", "line\nbreak", "...", "a..b", "x" * 300])
-def test_odd_but_harmless_names_are_kept(tmp_path: Path, name: str) -> None:
-    assert load_annotations(write(tmp_path, {name: {"sentences": ["x"]}}))[0].video_id == name
+def test_odd_but_harmless_names_and_captions_are_kept(tmp_path: Path) -> None:
+    names = ["0WjR.3", "-dash", "a b'\"$(x);", "日本", "line\nbreak", "...", "a..b", "x" * 300]
+    names += ["v0.mp4", "v0.mkv", "v0.1", "V0"]  # files that differ in their extension are two videos
+    captions = ("a\u200bb", "👩‍🚀", "हिन्दी", "\u0e01\u0e33", "7")
+    path = write(tmp_path, {name: {"sentences": captions} for name in names})
+    assert load_annotations(path) == [VideoAnnotation(name, captions) for name in names]
+    assert load_annotations(path, data_subset=2) == load_annotations(path)[:2]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +75,6 @@ def test_two_names_of_one_video_are_refused_with_both(tmp_path: Path, one: str, 
     assert ascii(one) in str(caught.value) and ascii(other) in str(caught.value)
 
 
-def test_files_that_differ_in_their_extension_are_two_videos(tmp_path: Path) -> None:
-    path = write(tmp_path, {name: {"sentences": ["x"]} for name in ("v0.mp4", "v0.mkv", "v0.1", "V0", "w")})
-    assert len(load_annotations(path)) == 5
-
-
 @pytest.mark.parametrize(
     ("entry", "facts"),
     [
@@ -92,20 +82,15 @@ def test_files_that_differ_in_their_extension_are_two_videos(tmp_path: Path) -> 
         ({}, ['"sentences"']),
         ({"sentences": "a dog"}, ['"sentences"', "list", "'a dog'"]),
         ({"sentences": []}, ['"sentences"', "at least 1"]),
-        ({"sentences": ["a", " \t"]}, ['"sentences", entry 2', "blank"]),
         ({"sentences": ["a", "\u200b\u2060\ufeff\x07\u00ad \u3164"]}, ['"sentences", entry 2', "blank"]),
         ({"sentences": ["a", "b", 3]}, ['"sentences", entry 3', "got 3"]),
         ({"sentences": ["\ud83d"]}, ['"sentences", entry 1']),
         ({"sentence": ["a"]}, ["'sentence'", "known are sentences"]),
-        ({"sentences": ["a"], "video_id": "b"}, ["unknown key 'video_id'"]),
         ({"sentences": ["a"], "duration": float("nan")}, ['"duration"', "finite", "nan"]),
-        ({"sentences": ["a"], "duration": True}, ['"duration"', "got True"]),
         ({"sentences": ["a"], "start": -1}, ['"start"', "got -1"]),
         ({"sentences": ["a"], "end": "3"}, ['"end"', "number", "got '3'"]),
         ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2']),
-        ({"sentences": ["a"], "timestamps": {"a": 1}}, ['"timestamps"', "list"]),
         ({"sentences": ["a"], "extension": "../mp4"}, ['"extension"', "'../mp4'"]),
-        ({"sentences": ["a"], "group": 5}, ['"group"', "got 5"]),
     ],
 )
 def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, facts: list[str]) -> None:
@@ -117,19 +102,12 @@ def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, fac
     assert [video.video_id for video in videos] == ["good"] and problems == [str(caught.value)]
 
 
-def test_captions_with_invisible_characters_beside_others_are_kept(tmp_path: Path) -> None:
-    captions = ["a\u200bb", "👩‍🚀", "हिन्दी", "\u0e01\u0e33", "7"]
-    assert load_annotations(write(tmp_path, {"v": {"sentences": captions}}))[0].sentences == tuple(captions)
-
-
 @pytest.mark.parametrize(
     ("content", "fact"),
     [
         ("[]", "expected an object"),
         ("{}", "holds no video"),
-        ("", "not JSON"),
         ('{"a": {"sentences": ["x"]}}\n{"b": {"sentences": ["x"]}}', "Extra data: line 2"),
-        ('{"a": {"sentences": ["x"]},}', "line 1 column"),
         ("[" * 200_000, "recursion"),
         ('{"a": {"sentences": ["x"], "duration": 1' + "0" * 5000 + "}}", "integer"),
         ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', "'a' occurs twice"),
@@ -149,11 +127,6 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "command"),
     [
-        (
-            "f.json",
-            [{"video_id": "clip0000", "text": "x"}],
-            "table --video-column video_id --caption-column text --train",
-        ),
         ("f.json", [{"mp4": "a", "caption": "x"}], "table --video-column NAME --caption-column caption --train"),
         ("f.json", [{"videoID": "a", "enCap": ["x"]}], "vatex --train"),
         ("f.json", [{"annotation_id": 1, "video": "a", "description": "x"}], "didemo --train"),
@@ -162,12 +135,7 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
         ("f.json", {"database": {}}, "youcook2 --data"),
         ("f.json", '{"clip_id": "a", "text": "x"}\n{"clip_id": "b", "text": "y"}\n', "clipvip --train"),
         ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column video"),
-        (
-            "my table.csv",
-            'key,"video_id",sentence\n',
-            "table --video-column video_id --caption-column sentence --train",
-        ),
-        ("table.tsv", "mp4\ttext\n", "table --video-column NAME --caption-column text --train"),
+        ("my table.csv", 'key,"video_id",text\n', "table --video-column video_id --caption-column text --train"),
     ],
 )
 def test_other_forms_are_met_with_the_command_that_converts_them(
@@ -182,11 +150,11 @@ def test_other_forms_are_met_with_the_command_that_converts_them(
     assert shlex.split(words)[-3:] == [str(path), "-o", "DIR"]
 
 
-@pytest.mark.parametrize(("name", "as_list"), [("f.json", True), ("f.json", False), ("f.jsonl", False)])
-def test_the_command_for_another_form_works(tmp_path: Path, name: str, as_list: bool) -> None:
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+def test_the_command_for_another_form_works(tmp_path: Path, name: str) -> None:
     rows = [{"video_id": "clip0.mp4", "caption": "x"}, {"video_id": "clip1.mp4", "caption": "y"}]
     path = tmp_path / name
-    path.write_text(json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows)))
+    path.write_text(json.dumps(rows) if name == "f.json" else "\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError) as caught:
         load_annotations(path)
     words = shlex.split(str(caught.value).rpartition("adaclip ")[2])
@@ -194,29 +162,15 @@ def test_the_command_for_another_form_works(tmp_path: Path, name: str, as_list: 
     assert [video.sentences for video in load_annotations(tmp_path / "train.json")] == [("x",), ("y",)]
 
 
-def test_real_annotations(shared: Path) -> None:
-    for path, count in [("panda70m/train.json", 92), ("panda70m/val.json", 20), ("msrvtt_frames/train.json", 1000)]:
-        videos = load_annotations(shared / "data" / path)
-        assert len(videos) == count and all(video.sentences[0] for video in videos)
-
-
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["../x", "/", "a", "mp4"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text() | st.sampled_from(KEYS), inner, max_size=4)
-        | st.fixed_dictionaries({"sentences": st.lists(st.text(min_size=1), min_size=1)}, optional={"start": inner})
-    ),
-    max_leaves=12,
+    st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(["../x", "/", "a", "mp4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", *KEYS]), inner, max_size=3),
+    max_leaves=6,
 )
 
 
-@settings(deadline=None)
-@given(
-    content=(st.dictionaries(st.text(), JSON, max_size=3) | JSON).map(lambda junk: json.dumps(junk).encode())
-    | st.binary(max_size=60)
-    | st.text(alphabet='{}[]":,a0.\\ud8', max_size=60).map(str.encode)
-)
+@settings(deadline=None, max_examples=30)
+@given(JSON.map(lambda junk: json.dumps(junk).encode()) | st.binary(max_size=60))
 def test_junk_is_parsed_or_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "annot.json"
     path.write_bytes(content)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from io import BytesIO
@@ -98,19 +97,15 @@ def test_names_are_found_in_any_unicode_form_and_with_extension(tmp_path: Path, 
 def test_names_that_differ_in_their_unicode_form_alone_are_refused_with_both(tmp_path: Path, make: Make) -> None:
     for name in ("\u00e9", "e\u0301"):
         write(make, tmp_path, name, 2)
-    if len(list(tmp_path.iterdir())) < 2:
-        pytest.skip("to this file system they are one name")
     with pytest.raises((FrameError, UserError)) as caught:
         make(tmp_path).count("\u00e9")
     assert r"'\xe9" in str(caught.value) and r"'e\u0301" in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [folder_store, pack_store])
-@pytest.mark.parametrize("damage", ["truncated", "noise"])
-def test_a_damaged_image_is_named_and_never_replaced(tmp_path: Path, make: Make, damage: str) -> None:
+def test_a_damaged_image_is_named_and_never_replaced(tmp_path: Path, make: Make) -> None:
     path = write_frames(tmp_path / "v", 5) / TEMPLATE.format(4)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content[:200] + bytes(500))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     store = make(tmp_path)
     assert [index_of(frame) for frame in store.read("v", [0, 1, 4])] == [0, 1, 4]
     assert kind_of_error(store, "v") == "damaged"
@@ -121,10 +116,9 @@ def test_a_damaged_image_is_named_and_never_replaced(tmp_path: Path, make: Make,
 
 
 def test_errors_can_be_sent_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(FrameError("v", Path("/x/v.mp4"), "broken", "damaged")))
-    assert (error.video_id, error.path, error.kind, str(error)) == (
-        "v", Path("/x/v.mp4"), "damaged", "v: /x/v.mp4: broken",
-    )  # fmt: skip
+    error = FrameError("v", Path("/x/v.mp4"), "broken", "damaged")
+    copy = pickle.loads(pickle.dumps(error))
+    assert vars(copy) == vars(error) and str(copy) == str(error) == "v: /x/v.mp4: broken"
 
 
 # ---- images ----
@@ -164,16 +158,7 @@ def test_transparent_images_lie_on_white_and_cmyk_becomes_rgb() -> None:
     clear.putpixel((1, 0), (200, 0, 0, 255))
     assert np.asarray(read_image(encoded(clear, "PNG"))).tolist() == [[[255, 255, 255], [200, 0, 0]]]
     cyan = np.asarray(read_image(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100)))
-    assert cyan.shape == (8, 8, 3) and np.abs(cyan.astype(int) - (0, 255, 255)).max() <= 8
-
-
-@pytest.mark.parametrize("make", [folder_store, pack_store])
-def test_stores_read_images_by_the_same_function(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "v").mkdir()
-    Image.fromarray((RAMP * 65535).astype(np.uint16)).save(tmp_path / "v/turned.png", exif=TURNED)
-    (tmp_path / "v/turned.png").rename(tmp_path / "v" / TEMPLATE.format(1))  # the content counts, not the name
-    pixels = make(tmp_path).read("v", [0])[0]
-    assert pixels.shape == (6, 4, 3) and 100 < pixels.mean() < 150
+    assert np.allclose(cyan, (0, 255, 255), atol=8)
 
 
 # ---- folders of images ----
@@ -206,36 +191,20 @@ def test_only_files_of_the_template_count(tmp_path: Path) -> None:
     for other in (".DS_Store", "image_4.jpg", "image_00004.png", "ximage_00004.jpg", "image_00004.jpg.part"):
         (folder / other).write_bytes(b"x")
     assert FrameFolder(tmp_path, TEMPLATE).count("v") == 3
+    (folder / TEMPLATE.format(10**12)).touch()  # some number images by the time, too large to count up to
+    with pytest.raises(FrameError, match=r"image_00004.jpg is missing, though image_1000000000000\.jpg is there"):
+        FrameFolder(tmp_path, TEMPLATE).count("v")
     for number in (1, 2, 3):
         (folder / TEMPLATE.format(number)).rename(folder / f"{number}+frame.png")
     store = FrameFolder(tmp_path, "{}+frame.png")
     assert store.count("v") == 3 and index_of(store.read("v", [2])[0]) == 2
 
 
-@pytest.mark.parametrize(("extra", "missing"), [(4, 3), (1700000000, 3)])
-def test_a_gap_is_named_without_counting_up_to_it(tmp_path: Path, extra: int, missing: int) -> None:
-    """Some number images by the time."""
-    (write_frames(tmp_path / "v", 2) / TEMPLATE.format(extra)).write_bytes(b"")
-    tracemalloc.start()
-    with pytest.raises(FrameError, match=f"image_{missing:05d}.jpg is missing, though image_{extra:05d}.jpg is there"):
-        FrameFolder(tmp_path, TEMPLATE).count("v")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
-
-
-def test_real_frames(shared: Path) -> None:
-    store = FrameFolder(shared / "data/msrvtt_frames/frames", TEMPLATE)
-    for video_id in sorted(path.name for path in store.folder.iterdir())[:5]:
-        frames = store.read(video_id, range(store.count(video_id)))
-        assert frames.shape[1:] == (240, 320, 3) and len(frames) >= 4
-
-
 # ---- folders of videos ----
 
 
 def test_kinds_of_errors_of_videos(tmp_path: Path) -> None:
-    content = bytearray(write_video(tmp_path / "hurt.avi", 60).read_bytes())
+    content = bytearray(write_video(tmp_path / "hurt.avi", 20).read_bytes())
     content[len(content) // 2 : len(content) // 2 + 1500] = bytes(1500)
     (tmp_path / "hurt.avi").write_bytes(content)
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -254,27 +223,21 @@ def test_kinds_of_errors_of_videos(tmp_path: Path) -> None:
 def test_videos_are_found_by_their_whole_name(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "folder.mp4").mkdir()
-    for name in ("x.1.MP4", "x.10.mkv", "x.mp4", "deep/er.MTS", "x.mp4.txt"):
+    for name in ("x.1.MP4", "x.10.mkv", "x.mp4", "deep/er.MTS", "x.mp4.txt", "v.mp4", "v.mkv", "w.mp4", "w.mp4.mkv"):
         (tmp_path / name).touch()
     store = VideoFolder(tmp_path)
     for video_id, name in [
         ("x.1", "x.1.MP4"), ("x.1.MP4", "x.1.MP4"), ("x.10", "x.10.mkv"), ("x", "x.mp4"), ("x.mp4", "x.mp4"),
-        ("deep/er", "deep/er.MTS"), ("deep/er.MTS", "deep/er.MTS"),
+        ("deep/er", "deep/er.MTS"), ("deep/er.MTS", "deep/er.MTS"), ("v.mp4", "v.mp4"),
     ]:  # fmt: skip
         assert store.find(video_id) == tmp_path / name
     for absent in ("x.100", "x.", "X", "folder", "folder.mp4", "x.mkv", "x.1.mp4", "nowhere/x", "deep/e"):
         with pytest.raises(FrameError):
             store.find(absent)
-
-
-def test_extension_decides_between_two_files(tmp_path: Path) -> None:
-    for name in ("v.mp4", "v.mkv", "w.mp4", "w.mp4.mkv"):
-        (tmp_path / name).touch()
     for video_id, both in [("v", ("v.mkv", "v.mp4")), ("w.mp4", ("w.mp4", "w.mp4.mkv"))]:
         with pytest.raises(FrameError, match='"extension"') as caught:
-            VideoFolder(tmp_path).find(video_id)
+            store.find(video_id)
         assert all(name in str(caught.value) for name in both)
-    assert VideoFolder(tmp_path).find("v.mp4").name == "v.mp4"
     assert VideoFolder(tmp_path, {"v": "mkv"}).find("v").name == "v.mkv"
     with pytest.raises(FrameError, match=r"v\.webm$"):
         VideoFolder(tmp_path, {"v": "webm"}).find("v")

@@ -11,26 +11,19 @@ SENTENCES = ["one", "two", "three", "x", "y", "z"]
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
+    ("mode", "entries", "texts", "videos"),
     [
-        ("concat", [("a", ("one two",)), ("b", ("three",)), ("c", ("x y z",))]),
-        ("indep-one", [("a", ("one", "two")), ("b", ("three",)), ("c", ("x", "y", "z"))]),
-        ("indep-all", list(zip("aabccc", ((text,) for text in SENTENCES), strict=True))),
+        ("concat", [("one two",), ("three",), ("x y z",)], ["one two", "three", "x y z"], [0, 1, 2]),
+        ("indep-one", [("one", "two"), ("three",), ("x", "y", "z")], SENTENCES, [0, 0, 1, 2, 2, 2]),
+        ("indep-all", [(text,) for text in SENTENCES], SENTENCES, [0, 0, 1, 2, 2, 2]),
     ],
 )
-def test_training_entries(mode: str, expected: list[tuple[str, tuple[str, ...]]]) -> None:
-    assert train_entries(VIDEOS, mode) == [TrainEntry(*entry) for entry in expected]
-
-
-@pytest.mark.parametrize(
-    ("mode", "texts", "videos"),
-    [
-        ("concat", ["one two", "three", "x y z"], [0, 1, 2]),
-        ("indep-one", SENTENCES, [0, 0, 1, 2, 2, 2]),
-        ("indep-all", SENTENCES, [0, 0, 1, 2, 2, 2]),
-    ],
-)
-def test_evaluation_asks_every_text_and_repeats_no_video(mode: str, texts: list[str], videos: list[int]) -> None:
+def test_training_entries_and_queries(
+    mode: str, entries: list[tuple[str, ...]], texts: list[str], videos: list[int]
+) -> None:
+    """An evaluation asks every text and repeats no video."""
+    of_entries = "aabccc" if mode == "indep-all" else "abc"
+    assert train_entries(VIDEOS, mode) == [TrainEntry(*entry) for entry in zip(of_entries, entries, strict=True)]
     queries = evaluation_queries(VIDEOS, mode)
     assert queries.texts == texts and queries.video_ids == ["a", "b", "c"]
     assert queries.video_of_text.tolist() == videos and queries.video_of_text.dtype == np.int64

@@ -8,11 +8,11 @@ import json
 import os
 import pickle
 import tracemalloc
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from converting import Convert, convert, counts, save, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,52 +21,84 @@ from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.formats.published import FORMATS
 from adaclip_finetune.data.formats.write import write_splits
 
-__all__ = ["convert"]  # a fixture: used by name
+Convert = Callable[..., str]
+
+
+@pytest.fixture
+def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Run `adaclip convert WORDS -o tmp_path/out` and return what it printed, on either stream.
+
+    `files` are written first, and a word that is the name of one becomes its path. The exit code is checked.
+    """
+
+    def run(words: str, files: Mapping[str, Any] | None = None, code: int = 0) -> str:
+        for name, content in (files or {}).items():
+            save(tmp_path / name, content)
+        paths = [str(tmp_path / word) if word in (files or {}) else word for word in words.split()]
+        assert main(["convert", *paths, "-o", str(tmp_path / "out")]) == code
+        out, err = capsys.readouterr()
+        assert bool(err) == (code != 0) and "Traceback" not in err
+        return out + err
+
+    return run
+
+
+def written(tmp_path: Path, split: str) -> Any:
+    """Return the content of a split's file, which the loader takes, too."""
+    path = tmp_path / "out" / f"{split}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert [video.video_id for video in load_annotations(path)] == list(content)
+    return content
+
+
+def save(path: Path, content: Any) -> Path:
+    """Write bytes, text, or anything else as JSON."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def counts(printed: str, split: str) -> list[int]:
+    """Return the numbers printed for a split: videos, captions, duplicates, without captions, absent."""
+    [line] = [line for line in printed.splitlines() if line.startswith(f"{split} ")]
+    return [int(number.replace(",", "")) for number in line.split()[1:]]
 
 
 # ---- real files ----
 
 
-@pytest.fixture
-def real(shared: Path) -> Path:
-    return shared / "reference/annotations"
-
-
-def test_real_msrvtt_1ka(real: Path, tmp_path: Path, convert: Convert) -> None:
-    source = real / "MSRVTT_JSFUSION_test.csv"
-    assert counts(convert(f"msrvtt --test {source}"), "test") == [1000, 1000, 0, 0, 0]
-    with source.open(newline="") as file:
+def test_real_msrvtt(shared: Path, tmp_path: Path, convert: Convert) -> None:
+    """The list of training videos is real; the captions of three of them are hand-written."""
+    real = shared / "reference/annotations"
+    test, ids = real / "MSRVTT_JSFUSION_test.csv", real / "MSRVTT_train.7k.csv"
+    listed = ids.read_text().split()[1:]
+    data = {"videos": [], "sentences": [{"video_id": video, "caption": video} for video in listed[2::-1]]}
+    printed = convert(f"msrvtt --data data.json --train {ids} --test {test}", {"data.json": data})
+    assert counts(printed, "train") == [3, 3, 0, 0, 7007] and list(written(tmp_path, "train")) == listed[:3]
+    assert counts(printed, "test") == [1000, 1000, 0, 0, 0]
+    with test.open(newline="") as file:
         rows = {row["video_id"]: {"sentences": [row["sentence"]]} for row in csv.DictReader(file)}
     assert written(tmp_path, "test") == rows
 
 
-def test_real_msrvtt_7k_list(real: Path, tmp_path: Path, convert: Convert) -> None:
-    """The list is real; the captions of three of its videos are hand-written."""
-    sentences = [{"video_id": video, "caption": video} for video in ("video0", "video1000", "video7")]
-    data = {"data.json": {"videos": [], "sentences": sentences}}
-    printed = convert(f"msrvtt --data data.json --train {real / 'MSRVTT_train.7k.csv'}", data)
-    listed = (real / "MSRVTT_train.7k.csv").read_text().split()[1:]
-    known = [video for video in listed if video in ("video0", "video1000", "video7")]
-    assert list(written(tmp_path, "train")) == known
-    assert counts(printed, "train") == [len(known), len(known), 0, 0, 7010 - len(known)]
-
-
-def test_real_activitynet(real: Path, tmp_path: Path, convert: Convert) -> None:
+def test_real_activitynet(shared: Path, tmp_path: Path, convert: Convert) -> None:
+    real = shared / "reference/annotations"
     source, ids = real / "activitynet_val_1.json", real / "activitynet_val_ids.json"
-    printed = convert(f"activitynet --val {source} --test {source} --test-ids {ids}")
-    assert counts(printed, "val") == [4917, 17505, 0, 0, 0]
+    printed = convert(f"activitynet --test {source} --test-ids {ids}")
     assert counts(printed, "test") == [4917, 17505, 0, 0, 9]
     content = json.loads(source.read_text())
     absent = [video for video in json.loads(ids.read_text()) if video not in content]
     assert f"{', '.join(absent[:5])}, …" in printed
     for entry in content.values():
         entry["sentences"] = [sentence.strip() for sentence in entry["sentences"]]
-    assert written(tmp_path, "test") == written(tmp_path, "val") == content
+    assert written(tmp_path, "test") == content
 
 
-def test_real_msvd_lists(real: Path, tmp_path: Path, convert: Convert) -> None:
+def test_real_msvd_lists(shared: Path, tmp_path: Path, convert: Convert) -> None:
     """The lists are real; the captions are hand-written."""
-    lists = {split: real / f"msvd_{split}_list.txt" for split in ("train", "test")}
+    lists = {split: shared / f"reference/annotations/msvd_{split}_list.txt" for split in ("train", "test")}
     ids = [video for path in lists.values() for video in path.read_text().split()]
     captions = {video: [["a", "caption", "of", video], ["two"]] for video in ids if video != "-4wsuPCjDBc_5_15"}
     pickled = pickle.dumps(captions, protocol=2)
@@ -117,12 +149,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
             "test": {"video2": {"sentences": ["a man talks"], "duration": 10.0, "group": "9lZi22qLlEo"}},
         },
         [1, 1, 1, 2, 0],  # a blank sentence of video2, and video3, which has none
-    ),
-    "names in another Unicode form": (
-        "vatex --data d.json --test l.txt",
-        {"d.json": {"caf\xe9": ["x"], "b": ["y"]}, "l.txt": "cafe\u0301.mp4\n"},
-        {"test": {"caf\xe9": {"sentences": ["x"], "extension": "mp4"}}},
-        [1, 1, 0, 0, 0],
     ),
     "msrvtt as Frozen-in-Time has it": (
         "msrvtt --data d.json --val val.txt --test list.txt",
@@ -195,31 +221,27 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
                   {"sentences": ["一个人", "他"], "duration": 10.0, "group": "Ptf_2VRj-V0"}}},
         [1, 2, 1, 1, 0],
     ),
-    "vatex with lists": (
+    "vatex with lists, in another Unicode form": (
         "vatex --data d.json --test l.txt",
-        {"d.json": {"a_000001_000002": ["x"], "b_000001_000011": ["y", "z"]}, "l.txt": "b_000001_000011\nc\n"},
-        {"test": {"b_000001_000011": {"sentences": ["y", "z"], "duration": 10.0, "group": "b"}}},
+        {"d.json": {"a_000001_000002": ["x"], "caf\xe9_000001_000011": ["y", "z"]},
+         "l.txt": "cafe\u0301_000001_000011.mp4\nc\n"},
+        {"test": {"caf\xe9_000001_000011":
+                  {"sentences": ["y", "z"], "duration": 10.0, "extension": "mp4", "group": "caf\xe9"}}},
         [1, 2, 0, 0, 1],
     ),
     "webvid": (
-        "webvid --test d.csv",
-        {"d.csv": "videoid,name,page_idx,page_dir,duration,contentUrl\n"
-                  "001,Kid on a swing,3,000001_000050,PT00H01M15S,https://x\n"
-                  '20,"Sea, waves",3,000051_000100,,https://x\n'
-                  "001,Kid on a swing,3,000001_000050,PT00H01M15S,https://x\n"
-                  "20,Waves,3,000051_000100,PT2.5S,https://x\n"
-                  "30,,3,000051_000100,PT2S,https://x\n"
-                  "1,one,3,000051_000100,PT2S,https://x\n"},
-        {"test": {"1": {"sentences": ["one"], "duration": 2.0},
-                  "001": {"sentences": ["Kid on a swing"], "duration": 75.0},
-                  "20": {"sentences": ["Sea, waves", "Waves"]}}},
-        [3, 4, 1, 1, 0],
-    ),
-    "webvid as downloads lie": (
         "webvid --test d.csv --nested",
-        {"d.csv": "page_dir,videoid,name\n000001_000050,001,x\n"},
-        {"test": {"000001_000050/001": {"sentences": ["x"]}}},
-        [1, 1, 0, 0, 0],
+        {"d.csv": "videoid,name,page_idx,page_dir,duration,contentUrl\n"
+                  "001,Kid on a swing,3,p1,PT00H01M15S,https://x\n"
+                  '20,"Sea, waves",3,p2,,https://x\n'
+                  "001,Kid on a swing,3,p1,PT00H01M15S,https://x\n"
+                  "20,Waves,3,p2,PT2.5S,https://x\n"
+                  "30,,3,p2,PT2S,https://x\n"
+                  "1,one,3,p2,PT2S,https://x\n"},
+        {"test": {"p2/1": {"sentences": ["one"], "duration": 2.0},
+                  "p1/001": {"sentences": ["Kid on a swing"], "duration": 75.0},
+                  "p2/20": {"sentences": ["Sea, waves", "Waves"]}}},
+        [3, 4, 1, 1, 0],
     ),
     "clipvip": (
         "clipvip --test d.jsonl",
@@ -252,34 +274,30 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
         },
         [1, 1, 0, 0, 0],
     ),
-    "quotation marks between tabs are kept": (
-        f"table --test d.tsv {COLUMNS}",
+    "quotation marks in tab-separated tables": (
+        f"table --train d.txt --test d.tsv {COLUMNS}",
         {"d.tsv": 'v\tc\na\t"Stop" he shouts\nb\t"an unclosed quote\nc\tclosed here" again\nd\t"all of it"\n'
-                  'e\t"""Stop"" he writes"\n'},
-        {"test": {name: {"sentences": [text]} for name, text in [
+                  'e\t"""Stop"" he writes"\n',  # as spreadsheet programs write it
+         "d.txt": '\ufeff"v"\t"c"\n"a"\t"say ""hi""\tnow"\n'},
+        {"train": {"a": {"sentences": ['say "hi"\tnow']}},
+         "test": {name: {"sentences": [text]} for name, text in [
             ("a", '"Stop" he shouts'), ("b", '"an unclosed quote'), ("c", 'closed here" again'), ("d", '"all of it"'),
-            ("e", '"Stop" he writes'),  # as spreadsheet programs write it
+            ("e", '"Stop" he writes'),
         ]}},
         [5, 5, 0, 0, 0],
-    ),
-    "a tab-separated table in quotation marks": (
-        f"table --test d.txt {COLUMNS}",
-        {"d.txt": '\ufeff"v"\t"c"\n"a"\t"say ""hi""\tnow"\n'},
-        {"test": {"a": {"sentences": ['say "hi"\tnow']}}},
-        [1, 1, 0, 0, 0],
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_formats(tmp_path: Path, convert: Convert, name: str) -> None:
-    words, files, expected, numbers = CASES[name]
+@pytest.mark.parametrize(("words", "files", "expected", "numbers"), CASES.values(), ids=CASES)
+def test_formats(
+    tmp_path: Path, convert: Convert, words: str, files: Any, expected: dict[str, Any], numbers: list[int]
+) -> None:
     printed = convert(words, files)
     assert {path.stem for path in (tmp_path / "out").iterdir()} == expected.keys()
     assert {split: written(tmp_path, split) for split in expected} == expected
     assert [list(written(tmp_path, split)) for split in expected] == [list(videos) for videos in expected.values()]
     assert counts(printed, "test") == numbers
-    assert set(CASES[name][0].split()) & set(FORMATS)
 
 
 def test_rows_over_several_lines_are_reported(convert: Convert, caplog: pytest.LogCaptureFixture) -> None:
@@ -289,7 +307,7 @@ def test_rows_over_several_lines_are_reported(convert: Convert, caplog: pytest.L
 
 
 def test_webvid_keeps_no_more_than_hashes_in_memory(tmp_path: Path) -> None:
-    rows, caption = 8000, "a long caption of a short video " * 8
+    rows, caption = 2000, "a long caption of a short video " * 8
     text = "videoid,name\n" + "".join(f"{row},{caption} {row}\n" for row in range(rows))
     options = {"train": save(tmp_path / "w.csv", text), "val": None, "test": None, "nested": False}
     tracemalloc.start()
@@ -309,11 +327,10 @@ def test_a_pickle_runs_nothing(tmp_path: Path, convert: Convert) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(canary),)
 
-    for protocol in range(6):
-        content = pickle.dumps({"a_1_2": [["x"]], "b": Evil()}, protocol)
-        files = {"ids.txt": "a_1_2", "c.pkl": content}
-        assert "nothing was run" in convert("msvd --captions c.pkl --test ids.txt", files, code=2)
-        assert not canary.exists() and not (tmp_path / "out").exists()
+    content = pickle.dumps({"a_1_2": [["x"]], "b": Evil()})
+    files = {"ids.txt": "a_1_2", "c.pkl": content}
+    assert "nothing was run" in convert("msvd --captions c.pkl --test ids.txt", files, code=2)
+    assert not canary.exists() and not (tmp_path / "out").exists()
     assert pickle.loads(content) and canary.exists(), "the same pickle does run where it is allowed to"
 
 
@@ -322,31 +339,24 @@ def test_a_pickle_runs_nothing(tmp_path: Path, convert: Convert) -> None:
 TABLE = f"table --test t.csv {COLUMNS}"
 
 
-def test_existing_files_are_refused_and_nothing_is_left_behind(tmp_path: Path, convert: Convert) -> None:
-    convert(TABLE, {"t.csv": "v,c\na,old\n"})
-    assert "--overwrite" in convert(TABLE, {"t.csv": "v,c\na,new\n"}, code=2)
-    assert written(tmp_path, "test") == {"a": {"sentences": ["old"]}}
-    convert(f"{TABLE} --overwrite", {"t.csv": "v,c\na,new\n"})
-    assert written(tmp_path, "test") == {"a": {"sentences": ["new"]}}
-    assert "t.csv: line 3" in convert(f"{TABLE} --overwrite", {"t.csv": "v,c\na,newest\n../b,out\n"}, code=2)
-    assert written(tmp_path, "test") == {"a": {"sentences": ["new"]}}
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["test.json"]
+def test_all_splits_are_written_or_none(tmp_path: Path, convert: Convert) -> None:
+    def convert_rows(train: str, test: str, *more: str, code: int = 0) -> str:
+        files = {"a.csv": f"v,c\n{train}\n", "b.csv": f"v,c\n{test}\n"}
+        return convert(" ".join(["table --train a.csv --test b.csv", COLUMNS, *more]), files, code)
 
-
-def test_the_source_is_never_written_over(tmp_path: Path, convert: Convert) -> None:
-    (tmp_path / "out").mkdir()
+    assert "no video has a caption" in convert_rows("a,", "b, ", code=2)
+    convert_rows("a,old", "b,old")
+    assert "--overwrite" in convert_rows("a,new", "b,new", code=2)
+    assert "b.csv: line 3" in convert_rows("a,new", "b,new\n../b,out", "--overwrite", code=2)
+    assert [written(tmp_path, split) for split in ("train", "test")] == [
+        {"a": {"sentences": ["old"]}}, {"b": {"sentences": ["old"]}},
+    ]  # fmt: skip
+    convert_rows("a,new", "b,new", "--overwrite")
+    assert written(tmp_path, "test") == {"b": {"sentences": ["new"]}}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.json", "test.json"}
     source = save(tmp_path / "out/train.json", {"v_a": {"sentences": [" x"]}})
     assert "out/train.json" in convert(f"activitynet --train {source} --overwrite", code=2)
     assert json.loads(source.read_text()) == {"v_a": {"sentences": [" x"]}}
-    (tmp_path / "out/test.json").mkdir()
-    assert "test.json" in convert(f"{TABLE} --overwrite", {"t.csv": "v,c\na,x\n"}, code=2)
-
-
-def test_all_splits_or_none(tmp_path: Path, convert: Convert) -> None:
-    files = {"a.csv": "videoid,name\na,x\n", "b.csv": "videoid,name\n/b,x\n"}
-    assert "b.csv: line 2" in convert("webvid --train a.csv --test b.csv", files, code=2)
-    assert "no video has a caption" in convert(TABLE, {"t.csv": "v,c\na,\nb, \n"}, code=2)
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_files_are_counted_as_training_finds_them(tmp_path: Path, convert: Convert) -> None:
@@ -364,47 +374,28 @@ def test_files_are_counted_as_training_finds_them(tmp_path: Path, convert: Conve
 
 
 def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--help"]) == 0
-    overview = capsys.readouterr().out
     for name, known in FORMATS.items():
-        assert f"\n  {name} " in overview
         assert main(["convert", name, "--help"]) == 0
         told = capsys.readouterr().out
-        assert "--overwrite" in told and all(flag.name in told for flag in known.flags)
+        assert all(flag in told for flag in ["--overwrite", *known.flags])
     assert main(["convert", "msrvt"]) == 2 and "msrvtt" in capsys.readouterr().err
-    assert main(["convert", "msrvtt"]) == 2 and "--output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "content", "told"),
     [
         ("msrvtt --data f", "[]", ["f: ", "{videos, sentences}", "[]"]),
-        ("msrvtt --data f", {"x": 1}, ["f: ", "'annotations'", "'x'"]),
-        ("msrvtt --data f", {"videos": [{}], "sentences": []}, ["f: videos, entry 1", "'video_id'"]),
-        ("msrvtt --data f", {"videos": [], "sentences": [{"video_id": "a"}]}, ["sentences, entry 1", "'caption'"]),
         ("msrvtt --data f", {"annotations": [{"image_id": "a", "caption": "b"}]}, ["annotations, entry 1", "split"]),
         ("msrvtt --test f", "video_id\nv\n", ["f: ", "sentence", "--data"]),
-        ("msrvtt --test f", "video_id,sentence\nv\n", ["f: line 2", "expected 2 columns, got 1"]),
         ("msrvtt --test f", 'video_id,sentence\nu,t\nv,"x\nw,y\n', ["f: line 3", "quotation mark"]),
-        ("msrvtt --test f", 'video_id,sentence\nv,"x" y\n', ["f: line 2", "quotation mark"]),
-        ("activitynet --test f", {"v_a": []}, ["f: video 'v_a'", "[]"]),
-        ("activitynet --test f", {"v_a": {"sentences": "x"}}, ["'sentences'", "'x'"]),
         ("activitynet --test f", {"v_a": {"sentences": [3]}}, ["caption 1", "got 3"]),
         ("activitynet --test f", {"v_a": {"sentences": ["a"], "timestamps": []}}, ["got 0 for 1"]),
-        ("activitynet --test f", {"v_a": {"sentences": ["a"], "timestamps": [["x", 1]]}}, ["timestamp 1", "'x'"]),
         ("activitynet --test f", {"v_a": {"sentences": ["a"], "duration": -1}}, ["'duration'", "-1"]),
         ("activitynet --train-ids f", ["a"], ["--train FILE"]),
         ("msvd --test /dev/null --captions f", "no pickle", ["f: expected a pickle"]),
-        ("clipvip --test f", {"clip_id": "a"}, ["f: line 1", "'text'"]),
         ("clipvip --test f", '{"clip_id": "a", "text": "b"}\n{"clip_id"', ["f: line 2", "not JSON"]),
-        ("clipvip --test f", '{"clip_id": [3], "text": "x"}', ["line 1: 'clip_id'", "[3]"]),
-        ("didemo --train f", {}, ["expected a list"]),
-        ("didemo --train f", [{"annotation_id": 1, "video": "a", "description": ["b", "c"], "times": [[0, 0]]}],
-         ["entry 1: 'description'"]),
         ("didemo --train f", [{"annotation_id": 1, "video": "a", "description": "b", "times": [[3, 1]]}],
          ["entry 1: 'times'", "[3, 1]"]),
-        ("didemo --train f", [{"annotation_id": 1, "video": "a", "description": "b", "times": []}],
-         ["entry 1: 'times'"]),
         ("youcook2 --data f", {"database": {"a": {"subset": "x", "recipe_type": 1, "annotations": PARTS}}},
          ["video 'a'", "'x'"]),
         ("youcook2 --data f",
@@ -413,66 +404,48 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         ("youcook2 --data f",
          {"database": {"a": {"subset": "testing", "recipe_type": "1", "annotations": [*PARTS, PARTS[1] | {"id": 0}]}}},
          ["entry 3", "other times"]),
-        ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "clip_id", "got 2"]),
+        ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "got 2"]),
         ("lsmdc --val f", "a\tb\tc\tx\te\tf\n", ["line 1", "00.01.59.370", "'x'"]),
-        ("vatex --test f", [{"enCap": []}], ["entry 1", "'videoID'"]),
-        ("vatex --test f", [{"videoID": "a", "enCap": 3}], ["entry 1", "'enCap'", "got 3"]),
         ("vatex --language en --test f --data f", {}, ["--language"]),
         ("webvid --train f", "videoid,caption\n", ["line 1", "'name'"]),
         ("webvid --train f", "videoid,name,duration\n1,a,soon\n", ["line 2", "'soon'"]),
         ("table V C --train f.csv", "v,d\n", ["line 1", "'c'", "v, d"]),
-        ("table V C --train f.csv", "", ["line 1", "got nothing"]),
-        ("table V C --train f.csv", "v,x,c\na,b\n", ["line 2", "expected 3 columns, got 2"]),
         ("table V C --train f.csv", "v,c\na,b, and c\n", ["line 2", "expected 2 columns, got 3"]),
         ("table V C --train f.csv", b"v,c\na,\xff\n", ["f.csv", "UTF-8"]),
-        ("table V C --train f.xls", "", ["f.xls", ".csv"]),
-        ("table V C --train nowhere.csv", "", ["nowhere.csv", "No such file"]),
         ("table V C --train f.csv", "v,c\na.mp4,x\na.mkv,y\n", ["line 3", "a.mp4 and a.mkv"]),
-        ("table V C --train f.jsonl", "[1]\n", ["entry 1", "expected an object"]),
-        ("table V C --train f.jsonl", '{"v": "a", "c": "x"}\n7\n', ["line 2", "expected an object"]),
-        ("table V C --train f.csv", "v,c,v\na,x,b\n", ["line 1", "'v'"]),
         ("table V C --train f.jsonl", '{"v": 1.5, "c": "x"}', ["line 1: 'v'", "1.5"]),
-        ("table V C --split s --data f.csv", "v,c,s\na,b,x\n", ["line 2", "'x'"]),
         ("table V C --data f.csv", "v,c\n", ["--split"]),
-        ("table V C --start s --train f.csv", "", ["--end"]),
-        ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,2,1\n", ["line 2", "2 to 1"]),
         ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,x,1\n", ["line 2", "seconds", "'x'"]),
-        ("table V C --start s --end t --train f.csv", "v,c,s,t\n ,b,1,2\n", ["line 2", "empty"]),
     ],
 )  # fmt: skip
 def test_wrong_input_is_told_with_its_place(
     tmp_path: Path, convert: Convert, words: str, content: Any, told: list[str]
 ) -> None:
-    [name] = {word for word in words.split() if word in ("f", "f.csv", "f.xls", "f.jsonl")} or {"f"}
+    [name] = {word for word in words.split() if word in ("f", "f.csv", "f.jsonl")}
     printed = convert(words.replace("V C", COLUMNS), {name: content}, code=2)
     assert all(fact in printed for fact in told), printed
     assert not list((tmp_path / "out").glob("*"))
 
 
 KEYS = [
-    "videos", "sentences", "annotations", "database", "video_id", "image_id", "caption", "url", "split", "subset",
-    "recipe_type", "id", "segment", "videoID", "enCap", "annotation_id", "video", "description", "times", "timestamps",
-    "duration", "sentence", "clip_id", "text", "v", "c",
+    "videos", "sentences", "annotations", "database", "video_id", "image_id", "caption", "subset", "recipe_type", "id",
+    "segment", "videoID", "enCap", "annotation_id", "video", "description", "times", "timestamps", "duration",
+    "clip_id", "text", "v", "c",
 ]  # fmt: skip
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["a", "../x", "train", " "]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(), inner, max_size=3)
-        | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, inner))
-    ),
+    st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(["a", "../x", "train", " "]),
+    lambda inner: st.lists(inner, max_size=3) | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, inner)),
     max_leaves=14,
 )
 
 
-@settings(deadline=None, max_examples=40)
-@given(content=JUNK)
-@pytest.mark.parametrize(
-    "words",
-    [
+@settings(deadline=None)
+@given(
+    content=JUNK,
+    words=st.sampled_from([
         "msrvtt --data", "activitynet --test", "didemo --test", "youcook2 --data", "vatex --test", "clipvip --test",
         "msrvtt --test", "lsmdc --test", "webvid --test", f"table {COLUMNS} --split split --data",
-    ],
+    ]),
 )  # fmt: skip
 def test_junk_is_converted_or_refused_in_words(
     tmp_path_factory: pytest.TempPathFactory, words: str, content: Any
@@ -482,5 +455,4 @@ def test_junk_is_converted_or_refused_in_words(
     code = main(["convert", *words.split(), str(path), "-o", str(folder / "junk"), "--overwrite"])
     assert code in (0, 2), "anything but a UserError would have been raised"
     if code == 0:
-        for made in (folder / "junk").glob("*.json"):
-            assert load_annotations(made)
+        assert all(load_annotations(made) for made in (folder / "junk").glob("*.json"))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from adaclip_finetune.data.annotations import check_name
-from adaclip_finetune.data.formats.clips import SPLITS, SourceClip, SourceSplit, merged
 from adaclip_finetune.data.formats.reading import (
     csv_cells,
     csv_rows,
@@ -36,28 +35,77 @@ from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
 
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class SourceClip:
+    """A clip with its captions as the source has them. All times are in seconds.
+
+    `start` and `end` cut the clip out of the file that `group` names. Where published files are clips already, their
+    times in the source video become `duration`. `timestamps` are times within the clip, one for each sentence. The
+    sentences of a `paragraph` tell one thing after another, so the same words may occur twice. `split` is the split
+    that the source names, `key` identifies an entry that it may repeat, and `where` is its place, for messages.
+    """
+
+    where: str
+    video: str
+    sentences: list[str]
+    timestamps: list[tuple[float, float]] | None = None
+    start: float | None = None
+    end: float | None = None
+    duration: float | None = None
+    extension: str | None = None
+    group: str | None = None
+    paragraph: bool = False
+    split: str | None = None
+    key: object = None
+
+
+@dataclass
+class SourceSplit:
+    """The clips of a split, each video once, and what only the reader can count."""
+
+    clips: Iterable[SourceClip]
+    absent: list[str] = field(default_factory=list)  # videos that a list names, and that have no captions
+    duplicates: int = 0  # entries that were repeated and left out
+
+
 Options = Mapping[str, Any]  # the values of a format's flags by name (`train_ids`), None or False where not given
 Splits = dict[str, SourceSplit]
+Flags = dict[str, dict[str, Any]]  # the flags of `adaclip convert FORMAT`, with what argparse is told of each
 
 
-@dataclass(frozen=True)
-class FormatFlag:
-    """A flag of `adaclip convert FORMAT`. Its value is a file, the name of a column, a switch, or one of `choices`."""
-
-    name: str
-    help: str
-    kind: Literal["file", "column", "switch", "choice"] = "file"
-    required: bool = False
-    choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """A format: what `--help` says of it, its flags, and the function that reads it, which raises UserError."""
 
     help: str
-    flags: tuple[FormatFlag, ...]
+    flags: Flags
     read: Callable[[Options], Splits]
+
+
+def merged(rows: Iterable[SourceClip]) -> SourceSplit:
+    """Return the rows of each video as one clip, in the order of first appearance. Raises UserError."""
+    clips: dict[str, SourceClip] = {}
+    keys: set[object] = set()
+    duplicates = 0
+    for row in rows:
+        if row.key is not None and row.key in keys:
+            duplicates += 1
+            continue
+        keys.add(row.key)
+        clip = clips.setdefault(canonical(row.video), row)
+        if clip is row:
+            continue
+        if (clip.start, clip.end) != (row.start, row.end):
+            raise UserError(f"{row.where}: the video {row.video!r} was named before, with other times")
+        if None not in (clip.extension, row.extension) and clip.extension != row.extension:
+            files = f"{row.video}.{clip.extension} and {row.video}.{row.extension}"
+            raise UserError(f"{row.where}: {files} would be one video; give the two files different names")
+        clip.sentences += row.sentences
+        both = clip.timestamps is not None and row.timestamps is not None
+        clip.timestamps = [*(clip.timestamps or ()), *(row.timestamps or ())] if both else None
+    return SourceSplit(list(clips.values()), duplicates=duplicates)
 
 
 # ---- what formats share ----
@@ -288,12 +336,8 @@ _LSMDC_TIMES_IN_ID = re.compile(r"_\d+\.\d+\.\d+\.\d+-\d+\.\d+\.\d+\.\d+$", re.A
 
 def _lsmdc_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     """Yield clips. Their times are those in the movie, since the published files are the clips."""
-    for line, cells in csv_cells(path, "\t"):
-        where = f"{path}: line {line}"
-        if len(cells) != len(_LSMDC_COLUMNS):
-            expected = f"expected 6 columns with tabs between them ({', '.join(_LSMDC_COLUMNS)})"
-            raise UserError(f"{where}: {expected}, got {len(cells)}: {shown(cells)}")
-        name, _, _, start, end, sentence = map(str.strip, cells)
+    for where, row in csv_rows(path, _LSMDC_COLUMNS, "\t", has_header=False):
+        name, _, _, start, end, sentence = map(str.strip, row.values())
         movie = _LSMDC_TIMES_IN_ID.sub("", name)
         duration = _length(_lsmdc_seconds(where, start), _lsmdc_seconds(where, end))
         name = f"{movie}/{name}" if options["nested"] else name
@@ -400,8 +444,20 @@ def _table_clips(path: Path, options: Options) -> Iterator[SourceClip]:
 # ---- the table of formats ----
 
 
-def _split_flags(what: str, suffix: str = "") -> tuple[FormatFlag, ...]:
-    return tuple(FormatFlag(f"--{split}{suffix}", f"{split}: {what}") for split in SPLITS)
+def _file(help: str, required: bool = False) -> dict[str, Any]:
+    return {"metavar": "FILE", "type": Path, "help": help, "required": required}
+
+
+def _column(help: str, required: bool = False) -> dict[str, Any]:
+    return {"metavar": "NAME", "help": help, "required": required}
+
+
+def _split_files(what: str, suffix: str = "") -> Flags:
+    return {f"--{split}{suffix}": _file(f"{split}: {what}") for split in SPLITS}
+
+
+def _nested(what: str) -> Flags:
+    return {"--nested": {"action": "store_true", "help": what}}
 
 
 _IDS_HELP = "only the videos of this list; extensions in it replace those of the annotation"
@@ -409,87 +465,68 @@ _IDS_HELP = "only the videos of this list; extensions in it replace those of the
 FORMATS = {
     "msrvtt": Format(
         "MSR-VTT: MSRVTT_data.json or MSR_VTT.json, and lists such as MSRVTT_train.9k.csv and MSRVTT_JSFUSION_test.csv",
-        (
-            FormatFlag("--data", "MSRVTT_data.json or MSR_VTT.json: the captions"),
-            *_split_flags(
-                "list of video ids (CSV with a column video_id, or one a line; a column sentence is used as captions)"
-            ),
+        {"--data": _file("MSRVTT_data.json or MSR_VTT.json: the captions")}
+        | _split_files(
+            "list of video ids (CSV with a column video_id, or one a line; a column sentence is used as captions)"
         ),
         _read_msrvtt,
     ),
     "msvd": Format(
         "MSVD: raw-captions.pkl, and train_list.txt, val_list.txt, test_list.txt",
-        (
-            FormatFlag("--captions", "raw-captions.pkl; nothing in it is run", required=True),
-            *_split_flags("list of video ids, one a line"),
-        ),
+        {"--captions": _file("raw-captions.pkl; nothing in it is run", required=True)}
+        | _split_files("list of video ids, one a line"),
         _reader(_msvd_clips, data_flag="captions"),
     ),
     "activitynet": Format(
         "ActivityNet Captions: train.json, val_1.json, val_2.json, and lists of ids",
-        (
-            *_split_flags("train.json, val_1.json or val_2.json"),
-            *_split_flags(f"{_IDS_HELP}; with or without v_", "-ids"),
-        ),
+        _split_files("train.json, val_1.json or val_2.json") | _split_files(f"{_IDS_HELP}; with or without v_", "-ids"),
         _reader(_activitynet_clips, prefix="v_"),  # an id may begin with v_ itself
     ),
     "didemo": Format(
         "DiDeMo: train_data.json, val_data.json, test_data.json, and lists of videos",
-        (*_split_flags("train_data.json, val_data.json or test_data.json"), *_split_flags(_IDS_HELP, "-ids")),
+        _split_files("train_data.json, val_data.json or test_data.json") | _split_files(_IDS_HELP, "-ids"),
         _reader(_didemo_clips),
     ),
     "youcook2": Format(
         "YouCook2: youcookii_annotations_trainval.json",
-        (FormatFlag("--data", "youcookii_annotations_trainval.json: all splits", required=True),),
+        {"--data": _file("youcookii_annotations_trainval.json: all splits", required=True)},
         _reader(_youcook2_clips),
     ),
     "lsmdc": Format(
         "LSMDC: LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictest.csv",
-        (
-            *_split_flags("six columns with tabs between them, of which the last is the sentence"),
-            FormatFlag(
-                "--nested", "name clips as the archive has its files: <movie>/<clip_id>, not <clip_id>", "switch"
-            ),
-        ),
+        _split_files("six columns with tabs between them, of which the last is the sentence")
+        | _nested("name clips as the archive has its files: <movie>/<clip_id>, not <clip_id>"),
         _reader(_lsmdc_clips),
     ),
     "vatex": Format(
         "VATEX: vatex_training_v1.0.json, vatex_validation_v1.0.json, …; or ref_captions.json and lists",
-        (
-            *_split_flags("list of {videoID, enCap, chCap}; with --data a list of ids, one a line"),
-            FormatFlag("--data", "ref_captions.json: {id: [caption, …]}"),
-            FormatFlag("--language", "en: enCap (default), zh: chCap", "choice", choices=("en", "zh")),
-        ),
+        _split_files("list of {videoID, enCap, chCap}; with --data a list of ids, one a line")
+        | {"--data": _file("ref_captions.json: {id: [caption, …]}")}
+        | {"--language": {"choices": ("en", "zh"), "help": "en: enCap (default), zh: chCap"}},
         _reader(_vatex_clips),
     ),
     "webvid": Format(
         "WebVid: results_2M_train.csv or results_10M_train.csv, results_2M_val.csv",
-        (
-            *_split_flags("CSV with the columns videoid and name; duration and page_dir are used if they are there"),
-            FormatFlag(
-                "--nested", "name clips as downloads lay them out: <page_dir>/<videoid>, not <videoid>", "switch"
-            ),
-        ),
+        _split_files("CSV with the columns videoid and name; duration and page_dir are used if they are there")
+        | _nested("name clips as downloads lay them out: <page_dir>/<videoid>, not <videoid>"),
         _reader(_webvid_once, merge=SourceSplit),
     ),
     "clipvip": Format(
         "CLIP-ViP's files: JSON Lines of {clip_id, text}",
-        _split_flags("JSON Lines of {clip_id, text}"),
+        _split_files("JSON Lines of {clip_id, text}"),
         _reader(_clipvip_clips),
     ),
     "table": Format(
         "any table (CSV, TSV, JSON list or JSON Lines) with a video and a caption in each row",
-        (
-            FormatFlag("--data", "one table of all splits, told apart by --split"),
-            *_split_flags("a table of its own (.csv; .tsv or .txt with tabs; .json with a list; .jsonl)"),
-            FormatFlag(
-                "--video-column", "names of videos, or paths below the folder of videos", "column", required=True
-            ),
-            FormatFlag("--caption-column", "captions; in JSON also lists of them", "column", required=True),
-            FormatFlag("--start", "column of the second at which the clip begins in the video", "column"),
-            FormatFlag("--end", "column of the second at which it ends", "column"),
-            FormatFlag("--split", "column of train, val or test (validation, dev and so on, too)", "column"),
-        ),
+        {"--data": _file("one table of all splits, told apart by --split")}
+        | _split_files("a table of its own (.csv; .tsv or .txt with tabs; .json with a list; .jsonl)")
+        | {
+            "--video-column": _column("names of videos, or paths below the folder of videos", required=True),
+            "--caption-column": _column("captions; in JSON also lists of them", required=True),
+            "--start": _column("column of the second at which the clip begins in the video"),
+            "--end": _column("column of the second at which it ends"),
+            "--split": _column("column of train, val or test (validation, dev and so on, too)"),
+        },
         _read_table,
     ),
 }

@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ Row = tuple[str, dict[str, Any]]  # the place of a row, for messages; its values
 Kind = type[Any] | tuple[type[Any], ...]
 
 _log = logging.getLogger(__name__)
+_warn_once = functools.lru_cache(_log.warning)  # a file may be read twice
 _DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')  # a cell in quotation marks, with those inside doubled
 
 
@@ -29,16 +31,17 @@ def table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a table, which has these columns. The extension of the file says how it is written."""
     kind = path.suffix.lower()
     if kind in (".json", ".jsonl"):
-        return json_list(path) if _begins_as_list(path) else json_lines(path)
+        first = next(filter(str.strip, text_lines(path)), "")
+        return json_list(path) if first.lstrip().startswith("[") else json_lines(path)
     if kind in (".csv", ".tsv", ".txt"):
         return csv_rows(path, columns, "," if kind == ".csv" else "\t")
     raise UserError(f"{path}: expected a file named .csv, .tsv, .txt, .json or .jsonl, which says how it is written")
 
 
-def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[Row]:
-    """Yield the rows of a table with a header, which names at least these columns."""
+def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",", has_header: bool = True) -> Iterator[Row]:
+    """Yield the rows of a table, whose header names at least these columns, or which has them without a header."""
     lines = csv_cells(path, delimiter)
-    line, header = next(lines, (1, []))
+    line, header = next(lines, (1, [])) if has_header else (0, columns)
     header = [name.strip() for name in header]
     if wrong := [name for name in columns if header.count(name) != 1]:
         got = ", ".join(header) or "nothing"
@@ -60,27 +63,23 @@ def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
     """
     line = 0  # the last one of the rows so far
     first_long, num_long = 0, 0  # rows of several lines
+    texts = text_lines(path)
+    first = next(texts, "")
+    quoted = delimiter == "," or first.startswith('"')
+    how: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
+    reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True, **how)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            quoted = delimiter == "," or file.read(1) == '"'
-            file.seek(0)
-            how: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
-            reader = csv.reader(file, delimiter=delimiter, strict=True, **how)
-            for cells in reader:
-                if reader.line_num - line > 1:
-                    first_long, num_long = first_long or line + 1, num_long + 1
-                line = reader.line_num
-                if any(map(str.strip, cells)):
-                    yield line, cells if quoted else [_without_quotes(cell) for cell in cells]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: after line {line}: not UTF-8 text") from None
+        for cells in reader:
+            if reader.line_num - line > 1:
+                first_long, num_long = first_long or line + 1, num_long + 1
+            line = reader.line_num
+            if any(map(str.strip, cells)):
+                yield line, cells if quoted else [_without_quotes(cell) for cell in cells]
     except csv.Error as error:
         raise UserError(
             f"{path}: line {line + 1}: cannot be read as a row ({error}); a quotation mark that opens a cell must be "
             "closed at its end, and those inside must be doubled"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if num_long:
         _warn_once(
             f"{path}: {num_long:,} rows go over several lines, because a quotation mark opens a cell; the first begins "
@@ -88,19 +87,26 @@ def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
         )
 
 
-def json_lines(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file of JSON Lines."""
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with their ends."""
     line = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    where = f"{path}: line {line}"
-                    yield where, expect(where, parse_json(text, where), dict, "an object in each line")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for text in file:
+                yield text
+                line += 1
     except UnicodeDecodeError:
         raise UserError(f"{path}: after line {line}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """Yield the objects of a file of JSON Lines."""
+    for line, text in enumerate(text_lines(path), start=1):
+        if text.strip():
+            where = f"{path}: line {line}"
+            yield where, expect(where, parse_json(text, where), dict, "an object in each line")
 
 
 def json_list(path: Path, content: Any = None, name: str = "") -> Iterator[Row]:
@@ -157,9 +163,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to something outside the file")
 
 
 def expect(where: str, value: Any, kind: Kind, words: str) -> Any:
@@ -219,16 +222,3 @@ def shown(value: Any) -> str:
 def _without_quotes(cell: str) -> str:
     """Return a cell as programs meant it that quote a cell only where it holds quotation marks."""
     return cell[1:-1].replace('""', '"') if _DOUBLED.fullmatch(cell) else cell
-
-
-def _begins_as_list(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return file.read(1000).lstrip().startswith("[")
-    except OSError:  # reading the file will tell the reason
-        return False
-
-
-@functools.lru_cache
-def _warn_once(message: str) -> None:
-    _log.warning(message)

@@ -67,7 +67,10 @@ class VideoFolder:
         folder = self._names.find(self.folder, video_id).parent
         name, extension = canonical(video_id).rpartition("/")[2], self.extensions.get(video_id)
         listing = self._listing(video_id, folder)
-        there = {*listing.get(name, []), *(file for file in listing.get(_stem(name), []) if canonical(file) == name)}
+        there = {
+            *listing.get(name, []),
+            *(file for file in listing.get(Path(name).stem, []) if canonical(file) == name),
+        }
         found = [file for file in there if extension is None or file.lower().endswith(f".{extension}")]
         # Only where no file is called like a video are those of other names opened to see whether they are videos.
         found = [file for file in found if has_video_extension(file)] or [
@@ -102,13 +105,12 @@ class VideoFolder:
         """Return the files of a folder by their names without extension, in canonical form. A folder is listed once."""
         if folder not in self._listings:
             listing: dict[str, list[str]] = {}
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if _may_be_file(entry):
-                            listing.setdefault(canonical(_stem(entry.name)), []).append(entry.name)
-            except OSError as error:
+
+            def refuse(error: OSError) -> None:
                 raise unlisted(video_id, folder, error) from None
+
+            for name in next(os.walk(folder, onerror=refuse))[2]:
+                listing.setdefault(canonical(Path(name).stem), []).append(name)
             self._listings[folder] = listing
         return self._listings[folder]
 
@@ -133,17 +135,3 @@ class VideoFolder:
             raise FrameError(video_id, path, str(error), error.kind) from None
         except OSError as error:
             raise FrameError(video_id, path, error.strerror or str(error)) from None
-
-
-def _stem(name: str) -> str:
-    """Return the name of a file without its last extension, which may be any."""
-    stem, dot, _ = name.rpartition(".")
-    return stem if dot and stem else name
-
-
-def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a file, or a link that cannot be followed: opening it will tell the reason."""
-    try:
-        return entry.is_file()
-    except OSError:
-        return True

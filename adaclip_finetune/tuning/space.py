@@ -6,8 +6,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import ValidationError
 
 from adaclip_finetune.config import Config
@@ -18,8 +17,7 @@ from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 
-Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
-Space = Mapping[str, Distribution]
+Space = dict[str, BaseDistribution]
 """Dotted setting name -> the distribution that its values are drawn from."""
 
 
@@ -37,19 +35,15 @@ def build_space(config: Config) -> Space:
     Raises UserError with a list of every setting in it that cannot be tuned that way.
     """
     assert config.optuna_cfg is not None
-    space: dict[str, Distribution] = {}
+    space: Space = {}
     problems: list[str] = []
     for name, tuned in config.optuna_cfg.opt_params.items():
         try:
             space[name] = _distribution(config, name, tuned)
         except ValueError as error:
             problems.append(f"optuna_cfg.opt_params.{name}: {error}")
-    if config.auto_batch_size:
-        problems += [
-            f"optuna_cfg.opt_params.{name}: auto_batch_size would change the value; remove one of the two"
-            for name in space
-            if name.endswith("batch_size")
-        ]
+    if config.auto_batch_size and "batch_size" in space:
+        problems.append("optuna_cfg.opt_params.batch_size: auto_batch_size would change the value; remove one of them")
     if problems:
         raise UserError(together(problems))
     return space
@@ -58,11 +52,6 @@ def build_space(config: Config) -> Space:
 def grid(space: Space) -> dict[str, list[Any]]:
     """Return all values of each setting, for GridSampler. Raises UserError for a range without a step."""
     return {name: _all_values(name, distribution) for name, distribution in space.items()}
-
-
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """Draw a value for each setting."""
-    return {name: _draw(trial, name, distribution) for name, distribution in space.items()}
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -92,7 +81,7 @@ def tunable() -> frozenset[str]:
     return names_with("view", "model", "method", "optimisation", paths=False)
 
 
-def _distribution(config: Config, name: str, tuned: TunedSetting) -> Distribution:
+def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistribution:
     """Return the distribution of one setting. Raises ValueError."""
     kind = _type_of(config, name)
     values = tuned.choices or tuned.range or ()
@@ -153,14 +142,7 @@ def _plain(annotation: Any) -> Any:
     return origin or annotation
 
 
-def _draw(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    draw: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return draw(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-def _all_values(name: str, distribution: Distribution) -> list[Any]:
+def _all_values(name: str, distribution: Any) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if distribution.log or distribution.step is None:

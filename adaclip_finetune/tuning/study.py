@@ -42,7 +42,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import Lock
 from adaclip_finetune.training.run_folder import RunFolder, new_folder
 from adaclip_finetune.training.trainer import validation_zero_shot
-from adaclip_finetune.tuning.space import Space, grid, suggest
+from adaclip_finetune.tuning.space import Space, grid
 
 FOLDER, ZERO_SHOT, SETTINGS = "folder", "zero_shot", "settings"  # user attributes of a study
 SURPLUS, HEARTBEAT = "surplus", "heartbeat"  # user attributes of a trial
@@ -139,9 +139,12 @@ def place(trials: Sequence[FrozenTrial], number: int) -> int:
 
 
 def retry(study: optuna.Study, number: int, attempts: int | None = None) -> None:
-    """Enqueue the values of trial `number` again, unless there were `attempts` trials of them."""
+    """Let a running trial fail, and enqueue its values again unless there were `attempts` trials of them. Do nothing if
+    another process ended the trial."""
     max_retry = None if attempts is None else attempts - 1
-    RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, study.get_trials()[number])
+    with suppress(ValueError, UpdateFinishedTrialError):
+        study.tell(number, state=TrialState.FAIL)
+        RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, study.trials[number])
 
 
 @contextmanager
@@ -179,9 +182,7 @@ class DeadTrials:
             if trial.number not in self._seen or self._seen[trial.number][0] != beat:
                 self._seen[trial.number] = (beat, now)
             if now - self._seen[trial.number][1] >= self._silence:
-                with suppress(ValueError, UpdateFinishedTrialError):  # another process was faster
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-                    retry(self._study, trial.number, ATTEMPTS)
+                retry(self._study, trial.number, ATTEMPTS)
 
 
 # ---- how values are chosen, and which trials end early ----
@@ -236,7 +237,8 @@ def check_sampler(config: Config, space: Space) -> None:
     try:
         # More random trials than samplers begin with, then two that the sampler draws.
         for n_trials in (12, 2):
-            rehearsal.optimize(lambda trial: trial.number + len(suggest(trial, space)), n_trials=n_trials)
+            for number in range(n_trials):
+                rehearsal.tell(rehearsal.ask(space), number)
             set_sampler(rehearsal, config, space)
     except UserError:
         raise
@@ -279,7 +281,7 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
     name, mine = study_name(config), _in_common(config)
     if name not in optuna.get_all_study_names(storage):
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
-        direction: Any = "maximize" if config.figures[config.searched_figure] else "minimize"
+        direction: Any = "maximize" if config.figures[config.tuned_figure] else "minimize"
         folder = None if config.no_output else _new_folder(config, name)
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
@@ -287,7 +289,7 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
             if folder is not None:
                 folder.rmdir()
         else:
-            study.set_metric_names([f"{config.searched_figure} on validation"])  # for optuna-dashboard
+            study.set_metric_names([f"{config.tuned_figure} on validation"])  # for optuna-dashboard
             study.set_user_attr(ZERO_SHOT, measured.as_dict() if measured else None)
             study.set_user_attr(FOLDER, folder and str(folder))
             study.set_user_attr(SETTINGS, mine)
@@ -328,9 +330,8 @@ def _in_common(config: Config) -> dict[str, Any]:
     for name in ("clip_weights", "policy_weights", "resume"):
         if (path := getattr(config, name)) and Path(path).exists():
             digest = hashlib.sha256()
-            for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
-                if file.is_file():
-                    digest.update(file.read_bytes())
+            for file in filter(Path.is_file, sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]):
+                digest.update(file.read_bytes())
             common[f"the content of {name}"] = digest.hexdigest()[:12]
     return common
 

@@ -50,7 +50,7 @@ def test_the_dashboard_shows_the_trials_and_deletes_the_study(
     assert status == 200 and "t2v.R@1 on validation" in json.dumps(shown)
     trials = {trial["params"][0]["param_external_value"]: trial for trial in shown["trials"]}
     assert {value: trial["state"] for value, trial in trials.items()} == {"2": "Complete", "7": "Pruned"}
-    assert "top_k 7 is more than num_frm 6" in json.dumps(trials["7"]["user_attrs"])
+    assert "refused: top_k 7" in json.dumps(trials["7"]["user_attrs"])
     assert request("DELETE", f"/api/studies/{study['study_id']}")[0] == 204
     with pytest.raises(ValueError, match="study"):
         study_of(config)

@@ -20,8 +20,7 @@ from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import create_app, make_server
-from adaclip_finetune.search.serve.model_thread import ModelThread
-from adaclip_finetune.search.serve.served import ServedIndex
+from adaclip_finetune.search.serve.served import ModelThread, ServedIndex
 from adaclip_finetune.search.storage import THUMBS, write_index
 
 WIDTH = 16

@@ -7,7 +7,6 @@ import os
 import time
 import traceback
 import warnings
-from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 
@@ -237,29 +236,29 @@ def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
 
 
 def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
+    """Write and print what the study found, and train the final run if asked for."""
     folder.write()
     if folder.path is not None:
-        try:
-            draw(study, folder.path, config.tuned_figure)
-        except OSError as error:
-            folder.say(f"WARNING: no pictures: {error}")
+        draw(study, folder.path, config.tuned_figure)
     for line in folder.summary():
         folder.say(line)
+    best = best_trial(study)
     if not config.do_training_af_optuna:
         return
-    best = best_trial(study)
     if best is None:
         raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
-    with ExitStack() as stack:
-        if folder.path is not None:
-            lock = FolderLock(folder.path)
-            try:
-                lock.take()
-            except UserError as error:  # several processes reach the end of a study together
-                folder.say(f"another process trains the final run: {error}")
-                return
-            stack.callback(lock.release)
+    lock = FolderLock(folder.path) if folder.path else None
+    try:
+        if lock is not None:
+            lock.take()
+    except UserError as error:  # several processes reach the end of a study together
+        folder.say(f"another process trains the final run: {error}")
+        return
+    try:
         _train_best(config, study, best, folder)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _train_best(config: Config, study: optuna.Study, best: FrozenTrial, folder: StudyFolder) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import ValidationError
@@ -14,7 +13,7 @@ from adaclip_finetune.config.base import Contradictions, Settings
 from adaclip_finetune.config.layers import nearest, together
 from adaclip_finetune.config.optuna import TunedSetting
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.config.schema import show
+from adaclip_finetune.config.schema import schema_of, show
 from adaclip_finetune.errors import UserError
 
 Space = dict[str, BaseDistribution]
@@ -76,8 +75,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def tunable() -> frozenset[str]:
-    """Return the names of the settings that trials may differ in: those that what is learned depends on, except
-    paths."""
+    """Return the names of the settings that decide what is learned, except paths."""
     return names_with("view", "model", "method", "optimisation", paths=False)
 
 
@@ -85,9 +83,9 @@ def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistrib
     """Return the distribution of one setting. Raises ValueError."""
     kind = _type_of(config, name)
     values = tuned.choices or tuned.range or ()
-    if tuned.range and kind not in (int, float):
+    if tuned.range and kind not in ("integer", "number"):
         raise ValueError("is not a number and has no range; give choices")
-    if tuned.range and kind is int:
+    if tuned.range and kind == "integer":
         if any(value != int(value) for value in (*values, tuned.step or 1)):
             raise ValueError("is an integer; range and step must be integers too")
         values = tuple(map(int, values))
@@ -105,41 +103,29 @@ def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistrib
     count = (high - low) / (tuned.step or 1)
     if tuned.step and abs(count - round(count)) > 1e-6:  # Optuna would lower the end of the range
         raise ValueError(f"steps of {tuned.step:g} do not lead from {low:g} to {high:g}")
-    if kind is int:
+    if kind == "integer":
         return IntDistribution(low, high, log=tuned.log, step=int(tuned.step or 1))
     return FloatDistribution(low, high, log=tuned.log, step=tuned.step)
 
 
-def _type_of(config: Config, name: str) -> Any:
-    """Return the type of a setting, without null. Raises ValueError for a setting that cannot be tuned."""
-    known = dict(_fields(config))
-    if name not in known:
-        method = f" with peft.method {config.peft.method}" if name.startswith("peft.") else ""
-        raise ValueError(f"there is no such setting{method}; the nearest is {nearest(name, known)}")
+def _type_of(config: Config, name: str) -> str:
+    """Return the type of a setting as JSON Schema calls it. Raises ValueError for a setting that cannot be tuned."""
+    *above, last = name.split(".")
+    section: Any = config
+    for step in above:
+        section = getattr(section, step, None)
+    schema = schema_of(type(section) if isinstance(section, Settings) else Settings)
+    nodes = schema.children(schema.root).get(last)
+    if nodes is None:
+        known = schema_of(Config).paths()
+        what = f"with the chosen {above[0]}" if name in known else f"; the nearest is {nearest(name, known)}"
+        raise ValueError(f"there is no such setting {what}".replace(" ;", ";"))
     if name.split(".")[0] not in tunable():
         raise ValueError("no trained weight depends on it, so it is the same in all trials")
-    kind = _plain(known[name])
-    if kind not in (int, float, str, bool) or name.endswith(".method"):
+    kind = str(next(option.get("type") for node in nodes for option in schema.alternatives(node)))
+    if kind not in ("integer", "number", "string", "boolean") or last == "method":
         raise ValueError("is not a single value; tune the settings inside it, each by its own name")
     return kind
-
-
-def _fields(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and the annotation of every setting, sections included."""
-    for name, field in type(section).model_fields.items():
-        yield prefix + name, field.annotation
-        if isinstance(value := getattr(section, name), Settings):
-            yield from _fields(value, f"{prefix}{name}.")
-
-
-def _plain(annotation: Any) -> Any:
-    """Return `int` for `int | None`, `str` for a choice of texts, `tuple` for lists."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return str
-    if origin in (Annotated, Union, types.UnionType):
-        return _plain(next(option for option in get_args(annotation) if option is not type(None)))
-    return origin or annotation
 
 
 def _all_values(name: str, distribution: Any) -> list[Any]:

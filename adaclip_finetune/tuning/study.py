@@ -253,13 +253,13 @@ def check_sampler(config: Config, space: Space) -> None:
 def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
     """Return the pruner that `optuna_cfg.pruner` names. Its steps are epochs, from 1."""
     first = settings.n_warmup_steps + 1  # the first epoch after which a trial may be pruned
-    if settings.pruner == "median":
-        return MedianPruner(n_warmup_steps=first)
-    if settings.pruner == "percentile":
-        return PercentilePruner(25.0, n_warmup_steps=first)
-    if settings.pruner == "hyperband":
-        return HyperbandPruner(min_resource=first, max_resource=max(first, num_epochs))
-    return NopPruner()
+    pruners: dict[str, BasePruner] = {
+        "median": MedianPruner(n_warmup_steps=first),
+        "percentile": PercentilePruner(25.0, n_warmup_steps=first),
+        "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, num_epochs)),
+        "none": NopPruner(),
+    }
+    return pruners[settings.pruner]
 
 
 # ---- the study of a config ----
@@ -282,7 +282,11 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
     if name not in optuna.get_all_study_names(storage):
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
         direction: Any = "maximize" if config.figures[config.tuned_figure] else "minimize"
-        folder = None if config.no_output else _new_folder(config, name)
+        parent = Path(config.output_dir) / config.dataset
+        try:
+            folder = None if config.no_output else new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
+        except OSError as error:
+            raise UserError(f"output_dir: no folder can be created in {parent} ({error})") from error
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
         except DuplicatedStudyError:  # another process was faster
@@ -334,11 +338,3 @@ def _in_common(config: Config) -> dict[str, Any]:
                 digest.update(file.read_bytes())
             common[f"the content of {name}"] = digest.hexdigest()[:12]
     return common
-
-
-def _new_folder(config: Config, name: str) -> Path:
-    parent = Path(config.output_dir) / config.dataset
-    try:
-        return new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-    except OSError as error:
-        raise UserError(f"output_dir: no folder can be created in {parent} ({error})") from error

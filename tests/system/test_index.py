@@ -1,6 +1,7 @@
 """`adaclip index` on real files: what it embeds, keeps, drops and reports."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import CollectionVideo, FileStamp, VideoCollection, VideoFiles, collect_folder
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
+from adaclip_finetune.search.serve.served import ServedVideos
 from adaclip_finetune.search.storage import read_index
 
 Settings = dict[str, Any]
@@ -257,20 +259,6 @@ def test_an_annotation_with_captions_and_frames(project: Settings, tmp_path: Pat
     assert counts(index(*command)[1]) == (1, 7, 8)
 
 
-def test_videos_of_an_annotation_stay_until_sync(library: Path, tmp_path: Path, index: Index) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({f"clip {n}": {"sentences": ["a clip"]} for n in (0, 2, 4)}))
-    command = (tmp_path / "a.json", "--video_dir", library)
-    assert index(*command)[0] == 0
-    assert VideoIndex.load(tmp_path / "i").videos[0].path == library / "clip 0.mp4"
-    (library / "clip 2.mp4").unlink()
-    code, out, _ = index(*command)
-    assert (code, "clip 2" in out, list(vectors(tmp_path / "i"))) == (1, True, ["clip 0", "clip 4", "clip 2"])
-    for number in (0, 4):
-        (library / f"clip {number}.mp4").unlink()
-    code, _, err = index(*command, "--sync")
-    assert (code, "nothing is dropped" in err, len(vectors(tmp_path / "i"))) == (2, True, 3)
-
-
 def test_another_img_tmpl_embeds_the_same_folder_again(tmp_path: Path, index: Index) -> None:
     for template, first in (("f-{:02d}.png", 0), ("g{}.png", 100)):
         (tmp_path / "frames" / "v").mkdir(parents=True, exist_ok=True)
@@ -411,14 +399,15 @@ def test_times_of_extracted_frames_are_those_written_beside_them(tmp_path: Path)
     assert collection.times(video, [0, 2]) == (8.0, [0.0, 7.25])
 
 
-def test_thumbnails_show_what_the_model_sees(run: Path, shared: Path, tmp_path: Path) -> None:
-    """The display matrix of this video mirrors it."""
-    name = "rot90hflip.mp4"
+def test_pictures_show_what_the_model_sees(run: Path, shared: Path, tmp_path: Path) -> None:
+    """The thumbnail, and the frames on the page; the display matrix of this video mirrors it."""
     (tmp_path / "v").mkdir()
-    shutil.copy(shared / "cases" / "01-mirrored-videos" / name, tmp_path / "v")
+    shutil.copy(shared / "cases" / "01-mirrored-videos" / "rot90hflip.mp4", tmp_path / "v" / "v.mp4")
     index_videos(load_retriever(run), collect_folder(tmp_path / "v"), tmp_path / "i")
-    (video,) = VideoIndex.load(tmp_path / "i").videos
-    frame = VideoFiles(tmp_path / "v", {"v": name}).read("v", [video.frames[video.best].index])[0]
-    with Image.open(video.thumb or "") as picture:
-        expected = np.asarray(Image.fromarray(frame).resize(picture.size), int)
-        assert np.abs(np.asarray(picture, int) - expected).mean() < 8
+    index = VideoIndex.load(tmp_path / "i")
+    video = index.videos[0]
+    frame = VideoFiles(tmp_path / "v", {"v": "v.mp4"}).read("v", [video.frames[video.best].index])[0]
+    for picture in (Path(video.thumb or "").read_bytes(), ServedVideos(index).frame(video.key, video.best)):
+        with Image.open(io.BytesIO(picture)) as shown:
+            expected = np.asarray(Image.fromarray(frame).resize(shown.size), int)
+            assert np.abs(np.asarray(shown, int) - expected).mean() < 8

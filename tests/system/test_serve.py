@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import socket
 import struct
 import threading
@@ -21,7 +20,6 @@ from serving import Axes, Server, axis, running, served_row, until, write_clip, 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import MAX_BYTES
 from adaclip_finetune.search.storage import read_index, write_index
@@ -272,20 +270,6 @@ def test_a_video_outside_the_folder_that_was_indexed_last_and_a_damaged_one(tmp_
         write_one(tmp_path, path)
         reply = server.ask(server.found()[0]["frames"][0]["picture"])
         assert (reply.status, "cannot be read" in reply.json["detail"]) == (404, True)
-
-
-def test_frames_are_shown_as_the_model_sees_them(shared: Path, tmp_path: Path) -> None:
-    """The display matrix of this video mirrors it."""
-    (tmp_path / "v").mkdir()
-    path = Path(shutil.copy(shared / "cases" / "01-mirrored-videos" / "rot90hflip.mp4", tmp_path / "v"))
-    row = served_row(path, "") | {"frames": [{"index": 5, "time": 0.5, "weight": 1.0}], "best": 0}
-    index = write_one(tmp_path, path)
-    write_index(index.folder, index.info, axis(0)[None], [row])
-    expected = Image.fromarray(VideoFiles(path.parent, {"v": path.name}).read("v", [5])[0])
-    with running(VideoIndex.load(index.folder)) as server:
-        with Image.open(io.BytesIO(server.ask(server.found()[0]["frames"][0]["picture"]).body)) as picture:
-            difference = np.asarray(picture, int) - np.asarray(expected.resize(picture.size), int)
-        assert np.abs(difference).mean() < 8
 
 
 def test_a_new_index_takes_the_place_of_the_old_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

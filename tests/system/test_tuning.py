@@ -166,15 +166,6 @@ def test_values_that_the_settings_refuse_are_pruned_with_the_reason(project: Pro
     assert trials[7].user_attrs["reason"].startswith("refused: top_k 7")
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_trial_that_diverges_is_recorded_and_the_study_continues(project: Project, tmp_path: Path) -> None:
-    grid = {"opt_params": {"learning_rate": {"choices": [1e30, 1e-3]}}, "sampler": {"name": "GridSampler"}}
-    config = settings(project, tmp_path, grid, num_epochs=1)
-    tune(config)
-    assert {row["learning_rate"]: row["state"] for row in rows(config)} == {"1e+30": "fail", "0.001": "complete"}
-    assert all(row["reason"] for row in rows(config) if row["state"] == "fail")
-
-
 @pytest.mark.usefixtures("quick")
 def test_five_failures_in_a_row_end_the_study(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import forked
 import optuna
@@ -58,7 +59,7 @@ def start_held(config: Config, log: Path) -> Any:
 def test_several_processes_share_the_trials_although_one_is_killed(
     project: Project, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    storage = "optuna.journal" if kind == "journal" else request.getfixturevalue("server").text()
+    storage = "optuna.journal" if kind == "journal" else request.getfixturevalue("server").url
     config = settings(project, tmp_path, {"storage": storage, "n_trials": 5, "pruner": "none"}, num_epochs=1)
     victim = start_held(config, tmp_path / "victim.log")
     began, go = forked.context().Event(), forked.context().Event()
@@ -193,13 +194,24 @@ def test_what_happens_to_a_study_meanwhile(
         with pytest.raises(UserError, match="tiny-full was deleted or renamed"):
             tune_while(config, lambda of=config: optuna.delete_study(study_name="tiny-full", storage=storage_of(of)))
 
-    server.sql("CREATE DATABASE another")
+    config = settings(project, tmp_path, {"storage": server.url, "study_name": "gone"})
     try:
         with pytest.raises(UserError, match=r"postgresql\+\w+://owner:\*\*\*@") as told:
-            tune_while(settings(project, tmp_path, {"storage": server.text(database="another")}), server.stop)
+            tune_while(config, server.stop)
     finally:
         server.start()
     assert postgres.PASSWORD not in str(told.value)
+
+
+def test_the_dashboard_shows_the_study(project: Project, tmp_path: Path) -> None:
+    config = settings(project, tmp_path, {"n_trials": 1})
+    tune(config)
+    assert config.optuna_cfg is not None
+    app = pytest.importorskip("optuna_dashboard").wsgi(config.optuna_cfg.storage)
+    for path, shown in {"/api/studies": b"tiny-full", "/api/studies/1": b"t2v.R@1 on validation"}.items():
+        environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": "after=0"}
+        setup_testing_defaults(environ)
+        assert shown in b"".join(app(environ, lambda *_: None))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -218,18 +217,3 @@ def test_recall_leaves_out_the_query_itself_and_counts_ties(kind: str) -> None:
     exact = np.repeat(unit_rows(12), 3, axis=0)[::-1]  # each row three times
     index = FaissIndex.build(exact, kind)
     assert measure_recall(index, exact, [], encode(exact)) == (1, "36 of its own vectors")
-
-
-def test_faiss_and_torch_compute_in_one_process_with_threads() -> None:
-    """Each of them brings its own OpenMP."""
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    try:
-        torch.set_num_threads(2)
-        faiss.omp_set_num_threads(2)
-        rows = torch.from_numpy(unit_rows(3000, 64))
-        for _ in range(3):
-            scores, _ = FaissIndex.build(rows.numpy(), "flat").search(rows[:50].numpy(), 4)
-            torch.testing.assert_close(torch.from_numpy(scores), (rows[:50] @ rows.T).topk(4).values)
-    finally:
-        torch.set_num_threads(threads[0])
-        faiss.omp_set_num_threads(threads[1])

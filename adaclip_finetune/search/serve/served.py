@@ -83,8 +83,6 @@ class ServedVideos:
     def __init__(self, index: VideoIndex) -> None:
         self.index = index
         self._rows = {key: row for row, key in enumerate(index.videos.keys())}
-        self._root = Path(index.info.root)
-        self._files = VideoFiles(self._root, {})  # remembers where frames are in the files
         self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
 
     def file(self, key: str) -> tuple[Path, os.stat_result]:
@@ -121,7 +119,6 @@ class ServedVideos:
             store, name = self._store(video)
             pictures = [thumbnail(frame) for frame in store.read(name, [frame.index for frame in video.frames])]
         except (FrameError, UserError, LookupError) as error:
-            self._files = VideoFiles(self._root, {})  # what it remembers may be of another file
             raise HTTPException(404, f"{video.id}: its frames cannot be read ({error})") from error
         _check_unchanged(video)
         return pictures
@@ -129,10 +126,7 @@ class ServedVideos:
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Return the store of a video's frames, and the name of the video there."""
         if has_file(video):
-            if not video.path.is_relative_to(self._root):  # a video that stayed in the index when the folder changed
-                return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
-            self._files.files[video.id] = str(video.path)
-            return self._files, video.id
+            return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
         if video.path.is_dir():
             img_tmpl = self.index.info.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default)
             return FrameFolder(video.path.parent, str(img_tmpl)), video.path.name

@@ -72,7 +72,9 @@ def states(config: Config) -> list[str]:
 def start_worker(config: Config, log: Path, began: Event, may_end: Event) -> Any:
     """Start a process that tunes with quick trials and quick heartbeats. Each trial sets `began` and waits for
     `may_end`."""
-    process = forked.context().Process(target=_work, args=(config.model_dump(exclude_unset=True), log, began, may_end))
+    process = forked.context().Process(
+        target=_work, args=(config.model_dump(exclude_unset=True), log, began, may_end), daemon=True
+    )
     process.start()
     return process
 

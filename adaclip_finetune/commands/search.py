@@ -94,15 +94,7 @@ def _lines(path: str) -> list[str]:
 
 def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
     if arguments.json:
-        found = []
-        for hit in hits:
-            facts: dict[str, Any] = {"rank": hit.rank, "score": round(hit.score, 6)}
-            facts |= {"id": hit.video.id, "path": str(hit.video.path)}
-            facts |= {"time": hit.video.best_time, "duration": hit.video.duration}
-            found.append(
-                facts | ({"frames": [asdict(frame) for frame in hit.video.frames]} if arguments.explain else {})
-            )
-        print(json.dumps({"query": query, "hits": found}))
+        print(json.dumps({"query": query, "hits": [_as_json(hit, arguments.explain) for hit in hits]}))
         return
     print(printable(query))
     for hit in hits:
@@ -113,6 +105,13 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
             shown = [f"{clock(f.time)} (frame {f.index}) {100 * f.weight:.1f} %" for f in frames[:_FRAMES_SHOWN]]
             shown += [f"and {len(frames) - _FRAMES_SHOWN} more"] if len(frames) > _FRAMES_SHOWN else []
             print(f"{'':25}{', '.join(shown)}")
+
+
+def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
+    video = hit.video
+    found: dict[str, Any] = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
+    found |= {"time": video.best_time, "duration": video.duration}
+    return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 
 
 def clock(seconds: float | None) -> str:

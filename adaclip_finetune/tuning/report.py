@@ -163,7 +163,7 @@ class StudyFolder:
 
 
 def draw(study: optuna.Study, folder: Path, metric: str) -> None:
-    """Draw the study by Optuna's own plots, each as far as there are trials for it. Raises OSError."""
+    """Draw the study by Optuna's own plots, each as far as there are trials for it. Raise OSError."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots

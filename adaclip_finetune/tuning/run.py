@@ -58,7 +58,7 @@ WAIT_S = 2.0
 
 
 def describe(config: Config) -> list[str]:
-    """Return what would be tuned, in lines of text. Raises UserError if `optuna_cfg` cannot be carried out."""
+    """Return what would be tuned, in lines of text. Raise UserError if `optuna_cfg` cannot be carried out."""
     settings = config.optuna_cfg
     assert settings is not None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -77,7 +77,7 @@ def describe(config: Config) -> list[str]:
 def tune(config: Config) -> None:
     """Run trials until `n_trials` of the study are finished, report on them and, if asked for, train the final run.
 
-    The same call continues a study, and several processes may work on one. Raises UserError, Interrupted.
+    The same call continues a study, and several processes may work on one. Raise UserError, Interrupted.
     """
     settings = config.optuna_cfg
     assert settings is not None
@@ -187,7 +187,7 @@ def _run_trial(
 def _train(config: Config, trial: optuna.Trial, folder: StudyFolder) -> float | None:
     """Train with the values of the trial and return the best validation metric, or None if that fails.
 
-    A trial that fails or is pruned has the reason in its user attribute `reason`. Raises TrialPruned.
+    A trial that fails or is pruned has the reason in its user attribute `reason`. Raise TrialPruned.
     """
 
     def report(epoch: int, figures: Figures) -> None:

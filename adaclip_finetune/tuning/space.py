@@ -31,7 +31,7 @@ class ImpossibleValues(Exception):
 def build_space(config: Config) -> Space:
     """Return the space that `config.optuna_cfg` describes.
 
-    Raises UserError with a list of every setting in it that cannot be tuned that way.
+    Raise UserError with a list of every setting in it that cannot be tuned that way.
     """
     assert config.optuna_cfg is not None
     space: Space = {}
@@ -49,14 +49,14 @@ def build_space(config: Config) -> Space:
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
-    """Return all values of each setting, for GridSampler. Raises UserError for a range without a step."""
+    """Return all values of each setting, for GridSampler. Raise UserError for a range without a step."""
     return {name: _all_values(name, distribution) for name, distribution in space.items()}
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """Return the settings of a single training with `values` (by dotted names) in place of the config's own.
 
-    Raises ImpossibleValues.
+    Raise ImpossibleValues.
     """
     data = config.model_dump(exclude_unset=True, exclude={"optuna_cfg", "do_training_af_optuna"})
     for name, value in values.items():
@@ -80,7 +80,7 @@ def tunable() -> frozenset[str]:
 
 
 def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistribution:
-    """Return the distribution of one setting. Raises ValueError."""
+    """Return the distribution of one setting. Raise ValueError."""
     kind = _type_of(config, name)
     values = tuned.choices or tuned.range or ()
     if tuned.range and kind not in ("integer", "number"):
@@ -109,7 +109,7 @@ def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistrib
 
 
 def _type_of(config: Config, name: str) -> str:
-    """Return the type of a setting as JSON Schema calls it. Raises ValueError for a setting that cannot be tuned."""
+    """Return the type of a setting as JSON Schema calls it. Raise ValueError for a setting that cannot be tuned."""
     *above, last = name.split(".")
     section: Any = config
     for step in above:
@@ -118,8 +118,9 @@ def _type_of(config: Config, name: str) -> str:
     nodes = schema.children(schema.root).get(last)
     if nodes is None:
         known = schema_of(Config).paths()
-        what = f"with the chosen {above[0]}" if name in known else f"; the nearest is {nearest(name, known)}"
-        raise ValueError(f"there is no such setting {what}".replace(" ;", ";"))
+        if name in known:
+            raise ValueError(f"there is no such setting with {above[0]}.method {getattr(config, above[0]).method}")
+        raise ValueError(f"there is no such setting; the nearest is {nearest(name, known)}")
     if name.split(".")[0] not in tunable():
         raise ValueError("no trained weight depends on it, so it is the same in all trials")
     kind = str(next(option.get("type") for node in nodes for option in schema.alternatives(node)))

@@ -66,7 +66,7 @@ def without_password(url: str) -> str:
 def open_storage(url: str) -> Iterator[BaseStorage]:
     """Open an SQLite file or a database server by its URL, or a journal file by its path.
 
-    An SQLite file is locked against other processes. Raises UserError if the storage cannot be used.
+    An SQLite file is locked against other processes. Raise UserError if the storage cannot be used.
     """
     with ExitStack() as stack:
         try:
@@ -275,7 +275,7 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
     """Return the study of `config`, created if there is none.
 
     Zero-shot CLIP is measured before a study is created, so that settings that cannot be used leave no study behind.
-    Raises UserError if the study of this name has other settings or data.
+    Raise UserError if the study of this name has other settings or data.
     """
     assert config.optuna_cfg is not None
     name, mine = study_name(config), _in_common(config)

@@ -61,7 +61,7 @@ def test_distributions_follow_from_the_settings(name: str, given: dict[str, Any]
     ("opt_params", "told"),
     [
         ({"coef_lrr": {"range": [0, 1]}}, "nearest is coef_lr"),
-        ({"peft.config.retain_ratio": {"range": [0.1, 1]}}, "no such setting with the chosen peft"),
+        ({"peft.config.retain_ratio": {"range": [0.1, 1]}}, "no such setting with peft.method full"),
         ({"top_k": {"range": [1.5, 4]}}, "integer"),
         ({"top_k": {"range": [2, 9], "step": 2}}, "steps of 2 do not lead from 2 to 9"),
         ({"top_k": {"range": [0, 4]}}, "0 is not allowed"),

@@ -6,7 +6,6 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,44 +18,32 @@ PASSWORD = "a{b}:c@d/e%f"
 
 
 class Server:
-    """A server: its folder, the account that runs it, and the URL of its owner."""
+    """A server whose files are in `folder`; `url` is that of its owner."""
 
     def __init__(self, programs: Path, folder: Path, driver: str, account: dict[str, Any]) -> None:
-        self.programs, self.folder, self.account = programs, folder, account
-        self.url = URL.create(
-            f"postgresql+{driver}", "owner", PASSWORD, database="postgres", query={"host": str(folder)}
-        )
-        self.process: subprocess.Popen[bytes] | None = None
+        self._programs, self._folder, self._account = programs, folder, account
+        where = {"host": str(folder)}
+        url = URL.create(f"postgresql+{driver}", "owner", PASSWORD, database="postgres", query=where)
+        self.url = url.render_as_string(hide_password=False)
 
-    def text(self, **changes: Any) -> str:
-        """Return the URL with some parts replaced."""
-        return self.url.set(**changes).render_as_string(hide_password=False)
+    def create(self) -> None:
+        (self._folder / "password").write_text(PASSWORD)
+        if self._account:
+            shutil.chown(self._folder, "postgres")
+            shutil.chown(self._folder / "password", "postgres")
+        options = ["-U", "owner", "-A", "scram-sha-256", "--pwfile", self._folder / "password", "--no-sync"]
+        self._run("initdb", "-E", "UTF8", "--locale=C", *options)
 
     def start(self) -> None:
-        command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder]
-        options = ["-c", "listen_addresses=", "-c", "fsync=off"]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, **self.account)
-        for _ in range(300):
-            if subprocess.run([self.programs / "pg_isready", "-q", "-h", self.folder]).returncode == 0:
-                return
-            time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text())
+        options = f"-k {self._folder} -c listen_addresses= -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-l", self._folder / "log", "-o", options)
 
     def stop(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(2)  # fast shutdown
-        self.process.wait(30)
+        self._run("pg_ctl", "stop", "-w", "-m", "fast")
 
-    def sql(self, words: str) -> None:
-        """Run a statement as the owner."""
-        done = subprocess.run(
-            [self.programs / "psql", "-h", self.folder, "-U", "owner", "-d", "postgres", "-c", words],
-            env={**os.environ, "PGPASSWORD": PASSWORD},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+    def _run(self, program: str, *words: object) -> None:
+        command = [self._programs / program, "-D", self._folder / "data", *map(str, words)]
+        subprocess.run(command, cwd=self._folder, stdout=subprocess.DEVNULL, check=True, **self._account)
 
 
 @contextmanager
@@ -79,15 +66,8 @@ def running() -> Iterator[Server]:
     # Other users cannot enter pytest's folder, and the path of a socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
-        (folder / "password").write_text(PASSWORD)
-        if account:
-            shutil.chown(folder, "postgres")
-            shutil.chown(folder / "password", "postgres")
         server = Server(Path(program).resolve().parent, folder, driver, account)
-        options = ["-U", "owner", "-A", "scram-sha-256", "--pwfile", folder / "password", "--no-sync", "--locale=C"]
-        command = [program, "-D", folder / "data", "-E", "UTF8", *options]
-        made = subprocess.run(command, cwd=folder, capture_output=True, text=True, **account)
-        assert made.returncode == 0, made.stderr
+        server.create()
         server.start()
         try:
             yield server

@@ -6,9 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +18,7 @@ from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import create_app, make_server
-from adaclip_finetune.search.serve.model_thread import ModelThread
-from adaclip_finetune.search.serve.served import ServedIndex
+from adaclip_finetune.search.serve.served import ModelThread, ServedIndex
 from adaclip_finetune.search.storage import THUMBS, write_index
 
 WIDTH = 16
@@ -43,17 +40,15 @@ class Axes:
         return axis(round(red / 10))
 
 
-@cache
-def video_of_two_seconds() -> bytes:
-    """Return a video file of 50 coded frames, encoded once."""
-    with TemporaryDirectory() as folder:
-        return write_video(Path(folder) / "v.mp4", 50).read_bytes()
+_encoded: list[bytes] = []
 
 
 def write_clip(path: Path) -> Path:
-    """Write a video file of two seconds."""
+    """Write a video file of two seconds: 50 coded frames, encoded once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(video_of_two_seconds())
+    if not _encoded:
+        _encoded.append(write_video(path, 50).read_bytes())
+    path.write_bytes(_encoded[0])
     return path
 
 

@@ -45,11 +45,6 @@ def quick_trial(config: Config, folder: RunFolder, on_epoch: Callable[[int, Any]
     return TrialResult(best, config.num_epochs, config, weights={}, about={})
 
 
-def quick_zero_shot(config: Config, folder: RunFolder) -> QuickFigures:
-    """Stand in for `validation_zero_shot`."""
-    return QuickFigures(1e-6)
-
-
 def settings(project: dict[str, Any], folder: Path, optuna_cfg: dict[str, Any] | None = None, **others: Any) -> Config:
     """Settings of a study of the learning rate in the SQLite file o.db of the folder."""
     space = {"learning_rate": {"range": [1e-5, 1e-2], "log": True}}
@@ -69,10 +64,17 @@ def study_of(config: Config) -> optuna.Study:
     return optuna.load_study(study_name=None, storage=storage_of(config))
 
 
+def states(config: Config) -> list[str]:
+    """Return the names of the states of all trials."""
+    return [trial.state.name for trial in study_of(config).trials]
+
+
 def start_worker(config: Config, log: Path, began: Event, may_end: Event) -> Any:
     """Start a process that tunes with quick trials and quick heartbeats. Each trial sets `began` and waits for
     `may_end`."""
-    process = forked.context().Process(target=_work, args=(config.model_dump(exclude_unset=True), log, began, may_end))
+    process = forked.context().Process(
+        target=_work, args=(config.model_dump(exclude_unset=True), log, began, may_end), daemon=True
+    )
     process.start()
     return process
 
@@ -80,9 +82,9 @@ def start_worker(config: Config, log: Path, began: Event, may_end: Event) -> Any
 def use_quick_trials(setattr_: Callable[[Any, str, Any], None]) -> None:
     """Put the quick training in the place of the real one, by the setattr of a monkeypatch or the builtin one."""
     setattr_(run, "run_trial", quick_trial)
-    setattr_(study, "validation_zero_shot", quick_zero_shot)
+    setattr_(study, "validation_zero_shot", lambda *_: QuickFigures(1e-6))
     setattr_(run, "draw", lambda *_: None)
-    setattr_(run, "release_memory", lambda: None)
+    setattr_(run, "clear_device_cache", lambda **_: None)
 
 
 def _work(given: dict[str, Any], log: Path, began: Event, may_end: Event) -> None:

@@ -16,7 +16,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
 if TYPE_CHECKING:
-    from adaclip_finetune.search.index import Hit, IndexedVideo
+    from adaclip_finetune.search.index import Hit
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
@@ -101,14 +101,10 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
         if arguments.explain:
-            print(f"{'':25}{_explanation(hit.video)}")
-
-
-def _explanation(video: IndexedVideo) -> str:
-    frames = sorted(video.frames, key=lambda frame: -frame.weight)
-    shown = [f"{clock(f.time)} (frame {f.index}) {100 * f.weight:.1f} %" for f in frames[:_FRAMES_SHOWN]]
-    more = [f"and {len(frames) - _FRAMES_SHOWN} more"] if len(frames) > _FRAMES_SHOWN else []
-    return ", ".join(shown + more)
+            frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)
+            shown = [f"{clock(f.time)} (frame {f.index}) {100 * f.weight:.1f} %" for f in frames[:_FRAMES_SHOWN]]
+            shown += [f"and {len(frames) - _FRAMES_SHOWN} more"] if len(frames) > _FRAMES_SHOWN else []
+            print(f"{'':25}{', '.join(shown)}")
 
 
 def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.serve.app import create_app, make_server
-    from adaclip_finetune.search.serve.model_thread import ModelThread
-    from adaclip_finetune.search.serve.served import ServedIndex
+    from adaclip_finetune.search.serve.served import ModelThread, ServedIndex
 
     index = VideoIndex.load(arguments.index)
 
@@ -44,7 +43,10 @@ def run(words: Sequence[str]) -> int:
     server = make_server(create_app(model, ServedIndex(index), token, arguments.host))
     try:
         print(f"{arguments.index}: {len(index):,} videos; the model is being loaded. Ctrl-C stops the server")
-        print(_url(arguments.host, listening) + (f"?token={token}" if token else ""), flush=True)
+        # This machine's name stands for an address that means all addresses.
+        name = socket.gethostname() if arguments.host in ("0.0.0.0", "::") else arguments.host
+        where = f"[{name}]" if ":" in name else name
+        print(f"http://{where}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else ""), flush=True)
         model.start()
         server.run([listening])
     except KeyboardInterrupt:
@@ -113,10 +115,3 @@ def _token(host: str, listening: socket.socket, given: str | None) -> str | None
     if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", given):
         raise UserError("--token: must be 16 to 200 letters, digits, - and _; --token without a value makes one")
     return given
-
-
-def _url(host: str, listening: socket.socket) -> str:
-    """Return the address for a browser; this machine's name stands for an address that means all addresses."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    port = listening.getsockname()[1]
-    return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"

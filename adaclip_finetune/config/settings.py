@@ -394,7 +394,7 @@ class Config(  # pydantic collects fields from the last base to the first, so th
         return self.primary or next(iter(self.figures))
 
     @property
-    def searched_figure(self) -> str:
+    def tuned_figure(self) -> str:
         """The figure that hyperparameter tuning optimises."""
         return (self.optuna_cfg and self.optuna_cfg.objective) or self.primary_figure
 

@@ -1,1 +1,1 @@
-"""A folder of videos, embedded once and searched by text or picture: `index.py` to load, `retriever.py` to ask."""
+"""A folder of videos, embedded once and searched by text or picture: `index.py` to load, `search_model.py` to ask."""

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,8 @@ def index_videos(
     collection: VideoCollection,
     folder: Path,
     *,
-    kind: str | None = None,
-    dtype: str | None = None,
+    kind: Literal["flat", "hnsw"] | None = None,
+    dtype: Literal["float32", "float16"] | None = None,
     sync: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> IndexingReport:
@@ -87,7 +87,10 @@ def index_videos(
             finish_move(folder)
             (folder / THUMBS).mkdir(exist_ok=True)
             old = read_index(folder) if is_index(folder) else None
-            info = _info(model, collection, folder, old.info if old else None, kind, dtype, sync, settings or {})
+            info = _info(model, collection, old.info if old else None, settings or {})
+            if old is not None:
+                _check_same(folder, old.info, info, dtype, sync)
+            info = replace(info, kind=kind or info.kind, dtype=dtype or info.dtype)
             return _update(model, collection, folder, old, info, sync)
         finally:
             lock.release()
@@ -280,25 +283,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _info(
-    model: SearchModel,
-    collection: VideoCollection,
-    folder: Path,
-    old: IndexInfo | None,
-    kind: str | None,
-    dtype: str | None,
-    sync: bool,
-    settings: Mapping[str, Any],
+    model: SearchModel, collection: VideoCollection, old: IndexInfo | None, settings: Mapping[str, Any]
 ) -> IndexInfo:
-    """Return the info of the new index. Raise UserError if the folder holds the index of something else."""
-    other_name = "give another name, or delete the folder"
-    if old is not None and old.fingerprint != model.fingerprint:
-        raise UserError(f"-o {folder}: was made with another model ({old.run}); {other_name}")
-    if old is not None and old.source != str(collection.name) and Path(old.source).exists() and not sync:
-        raise UserError(
-            f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
-        )
-    if old is not None and old.dtype == "float16" and dtype == "float32":
-        raise UserError(f"-o {folder}: holds float16 vectors, which cannot become float32 again; {other_name}")
+    """Return the info of the new index, of the kind and type of the old one."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     # The index may be searched on another machine than it was made on.
     kept = {name: value for name, value in settings.items() if name not in names_with("machine")}
@@ -312,8 +299,21 @@ def _info(
         settings=kept,
         source=str(collection.name),
         root=str(collection.root),
-        kind=kind or (old.kind if old else "flat"),
-        dtype=dtype or (old.dtype if old else "float32"),
+        kind=old.kind if old else "flat",
+        dtype=old.dtype if old else "float32",
         made=old.made if old else now,
         changed=now,
     )
+
+
+def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, dtype: str | None, sync: bool) -> None:
+    """Raise UserError if the folder holds the index of something else."""
+    other_name = "give another name, or delete the folder"
+    if old.fingerprint != new.fingerprint:
+        raise UserError(f"-o {folder}: was made with another model ({old.run}); {other_name}")
+    if old.source != new.source and Path(old.source).exists() and not sync:
+        raise UserError(
+            f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
+        )
+    if (old.dtype, dtype) == ("float16", "float32"):
+        raise UserError(f"-o {folder}: holds float16 vectors, which cannot become float32 again; {other_name}")

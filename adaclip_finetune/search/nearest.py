@@ -34,15 +34,10 @@ class FaissIndex:
     @classmethod
     def build(cls, vectors: Vectors, kind: str) -> FaissIndex:
         """Return an index of the vectors; building a graph of 100,000 takes minutes."""
-        width, half = vectors.shape[1], vectors.dtype == np.float16
-        product: Any = faiss.METRIC_INNER_PRODUCT
-        fp16: Any = faiss.ScalarQuantizer.QT_fp16
-        index: Any
-        if kind == "flat":
-            index = faiss.IndexScalarQuantizer(width, fp16, product) if half else faiss.IndexFlatIP(width)
-        else:
-            graph = faiss.IndexHNSWSQ(width, fp16, _LINKS, product) if half else None
-            index = graph or faiss.IndexHNSWFlat(width, _LINKS, product)
+        kinds = {"flat": ("Flat", "SQfp16"), "hnsw": (f"HNSW{_LINKS},Flat", f"HNSW{_LINKS}_SQfp16")}
+        how = kinds[kind][vectors.dtype == np.float16]
+        index = faiss.index_factory(vectors.shape[1], how, faiss.METRIC_INNER_PRODUCT)
+        if isinstance(index, faiss.IndexHNSW):
             index.hnsw.efConstruction = _CANDIDATES
         rows = np.ascontiguousarray(vectors, np.float32)
         if not index.is_trained:

@@ -20,20 +20,20 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors.numpy import load, save
 
 from adaclip_finetune.durable import flush_folder, write_durably
 from adaclip_finetune.errors import UserError
 
 FORMAT = "adaclip-index/2"
-KINDS = ("flat", "hnsw")
 THUMBS, PARTS, MARK = "thumbs", "parts", ".adaclip-index"
 
 _INFO, _VECTORS, _VIDEOS, _GRAPH = "index.json", "vectors.safetensors", "videos.jsonl", "faiss.index"
@@ -64,8 +64,8 @@ class IndexInfo:
     settings: dict[str, Any]  # settings that are needed beside the run to load the model, such as clip_weights
     source: str  # absolute path of the folder or annotation that was indexed
     root: str  # absolute path of the folder that holds the video files
-    kind: str  # flat or hnsw
-    dtype: str  # float32 or float16
+    kind: Literal["flat", "hnsw"]
+    dtype: Literal["float32", "float16"]
     made: str  # ISO 8601
     changed: str  # ISO 8601
     recall: Recall | None = None  # None: the index is exact, or too small to miss anything
@@ -203,41 +203,24 @@ def _why_no_index(folder: Path) -> str:
 
 def _read_files(folder: Path, content: bytes) -> StoredIndex:
     """Read what belongs to the index.json with this content."""
-    info, expected = _parse_info(content, folder / _INFO)
-    videos, vectors = _read_bytes(folder, _VIDEOS), _read_vectors(folder, info.dtype)
-    found = {"vectors": digest_of(vectors), "videos": _sha256(videos)}
-    if altered := [name for name, digest in found.items() if digest != expected.get(name)]:
-        names = " and ".join({"vectors": _VECTORS, "videos": _VIDEOS}[name] for name in altered)
-        raise UserError(f"{folder}: {names} was altered after it was written: {_REMAKE}")
-    lines = videos.splitlines()
-    if len(lines) != len(vectors):
-        raise UserError(f"{folder}: {_VECTORS} has {len(vectors)} rows, {_VIDEOS} {len(lines)}: {_REMAKE}")
-    return StoredIndex(info, vectors, lines, _read_graph(folder, expected.get("graph")), _sha256(content))
-
-
-def _parse_info(content: bytes, path: Path) -> tuple[IndexInfo, dict[str, str]]:
     try:
         facts = json.loads(content)
         if facts["format"] != FORMAT:
-            raise UserError(f"{path}: has the format {facts['format']!r}, but this version reads {FORMAT}: {_REMAKE}")
-        recall = None if facts["recall"] is None else Recall(**facts["recall"])
-        given = {field.name: facts[field.name] for field in fields(IndexInfo)} | {"recall": recall}
-        digests = dict(facts["sha256"])
+            reads = f"this version reads {FORMAT}"
+            raise UserError(f"{folder / _INFO}: has the format {facts['format']!r}, but {reads}: {_REMAKE}")
+        info, expected = TypeAdapter(IndexInfo).validate_python(facts), dict(facts["sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}): {_REMAKE}") from error
-    if given["kind"] not in KINDS:
-        raise UserError(f"{path}: unknown kind {given['kind']!r}")
-    return IndexInfo(**given), digests
-
-
-def _read_vectors(folder: Path, dtype: str) -> Vectors:
+        raise UserError(f"{folder / _INFO}: is damaged ({error}): {_REMAKE}") from error
+    videos, stored = _read_bytes(folder, _VIDEOS), _read_bytes(folder, _VECTORS)
     try:
-        vectors: Vectors = load(_read_bytes(folder, _VECTORS))["vectors"]
+        vectors: Vectors = load(stored)["vectors"]
     except (KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder / _VECTORS}: cannot be read as safetensors ({error}): {_REMAKE}") from error
-    if vectors.ndim != 2 or vectors.dtype != dtype:
-        raise UserError(f"{folder / _VECTORS}: holds {vectors.dtype} {vectors.shape}, not {dtype} (V, D): {_REMAKE}")
-    return vectors
+    for name, key, digest in ((_VECTORS, "vectors", digest_of(vectors)), (_VIDEOS, "videos", _sha256(videos))):
+        if expected.get(key) != digest:
+            raise UserError(f"{folder}: {name} was altered after it was written: {_REMAKE}")
+    graph = _read_graph(folder, expected.get("graph"))
+    return StoredIndex(info, vectors, videos.splitlines(), graph, _sha256(content))
 
 
 def _read_graph(folder: Path, digest: str | None) -> bytes | None:

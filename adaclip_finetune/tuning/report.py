@@ -80,21 +80,21 @@ class StudyFolder:
         if before := self._zero_shot(self.config.primary_figure):
             self.say(f"zero-shot on validation: {self.config.primary_figure} {before}")
 
-    def say_begin(self, number: int, count: int, n_trials: int, values: Mapping[str, Any]) -> None:
+    def say_begin(self, trial: optuna.Trial, count: str) -> None:
         """Print the values of a trial that begins."""
-        words = ", ".join(f"{name} {_short(chosen)}" for name, chosen in values.items())
-        self.say(f"trial {number} ({count} of {n_trials}): {words}")
+        words = ", ".join(f"{name} {_short(chosen)}" for name, chosen in trial.params.items())
+        self.say(f"trial {trial.number} ({count}): {words}")
 
-    def say_end(self, number: int, to_go: str) -> None:
+    def say_end(self, trial: FrozenTrial, to_go: str) -> None:
         """Print how a trial ended."""
-        trial, best = self.study.trials[number], best_trial(self.study)
+        best = best_trial(self.study)
         reason = str(trial.user_attrs.get("reason", "")).partition("\n")[0]
         outcome = reason if trial.state == TrialState.PRUNED else f"failed: {reason}"
         if trial.state == TrialState.COMPLETE:
             outcome = f"{trial.value:.1f} at epoch {trial.user_attrs['best_epoch']}, {trial.user_attrs['seconds']:g} s"
         if best is not None:
             known = f"   best so far {best.value:.1f} (trial {best.number})"
-            outcome += "  ← best so far" if best.number == number else known
+            outcome += "  ← best so far" if best.number == trial.number else known
         self.say(f"  {outcome}   {to_go}".rstrip())
 
     def write(self) -> None:
@@ -135,7 +135,7 @@ class StudyFolder:
         states = Counter(trial.state for trial in points(self.study.get_trials(deepcopy=False)))
         counts = [states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
         yield f"{sum(counts)} trials: {counts[0]} completed, {counts[1]} pruned, {counts[2]} failed"
-        best, metric = best_trial(self.study), self.config.searched_figure
+        best, metric = best_trial(self.study), self.config.tuned_figure
         if best is None:
             yield "no trial completed, so there are no best values"
             return
@@ -163,7 +163,7 @@ class StudyFolder:
 
 
 def draw(study: optuna.Study, folder: Path, metric: str) -> None:
-    """Draw the study by Optuna's own plots, each as far as there are trials for it. Raises OSError."""
+    """Draw the study by Optuna's own plots, each as far as there are trials for it. Raise OSError."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots

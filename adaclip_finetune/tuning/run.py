@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import optuna
 from accelerate.utils.memory import clear_device_cache
@@ -34,7 +30,7 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import StopSignals
 from adaclip_finetune.training.trainer import fit, run_trial
 from adaclip_finetune.tuning.report import StudyFolder, best_trial, draw, rank
-from adaclip_finetune.tuning.space import ImpossibleValues, Space, build_space, grid, suggest, with_values
+from adaclip_finetune.tuning.space import ImpossibleValues, Space, build_space, grid, with_values
 from adaclip_finetune.tuning.study import (
     SILENCE_S,
     SURPLUS,
@@ -62,7 +58,7 @@ WAIT_S = 2.0
 
 
 def describe(config: Config) -> list[str]:
-    """Return what would be tuned, in lines of text. Raises UserError if `optuna_cfg` cannot be carried out."""
+    """Return what would be tuned, in lines of text. Raise UserError if `optuna_cfg` cannot be carried out."""
     settings = config.optuna_cfg
     assert settings is not None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -72,7 +68,7 @@ def describe(config: Config) -> list[str]:
         check_sampler(config, space)
     size = f" ({_grid_size(space)} points)" if settings.sampler.name == "GridSampler" else ""
     return [
-        f"study {study_name(config)}, {settings.n_trials} trials: {config.searched_figure} on validation, "
+        f"study {study_name(config)}, {settings.n_trials} trials: {config.tuned_figure} on validation, "
         f"{settings.sampler.name}{size}, pruner {settings.pruner}",
         *(f"  {name}: {_in_words(tuned)}" for name, tuned in settings.opt_params.items()),
     ]
@@ -81,7 +77,7 @@ def describe(config: Config) -> list[str]:
 def tune(config: Config) -> None:
     """Run trials until `n_trials` of the study are finished, report on them and, if asked for, train the final run.
 
-    The same call continues a study, and several processes may work on one. Raises UserError, Interrupted.
+    The same call continues a study, and several processes may work on one. Raise UserError, Interrupted.
     """
     settings = config.optuna_cfg
     assert settings is not None
@@ -127,7 +123,9 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, folder: Study
     n_trials, storage = config.optuna_cfg.n_trials, config.optuna_cfg.storage
     if config.optuna_cfg.sampler.name == "GridSampler":
         n_trials = min(n_trials, _grid_size(space))
-    training = TunedTraining(config, space, folder, n_trials)
+    # Test data are not read, and nothing is left that only a single run needs.
+    single = {"test_annot": None, "save_last": False, "save_similarity": None, "tensorboard_dir": None}
+    config = config.model_copy(update=single)
     dead = DeadTrials(study, 0.0 if storage.startswith("sqlite") else SILENCE_S)
     began, ended, failures, waiting = time.monotonic(), 0, list[str](), False
     while True:
@@ -142,119 +140,87 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, folder: Study
             waiting = True
             time.sleep(WAIT_S)
             continue
-        trial = _run_trial(study, training, folder)
+        trial = _run_trial(config, space, study, folder, n_trials)
+        clear_device_cache(garbage_collection=True)  # else the next model is built beside the last one
         folder.write()
-        if trial is None or SURPLUS in trial.user_attrs:
+        if trial is None:
             continue
         ended += 1
         minutes = max(1, round((time.monotonic() - began) / ended * (left - 1) / 60))
-        folder.say_end(trial.number, f"{left - 1} to go, about {minutes} min" if left > 1 else "")
+        folder.say_end(trial, f"{left - 1} to go, about {minutes} min" if left > 1 else "")
         failures = [*failures, trial.user_attrs["reason"]] if trial.state == TrialState.FAIL else []
         if len(failures) == FAILURES:
             raise UserError(f"{FAILURES} trials in a row failed:\n  " + "\n  ".join(failures))
 
 
-def _run_trial(study: optuna.Study, training: TunedTraining, folder: StudyFolder) -> FrozenTrial | None:
-    """Run one trial and return it, or None if another process ended it."""
-    training.number = None
-    try:
-        study.optimize(training, n_trials=1, catch=(TrialFailed,))
-    except KeyboardInterrupt:
-        if training.number is not None:
-            stopped = study.trials[training.number]
-            if stopped.state == TrialState.FAIL and not {"reason", SURPLUS} & stopped.user_attrs.keys():
-                retry(study, stopped.number)
-        raise
-    except ValueError:  # Optuna's answer to the end of a trial that had ended before
-        if not training.taken_over:
-            raise
-        folder.say(f"  trial {training.number} was taken for dead, and another process ended it")
+def _run_trial(
+    config: Config, space: Space, study: optuna.Study, folder: StudyFolder, n_trials: int
+) -> FrozenTrial | None:
+    """Run one trial and return it, or None if it does not count, because another process ended it or began the last
+    trial at the same time."""
+    trial = study.ask(space)
+    count = place(study.get_trials(deepcopy=False), trial.number) + 1
+    if count > n_trials:
+        trial.set_user_attr(SURPLUS, True)
+        study.tell(trial, state=TrialState.FAIL)
         return None
-    finally:
-        release_memory()  # only here no exception holds the model of the trial any more
-    assert training.number is not None
-    return study.trials[training.number]
+    started = time.monotonic()
+    try:
+        with heartbeat(trial):
+            folder.say_begin(trial, f"{count} of {n_trials}")
+            try:
+                found = _train(config, trial, folder)
+                state = TrialState.FAIL if found is None else TrialState.COMPLETE
+            except optuna.TrialPruned:
+                found, state = None, TrialState.PRUNED
+            trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
+        study.tell(trial, found, state)
+    except KeyboardInterrupt:
+        retry(study, trial.number)
+        raise
+    except UpdateFinishedTrialError:
+        folder.say(f"  trial {trial.number} was taken for dead, and another process ended it")
+        return None
+    return study.trials[trial.number]
 
 
-def release_memory() -> None:
-    """Free the memory of a trial, so that the next model is not built beside the last one."""
-    gc.collect()
-    clear_device_cache()
+def _train(config: Config, trial: optuna.Trial, folder: StudyFolder) -> float | None:
+    """Train with the values of the trial and return the best validation metric, or None if that fails.
 
-
-class TrialFailed(Exception):
-    """The trial failed for the reason in the message, or is one too many. The study goes on."""
-
-
-class TunedTraining:
-    """The objective function for study.optimize: one training, whose best validation metric is the value.
-
-    A trial that fails, is pruned or is refused has the reason in its user attribute `reason`.
+    A trial that fails or is pruned has the reason in its user attribute `reason`. Raise TrialPruned.
     """
 
-    def __init__(self, config: Config, space: Space, folder: StudyFolder, n_trials: int) -> None:
-        # Test data are not read, and nothing is left that only a single run needs.
-        single = {"test_annot": None, "save_last": False, "save_similarity": None, "tensorboard_dir": None}
-        self.config = config.model_copy(update=single)
-        self.space, self.folder, self.n_trials = space, folder, n_trials
-        self.number: int | None = None  # of the trial that began last
-        self.taken_over = False  # whether another process took this one for dead and ended that trial
+    def report(epoch: int, figures: Figures) -> None:
+        current = value(figures.as_dict(), config.tuned_figure)
+        trial.report(current, epoch)
+        if trial.should_prune():
+            trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {current:.1f}")
+            raise optuna.TrialPruned
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        self.number, self.taken_over = trial.number, False
-        here = place(trial.study.get_trials(deepcopy=False), trial.number)
-        if here >= self.n_trials:
-            trial.set_user_attr(SURPLUS, True)
-            raise TrialFailed("another process began the last trial at the same time")
-        started = time.monotonic()
+    try:
+        single = with_values(config, trial.params)
+    except ImpossibleValues as error:
+        trial.set_user_attr("reason", f"refused: {error}")
+        raise optuna.TrialPruned from None
+    with Path(os.devnull).open("w", encoding="utf-8") as silent:
+        run = RunFolder(single, stream=silent, trial=folder.of_trial(trial.number))
         try:
-            with heartbeat(trial):
-                values = suggest(trial, self.space)
-                self.folder.say_begin(trial.number, here + 1, self.n_trials, values)
-                try:
-                    return self._train(trial, values)
-                finally:
-                    trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
-        except UpdateFinishedTrialError:
-            self.taken_over = True
+            result = run_trial(single, run, report)
+        except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
             raise
-
-    def _train(self, trial: optuna.Trial, values: Mapping[str, Any]) -> float:
-        try:
-            config = with_values(self.config, values)
-        except ImpossibleValues as error:
-            trial.set_user_attr("reason", f"refused: {error}")
-            raise optuna.TrialPruned from None
-
-        def report(epoch: int, figures: Figures) -> None:
-            current = self._value(figures)
-            trial.report(current, epoch)
-            if trial.should_prune():
-                trial.set_user_attr("reason", f"pruned after epoch {epoch}, with {current:.1f}")
-                raise optuna.TrialPruned
-
-        with Path(os.devnull).open("w", encoding="utf-8") as silent:
-            run = RunFolder(config, stream=silent, trial=self.folder.of_trial(trial.number))
-            try:
-                result = run_trial(config, run, report)
-            except (optuna.TrialPruned, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
-                raise
-            except Exception as error:
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                trial.set_user_attr("reason", reason)
-                if run.path is not None:
-                    run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
-                raise TrialFailed(reason) from error
-            finally:
-                _record_cost(trial, run)
-        trial.set_user_attr("best_epoch", result.best_epoch)
-        found, best = self._value(result.best), best_trial(trial.study)
-        if run.path is not None and (best is None or rank(trial.study, found) < rank(trial.study, best.value)):
-            result.save(run.path / "best.safetensors")
-        return found
-
-    def _value(self, figures: Figures) -> float:
-        return value(figures.as_dict(), self.config.searched_figure)
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            trial.set_user_attr("reason", reason)
+            if run.path is not None:
+                run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
+            return None
+        finally:
+            _record_cost(trial, run)
+    trial.set_user_attr("best_epoch", result.best_epoch)
+    found, best = value(result.best.as_dict(), config.tuned_figure), best_trial(trial.study)
+    if run.path is not None and (best is None or rank(trial.study, found) < rank(trial.study, best.value)):
+        result.save(run.path / "best.safetensors")
+    return found
 
 
 def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
@@ -270,29 +236,29 @@ def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
 
 
 def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
+    """Write and print what the study found, and train the final run if asked for."""
     folder.write()
     if folder.path is not None:
-        try:
-            draw(study, folder.path, config.searched_figure)
-        except OSError as error:
-            folder.say(f"WARNING: no pictures: {error}")
+        draw(study, folder.path, config.tuned_figure)
     for line in folder.summary():
         folder.say(line)
+    best = best_trial(study)
     if not config.do_training_af_optuna:
         return
-    best = best_trial(study)
     if best is None:
         raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
-    with ExitStack() as stack:
-        if folder.path is not None:
-            lock = FolderLock(folder.path)
-            try:
-                lock.take()
-            except UserError as error:  # several processes reach the end of a study together
-                folder.say(f"another process trains the final run: {error}")
-                return
-            stack.callback(lock.release)
+    lock = FolderLock(folder.path) if folder.path else None
+    try:
+        if lock is not None:
+            lock.take()
+    except UserError as error:  # several processes reach the end of a study together
+        folder.say(f"another process trains the final run: {error}")
+        return
+    try:
         _train_best(config, study, best, folder)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _train_best(config: Config, study: optuna.Study, best: FrozenTrial, folder: StudyFolder) -> None:

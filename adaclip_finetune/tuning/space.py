@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
-import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import ValidationError
 
 from adaclip_finetune.config import Config
@@ -15,11 +13,10 @@ from adaclip_finetune.config.base import Contradictions, Settings
 from adaclip_finetune.config.layers import nearest, together
 from adaclip_finetune.config.optuna import TunedSetting
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.config.schema import show
+from adaclip_finetune.config.schema import schema_of, show
 from adaclip_finetune.errors import UserError
 
-Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
-Space = Mapping[str, Distribution]
+Space = dict[str, BaseDistribution]
 """Dotted setting name -> the distribution that its values are drawn from."""
 
 
@@ -34,41 +31,32 @@ class ImpossibleValues(Exception):
 def build_space(config: Config) -> Space:
     """Return the space that `config.optuna_cfg` describes.
 
-    Raises UserError with a list of every setting in it that cannot be tuned that way.
+    Raise UserError with a list of every setting in it that cannot be tuned that way.
     """
     assert config.optuna_cfg is not None
-    space: dict[str, Distribution] = {}
+    space: Space = {}
     problems: list[str] = []
     for name, tuned in config.optuna_cfg.opt_params.items():
         try:
             space[name] = _distribution(config, name, tuned)
         except ValueError as error:
             problems.append(f"optuna_cfg.opt_params.{name}: {error}")
-    if config.auto_batch_size:
-        problems += [
-            f"optuna_cfg.opt_params.{name}: auto_batch_size would change the value; remove one of the two"
-            for name in space
-            if name.endswith("batch_size")
-        ]
+    if config.auto_batch_size and "batch_size" in space:
+        problems.append("optuna_cfg.opt_params.batch_size: auto_batch_size would change the value; remove one of them")
     if problems:
         raise UserError(together(problems))
     return space
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
-    """Return all values of each setting, for GridSampler. Raises UserError for a range without a step."""
+    """Return all values of each setting, for GridSampler. Raise UserError for a range without a step."""
     return {name: _all_values(name, distribution) for name, distribution in space.items()}
-
-
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """Draw a value for each setting."""
-    return {name: _draw(trial, name, distribution) for name, distribution in space.items()}
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """Return the settings of a single training with `values` (by dotted names) in place of the config's own.
 
-    Raises ImpossibleValues.
+    Raise ImpossibleValues.
     """
     data = config.model_dump(exclude_unset=True, exclude={"optuna_cfg", "do_training_af_optuna"})
     for name, value in values.items():
@@ -87,18 +75,17 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def tunable() -> frozenset[str]:
-    """Return the names of the settings that trials may differ in: those that what is learned depends on, except
-    paths."""
+    """Return the names of the settings that decide what is learned, except paths."""
     return names_with("view", "model", "method", "optimisation", paths=False)
 
 
-def _distribution(config: Config, name: str, tuned: TunedSetting) -> Distribution:
-    """Return the distribution of one setting. Raises ValueError."""
+def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistribution:
+    """Return the distribution of one setting. Raise ValueError."""
     kind = _type_of(config, name)
     values = tuned.choices or tuned.range or ()
-    if tuned.range and kind not in (int, float):
+    if tuned.range and kind not in ("integer", "number"):
         raise ValueError("is not a number and has no range; give choices")
-    if tuned.range and kind is int:
+    if tuned.range and kind == "integer":
         if any(value != int(value) for value in (*values, tuned.step or 1)):
             raise ValueError("is an integer; range and step must be integers too")
         values = tuple(map(int, values))
@@ -116,51 +103,33 @@ def _distribution(config: Config, name: str, tuned: TunedSetting) -> Distributio
     count = (high - low) / (tuned.step or 1)
     if tuned.step and abs(count - round(count)) > 1e-6:  # Optuna would lower the end of the range
         raise ValueError(f"steps of {tuned.step:g} do not lead from {low:g} to {high:g}")
-    if kind is int:
+    if kind == "integer":
         return IntDistribution(low, high, log=tuned.log, step=int(tuned.step or 1))
     return FloatDistribution(low, high, log=tuned.log, step=tuned.step)
 
 
-def _type_of(config: Config, name: str) -> Any:
-    """Return the type of a setting, without null. Raises ValueError for a setting that cannot be tuned."""
-    known = dict(_fields(config))
-    if name not in known:
-        method = f" with peft.method {config.peft.method}" if name.startswith("peft.") else ""
-        raise ValueError(f"there is no such setting{method}; the nearest is {nearest(name, known)}")
+def _type_of(config: Config, name: str) -> str:
+    """Return the type of a setting as JSON Schema calls it. Raise ValueError for a setting that cannot be tuned."""
+    *above, last = name.split(".")
+    section: Any = config
+    for step in above:
+        section = getattr(section, step, None)
+    schema = schema_of(type(section) if isinstance(section, Settings) else Settings)
+    nodes = schema.children(schema.root).get(last)
+    if nodes is None:
+        known = schema_of(Config).paths()
+        if name in known:
+            raise ValueError(f"there is no such setting with {above[0]}.method {getattr(config, above[0]).method}")
+        raise ValueError(f"there is no such setting; the nearest is {nearest(name, known)}")
     if name.split(".")[0] not in tunable():
         raise ValueError("no trained weight depends on it, so it is the same in all trials")
-    kind = _plain(known[name])
-    if kind not in (int, float, str, bool) or name.endswith(".method"):
+    kind = str(next(option.get("type") for node in nodes for option in schema.alternatives(node)))
+    if kind not in ("integer", "number", "string", "boolean") or last == "method":
         raise ValueError("is not a single value; tune the settings inside it, each by its own name")
     return kind
 
 
-def _fields(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and the annotation of every setting, sections included."""
-    for name, field in type(section).model_fields.items():
-        yield prefix + name, field.annotation
-        if isinstance(value := getattr(section, name), Settings):
-            yield from _fields(value, f"{prefix}{name}.")
-
-
-def _plain(annotation: Any) -> Any:
-    """Return `int` for `int | None`, `str` for a choice of texts, `tuple` for lists."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return str
-    if origin in (Annotated, Union, types.UnionType):
-        return _plain(next(option for option in get_args(annotation) if option is not type(None)))
-    return origin or annotation
-
-
-def _draw(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    draw: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return draw(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-def _all_values(name: str, distribution: Distribution) -> list[Any]:
+def _all_values(name: str, distribution: Any) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if distribution.log or distribution.step is None:

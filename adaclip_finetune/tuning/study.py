@@ -42,7 +42,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import Lock
 from adaclip_finetune.training.run_folder import RunFolder, new_folder
 from adaclip_finetune.training.trainer import validation_zero_shot
-from adaclip_finetune.tuning.space import Space, grid, suggest
+from adaclip_finetune.tuning.space import Space, grid
 
 FOLDER, ZERO_SHOT, SETTINGS = "folder", "zero_shot", "settings"  # user attributes of a study
 SURPLUS, HEARTBEAT = "surplus", "heartbeat"  # user attributes of a trial
@@ -66,7 +66,7 @@ def without_password(url: str) -> str:
 def open_storage(url: str) -> Iterator[BaseStorage]:
     """Open an SQLite file or a database server by its URL, or a journal file by its path.
 
-    An SQLite file is locked against other processes. Raises UserError if the storage cannot be used.
+    An SQLite file is locked against other processes. Raise UserError if the storage cannot be used.
     """
     with ExitStack() as stack:
         try:
@@ -139,9 +139,12 @@ def place(trials: Sequence[FrozenTrial], number: int) -> int:
 
 
 def retry(study: optuna.Study, number: int, attempts: int | None = None) -> None:
-    """Enqueue the values of trial `number` again, unless there were `attempts` trials of them."""
+    """Let a running trial fail, and enqueue its values again unless there were `attempts` trials of them. Do nothing if
+    another process ended the trial."""
     max_retry = None if attempts is None else attempts - 1
-    RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, study.get_trials()[number])
+    with suppress(ValueError, UpdateFinishedTrialError):
+        study.tell(number, state=TrialState.FAIL)
+        RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, study.trials[number])
 
 
 @contextmanager
@@ -179,9 +182,7 @@ class DeadTrials:
             if trial.number not in self._seen or self._seen[trial.number][0] != beat:
                 self._seen[trial.number] = (beat, now)
             if now - self._seen[trial.number][1] >= self._silence:
-                with suppress(ValueError, UpdateFinishedTrialError):  # another process was faster
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-                    retry(self._study, trial.number, ATTEMPTS)
+                retry(self._study, trial.number, ATTEMPTS)
 
 
 # ---- how values are chosen, and which trials end early ----
@@ -236,7 +237,8 @@ def check_sampler(config: Config, space: Space) -> None:
     try:
         # More random trials than samplers begin with, then two that the sampler draws.
         for n_trials in (12, 2):
-            rehearsal.optimize(lambda trial: trial.number + len(suggest(trial, space)), n_trials=n_trials)
+            for number in range(n_trials):
+                rehearsal.tell(rehearsal.ask(space), number)
             set_sampler(rehearsal, config, space)
     except UserError:
         raise
@@ -251,13 +253,13 @@ def check_sampler(config: Config, space: Space) -> None:
 def make_pruner(settings: OptunaSettings, num_epochs: int) -> BasePruner:
     """Return the pruner that `optuna_cfg.pruner` names. Its steps are epochs, from 1."""
     first = settings.n_warmup_steps + 1  # the first epoch after which a trial may be pruned
-    if settings.pruner == "median":
-        return MedianPruner(n_warmup_steps=first)
-    if settings.pruner == "percentile":
-        return PercentilePruner(25.0, n_warmup_steps=first)
-    if settings.pruner == "hyperband":
-        return HyperbandPruner(min_resource=first, max_resource=max(first, num_epochs))
-    return NopPruner()
+    pruners: dict[str, BasePruner] = {
+        "median": MedianPruner(n_warmup_steps=first),
+        "percentile": PercentilePruner(25.0, n_warmup_steps=first),
+        "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, num_epochs)),
+        "none": NopPruner(),
+    }
+    return pruners[settings.pruner]
 
 
 # ---- the study of a config ----
@@ -273,21 +275,25 @@ def open_study(config: Config, space: Space, storage: BaseStorage) -> optuna.Stu
     """Return the study of `config`, created if there is none.
 
     Zero-shot CLIP is measured before a study is created, so that settings that cannot be used leave no study behind.
-    Raises UserError if the study of this name has other settings or data.
+    Raise UserError if the study of this name has other settings or data.
     """
     assert config.optuna_cfg is not None
     name, mine = study_name(config), _in_common(config)
     if name not in optuna.get_all_study_names(storage):
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
-        direction: Any = "maximize" if config.figures[config.searched_figure] else "minimize"
-        folder = None if config.no_output else _new_folder(config, name)
+        direction: Any = "maximize" if config.figures[config.tuned_figure] else "minimize"
+        parent = Path(config.output_dir) / config.dataset
+        try:
+            folder = None if config.no_output else new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
+        except OSError as error:
+            raise UserError(f"output_dir: no folder can be created in {parent} ({error})") from error
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
         except DuplicatedStudyError:  # another process was faster
             if folder is not None:
                 folder.rmdir()
         else:
-            study.set_metric_names([f"{config.searched_figure} on validation"])  # for optuna-dashboard
+            study.set_metric_names([f"{config.tuned_figure} on validation"])  # for optuna-dashboard
             study.set_user_attr(ZERO_SHOT, measured.as_dict() if measured else None)
             study.set_user_attr(FOLDER, folder and str(folder))
             study.set_user_attr(SETTINGS, mine)
@@ -328,16 +334,7 @@ def _in_common(config: Config) -> dict[str, Any]:
     for name in ("clip_weights", "policy_weights", "resume"):
         if (path := getattr(config, name)) and Path(path).exists():
             digest = hashlib.sha256()
-            for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
-                if file.is_file():
-                    digest.update(file.read_bytes())
+            for file in filter(Path.is_file, sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]):
+                digest.update(file.read_bytes())
             common[f"the content of {name}"] = digest.hexdigest()[:12]
     return common
-
-
-def _new_folder(config: Config, name: str) -> Path:
-    parent = Path(config.output_dir) / config.dataset
-    try:
-        return new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-    except OSError as error:
-        raise UserError(f"output_dir: no folder can be created in {parent} ({error})") from error

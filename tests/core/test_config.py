@@ -292,8 +292,8 @@ def test_xpu_means_device_xpu() -> None:
 def test_the_figure_that_tuning_optimises() -> None:
     assert load_config(None, {}).primary_figure == "t2v.R@1"
     tuned = load_config(None, {"optuna_cfg": {**TUNING, "objective": "t2v.R@5"}, "primary": "v2t.MedR"})
-    assert (tuned.primary_figure, tuned.searched_figure) == ("v2t.MedR", "t2v.R@5")
-    assert load_config(None, {"optuna_cfg": TUNING, "primary": "v2t.MedR"}).searched_figure == "v2t.MedR"
+    assert (tuned.primary_figure, tuned.tuned_figure) == ("v2t.MedR", "t2v.R@5")
+    assert load_config(None, {"optuna_cfg": TUNING, "primary": "v2t.MedR"}).tuned_figure == "v2t.MedR"
 
 
 # ---- sections ----

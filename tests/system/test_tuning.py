@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from PIL import Image
-from tuned import quick_trial, settings, study_of, use_quick_trials
+from tuned import quick_trial, settings, states, study_of, use_quick_trials
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
@@ -24,6 +23,8 @@ from adaclip_finetune.training.signals import Interrupted
 from adaclip_finetune.tuning import run as tuning_run
 from adaclip_finetune.tuning.report import StudyFolder, best_trial
 from adaclip_finetune.tuning.run import FINAL_RUN, tune
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 Project = dict[str, Any]
 PICTURES = {"history", "intermediate_values", "importances", "slices", "parallel_coordinates"}
@@ -49,40 +50,27 @@ def rows(config: Config) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def states(config: Config) -> list[str]:
-    return [trial.state.name for trial in study_of(config).trials]
-
-
-def at_loss(number: int, do: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Call `do` before loss `number` (from 1); there are 3 an epoch. Returns a list that grows."""
+def stop_at_loss(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Send SIGTERM before loss `number` (from 1); there are 3 an epoch. Return a list that grows with the losses."""
     real, calls = contrastive.contrastive_loss, list[int]()
 
     def loss(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == number:
-            do()
+            os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
     monkeypatch.setattr(contrastive, "contrastive_loss", loss)
     return calls
 
 
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def out_of_memory() -> None:
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-
 @pytest.mark.usefixtures("no_pictures")
-def test_a_study_tries_values_on_validation_and_keeps_the_best(
-    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = settings(project, tmp_path)
+def test_a_study_with_its_final_run(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trials see validation alone; the final run has the best values, and is tested once."""
+    config = settings(project, tmp_path, {"n_trials": 2}, do_training_af_optuna=True)
     tune(config)
     study, folder = study_of(config), folder_of(config)
-    assert states(config) == ["COMPLETE"] * 3 and study.study_name == "tiny-full"
+    assert states(config) == ["COMPLETE"] * 2 and study.study_name == "tiny-full"
     for trial in study.trials:
         where = folder / f"trial-{trial.number:04d}"
         lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
@@ -101,54 +89,31 @@ def test_a_study_tries_values_on_validation_and_keeps_the_best(
     assert (found.optuna_cfg, found.learning_rate) == (None, best.params["learning_rate"])
     assert found.test_annot == config.test_annot
     out = capsys.readouterr().out
-    assert out.index("zero-shot on validation") < out.index("trial 0 (1 of 3): learning_rate")
+    assert out.index("zero-shot on validation") < out.index("trial 0 (1 of 2): learning_rate")
     assert f"best: trial {best.number}, t2v.R@1 {best.value:.1f} on validation (zero-shot " in out
-    assert "3 trials: 3 completed, 0 pruned, 0 failed" in out and "best_config.json" in out
+
+    final = study.user_attrs[FINAL_RUN]
+    run = Path(final["folder"])
+    about = {"study": "tiny-full", "folder": str(folder), "trial": best.number}
+    assert json.loads((run / "study.json").read_text()) == about
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["evaluated_on"] == "test" and metrics["finetuned"] == final["test"]
+    assert metrics["zero_shot"] is not None
+    assert load_config(run / "config.json").learning_rate == best.params["learning_rate"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    tune(config)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_same_command_continues_to_the_number_of_trials(project: Project, tmp_path: Path) -> None:
+def test_an_interrupted_study_continues_with_the_same_values(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
     tune(settings(project, whole))
-    for n_trials in (1, 3, 3):
-        tune(config := settings(project, parts, {"n_trials": n_trials}, num_workers=1))
     expected = [(trial.params, trial.value) for trial in study_of(settings(project, whole)).trials]
-    assert [(trial.params, trial.value) for trial in study_of(config).trials] == expected
-    assert len(list((parts / "out" / "tiny").iterdir())) == 1, "all commands of a study write into one folder"
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_an_interrupted_study_tries_the_same_points(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    tune(settings(project, whole, num_epochs=1))
-    at_loss(5, stop, monkeypatch)  # in the second trial
-    config = settings(project, tmp_path, num_epochs=1)
-    with pytest.raises(Interrupted) as interrupted:
-        tune(config)
-    assert interrupted.value.exit_code == 75
-    assert "same command continues" in capsys.readouterr().out
-    tune(config)
-    assert states(config) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    trials = study_of(config).trials
-    assert trials[2].params == trials[1].params
-    expected = [(trial.params, trial.value) for trial in study_of(settings(project, whole)).trials]
-    assert [(trial.params, trial.value) for trial in trials if trial.number != 1] == expected
-    assert [row["tries_again"] for row in rows(config)] == ["", "", "1", ""]
-    assert "3 trials: 3 completed, 0 pruned, 0 failed" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_grid_is_tried_once_each_although_it_was_interrupted(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = [1e-4, 1e-3, 1e-2]
-    grid = {"sampler": {"name": "GridSampler"}, "opt_params": {"learning_rate": {"choices": values}}, "n_trials": 9}
-    config = settings(project, tmp_path, grid, num_epochs=1)
     calls: list[int] = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -158,30 +123,47 @@ def test_a_grid_is_tried_once_each_although_it_was_interrupted(
         return quick_trial(*arguments)
 
     monkeypatch.setattr(tuning_run, "run_trial", interrupted)
+    tune(settings(project, parts, {"n_trials": 1}))
+    config = settings(project, parts, num_workers=1)
+    with pytest.raises(Interrupted) as stopped:
+        tune(config)
+    assert stopped.value.exit_code == 75 and "same command continues" in capsys.readouterr().out
+    for _ in range(2):
+        tune(config)
+    assert states(config) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    trials = [trial for trial in study_of(config).trials if trial.number != 1]
+    assert [(trial.params, trial.value) for trial in trials] == expected
+    assert [row["tries_again"] for row in rows(config)] == ["", "", "1", ""]
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in capsys.readouterr().out
+    assert len(list((parts / "out" / "tiny").iterdir())) == 1, "all commands of a study write into one folder"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_signal_while_training_ends_a_trial_and_the_final_run_continues_where_it_was(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, do_training_af_optuna=True)
+    stop_at_loss(2, monkeypatch)  # in the trial
+    with pytest.raises(Interrupted):
+        tune(config)
+    calls = stop_at_loss(5, monkeypatch)  # the first three are those of the trial
     with pytest.raises(Interrupted):
         tune(config)
     tune(config)
-    assert sorted(t.params["learning_rate"] for t in study_of(config).trials if t.state.name == "COMPLETE") == values
-    assert len(states(config)) == 4
+    assert states(config) == ["FAIL", "COMPLETE"]
+    assert study_of(config).user_attrs[FINAL_RUN].keys() == {"trial", "folder", "test"}
+    assert len(calls) == 6, "no update is made twice"
 
 
 @pytest.mark.usefixtures("quick")
 def test_values_that_the_settings_refuse_are_pruned_with_the_reason(project: Project, tmp_path: Path) -> None:
+    """The grid ends the study before n_trials."""
     grid = {"opt_params": {"top_k": {"choices": [2, 7]}}, "sampler": {"name": "GridSampler"}}
     config = settings(project, tmp_path, grid)
     tune(config)
     trials = {trial.params["top_k"]: trial for trial in study_of(config).trials}
     assert {value: trial.state.name for value, trial in trials.items()} == {2: "COMPLETE", 7: "PRUNED"}
     assert trials[7].user_attrs["reason"].startswith("refused: top_k 7")
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_trial_that_diverges_is_recorded_and_the_study_continues(project: Project, tmp_path: Path) -> None:
-    grid = {"opt_params": {"learning_rate": {"choices": [1e30, 1e-3]}}, "sampler": {"name": "GridSampler"}}
-    config = settings(project, tmp_path, grid, num_epochs=1)
-    tune(config)
-    assert {row["learning_rate"]: row["state"] for row in rows(config)} == {"1e+30": "fail", "0.001": "complete"}
-    assert all(row["reason"] for row in rows(config) if row["state"] == "fail")
 
 
 @pytest.mark.usefixtures("quick")
@@ -214,34 +196,32 @@ def test_pruners_are_asked_after_every_epoch(project: Project, tmp_path: Path, m
     assert study_of(config).trials[1].user_attrs["reason"].startswith("pruned after epoch 1")
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"weight_decay": 0.3}, "weight_decay is 0.3 here but 0.2 in the study"),
-        ({"optuna_cfg": {"objective": "v2t.R@1"}}, "optuna_cfg.objective"),
-        ({"val_annot": "test.json"}, "the validation data"),
-        ({"clip_weights": "clip"}, "the content of clip_weights"),
-    ],
-)
 @pytest.mark.usefixtures("quick")
-def test_a_study_keeps_to_its_settings_data_and_weights(
-    project: Project, tmp_path: Path, change: Any, told: str
-) -> None:
+def test_a_study_keeps_to_its_settings_data_and_weights(project: Project, tmp_path: Path) -> None:
     config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1)
     tune(config)
-    shutil.copy(project["test_annot"], tmp_path / "test.json")
-    shutil.copytree(project["clip_weights"], tmp_path / "clip")
-    tune(settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, clip_weights=str(tmp_path / "clip")))
-    (tmp_path / "clip" / "more.bin").write_bytes(b"other weights")
-    paths = {name: str(tmp_path / end) for name, end in change.items() if name in ("val_annot", "clip_weights")}
-    with pytest.raises(UserError, match="study_name") as error:
-        tune(settings(project, tmp_path, num_epochs=1, **{**change, **paths}))
-    assert told in str(error.value) and len(states(config)) == 1
+    annotation, clip = str(tmp_path / "test.json"), tmp_path / "clip"
+    shutil.copy(project["test_annot"], annotation)
+    shutil.copytree(project["clip_weights"], clip)
+    tune(settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, clip_weights=str(clip)))
+    (clip / "more.bin").write_bytes(b"other weights")
+    cases: list[tuple[Any, Any, str]] = [
+        ({"weight_decay": 0.3}, {}, "weight_decay is 0.3 here but 0.2 in the study"),
+        ({}, {"objective": "v2t.R@1"}, "optuna_cfg.objective"),
+        ({"val_annot": annotation}, {}, "the validation data"),
+        ({"clip_weights": str(clip)}, {}, "the content of clip_weights"),
+    ]
+    for change, optuna_cfg, told in cases:
+        with pytest.raises(UserError, match="study_name") as error:
+            tune(settings(project, tmp_path, optuna_cfg, num_epochs=1, **change))
+        assert told in str(error.value) and len(states(config)) == 1
     assert len(list((tmp_path / "out" / "tiny").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_settings_that_cannot_be_used_leave_neither_study_nor_folder(project: Project, tmp_path: Path) -> None:
+def test_what_cannot_be_used_leaves_neither_study_nor_folder(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = tmp_path / "trained"
     run = trainer.fit(load_config(None, {**project, "num_epochs": 1, "output_dir": str(trained)})).folder
     config = settings(project, tmp_path, resume=str(run) + "/best.safetensors", mlp_hidden_dim=16)
@@ -249,6 +229,10 @@ def test_settings_that_cannot_be_used_leave_neither_study_nor_folder(project: Pr
         tune(config)
     with pytest.raises(UserError, match="output_dir"):
         tune(settings(project, tmp_path, output_dir=project["val_annot"]))
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="torchrun"):
+        tune(settings(project, tmp_path))
     assert config.optuna_cfg is not None
     assert optuna.get_all_study_names(config.optuna_cfg.storage) == [] and not (tmp_path / "out").exists()
 
@@ -265,17 +249,19 @@ def test_a_study_of_another_program_is_left_alone(project: Project, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1)
+def test_ranks_are_minimized_and_the_earliest_of_equals_keeps_the_weights(project: Project, tmp_path: Path) -> None:
+    config = settings(project, tmp_path, {"objective": "t2v.MeanR"})
     tune(config)
     study, folder = study_of(config), folder_of(config)
-    (folder / "trial-0001").mkdir()
-    (folder / "trial-0001" / "best.safetensors").touch()
-    study.add_trial(optuna.create_trial(value=study.trials[0].value))
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    lowest = min(trial.value for trial in study.trials)
+    study.add_trial(optuna.create_trial(value=lowest))
+    (folder / "trial-0003").mkdir()
+    (folder / "trial-0003" / "best.safetensors").touch()
     StudyFolder(config, study).write()
     best = best_trial(study)
-    assert best is not None and best.number == 0
-    assert [path.parent.name for path in folder.glob("*/best.safetensors")] == ["trial-0000"]
+    assert best is not None and best.number < 3 and best.value == lowest
+    assert [path.parent.name for path in folder.glob("*/best.safetensors")] == [f"trial-{best.number:04d}"]
 
 
 @pytest.mark.parametrize("ending", ["failed", "pruned"])
@@ -292,83 +278,37 @@ def test_a_trial_that_fails_or_is_pruned_leaves_no_model_behind(
         made.append(weakref.ref(session.model))
         return session
 
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
     monkeypatch.setattr(trainer, "open_model", counted)
     if ending == "failed":
-        monkeypatch.setattr(contrastive, "contrastive_loss", lambda *_: out_of_memory())
+        monkeypatch.setattr(contrastive, "contrastive_loss", out_of_memory)
     else:
         monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda *_: True)
-    config = settings(project, tmp_path)
+    config = settings(project, tmp_path, {"n_trials": 2}, num_epochs=1)
     tune(config)
-    assert alive == [0, 0, 0, 0]  # the first is that of zero-shot CLIP
+    assert alive == [0, 0, 0]  # the first is that of zero-shot CLIP
     assert study_of(config).trials[-1].user_attrs["trainable_parameters"] > 0
     if ending == "failed":
-        assert states(config) == ["FAIL"] * 3 and all("memory" in row["reason"] for row in rows(config))
-        assert "Traceback" in (folder_of(config) / "trial-0002" / "train.log").read_text()
-
-
-@pytest.mark.usefixtures("quick")
-def test_ranks_are_minimized(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"objective": "t2v.MeanR"})
-    tune(config)
-    study = study_of(config)
-    assert study.direction == optuna.study.StudyDirection.MINIMIZE
-    best = best_trial(study)
-    assert best is not None and best.value == min(trial.value for trial in study.trials)
-    assert [path.parent.name for path in folder_of(config).glob("*/best.safetensors")] == [f"trial-{best.number:04d}"]
+        assert states(config) == ["FAIL"] * 2 and all("memory" in row["reason"] for row in rows(config))
+        assert "Traceback" in (folder_of(config) / "trial-0001" / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_what_makes_figures_doubtful_is_told(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Validation on the test captions, and a gallery with a missing video."""
+    """Validation on the test captions, and a gallery with a missing video; no_output leaves nothing but the study."""
     captions = json.loads(Path(project["val_annot"]).read_text())
     annotation = tmp_path / "val.json"
     annotation.write_text(json.dumps({**captions, "gone": {"sentences": ["nobody saw it"]}}))
     given = {"val_annot": str(annotation), "test_annot": str(annotation), "skip_missing": True, "num_epochs": 1}
-    tune(settings(project, tmp_path, {"n_trials": 1}, **given))
+    tune(config := settings(project, tmp_path, {"n_trials": 1}, no_output=True, **given))
     out = capsys.readouterr().out
     assert out.count("selected on test") == 2
     assert out.count(", WITHOUT 1 of 7 videos") == 2
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_final_run_is_trained_with_the_best_values_and_tested_once(
-    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = settings(project, tmp_path, {"n_trials": 2}, num_epochs=1, do_training_af_optuna=True)
-    tune(config)
-    study = study_of(config)
-    final = study.user_attrs[FINAL_RUN]
-    run = Path(final["folder"])
-    about = {"study": "tiny-full", "folder": str(folder_of(config)), "trial": study.best_trial.number}
-    assert json.loads((run / "study.json").read_text()) == about
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["evaluated_on"] == "test" and metrics["finetuned"] == final["test"]
-    assert metrics["zero_shot"] is not None
-    assert load_config(run / "config.json").learning_rate == study.best_params["learning_rate"]
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    tune(config)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_an_interrupted_final_run_continues(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1}, num_epochs=1, do_training_af_optuna=True)
-    calls = at_loss(5, stop, monkeypatch)  # the first three are those of the trial
-    with pytest.raises(Interrupted):
-        tune(config)
-    tune(config)
-    assert study_of(config).user_attrs[FINAL_RUN].keys() == {"trial", "folder", "test"}
-    assert len(calls) == 6, "no update is made twice"
-
-
-@pytest.mark.usefixtures("quick")
-def test_no_output(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1}, no_output=True)
-    tune(config)
-    assert states(config) == ["COMPLETE"]
-    assert not (tmp_path / "out").exists()
+    assert states(config) == ["COMPLETE"] and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -381,52 +321,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             write()
 
 
-@pytest.mark.usefixtures("quick")
-def test_several_processes_of_a_launcher_are_refused(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="torchrun"):
-        tune(settings(project, tmp_path))
-    assert not list(tmp_path.iterdir())
-
-
-# ---- pictures ----
-
-
-def drawn(folder: Path, *trials: tuple[str, float, list[float]]) -> set[str]:
-    """Draw a study of trials given by state, learning rate and the value of each epoch."""
-    study = optuna.create_study(study_name="s", direction="maximize")
-    space: Any = {"learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)}
-    for state, rate, epochs in trials:
-        study.add_trial(
-            optuna.create_trial(
-                state=TrialState[state],
-                params={"learning_rate": rate},
-                distributions=space,
-                value=epochs[-1] if state != "FAIL" else None,
-                intermediate_values=dict(enumerate(epochs, 1)),
-            )
-        )
-    tuning_run.draw(study, folder, "t2v.R@1")
-    return {path.stem for path in folder.iterdir()}
-
-
-@pytest.mark.filterwarnings("error")
-def test_pictures_are_drawn_and_leave_no_style_behind(tmp_path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    style = dict(matplotlib.rcParams)
-    trials = [("COMPLETE", 1e-4, [10.0, 20.0]), ("PRUNED", 1e-5, [3.0]), ("FAIL", 9e-3, []), ("COMPLETE", 1e-3, [40.0])]
-    assert drawn(tmp_path, *trials) == PICTURES
-    assert dict(matplotlib.rcParams) == style
-    for path in tmp_path.iterdir():
-        with Image.open(path) as picture:
-            assert picture.format == "PNG" and picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 20
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("trials", "pictures"),
@@ -435,8 +329,24 @@ def test_pictures_are_drawn_and_leave_no_style_behind(tmp_path: Path) -> None:
         ([("FAIL", 1e-3, [])], set()),
         ([("PRUNED", 1e-3, [1.0])], {"intermediate_values"}),
         ([("COMPLETE", 1e-3, [1.0]), ("COMPLETE", 1e-4, [1.0])], {"history", "intermediate_values"}),
+        ([("COMPLETE", 1e-4, [10.0, 20.0]), ("PRUNED", 1e-5, [3.0]), ("COMPLETE", 1e-3, [40.0])], PICTURES),
     ],
-    ids=["nothing", "failed", "pruned", "two alike"],
+    ids=["nothing", "failed", "pruned", "two alike", "all"],
 )
-def test_as_much_is_drawn_as_there_is(trials: list[Any], pictures: set[str], tmp_path: Path) -> None:
-    assert drawn(tmp_path, *trials) == pictures
+def test_as_much_is_drawn_as_there_is_and_no_style_stays(trials: list[Any], pictures: set[str], tmp_path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    style = dict(matplotlib.rcParams)
+    study = optuna.create_study(study_name="s", direction="maximize")
+    space: Any = {"learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)}
+    for state, rate, epochs in trials:
+        facts: Any = {"params": {"learning_rate": rate}, "distributions": space, "state": TrialState[state]}
+        facts |= {"value": epochs[-1] if epochs else None, "intermediate_values": dict(enumerate(epochs, 1))}
+        study.add_trial(optuna.create_trial(**facts))
+    tuning_run.draw(study, tmp_path, "t2v.R@1")
+    assert {path.stem for path in tmp_path.iterdir()} == pictures
+    assert dict(matplotlib.rcParams) == style
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 20

@@ -17,7 +17,7 @@ from adaclip_finetune.config.optuna import OptunaSettings, SamplerSettings, Tune
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.tuning.run import describe
-from adaclip_finetune.tuning.space import ImpossibleValues, build_space, grid, suggest, with_values
+from adaclip_finetune.tuning.space import ImpossibleValues, build_space, grid, with_values
 from adaclip_finetune.tuning.study import make_pruner, set_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +26,19 @@ IBS = {"method": "ibs", "config": {"num_pre_epochs": 2}}
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
-def tuned(opt_params: dict[str, Any], **settings: Any) -> Config:
-    optuna_cfg = {"opt_params": opt_params, **settings.pop("optuna_cfg", {})}
-    return load_config(None, {"optuna_cfg": optuna_cfg, **settings})
+def tuned(opt_params: dict[str, Any], optuna_cfg: dict[str, Any] | None = None, **settings: Any) -> Config:
+    return load_config(None, {"optuna_cfg": {"opt_params": opt_params, **(optuna_cfg or {})}, **settings})
 
 
-def refusal(opt_params: dict[str, Any], **settings: Any) -> str:
+def refusal(*given: Any, **settings: Any) -> str:
     with pytest.raises(UserError) as error:
-        describe(tuned(opt_params, **settings))
+        describe(tuned(*given, **settings))
     return str(error.value)
-
-
-# ---- the space ----
 
 
 @pytest.mark.parametrize(
     ("name", "given", "distribution"),
     [
-        ("coef_lr", {"range": [0.02, 0.5]}, FloatDistribution(0.02, 0.5)),
         ("learning_rate", {"range": [1e-5, 1e-2], "log": True}, FloatDistribution(1e-5, 1e-2, log=True)),
         ("weight_decay", {"range": [0, 0.5], "step": 0.25}, FloatDistribution(0, 0.5, step=0.25)),
         ("top_k", {"range": [2, 8], "step": 2}, IntDistribution(2, 8, step=2)),
@@ -58,7 +53,7 @@ def refusal(opt_params: dict[str, Any], **settings: Any) -> str:
 def test_distributions_follow_from_the_settings(name: str, given: dict[str, Any], distribution: Any) -> None:
     space = build_space(tuned({name: given}, peft=IBS))
     assert space == {name: distribution}
-    drawn = suggest(optuna.create_study().ask(), space)[name]
+    drawn = optuna.create_study().ask(space).params[name]
     assert not isinstance(distribution, IntDistribution) or type(drawn) is int
 
 
@@ -75,22 +70,15 @@ def test_distributions_follow_from_the_settings(name: str, given: dict[str, Any]
         ({"frame_agg": {"choices": ["mlp", "mean"]}}, '"mean" is not allowed'),
         ({"frame_agg": {"choices": ["mlp", "mlp"]}}, "twice"),
         ({"test_annot": {"choices": ["a", "b"]}}, "same in all trials"),
-        ({"output_dir": {"choices": ["a", "b"]}}, "same in all trials"),
-        ({"optuna_cfg.n_trials": {"range": [1, 3]}}, "same in all trials"),
         ({"num_workers": {"range": [0, 3]}}, "same in all trials"),
-        ({"peft": {"choices": ["ibs"]}}, "not a single value"),
         ({"peft.method": {"choices": ["ibs", "full"]}}, "not a single value"),
         ({"betas": {"range": [0, 0.9]}}, "not a single value"),
     ],
 )
 def test_what_cannot_be_tuned(opt_params: dict[str, Any], told: str) -> None:
-    message = refusal(opt_params)
+    message = refusal({**opt_params, "nothing": {"range": [0, 1]}, "coef_lr": {"range": [0, 1]}})
     assert told in message and f"optuna_cfg.opt_params.{next(iter(opt_params))}" in message
-
-
-def test_all_problems_are_told_together() -> None:
-    message = refusal({"coef_lrr": {"range": [0, 1]}, "top_k": {"range": [0, 4]}, "coef_lr": {"range": [0, 1]}})
-    assert "coef_lrr" in message and "top_k" in message and "opt_params.coef_lr:" not in message
+    assert "opt_params.nothing:" in message and "opt_params.coef_lr:" not in message, "all problems, and no others"
 
 
 def test_batch_sizes_are_either_tuned_or_fitted() -> None:
@@ -103,16 +91,11 @@ def test_values_replace_settings_and_nothing_else() -> None:
     assert (found.top_k, found.optuna_cfg, found.do_training_af_optuna) == (5, None, False)
     inner = found.peft.config.model_dump()
     assert (inner["retain_ratio"], inner["num_pre_epochs"]) == (0.3, 2)
-    assert with_values(tuned({"top_k": {"range": [2, 8]}}), {"top_k": 3}).model_fields_set == {"top_k"}
-
-
-def test_values_that_contradict_each_other_are_impossible() -> None:
+    plain = tuned({"top_k": {"range": [2, 8]}})
+    assert with_values(plain, {"top_k": 3}).model_fields_set == {"top_k"}
     with pytest.raises(ImpossibleValues, match=r"top_k 9 .* num_frm 4") as error:
-        with_values(tuned({"top_k": {"range": [2, 8]}}), {"top_k": 9, "num_frm": 4})
+        with_values(plain, {"top_k": 9, "num_frm": 4})
     assert error.value.together
-
-
-# ---- samplers and pruners ----
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -122,31 +105,28 @@ def test_a_grid_is_every_combination() -> None:
         "weight_decay": {"range": [0.1, 0.3], "step": 0.1},
         "rnn": {"choices": ["lstm"]},
     }
-    config = tuned(space, optuna_cfg=by_grid)
+    config = tuned(space, by_grid)
     assert grid(build_space(config)) == {"top_k": [2, 3, 4], "weight_decay": [0.1, 0.2, 0.3], "rnn": ["lstm"]}
     assert "9 points" in describe(config)[0]
-    assert "coef_lr" in refusal({"coef_lr": {"range": [0, 1]}}, optuna_cfg=by_grid)
+    assert "coef_lr" in refusal({"coef_lr": {"range": [0, 1]}}, by_grid)
 
 
-def points(config: Config, parts: list[int], n_epochs: int = 1) -> list[dict[str, Any]]:
+def tried(config: Config, parts: list[int], n_epochs: int = 1) -> list[dict[str, Any]]:
     """Run a study in parts, as processes of which each knows nothing but the storage."""
     storage, space = optuna.storages.InMemoryStorage(), build_space(config)
     assert config.optuna_cfg is not None
-
-    def objective(trial: optuna.Trial) -> float:
-        value = float(sum(suggest(trial, space).values()))
-        for epoch in range(1, n_epochs + 1):
-            trial.report(value, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-        return value
-
     for count in parts:
-        study = optuna.create_study(
-            storage=storage, study_name="s", load_if_exists=True, pruner=make_pruner(config.optuna_cfg, n_epochs)
-        )
+        pruner = make_pruner(config.optuna_cfg, n_epochs)
+        study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True, pruner=pruner)
         set_sampler(study, config, space)
-        study.optimize(objective, n_trials=count)
+        for _ in range(count):
+            trial = study.ask(space)
+            value, epoch, pruned = float(sum(trial.params.values())), 0, False
+            while epoch < n_epochs and not pruned:
+                epoch += 1
+                trial.report(value, epoch)
+                pruned = trial.should_prune()
+            study.tell(trial, None if pruned else value, optuna.trial.TrialState.PRUNED if pruned else None)
     return [trial.params for trial in study.trials]
 
 
@@ -154,11 +134,11 @@ def points(config: Config, parts: list[int], n_epochs: int = 1) -> list[dict[str
 def test_a_study_in_one_go_and_in_parts_tries_the_same_values(name: str) -> None:
     sampler = {"name": name} if name == "RandomSampler" else {"name": name, "n_startup_trials": 2}
     space = {"coef_lr": {"range": [0.01, 1], "log": True}, "top_k": {"range": [1, 8]}}
-    config = tuned(space, seed=1, optuna_cfg={"sampler": sampler})
-    whole = points(config, [6])
-    assert points(config, [2, 1, 3]) == whole
+    config = tuned(space, {"sampler": sampler}, seed=1)
+    whole = tried(config, [6])
+    assert tried(config, [2, 1, 3]) == whole
     assert name == "GPSampler" or len({tuple(point.values()) for point in whole}) == 6
-    assert points(tuned(space, seed=2, optuna_cfg={"sampler": sampler}), [6]) != whole
+    assert tried(tuned(space, {"sampler": sampler}, seed=2), [6]) != whole
 
 
 @pytest.mark.parametrize("name", ["RandomSampler", "GridSampler"])
@@ -166,8 +146,8 @@ def test_hyperband_lets_no_values_come_twice(name: str) -> None:
     space: dict[str, Any] = {"coef_lr": {"choices": [0.1, 0.2, 0.3]}, "top_k": {"range": [1, 3]}}
     if name == "RandomSampler":
         space = {"coef_lr": {"range": [0, 1]}}
-    config = tuned(space, optuna_cfg={"sampler": {"name": name}, "pruner": "hyperband"}, num_epochs=9)
-    assert len({tuple(point.values()) for point in points(config, [9], n_epochs=9)}) == 9
+    config = tuned(space, {"sampler": {"name": name}, "pruner": "hyperband"}, num_epochs=9)
+    assert len({tuple(point.values()) for point in tried(config, [9], n_epochs=9)}) == 9
 
 
 @pytest.mark.parametrize(
@@ -176,21 +156,18 @@ def test_hyperband_lets_no_values_come_twice(name: str) -> None:
         ({"name": "TPESampler", "n_startup": 3}, "n_startup_trials"),
         ({"name": "TPESampler", "gamma": 3}, "gamma"),
         ({"name": "RandomSampler", "seed": -1}, "RandomSampler"),
-        ({"name": "TPESampler", "n_startup_trials": "ten"}, "ten"),
         ({"name": "CmaEsSampler", "popsize": 1}, "popsize"),
-        ({"name": "CmaEsSampler", "x0": {"lr": 5}}, "x0"),
-        ({"name": "CmaEsSampler", "use_separable_cma": True, "with_margin": True}, "with_margin"),
         ({"name": "GridSampler", "n_startup_trials": 3}, "n_startup_trials"),
     ],
 )
 def test_arguments_that_a_sampler_refuses(sampler: dict[str, Any], told: str) -> None:
-    message = refusal({"coef_lr": {"range": [0, 1], "step": 0.5}}, optuna_cfg={"sampler": sampler})
+    message = refusal({"coef_lr": {"range": [0, 1], "step": 0.5}}, {"sampler": sampler})
     assert message.startswith("optuna_cfg.sampler") and told in message
 
 
 @pytest.mark.parametrize(("pruner", "prunes"), [("median", True), ("percentile", True), ("none", False)])
 def test_pruners_wait_for_the_warmup(pruner: str, prunes: bool) -> None:
-    config = tuned({"coef_lr": {"range": [0, 1]}}, optuna_cfg={"pruner": pruner, "n_warmup_steps": 3})
+    config = tuned({"coef_lr": {"range": [0, 1]}}, {"pruner": pruner, "n_warmup_steps": 3})
     assert config.optuna_cfg is not None
     study = optuna.create_study(direction="maximize", pruner=make_pruner(config.optuna_cfg, 5))
     asked: list[bool] = []
@@ -207,9 +184,6 @@ def test_objectives_are_what_is_measured() -> None:
     metrics = retrieval_metrics([torch.eye(2)], np.arange(2)).as_dict()
     measured = {f"{direction}.{name}" for direction, of in metrics.items() for name in of if name != "queries"}
     assert set(TASKS["retrieval"].settings.figures) == measured  # type: ignore[attr-defined]
-
-
-# ---- docs/tuning.md ----
 
 
 @pytest.mark.parametrize(

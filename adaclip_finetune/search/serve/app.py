@@ -27,8 +27,7 @@ from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import Hit
 from adaclip_finetune.search.pictures import open_picture
-from adaclip_finetune.search.serve.model_thread import ModelThread
-from adaclip_finetune.search.serve.served import ServedIndex, has_file
+from adaclip_finetune.search.serve.served import ModelThread, ServedIndex, has_file
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel

@@ -1,4 +1,4 @@
-"""The index that is served: its newest version, and its videos and pictures by key.
+"""What is served: the model, the newest version of the index, and its videos and pictures by key.
 
 A request names a key, never a path. A file is given out only if the index names it and it has not changed since it was
 indexed.
@@ -6,13 +6,17 @@ indexed.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fastapi import HTTPException
 
@@ -27,7 +31,49 @@ from adaclip_finetune.search.index import IndexedVideo, VideoIndex
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.storage import version_of
 
+if TYPE_CHECKING:
+    from adaclip_finetune.search.search_model import SearchModel
+
+T = TypeVar("T")
+
 _REMEMBERED = 100  # videos whose pictures are kept in memory
+
+
+class ModelThread:
+    """Loads a model, while the page is already served, and calls functions with it, one at a time.
+
+    `message` says why loading failed.
+    """
+
+    def __init__(self, load: Callable[[], SearchModel]) -> None:
+        self.state: Literal["loading", "ready", "failed"] = "loading"
+        self.message: str | None = None
+        self._load = load
+        self._model: SearchModel | None = None
+        self._thread = ThreadPoolExecutor(1, "model")
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._thread.submit(self._start)
+
+    async def run(self, function: Callable[[SearchModel], T]) -> T:
+        """Return what the function returns for the model. Raise HTTPException (503) while there is none."""
+        if self._model is None:
+            raise HTTPException(503, self.message or "the model is still being loaded", {"retry-after": "2"})
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._model)
+
+    def _start(self) -> None:
+        started = time.monotonic()
+        try:
+            self._model = self._load()
+            self.state = "ready"
+            print(f"the model is ready after {time.monotonic() - started:.1f} s", flush=True)
+        except Exception as error:  # whatever it is, the page must not wait for ever
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            self.message, self.state = str(error) or repr(error), "failed"
+            stopped = "Nothing can be searched until `adaclip serve` is started again; Ctrl-C stops it"
+            print(f"adaclip: error: {self.message}\n{stopped}", file=sys.stderr, flush=True)
 
 
 class ServedVideos:
@@ -37,8 +83,6 @@ class ServedVideos:
     def __init__(self, index: VideoIndex) -> None:
         self.index = index
         self._rows = {key: row for row, key in enumerate(index.videos.keys())}
-        self._root = Path(index.info.root)
-        self._files = VideoFiles(self._root, {})  # remembers where frames are in the files
         self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
 
     def file(self, key: str) -> tuple[Path, os.stat_result]:
@@ -75,7 +119,6 @@ class ServedVideos:
             store, name = self._store(video)
             pictures = [thumbnail(frame) for frame in store.read(name, [frame.index for frame in video.frames])]
         except (FrameError, UserError, LookupError) as error:
-            self._files = VideoFiles(self._root, {})  # what it remembers may be of another file
             raise HTTPException(404, f"{video.id}: its frames cannot be read ({error})") from error
         _check_unchanged(video)
         return pictures
@@ -83,10 +126,7 @@ class ServedVideos:
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Return the store of a video's frames, and the name of the video there."""
         if has_file(video):
-            if not video.path.is_relative_to(self._root):  # a video that stayed in the index when the folder changed
-                return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
-            self._files.files[video.id] = str(video.path)
-            return self._files, video.id
+            return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
         if video.path.is_dir():
             img_tmpl = self.index.info.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default)
             return FrameFolder(video.path.parent, str(img_tmpl)), video.path.name

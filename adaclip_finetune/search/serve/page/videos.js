@@ -37,12 +37,11 @@ export function play(video) {
   get("player-title").textContent = video.id;
   get("player-captions").textContent = video.captions.join("\n");
   get("player-path").textContent = video.path;
-  get("copy").textContent = "Copy";
   get("download").hidden = !video.video;
   get("download").href = video.video ?? "";
   get("download").download = video.id.split("/").pop();
   say(video.video ? "" : "This index was made of frames: there is no video file to play.");
-  stage.replaceChildren(video.video ? screen(video) : still(video));
+  stage.replaceChildren(video.video ? screen(video) : image(video.poster ?? "", `The best frame of ${video.id}`));
   get("frames").replaceChildren(...video.frames.map((frame, place) => frameButton(frame, place === video.best, video)));
   dialog.showModal();
   dialog.scrollTop = 0;
@@ -50,7 +49,6 @@ export function play(video) {
 }
 
 get("player-close").addEventListener("click", () => dialog.close());
-get("copy").addEventListener("click", copyPath);
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 dialog.addEventListener("close", () => {
   stage.querySelector("video")?.pause();
@@ -77,14 +75,10 @@ function seek(time) {
   made.play().catch(() => {});  // the browser may wait for a click on its own button
 }
 
-function still(video) {
-  return image(video.poster ?? "", `The best frame of ${video.id}`);
-}
-
 // Say why a video does not play: the server knows whether its file is there and unchanged.
 async function showStill(video) {
   if (!stage.querySelector("video")) return;
-  stage.replaceChildren(still(video));
+  stage.replaceChildren(image(video.poster ?? "", `The best frame of ${video.id}`));
   get("player-close").focus();
   for (const button of get("frames").querySelectorAll("button")) button.disabled = true;
   let reason = "This browser cannot play this kind of file. Open it in a video player: its path is below, or download it.";
@@ -109,16 +103,6 @@ function frameButton(frame, best, video) {
   line.append(element("span", "", time), element("span", "", weight));
   button.append(image(frame.picture), bar, line);
   return inList(button);
-}
-
-async function copyPath() {
-  try {
-    await navigator.clipboard.writeText(get("player-path").textContent);
-    get("copy").textContent = "Copied";
-  } catch {  // browsers forbid it on a page that came unencrypted from another machine
-    getSelection().selectAllChildren(get("player-path"));
-    get("copy").textContent = "Selected";
-  }
 }
 
 function say(text) {

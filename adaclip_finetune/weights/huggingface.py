@@ -207,7 +207,6 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
     tokenizer = SimpleTokenizer()
     vocabulary = {word: n for word, n in tokenizer.encoder.items() if n not in tokenizer.all_special_ids}
     vocabulary |= {_START: tokenizer.sot_token_id, _END: tokenizer.eot_token_id}
-    special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
     shared = {
         "hidden_act": "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
         "projection_dim": model_cfg["embed_dim"],
@@ -240,12 +239,7 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
         },
         "vocab.json": vocabulary,
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.bpe_ranks)]) + "\n",
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            **special,
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": text.context_length,
-        },
+        "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length},
     }
 
 

@@ -127,8 +127,8 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     data.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
     data.seek(0)
-    stand_ins = [(_Module, name) for name in names if name.startswith(("__torch__.", "torch.jit._pickle."))]
-    with torch.serialization.safe_globals(stand_ins):
+    known = (name for name in names if name.startswith(("__torch__.", "torch.jit._pickle.")))
+    with torch.serialization.safe_globals([(_Module, name) for name in known]):
         return dict(_tensors(torch.load(data, map_location="cpu", weights_only=True)))
 
 

@@ -57,7 +57,9 @@ def expected(run: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path, heads: str) -> None:
+def test_published_reads_back_as_it_was(
+    project: dict[str, Any], tmp_path: Path, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(None, {**project, **HEADS[heads]})
     run = finetuned(tmp_path / "run", {**project, **HEADS[heads]})
     export(run if heads == "mlp" else run / "best.safetensors", "published", tmp_path / "such.pth")
@@ -69,8 +71,10 @@ def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path,
     checkpoint = read_checkpoint(tmp_path / "such.pth")
     assert (checkpoint.kind, checkpoint.epoch) == (Kind.PUBLISHED, "7")
     check_settings(checkpoint, config)
-    fresh = load_config(None, {k: v for k, v in {**project, **HEADS[heads]}.items() if k != "clip_weights"})
-    model = open_model(fresh, checkpoint).model
+    # Its CLIP and the CNN of its policy are in the file: nothing is downloaded.
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloaded"))
+    given = {k: v for k, v in {**project, **HEADS[heads]}.items() if k not in ("clip_weights", "policy_weights")}
+    model = open_model(load_config(None, given), checkpoint).model
     stored = load_file(run / "best.safetensors")
     assert model.state_dict().keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())

@@ -156,11 +156,12 @@ def test_it_makes_an_index_and_searches_the_old_one(moved: Moved, tmp_path: Path
 
 
 def test_it_is_exported(moved: Moved, tmp_path: Path) -> None:
-    target = tmp_path / "folder"
-    assert main(["export", str(moved.run), "--format", "open_clip", "-o", str(target)]) == 0
-    exported = load_clip(load_config(None, {"clip_weights": str(target)}))
     best = load_file(moved.run / "best.safetensors")
-    assert all(torch.equal(tensor, best[f"clip.{name}"]) for name, tensor in exported.module.state_dict().items())
+    for name in ("best", "adapter"):
+        words = ["--format", "open_clip", "-o", str(tmp_path / name), "--clip_weights", str(moved.clip)]
+        assert main(["export", str(moved.run / f"{name}.safetensors"), *words[: None if name == "adapter" else 4]]) == 0
+        exported = load_clip(load_config(None, {"clip_weights": str(tmp_path / name)}))
+        assert all(torch.equal(tensor, best[f"clip.{n}"]) for n, tensor in exported.module.state_dict().items())
     before = load_clip(load_config(None, {"clip_weights": str(moved.clip)}))
     assert exported.image == before.image
     assert torch.equal(exported.tokenize(TEXTS, 20), before.tokenize(TEXTS, 20))
@@ -202,8 +203,6 @@ def test_an_adapter_goes_over_the_weights_that_it_was_made_for(moved: Moved, tmp
     model = load_retriever(adapter, clip_weights=str(moved.clip))
     torch.testing.assert_close(model.encode_text(TEXTS), moved.vectors, rtol=0, atol=1e-6)
     with_zero_shot(moved, adapter, tmp_path)
-    words = ["--format", "open_clip", "-o", str(tmp_path / "exported"), "--clip_weights", str(moved.clip)]
-    assert main(["export", str(adapter), *words]) == 0
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["other weights", "no weights"])

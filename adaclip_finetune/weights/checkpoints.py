@@ -168,11 +168,9 @@ def describe(checkpoint: Checkpoint, config: Config) -> str:
     """Return in words what the checkpoint is, and which of the settings it was made with differ from the config."""
     epoch = "" if checkpoint.epoch in (None, "None") else f" of epoch {checkpoint.epoch}"
     what = f"resume: {checkpoint.path} is {checkpoint.kind.value}{epoch}"
-    if not checkpoint.settings:
-        return f"{what}; it holds no settings"
     rows = list(_differences(checkpoint, config))
     if not rows:
-        return f"{what}; its settings are those given"
+        return f"{what}; {'its settings are those given' if checkpoint.settings else 'it holds no settings'}"
     width = max(len(name) for name, _, _ in rows)
     table = [f"  {name:{width}}  {_plain(stored)} → {_plain(given)}" for name, stored, given in rows]
     return "\n".join([f"{what}; these of its settings are different here (stored → given):", *table])
@@ -226,12 +224,12 @@ def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, 
     for name in compared:
         there, here = stored.get(name), getattr(config, name)
         if isinstance(there, dict):  # a section: the choices are compared
-            method, own = there.get("method"), here.method if isinstance(here, Chosen) else None
-            if method is not None and method != own:
-                yield f"{name}.method", method, own
-            continue
-        there = tuple(there) if isinstance(there, list) else there
-        if name in stored and not isinstance(here, Chosen) and there != here:
+            name, there, here = f"{name}.method", there.get("method"), here.method if isinstance(here, Chosen) else None
+            differs = there is not None and there != here
+        else:
+            there = tuple(there) if isinstance(there, list) else there
+            differs = name in stored and not isinstance(here, Chosen) and there != here
+        if differs:
             yield name, there, here
 
 

@@ -207,10 +207,8 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
     tokenizer = SimpleTokenizer()
     vocabulary = {word: n for word, n in tokenizer.encoder.items() if n not in tokenizer.all_special_ids}
     vocabulary |= {_START: tokenizer.sot_token_id, _END: tokenizer.eot_token_id}
-    shared = {
-        "hidden_act": "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
-        "projection_dim": model_cfg["embed_dim"],
-    }
+    act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+    shared = {"hidden_act": act, "projection_dim": model_cfg["embed_dim"]}
     tokens = {"bos_token_id": tokenizer.sot_token_id, "eos_token_id": tokenizer.eot_token_id}
     heads = {"num_attention_heads": vision.width // vision.head_width}
     square = {"height": vision.image_size, "width": vision.image_size}

@@ -1,7 +1,6 @@
 """CLIP by tag, folder and file: strict, in float32, and without running what a file holds."""
 
 import json
-import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -183,12 +182,10 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_fetched(monkeyp
 def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:
     # A description that spells out defaults is still the same architecture.
     spelled_out = {**ARCHITECTURE, "custom_text": False, "text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 49408}}
-    folder = str(write_folder(tmp_path / "same", spelled_out))
-    assert load_clip(config(clip_weights=folder)).image.size == 32
+    load_clip(config(clip_weights=str(write_folder(tmp_path / "same", spelled_out))))
     other = str(write_folder(tmp_path / "other", {**ARCHITECTURE, "quick_gelu": False}))
-    for given, weights in (("ViT-B/32", folder), ("tiny", other)):
-        with pytest.raises(UserError, match=rf"clip_backbone {given} .*{weights}.*open_clip_config\.json"):
-            load_clip(config(clip_backbone=given, clip_weights=weights))
+    with pytest.raises(UserError, match=rf"clip_backbone tiny .*{other}.*open_clip_config\.json"):
+        load_clip(config(clip_weights=other))
 
 
 @pytest.mark.parametrize(
@@ -275,13 +272,3 @@ def test_without_weights_nothing_is_fetched_and_nothing_allocated() -> None:
     assert sum(parameter.numel() for parameter in loaded.module.parameters()) == 151_277_313
     assert all(tensor.is_meta for tensor in [*loaded.module.parameters(), *loaded.module.buffers()])
     assert loaded.image.size == 224 and loaded.context_length == 77
-
-
-def test_what_open_clip_logs_is_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_clip.create_model("tiny", load_weights=False)
-    assert "No pretrained weights loaded" in caplog.text, "open_clip no longer says it: nothing need be hidden"
-    caplog.clear()
-    root = logging.getLogger()
-    before = (list(root.handlers), root.level, list(root.filters))
-    load_clip(load_config(None, {"clip_weights": str(write_folder(tmp_path / "folder"))}))
-    assert caplog.records == [] and (root.handlers, root.level, root.filters) == before

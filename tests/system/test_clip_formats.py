@@ -83,11 +83,8 @@ def test_the_same_weights_are_the_same_towers(state: State, tmp_path: Path, name
     assert str(path) in loaded.source
 
 
-def test_renaming_to_transformers_and_back_changes_nothing(state: State) -> None:
+def test_a_block_without_all_of_q_k_and_v_is_refused(state: State) -> None:
     theirs = to_huggingface_names(state)
-    assert "vision_model.encoder.layers.1.self_attn.k_proj.bias" in theirs and len(theirs) == len(state) + 16
-    back = to_openai_names(theirs, "x")
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     del theirs["vision_model.encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(UserError, match=r"x: visual\.transformer\.resblocks\.1\.self_attn .*k_proj"):
         to_openai_names(theirs, "x")

@@ -8,12 +8,9 @@ huggingface  a folder for transformers' CLIPModel with CLIP's towers alone, prep
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +50,13 @@ def export(run: Path, form: str, target: Path, clip_weights: str | None = None) 
         problem = "already exists" if target.exists() else f"there is no folder {target.absolute().parent}"
         raise UserError(f"-o {target}: {problem}; give another name")
     source = _read(run, {} if clip_weights is None else {"clip_weights": clip_weights})
-    with _written_beside(target) as temporary:
-        notes = list(FORMATS[form](source, temporary))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+            temporary = Path(folder) / target.name
+            notes = list(FORMATS[form](source, temporary))
+            temporary.rename(target)
+    except (OSError, RuntimeError) as error:  # a full disk, as Python and torch report it
+        raise UserError(f"-o {target}: could not be written ({error})") from error
     tower = source.session.config.tower.method
     if tower != "per_frame":
         notes.append(f"WARNING: the format has no place for tower {tower}. Read back, each frame is encoded alone")
@@ -147,21 +149,3 @@ def _write_json(path: Path, content: Any) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # save_file makes files that only their owner can read.
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a temporary place beside the target, which is renamed to the target when all is written and on the disk."""
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        try:
-            yield work / target.name
-            for path in work.rglob("*"):
-                if path.is_file():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-            (work / target.name).rename(target)
-        finally:
-            shutil.rmtree(work)
-    except (OSError, RuntimeError) as error:  # a full disk, as Python and torch report it
-        raise UserError(f"-o {target}: could not be written ({error})") from error

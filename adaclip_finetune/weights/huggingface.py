@@ -148,7 +148,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     if path.suffix == ".json":
         content = read_json(path)
         listed = content.get("weight_map") if isinstance(content, dict) else None
-        files = sorted(set(listed.values())) if isinstance(listed, dict) else []
+        files = sorted({str(file) for file in listed.values()}) if isinstance(listed, dict) else []
         if not files or any(Path(file).name != file for file in files):
             raise UserError(f"{path}: has no weight_map of tensors to files beside it")
     state: dict[str, Tensor] = {}

@@ -8,11 +8,9 @@ huggingface  a folder for transformers' CLIPModel with CLIP's towers alone, prep
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +46,17 @@ def export(run: Path, form: str, target: Path, clip_weights: str | None = None) 
     `form` is one of FORMATS. `clip_weights` is where the pretrained weights of an adapter are, if they have moved. The
     target appears whole or not at all. Raise UserError if it exists, or if the format cannot hold the model.
     """
-    if target.exists():
-        raise UserError(f"-o {target}: already exists; give another name, or remove it")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"-o {target}: there is no folder {target.absolute().parent}")
+    if target.exists() or not target.absolute().parent.is_dir():
+        problem = "already exists" if target.exists() else f"there is no folder {target.absolute().parent}"
+        raise UserError(f"-o {target}: {problem}; give another name")
     source = _read(run, {} if clip_weights is None else {"clip_weights": clip_weights})
-    with _written_beside(target) as temporary:
-        notes = list(FORMATS[form](source, temporary))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+            temporary = Path(folder) / target.name
+            notes = list(FORMATS[form](source, temporary))
+            temporary.rename(target)
+    except (OSError, RuntimeError) as error:  # a full disk, as Python and torch report it
+        raise UserError(f"-o {target}: could not be written ({error})") from error
     tower = source.session.config.tower.method
     if tower != "per_frame":
         notes.append(f"WARNING: the format has no place for tower {tower}. Read back, each frame is encoded alone")
@@ -81,10 +83,9 @@ def _read(run: Path, overrides: Mapping[str, Any]) -> _Exported:
 
 def _published(source: _Exported, path: Path) -> Iterator[str]:
     likely = architecture_of(source.towers, str(source.path))
-    epoch = source.epoch or ""
     content = {
         "arch": "AdaCLIP",
-        "epoch": int(epoch) if epoch.isdecimal() else 0,
+        "epoch": int(source.epoch) if source.epoch and source.epoch.isdecimal() else 0,
         "state_dict": to_published_names(source.state),
         "config": source.session.config.model_dump(mode="json"),
         "optimizer": {},
@@ -103,15 +104,13 @@ def _published(source: _Exported, path: Path) -> Iterator[str]:
 def _open_clip(source: _Exported, folder: Path) -> Iterator[str]:
     folder.mkdir()
     save_tokenizer(source.session.loaded, folder)
-    described = {"model_cfg": source.model_cfg, "preprocess_cfg": source.preprocess}
-    _write_json(folder / "open_clip_config.json", described)
+    _write_json(folder / "open_clip_config.json", {"model_cfg": source.model_cfg, "preprocess_cfg": source.preprocess})
     _write_tensors(folder / "open_clip_model.safetensors", source.towers)
     yield from _left_out(source.state)
 
 
 def _huggingface(source: _Exported, folder: Path) -> Iterator[str]:
-    sections = ("vision_cfg", "text_cfg")
-    any_norm = {name: {**source.model_cfg[name], "norm_kwargs": None} for name in sections}
+    any_norm = {name: {**source.model_cfg[name], "norm_kwargs": None} for name in ("vision_cfg", "text_cfg")}
     sizes = sizes_of({**source.model_cfg, **any_norm})
     if sizes is None or sizes["patch_size"] is None or sizes["vocab_size"] != 49408:
         raise UserError(
@@ -136,10 +135,9 @@ FORMATS: dict[str, Callable[[_Exported, Path], Iterator[str]]] = {
 
 
 def _left_out(state: Mapping[str, Tensor]) -> Iterator[str]:
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for name, tensor in state.items():
-        part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + tensor.numel()
+        sizes[name.partition(".")[0]] += tensor.numel()
     if parts := ", ".join(f"{part} ({count:,} numbers)" for part, count in sizes.items() if part != "clip"):
         yield f"left out, since the format has no place for it: {parts}. All frames then count alike"
 
@@ -151,21 +149,3 @@ def _write_json(path: Path, content: Any) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # save_file makes files that only their owner can read.
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a temporary place beside the target, which is renamed to the target when all is written and on the disk."""
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        try:
-            yield work / target.name
-            for path in work.rglob("*"):
-                if path.is_file():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-            (work / target.name).rename(target)
-        finally:
-            shutil.rmtree(work)
-    except (OSError, RuntimeError) as error:  # a full disk, as Python and torch report it
-        raise UserError(f"-o {target}: could not be written ({error})") from error

@@ -42,6 +42,7 @@ from adaclip_finetune.export import export
 from adaclip_finetune.model.vit import text_linears, vision_view
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
+from adaclip_finetune.weights.backbones import resolve_backbone
 
 BACKBONES = [
     "ViT-B/32",
@@ -179,8 +180,6 @@ def shrunk(backbone: str, folder: Path) -> Iterator[Path]:
 
 
 def _name_and_tag(backbone: str) -> tuple[str, str]:
-    from adaclip_finetune.weights.backbones import resolve_backbone
-
     name, tag = resolve_backbone(backbone)
     assert tag is not None
     return name, tag

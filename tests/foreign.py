@@ -3,11 +3,11 @@
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,24 +29,16 @@ class EasyDict(dict):
             self.__dict__[name] = value
 
 
-@contextmanager
-def easydict_installed() -> Iterator[None]:
-    """Let pickle write the class by its name; the module is gone when the file is read."""
-    assert "easydict" not in sys.modules
-    module = ModuleType("easydict")
-    module.EasyDict = EasyDict  # type: ignore[attr-defined]
-    sys.modules["easydict"] = module
-    try:
-        yield
-    finally:
-        del sys.modules["easydict"]
-
-
 def write_published(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any], zipped: bool = True) -> Path:
-    """Write a published AdaCLIP checkpoint in torch's format, or with `zipped=False` in torch's older one."""
+    """Write a published AdaCLIP checkpoint in torch's format, or with `zipped=False` in torch's older one.
+
+    Its settings name the class of a package that is gone when the file is read.
+    """
     optimizer = {"state": {0: {"step": 7, "next_m": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
     content = {"arch": "AdaCLIP", "epoch": 4, "state_dict": dict(state), "optimizer": optimizer}
-    with easydict_installed():
+    package = ModuleType("easydict")
+    package.EasyDict = EasyDict  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, {"easydict": package}):
         torch.save({**content, "config": EasyDict(settings)}, path, _use_new_zipfile_serialization=zipped)
     return path
 

@@ -96,12 +96,11 @@ def build(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], subject: 
         try:
             (Path(folder) / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
             with open_clip_silent(), torch.device(device):
-                module: nn.Module = open_clip.create_model(
+                return open_clip.create_model(  # type: ignore[no-any-return]
                     f"{LOCAL_DIR}{folder}", load_weights=False, pretrained_text=False, device=device
                 )
         except Exception as error:  # whatever a config, or a library behind a tower, can lead to
             raise cannot_build(subject, error) from error
-    return module
 
 
 def cannot_build(subject: str, error: Exception) -> UserError:

@@ -100,9 +100,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"resume: {path} belongs to a run that can continue: --resume {path.parent.parent}")
     kind = Kind.ADAPTER if metadata.get("content") == "adapter" else Kind.OURS
     settings = _object(metadata, "config", path)
-    if (settings.get("clip_weights") or settings.get("resume")) and _is_default_backbone(settings):
-        # Nobody chose the default, and it is not the CLIP of this checkpoint.
-        del settings["clip_backbone"]
+    is_default = settings.get("clip_backbone") == Config.model_fields["clip_backbone"].default
+    if is_default and (settings.get("clip_weights") or settings.get("resume")):
+        del settings["clip_backbone"]  # nobody chose the default, and it is not the CLIP of this checkpoint
     return Checkpoint(path, kind, content, settings, metadata.get("epoch"), metadata)
 
 
@@ -119,7 +119,13 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
     weights = config.clip_weights if given else stored.get("clip_weights")
     if weights and not Path(weights).exists():
         if not described:
-            raise _lost(checkpoint, weights)
+            about, made_with = checkpoint.description, ""
+            if source := about.get("source"):
+                made_with = f" {checkpoint.path} was made with {source} (SHA-256 {about.get('digest', '')[:12]}…)."
+            raise UserError(
+                f"clip_weights {weights}: no such file or folder.{made_with} Say where the pretrained weights are with "
+                "--clip_weights"
+            )
         weights = None
     if weights != config.clip_weights:
         return config.model_copy(update={"clip_weights": weights})
@@ -140,13 +146,15 @@ def check_settings(checkpoint: Checkpoint, config: Config) -> None:
     """Raise UserError naming the settings that the tensors of the checkpoint contradict, and the flags to give."""
     try:
         found = dict(contradictions(checkpoint.state, config))
-    except KeyError as error:
-        raise UserError(f"resume: {checkpoint.path} lacks the tensor {error}") from error
-    except IndexError as error:
-        raise UserError(f"resume: {checkpoint.path} has a tensor of an unexpected shape ({error})") from error
+    except (KeyError, IndexError) as error:
+        problem = (
+            f"lacks the tensor {error}" if isinstance(error, KeyError) else f"has a tensor of another shape: {error}"
+        )
+        raise UserError(f"resume: {checkpoint.path} {problem}") from error
     if not found:
         return
-    lines = [f"  {name} is {_plain(getattr(config, name))}, there {_choice(v)}" for name, v in found.items()]
+    there = {name: " or ".join(map(_plain, v)) or "something that no setting leads to" for name, v in found.items()}
+    lines = [f"  {name} is {_plain(getattr(config, name))}, there {choice}" for name, choice in there.items()]
     stored = {name: checkpoint.settings.get(name) for name in found}
     flags = [f"--{name} {_plain(stored[name] if stored[name] in v else v[0])}" for name, v in found.items() if v]
     raise UserError(
@@ -160,24 +168,19 @@ def describe(checkpoint: Checkpoint, config: Config) -> str:
     """Return in words what the checkpoint is, and which of the settings it was made with differ from the config."""
     epoch = "" if checkpoint.epoch in (None, "None") else f" of epoch {checkpoint.epoch}"
     what = f"resume: {checkpoint.path} is {checkpoint.kind.value}{epoch}"
-    if not checkpoint.settings:
-        return f"{what}; it holds no settings"
     rows = list(_differences(checkpoint, config))
     if not rows:
-        return f"{what}; its settings are those given"
+        return f"{what}; {'its settings are those given' if checkpoint.settings else 'it holds no settings'}"
     width = max(len(name) for name, _, _ in rows)
     table = [f"  {name:{width}}  {_plain(stored)} → {_plain(given)}" for name, stored, given in rows]
     return "\n".join([f"{what}; these of its settings are different here (stored → given):", *table])
 
 
 def _foreign(path: Path, content: Any) -> Checkpoint:
-    state = named_tensors(content)
-    if not state:
-        raise _unknown(path, "it holds no tensors by name")
+    state = {n: t for n, t in named_tensors(content).items() if n.removeprefix("clip.") not in NO_WEIGHTS}
     if "clip.logit_scale" not in state:
         alone = "; CLIP weights alone belong into clip_weights" if "logit_scale" in state else ""
-        raise _unknown(path, f"it holds no clip.logit_scale{alone}")
-    state = {name: tensor for name, tensor in state.items() if name.removeprefix("clip.") not in NO_WEIGHTS}
+        raise _unknown(path, f"it holds no clip.logit_scale{alone}" if state else "it holds no tensors by name")
     try:
         ours = to_our_names(state)
     except UserError as error:
@@ -201,25 +204,11 @@ def _unknown(path: Path, why: str) -> UserError:
     )
 
 
-def _lost(checkpoint: Checkpoint, clip_weights: str) -> UserError:
-    described, made_with = checkpoint.description, ""
-    if source := described.get("source"):
-        made_with = f" {checkpoint.path} was made with {source} (SHA-256 {described.get('digest', '')[:12]}…)."
-    return UserError(
-        f"clip_weights {clip_weights}: no such file or folder.{made_with} Say where the pretrained weights are with "
-        "--clip_weights"
-    )
-
-
 def _object(metadata: dict[str, str], name: str, path: Path) -> dict[str, Any]:
     found = parse_json(metadata.get(name, "{}"), f"resume: {path}, {name} in its metadata")
     if not isinstance(found, dict):
         raise UserError(f"resume: {path}: {name} in its metadata is not a JSON object")
     return found
-
-
-def _is_default_backbone(settings: dict[str, Any]) -> bool:
-    return bool(settings.get("clip_backbone") == Config.model_fields["clip_backbone"].default)
 
 
 def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, Any, Any]]:
@@ -235,17 +224,13 @@ def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, 
     for name in compared:
         there, here = stored.get(name), getattr(config, name)
         if isinstance(there, dict):  # a section: the choices are compared
-            method, own = there.get("method"), here.method if isinstance(here, Chosen) else None
-            if method is not None and method != own:
-                yield f"{name}.method", method, own
-            continue
-        there = tuple(there) if isinstance(there, list) else there
-        if name in stored and not isinstance(here, Chosen) and there != here:
+            name, there, here = f"{name}.method", there.get("method"), here.method if isinstance(here, Chosen) else None
+            differs = there is not None and there != here
+        else:
+            there = tuple(there) if isinstance(there, list) else there
+            differs = name in stored and not isinstance(here, Chosen) and there != here
+        if differs:
             yield name, there, here
-
-
-def _choice(possible: tuple[Any, ...]) -> str:
-    return " or ".join(map(_plain, possible)) or "something that no setting leads to"
 
 
 def _plain(value: Any) -> str:

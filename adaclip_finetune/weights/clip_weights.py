@@ -35,7 +35,6 @@ _WEIGHTS_IN_FOLDER = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Entries of OpenAI's files that are not weights: numbers, and a mask that is part of the architecture."""
 
@@ -89,7 +88,7 @@ def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weight
     source = _fill(module, towers) if with_weights else "meta device, no weights"
     description = dict(towers.weights.description if towers.weights else {}) or {
         "model_cfg": towers.model_cfg,
-        "preprocess": {name: preprocess[name] for name in _PREPROCESS},
+        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
         "pretrained": None if towers.weights else f"{towers.name}:{towers.tag}",
     }
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source, description)
@@ -251,36 +250,32 @@ def _fill(module: nn.Module, towers: Towers) -> str:
     weights = towers.weights
     if weights is None:
         return _fetch(module, towers)
-    state = dict(weights.state)
-    if "logit_bias" in state:
+    if "logit_bias" in weights.state:
         ensure_logit_bias(module)
-    if weights.with_additions:
-        own = module.state_dict()
-        state = {name: tensor for name, tensor in state.items() if name in own}
-    strict_load(module, state, weights.source)
+    own = module.state_dict() if weights.with_additions else weights.state
+    strict_load(module, {name: tensor for name, tensor in weights.state.items() if name in own}, weights.source)
     return weights.source.partition(": ")[2] + towers.note
 
 
 def _fetch(module: nn.Module, towers: Towers) -> str:
     source = f"{towers.name}:{towers.tag}"
-    try:
-        with backbones.open_clip_silent():
+    with backbones.open_clip_silent():
+        try:
             path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(towers.name, towers.tag)))
-    except Exception as error:
-        raise UserError(
-            f"clip_backbone: the weights {source} could not be downloaded ({error}).\n"
-            "Ways to get them: run once where the Hugging Face hub can be reached (they stay in its cache, HF_HOME); "
-            "set HF_ENDPOINT to a mirror; or copy a file or folder with them here and set clip_weights to it."
-        ) from error
-    try:
-        if is_torchscript(path):
-            strict_load(module, read_state_dict(path), source)
-        else:
-            with backbones.open_clip_silent():
-                # open_clip knows the older names in its own files.
+        except Exception as error:
+            raise UserError(
+                f"clip_backbone: the weights {source} could not be downloaded ({error}).\n"
+                "Ways to get them: run once where the Hugging Face hub can be reached (they stay in its cache, "
+                "HF_HOME); set HF_ENDPOINT to a mirror; or copy a file or folder with them here and set clip_weights "
+                "to it."
+            ) from error
+        try:
+            if is_torchscript(path):
+                strict_load(module, read_state_dict(path), source)
+            else:  # open_clip knows the older names in its own files
                 open_clip.load_checkpoint(module, path, strict=True, weights_only=True)
-    except Exception as error:
-        raise UserError(f"clip_backbone: the weights {source} in {path} do not fit the model: {error}") from error
+        except Exception as error:
+            raise UserError(f"clip_backbone: the weights {source} in {path} do not fit the model: {error}") from error
     return source
 
 

@@ -21,7 +21,7 @@ from adaclip_finetune.strict_json import read_json
 from adaclip_finetune.weights.architecture import mlp_ratio
 from adaclip_finetune.weights.safe import named_tensors, read_untrusted
 
-# OpenAI's names → transformers'. A name that ends with a dot is a prefix.
+# Parts of OpenAI's names → parts of transformers', in an order in which each can be replaced in either direction.
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -35,9 +35,6 @@ _NAMES = {
     "ln_final.": "text_model.final_layer_norm.",
     "text_projection": "text_projection.weight",
     "transformer.resblocks.": "text_model.encoder.layers.",
-    "logit_scale": "logit_scale",
-}
-_IN_BLOCK = {
     ".ln_1.": ".layer_norm1.",
     ".ln_2.": ".layer_norm2.",
     ".mlp.c_fc.": ".mlp.fc1.",
@@ -144,19 +141,20 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
     A file of weights may be divided into several, which an index lists.
     """
-    for name in _WEIGHTS:
-        if (path := folder / name).is_file():
-            return to_openai_names(named_tensors(read_untrusted(path)[0]), str(path)), path
-        if (index := folder / f"{name}.index.json").is_file():
-            content = read_json(index)
-            files = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-                raise UserError(f"{index}: has no weight_map of tensors to files beside it")
-            state: dict[str, Tensor] = {}
-            for file in sorted(set(files.values())):
-                state |= named_tensors(read_untrusted(folder / file)[0])
-            return to_openai_names(state, str(index)), index
-    raise UserError(f"{folder}: no weights found, such as {_WEIGHTS[0]}")
+    found = (path for name in _WEIGHTS for path in (folder / name, folder / f"{name}.index.json") if path.is_file())
+    if (path := next(found, None)) is None:
+        raise UserError(f"{folder}: no weights found, such as {_WEIGHTS[0]}")
+    files = [path.name]
+    if path.suffix == ".json":
+        content = read_json(path)
+        listed = content.get("weight_map") if isinstance(content, dict) else None
+        files = sorted({str(file) for file in listed.values()}) if isinstance(listed, dict) else []
+        if not files or any(Path(file).name != file for file in files):
+            raise UserError(f"{path}: has no weight_map of tensors to files beside it")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= named_tensors(read_untrusted(folder / file)[0])
+    return to_openai_names(state, str(path)), path
 
 
 def to_openai_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -164,8 +162,12 @@ def to_openai_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tenso
 
     Raise UserError for a block that lacks one of q, k and v.
     """
-    names, in_block = _swapped(_NAMES), _swapped(_IN_BLOCK)
-    found = {_translated(n, names, in_block): t for n, t in state.items() if not n.endswith("position_ids")}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for ours, theirs in _NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith("position_ids"):
+            found[name] = tensor
     out: dict[str, Tensor] = {}
     for name, tensor in found.items():
         match = re.fullmatch(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)", name)
@@ -184,10 +186,13 @@ def to_huggingface_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIP's tensors under a CLIPModel's names, with q, k and v apart."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        theirs = _translated(name, _NAMES, _IN_BLOCK)
-        if match := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", theirs):
+        theirs = name
+        for one, other in _NAMES.items():
+            theirs = theirs.replace(one, other)
+        before, in_proj, kind = theirs.partition(".attn.in_proj_")
+        if in_proj:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"{match[1]}.self_attn.{letter}_proj.{match[2]}"] = part
+                out[f"{before}.self_attn.{letter}_proj.{kind}"] = part
         else:
             out[theirs] = tensor.T if name in _TRANSPOSED else tensor
     return out
@@ -202,11 +207,8 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
     tokenizer = SimpleTokenizer()
     vocabulary = {word: n for word, n in tokenizer.encoder.items() if n not in tokenizer.all_special_ids}
     vocabulary |= {_START: tokenizer.sot_token_id, _END: tokenizer.eot_token_id}
-    special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
-    shared = {
-        "hidden_act": "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
-        "projection_dim": model_cfg["embed_dim"],
-    }
+    act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+    shared = {"hidden_act": act, "projection_dim": model_cfg["embed_dim"]}
     tokens = {"bos_token_id": tokenizer.sot_token_id, "eos_token_id": tokenizer.eot_token_id}
     heads = {"num_attention_heads": vision.width // vision.head_width}
     square = {"height": vision.image_size, "width": vision.image_size}
@@ -223,7 +225,7 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
             "size": {"shortest_edge": vision.image_size} if shortest else square,
-            "resample": {words: number for number, words in _RESAMPLING.items()}[preprocess["interpolation"]],
+            "resample": {"bilinear": 2, "bicubic": 3}[preprocess["interpolation"]],
             "do_center_crop": shortest,
             "crop_size": square,
             "do_rescale": True,
@@ -235,12 +237,7 @@ def folder_files(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) ->
         },
         "vocab.json": vocabulary,
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.bpe_ranks)]) + "\n",
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            **special,
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": text.context_length,
-        },
+        "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length},
     }
 
 
@@ -262,17 +259,3 @@ def _sizes(cfg: Any, terms: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
     found = {theirs: getattr(cfg, ours) for ours, (theirs, _) in terms.items()}
     eps = (cfg.norm_kwargs or {}).get("eps", _EPS)
     return {**found, "intermediate_size": int(cfg.width * cfg.mlp_ratio), "layer_norm_eps": eps}
-
-
-def _translated(name: str, prefixes: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    for one, other in prefixes.items():
-        if name == one or (one.endswith(".") and name.startswith(one)):
-            name = other + name.removeprefix(one)
-            break
-    for one, other in parts.items():
-        name = name.replace(one, other)
-    return name
-
-
-def _swapped(names: Mapping[str, str]) -> dict[str, str]:
-    return {other: one for one, other in names.items()}

@@ -57,18 +57,10 @@ def test_towers_equal_those_of_transformers(pair: tuple[CLIPModel, open_clip.CLI
     assert sentences.std() > 0.1 and images.std() > 0.1
     for ids in (IDS, trim_padding(ours, IDS)):
         torch.testing.assert_close(encode_sentences(ours, ids), sentences, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_words_equal_those_of_transformers(pair: tuple[CLIPModel, open_clip.CLIP]) -> None:
-    theirs, ours = pair
-    ids = trim_padding(ours, IDS)
     words, is_word = encode_words(ours, ids)
     expected = theirs.text_projection(theirs.text_model(IDS).last_hidden_state)[:, : ids.shape[1]]
     torch.testing.assert_close(words, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(is_word, ids != 0)
-    last = is_word.sum(dim=1) - 1
-    torch.testing.assert_close(words[torch.arange(4), last], encode_sentences(ours, IDS), atol=1e-6, rtol=1e-6)
 
 
 def custom(text: dict[str, Any], **vision: Any) -> open_clip.CustomTextCLIP:
@@ -86,11 +78,11 @@ CAUSAL = {
     "CLIP, eos": lambda: open_clip.CLIP(WIDTH, VISION, {**TEXT, "pool_type": "eos", "eos_id": END}).double().eval(),
 }
 WHOLE_CONTEXT = {
-    "no causal mask": {"no_causal_mask": True},
-    "pooled last": {"pool_type": "last"},
-    "pooled last, no causal mask": {"pool_type": "last", "no_causal_mask": True},
-    "pooled first, no causal mask": {"pool_type": "first", "no_causal_mask": True},
-    "class token at the end": {"embed_cls": True},
+    "no causal mask": lambda: custom({"no_causal_mask": True}),
+    "pooled last": lambda: custom({"pool_type": "last"}),
+    "pooled first, no causal mask": lambda: custom({"pool_type": "first", "no_causal_mask": True}),
+    "class token at the end": lambda: custom({"embed_cls": True}),
+    "CLIP, no causal mask": lambda: open_clip.CLIP(WIDTH, VISION, {**TEXT, "no_causal_mask": True}).double().eval(),
 }
 
 
@@ -113,23 +105,12 @@ def test_causal_towers_need_only_the_tokens_up_to_the_end(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE_CONTEXT)
 @torch.no_grad()
 def test_other_towers_use_their_whole_context(name: str) -> None:
-    clip = custom(WHOLE_CONTEXT[name])
+    clip = WHOLE_CONTEXT[name]()
     assert not pools_at_end_token(clip)
     assert trim_padding(clip, IDS) is IDS
-    lengths: list[int] = []
-    clip.text.transformer.register_forward_hook(lambda _m, args, _o: lengths.append(args[0].shape[1]))
-    sentences = encode_sentences(clip, trim_padding(clip, IDS))
-    assert lengths == [clip.text.num_pos]
-    assert torch.equal(sentences, clip.encode_text(IDS))
+    assert torch.equal(encode_sentences(clip, IDS), clip.encode_text(IDS))
     with pytest.raises(UserError, match="word_agg"):
         check_words(clip)
-
-
-@torch.no_grad()
-def test_a_clip_of_openais_layout_without_causal_mask_is_not_trimmed_either() -> None:
-    clip = open_clip.CLIP(WIDTH, VISION, {**TEXT, "no_causal_mask": True}).double().eval()
-    assert trim_padding(clip, IDS) is IDS
-    assert torch.equal(encode_sentences(clip, IDS), clip.encode_text(IDS))
 
 
 @torch.no_grad()
@@ -155,21 +136,6 @@ def test_words_come_with_the_sentence_only_where_they_are_asked_for() -> None:
     assert not list(tower.parameters()), "CLIP's parameters keep their names"
     plain, whole = tower(ids), tower(ids, words=True)
     assert plain.words is None and plain.is_word is None
-    torch.testing.assert_close(plain.sentence, clip.encode_text(ids), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(whole.sentence, plain.sentence, atol=1e-9, rtol=1e-9)
     words, is_word = encode_words(clip, trim_padding(clip, ids))
     assert torch.equal(whole.words, words) and torch.equal(whole.is_word, is_word)
-
-
-def test_gradients_reach_the_same_parameters_as_encode_text() -> None:
-    clip = build_tiny_clip().double()
-    upstream = torch.randn(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ids = torch.nn.functional.pad(IDS, (0, 57))
-    (clip.encode_text(ids) * upstream).sum().backward()
-    expected = {name: p.grad.clone() for name, p in clip.named_parameters() if p.grad is not None}
-    clip.zero_grad()
-    (encode_sentences(clip, trim_padding(clip, ids)) * upstream).sum().backward()
-    assert len(expected) > 25
-    for name, parameter in clip.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=1e-9)

@@ -1,7 +1,6 @@
 """CLIP by tag, folder and file: strict, in float32, and without running what a file holds."""
 
 import json
-import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.weights.backbones import resolve_backbone
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.weights.plain import strict_load
 
 ARCHITECTURE: dict[str, Any] = {"embed_dim": 32, "quick_gelu": True}
 ARCHITECTURE["vision_cfg"] = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
@@ -74,39 +72,28 @@ def test_a_folder_brings_architecture_weights_and_preprocessing(tmp_path: Path) 
     assert "QuickGELU" in repr(loaded.module)
 
 
-# ---- wrappers ----
-
 WRAPPERS: dict[str, Callable[[State], dict[str, Any]]] = {
     "plain": lambda state: state,
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
-    "DistributedDataParallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    "torch.compile": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "torch.compile of a tower": lambda state: {n.replace("visual.", "visual._orig_mod."): t for n, t in state.items()},
-    "Lightning": lambda state: {
-        "state_dict": {f"model.{name}": t for name, t in state.items()},
-        "hyper_parameters": {},
-    },
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}, "epoch": 3},
     "all": lambda state: {"model": {f"module._orig_mod.model.{name}": tensor for name, tensor in state.items()}},
 }
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_known_wrappers_are_taken_off_and_nothing_is_rounded(tmp_path: Path, wrapper: str, suffix: str) -> None:
+def test_known_wrappers_are_taken_off_and_nothing_is_rounded(tmp_path: Path, wrapper: str) -> None:
     """The published system loaded CLIP weights through float16. Here float32 stays bit for bit."""
     expected = random_state()
     assert any(not torch.equal(tensor, tensor.half().float()) for tensor in expected.values())
-    path, content = tmp_path / f"weights{suffix}", WRAPPERS[wrapper](expected)
-    if suffix == ".pt":
-        torch.save(content, path)
-    else:
-        save_file(next((value for value in content.values() if isinstance(value, dict)), content), path)
-    loaded = load_clip(config(clip_weights=str(path)))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.module.state_dict().items())
-    assert loaded.image.mean == (0.5, 0.5, 0.5), "a file is preprocessed for as the tags of its architecture are"
-
-
-# ---- tags ----
+    content = WRAPPERS[wrapper](expected)
+    torch.save(content, tmp_path / "weights.pt")
+    named = next((value for value in content.values() if isinstance(value, dict)), content)
+    save_file(named, tmp_path / "weights.safetensors")
+    for suffix in ("pt", "safetensors"):
+        loaded = load_clip(config(clip_weights=str(tmp_path / f"weights.{suffix}")))
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.module.state_dict().items())
+        assert loaded.image.mean == (0.5, 0.5, 0.5), "a file is preprocessed for as the tags of its architecture are"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -125,17 +112,14 @@ def test_a_tag_is_fetched_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         torch.testing.assert_close(loaded.module.visual.proj, random_state()["visual.proj"], atol=1e-3, rtol=1e-3)
 
 
-def test_a_tag_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tag_that_does_not_fit_or_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)tiny:grey.*Network is unreachable.*HF_ENDPOINT.*clip_weights"):
+        load_clip(config())
     state = random_state()
     del state["visual.proj"]
     save_file({**state, "extra": torch.zeros(2)}, tmp_path / "fetched.safetensors")
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tmp_path / "fetched.safetensors"))
     with pytest.raises(UserError, match=r"(?s)tiny:grey.*visual\.proj.*extra"):
-        load_clip(config())
-
-
-def test_weights_that_cannot_be_downloaded_say_the_ways_out() -> None:
-    with pytest.raises(UserError, match=r"(?s)tiny:grey.*Network is unreachable.*HF_ENDPOINT.*clip_weights"):
         load_clip(config())
 
 
@@ -167,10 +151,7 @@ def test_names_that_open_clip_does_not_know(backbone: str, facts: str) -> None:
         load_clip(config(clip_backbone=backbone))
 
 
-# ---- what does not fit ----
-
-
-def test_all_tensors_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_all_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     """The published system showed such mismatches only in its debug log."""
     state = random_state()
     state["visual.extra"] = torch.zeros(3)
@@ -187,11 +168,6 @@ def test_all_tensors_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path: 
         "  shape: visual.proj is (64, 16), the model has (64, 32)",
         "  unexpected: visual.extra (3,)",
     ]
-    module = open_clip.CLIP(**ARCHITECTURE)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(UserError):
-        strict_load(module, state, "x")
-    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
 def test_settings_that_do_not_fit_are_refused_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,41 +182,36 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_fetched(monkeyp
 def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:
     # A description that spells out defaults is still the same architecture.
     spelled_out = {**ARCHITECTURE, "custom_text": False, "text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 49408}}
-    folder = str(write_folder(tmp_path / "same", spelled_out))
-    assert load_clip(config(clip_weights=folder)).image.size == 32
+    load_clip(config(clip_weights=str(write_folder(tmp_path / "same", spelled_out))))
     other = str(write_folder(tmp_path / "other", {**ARCHITECTURE, "quick_gelu": False}))
-    for given, weights in (("ViT-B/32", folder), ("tiny", other)):
-        with pytest.raises(UserError, match=rf"clip_backbone {given} .*{weights}.*open_clip_config\.json"):
-            load_clip(config(clip_backbone=given, clip_weights=weights))
+    with pytest.raises(UserError, match=rf"clip_backbone tiny .*{other}.*open_clip_config\.json"):
+        load_clip(config(clip_weights=other))
 
 
-@pytest.mark.parametrize("given", [{}, {"clip_backbone": "tiny"}], ids=["no backbone", "a backbone"])
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"model_cfg": {}}', '{"model_cfg": {"vision_cfg": {"nonsense": 1}, "text_cfg": {}}}']
+    ("content", "facts"),
+    [
+        ("{", "open_clip_config.json"),
+        ("[]", "model_cfg"),
+        ('{"model_cfg": {}}', "clip_weights: .*folder"),
+        ('{"model_cfg": {"vision_cfg": {"nonsense": 1}, "text_cfg": {}}}', "clip_weights: .*folder"),
+        ({"resize_mode": "longest"}, "clip_weights: .*folder"),
+        ({"interpolation": "random"}, "clip_weights: .*folder"),
+        ({"mean": 0.5}, "clip_weights: .*folder"),
+        ("no weights", "folder holds no .*open_clip_model.safetensors"),
+        (None, "folder holds no open_clip_config.json"),
+    ],
 )
-def test_folders_with_a_broken_config(tmp_path: Path, content: str, given: dict[str, str]) -> None:
-    folder = write_folder(tmp_path / "folder")
-    (folder / "open_clip_config.json").write_text(content)
-    with pytest.raises(UserError, match="folder"):
-        load_clip(load_config(None, {"clip_weights": str(folder), **given}))
-
-
-def test_folders_that_lack_something(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "folder")
-    for name in ("open_clip_model.safetensors", "open_clip_config.json"):
-        (folder / name).unlink()
-        with pytest.raises(UserError, match=f"{folder} holds no .*{name}"):
-            load_clip(load_config(None, {"clip_weights": str(folder)}))
-
-
-@pytest.mark.parametrize("preprocess", [{"resize_mode": "longest"}, {"interpolation": "random"}, {"mean": 0.5}])
-def test_preprocessing_that_is_not_available_is_refused(tmp_path: Path, preprocess: dict[str, Any]) -> None:
-    folder = write_folder(tmp_path / "folder", **preprocess)
-    with pytest.raises(UserError, match=f"clip_weights: {folder}"):
+def test_folders_that_are_refused(tmp_path: Path, content: Any, facts: str) -> None:
+    folder = write_folder(tmp_path / "folder", **(content if isinstance(content, dict) else {}))
+    if content is None:
+        (folder / "open_clip_config.json").unlink()
+    elif content == "no weights":
+        (folder / "open_clip_model.safetensors").unlink()
+    elif isinstance(content, str):
+        (folder / "open_clip_config.json").write_text(content)
+    with pytest.raises(UserError, match=facts):
         load_clip(load_config(None, {"clip_weights": str(folder)}))
-
-
-# ---- files that are not weights ----
 
 
 @pytest.mark.parametrize("how", ["zip", "old", "2", "4"])
@@ -255,13 +226,14 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, how: str
     assert canary.exists(), "the file was harmless: the test shows nothing"
 
 
-def halved(path: Path, suffix: str) -> bytes:
-    save_file(random_state(), path) if suffix == ".safetensors" else torch.save(random_state(), path)
-    return path.read_bytes()[: path.stat().st_size // 2]
+def saved(content: Any, share: float = 1) -> Callable[[Path], bytes]:
+    """Return what a file of weights holds, from its beginning to a share of its size."""
 
+    def file_of(path: Path) -> bytes:
+        save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+        return path.read_bytes()[: int(share * path.stat().st_size)]
 
-def saved(content: Any) -> Any:
-    return lambda path, _: torch.save(content, path) or path.read_bytes()
+    return file_of
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
@@ -271,22 +243,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1234
     ("name", "content", "facts"),
     [
         ("junk.pt", b"\x08not weights" * 50, "not a file of weights"),
-        ("junk.safetensors", b"\x08not weights" * 50, "not a file of weights"),
-        ("junk.npz", b"\x08not weights" * 50, "not a file of weights"),
-        ("header.safetensors", b"\x02\0\0\0\0\0\0\0{]", "not a file of weights"),
-        ("list.pt", saved([1, 2]), "no tensors"),
+        ("junk.safetensors", b"\x08not weights" * 50, "not a safetensors file"),
+        ("header.pt", b"\x02\0\0\0\0\0\0\0{]", "not a safetensors file"),
         ("numbers.pt", saved({"a": 1}), "no tensors"),
         ("tensor.pt", saved(torch.zeros(3)), "no tensors"),
-        ("none.pt", saved({"state_dict": {}}), "no tensors"),
         ("empty.safetensors", b"", "empty"),
         ("pointer.safetensors", POINTER, "Git LFS pointer.*git lfs pull"),
         ("pointer.pt", POINTER, "Git LFS pointer.*git lfs pull"),
         ("page.bin", b"\n<!DOCTYPE html><html>404</html>", "web page"),
-        ("half.safetensors", halved, r"incomplete: it has [\d,]+ of at least [\d,]+ bytes"),
-        ("half.pt", halved, r"incomplete: it ends after [\d,]+ bytes"),
-        ("start.safetensors", lambda path, suffix: halved(path, suffix)[:40], r"incomplete: it has 40 of at least"),
+        ("half.safetensors", saved(random_state(), 0.5), "incomplete"),
+        ("half.pt", saved(random_state(), 0.5), "incomplete"),
+        ("start.safetensors", saved(random_state(), 0.001), "incomplete"),
         ("absent.safetensors", None, "No such file"),
-        ("absent.pt", None, "No such file"),
     ],
 )
 def test_files_that_are_not_weights_are_called_what_they_are(
@@ -294,12 +262,9 @@ def test_files_that_are_not_weights_are_called_what_they_are(
 ) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_bytes(content(path, path.suffix) if callable(content) else content)
+        path.write_bytes(content(path) if callable(content) else content)
     with pytest.raises(UserError, match=f"{name} .*{facts}"):
         load_clip(config(clip_weights=str(path)))
-
-
-# ---- the rest ----
 
 
 def test_without_weights_nothing_is_fetched_and_nothing_allocated() -> None:
@@ -307,28 +272,3 @@ def test_without_weights_nothing_is_fetched_and_nothing_allocated() -> None:
     assert sum(parameter.numel() for parameter in loaded.module.parameters()) == 151_277_313
     assert all(tensor.is_meta for tensor in [*loaded.module.parameters(), *loaded.module.buffers()])
     assert loaded.image.size == 224 and loaded.context_length == 77
-
-
-def test_what_open_clip_logs_is_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    open_clip.create_model("tiny", load_weights=False)
-    assert "No pretrained weights loaded" in caplog.text, "open_clip no longer says it: nothing need be hidden"
-    caplog.clear()
-    settings = load_config(None, {"clip_weights": str(write_folder(tmp_path / "folder"))})
-    root = logging.getLogger()
-    level, filters = root.level, list(root.filters)
-    for with_weights in (True, False):
-        load_clip(settings, with_weights)
-    assert caplog.records == []
-    monkeypatch.setattr(root, "handlers", [])
-    load_clip(settings)
-    assert (root.handlers, root.level, root.filters) == ([], level, filters)
-
-
-def test_tokens_of_the_tower() -> None:
-    loaded = load_clip(config(), with_weights=False)
-    words = ["one", "two three four five"]
-    assert torch.equal(loaded.tokenize(words, 8), open_clip.tokenize(words, 8))
-    assert loaded.tokenize(words, 4)[1].tolist() == [*open_clip.tokenize(words[1])[0, :3].tolist(), 49407]
-    assert loaded.count_cut(words, 5) == 1 and loaded.count_cut(words, 6) == 0

@@ -17,26 +17,12 @@ def sentencepiece_like(texts: list[str], length: int) -> Tensor:
     return torch.tensor([row + [9] * (length - len(row)) for row in rows])
 
 
-def without_separator(texts: list[str], length: int) -> Tensor:
-    """As CLIPA's BERT tokenizer: a start token 5, and an end token that is then replaced by padding, 0."""
-    rows = [[*[5, *(20 + len(word) for word in text.split())][: length - 1], 0] for text in texts]
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
-
-
-def without_end(texts: list[str], length: int) -> Tensor:
-    """A tokenizer with neither start nor end token; padding 0."""
-    rows = [[20 + len(word) for word in text.split()][:length] for text in texts]
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
-
-
-@pytest.mark.parametrize("words", [1, 2, 3, 6, 10, 100])
-@pytest.mark.parametrize("max_len", [3, 5, 8, 77])
-def test_the_end_token_is_kept(words: int, max_len: int) -> None:
-    ids = clip_tokenizer(["word " * words], max_len)[0]
-    kept = min(words, max_len - 2)
-    assert ids.shape == (max_len,) and ids.dtype == torch.int64
-    assert ids[0] == START and ids[kept + 1] == END
-    assert (ids[1 : kept + 1] == ids[1]).all() and (ids[kept + 2 :] == 0).all()
+def test_the_end_token_is_kept() -> None:
+    for words in (1, 3, 6, 100):
+        ids = clip_tokenizer(["word " * words], 5)[0]
+        kept = min(words, 3)
+        assert ids.dtype == torch.int64 and ids.shape == (5,)
+        assert ids[0] == START and ids[kept + 1] == END and (ids[kept + 2 :] == 0).all()
 
 
 @pytest.mark.parametrize("max_len", [3, 4, 20, 76, 77])
@@ -55,12 +41,11 @@ def test_count_cut_where_the_lost_token_has_the_number_of_padding() -> None:
         assert clip_tokenizer.count_cut(texts, max_len) == sum(length > max_len for length in tokens)
 
 
-@pytest.mark.parametrize(("encode", "extra"), [(sentencepiece_like, 1), (without_separator, 2), (without_end, 0)])
-def test_count_cut_of_other_tokenizers(encode: object, extra: int) -> None:
-    tokenizer = Tokenizer(encode, 12, whole_context=True)  # type: ignore[arg-type]
+def test_count_cut_of_another_tokenizer() -> None:
+    tokenizer = Tokenizer(sentencepiece_like, 12, whole_context=True)
     texts = ["a bb ccc dddd eeeee"[:end] for end in (1, 4, 8, 13, 19)]
     for max_len in range(3, 13):
-        assert tokenizer.count_cut(texts, max_len) == sum(len(text.split()) + extra > max_len for text in texts)
+        assert tokenizer.count_cut(texts, max_len) == sum(len(text.split()) + 1 > max_len for text in texts)
 
 
 def test_whole_context_is_padded_as_the_tokenizer_pads() -> None:
@@ -71,4 +56,3 @@ def test_whole_context_is_padded_as_the_tokenizer_pads() -> None:
     # What is not cut is what the tower was trained with.
     assert torch.equal(ids[:1], sentencepiece_like(texts[:1], 12))
     assert torch.equal(tokenizer(texts, 12), sentencepiece_like(texts, 12))
-    assert Tokenizer(sentencepiece_like, 12, whole_context=False)(texts, 5).shape == (2, 5)

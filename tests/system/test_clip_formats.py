@@ -1,6 +1,5 @@
 """One set of CLIP weights, written in every format of other systems, loads as the same towers."""
 
-import io
 import json
 import pickle
 import shutil
@@ -16,13 +15,13 @@ from conftest import build_tiny_clip
 from foreign import NUMBERS, Evil, write_jit, write_published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.weights.architecture import architecture_of
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.weights.huggingface import folder_files, to_huggingface_names, to_openai_names
+from adaclip_finetune.weights.huggingface import to_huggingface_names, to_openai_names
 from adaclip_finetune.weights.loaded import LoadedClip
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -51,7 +50,6 @@ WRITERS: dict[str, Callable[[Path, State], object]] = {
     "openai-jit.pt": write_jit,
     "openai.pt": lambda path, state: torch.save({n: t.half() for n, t in state.items()} | NUMBERS, path),
     "open_clip.pt": lambda path, state: torch.save({"epoch": 3, "name": "x", "state_dict": state}, path),
-    "open_clip.bin": lambda path, state: torch.save(state, path),
     "open_clip.safetensors": lambda path, state: save_file(state, path),
     "huggingface": write_huggingface,
     "huggingface-bin": lambda path, state: write_huggingface(path, state, "bin"),
@@ -85,17 +83,11 @@ def test_the_same_weights_are_the_same_towers(state: State, tmp_path: Path, name
     assert str(path) in loaded.source
 
 
-def test_renaming_to_transformers_and_back_changes_nothing(state: State) -> None:
+def test_a_block_without_all_of_q_k_and_v_is_refused(state: State) -> None:
     theirs = to_huggingface_names(state)
-    assert "vision_model.encoder.layers.1.self_attn.k_proj.bias" in theirs and len(theirs) == len(state) + 16
-    back = to_openai_names(theirs, "x")
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     del theirs["vision_model.encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(UserError, match=r"x: visual\.transformer\.resblocks\.1\.self_attn .*k_proj"):
         to_openai_names(theirs, "x")
-
-
-# ---- what a folder of transformers says besides the weights ----
 
 
 def change(path: Path, **values: Any) -> None:
@@ -116,7 +108,6 @@ def test_transformers_agrees(state: State, tmp_path: Path, changes: dict[str, An
     for tower in ("text", "vision"):
         change(tmp_path / "config.json", **{f"{tower}_config__{name}": value for name, value in changes.items()})
     theirs, ours = CLIPModel.from_pretrained(tmp_path).eval(), load(tmp_path).module
-    assert ("QuickGELU" in repr(ours)) == (not changes)
     with torch.no_grad():
         image = theirs.visual_projection(theirs.vision_model(PIXELS).pooler_output)
         text = theirs.text_projection(theirs.text_model(TOKENS).pooler_output)
@@ -130,15 +121,11 @@ def test_the_preprocessing_of_the_folder(state: State, tmp_path: Path, file: str
     processor = CLIPImageProcessor(
         size=square, crop_size=square, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]
     )
-    if file == "processor_config.json":
-        model_cfg = {"embed_dim": 64, "vision_cfg": {}, "text_cfg": {}}
-        preprocess = {"resize_mode": "squash", "interpolation": "bicubic", "mean": [], "std": []}
-        for name, content in folder_files(model_cfg, preprocess).items():
-            if name not in ("config.json", "preprocessor_config.json"):
-                (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-        processor = CLIPProcessor(processor, CLIPTokenizer.from_pretrained(tmp_path))
     processor.save_pretrained(tmp_path)
-    assert (tmp_path / file).exists()
+    if file == "processor_config.json":  # as transformers 5 writes it
+        content = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        (tmp_path / file).write_text(json.dumps({"image_processor": content}))
+        (tmp_path / "preprocessor_config.json").unlink()
     image = load(tmp_path).image
     assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (image.interpolation, image.resize_mode) == ("bilinear", "squash")
@@ -151,16 +138,12 @@ def test_the_preprocessing_of_the_folder(state: State, tmp_path: Path, file: str
         ("config.json", {"text_config__hidden_act": "relu", "vision_config__hidden_act": "relu"}, "hidden_act is relu"),
         ("config.json", {"text_config__eos_token_id": 5}, "eos_token_id is 5"),
         ("config.json", {"text_config__vocab_size": 100}, "vocabulary of 100.* 49408"),
-        ("config.json", {"vision_config": 5}, r"config\.json: "),
-        ("config.json", {"vision_config__num_attention_heads": 0}, r"config\.json: "),
         ("config.json", {"vision_config__hidden_size": "wide"}, r"config\.json: "),
         ("config.json", {"vision_config__num_hidden_layers": 3}, r"missing: visual\.transformer\.resblocks\.2"),
         ("config.json", {"model_type": "siglip"}, "CLIPModel"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 64}}, r"preprocessor_config\.json: .*64"),
-        ("preprocessor_config.json", {"size": 5, "crop_size": [3]}, r"preprocessor_config\.json: "),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is false"),
         ("preprocessor_config.json", {"resample": 0}, r"preprocessor_config\.json: "),
-        ("preprocessor_config.json", {"image_mean": 5}, "cannot build"),
         ("model.safetensors.index.json", {"weight_map": {"logit_scale": "../outside.safetensors"}}, "weight_map"),
     ],
 )
@@ -171,9 +154,6 @@ def test_folders_that_are_refused(state: State, tmp_path: Path, file: str, value
     change(tmp_path / file, **values)
     with pytest.raises(UserError, match=facts):
         load(tmp_path)
-
-
-# ---- TorchScript is data ----
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
@@ -188,54 +168,38 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_the_code_of_an_archive_is_not_opened(state: State, tmp_path: Path) -> None:
-    write_jit(tmp_path / "jit.pt", state)
-    rewrite(tmp_path / "jit.pt", lambda name, data: b"not Python at all" if "/code/" in name else data)
-    assert torch.equal(load(tmp_path / "jit.pt").module.state_dict()["visual.proj"], state["visual.proj"])
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_an_archive_that_attacks_is_refused(state: State, tmp_path: Path, protocol: int) -> None:
+def test_the_code_of_an_archive_is_not_opened_and_an_attack_is_refused(state: State, tmp_path: Path) -> None:
     path, canary = tmp_path / "jit.pt", tmp_path / "canary"
     write_jit(path, state)
-    evil = pickle.dumps({"a": Evil(canary)}, protocol=protocol)
-    rewrite(path, lambda name, data: evil if name.endswith("data.pkl") else data)
-    with pytest.raises(UserError, match=r"jit\.pt .* asks for posix\.mkdir.*nothing in it was run"):
-        load(path)
-    assert not canary.exists()
-    pickle.load(io.BytesIO(evil))
+    rewrite(path, lambda name, data: b"not Python at all" if "/code/" in name else data)
+    assert torch.equal(load(path).module.state_dict()["visual.proj"], state["visual.proj"])
+    for protocol in (2, 4):
+        evil = pickle.dumps({"a": Evil(canary)}, protocol=protocol)
+        rewrite(path, lambda name, data, evil=evil: evil if name.endswith("data.pkl") else data)
+        with pytest.raises(UserError, match=r"jit\.pt .*nothing in it was run"):
+            load(path)
+        assert not canary.exists()
+    pickle.loads(evil)
     assert canary.exists(), "the file was harmless: the test shows nothing"
 
 
-DAMAGE: dict[str, Callable[[str, bytes], bytes | None]] = {
-    "tensors cut": lambda name, data: data[:2] if "/data/" in name else data,  # a view beyond the bytes that are there
-    "no data": lambda name, data: None if name.endswith("data.pkl") else data,
-    "no module": lambda name, data: pickle.dumps([1, 2], 2) if name.endswith("data.pkl") else data,
-}
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_archive_is_refused(state: State, tmp_path: Path, damage: str) -> None:
-    write_jit(tmp_path / "jit.pt", state)
-    rewrite(tmp_path / "jit.pt", DAMAGE[damage])
-    with pytest.raises(UserError, match=r"jit\.pt"):
-        load(tmp_path / "jit.pt")
-
-
-# ---- the architecture ----
+def test_a_damaged_archive_is_refused(state: State, tmp_path: Path) -> None:
+    damages: list[Callable[[str, bytes], bytes | None]] = [
+        lambda name, data: data[:2] if "/data/" in name else data,  # a view beyond the bytes that are there
+        lambda name, data: None if name.endswith("data.pkl") else data,
+        lambda name, data: pickle.dumps([1, 2], 2) if name.endswith("data.pkl") else data,  # no module
+    ]
+    for damage in damages:
+        write_jit(tmp_path / "jit.pt", state)
+        rewrite(tmp_path / "jit.pt", damage)
+        with pytest.raises(UserError, match=r"jit\.pt"):
+            load(tmp_path / "jit.pt")
 
 
 def test_published_models_are_recognised_by_their_shapes() -> None:
     """OpenAI's shapes mean quick-GELU; those that only others have mean what open_clip has under the plain name."""
-    expected = {
-        "ViT-B-32": "ViT-B-32-quickgelu",
-        "ViT-L-14-336": "ViT-L-14-336-quickgelu",
-        "RN50": "RN50-quickgelu",
-        "ViT-H-14": "ViT-H-14",
-        "ViT-B-16-plus-240": "ViT-B-16-plus-240",
-    }
+    expected = {"ViT-B-32": "ViT-B-32-quickgelu", "RN50": "RN50-quickgelu", "ViT-H-14": "ViT-H-14"}
     for name, told in expected.items():
         with torch.device("meta"):
             state = open_clip.CLIP(**open_clip.get_model_config(name)).state_dict()
@@ -267,23 +231,18 @@ def test_a_small_resnet_is_recognised_too(tmp_path: Path) -> None:
 def test_a_given_backbone_that_contradicts_the_shapes_names_both(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(state, path)
-    with pytest.raises(UserError, match=f"clip_backbone ViT-B/16 contradicts clip_weights: {path}") as refused:
+    facts = "image_size 224, not 32.*vision_width 768, not 64"
+    with pytest.raises(UserError, match=f"clip_backbone ViT-B/16 contradicts clip_weights: {path}.*{facts}"):
         load(path, clip_backbone="ViT-B/16")
-    assert "image_size 224, not 32" in str(refused.value) and "vision_width 768, not 64" in str(refused.value)
-    # The default, which nobody gave, contradicts nothing.
-    assert load_config(None, {"clip_weights": str(path)}).clip_backbone == "ViT-B/32"
-    assert "quick-GELU" in load(path).source
+    assert "quick-GELU" in load(path).source, "the default, which nobody gave, contradicts nothing"
 
 
-def test_tensors_of_another_layout_ask_for_a_name(state: State, tmp_path: Path) -> None:
+def test_other_files_are_told_what_to_give(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({f"text.{n}" if not n.startswith("visual.") else n: t for n, t in state.items()}, path)
     with pytest.raises(UserError, match=r"weights\.pt: .*text_projection.*clip_backbone") as refused:
         load(path)
     assert "KeyError" not in str(refused.value)
-
-
-def test_the_checkpoint_of_a_retriever_is_not_taken_for_clip(state: State, tmp_path: Path) -> None:
-    path = write_published(tmp_path / "such.pth", {f"clip.{n}": t for n, t in state.items()}, {})
+    write_published(path, {f"clip.{n}": t for n, t in state.items()}, {})
     with pytest.raises(UserError, match=f"--resume {path}"):
         load(path)

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def run(project: dict[str, Any], tmp_path: Path) -> Path:
-    return finetuned(tmp_path / "run", project)
+@pytest.fixture(scope="module")
+def run(project: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that finetuned BitFit, as far as export reads it."""
+    return finetuned(tmp_path_factory.mktemp("runs") / "run", {**project, "peft": {"method": "bitfit"}})
 
 
 def finetuned(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write a run folder with finetuned weights, as far as export reads it."""
     return write_run(folder, settings, seed=1, learned=0.01)
 
 
@@ -56,21 +57,24 @@ def expected(run: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_published_reads_back_as_it_was(project: dict[str, Any], tmp_path: Path, heads: str) -> None:
+def test_published_reads_back_as_it_was(
+    project: dict[str, Any], tmp_path: Path, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(None, {**project, **HEADS[heads]})
     run = finetuned(tmp_path / "run", {**project, **HEADS[heads]})
     export(run if heads == "mlp" else run / "best.safetensors", "published", tmp_path / "such.pth")
     content = torch.load(tmp_path / "such.pth", weights_only=True)
     assert sorted(content) == ["arch", "config", "epoch", "optimizer", "state_dict"]
-    assert (content["epoch"], content["optimizer"], type(content["config"])) == (7, {}, dict)
-    assert content["config"]["num_frm"] == 6 and content["config"]["frame_agg"] == HEADS[heads]["frame_agg"]
+    assert content["config"]["frame_agg"] == HEADS[heads]["frame_agg"]
     known = ("clip.", "sampler.", "transformer", "frame_", "word_agg_")
     assert all(name.startswith(known) for name in content["state_dict"])
     checkpoint = read_checkpoint(tmp_path / "such.pth")
     assert (checkpoint.kind, checkpoint.epoch) == (Kind.PUBLISHED, "7")
     check_settings(checkpoint, config)
-    fresh = load_config(None, {k: v for k, v in {**project, **HEADS[heads]}.items() if k != "clip_weights"})
-    model = open_model(fresh, checkpoint).model
+    # Its CLIP and the CNN of its policy are in the file: nothing is downloaded.
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloaded"))
+    given = {k: v for k, v in {**project, **HEADS[heads]}.items() if k not in ("clip_weights", "policy_weights")}
+    model = open_model(load_config(None, given), checkpoint).model
     stored = load_file(run / "best.safetensors")
     assert model.state_dict().keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
@@ -111,18 +115,16 @@ def test_transformers_reads_what_is_written(run: Path, tmp_path: Path, monkeypat
 
 
 def test_towers_with_gelu_stay_so_or_a_warning_says_otherwise(project: dict[str, Any], tmp_path: Path) -> None:
-    folder = Path(project["clip_weights"])
-    content = json.loads((folder / "open_clip_config.json").read_text())
+    gelu = tmp_path / "gelu"
+    shutil.copytree(project["clip_weights"], gelu)
+    content = json.loads((gelu / "open_clip_config.json").read_text())
     content["model_cfg"]["quick_gelu"] = False
-    (tmp_path / "gelu").mkdir()
-    (tmp_path / "gelu/open_clip_config.json").write_text(json.dumps(content))
-    save_file(load_file(folder / "open_clip_model.safetensors"), tmp_path / "gelu/open_clip_model.safetensors")
-    run = finetuned(tmp_path / "run", {**project, "clip_weights": str(tmp_path / "gelu")})
+    (gelu / "open_clip_config.json").write_text(json.dumps(content))
+    run = finetuned(tmp_path / "run", {**project, "clip_weights": str(gelu)})
     for form in ("open_clip", "huggingface"):
         export(run, form, tmp_path / form)
         module = load_clip(load_config(None, {"clip_weights": str(tmp_path / form)})).module
         assert "QuickGELU" not in repr(module)
-    assert json.loads((tmp_path / "huggingface/config.json").read_text())["text_config"]["hidden_act"] == "gelu"
     lines = export(run, "published", tmp_path / "such.pth")
     assert "WARNING" in lines[-1] and "clip_backbone" in lines[-1]
 
@@ -139,8 +141,6 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(words) == 2
     assert f"-o {target}" in capsys.readouterr().err
     assert target.read_bytes() == written and list(target.parent.iterdir()) == [target]
-    assert main([*words[:3], "onnx", *words[4:]]) == 2
-    assert "onnx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -155,8 +155,7 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, form: str) -> Non
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_adapter_is_exported_as_the_weights_that_it_makes(project: dict[str, Any], tmp_path: Path) -> None:
-    run = finetuned(tmp_path / "run", {**project, "peft": {"method": "bitfit"}})
+def test_an_adapter_is_exported_as_the_weights_that_it_makes(run: Path, tmp_path: Path) -> None:
     assert (run / "adapter.safetensors").stat().st_size < (run / "best.safetensors").stat().st_size / 2
     for name in ("best", "adapter"):
         export(run / f"{name}.safetensors", "open_clip", tmp_path / name)
@@ -166,27 +165,17 @@ def test_an_adapter_is_exported_as_the_weights_that_it_makes(project: dict[str, 
 
 
 def test_what_cannot_be_exported(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
     export(run, "published", tmp_path / "such.pth")
     frozen = finetuned(tmp_path / "frozen", {**project, "policy_backbone": "frozen_clip"})
+    later = {"format": "adaclip-finetune/2", "content": "model", "config": "{}"}
+    save_file(load_file(run / "best.safetensors"), tmp_path / "later.safetensors", metadata=later)
     for source, form, facts in (
         (tmp_path / "absent", "open_clip", "absent: "),
-        (tmp_path / "empty", "open_clip", r"empty: .*best\.safetensors"),
+        (tmp_path, "open_clip", r"best\.safetensors"),
+        (tmp_path / "later.safetensors", "published", r"format adaclip-finetune/2; .*adaclip-finetune/1"),
         (tmp_path / "such.pth", "open_clip", r"such\.pth is a published AdaCLIP checkpoint"),
         (frozen, "published", r"no place for these tensors: selector\.backbone\.visual.* more"),
     ):
         with pytest.raises(UserError, match=facts):
             export(source, form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_of_another_format_are_refused(run: Path, project: dict[str, Any], tmp_path: Path) -> None:
-    later = {"format": "adaclip-finetune/2", "content": "model", "config": "{}"}
-    path = tmp_path / "later.safetensors"
-    save_file(load_file(run / "best.safetensors"), path, metadata=later)
-    for use in (
-        lambda: export(path, "published", tmp_path / "out"),
-        lambda: open_model(load_config(None, {**project, "resume": str(path)})),
-    ):
-        with pytest.raises(UserError, match=r"format adaclip-finetune/2; .*adaclip-finetune/1"):
-            use()

@@ -18,10 +18,9 @@ from tqdm import tqdm
 from adaclip_finetune.check.report import Finding, Severity, plural
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation, folded, sound_entries
-from adaclip_finetune.data.dataset import VideoReader
+from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
 from adaclip_finetune.data.frames import open_store
-from adaclip_finetune.data.preprocess import ImageSpec, Views
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.data.readable import find_errors, short_videos
 from adaclip_finetune.errors import UserError
@@ -36,8 +35,6 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
     "damaged": ("broken_frames", "damaged", "extract or fetch them again"),
     "unreadable": ("unreadable_videos", "unreadable", "mend them"),
 }
-ANY_VIEW = Views(ImageSpec(32, (0.0,) * 3, (1.0,) * 3))
-"""A view for finding out which frames a run reads, which no view changes."""
 
 
 @dataclass
@@ -197,12 +194,11 @@ def _look_through(split: CheckedSplit, config: Config) -> dict[str, tuple[list[F
     """Decode all frames of all videos. Return the errors of each damaged video, and whether they hurt a run."""
     # A run that draws its frames at random meets any of them.
     draws = split.trains and config.sampling == "random" and not config.segment_sampling
-    reader = VideoReader(split.store, config, ANY_VIEW)
     stop = threading.Event()
 
     def look(video_id: str) -> tuple[list[FrameError], bool]:
         errors = list(_errors(split.store, video_id, bool(config.frames_dir), stop.is_set))
-        return errors, bool(errors) and not stop.is_set() and (draws or not _can_read(reader, video_id))
+        return errors, bool(errors) and not stop.is_set() and (draws or not _can_read(split, config, video_id))
 
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
@@ -234,9 +230,9 @@ def _errors(store: FrameStore, video_id: str, images: bool, stopped: Callable[[]
         yield error
 
 
-def _can_read(reader: VideoReader, video_id: str) -> bool:
+def _can_read(split: CheckedSplit, config: Config, video_id: str) -> bool:
     try:
-        reader.read(video_id)
+        split.store.read(video_id, frames_to_read(split.store, config, video_id).tolist())
     except FrameError:
         return False
     return True

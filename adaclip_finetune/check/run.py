@@ -30,10 +30,10 @@ from adaclip_finetune.weights.plain import strict_load
 
 def check_data(config: Config, splits: Sequence[CheckedSplit], deep: bool, sheet: Path | None) -> list[Finding]:
     """Check annotation files by themselves: entries, videos, overlap and captions."""
-    findings = _audit(config, splits, deep)
+    clip: LoadedClip | None = None
     with suppress(UserError):  # without weights or a network, the lengths of captions cannot be checked
-        return [*findings, *_captions_and_sheet(config, splits, _tokenizer(config), sheet)]
-    return [*findings, *_captions_and_sheet(config, splits, None, sheet)]
+        clip = _tokenizer(config)
+    return [*_audit(config, splits, deep), *_captions_and_sheet(config, splits, clip, sheet)]
 
 
 def check_run(

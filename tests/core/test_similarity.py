@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scorers import cosine_scorer, features
+from scorers import cosine_scorer
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError

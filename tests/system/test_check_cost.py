@@ -45,7 +45,7 @@ def test_a_sound_project(project: Project, tmp_path: Path, capsys: Captured) -> 
     assert kinds(found, "fine") >= {("disk", "run"), ("memory", "run"), ("time", "run"), ("videos", "train")}
     assert set(found["splits"]) == {"train", "val", "test"} and not (tmp_path / "output").exists()
     times = finding(found, "time", "run").items
-    assert times["tried"] == times["batch_size"] == 4
+    assert (times["tried"], times["batch_size"]) == (2, 4)
     assert times["batch"] == pytest.approx(times["computing_a_batch"] + times["reading_a_batch"])  # num_workers 0
     assert times["epoch"] == pytest.approx(3 * times["batch"])  # 12 videos
     assert times["run"] == pytest.approx(2 * (times["epoch"] + times["validation"])) and times["validation"] > 0
@@ -115,7 +115,7 @@ def test_too_little_memory(
     assert setting in told.advice and told.items["batches read ahead"] == (8 if do_inference else 12) * video
 
 
-@pytest.mark.parametrize(("probed", "flag"), [("try_steps", "--batch_size 2"), ("blank_videos", "--val_batch_size")])
+@pytest.mark.parametrize(("probed", "flag"), [("try_steps", "--batch_size 1"), ("blank_videos", "--val_batch_size")])
 def test_a_batch_that_does_not_fit(
     probed: str, flag: str, project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_fit(
 
     def scarce(*given: Any) -> Any:
         if probed == "try_steps":
-            return "CUDA out of memory" if given[-1] > 2 else real(*given)
+            return "CUDA out of memory" if given[-1] > 1 else real(*given)
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(cost, probed, scarce)
@@ -134,22 +134,6 @@ def test_a_batch_that_does_not_fit(
     if probed == "try_steps":
         code, found = checked(capsys, "--config", path, "--auto_batch_size")
         assert code == 0 and finding(found, "gpu_memory", "run").severity == "warning"
-
-
-def test_a_slow_step_is_extrapolated(
-    project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At a second for two videos, a CPU tries eight; the rest is computed from these."""
-    sizes = []
-
-    def slow(*given: Any) -> cost.StepCost:
-        sizes.append(given[-1])
-        return cost.StepCost(sizes[-1], sizes[-1] / 2, 0.5, 1000, 10**6)
-
-    monkeypatch.setattr(cost, "try_steps", slow)
-    _, found = checked(capsys, "--config", config_file(tmp_path, project, batch_size=12))
-    times = finding(found, "time", "run").items
-    assert sizes == [2, 8] and (times["tried"], times["computing_a_batch"]) == (8, 6.5)
 
 
 # ---- the model ----

@@ -115,7 +115,7 @@ def test_too_little_memory(
     assert setting in told.advice and told.items["batches read ahead"] == (8 if do_inference else 12) * video
 
 
-@pytest.mark.parametrize(("probed", "flag"), [("try_steps", "--batch_size 1"), ("blank_videos", "--val_batch_size")])
+@pytest.mark.parametrize(("probed", "flag"), [("try_steps", "batch_size 2"), ("blank_videos", "--val_batch_size")])
 def test_a_batch_that_does_not_fit(
     probed: str, flag: str, project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

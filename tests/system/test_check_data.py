@@ -1,17 +1,21 @@
 """The data audit of `adaclip check`: entries, videos, captions and splits, held against the code of a run."""
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 from checking import checked, finding, kinds, write_annotation, write_damaged_frames
 from media import write_frames, write_video
 
-from adaclip_finetune.check.data import splits_of_files
+from adaclip_finetune.check import data
+from adaclip_finetune.check.data import CheckedSplit, check_videos, splits_of_files
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.data.splits import evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 
@@ -170,6 +174,29 @@ def test_clips_of_videos_that_are_read_in_place(tmp_path: Path, capsys: Captured
     assert f"adaclip extract --clips {path}" in clips.advice
     _, found = checked(capsys, "--annot", path, "--frames_dir", str(tmp_path))
     assert ("clips", "val") not in kinds(found, "warning")
+
+
+def test_deep_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the main thread stops a thread that is in the middle of an endless video."""
+    going, ended = threading.Event(), threading.Event()
+
+    def scan(video_id: str, stopped: Any) -> Any:
+        while not stopped():
+            going.set()
+            yield 0, np.zeros((4, 4, 3), np.uint8)
+        ended.set()
+
+    def interrupted(*_: object, **__: object) -> Any:
+        assert going.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "tqdm", interrupted)
+    frame = np.zeros((1, 4, 4, 3), np.uint8)
+    store: Any = SimpleNamespace(count=lambda _: 9, times=lambda _: None, read=lambda *_: frame, scan=scan)
+    split = CheckedSplit("val", "val.json", False, [VideoAnnotation("v", ("x",))], [], store)
+    with pytest.raises(KeyboardInterrupt):
+        list(check_videos(split, load_config(None, {"video_dir": "."}), deep=True))
+    assert ended.wait(60)
 
 
 # ---- captions and splits ----

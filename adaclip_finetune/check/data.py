@@ -275,13 +275,11 @@ def _shared_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]]) -> I
 
 def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config: Config, clip: LoadedClip) -> Finding:
     limit, title = config.max_txt_len, f"captions of {printable(split.name)}"
-    items: dict[str, list[dict[str, str]]] = defaultdict(list)
-    cut = []
+    items: dict[str, list[str]] = defaultdict(list)
     for video_id, text in tqdm(texts, title, leave=False, disable=None):
         if clip.count_cut([text], limit):
-            end = bisect_left(range(len(text)), True, key=lambda end: bool(clip.count_cut([text[: end + 1]], limit)))
-            items[video_id].append({"kept": text[:end].strip(), "cut": text[end:].strip()})
-            cut.append(text)
+            items[video_id].append(text)
+    cut = list(itertools.chain(*items.values()))
     if not cut:
         return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
     joins = config.concat_captions == "concat" and any(len(video.sentences) > 1 for video in split.videos)

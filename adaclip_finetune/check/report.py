@@ -80,7 +80,8 @@ def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
     items = [] if finding.severity == "fine" else finding.items.items()
     examples = [item for item in items if not isinstance(item[1], int | float)]
     for subject, detail in examples[:_EXAMPLES]:
-        text = printable(f"{subject}: {_in_words(detail)}" if detail else subject)
+        words = ", ".join(map(str, detail)) if isinstance(detail, list) else str(detail)
+        text = printable(f"{subject}: {words}" if words else subject)
         yield f"{indent}· {text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'}"
     if len(examples) > _EXAMPLES:
         yield f"{indent}· and {len(examples) - _EXAMPLES} more (--json lists all)"
@@ -92,12 +93,3 @@ def _filled(line: str, columns: int, first: str, following: str) -> str:
     """Wrap a line, keeping paths and flags whole, so that they can be copied."""
     wrapper = textwrap.TextWrapper(columns, first, following, break_on_hyphens=False, break_long_words=False)
     return wrapper.fill(printable(line))
-
-
-def _in_words(detail: Any) -> str:
-    """Return a list of videos by name, a cut caption by its end."""
-    if not isinstance(detail, list):
-        return str(detail)
-    return ", ".join(
-        f"“…{one['kept'][-30:]}” loses “{one['cut']}”" if isinstance(one, dict) else str(one) for one in detail
-    )

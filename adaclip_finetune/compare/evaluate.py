@@ -116,14 +116,11 @@ def evaluate_matrices(
                 f"--similarity {file.path}: its queries or videos are not those of {files[0].path}; a table has one "
                 "data set, so evaluate them one by one"
             )
-    validation = None if reranking.validation is None else similarity_file(Path(reranking.validation))
     bank = None if reranking.bank is None else similarity_file(Path(reranking.bank))
-    if bank is not None and validation is not None:
-        raise UserError(
-            f"--val-annot {validation.path}: a saved bank holds the videos of the test, not those of the validation; "
-            "give --temperature instead"
-        )
-    held_out = None if validation is None else Scores(str(validation.path), validation, validation.queries)
+    validation = None
+    if reranking.validation is not None:
+        saved = similarity_file(Path(reranking.validation))
+        validation = Scores(str(saved.path), saved, saved.queries)
     found = DataSetRows(", ".join(map(str, paths)), remarks=[_NOT_IN_A_MATRIX])
     label = None
     if baseline is None:
@@ -137,7 +134,7 @@ def evaluate_matrices(
         unique = len({path.stem for path in paths}) == len(paths)
         row = _matrix_row(file, file.path.stem if unique else str(file.path), "model", label)
         scores = Scores(str(file.path), file, file.queries, bank, len(bank.queries.texts) if bank else 0)
-        found.models += [row, *reranked_rows(row, scores, reranking, held_out)]
+        found.models += [row, *reranked_rows(row, scores, reranking, validation)]
     return found
 
 

@@ -333,6 +333,7 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
         ("RUN --annot TEST --rerank dual_softmax --rerank dual_softmax", "given twice"),
         ("RUN --annot TEST --val-annot TEST", "--val-annot belongs to"),
         ("RUN --annot TEST --val-annot TEST --rerank dual_softmax --temperature 2", "--val-annot would choose"),
+        ("--similarity x.npy --rerank qb_norm --bank b.npy --val-annot v.npy", "a saved --bank"),
         ("--interpolate zero-shot RUN --annot TEST", "needs --val-annot"),
         ("--interpolate zero-shot RUN --annot TEST --errors x.html", "--errors does not go with"),
         ("RUN RUN --annot TEST --errors x.html", "--errors needs exactly one"),

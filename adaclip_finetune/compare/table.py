@@ -196,7 +196,7 @@ def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
         of = {"annotation": data_set.name}
         content["rows"] += [of | row.as_dict() for row in data_set.rows]
         for label, other, directions in data_set.differences:
-            found = {name: difference.as_dict() for name, difference in directions.items()}
+            found = {name: asdict(difference) for name, difference in directions.items()}
             content["differences_in_R@1"].append({**of, "label": label, "minus": other, **found})
         content["remarks"] += [of | {"remark": remark} for remark in data_set.remarks]
     return content

@@ -10,7 +10,7 @@ video by video, that give a difference at least as large. It is exact; with one 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +39,6 @@ class Difference:
     p: float
     won: int
     lost: int
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the difference for JSON."""
-        return asdict(self)
 
 
 def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) -> dict[str, Interval]:

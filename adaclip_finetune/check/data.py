@@ -80,14 +80,9 @@ def splits_of_config(config: Config) -> list[CheckedSplit]:
 def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
     """Return annotation files as splits named like the files, with their folders if needed to tell them apart.
 
-    A file with the word "train" in this name counts as training data. Raise UserError for a file that is not there or
-    is given twice.
+    A file with the word "train" in this name counts as training data.
     """
-    if absent := [path for path in paths if not Path(path).is_file()]:
-        raise UserError(f"--annot {absent[0]}: no such file in {Path.cwd()}")
     places = [Path(path).resolve() for path in paths]
-    if len(set(places)) < len(places):
-        raise UserError(f"--annot: a file is given twice: {', '.join(paths)}")
     stems = [place.stem for place in places]
     in_folders = [f"{place.parent.name}/{place.stem}" for place in places]
     names = next(names for names in (stems, in_folders, paths) if len(set(names)) == len(paths))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaclip_finetune.commands.checkpoint_flags import check_outputs
+from adaclip_finetune.commands.checkpoint_flags import check_inputs, check_outputs
 from adaclip_finetune.commands.flags import Parser, add_flags, given
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
@@ -51,6 +51,7 @@ def run(words: Sequence[str]) -> int:
             folder, config = Path(config.resume), continued_config(config)
         check_paths(config)
 
+    check_inputs({"--annot": arguments.annot or []})
     check_outputs({"--sheet": arguments.sheet}, {"--sheet": ".png"}, arguments.annot or [])
 
     from adaclip_finetune.check.data import splits_of_config, splits_of_files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaclip_finetune.check.data import CheckedSplit
 from adaclip_finetune.check.report import Finding, Severity, plural
@@ -28,7 +28,6 @@ from adaclip_finetune.training.memory import (
 )
 from adaclip_finetune.training.session import Session
 
-_STEP_SECONDS = 4.0  # that a step may take on a CPU, where what is left of a batch is extrapolated
 _READING_SECONDS = 8.0
 _READ_VIDEOS = 48  # but at least three for each reading process
 _READ_AHEAD = 2  # batches that each reading process has ready (torch's default), beside the one that it reads
@@ -86,22 +85,16 @@ def check_cost(session: Session, splits: Sequence[CheckedSplit], folder: Path | 
 def _try_training(session: Session, batch_size: int) -> StepCost | str:
     """Return the cost of a step, at the largest K of the run, or why it does not fit into memory.
 
-    A CPU tries two videos, and then as many as a few seconds and the memory allow.
+    A CPU tries two videos.
     """
     config, device, accelerator = session.config, session.device, session.accelerator
     assert accelerator is not None
     session.model.start_epoch(0)
     size = min(2, batch_size) if device.type == "cpu" else batch_size
-    while True:
-        cost = try_steps(config, session.objective, session.loaded.tokenize, accelerator, size)
-        if isinstance(cost, str):
-            return str(explain_out_of_memory(MemoryError(cost), config, device, size, session.model))
-        times = min(
-            _STEP_SECONDS / max(cost.seconds, 1e-9), psutil.virtual_memory().available / max(cost.kept_bytes, 1)
-        )
-        if size > 2 or min(batch_size, int(size * times)) <= size:
-            return cost
-        size = min(batch_size, int(size * times))
+    cost = try_steps(config, session.objective, session.loaded.tokenize, accelerator, size)
+    if isinstance(cost, str):
+        return str(explain_out_of_memory(MemoryError(cost), config, device, size, session.model))
+    return cost
 
 
 def _try_evaluation(session: Session, split: CheckedSplit) -> tuple[float, int] | str:
@@ -110,12 +103,8 @@ def _try_evaluation(session: Session, split: CheckedSplit) -> tuple[float, int] 
     A CPU tries two videos.
     """
     config, model, device = session.config, session.model.eval(), session.device
-    batch, widest = _gallery_batch(session, split), 0
-    tried = min(2, batch) if device.type == "cpu" else batch
-
-    def note(_: nn.Module, given: tuple[object, ...], made: object) -> None:
-        nonlocal widest
-        widest = max(widest, _bytes(tensor for tensor in (*given, made) if isinstance(tensor, Tensor)))
+    tried = _gallery_batch(session, split)
+    tried = min(2, tried) if device.type == "cpu" else tried
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -127,17 +116,14 @@ def _try_evaluation(session: Session, split: CheckedSplit) -> tuple[float, int] 
             torch.accelerator.synchronize()
         return (time.monotonic() - started) / tried
 
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
     seconds = attempt(evaluate)
-    for hook in hooks:
-        hook.remove()
     if isinstance(seconds, str):
         return str(explain_out_of_memory_in_evaluation(MemoryError(seconds), config, device))
     if device.type != "cpu":
         return seconds, int(peak_memory_mib(device) * 2**20)
     # The zero-shot baseline is a CLIP of its own if the model comes from a checkpoint.
     baseline = _bytes(session.loaded.module.state_dict().values()) if config.resume else 0
-    return seconds, psutil.Process().memory_info().rss + baseline + widest * batch // tried
+    return seconds, psutil.Process().memory_info().rss + baseline
 
 
 def _reading_seconds(session: Session, split: CheckedSplit) -> float:

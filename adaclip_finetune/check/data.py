@@ -18,10 +18,9 @@ from tqdm import tqdm
 from adaclip_finetune.check.report import Finding, Severity, plural
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation, folded, sound_entries
-from adaclip_finetune.data.dataset import VideoReader
+from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
 from adaclip_finetune.data.frames import open_store
-from adaclip_finetune.data.preprocess import ImageSpec, Views
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.data.readable import find_errors, short_videos
 from adaclip_finetune.errors import UserError
@@ -36,8 +35,6 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
     "damaged": ("broken_frames", "damaged", "extract or fetch them again"),
     "unreadable": ("unreadable_videos", "unreadable", "mend them"),
 }
-ANY_VIEW = Views(ImageSpec(32, (0.0,) * 3, (1.0,) * 3))
-"""A view for finding out which frames a run reads, which no view changes."""
 
 
 @dataclass
@@ -83,14 +80,9 @@ def splits_of_config(config: Config) -> list[CheckedSplit]:
 def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
     """Return annotation files as splits named like the files, with their folders if needed to tell them apart.
 
-    A file with the word "train" in this name counts as training data. Raise UserError for a file that is not there or
-    is given twice.
+    A file with the word "train" in this name counts as training data.
     """
-    if absent := [path for path in paths if not Path(path).is_file()]:
-        raise UserError(f"--annot {absent[0]}: no such file in {Path.cwd()}")
     places = [Path(path).resolve() for path in paths]
-    if len(set(places)) < len(places):
-        raise UserError(f"--annot: a file is given twice: {', '.join(paths)}")
     stems = [place.stem for place in places]
     in_folders = [f"{place.parent.name}/{place.stem}" for place in places]
     names = next(names for names in (stems, in_folders, paths) if len(set(names)) == len(paths))
@@ -197,12 +189,11 @@ def _look_through(split: CheckedSplit, config: Config) -> dict[str, tuple[list[F
     """Decode all frames of all videos. Return the errors of each damaged video, and whether they hurt a run."""
     # A run that draws its frames at random meets any of them.
     draws = split.trains and config.sampling == "random" and not config.segment_sampling
-    reader = VideoReader(split.store, config, ANY_VIEW)
     stop = threading.Event()
 
     def look(video_id: str) -> tuple[list[FrameError], bool]:
         errors = list(_errors(split.store, video_id, bool(config.frames_dir), stop.is_set))
-        return errors, bool(errors) and not stop.is_set() and (draws or not _can_read(reader, video_id))
+        return errors, bool(errors) and not stop.is_set() and (draws or not _can_read(split, config, video_id))
 
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
@@ -234,9 +225,9 @@ def _errors(store: FrameStore, video_id: str, images: bool, stopped: Callable[[]
         yield error
 
 
-def _can_read(reader: VideoReader, video_id: str) -> bool:
+def _can_read(split: CheckedSplit, config: Config, video_id: str) -> bool:
     try:
-        reader.read(video_id)
+        split.store.read(video_id, frames_to_read(split.store, config, video_id).tolist())
     except FrameError:
         return False
     return True
@@ -279,13 +270,11 @@ def _shared_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]]) -> I
 
 def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config: Config, clip: LoadedClip) -> Finding:
     limit, title = config.max_txt_len, f"captions of {printable(split.name)}"
-    items: dict[str, list[dict[str, str]]] = defaultdict(list)
-    cut = []
+    items: dict[str, list[str]] = defaultdict(list)
     for video_id, text in tqdm(texts, title, leave=False, disable=None):
         if clip.count_cut([text], limit):
-            end = bisect_left(range(len(text)), True, key=lambda end: bool(clip.count_cut([text[: end + 1]], limit)))
-            items[video_id].append({"kept": text[:end].strip(), "cut": text[end:].strip()})
-            cut.append(text)
+            items[video_id].append(text)
+    cut = list(itertools.chain(*items.values()))
     if not cut:
         return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
     joins = config.concat_captions == "concat" and any(len(video.sentences) > 1 for video in split.videos)

@@ -20,7 +20,6 @@ VERDICTS: dict[Severity, str] = {
 
 _EXAMPLES = 2
 _LONGEST = 120  # characters of an example
-_ASCII = str.maketrans({"·": "-", "→": "->", "…": "...", "“": '"', "”": '"'})
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,8 @@ def as_json(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[
     return {"verdict": worst(findings), "splits": splits, "findings": [vars(finding) for finding in findings]}
 
 
-def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding], encoding: str) -> str:
-    """Return a table, the worst findings first, each with one or two examples and the way out.
-
-    Characters that `encoding` lacks are replaced.
-    """
+def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding]) -> str:
+    """Return a table, the worst findings first, each with one or two examples and the way out."""
     columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
     width = max(len(printable(name)) for name in ("run", *(finding.split for finding in findings)))
     lines = [
@@ -71,12 +67,7 @@ def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[
     lines += ["", *(line for finding in ordered for line in _lines(finding, width, columns)), ""]
     counts = [sum(finding.severity == severity for finding in findings) for severity in VERDICTS]
     told = f"{counts[0]} would fail, {plural(counts[1], 'warning')}, {counts[2]} fine"
-    text = "\n".join([*lines, f"{VERDICTS[worst(findings)]} ({told})"])
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
-    return text
+    return "\n".join([*lines, f"{VERDICTS[worst(findings)]} ({told})"])
 
 
 def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
@@ -85,10 +76,12 @@ def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
     for line in finding.message.split("\n"):
         yield _filled(line, columns, head, indent)
         head = indent
-    # Where the message holds the figures, `items` are numbers.
-    examples = [] if finding.severity == "fine" else [item for item in finding.items.items() if not _is_figure(item[1])]
+    # Numbers among the items are part of the message already.
+    items = [] if finding.severity == "fine" else finding.items.items()
+    examples = [item for item in items if not isinstance(item[1], int | float)]
     for subject, detail in examples[:_EXAMPLES]:
-        text = printable(f"{subject}: {_in_words(detail)}" if detail else subject)
+        words = ", ".join(map(str, detail)) if isinstance(detail, list) else str(detail)
+        text = printable(f"{subject}: {words}" if words else subject)
         yield f"{indent}· {text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'}"
     if len(examples) > _EXAMPLES:
         yield f"{indent}· and {len(examples) - _EXAMPLES} more (--json lists all)"
@@ -100,16 +93,3 @@ def _filled(line: str, columns: int, first: str, following: str) -> str:
     """Wrap a line, keeping paths and flags whole, so that they can be copied."""
     wrapper = textwrap.TextWrapper(columns, first, following, break_on_hyphens=False, break_long_words=False)
     return wrapper.fill(printable(line))
-
-
-def _is_figure(detail: Any) -> bool:
-    return isinstance(detail, int | float)
-
-
-def _in_words(detail: Any) -> str:
-    """Return a list of videos by name, a cut caption by its end."""
-    if not isinstance(detail, list):
-        return str(detail)
-    return ", ".join(
-        f"“…{one['kept'][-30:]}” loses “{one['cut']}”" if isinstance(one, dict) else str(one) for one in detail
-    )

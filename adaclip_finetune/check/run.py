@@ -30,10 +30,10 @@ from adaclip_finetune.weights.plain import strict_load
 
 def check_data(config: Config, splits: Sequence[CheckedSplit], deep: bool, sheet: Path | None) -> list[Finding]:
     """Check annotation files by themselves: entries, videos, overlap and captions."""
-    findings = _audit(config, splits, deep)
+    clip: LoadedClip | None = None
     with suppress(UserError):  # without weights or a network, the lengths of captions cannot be checked
-        return [*findings, *_captions_and_sheet(config, splits, _tokenizer(config), sheet)]
-    return [*findings, *_captions_and_sheet(config, splits, None, sheet)]
+        clip = _tokenizer(config)
+    return [*_audit(config, splits, deep), *_captions_and_sheet(config, splits, clip, sheet)]
 
 
 def check_run(
@@ -108,18 +108,10 @@ def _check_folder(folder: Path) -> Iterator[Finding]:
         advice = f"to train on from its weights, start a new run: --resume {best}" if best.exists() else ""
         yield Finding("fails", "finished", "run", f"resume: the run in {folder} is finished (metrics.json)", {}, advice)
     lock = folder / "lock.json"
-    if not lock.exists():
-        return
-    try:
-        owner = read_json(lock)
-        here = owner["host"] == socket.gethostname()
-        if here and not is_alive(owner):
-            return
+    owner = read_json(lock) if lock.exists() else None
+    if owner and (owner["host"] != socket.gethostname() or is_alive(owner)):
         message = f"resume: {folder} is locked by process {owner['pid']} on {owner['host']}"
-        advice = "wait for it, or stop it" if here else f"if it is no longer running, delete {lock}"
-    except (UserError, KeyError, TypeError):
-        message, advice = f"resume: {lock} is not a lock file", "if no run is going on there, delete it"
-    yield Finding("fails", "locked", "run", message, advice=advice)
+        yield Finding("fails", "locked", "run", message, advice=f"wait for it; if it is gone, delete {lock}")
 
 
 def _check_snapshot(folder: Path, session: Session, splits: Sequence[CheckedSplit]) -> Iterator[Finding]:

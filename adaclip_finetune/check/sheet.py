@@ -9,16 +9,14 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from adaclip_finetune.check.data import ANY_VIEW, CheckedSplit
+from adaclip_finetune.check.data import CheckedSplit
 from adaclip_finetune.check.report import Finding, plural
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.dataset import VideoReader
+from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError
-from adaclip_finetune.errors import UserError
 
 HEIGHT = 90  # pixels of a thumbnail, whose width follows from the video's shape
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ACROSS = 8  # thumbnails
 _MARGIN, _LINE, _GAP = 12, 17, 4  # pixels
 _LETTERS = 120  # in a line of text
@@ -26,23 +24,6 @@ _CAPTIONS = 6  # of a video, at most
 _VIDEOS = 4  # of a split
 _BLACK, _GREY, _ORANGE = (0, 0, 0), (110, 110, 110), (230, 120, 0)
 _Text = tuple[str, tuple[int, int, int]]
-
-
-def refuse_other_files(path: Path) -> None:
-    """Raise UserError if the sheet cannot be written to `path`, or would replace a file that is not a PNG."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--sheet {path}: give a name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--sheet {path}: there is no folder {path.absolute().parent}")
-    try:
-        with path.open("rb") as file:
-            begins = file.read(len(_PNG))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"--sheet {path}: cannot be written ({error.strerror})") from None
-    if begins and begins != _PNG:
-        raise UserError(f"--sheet {path}: this file exists and is not a PNG; give another name")
 
 
 def check_sheet(path: Path, splits: Sequence[CheckedSplit], config: Config) -> Finding:
@@ -82,8 +63,7 @@ def _row(split: CheckedSplit, video: VideoAnnotation, config: Config) -> Image.I
     if len(video.sentences) > _CAPTIONS:
         texts.append((f"and {len(video.sentences) - _CAPTIONS} more", _BLACK))
     try:
-        item = VideoReader(split.store, config, ANY_VIEW).read(video.video_id)
-        indices = [index for index in item.indices.tolist() if index >= 0]
+        indices = frames_to_read(split.store, config, video.video_id).tolist()
         frames = [Image.fromarray(frame) for frame in split.store.read(video.video_id, indices)]
     except FrameError as error:
         return _drawn([*texts, (" ".join(f"cannot be read: {error.reason}".split()), _ORANGE)], [], [])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adaclip_finetune.commands.checkpoint_flags import check_inputs, check_outputs
 from adaclip_finetune.commands.flags import Parser, add_flags, given
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
@@ -51,13 +51,13 @@ def run(words: Sequence[str]) -> int:
             folder, config = Path(config.resume), continued_config(config)
         check_paths(config)
 
+    check_inputs({"--annot": arguments.annot or []})
+    check_outputs({"--sheet": arguments.sheet}, {"--sheet": ".png"}, arguments.annot or [])
+
     from adaclip_finetune.check.data import splits_of_config, splits_of_files
     from adaclip_finetune.check.report import as_json, as_text, worst
     from adaclip_finetune.check.run import check_data, check_run
-    from adaclip_finetune.check.sheet import refuse_other_files
 
-    if arguments.sheet is not None:
-        refuse_other_files(arguments.sheet)
     if arguments.annot:
         splits = splits_of_files(arguments.annot, config)
         findings = check_data(config, splits, arguments.deep, arguments.sheet)
@@ -68,5 +68,5 @@ def run(words: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(as_json(paths, trains, findings)))
     else:
-        print(as_text(paths, trains, findings, sys.stdout.encoding or "ascii"))
+        print(as_text(paths, trains, findings))
     return 1 if worst(findings) == "fails" else 0

@@ -41,8 +41,6 @@ def check_inputs(inputs: Mapping[str, Iterable[Path | str | None]]) -> None:
             if not path.is_file():
                 reason = "is a folder, not a file" if path.is_dir() else f"no such file (looked for in {Path.cwd()})"
                 raise UserError(f"{flag} {path}: {reason}")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"{flag} {path}: no permission to read this file")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str], inputs: Iterable[object]) -> None:
@@ -58,19 +56,14 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str
         place = path.resolve()
         if path.suffix not in suffixes[flag].split():
             raise UserError(f"{flag} {path}: must end in {suffixes[flag].replace(' ', ' or ')}")
-        if place.exists() and not place.is_file():
-            raise UserError(f"{flag} {path}: exists and is not a file")
         if not place.parent.is_dir() or not os.access(place.parent, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {path}: {place.parent} is not a folder that you can write into")
-        if run := next(filter(_is_run_folder, place.parents), None):
+        marks = ("best.safetensors", "config.json")
+        if run := next((above for above in place.parents if all((above / mark).is_file() for mark in marks)), None):
             raise UserError(f"{flag} {path}: {run} is a run folder, which stays as it is; choose another place")
         if reason := taken.get(place):
             raise UserError(f"{flag} {path}: this file {reason}; choose another name")
         taken[place] = f"is also written by {flag}"
-
-
-def _is_run_folder(folder: Path) -> bool:
-    return (folder / "best.safetensors").is_file() and (folder / "config.json").is_file()
 
 
 def write_output(flag: str, path: Path, content: str | bytes) -> None:

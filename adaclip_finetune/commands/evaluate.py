@@ -119,6 +119,10 @@ def _check_flags(arguments: Namespace) -> None:
         (a.rerank or not tuned, "--temperature belongs to --rerank"),
         (("qb_norm" in a.rerank) == bool(a.bank), "--rerank qb_norm and --bank belong together"),
         (a.rerank or a.interpolate or not a.val_annot, "--val-annot belongs to --rerank or --interpolate"),
+        (
+            not (a.similarity and a.bank and a.val_annot),
+            "a saved --bank holds no videos of --val-annot: --temperature T",
+        ),
         (not (a.val_annot and tuned), "--val-annot would choose the temperature that --temperature gives"),
     )
     for holds, message in rules:

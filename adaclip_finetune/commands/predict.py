@@ -10,8 +10,6 @@ from adaclip_finetune.commands.flags import Parser, given
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
-_LONGEST = 10_000  # characters of a query: far more than any text tower sees
-
 
 def run(words: Sequence[str]) -> int:
     """Embed, rank and write. Returns 0; raises UserError."""
@@ -45,15 +43,12 @@ def run(words: Sequence[str]) -> int:
 
 
 def read_queries(path: Path) -> list[str]:
-    """Return the queries of a text file, one a line, without empty lines. Raises UserError, naming the line."""
+    """Return the queries of a text file, one a line, without empty lines. Raises UserError."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     lines = text.split("\n")  # splitlines() would also split at characters that may be part of a query
-    for number, line in enumerate(lines, start=1):
-        if len(line) > _LONGEST:
-            raise UserError(f"--queries {path}, line {number}: has {len(line):,} characters; at most {_LONGEST:,}")
     if not (queries := [line.strip() for line in lines if line.strip()]):
         raise UserError(f"--queries {path}: holds no query; write one a line")
     return queries

@@ -124,8 +124,12 @@ class OpenCandidate:
 
     def row(self, label: str, task: Task, report: Report, baseline: str | None, note: str) -> TableRow:
         """Return a row of the model. `baseline` is the label of its zero-shot row."""
-        learned = _learned(self.session)
-        cost = Cost(*learned, self.session.gflops.video, _videos_per_second(task, report))
+        noted = self.session.checkpoint is not None and "parameters" in self.session.checkpoint.metadata
+        # The settings of these methods determine what learned; of others, only the checkpoint can tell.
+        known = noted or self.config.peft.method in ("full", "bitfit")
+        counts = self.session.parameters
+        clip, everything = (counts.clip.percent, counts.all.percent) if known else (None, None)
+        cost = Cost(clip, everything, self.session.gflops.video, _videos_per_second(task, report))
         return replace(_row(label, "model", task, report, cost), baseline=baseline, note=note)
 
     def add_zero_shot(self, data_set: DataSetRows, split: EvaluationSplit, pretrained: LoadedClip, of: str = "") -> str:
@@ -187,17 +191,6 @@ def _row(label: str, kind: RowKind, task: Task, report: Report, cost: Cost) -> T
     queries = report.queries if isinstance(report, RetrievalReport) else task.split.queries
     figures, ranks = report.as_dict(), task.ranks(report)
     return TableRow(label, kind, figures, task.columns, ranks, queries, task.gallery(report), cost)
-
-
-def _learned(session: Session) -> tuple[float | None, float | None]:
-    """Return the percentages of CLIP's parameters, and of all, that learned.
-
-    They are None for a checkpoint that does not say so, if the settings of its method do not determine them.
-    """
-    noted = session.checkpoint is not None and "parameters" in session.checkpoint.metadata
-    if not noted and session.config.peft.method not in ("full", "bitfit"):
-        return None, None
-    return session.parameters.clip.percent, session.parameters.all.percent
 
 
 def _videos_per_second(task: Task, report: Report) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates
-from adaclip_finetune.compare.seen_data import overlap_of_queries
 from adaclip_finetune.compare.table import DataSetRows, RowKind, TableRow, same_queries
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import Queries, evaluation_queries
@@ -59,7 +58,7 @@ class Scores:
     blocks: Iterable[Tensor]
     queries: Queries
     bank: Iterable[Tensor] | None = None
-    bank_texts: Sequence[str] = ()
+    bank_size: int = 0
 
 
 def evaluate(
@@ -117,14 +116,11 @@ def evaluate_matrices(
                 f"--similarity {file.path}: its queries or videos are not those of {files[0].path}; a table has one "
                 "data set, so evaluate them one by one"
             )
-    validation = None if reranking.validation is None else similarity_file(Path(reranking.validation))
     bank = None if reranking.bank is None else similarity_file(Path(reranking.bank))
-    if bank is not None and validation is not None:
-        raise UserError(
-            f"--val-annot {validation.path}: a saved bank holds the videos of the test, not those of the validation; "
-            "give --temperature instead"
-        )
-    held_out = None if validation is None else Scores(str(validation.path), validation, validation.queries)
+    validation = None
+    if reranking.validation is not None:
+        saved = similarity_file(Path(reranking.validation))
+        validation = Scores(str(saved.path), saved, saved.queries)
     found = DataSetRows(", ".join(map(str, paths)), remarks=[_NOT_IN_A_MATRIX])
     label = None
     if baseline is None:
@@ -137,8 +133,8 @@ def evaluate_matrices(
             raise UserError(f"--bank {bank.path}: its videos are not those of {file.path}, in the same order")
         unique = len({path.stem for path in paths}) == len(paths)
         row = _matrix_row(file, file.path.stem if unique else str(file.path), "model", label)
-        scores = Scores(str(file.path), file, file.queries, bank, bank.queries.texts if bank else ())
-        found.models += [row, *reranked_rows(row, scores, reranking, held_out)]
+        scores = Scores(str(file.path), file, file.queries, bank, len(bank.queries.texts) if bank else 0)
+        found.models += [row, *reranked_rows(row, scores, reranking, validation)]
     return found
 
 
@@ -148,43 +144,36 @@ def reranked_rows(row: TableRow, scores: Scores, reranking: Reranking, validatio
     The temperature is that of `reranking`, else the best by T2V R@1 on `validation`, else the default. Raises UserError
     for scores that are not finite.
     """
-    try:
-        return [_reranked(row, scores, method, reranking.temperature, validation) for method in reranking.methods]
-    except ValueError as error:
-        raise UserError(f"{scores.name}: {error}") from error
-
-
-def _reranked(
-    row: TableRow, scores: Scores, method: str, temperature: float | None, validation: Scores | None
-) -> TableRow:
-    if temperature is not None:
-        how = f"temperature {temperature:g}, as given"
-    elif validation is not None:
-        temperature = _best_temperature(method, validation)
-        overlap = overlap_of_queries(validation.queries, scores.queries)
-        how = f"temperature {temperature:g}, the best of {len(TEMPERATURES)} on {validation.name}"
-        how += f", which holds {overlap}" if overlap else ""
-    else:
-        temperature = _DEFAULTS[method]
-        how = f"temperature {temperature:g}, the default"
-    metrics = _rerank(method, scores, temperature)
-    if method == "dual_softmax":
-        mark, seen = "transductive", "sees all test queries at once"
-    else:
-        evaluated = set(scores.queries.texts)
-        both = sum(text in evaluated for text in scores.bank_texts)
-        same = f", {both:,} of them also evaluated here" if both else ""
-        mark, seen = "query bank", f"bank of {len(scores.bank_texts):,} training captions{same}; text to video only"
-    return replace(
-        row,
-        label=f"{row.label} + {method} ({mark})",
-        kind="reranked",
-        figures={"v2t": None, **{name: found.as_dict() for name, found in metrics.items()}},
-        ranks={name: row.ranks[name]._replace(ranks=found.ranks) for name, found in metrics.items()},
-        gallery=row.measured_on,
-        cost=None,
-        note=f"{seen}; {how}",
-    )
+    rows = []
+    for method in reranking.methods:
+        try:
+            if reranking.temperature is not None:
+                temperature, chosen = reranking.temperature, "as given"
+            elif validation is not None:
+                temperature = _best_temperature(method, validation)
+                chosen = f"the best of {len(TEMPERATURES)} on {validation.name}"
+            else:
+                temperature, chosen = _DEFAULTS[method], "the default"
+            metrics = _rerank(method, scores, temperature)
+        except ValueError as error:
+            raise UserError(f"{scores.name}: {error}") from error
+        if method == "dual_softmax":
+            mark, seen = "transductive", "sees all test queries at once"
+        else:
+            mark, seen = "query bank", f"bank of {scores.bank_size:,} training captions; text to video only"
+        rows.append(
+            replace(
+                row,
+                label=f"{row.label} + {method} ({mark})",
+                kind="reranked",
+                figures={"v2t": None, **{name: found.as_dict() for name, found in metrics.items()}},
+                ranks={name: row.ranks[name]._replace(ranks=found.ranks) for name, found in metrics.items()},
+                gallery=row.measured_on,
+                cost=None,
+                note=f"{seen}; temperature {temperature:g}, {chosen}",
+            )
+        )
+    return rows
 
 
 def _rerank(method: str, scores: Scores, temperature: float) -> dict[str, DirectionMetrics]:
@@ -209,7 +198,7 @@ def _scores(model: OpenCandidate, name: str, task: Retrieval, report: RetrievalR
         return Scores(name, report.similarity, report.queries)
     texts = evaluation_queries(load_annotations(reranking.bank), model.config.concat_captions).texts
     bank = model.similarity_of(texts, task, report)
-    return Scores(name, report.similarity, report.queries, bank, texts)
+    return Scores(name, report.similarity, report.queries, bank, len(texts))
 
 
 def _matrix_row(file: SimilarityFile, label: str, kind: RowKind, baseline: str | None = None) -> TableRow:

@@ -7,7 +7,6 @@ Validation chooses the share of the finetuned weights, and the test is evaluated
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, lerp
 
 from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates, tell
 from adaclip_finetune.compare.evaluate import check_annotations
-from adaclip_finetune.compare.seen_data import overlap_of_files, seen_by
+from adaclip_finetune.compare.seen_data import seen_by
 from adaclip_finetune.compare.table import DataSetRows
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import value
@@ -78,12 +77,8 @@ def interpolate(
         clip.load_state_dict(mixed(start, end, best.alpha))
         task, report = model.measure(split, "interpolated")
         note = f"WiSE-FT from {towers.source} to {model.label}: the best of {len(curve)} shares on {validation}"
-        note += f", which holds {overlap}" if (overlap := overlap_of_files(validation, annotation)) else ""
         note += f"; of the finetuned: {seen}" if (seen := seen_by(model.config, annotation)) else ""
-        row = model.row(f"interpolated, α = {best.alpha:g}", task, report, baseline, note)
-        if best.alpha == 0 and row.cost is not None:  # nothing of CLIP that was learned is left
-            row = replace(row, cost=replace(row.cost, percent_of_clip=0.0, percent_of_all=None))
-        data_set.models.append(row)
+        data_set.models.append(model.row(f"interpolated, α = {best.alpha:g}", task, report, baseline, note))
         data_sets.append(data_set)
     return curve, data_sets
 

@@ -64,17 +64,15 @@ class StripMaker:
 
     def seconds(self, video_id: str) -> float | None:
         """Return the length of a video: as its file says, else as annotated, else as estimated; None if not known."""
-        estimated = None
+        video, annotated = self._videos[video_id], None
+        if video.start is not None and video.end is not None:
+            annotated = video.end - video.start
+        annotated = annotated if video.duration is None else video.duration
         if isinstance(self._store, VideoFolder):
             with suppress(FrameError):
                 times = self._store.shown(video_id, [])
-                if times.length_measured:
-                    return times.length
-                estimated = times.length
-        video = self._videos[video_id]
-        if video.duration is not None:
-            return video.duration
-        return estimated if video.start is None or video.end is None else video.end - video.start
+                return times.length if times.length_measured or annotated is None else annotated
+        return annotated
 
     def _make(self, video_id: str) -> Strip:
         chosen = self._chosen(video_id)

@@ -135,8 +135,15 @@ class DataSetRows:
         models = [row for row in self.models if row.kind == "model"]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
         pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
-        same = [(row, other) for row, other in pairs if row.ranks and same_queries(row.queries, other.queries)]
-        return [RowDifference(row.label, other.label, _differences(row, other)) for row, other in same]
+        found = []
+        for row, other in pairs:
+            if row.ranks and same_queries(row.queries, other.queries):
+                directions = {
+                    name: paired_difference(own.ranks, other.ranks[name].ranks, own.videos)
+                    for name, own in row.ranks.items()
+                }
+                found.append(RowDifference(row.label, other.label, directions))
+        return found
 
     def said(self) -> Iterator[str]:
         """Yield the lines that stand below the table."""
@@ -189,16 +196,10 @@ def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
         of = {"annotation": data_set.name}
         content["rows"] += [of | row.as_dict() for row in data_set.rows]
         for label, other, directions in data_set.differences:
-            found = {name: difference.as_dict() for name, difference in directions.items()}
+            found = {name: asdict(difference) for name, difference in directions.items()}
             content["differences_in_R@1"].append({**of, "label": label, "minus": other, **found})
         content["remarks"] += [of | {"remark": remark} for remark in data_set.remarks]
     return content
-
-
-def _differences(row: TableRow, other: TableRow) -> dict[str, Difference]:
-    return {
-        name: paired_difference(found.ranks, other.ranks[name].ranks, found.videos) for name, found in row.ranks.items()
-    }
 
 
 def _columns(data_sets: Sequence[DataSetRows]) -> list[str]:

@@ -10,8 +10,7 @@ video by video, that give a difference at least as large. It is exact; with one 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ from adaclip_finetune.evaluation.metrics import IntArray
 RESAMPLES = 10_000
 RECALLS = (1, 5, 10)
 _AT_ONCE = 200_000  # numbers in a block of draws, which fits the cache of a processor
-_VIDEOS_A_BINOMIAL = 8  # drawing so many videos one by one takes as long as a multinomial takes for one kind
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -42,10 +40,6 @@ class Difference:
     won: int
     lost: int
 
-    def as_dict(self) -> dict[str, object]:
-        """Return the difference for JSON."""
-        return asdict(self)
-
 
 def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) -> dict[str, Interval]:
     """Return 95 % intervals of R@1, R@5, R@10 (percent), MedR and MeanR for queries with these ranks (Q,), from 1.
@@ -54,8 +48,10 @@ def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) ->
     the same in every draw, so it gets the exact interval of Clopper and Pearson (1934), with one trial for each video.
     """
     of_query, count = _clusters(ranks, videos)
-    values, table, of_video = _profiles(ranks, of_query, count)
-    parts = [_figures(values, counts @ table) for counts in _draws(of_video, table.shape[0], seed)]
+    values, places = np.unique(ranks, return_inverse=True)
+    # How often each rank (U, ascending) occurs among the queries of each video (V).
+    table = csr_array((np.ones_like(of_query), (of_query, places.reshape(-1))), (count, len(values)))
+    parts = [_figures(values, drawn @ table) for drawn in _draws(count, seed)]
     found = {name: _percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
     for k in RECALLS:
         if (hits := ranks <= k).all() or not hits.any():
@@ -73,8 +69,9 @@ def paired_difference(
     of_query, count = _clusters(ranks, videos)
     signs = (ranks <= k).astype(np.int64) - (other <= k)
     of_each = np.stack([np.bincount(of_query, signs, count), np.bincount(of_query, minlength=count)], axis=1)
-    different, of_video = np.unique(of_each.astype(np.int64), axis=0, return_inverse=True)
-    drawn = np.concatenate([counts @ different for counts in _draws(of_video.reshape(-1), len(different), seed)])
+    # Videos of one kind have the same number of queries, and the same number of them won.
+    kinds, size_of_kind = np.unique(of_each.astype(np.int64), axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(count, size_of_kind / count, RESAMPLES) @ kinds
     points = 100 * drawn[:, 0] / drawn[:, 1]
     won, lost = int((signs > 0).sum()), int((signs < 0).sum())
     p = _share_of_signs(of_each[:, 0].astype(np.int64))
@@ -93,33 +90,13 @@ def _clusters(ranks: IntArray, videos: IntArray | None) -> tuple[IntArray, int]:
     return numbers.reshape(-1), len(different)
 
 
-def _profiles(ranks: IntArray, of_query: IntArray, count: int) -> tuple[IntArray, Any, IntArray]:
-    """Return the distinct ranks (U,), ascending; a sparse table (P, U) of how often each rank occurs in each distinct
-    set of ranks that a video has; and the row of each video (V,) in it."""
-    values, places = np.unique(ranks, return_inverse=True)
-    places = places.reshape(-1).astype(np.int64)
-    order = np.lexsort((places, of_query))
-    ends = np.cumsum(np.bincount(of_query, minlength=count))
-    rows: dict[bytes, int] = {}
-    of_video = [rows.setdefault(part.tobytes(), len(rows)) for part in np.split(places[order], ends[:-1])]
-    columns = [np.frombuffer(row, np.int64) for row in rows]
-    starts = np.cumsum([0, *map(len, columns)])
-    whole = np.concatenate(columns)
-    return values, csr_array((np.ones_like(whole), whole, starts), (len(rows), len(values))), np.array(of_video)
-
-
-def _draws(of_video: IntArray, rows: int, seed: int) -> Iterator[IntArray]:
-    """Yield how often each of `rows` kinds of videos was drawn, in blocks (b, P) of RESAMPLES draws altogether."""
-    random, count = np.random.default_rng(seed), len(of_video)
-    few = _VIDEOS_A_BINOMIAL * rows < count
-    at_once = max(1, _AT_ONCE // (rows if few else count))
+def _draws(count: int, seed: int) -> Iterator[IntArray]:
+    """Yield how often each of `count` videos was drawn, in blocks (b, count) of RESAMPLES draws altogether."""
+    random, at_once = np.random.default_rng(seed), max(1, _AT_ONCE // count)
     for start in range(0, RESAMPLES, at_once):
         size = min(at_once, RESAMPLES - start)
-        if few:
-            yield random.multinomial(count, np.bincount(of_video) / count, size)
-            continue
-        drawn = of_video[random.integers(count, size=(size, count))] + rows * np.arange(size)[:, None]
-        yield np.bincount(drawn.reshape(-1), minlength=size * rows).reshape(size, rows)
+        drawn = random.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        yield np.bincount(drawn.reshape(-1), minlength=size * count).reshape(size, count)
 
 
 def _figures(values: IntArray, counts: IntArray) -> dict[str, Floats]:

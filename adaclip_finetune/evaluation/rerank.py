@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,11 +57,11 @@ class DualSoftmax:
     def __init__(
         self, blocks: Blocks, temperature: float, over_texts: bool = True, asked: Tensor | None = None
     ) -> None:
-        self._blocks, self._temperature, self._asked = blocks, _checked(temperature), asked
-        sums = _LogSums(blocks, temperature)
-        self._columns = sums.by_column if over_texts else None
+        self._blocks, self._temperature, self._asked = blocks, temperature, asked
+        columns, rows, spread = _log_sums(blocks, temperature)
+        self._columns = columns if over_texts else None
         # No product is smaller than the smallest number times the smallest softmax.
-        self._offset = 1 - _LOG_OF_SMALLEST + sums.spread + math.log(max(sums.rows, sums.columns, 1))
+        self._offset = 1 - _LOG_OF_SMALLEST + spread + math.log(max(rows, len(columns)))
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._blocks:
@@ -80,8 +79,8 @@ class QueryBankNorm:
     best video is a hub, the logits themselves for the others. Values are comparable within a row only."""
 
     def __init__(self, blocks: Blocks, bank: Blocks, temperature: float) -> None:
-        self._blocks, self._temperature = blocks, _checked(temperature)
-        self._columns = _LogSums(bank, temperature).by_column
+        self._blocks, self._temperature = blocks, temperature
+        self._columns, _, _ = _log_sums(bank, temperature)
         self._is_hub = torch.zeros(len(self._columns), dtype=torch.bool)
         for block in bank:
             self._is_hub[block.argmax(dim=1).cpu()] = True
@@ -93,28 +92,17 @@ class QueryBankNorm:
             yield torch.where(corrected, logits / self._temperature - self._columns, logits)
 
 
-@dataclass(init=False)
-class _LogSums:
-    """The logarithm of the sum of exp(logit / temperature) over each column (V,), and the size of the matrix; `spread`
-    is the largest scaled logit minus the smallest."""
-
-    by_column: Tensor
-    rows: int
-    columns: int
-    spread: float
-
-    def __init__(self, blocks: Blocks, temperature: float) -> None:
-        self.rows, low, high = 0, math.inf, -math.inf
-        parts: Tensor | None = None
-        for block in blocks:
-            scaled = _exact(block) / temperature
-            sums = scaled.logsumexp(dim=0)
-            parts = sums if parts is None else torch.logaddexp(parts, sums)
-            low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
-            self.rows += len(block)
-        if parts is None:
-            raise ValueError("there are no rows")
-        self.by_column, self.columns, self.spread = parts, len(parts), high - low
+def _log_sums(blocks: Blocks, temperature: float) -> tuple[Tensor, int, float]:
+    """Return the logarithm of the sum of exp(logit / temperature) over each column (V,), the number of rows, and the
+    largest scaled logit minus the smallest."""
+    rows, low, high = 0, math.inf, -math.inf
+    parts = torch.tensor(-math.inf, dtype=torch.float64)
+    for block in blocks:
+        scaled = _exact(block) / temperature
+        parts = torch.logaddexp(parts, scaled.logsumexp(dim=0))
+        low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
+        rows += len(block)
+    return parts, rows, high - low
 
 
 def _exact(block: Tensor) -> Tensor:
@@ -122,9 +110,3 @@ def _exact(block: Tensor) -> Tensor:
     if not exact.isfinite().all():
         raise ValueError("the similarity holds a value that is not finite, so nothing can be reranked")
     return exact
-
-
-def _checked(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be above 0, not {temperature}")
-    return temperature

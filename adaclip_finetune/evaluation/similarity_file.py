@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from adaclip_finetune.data.queries import Queries
@@ -39,17 +40,14 @@ class SimilarityFile:
     offset: int  # bytes before the first value
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield float32 blocks (float64 for a float64 file). Raises UserError for NaN or a shortened file."""
+        """Yield float32 blocks (float64 for a float64 file). Raises UserError for NaN."""
         texts, videos = len(self.queries.texts), len(self.queries.video_ids)
         rows = rows_in_a_block(videos * max(4, self.dtype.itemsize))
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, texts, rows):
                 count = min(rows, texts - start) * videos
-                values = np.fromfile(file, self.dtype, count)
-                if len(values) < count:
-                    raise UserError(f"{self.path}: ends in the middle of row {start + len(values) // videos}")
-                yield self._checked(values.reshape(-1, videos), start)
+                yield self._checked(np.fromfile(file, self.dtype, count).reshape(-1, videos), start)
 
     def _checked(self, values: NDArray[Any], start: int) -> Tensor:
         native = np.dtype("float64" if self.dtype.itemsize == 8 else "float32")
@@ -72,8 +70,6 @@ def similarity_file(path: Path, ids: Path | None = None) -> SimilarityFile:
     """
     try:
         header = npy.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (looked for in {Path.cwd()})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError) as error:
@@ -129,23 +125,28 @@ def _refuse_other_json(path: Path) -> None:
         )
 
 
+class _Ids(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    queries: list[str] = Field(min_length=1)
+    videos: list[str] = Field(min_length=1)
+    video_of_query: list[int]
+
+
 def _read_ids(path: Path) -> Queries:
-    ids = read_json(path)
-    if not isinstance(ids, dict) or not all(isinstance(ids.get(key), list) for key in _KEYS):
-        raise UserError(f"{path}: must hold the lists {', '.join(_KEYS)}")
-    texts, videos, owners = (ids[key] for key in _KEYS)
-    for key, names in (("queries", texts), ("videos", videos)):
-        if wrong := [name for name in names if not isinstance(name, str)]:
-            raise UserError(f"{path}: {key} holds {wrong[0]!r}, which is not a text")
-        if not names:
-            raise UserError(f"{path}: lists no {key}")
+    try:
+        ids = _Ids.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: must hold the lists {', '.join(_KEYS)}; {where}: {first['msg']}") from error
+    videos, owners = ids.videos, ids.video_of_query
     if twice := next((name for name, count in Counter(videos).items() if count > 1), None):
         raise UserError(f"{path}: videos lists {twice!r} twice; each video is one column, with any number of captions")
-    if len(owners) != len(texts):
-        raise UserError(f"{path}: video_of_query has {len(owners)} entries for {len(texts)} queries")
-    for owner in owners:
-        if type(owner) is not int or not 0 <= owner < len(videos):
-            raise UserError(
-                f"{path}: video_of_query holds {owner!r}, which is not the number of a video (0 to {len(videos) - 1})"
-            )
-    return Queries(texts, np.array(owners, np.int64), videos)
+    if len(owners) != len(ids.queries):
+        raise UserError(f"{path}: video_of_query has {len(owners)} entries for {len(ids.queries)} queries")
+    if wrong := [owner for owner in owners if not 0 <= owner < len(videos)]:
+        raise UserError(
+            f"{path}: video_of_query holds {wrong[0]}, which is not the number of a video (0 to {len(videos) - 1})"
+        )
+    return Queries(ids.queries, np.array(owners, np.int64), videos)

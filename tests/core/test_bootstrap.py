@@ -48,17 +48,6 @@ def test_queries_of_one_video_are_drawn_together() -> None:
     assert found["R@1"][1] - found["R@1"][0] > 1.3 * (independent["R@1"][1] - independent["R@1"][0])
 
 
-def test_a_caption_repeated_twenty_times_is_known_no_better() -> None:
-    once, other, videos = ranks(8, 60), ranks(9, 60), np.arange(60)
-    found = intervals(np.repeat(once, 20), np.repeat(videos, 20))
-    assert found["R@1"] == pytest.approx(intervals(once, videos)["R@1"], abs=1.7)
-    pair = paired_difference(np.repeat(once, 20), np.repeat(other, 20), np.repeat(videos, 20))
-    alone = paired_difference(once, other)
-    assert pair.p == pytest.approx(alone.p) and pair.points == pytest.approx(alone.points)
-    assert pair.interval == pytest.approx(alone.interval, abs=1.7)
-    assert (pair.won, pair.lost) == (20 * alone.won, 20 * alone.lost)
-
-
 def test_a_recall_of_0_or_100_gets_the_exact_interval_of_so_many_videos() -> None:
     found = intervals(np.full(60, 7), np.repeat(np.arange(20), 3))
     # 0 of 20 videos are found with a probability of 2.5 % if the recall is 1 - 0.025 ** (1 / 20).
@@ -73,12 +62,7 @@ def test_intervals_contain_the_truth_about_95_times_in_100(monkeypatch: pytest.M
     assert intervals(ranks(2)) == intervals(ranks(2))
 
 
-def test_one_or_two_queries_have_a_median() -> None:
-    assert intervals(np.array([7]))["MedR"] == (7, 7)
-    assert set(intervals(np.array([1, 4]))["MedR"]) == {1.0, 4.0}
-
-
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_p_is_the_share_of_all_exchanges_of_signs_by_video(seed: int) -> None:
     videos = videos_of(seed, 12, 90)
     one, other = ranks(seed, 90), ranks(seed + 50, 90) + seed % 2
@@ -100,16 +84,6 @@ def test_with_one_caption_a_video_it_is_mcnemars_test() -> None:
     assert found.won + found.lost > 500
     assert found.p == pytest.approx(binomtest(found.won, found.won + found.lost).pvalue, rel=1e-9)
     assert found.p == pytest.approx(paired_difference(one, other).p, rel=1e-12)
-
-
-def test_the_interval_of_a_difference_is_that_of_pairs() -> None:
-    one, random = ranks(5), np.random.default_rng(6)
-    other = np.where(random.random(200) < 0.1, 9, one)  # nearly the same model: unpaired intervals would be far wider
-    difference = (one <= 1).astype(int) - (other <= 1)
-    drawn = 100 * difference[random.integers(200, size=(10_000, 200))].mean(axis=1)
-    found = paired_difference(one, other)
-    assert found.interval == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.51)
-    assert found.interval[1] - found.interval[0] < 6
 
 
 def test_a_model_does_not_differ_from_itself() -> None:

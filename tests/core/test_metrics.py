@@ -6,8 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scorers import clip_with, cosine_scorer, features
 
 from adaclip_finetune.data.queries import Queries
@@ -37,30 +35,20 @@ def slow_ranks(scores, owners, texts=None):
     return t2v, [v2t[v] for v in sorted(v2t)]
 
 
-@st.composite
-def tied_problems(draw):
-    captions, videos = draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    values = st.sampled_from([-1.0, 0.0, 0.25, 0.5, float("-inf")])
-    row = st.lists(values, min_size=videos, max_size=videos)
-    texts = draw(st.lists(st.sampled_from("abcdef"), min_size=captions, max_size=captions))
-    row_of = {text: draw(row) for text in sorted(set(texts))}  # the same text has the same scores
-    owners = draw(st.lists(st.integers(0, videos - 1), min_size=captions, max_size=captions))
-    return [row_of[text] for text in texts], owners, texts, draw(st.integers(1, captions))
-
-
-@settings(max_examples=150, deadline=None)
-@given(tied_problems())
-def test_ranks_are_those_of_the_definition(problem):
-    scores, owners, texts, block = problem
-    metrics = retrieval_metrics(torch.tensor(scores).split(block), owners, texts)
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_are_those_of_the_definition(seed):
+    random = np.random.default_rng(seed)
+    captions, videos = random.integers(1, 10), random.integers(1, 7)
+    row_of = random.choice([-1.0, 0.0, 0.25, 0.5, float("-inf")], (6, videos))  # the same text has the same scores
+    numbers, owners = random.integers(6, size=captions), random.integers(videos, size=captions).tolist()
+    scores, texts = row_of[numbers].tolist(), ["abcdef"[number] for number in numbers]
+    metrics = retrieval_metrics(torch.tensor(scores).split(int(random.integers(1, 4))), owners, texts)
     assert (metrics.t2v.ranks.tolist(), metrics.v2t.ranks.tolist()) == slow_ranks(scores, owners)
     assert metrics.t2v.ranks.dtype == metrics.v2t.ranks.dtype == np.int64
     videos_of = {text: {own for other, own in zip(texts, owners, strict=True) if other == text} for text in texts}
     assert metrics.shared_captions == sum(len(videos_of[text]) > 1 for text in texts)
-    if metrics.excused is None:
-        assert not metrics.shared_captions
-    else:
-        excused = metrics.excused
+    assert (metrics.excused is None) == (metrics.shared_captions == 0)
+    if excused := metrics.excused:
         assert (excused.t2v.ranks.tolist(), excused.v2t.ranks.tolist()) == slow_ranks(scores, owners, texts)
 
 
@@ -73,7 +61,6 @@ SCORES = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.6], [0.3, 0.7, 0.2]])
         (SCORES, [0, 1, 2], [1, 3, 3], [1, 2, 3]),
         # Two captions of video 0: each is a query of its own, and neither counts against the other.
         (torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.85, 0.7]]), [0, 0, 1], [1, 1, 2], [1, 1]),
-        (torch.tensor([[0.8, 0.2], [0.85, 0.7]]), [0, 1], [1, 2], [2, 1]),
         # Captions belong to the videos that the map says, whatever their order.
         (torch.eye(3)[[2, 0, 1]], [2, 0, 1], [1, 1, 1], [1, 1, 1]),
         # All scores equal: the worst rank for all.
@@ -87,15 +74,6 @@ def test_worked_examples(scores, owners, t2v, v2t):
     assert (metrics.t2v.ranks.tolist(), metrics.v2t.ranks.tolist()) == (t2v, v2t)
 
 
-def test_figures_have_the_names_of_the_field():
-    third = pytest.approx(100 / 3)
-    expected = {"R@1": third, "R@5": 100, "R@10": 100, "R@50": 100, "MedR": 3, "MeanR": pytest.approx(7 / 3)}
-    metrics = retrieval_metrics([SCORES], [0, 1, 2], ["a", "b", "c"])
-    assert metrics.as_dict()["t2v"] == {**expected, "queries": 3}
-    assert metrics.v2t.median_rank == 2 and metrics.v2t.mean_rank == 2
-    assert set(metrics.as_dict()) == {"t2v", "v2t"} and metrics.shared_line() == ""
-
-
 def test_captions_of_two_videos_give_both_figures():
     """A perfect model of three videos, two with the same caption but for case and spaces."""
     texts, owners = ["a man  plays", "A man plays", "a dog"], [0, 1, 2]
@@ -103,6 +81,8 @@ def test_captions_of_two_videos_give_both_figures():
     metrics = retrieval_metrics([scores], owners, texts)
     third = pytest.approx(100 / 3)
     assert (metrics.t2v.recall(1), metrics.v2t.recall(1), metrics.shared_captions) == (third, third, 2)
+    assert set(metrics.as_dict()["t2v"]) == {"R@1", "R@5", "R@10", "R@50", "MedR", "MeanR", "queries"}
+    assert (metrics.t2v.median_rank, metrics.t2v.mean_rank) == (2, pytest.approx(5 / 3))
     assert metrics.excused is not None
     assert (metrics.excused.t2v.recall(1), metrics.excused.v2t.recall(1)) == (100, 100)
     assert metrics.as_dict()["shared_captions"]["captions"] == 2
@@ -158,19 +138,11 @@ def test_similarity_blocks_equal_the_whole_matrix():
     scorer = CosineScorer(clip_with(math.log(100), -3))
     in_double = torch.cat(list(similarity_blocks(text.double(), scorer.keep(features(video.double())), scorer, 3)))
     torch.testing.assert_close(in_double, expected - 3, atol=1e-10, rtol=0)
-
-
-def test_similarity_is_float32_under_autocast_and_without_gradients():
-    text, video, scorer = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5), cosine_scorer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        kept = scorer.keep(features(video))
-        blocks = list(similarity_blocks(text, kept, scorer, 2))
+        kept = cosine_scorer().keep(features(video))
+        blocks = list(similarity_blocks(text.requires_grad_(), kept, cosine_scorer(), 3))
     assert all(block.dtype == torch.float32 and not block.requires_grad for block in blocks)
-    expected = torch.nn.functional.cosine_similarity(text[:, None], video[None], dim=-1).detach()
-    torch.testing.assert_close(torch.cat(blocks), expected)
-    half = torch.cat(list(similarity_blocks(text.bfloat16(), scorer.keep(features(video.bfloat16())), scorer, 3)))
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(100 * torch.cat(blocks).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_similarity_blocks_do_not_change_while_the_model_learns():

@@ -1,15 +1,11 @@
 """`adaclip check` as a command: wrong requests, what it prints, and real data."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checking import checked, finding, kinds, write_annotation, write_damaged_frames
-from media import write_frames
 from PIL import Image
 
 from adaclip_finetune.cli import main
@@ -55,25 +51,6 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "→ extract or fetch them" in text and "--skip_missing" in text
     assert text.splitlines()[-1].endswith("(2 would fail, 1 warning, 2 fine)")
     assert "\x1b" not in text and "\x07" not in text and r"go\x1b]0;hacked\x07ne\nfails" in text
-
-
-def test_a_terminal_without_unicode(tmp_path: Path) -> None:
-    path = write_annotation(tmp_path / "val.json", {"gone ü": ["x"]})
-    code = "import sys; from adaclip_finetune.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, "check", "--annot", path, "--frames_dir", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 1 and done.stderr == b""
-    assert rb"- gone \xfc: " in done.stdout and b"-> extract" in done.stdout
-
-
-def test_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_annotation(tmp_path / "val.json", {f"gone{number}": ["x y"] for number in range(40)})
-    code, found = checked(capsys, "--annot", path, "--frames_dir", str(tmp_path))
-    assert code == 1 and set(found) == {"verdict", "splits", "findings"} and found["verdict"] == "fails"
-    assert found["splits"] == {"val": {"path": path, "trains": False}}
-    for entry in found["findings"]:
-        assert set(entry) == {"severity", "check", "split", "message", "items", "advice"}
-    assert len(finding(found, "missing_videos", "val").items) == 40
 
 
 def test_the_example_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,37 +104,3 @@ def test_the_sheet_shows_the_frames_that_are_sampled(tmp_path: Path, capsys: pyt
     lefts = [places[index][:, 1].min() for index in sampled]
     assert lefts == sorted(set(lefts))
     assert (pixels == (230, 120, 0)).all(axis=2).sum() > 2 * 3 * 160  # repeated frames have a border
-
-
-def test_a_sheet_of_hostile_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # where a shell would leave its traces
-    names = ["two\nlines", "$(touch canary)", "é; ü", "n" * 200]
-    for name in names:
-        write_frames(tmp_path / "frames" / name, 1, height=9, width=16)
-    path = write_annotation(tmp_path / "val.json", {name: [f"a\n{name}"] * 9 for name in names})
-    sheet = tmp_path / "sheet.png"
-    words = ("--annot", path, "--frames_dir", str(tmp_path / "frames"), "--num_frm", "1", "--sheet", str(sheet))
-    assert checked(capsys, *words)[0] == 0
-    with Image.open(sheet) as image:
-        assert image.format == "PNG" and image.height > 4 * 90
-    assert {path.name for path in tmp_path.iterdir()} == {"frames", "val.json", "sheet.png"}
-
-
-def test_a_sheet_replaces_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_annotation(tmp_path / "val.json", {"v": ["x"]})
-    write_frames(tmp_path / "v", 2)
-    other = tmp_path / "other.png"
-    other.write_text("notes that somebody called so")
-    (tmp_path / "folder.png").mkdir()
-    for name in (path, str(other), str(tmp_path / "folder.png")):
-        assert main(["check", "--annot", path, "--frames_dir", str(tmp_path), "--sheet", name]) == 2
-        assert f"--sheet {name}" in capsys.readouterr().err
-    assert other.read_text() == "notes that somebody called so" and json.loads(Path(path).read_text())
-
-
-def test_a_sheet_with_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, sheet = write_annotation(tmp_path / "val.json", {"gone": ["x"]}), tmp_path / "sheet.png"
-    code, found = checked(capsys, "--annot", path, "--frames_dir", str(tmp_path), "--sheet", str(sheet))
-    assert code == 1 and finding(found, "sheet", "run").severity == "warning" and not sheet.exists()

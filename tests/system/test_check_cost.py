@@ -8,7 +8,6 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
-import optuna
 import psutil
 import pytest
 import torch
@@ -25,7 +24,6 @@ from adaclip_finetune.training import checkpoint as snapshots
 from adaclip_finetune.training.checkpoint import save_tensors
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
-from adaclip_finetune.tuning.run import describe
 
 Usage = namedtuple("Usage", "total used free")
 Captured = pytest.CaptureFixture[str]
@@ -47,11 +45,10 @@ def test_a_sound_project(project: Project, tmp_path: Path, capsys: Captured) -> 
     assert kinds(found, "fine") >= {("disk", "run"), ("memory", "run"), ("time", "run"), ("videos", "train")}
     assert set(found["splits"]) == {"train", "val", "test"} and not (tmp_path / "output").exists()
     times = finding(found, "time", "run").items
-    assert times["tried"] == times["batch_size"] == 4
-    assert times["computing_a_batch"] > 0 and times["reading_a_batch"] > 0 and times["validation"] > 0
+    assert (times["tried"], times["batch_size"]) == (2, 4)
     assert times["batch"] == pytest.approx(times["computing_a_batch"] + times["reading_a_batch"])  # num_workers 0
     assert times["epoch"] == pytest.approx(3 * times["batch"])  # 12 videos
-    assert times["run"] == pytest.approx(2 * (times["epoch"] + times["validation"]))
+    assert times["run"] == pytest.approx(2 * (times["epoch"] + times["validation"])) and times["validation"] > 0
 
 
 def test_an_evaluation(project: Project, tmp_path: Path, capsys: Captured) -> None:
@@ -92,77 +89,41 @@ def test_too_little_disk(project: Project, tmp_path: Path, capsys: Captured, mon
     code, found = checked(capsys, "--config", path)
     shared = {("shared_memory", "run")} if Path("/dev/shm").is_dir() else set()
     assert code == 1 and kinds(found, "fails") == {("disk", "run")} | shared
-    assert str(tmp_path) in finding(found, "disk", "run").message
-    _, found = checked(capsys, "--config", path, "--no_output", "--num_workers", "0")
-    assert kinds(found, "fails") == set()
-
-
-def test_a_folder_without_permission(
-    project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The superuser may write anywhere, so the answer of the system is made up."""
+    # The superuser may write anywhere, so the answer of the system is made up.
     monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
-    path = config_file(tmp_path, project)
-    for more, setting in (
-        ((), "output_dir"),
-        (("--no_output", "--save_similarity", f"{tmp_path}/m.npy"), "similarity"),
-    ):
-        code, found = checked(capsys, "--config", path, *more)
-        assert code == 1 and kinds(found, "fails") == {("closed_folder", "run")}
-        assert setting in finding(found, "closed_folder", "run").message
-    assert checked(capsys, "--config", path, "--no_output")[0] == 0
-
-
-def test_videos_that_do_not_fit_are_not_tried(project: Project, tmp_path: Path, capsys: Captured) -> None:
-    code, found = checked(capsys, "--config", config_file(tmp_path, project, num_frm=10**7))
-    assert code == 1 and ("memory", "run") in kinds(found, "fails") and ("time", "run") not in kinds(found, "fine")
-    assert "GiB" in finding(found, "memory", "run").message and "num_frm" in finding(found, "memory", "run").advice
+    more = ("--no_output", "--save_similarity", f"{tmp_path}/m.npy", "--num_workers", "0")
+    _, found = checked(capsys, "--config", path, *more)
+    assert kinds(found, "fails") == {("closed_folder", "run")}
+    assert "save_similarity" in finding(found, "closed_folder", "run").message
 
 
 @pytest.mark.parametrize(("do_inference", "setting"), [(True, "val_batch_size"), (False, "batch_size")])
 def test_too_little_memory(
-    project: Project,
-    tmp_path: Path,
-    capsys: Captured,
-    monkeypatch: pytest.MonkeyPatch,
     do_inference: bool,
     setting: str,
-) -> None:
-    path, real = config_file(tmp_path, project, do_inference=do_inference), psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=0))
-    code, found = checked(capsys, "--config", path)
-    assert code == 1 and kinds(found, "fails") == {("memory", "run")}
-    told = finding(found, "memory", "run")
-    assert setting in told.advice and told.items["process"] + told.items["batches read ahead"] > told.items["free"]
-
-
-def test_batches_read_ahead(project: Project, tmp_path: Path, capsys: Captured) -> None:
-    """No more than the loaders read: 12 videos of 16 frames of 32 x 32, and of 8 x 8 for the policy, in bytes."""
-    video = 16 * (3 * 32 * 32 + 8 * 8)
-    path = config_file(tmp_path, project, num_frm=16, top_k=4)
-    for workers, batch_size, videos in ((2, 32, 12), (0, 4, 8), (1, 2, 10)):
-        given = ("--num_workers", str(workers), "--batch_size", str(batch_size), "--val_batch_size", "1")
-        _, found = checked(capsys, "--config", path, *given)
-        assert finding(found, "memory", "run").items["batches read ahead"] == videos * video
-
-
-@pytest.mark.parametrize(
-    ("probed", "flag", "more"), [("try_steps", "--batch_size 2", ()), ("blank_videos", "--val_batch_size", ())]
-)
-def test_a_batch_that_does_not_fit(
     project: Project,
     tmp_path: Path,
     capsys: Captured,
     monkeypatch: pytest.MonkeyPatch,
-    probed: str,
-    flag: str,
-    more: tuple[str, ...],
+) -> None:
+    """Nothing is tried if the batches that are read ahead do not fit: 8 or 12 videos of one byte a value."""
+    path, real = config_file(tmp_path, project, do_inference=do_inference), psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=0))
+    code, found = checked(capsys, "--config", path, "--num_workers", "2", "--batch_size", "32", "--val_batch_size", "8")
+    assert code == 1 and kinds(found, "fails") == {("memory", "run")} and ("time", "run") not in kinds(found, "fine")
+    told, video = finding(found, "memory", "run"), project["num_frm"] * (3 * 32 * 32 + 8 * 8)
+    assert setting in told.advice and told.items["batches read ahead"] == (8 if do_inference else 12) * video
+
+
+@pytest.mark.parametrize(("probed", "flag"), [("try_steps", "batch_size 2"), ("blank_videos", "--val_batch_size")])
+def test_a_batch_that_does_not_fit(
+    probed: str, flag: str, project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = getattr(cost, probed)
 
     def scarce(*given: Any) -> Any:
         if probed == "try_steps":
-            return "CUDA out of memory" if given[-1] > 2 else real(*given)
+            return "CUDA out of memory" if given[-1] > 1 else real(*given)
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(cost, probed, scarce)
@@ -175,31 +136,14 @@ def test_a_batch_that_does_not_fit(
         assert code == 0 and finding(found, "gpu_memory", "run").severity == "warning"
 
 
-def test_a_slow_step_is_extrapolated(
-    project: Project, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At a second for two videos, a CPU tries eight; the rest is computed from these."""
-    sizes = []
-
-    def slow(*given: Any) -> cost.StepCost:
-        sizes.append(given[-1])
-        return cost.StepCost(sizes[-1], sizes[-1] / 2, 0.5, 1000, 10**6)
-
-    monkeypatch.setattr(cost, "try_steps", slow)
-    _, found = checked(capsys, "--config", config_file(tmp_path, project, batch_size=12))
-    times = finding(found, "time", "run").items
-    assert sizes == [2, 8] and (times["tried"], times["computing_a_batch"]) == (8, 6.5)
-
-
 # ---- the model ----
 
 
-@pytest.mark.parametrize("do_inference", [False, True])
-def test_a_checkpoint_that_does_not_fit(project: Project, tmp_path: Path, capsys: Captured, do_inference: bool) -> None:
+def test_a_checkpoint_that_does_not_fit(project: Project, tmp_path: Path, capsys: Captured) -> None:
     config = load_config(None, project)
     path = tmp_path / "best.safetensors"
     save_tensors(path, open_model(config).model.state_dict(), {"content": "model", "config": config.model_dump_json()})
-    words = ("--config", config_file(tmp_path, project, resume=str(path), do_inference=do_inference))
+    words = ("--config", config_file(tmp_path, project, resume=str(path), do_inference=True))
     assert checked(capsys, *words)[0] == 0
     code, found = checked(capsys, *words, "--hidden_dim", "128")
     assert code == 1 and kinds(found, "fails") == {("model", "run")}
@@ -207,31 +151,16 @@ def test_a_checkpoint_that_does_not_fit(project: Project, tmp_path: Path, capsys
     assert any(check == "long_captions" for check, _ in kinds(found, "fine"))
 
 
-@pytest.mark.parametrize(("settings", "told"), [({"max_txt_len": 500}, "max_txt_len"), ({"hidden_dim": 2**33}, "GiB")])
-def test_what_a_run_refuses_fails(
-    project: Project, tmp_path: Path, capsys: Captured, settings: dict[str, int], told: str
-) -> None:
-    code, found = checked(capsys, "--config", config_file(tmp_path, project, **settings))
-    assert code == 1 and kinds(found, "fails") == {("model", "run")}
-    assert told in finding(found, "model", "run").message and ("videos", "val") in kinds(found, "fine")
-
-
-def test_a_hyperparameter_study(project: Project, tmp_path: Path, capsys: Captured) -> None:
-    def study(name: str) -> str:
-        choices = {name: {"range": [1e-4, 1e-2]}}
-        return config_file(tmp_path, project, optuna_cfg={"n_trials": 3, "opt_params": choices})
-
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-    code, found = checked(capsys, "--config", study("learning_rate"))
-    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+def test_what_a_run_refuses_fails(project: Project, tmp_path: Path, capsys: Captured) -> None:
+    """The settings of the model and those of the hyperparameter study."""
+    study = {"n_trials": 3, "opt_params": {"learning_rat": {"range": [1e-4, 1e-2]}}}
+    code, found = checked(capsys, "--config", config_file(tmp_path, project, max_txt_len=500, optuna_cfg=study))
+    assert code == 1 and kinds(found, "fails") == {("model", "run"), ("search", "run")}
+    assert "max_txt_len" in finding(found, "model", "run").message
+    assert "learning_rat" in finding(found, "search", "run").message and ("videos", "val") in kinds(found, "fine")
+    study["opt_params"] = {"learning_rate": {"range": [1e-4, 1e-2]}}
+    code, found = checked(capsys, "--config", config_file(tmp_path, project, optuna_cfg=study))
     assert code == 0 and "3 trials" in finding(found, "search", "run").message
-    path = study("learning_rat")
-    code, found = checked(capsys, "--config", path)
-    refused = finding(found, "search", "run")
-    assert code == 1 and refused.severity == "fails" and "learning_rat" in refused.message
-    with pytest.raises(UserError) as error:
-        describe(load_config(path))
-    assert str(error.value) == refused.message
 
 
 # ---- a run that is resumed ----
@@ -250,23 +179,17 @@ def test_resuming(project: Project, tmp_path: Path, capsys: Captured) -> None:
     assert code == 0 and "after update 3" in finding(found, "going_on", "run").message
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    (folder / "lock.json").write_text(json.dumps(this_process()))
-    code, found = checked(capsys, "--resume", str(folder))
-    assert code == 1 and kinds(found, "fails") == {("locked", "run")}
-    assert f"process {os.getpid()}" in finding(found, "locked", "run").message
-    (folder / "lock.json").write_bytes(before[folder / "lock.json"])
-
     annotation["video3"]["sentences"] = ["quite another thing"]
     train.write_text(json.dumps(annotation))
     code, found = checked(capsys, "--resume", str(folder))
     assert code == 1 and kinds(found, "fails") == {("other_data", "run")}
     assert "the training data" in finding(found, "other_data", "run").message
+    (folder / "lock.json").write_text(json.dumps(this_process()))
+    (folder / "metrics.json").write_text("{}")
+    code, found = checked(capsys, "--resume", str(folder))
+    assert code == 1 and kinds(found, "fails") == {("locked", "run"), ("finished", "run")}
+    assert f"process {os.getpid()}" in finding(found, "locked", "run").message
+    for name in ("lock.json", "metrics.json"):
+        (folder / name).unlink()
     with pytest.raises(UserError, match="the training data"):
         fit(continued_config(load_config(None, {"resume": str(folder)})), folder)
-
-
-def test_a_run_that_is_finished(project: Project, tmp_path: Path, capsys: Captured) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(project))
-    (tmp_path / "metrics.json").write_text("{}")
-    code, found = checked(capsys, "--resume", str(tmp_path))
-    assert code == 1 and kinds(found, "fails") == {("finished", "run")}

@@ -134,28 +134,23 @@ def test_a_matrix_gives_a_page_without_frames(tmp_path: Path) -> None:
     assert "rank 2 , score 6.00: c" in second and "Found first instead , score 7.00: b<i>" in second
 
 
-def test_rank_bars_count_queries() -> None:
+def test_bars_count_queries() -> None:
     bars = rank_bars(np.array([1, 1, 2, 5, 6, 30, 240]))
     assert [(bar.label, bar.queries) for bar in bars] == [
         ("1", 2), ("2–5", 2), ("6–10", 1), ("11–20", 0), ("21–50", 1), ("51–100", 0), ("101–240", 1),
     ]  # fmt: skip
     assert sum(bar.share for bar in bars) == pytest.approx(100)
-    assert rank_bars(np.array([1, 1])) == [Bar("1", 100.0, 2)]
     assert [bar.label for bar in rank_bars(np.array([5000]))][-2:] == ["101–1,000", "1,001–5,000"]
-
-
-def test_recall_bars_keep_equal_values_together() -> None:
     random = np.random.default_rng(0)
     values, ranks = random.integers(3, 30, 500).astype(float), random.integers(1, 4, 500)
-    bars = recall_bars(values, ranks, "words")
-    assert len(bars) == 5 and sum(bar.queries for bar in bars) == 500
-    last = -1
+    bars, last = recall_bars(values, ranks, "words"), -1
     for bar in bars:
         low, high = (int(part) for part in bar.label.removesuffix(" words").split("–"))
         here = (values >= low) & (values <= high)
-        assert low > last and bar.queries == here.sum()
+        assert low > last and bar.queries == here.sum(), "equal values stay together"
         assert bar.share == pytest.approx(100 * (ranks[here] == 1).mean())
         last = high
+    assert len(bars) == 5 and sum(bar.queries for bar in bars) == 500
     assert recall_bars(np.full(4, 2.5), np.array([1, 2, 1, 1]), "s") == [Bar("2.5 s", 75.0, 4)]
 
 

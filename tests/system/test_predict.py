@@ -37,20 +37,12 @@ def test_the_best_videos_are_those_of_the_matrix(run: Path, project: Project, tm
         best = np.argsort(-row, kind="stable")[:3]
         assert [found["video"] for found in line["videos"]] == [ids["videos"][place] for place in best]
         assert [found["score"] for found in line["videos"]] == pytest.approx(row[best], abs=1e-5)
-
-
-def test_csv_has_a_line_a_query_and_video_and_no_more_than_there_are(
-    run: Path, project: Project, tmp_path: Path
-) -> None:
-    matrix, ids = saved_by(run)
     predicted(run, "--annot", project["test_annot"], "-k", 100, output=tmp_path / "found.csv")
     with (tmp_path / "found.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == matrix.size
-    first = rows[: len(ids["videos"])]
-    assert [row["rank"] for row in first] == [str(number) for number in range(1, 9)]
-    assert {row["query"] for row in first} == {ids["queries"][0]}
-    assert [float(row["score"]) for row in first] == pytest.approx(sorted(matrix[0], reverse=True), abs=1e-5)
+    assert len(rows) == matrix.size and {row["query"] for row in rows[:8]} == {ids["queries"][0]}
+    assert [row["rank"] for row in rows[:8]] == [str(number) for number in range(1, 9)]
+    assert [float(row["score"]) for row in rows[:8]] == pytest.approx(sorted(matrix[0], reverse=True), abs=1e-5)
 
 
 def test_own_queries_and_vectors(
@@ -92,17 +84,11 @@ def test_vectors_that_depend_on_the_query_are_saved_as_frames(project: Project, 
     ("words", "told"),
     [
         ("--annot TEST --output x.txt", "must end in .jsonl or .csv"),
-        ("--annot TEST", "--output"),
-        ("--output x.csv", "--annot"),
         ("--annot TEST --output x.csv -k 0", "-k 0"),
-        ("--annot TEST --output x.csv -k ten", "invalid int value"),
-        ("--annot TEST --output no/folder/x.csv", "is not a folder"),
         ("--annot TEST --output x.csv --save-embeddings x.npy", "must end in .safetensors"),
-        ("--annot none.json --output x.csv", "--annot none.json: no such file"),
         ("--annot TEST --output x.csv --queries none.txt", "none.txt: no such file"),
         ("--annot TEST --output x.csv --queries BLANK", "holds no query"),
         ("--annot TEST --output x.csv --queries LATIN", "not UTF-8 at byte 1"),
-        ("--annot TEST --output x.csv --queries LONG", "line 2: has 10,001 characters"),
         ("--annot TEST --output x.csv --save-embeddings WEIGHTS", "is a run folder"),
         ("--annot COPY --output x.csv --save-embeddings BESIDE", "its ids COPY: this file is read"),
     ],
@@ -112,7 +98,7 @@ def test_refusals(
 ) -> None:
     names: dict[str, Any] = {"TEST": project["test_annot"], "WEIGHTS": run / "x.safetensors"}
     annotation = Path(project["test_annot"]).read_bytes()
-    contents = {"BLANK": b" \n\n", "LATIN": b"t\xfcr\n", "LONG": b"a\n" + b"a" * 10_001, "COPY": annotation}
+    contents = {"BLANK": b" \n\n", "LATIN": b"t\xfcr\n", "COPY": annotation}
     for name, content in contents.items():
         names[name] = tmp_path / f"{name}.json"
         names[name].write_bytes(content)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, Views
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone, RawBackbone, build_backbone
+from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone, RawBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.loaded import LoadedClip
@@ -153,15 +153,6 @@ def test_frozen_clip_is_a_copy_that_does_not_learn() -> None:
     assert torch.equal(backbone(pixels), features)
     assert not any(module.training for module in backbone.modules() if module is not backbone)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("raw", RawBackbone), ("frozen_clip", FrozenClipBackbone), ("clip", type(None)), ("resnet50", CnnBackbone)],
-)
-def test_each_name_builds_its_backbone(name: str, kind: type) -> None:
-    config = load_config(None, {"policy_backbone": name, "policy_weights": "random"})
-    assert isinstance(build_backbone(config, build_tiny_clip(), 64), kind)
 
 
 def test_views_say_how_the_reader_prepares_frames() -> None:

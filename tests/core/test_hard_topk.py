@@ -69,22 +69,6 @@ def test_evaluation_takes_the_highest_logits_in_order() -> None:
     assert selection.weights[0].tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
 
-def test_unselected_frames_get_exactly_zero_gradient() -> None:
-    frames = torch.randn(2, 8, 5, requires_grad=True)
-    selection = select_frames(torch.randn(2, 8), 3, temperature=0.7)
-    (selection.weights @ frames).pow(2).sum().backward()
-    assert frames.grad is not None
-    chosen = torch.zeros(2, 8, dtype=torch.bool).scatter(1, selection.indices, True)
-    assert frames.grad[~chosen].abs().max() == 0
-    assert frames.grad[chosen].abs().min() > 0
-
-
-def test_it_is_float32_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        selection = select_frames(torch.randn(2, 8, dtype=torch.bfloat16), 3, temperature=0.5)
-    assert selection.weights.dtype == selection.logits.dtype == torch.float32
-
-
 def test_impossible_selections_are_refused() -> None:
     with pytest.raises(ValueError, match="k=9"):
         select_frames(torch.zeros(2, 8), 9)

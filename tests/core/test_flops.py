@@ -5,6 +5,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from tiny import build_retriever
 from torch import Tensor, nn
 
 from adaclip_finetune.config import PerFrameSettings, load_config
@@ -14,19 +15,18 @@ from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.towers.base import FrameTower
 from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.weights.loaded import LoadedClip
 
 N, K = 6, 2
 WIDTH, EMBEDDING, PATCH, LAYERS, TOKENS = 48, 40, 16, 3, 10  # 3 x 3 patches and the class token
 SMALL = {"num_frm": N, "top_k": K, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8}
+SPEC = ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def small(**settings: Any) -> VideoRetriever:
+def small(device: str = "meta", **settings: Any) -> VideoRetriever:
     vision = {"image_size": 48, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "head_width": 16}
-    clip = open_clip.CLIP(EMBEDDING, vision, {"width": 64, "heads": 1, "layers": 1})
-    config = load_config(None, {"policy_backbone": "raw", "policy_weights": "random", **SMALL, **settings})
-    spec = ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "test"))  # type: ignore[arg-type]
+    with torch.device(device):
+        clip = open_clip.CLIP(EMBEDDING, vision, {"vocab_size": 100, "width": 64, "heads": 1, "layers": 1})
+        return build_retriever(clip, SPEC, **SMALL | settings)
 
 
 def counted(**settings: Any) -> Gflops:
@@ -136,7 +136,7 @@ def test_heads() -> None:
 
 
 def test_counting_changes_nothing() -> None:
-    model = small(frame_agg="mlp", policy_backbone="mobilenet_v3_large").train()
+    model = small("cpu", frame_agg="mlp", policy_backbone="mobilenet_v3_large").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     count_gflops(model, N)

@@ -1,12 +1,13 @@
 """LoRA compared with its formula."""
 
+from functools import partial
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
 from pydantic import ValidationError
+from tiny import VOCABULARY, on_meta, random_tokens
 from torch import Tensor, nn
 
 from adaclip_finetune.config.choices import LoraSettings
@@ -16,7 +17,7 @@ from adaclip_finetune.peft.lora import Lora, LowRank
 from adaclip_finetune.weights.plain import plain_name, plain_state
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-TOKENS = open_clip.tokenize(["a dog runs", "two red cars", "a cat"])
+build_clip = partial(build_tiny_clip, vocabulary=VOCABULARY)
 KINDS = [LoraSettings(rank=2), LoraSettings(rank=2, dora=True), LoraSettings(rank=4, rslora=True, alpha=3.0)]
 
 
@@ -25,7 +26,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clip = build_tiny_clip()
+        self.clip = build_clip()
 
 
 def attached(settings: LoraSettings) -> tuple[Model, Lora]:
@@ -47,22 +48,22 @@ def disturbed(model: Model) -> Model:
 
 def outputs(clip: Any) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        return clip.eval().encode_image(PIXELS), clip.encode_text(TOKENS)
+        return clip.eval().encode_image(PIXELS), clip.encode_text(random_tokens(3))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=["lora", "dora", "rslora"])
 def test_attaching_changes_nothing_and_merging_keeps_what_was_learned(settings: LoraSettings) -> None:
     model, method = attached(settings)
-    torch.testing.assert_close(outputs(model.clip), outputs(build_tiny_clip()))
+    torch.testing.assert_close(outputs(model.clip), outputs(build_clip()))
     learned = outputs(disturbed(model).clip)
-    assert not torch.allclose(learned[0], outputs(build_tiny_clip())[0], atol=1e-3)
+    assert not torch.allclose(learned[0], outputs(build_clip())[0], atol=1e-3)
     merged = method.merged_state(model)
     plain = Model()
     assert merged.keys() == plain.state_dict().keys()
     plain.load_state_dict(merged)
     torch.testing.assert_close(outputs(plain.clip), learned)
     method.reset(model)
-    torch.testing.assert_close(outputs(model.clip), outputs(build_tiny_clip()))
+    torch.testing.assert_close(outputs(model.clip), outputs(build_clip()))
 
 
 @pytest.mark.parametrize(("alpha", "rslora", "scale"), [(None, False, 2.0), (3.0, False, 1.5), (3.0, True, 3 / 2**0.5)])
@@ -73,7 +74,7 @@ def test_the_weight_is_w_plus_scale_times_b_a(alpha: float | None, rslora: bool,
     update = layer.parametrizations.weight[0]
     original = layer.parametrizations.weight.original
     torch.testing.assert_close(layer.weight, original + scale * update.up[0] @ update.down[0])
-    torch.testing.assert_close(original, build_tiny_clip().visual.transformer.resblocks[1].mlp.c_fc.weight)
+    torch.testing.assert_close(original, build_clip().visual.transformer.resblocks[1].mlp.c_fc.weight)
 
 
 def test_dora_learns_length_and_direction_separately() -> None:
@@ -96,7 +97,7 @@ def test_only_what_is_targeted_changes() -> None:
     }
     assert changed == {"clip.visual.transformer.resblocks.1.attn.in_proj_weight"}
     weight = model.clip.visual.transformer.resblocks[1].attn.in_proj_weight
-    moved = (weight != build_tiny_clip().visual.transformer.resblocks[1].attn.in_proj_weight).any(dim=1)
+    moved = (weight != build_clip().visual.transformer.resblocks[1].attn.in_proj_weight).any(dim=1)
     assert moved[:64].all() and not moved[64:].any()
 
 
@@ -134,12 +135,12 @@ def test_a_repeated_target_counts_once_and_a_row_of_zeros_stays_zero() -> None:
 
 def test_a_missing_block_or_tower_is_refused() -> None:
     with pytest.raises(UserError, match=r"peft\.config\.layers names block 2"):
-        Lora(LoraSettings(layers=(1, 2))).attach(build_tiny_clip())
-    deeper = build_tiny_clip()
-    deeper.transformer.resblocks.append(build_tiny_clip().transformer.resblocks[0])
+        Lora(LoraSettings(layers=(1, 2))).attach(build_clip())
+    deeper = build_clip()
+    deeper.transformer.resblocks.append(build_clip().transformer.resblocks[0])
     Lora(LoraSettings(layers=(2,))).attach(deeper)  # which one of the towers has
     assert not any(isinstance(module, LowRank) for module in deeper.visual.modules())
-    resnet = open_clip.create_model("RN50", load_weights=False)
+    resnet = on_meta("RN50")
     with pytest.raises(UserError, match=r"(?s)peft lora: .*peft\.config\.towers to text"):
         Lora(LoraSettings()).attach(resnet)
     Lora(LoraSettings(towers="text")).attach(resnet)

@@ -1,23 +1,22 @@
 """The losses compared with numpy and plain loops, and pairs that must not count as negatives."""
 
+import dataclasses
 import math
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from tiny import VOCABULARY, build_retriever, random_tokens, random_videos
 from torch import nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec
-from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.objectives import build_objective
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.objectives.contrastive import contrastive_loss
 from adaclip_finetune.objectives.sigmoid import sigmoid_loss
-from adaclip_finetune.weights.loaded import LOGIT_BIAS, LoadedClip
+from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
 
 def numpy_loss(similarity, groups):
@@ -136,22 +135,17 @@ def test_sigmoid_loss_of_half_precision_is_float32_even_under_autocast():
 
 def build(logit_bias=None, **settings):
     """Return a small retriever in float64, and its objective."""
-    config = load_config(None, {"num_frm": 3, "use_policy": False, **settings})
-    clip = build_tiny_clip()
+    clip = build_tiny_clip(vocabulary=VOCABULARY)
     if logit_bias is not None:
         clip.logit_bias = nn.Parameter(torch.tensor(logit_bias))
-    spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    retriever = VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "test"))
-    objective = build_objective(config, retriever)
-    return retriever.double(), objective
+    retriever = build_retriever(clip, use_policy=False, **settings)
+    return retriever.double(), build_objective(load_config(None, settings), retriever)
 
 
 def make_batch(video_ids):
-    generator = torch.Generator().manual_seed(4)
-    frames = torch.randint(0, 256, (len(video_ids), 3, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    indices = torch.arange(3).expand(len(video_ids), 3)
-    videos = VideoBatch(frames, indices >= 0, None, indices, video_ids)
-    return TrainBatch(videos, open_clip.tokenize([f"text {i}" for i in range(len(frames))]), torch.zeros(indices.shape))
+    count = len(video_ids)
+    videos = dataclasses.replace(random_videos(count, view=None), video_ids=video_ids)
+    return TrainBatch(videos, random_tokens(count), torch.zeros(count, 6))
 
 
 @pytest.mark.parametrize("frame_agg", [None, "qscore"])

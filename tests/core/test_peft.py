@@ -7,10 +7,10 @@ import logging
 import re
 from types import SimpleNamespace
 
-import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from tiny import VOCABULARY, on_meta, random_tokens
 from torch import nn
 
 from adaclip_finetune.config import PEFT, BitFitSettings, FullSettings, IbsSettings
@@ -52,7 +52,7 @@ class TinyRetriever(nn.Module):
 
     def __init__(self, seed=0):
         super().__init__()
-        self.clip = build_tiny_clip(seed)
+        self.clip = build_tiny_clip(seed, VOCABULARY)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.selector = nn.Module()
@@ -112,7 +112,7 @@ def train(model, method, epochs=EPOCHS):
 
 def batch(seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, 3, 32, 32, generator=generator), torch.randint(1, 49408, (3, 77), generator=generator)
+    return torch.randn(3, 3, 32, 32, generator=generator), random_tokens(3)
 
 
 @functools.cache
@@ -277,10 +277,6 @@ def test_layers_that_the_towers_lack_are_refused(tiny_clip):
     with pytest.raises(UserError, match="visual tower of this CLIP has no numbered blocks"):
         apply_freezing(tiny_clip, 0, False)
     apply_freezing(tiny_clip, -1, False)
-
-
-def on_meta(name):
-    return open_clip.create_model(name, pretrained=None, device="meta")
 
 
 @pytest.mark.parametrize(

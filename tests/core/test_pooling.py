@@ -5,13 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_clip
 from scorers import clip_with, features
+from tiny import build_retriever, random_videos
 from torch import Tensor
 
-from adaclip_finetune.config import load_config
-from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.pooling import (
     MeanPooling,
@@ -20,9 +17,7 @@ from adaclip_finetune.model.pooling import (
     TransformerScore,
     WordPooling,
 )
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer
-from adaclip_finetune.weights.loaded import LoadedClip
 
 B, K, D, Q = 3, 4, 64, 5
 
@@ -156,33 +151,18 @@ def test_mlp_score_over_words() -> None:
     np.testing.assert_allclose(aggregator(words, is_word).detach(), expected, atol=1e-10)
 
 
-def retriever(**settings: Any) -> VideoRetriever:
-    small = {"num_frm": 6, "top_k": 3, "policy_backbone": "raw", "rescale_size": 4, "hidden_dim": 64}
-    config = load_config(None, {**small, **settings})
-    spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    torch.manual_seed(0)
-    loaded = LoadedClip(build_tiny_clip(), spec, None, None, 77, "test")  # type: ignore[arg-type]
-    return VideoRetriever(config, loaded).double().eval()
-
-
-def batch() -> VideoBatch:
-    generator = torch.Generator().manual_seed(5)
-    frames = torch.randint(0, 256, (B, 6, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    thumbnails = torch.randint(0, 256, (B, 6, 1, 4, 4), dtype=torch.uint8, generator=generator)
-    mask = torch.ones(B, 6, dtype=torch.bool)
-    return VideoBatch(frames, mask, thumbnails, torch.arange(6).expand(B, 6), list("abc"))
-
-
 @pytest.mark.parametrize("settings", [{}, {"frame_agg": "mlp"}, {"word_agg": "mlp"}, {"sim_header": "transformer"}])
 @torch.no_grad()
 def test_reuse_scores(settings: dict[str, Any]) -> None:
     """Selected frames are weighted by softmax(scores / frame_agg_temp), before the header."""
-    temperature = 0.01
-    plain = retriever(frame_agg_temp=temperature, **settings)
-    reusing = retriever(frame_agg_temp=temperature, reuse_scores=True, **settings)
+    temperature = 0.001
+    plain, reusing = (
+        build_retriever(frame_agg_temp=temperature, top_k=3, reuse_scores=reuse, **settings).double().eval()
+        for reuse in (False, True)
+    )
     reusing.load_state_dict(plain.state_dict())
     header, plain.header = plain.header, None
-    video, bare = reusing.encode_video(batch()), plain.encode_video(batch())
+    video, bare = reusing.encode_video(random_videos()), plain.encode_video(random_videos())
     assert video.selection is not None and bare.selection is not None and video.vector is not None
     scores = bare.selection.logits.gather(1, bare.selection.indices).numpy()
     weights = softmax(scores / temperature, 1)

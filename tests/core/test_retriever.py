@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny_clip
+from tiny import SPEC, VOCABULARY, build_retriever, random_tokens, random_videos
 from torch import Tensor, nn
 
-from adaclip_finetune.config import PerFrameSettings, load_config
+from adaclip_finetune.config import PerFrameSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec, normalise
+from adaclip_finetune.data.preprocess import normalise
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.clip import encode_images, text_blocks
 from adaclip_finetune.model.features import TextFeatures
@@ -20,34 +21,12 @@ from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.towers.base import FrameTower
 from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.objectives.contrastive import contrastive_loss
-from adaclip_finetune.weights.loaded import LoadedClip
 
-SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-SMALL = {"num_frm": 6, "top_k": 2, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8, "policy_backbone": "raw"}
+VIEWS = {"raw": (1, 8, 8), "mobilenet_v3_large": (3, 32, 32)}
 
 
-def build(clip: nn.Module | None = None, **settings: Any) -> VideoRetriever:
-    config = load_config(None, {**SMALL, **settings})
-    torch.manual_seed(1)
-    loaded = LoadedClip(clip or build_tiny_clip(), SPEC, None, None, 77, "test")  # type: ignore[arg-type]
-    return VideoRetriever(config, loaded)
-
-
-def make_batch(videos: int = 4, num_frm: int = 6, policy: str = "raw") -> tuple[VideoBatch, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    shapes = {"raw": (1, 8, 8), "mobilenet_v3_large": (3, 32, 32)}
-    policy_frames = None
-    if policy in shapes:
-        shape = (videos, num_frm, *shapes[policy])
-        policy_frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    batch = VideoBatch(
-        frames=torch.randint(0, 256, (videos, num_frm, 3, 32, 32), generator=generator, dtype=torch.uint8),
-        frame_mask=torch.ones(videos, num_frm, dtype=torch.bool),
-        policy_frames=policy_frames,
-        frame_indices=torch.arange(num_frm).expand(videos, num_frm),
-        video_ids=[f"v{i}" for i in range(videos)],
-    )
-    return batch, open_clip.tokenize(["a red square", "two small blue circles meet", "it", "a star grows then fades"])
+def make_batch(policy: str = "raw") -> tuple[VideoBatch, Tensor]:
+    return random_videos(view=VIEWS.get(policy)), random_tokens()
 
 
 def gumbel(*shape: int) -> Tensor:
@@ -87,12 +66,17 @@ def encode_everything(model: VideoRetriever, batch: VideoBatch, noise: Tensor) -
     return model.aggregator(chosen)[0]
 
 
-@pytest.mark.parametrize("policy", ["raw", "clip", "frozen_clip", "mobilenet_v3_large"])
-@pytest.mark.parametrize("head", [{"frame_agg": "mlp"}, {"sim_header": "transformer"}])
-@pytest.mark.parametrize("k", [1, 4, 6])
+HEADS = ({"frame_agg": "mlp"}, 1), ({"sim_header": "transformer"}, 4), ({"frame_agg": "mlp"}, 6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "head", "k"),
+    [(policy, head, k) for policy in ("raw", "clip", "frozen_clip") for head, k in HEADS]
+    + [("mobilenet_v3_large", {"frame_agg": "mlp"}, 4)],
+)
 def test_encoding_only_what_is_needed_equals_encoding_everything(policy: str, head: dict[str, str], k: int) -> None:
-    settings = {"policy_backbone": policy, "policy_weights": "random", "warmup_epochs": 2, "num_epochs": 2, **head}
-    model = build(**settings).double().train()
+    settings = {"policy_backbone": policy, "warmup_epochs": 2, "num_epochs": 2, **head}
+    model = build_retriever(**settings).double().train()
     assert model.selector is not None
     model.selector.k, model.selector.temperature = k, 0.7
     oracle = copy.deepcopy(model)
@@ -121,7 +105,7 @@ def test_encoding_only_what_is_needed_equals_encoding_everything(policy: str, he
 
 
 def test_evaluation_encodes_only_the_selected_frames() -> None:
-    model = build(frame_agg="mlp").double().eval()
+    model = build_retriever(frame_agg="mlp").double().eval()
     batch, _ = make_batch()
     encoded: list[int] = []
     model.clip.visual.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
@@ -136,7 +120,7 @@ def test_evaluation_encodes_only_the_selected_frames() -> None:
 
 
 def test_k_annealing_works_with_the_transformer_header() -> None:
-    model = build(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
+    model = build_retriever(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
     for epoch, k in enumerate([5, 4, 3, 2]):
         model.start_epoch(epoch)
         assert model.schedule()["k"] == k
@@ -150,9 +134,9 @@ def test_every_head_works_with_any_width(frame_agg: str | None, sim_header: str)
     clip = open_clip.CLIP(
         embed_dim=40,
         vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 1},
-        text_cfg={"width": 64, "heads": 1, "layers": 1},
+        text_cfg={"vocab_size": VOCABULARY, "width": 64, "heads": 1, "layers": 1},
     )
-    model = build(clip, frame_agg=frame_agg, sim_header=sim_header)
+    model = build_retriever(clip, frame_agg=frame_agg, sim_header=sim_header)
     batch, ids = make_batch()
     text, video = model.train()(TrainBatch(batch, ids, gumbel(4, 6).float()))
     assert (video.vector is None) == (frame_agg == "qscore")
@@ -162,7 +146,7 @@ def test_every_head_works_with_any_width(frame_agg: str | None, sim_header: str)
 
 
 def test_blank_frames_are_zero_after_normalisation() -> None:
-    model = build(use_policy=False)
+    model = build_retriever(use_policy=False)
     batch, _ = make_batch()
     mask = batch.frame_mask.clone()
     mask[:, 4:] = False
@@ -177,8 +161,8 @@ def test_blank_frames_are_zero_after_normalisation() -> None:
 
 
 def test_headers_are_initialised_from_the_text_tower() -> None:
-    clip = build_tiny_clip()
-    model = build(clip, sim_header="seqTransf")
+    clip = build_tiny_clip(vocabulary=VOCABULARY)
+    model = build_retriever(clip, sim_header="seqTransf")
     assert model.header is not None
     blocks = model.header.transformer.resblocks
     for own, pretrained in zip(blocks, text_blocks(clip), strict=False):
@@ -189,7 +173,7 @@ def test_headers_are_initialised_from_the_text_tower() -> None:
 
 
 def test_selector_layers_are_initialised_small() -> None:
-    model = build(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
+    model = build_retriever(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
     assert model.selector is not None and model.aggregator is not None
     for linear in (model.selector.scorer[0], model.aggregator.scorer[0], model.selector.encoder.projection):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -199,7 +183,7 @@ def test_selector_layers_are_initialised_small() -> None:
 @torch.no_grad()
 def test_word_features_are_computed_only_for_word_pooling() -> None:
     _, ids = make_batch()
-    plain, pooled = build().double().eval(), build(word_agg="mlp").double().eval()
+    plain, pooled = build_retriever().double().eval(), build_retriever(word_agg="mlp").double().eval()
     text, words = plain.encode_text(ids), pooled.encode_text(ids)
     assert text.words is None and text.is_word is None
     torch.testing.assert_close(text.sentence, plain.clip.encode_text(ids), atol=1e-9, rtol=1e-9)
@@ -211,11 +195,11 @@ def test_word_features_are_computed_only_for_word_pooling() -> None:
 @torch.no_grad()
 def test_an_image_is_encoded_as_a_video_of_one_frame() -> None:
     image = make_batch()[0].frames[0, :1]
-    model = build(sim_header="transformer", frame_agg="mlp").double().eval()
+    model = build_retriever(sim_header="transformer", frame_agg="mlp").double().eval()
     embedding = encode_images(model.clip, normalise(image, SPEC.mean, SPEC.std).double())
     assert model.header is not None
     torch.testing.assert_close(model.encode_image(image), model.header(embedding[None])[0], atol=1e-9, rtol=1e-9)
-    assert torch.equal(build().double().eval().encode_image(image), embedding)
+    assert torch.equal(build_retriever().double().eval().encode_image(image), embedding)
 
 
 # ---- frame weights ----
@@ -245,7 +229,7 @@ def sharpen(model: VideoRetriever) -> VideoRetriever:
 def test_frame_weights_are_the_factors_of_the_frames(name: str, choice: str, training: bool) -> None:
     settings = {"frame_agg_temp": 0.5, "top_k": 3, **POOLINGS[name]}
     settings |= {"use_policy": choice != "all frames", "reuse_scores": "reuse" in choice}
-    model = sharpen(build(**settings)).double().train(training)
+    model = sharpen(build_retriever(**settings)).double().train(training)
     batch, _ = make_batch()
     video = model.encode_video(batch, gumbel(4, 6))
     weights = video.frame_weights
@@ -270,7 +254,7 @@ def test_frame_weights_are_the_factors_of_the_frames(name: str, choice: str, tra
 @pytest.mark.parametrize("sim_header", ["transformer", "seqTransf"])
 @torch.no_grad()
 def test_frame_weights_with_a_header_are_those_of_its_tokens(sim_header: str) -> None:
-    model = sharpen(build(sim_header=sim_header, frame_agg="mlp", frame_agg_temp=0.5)).double().eval()
+    model = sharpen(build_retriever(sim_header=sim_header, frame_agg="mlp", frame_agg_temp=0.5)).double().eval()
     video = model.encode_video(make_batch()[0])
     assert video.selection is not None and model.aggregator is not None
     expected = model.aggregator(video.tokens)[1].float()
@@ -297,7 +281,7 @@ class MixingTower(FrameTower):
 
 
 def mixing(**settings: Any) -> VideoRetriever:
-    model = sharpen(build(policy_weights="random", **settings)).double()
+    model = sharpen(build_retriever(**settings)).double()
     model.tower = MixingTower(PerFrameSettings(), model.clip)
     return model
 
@@ -381,13 +365,13 @@ def test_frame_weights_of_a_mixing_tower_follow_its_frame_shares() -> None:
 def test_reused_scores_are_refused_for_a_mixing_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PerFrame, "frame_shares", MixingTower.frame_shares)
     with pytest.raises(UserError, match="reuse_scores"):
-        build(reuse_scores=True)
+        build_retriever(reuse_scores=True)
 
 
 def test_frames_with_gradients_are_counted() -> None:
     """The number is compared with what goes through CLIP's image tower in a training step."""
     for policy, settings in (("raw", {}), ("clip", {}), ("raw", {"use_policy": False})):
-        for model in (build(policy_backbone=policy, **settings), mixing(policy_backbone=policy, **settings)):
+        for model in (build_retriever(policy_backbone=policy, **settings), mixing(policy_backbone=policy, **settings)):
             count = 0
 
             def note(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

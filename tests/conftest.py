@@ -66,12 +66,6 @@ def build_tiny_clip(seed: int = 0, vocabulary: int = 49408) -> open_clip.CLIP:
         return open_clip.CLIP(**settings)
 
 
-@pytest.fixture
-def tiny_clip() -> open_clip.CLIP:
-    """Return a random CLIP of two blocks a tower, with CLIP's vocabulary."""
-    return build_tiny_clip()
-
-
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Return settings for a dozen videos (folders of coloured images) and a CLIP folder."""

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_clip
 from golden import load_golden
+from tiny import VOCABULARY
 from torch import nn
 
 from adaclip_finetune.config import IbsSettings
@@ -149,6 +151,11 @@ def test_an_importance_that_is_not_finite_names_the_tensor(value, normalization)
 # ---- the method on a model ----
 
 
+@pytest.fixture
+def clip():
+    return build_tiny_clip(vocabulary=VOCABULARY)
+
+
 def prepare(clip, freeze_layer_num=0, **settings):
     model = nn.Module()
     model.clip = clip
@@ -172,60 +179,56 @@ def move(clip, seed=0):
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_everything_learns_then_the_retained_and_the_rest_is_reset(tiny_clip):
-    before = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
-    _, method = prepare(tiny_clip, num_pre_epochs=2, retain_ratio=0.3, keep_module_keywords=("ln_final", "logit_scale"))
-    everything = learning(tiny_clip)
+def test_everything_learns_then_the_retained_and_the_rest_is_reset(clip):
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    _, method = prepare(clip, num_pre_epochs=2, retain_ratio=0.3, keep_module_keywords=("ln_final", "logit_scale"))
+    everything = learning(clip)
     kept = {"ln_final.weight", "ln_final.bias", "logit_scale"}
     assert [method.on_epoch_start(0), method.on_epoch_start(1)] == [False, False]
-    assert learning(tiny_clip) == everything
+    assert learning(clip) == everything
     assert method.parameter_rows() == []
-    move(tiny_clip)
-    moved = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+    move(clip)
+    moved = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
 
     assert method.on_epoch_start(2)
     rows = method.parameter_rows()
     selected = {row.name for row in rows if row.retained}
     assert {row.name for row in rows} == everything - kept
-    assert learning(tiny_clip) == selected | kept
+    assert learning(clip) == selected | kept
     assert 0 < len(selected) < len(rows)
-    for name, tensor in tiny_clip.state_dict().items():
+    for name, tensor in clip.state_dict().items():
         assert torch.equal(tensor, (moved if name in selected | kept else before)[name]), name
     assert [method.on_epoch_start(2), method.on_epoch_start(3)] == [False, False]
 
 
-def test_keep_evolved_keeps_changed_values(tiny_clip):
-    model, method = prepare(tiny_clip, keep_evolved=True)
-    candidates = learning(tiny_clip)
-    move(tiny_clip)
-    moved = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+def test_keep_evolved_keeps_changed_values(clip):
+    model, method = prepare(clip, keep_evolved=True)
+    candidates = learning(clip)
+    move(clip)
+    moved = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     assert method.on_epoch_start(1)
-    assert all(torch.equal(tensor, moved[name]) for name, tensor in tiny_clip.state_dict().items())
-    assert learning(tiny_clip) < candidates
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in clip.state_dict().items())
+    assert learning(clip) < candidates
     assert method.changed_parameters(model) == candidates
 
 
-def test_each_phase_has_its_batch_size(tiny_clip):
-    _, method = prepare(tiny_clip, num_pre_epochs=2, pre_batch_size=8)
-    assert [(p.num_epochs, p.batch_size, p.may_be_best) for p in method.phases(30, 16)] == [
-        (2, 8, False),
-        (28, 16, True),
-    ]
-    _, method = prepare(tiny_clip)
-    assert [phase.batch_size for phase in method.phases(30, 16)] == [16, 16]
+def test_each_phase_has_its_batch_size(clip):
+    for settings, first in (({}, 16), ({"pre_batch_size": 8}, 8)):
+        _, method = prepare(clip, num_pre_epochs=2, **settings)
+        assert [(phase.num_epochs, phase.batch_size) for phase in method.phases(30, 16)] == [(2, first), (28, 16)]
 
 
-def test_pretrained_values_are_kept_as_copies_on_the_cpu(tiny_clip):
-    _, method = prepare(tiny_clip.bfloat16(), freeze_layer_num=1)
+def test_pretrained_values_are_copied_until_the_selection(clip):
+    _, method = prepare(clip.bfloat16(), freeze_layer_num=1)
     tensors = method.state_dict().tensors
-    assert set(tensors) == learning(tiny_clip)
-    assert all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and not t.requires_grad for t in tensors.values())
-    pointers = {parameter.data_ptr() for parameter in tiny_clip.parameters()}
-    assert not any(tensor.data_ptr() in pointers for tensor in tensors.values())
+    assert set(tensors) == learning(clip)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    move(clip)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
     method.on_epoch_start(1)
     assert method.state_dict().tensors == {}
 
 
-def test_nothing_to_select_from_is_refused(tiny_clip):
+def test_nothing_to_select_from_is_refused(clip):
     with pytest.raises(UserError, match="nothing to select from"):
-        prepare(tiny_clip, freeze_layer_num=2, keep_module_keywords=("ln_", "proj", "logit_scale"))
+        prepare(clip, freeze_layer_num=2, keep_module_keywords=("ln_", "proj", "logit_scale"))

@@ -58,14 +58,6 @@ def test_a_batch_of_one_and_of_one_video_have_zero_loss_and_gradients():
         assert similarity.grad.isfinite().all()
 
 
-def test_half_precision_is_computed_in_float32_even_under_autocast():
-    similarity = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).bfloat16() * 10
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = contrastive_loss(similarity)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(numpy_loss(similarity.double().numpy(), range(6)), rel=1e-6)
-
-
 def slow_sigmoid_loss(logits, offset, text_videos, videos):
     """Return the sum over pairs of -log of the probability of the right answer, 1 / (1 + exp(-x))."""
     total = 0.0
@@ -124,13 +116,13 @@ def test_sigmoid_loss_is_finite_for_large_logits():
     assert logits.grad.tolist() == [[-1, 1], [0, 0]]
 
 
-def test_sigmoid_loss_of_half_precision_is_float32_even_under_autocast():
+def test_half_precision_is_computed_in_float32_even_under_autocast():
     logits, numbers = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).bfloat16() * 10, torch.arange(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = sigmoid_loss(logits, 0, numbers, numbers)
-    assert loss.dtype == torch.float32
-    expected = slow_sigmoid_loss(logits.double().tolist(), 0, range(6), range(6))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+        contrastive, sigmoid = contrastive_loss(logits), sigmoid_loss(logits, 0, numbers, numbers)
+    assert contrastive.dtype == sigmoid.dtype == torch.float32
+    assert contrastive.item() == pytest.approx(numpy_loss(logits.double().numpy(), range(6)), rel=1e-6)
+    assert sigmoid.item() == pytest.approx(slow_sigmoid_loss(logits.double().tolist(), 0, range(6), range(6)), rel=1e-5)
 
 
 def build(logit_bias=None, **settings):

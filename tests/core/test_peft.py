@@ -252,31 +252,33 @@ def test_a_keyword_that_matches_nothing_gives_a_warning(caplog):
 # ---- freeze_layer_num, freeze_clip ----
 
 
-def test_freezing_of_the_tiny_clip(tiny_clip):
-    everything = {name for name, _ in tiny_clip.named_parameters()}
+def test_freezing_of_the_tiny_clip():
+    clip = build_tiny_clip(vocabulary=VOCABULARY)
+    everything = {name for name, _ in clip.named_parameters()}
     head = {"logit_scale", "text_projection", "visual.proj"} | {
         f"{norm}.{kind}" for norm in ("ln_final", "visual.ln_post") for kind in ("weight", "bias")
     }
-    apply_freezing(tiny_clip, -1, False)
-    assert learning_names(tiny_clip) == everything
-    apply_freezing(tiny_clip, 1, False)
-    assert learning_names(tiny_clip) == head | {name for name in everything if ".resblocks.1." in name}
-    apply_freezing(tiny_clip, 2, False)
-    assert learning_names(tiny_clip) == head
-    apply_freezing(tiny_clip, 1, True)
-    assert learning_names(tiny_clip) == set()
-    apply_freezing(tiny_clip, -1, False)
-    assert learning_names(tiny_clip) == everything
+    apply_freezing(clip, -1, False)
+    assert learning_names(clip) == everything
+    apply_freezing(clip, 1, False)
+    assert learning_names(clip) == head | {name for name in everything if ".resblocks.1." in name}
+    apply_freezing(clip, 2, False)
+    assert learning_names(clip) == head
+    apply_freezing(clip, 1, True)
+    assert learning_names(clip) == set()
+    apply_freezing(clip, -1, False)
+    assert learning_names(clip) == everything
 
 
-def test_layers_that_the_towers_lack_are_refused(tiny_clip):
+def test_layers_that_the_towers_lack_are_refused():
+    clip = build_tiny_clip(vocabulary=VOCABULARY)
     with pytest.raises(UserError, match=r"freeze_layer_num 3: the image tower has 2 blocks and the text tower 2"):
-        apply_freezing(tiny_clip, 3, False)
-    apply_freezing(tiny_clip, 3, True)  # has no effect with freeze_clip
-    tiny_clip.visual.transformer = nn.Identity()
+        apply_freezing(clip, 3, False)
+    apply_freezing(clip, 3, True)  # has no effect with freeze_clip
+    clip.visual.transformer = nn.Identity()
     with pytest.raises(UserError, match="visual tower of this CLIP has no numbered blocks"):
-        apply_freezing(tiny_clip, 0, False)
-    apply_freezing(tiny_clip, -1, False)
+        apply_freezing(clip, 0, False)
+    apply_freezing(clip, -1, False)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_headers_are_initialised_from_the_text_tower() -> None:
 
 
 def test_selector_layers_are_initialised_small() -> None:
-    model = build_retriever(hidden_dim=512, mlp_hidden_dim=1024, frame_agg="mlp")
+    model = build_retriever(hidden_dim=128, mlp_hidden_dim=128, frame_agg="mlp")
     assert model.selector is not None and model.aggregator is not None
     for linear in (model.selector.scorer[0], model.aggregator.scorer[0], model.selector.encoder.projection):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)

@@ -66,11 +66,6 @@ class TinyRetriever(nn.Module):
         return self.clip.logit_scale.exp() * scores
 
 
-def prepared(case, model):
-    settings, freeze_layer_num, freeze_clip = CASES[case]
-    return chosen(model, settings, freeze_layer_num, freeze_clip)
-
-
 def chosen(model, settings, freeze_layer_num, freeze_clip=False):
     """Return the method of these settings, after it chose what learns in the model."""
     section = section_of(settings)
@@ -120,7 +115,7 @@ def trained(case):
     """Return a trained model, its method, and its state before training; tests share it and must not change it."""
     model = TinyRetriever()
     before = copy.deepcopy(model.state_dict())
-    method = prepared(case, model)
+    method = chosen(model, *CASES[case])
     return train(model, method), method, before
 
 
@@ -150,14 +145,6 @@ def test_only_declared_parameters_change_and_have_gradients(case):
 
 
 @every_method
-def test_choosing_changes_no_output(case):
-    model = TinyRetriever()
-    before = outputs(model)
-    prepared(case, model)
-    assert torch.equal(outputs(model), before)
-
-
-@every_method
 def test_own_state_holds_what_differs_and_restores_a_pretrained_model(case):
     model, method, _ = trained(case)
     state = method.own_state(model)
@@ -178,27 +165,19 @@ def test_merged_state_alone_restores_the_model(case):
     assert torch.equal(outputs(fresh), outputs(model))
 
 
-@every_method
-def test_phases_add_up_and_only_the_last_may_be_best(case):
-    phases = build_method(SimpleNamespace(peft=section_of(CASES[case][0]))).phases(30, 16)
-    assert sum(phase.num_epochs for phase in phases) == 30
-    assert [phase.may_be_best for phase in phases] == [False] * (len(phases) - 1) + [True]
-    assert phases[-1].batch_size == 16
-
-
 @pytest.mark.parametrize("stop", range(1, EPOCHS))
 @every_method
 def test_an_interrupted_run_continues_with_the_same_parameters(case, stop):
     """The state is saved in a form that a checkpoint can hold, and loaded into a new model."""
     straight, uninterrupted, _ = trained(case)
     first = TinyRetriever()
-    method = prepared(case, first)
+    method = chosen(first, *CASES[case])
     train(first, method, stop)
     state = method.state_dict()
     tensors, values = {k: t.clone() for k, t in state.tensors.items()}, json.loads(json.dumps(state.values))
 
     second = TinyRetriever()
-    resumed = prepared(case, second)
+    resumed = chosen(second, *CASES[case])
     resumed.load_state_dict(type(state)(tensors, values))
     second.load_state_dict(first.state_dict())
     changed = [resumed.on_epoch_start(epoch) for epoch in range(stop, EPOCHS)]

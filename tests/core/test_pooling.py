@@ -143,14 +143,6 @@ def test_words_after_the_end_cannot_change_the_sentence(kind: str, temperature: 
     torch.testing.assert_close(sentences[2], words[2, 0])
 
 
-def test_mlp_score_over_words() -> None:
-    aggregator = randomised(WordPooling("mlp", D, 0.5))
-    words, is_word = random(B, 6, D), torch.arange(6) < torch.tensor([[6], [3], [1]])
-    scores = np.where(is_word, numpy_mlp_score(aggregator.scorer, words.numpy()) / 0.5, -np.inf)
-    expected = np.einsum("bl,bld->bd", softmax(scores, 1), words.numpy())
-    np.testing.assert_allclose(aggregator(words, is_word).detach(), expected, atol=1e-10)
-
-
 @pytest.mark.parametrize("settings", [{}, {"frame_agg": "mlp"}, {"word_agg": "mlp"}, {"sim_header": "transformer"}])
 @torch.no_grad()
 def test_reuse_scores(settings: dict[str, Any]) -> None:

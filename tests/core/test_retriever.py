@@ -181,18 +181,6 @@ def test_selector_layers_are_initialised_small() -> None:
 
 
 @torch.no_grad()
-def test_word_features_are_computed_only_for_word_pooling() -> None:
-    _, ids = make_batch()
-    plain, pooled = build_retriever().double().eval(), build_retriever(word_agg="mlp").double().eval()
-    text, words = plain.encode_text(ids), pooled.encode_text(ids)
-    assert text.words is None and text.is_word is None
-    torch.testing.assert_close(text.sentence, plain.clip.encode_text(ids), atol=1e-9, rtol=1e-9)
-    assert words.words is not None and words.is_word is not None and pooled.word_aggregator is not None
-    assert words.is_word.sum(dim=1).tolist() == (ids != 0).sum(dim=1).tolist()
-    torch.testing.assert_close(words.sentence, pooled.word_aggregator(words.words, words.is_word))
-
-
-@torch.no_grad()
 def test_an_image_is_encoded_as_a_video_of_one_frame() -> None:
     image = make_batch()[0].frames[0, :1]
     model = build_retriever(sim_header="transformer", frame_agg="mlp").double().eval()
@@ -342,11 +330,6 @@ def test_a_mixing_tower_gets_frames_in_the_order_of_time(policy: str, training: 
     assert [len(pixels) for pixels in seen] == [4 * 6, 4 * 3] if policy == "clip" else [4 * 3]
     assert isinstance(model.tower, MixingTower)
     assert torch.equal(model.tower.mask, batch.frame_mask.gather(1, selection.indices))
-    # A tower that does not mix frames gets the same frames in the order of selection.
-    model.tower = PerFrame(PerFrameSettings(), model.clip)
-    other = model.encode_video(batch, noise).selection
-    assert other is not None and not torch.equal(other.indices, selection.indices)
-    assert torch.equal(other.indices.sort(dim=1).values, selection.indices)
 
 
 @torch.no_grad()

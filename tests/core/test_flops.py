@@ -71,19 +71,23 @@ def test_vit_b_32_has_the_published_figure() -> None:
     assert f"{12 * attention(50, 768) / 1e9:.2f}" == "0.05"  # as the module says
 
 
-def test_temporal_encoders() -> None:
-    feature_dim, hidden = 8 * 8, 64
-    transformer = N * feature_dim * hidden + block(N, hidden)
-    assert counted().temporal_encoder == giga(transformer)
-    assert counted(rnn="lstm").temporal_encoder == giga(N * 4 * hidden * (feature_dim + hidden))
-    assert counted(rnn="bilstm").temporal_encoder == giga(2 * N * 4 * hidden * (feature_dim + hidden))
-    assert counted(use_rnn=False).temporal_encoder == 0
-
-
-def test_scorers() -> None:
-    assert counted().scorer == giga(N * (64 * 32 + 32))
-    assert counted(mlp_type="fc").scorer == giga(N * 64)
-    assert counted(use_rnn=False).scorer == giga(N * (8 * 8 * 32 + 32))
+@pytest.mark.parametrize(
+    ("part", "settings", "by_hand"),
+    [
+        ("temporal_encoder", {}, N * 64 * 64 + block(N, 64)),
+        ("temporal_encoder", {"rnn": "lstm"}, N * 4 * 64 * (64 + 64)),
+        ("temporal_encoder", {"rnn": "bilstm"}, 2 * N * 4 * 64 * (64 + 64)),
+        ("temporal_encoder", {"use_rnn": False}, 0),
+        ("scorer", {}, N * (64 * 32 + 32)),
+        ("scorer", {"mlp_type": "fc"}, N * 64),
+        ("header_and_aggregator", {"frame_agg": "mlp"}, K * (4 * EMBEDDING**2 + EMBEDDING)),
+        ("header_and_aggregator", {"frame_agg": "transformer"}, block(K, EMBEDDING) + K * EMBEDDING),
+        ("header_and_aggregator", {"sim_header": "seqTransf"}, 4 * block(K, EMBEDDING)),
+        ("header_and_aggregator", {"frame_agg": "qscore"}, 0),
+    ],
+)
+def test_parts_by_hand(part: str, settings: dict[str, Any], by_hand: float) -> None:
+    assert counted(**settings).as_dict()[part] == giga(by_hand)
 
 
 def test_a_video_costs_n_frames_of_the_policy_and_k_of_clip() -> None:
@@ -125,14 +129,6 @@ def test_a_mixing_tower_is_counted_in_addition_to_the_clip_policy() -> None:
         rest = found.temporal_encoder + found.scorer + found.header_and_aggregator
         assert found.video == pytest.approx(frames * found.clip_frame + rest)
         assert found.header_and_aggregator == giga(2 * (4 * EMBEDDING**2 + EMBEDDING)), "of two tokens"
-
-
-def test_heads() -> None:
-    d = EMBEDDING
-    assert counted(frame_agg="mlp").header_and_aggregator == giga(K * (2 * d * d + 2 * d * d + d))
-    assert counted(frame_agg="transformer").header_and_aggregator == giga(block(K, d) + K * d)
-    assert counted(sim_header="seqTransf").header_and_aggregator == giga(4 * block(K, d))
-    assert counted(frame_agg="qscore").header_and_aggregator == 0
 
 
 def test_counting_changes_nothing() -> None:

@@ -150,28 +150,13 @@ def test_views_say_how_the_reader_prepares_frames() -> None:
     assert (grey.size, grey.channels, grey.resize_mode, grey.interpolation) == (10, 1, "squash", "bicubic")
 
 
+# The beginning of a layout's name, and its settings.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "ViT-B/32, mobilenet_v3_large policy, transformer, frame_agg mlp": {
-        "policy_backbone": "mobilenet_v3_large",
-        "frame_agg": "mlp",
-    },
-    "policy raw, rnn bilstm, frame_agg mlp": {"policy_backbone": "raw", "rnn": "bilstm", "frame_agg": "mlp"},
-    "policy raw, rnn lstm, mlp_type fc, frame_agg transformer": {
-        "policy_backbone": "raw",
-        "rnn": "lstm",
-        "mlp_type": "fc",
-        "frame_agg": "transformer",
-    },
-    "policy clip, no rnn, sim_header transformer": {
-        "policy_backbone": "clip",
-        "use_rnn": False,
-        "sim_header": "transformer",
-    },
-    "no policy, sim_header seqTransf, frame_agg qscore": {
-        "use_policy": False,
-        "sim_header": "seqTransf",
-        "frame_agg": "qscore",
-    },
+    "ViT-B/32": {"policy_backbone": "mobilenet_v3_large", "frame_agg": "mlp"},
+    "policy raw, rnn bilstm": {"policy_backbone": "raw", "rnn": "bilstm", "frame_agg": "mlp"},
+    "policy raw, rnn lstm": {"policy_backbone": "raw", "rnn": "lstm", "mlp_type": "fc", "frame_agg": "transformer"},
+    "policy clip": {"policy_backbone": "clip", "use_rnn": False, "sim_header": "transformer"},
+    "no policy": {"use_policy": False, "sim_header": "seqTransf", "frame_agg": "qscore"},
     "policy raw, word_agg mlp": {"policy_backbone": "raw", "word_agg": "mlp"},
     "policy raw, word_agg transformer": {"policy_backbone": "raw", "word_agg": "transformer"},
 }

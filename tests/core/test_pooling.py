@@ -11,10 +11,7 @@ from torch import Tensor
 
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.pooling import (
-    MeanPooling,
     MlpScore,
-    SumPooling,
-    TransformerScore,
     WordPooling,
 )
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer
@@ -53,15 +50,6 @@ def numpy_mlp_score(scorer: torch.nn.Module, items: np.ndarray) -> np.ndarray:
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def test_mean_and_sum() -> None:
-    frames = random(B, K, D)
-    expected = {MeanPooling: unit(frames.numpy()).mean(1), SumPooling: frames.numpy().sum(1)}
-    for pooling, vectors in expected.items():
-        vector, weights = pooling()(frames)
-        np.testing.assert_allclose(vector, vectors, atol=1e-12)
-        np.testing.assert_allclose(weights, np.full((B, K), 1 / K))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
@@ -116,16 +104,6 @@ def test_a_fixed_scorer_does_not_follow_what_clip_learns(scorer_class: Any) -> N
         clip.logit_bias.add_(1)
     assert torch.equal(fixed(text, kept), before) and torch.equal(fixed.fixed()(text, kept), before)
     assert not torch.allclose(scorer(text, kept), before)
-
-
-def test_transformer_weights_apply_to_the_original_frames() -> None:
-    pooling = randomised(TransformerScore(D, 0.7))
-    frames = random(B, K, D)
-    scores = pooling.scorer(pooling.transformer(frames)).detach().numpy()[..., 0]
-    expected = softmax(scores / 0.7, 1)
-    vector, weights = pooling(frames)
-    np.testing.assert_allclose(weights.detach(), expected, atol=1e-12)
-    np.testing.assert_allclose(vector.detach(), np.einsum("bk,bkd->bd", expected, frames.numpy()), atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])

@@ -55,7 +55,7 @@ def test_the_default_is_what_the_towers_were_trained_with(project: Project, sigl
     assert type(open_model(load_config(None, chosen)).objective) is Contrastive
 
 
-def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project, tmp_path: Path) -> None:
+def test_a_new_bias_learns_and_is_kept_and_interpolated(project: Project, tmp_path: Path) -> None:
     given = {**project, "objective": SIGMOID, "peft": {"method": "bitfit"}, "output_dir": str(tmp_path), "coef_lr": 1.0}
     folder = fit(load_config(None, given)).folder
     assert folder is not None
@@ -64,6 +64,8 @@ def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project
     for name in ("best.safetensors", "adapter.safetensors"):
         bias = load_retriever(folder / name).model.scorer.logit_bias()
         assert bias is not None and bias.item() == learned
+    annotations = ["--annot", project["test_annot"], "--val-annot", project["val_annot"]]
+    assert main(["evaluate", "--interpolate", "zero-shot", str(folder), *annotations, "--alpha", "0:1:0.5"]) == 0
     # A contrastive run may start from it as well.
     given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
     assert fit(load_config(None, given)).folder is not None
@@ -109,13 +111,6 @@ def test_a_named_backbone_with_a_new_bias_is_found_again(project: Project, tmp_p
     session = open_model(load_config(None, again), learn=False)
     assert session.model.scorer.logit_bias() is not None
     assert load_retriever(run, clip_weights=None).model.scorer.logit_bias() is not None
-
-
-def test_a_sigmoid_run_is_interpolated_with_plain_clip(project: Project, tmp_path: Path) -> None:
-    given = {**project, "objective": SIGMOID, "output_dir": str(tmp_path), "num_epochs": 1}
-    run = fit(load_config(None, given)).folder
-    annotations = ["--annot", project["test_annot"], "--val-annot", project["val_annot"]]
-    assert main(["evaluate", "--interpolate", "zero-shot", str(run), *annotations, "--alpha", "0:1:0.5"]) == 0
 
 
 def _gradients(settings: Project, shares: list[int], result: Path) -> None:

@@ -32,7 +32,7 @@ from adaclip_finetune.data.readable import listing
 from adaclip_finetune.data.sampling import frame_indices, is_constant_rate
 from adaclip_finetune.data.video.container import BrokenVideo, opened
 from adaclip_finetune.data.video.decoding import sound_frames
-from adaclip_finetune.data.video.index import TIMED_CONTAINERS, VideoIndex, index_video
+from adaclip_finetune.data.video.index import TIMED_CONTAINERS, FrameIndex, index_video
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.options import ExtractionOptions, ImageOptions, cores
@@ -176,7 +176,7 @@ def _write_images(job: ExtractionJob, images: ImageOptions, ffmpeg: FFmpeg, fold
     }
 
 
-def _frames_between(job: ExtractionJob, index: VideoIndex) -> NDArray[np.int64]:
+def _frames_between(job: ExtractionJob, index: FrameIndex) -> NDArray[np.int64]:
     """Return the indices of the frames that are shown between the start and the end of a job."""
     if job.start is None and job.end is None:
         return np.arange(index.num_frames)

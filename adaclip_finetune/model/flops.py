@@ -11,11 +11,13 @@ formula.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +28,9 @@ from adaclip_finetune.model.frame_features import Backbone, CnnBackbone, FrozenC
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.selector import RecurrentEncoder
 
+# Multiply-adds with weights, and of activations with activations inside attention.
+_Counts = NDArray[np.float64]
+_NOTHING: _Counts = np.zeros(2)
 _WITH_WEIGHTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
 
 
@@ -64,7 +69,7 @@ def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
     assert isinstance(on_meta, VideoRetriever)
     size, selector, width = model.image_spec.size, on_meta.selector, embedding_width(model.clip)
     frame = _count(on_meta.clip.get_submodule("visual"), torch.empty(1, 3, size, size, device="meta"))
-    policy_frame = encoder = scorer = _Count()
+    policy_frame = encoder = scorer = _NOTHING
     if selector is not None:
         policy_frame = _count_policy(selector.backbone, size)
         feature_dim = selector.backbone.feature_dim if selector.backbone else width
@@ -73,42 +78,18 @@ def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
         scorer = _count(selector.scorer, scored)
     # The policy `clip` scores the embeddings of all N frames.
     looks_at_all = selector is not None and selector.backbone is None
-    encoded = frame * model.top_k
-    if not model.tower.independent:
+    if model.tower.independent:
+        encoded = frame * (num_frm if looks_at_all else model.top_k)
+    else:
         pixels = torch.empty(1, model.top_k, 3, size, size, device="meta")
-        encoded = _count(on_meta.tower, pixels, torch.ones(1, model.top_k, dtype=torch.bool, device="meta"))
-        encoded += frame * num_frm if looks_at_all else _Count()
-    elif looks_at_all:
-        encoded = frame * num_frm
-    shares, tokens = model.tower.frame_shares(model.top_k), model.top_k
-    tail, pooled = _Count(), torch.empty(1, tokens if shares is None else len(shares), width, device="meta")
-    for part in (on_meta.header, on_meta.aggregator):
-        if part is not None:
-            tail += _count(part, pooled)
+        tower = _count(on_meta.tower, pixels, torch.ones(1, model.top_k, dtype=torch.bool, device="meta"))
+        encoded = tower + frame * (num_frm if looks_at_all else 0)
+    shares = model.tower.frame_shares(model.top_k)
+    pooled = torch.empty(1, model.top_k if shares is None else len(shares), width, device="meta")
+    tail = sum((_count(part, pooled) for part in (on_meta.header, on_meta.aggregator) if part is not None), _NOTHING)
     video = encoded + policy_frame * num_frm + encoder + scorer + tail
-    return Gflops(
-        clip_frame=frame.with_weights / 1e9,
-        policy_frame=policy_frame.with_weights / 1e9,
-        temporal_encoder=encoder.with_weights / 1e9,
-        scorer=scorer.with_weights / 1e9,
-        header_and_aggregator=tail.with_weights / 1e9,
-        video=video.with_weights / 1e9,
-        video_attention=video.in_attention / 1e9,
-    )
-
-
-@dataclass(frozen=True)
-class _Count:
-    """Multiply-adds with weights, and of activations with activations."""
-
-    with_weights: float = 0.0
-    in_attention: float = 0.0
-
-    def __add__(self, other: _Count) -> _Count:
-        return _Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, times: int) -> _Count:
-        return _Count(*(getattr(self, f.name) * times for f in fields(self)))
+    in_order_of_fields = [part[0] for part in (frame, policy_frame, encoder, scorer, tail, video)] + [video[1]]
+    return Gflops(*(float(count) / 1e9 for count in in_order_of_fields))
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
@@ -129,28 +110,28 @@ def _meta_copy(module: nn.Module) -> nn.Module:
     return on_meta
 
 
-def _count_policy(backbone: Backbone | None, clip_size: int) -> _Count:
+def _count_policy(backbone: Backbone | None, clip_size: int) -> _Counts:
     if isinstance(backbone, CnnBackbone):
         return _count(backbone.cnn, torch.empty(1, 3, IMAGENET.size, IMAGENET.size, device="meta"))
     if isinstance(backbone, FrozenClipBackbone):
         return _count(backbone.visual, torch.empty(1, 3, clip_size, clip_size, device="meta"))
-    return _Count()
+    return _NOTHING
 
 
-def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) -> _Count:
+def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) -> _Counts:
     if encoder is None:
-        return _Count()
+        return _NOTHING
     if isinstance(encoder, RecurrentEncoder):
         hidden = encoder.rnn.hidden_size
-        return _Count(encoder.directions * num_frm * 4 * hidden * (feature_dim + hidden))
+        return np.array([encoder.directions * num_frm * 4 * hidden * (feature_dim + hidden), 0.0])
     return _count(encoder, torch.empty(1, num_frm, feature_dim, device="meta"))
 
 
-def _count(module: nn.Module, *inputs: Tensor) -> _Count:
+def _count(module: nn.Module, *inputs: Tensor) -> _Counts:
     """Return the multiply-adds of a module on the meta device for these inputs."""
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     # The counter counts a multiply-add as two operations.
     by_operation = counter.get_flop_counts().get("Global", {})
     with_weights = sum(count for operation, count in by_operation.items() if operation in _WITH_WEIGHTS) / 2
-    return _Count(with_weights, counter.get_total_flops() / 2 - with_weights)
+    return np.array([with_weights, counter.get_total_flops() / 2 - with_weights])

@@ -105,18 +105,16 @@ def _without_classifier(name: str, cnn: Any) -> tuple[nn.Module, int]:
 
 
 def _torchvision_model(name: str, weights: str) -> nn.Module:
-    cnn: nn.Module
-    if weights in ("imagenet", "random"):
-        try:
-            cnn = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
-        except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            raise UserError(
-                f"policy_weights: torchvision's ImageNet weights of {name} could not be downloaded ({error}).\n"
-                "Run once with a network (the weights stay in torch's hub cache, TORCH_HOME); set policy_weights to a "
-                "file with these weights, or to random; or choose a policy_backbone that needs none (raw, clip, "
-                "frozen_clip)."
-            ) from error
-        return cnn
-    cnn = torchvision.models.get_model(name, weights=None)
-    strict_load(cnn, read_state_dict(Path(weights)), f"policy_weights: {weights}")
+    """Return the CNN with the weights that `policy_weights` names: imagenet, random, or a file."""
+    try:
+        cnn: nn.Module = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+    except (OSError, RuntimeError) as error:  # no network, or a damaged download
+        raise UserError(
+            f"policy_weights: torchvision's ImageNet weights of {name} could not be downloaded ({error}).\n"
+            "Run once with a network (the weights stay in torch's hub cache, TORCH_HOME); set policy_weights to a "
+            "file with these weights, or to random; or choose a policy_backbone that needs none (raw, clip, "
+            "frozen_clip)."
+        ) from error
+    if weights not in ("imagenet", "random"):
+        strict_load(cnn, read_state_dict(Path(weights)), f"policy_weights: {weights}")
     return cnn

@@ -51,7 +51,9 @@ def select_frames(logits: Tensor, k: int, temperature: float | None = None, nois
         if temperature is None:
             return _highest(logits, k)
         scores = logits.softmax(dim=1).clamp(min=_MIN_PROBABILITY).log()
-        weights, indices = hard_top_k(scores, k, temperature, _gumbel_like(scores) if noise is None else noise)
+        if noise is None:
+            noise = -torch.empty_like(scores).exponential_().log()
+        weights, indices = hard_top_k(scores, k, temperature, noise)
         return Selection(weights, indices, logits)
 
 
@@ -95,7 +97,3 @@ def _highest(logits: Tensor, k: int) -> Selection:
     indices = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
     not_a_number = (logits.detach() * 0).sum(dim=1)[:, None, None]
     return Selection(F.one_hot(indices, logits.shape[1]).to(logits.dtype) + not_a_number, indices, logits)
-
-
-def _gumbel_like(logits: Tensor) -> Tensor:
-    return -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.model.blocks import clip_blocks, heads_for, padding_mask, start_small
+from adaclip_finetune.model.features import at_least_float32
 
 _WORD_EPS = 1e-12
 
@@ -117,7 +118,7 @@ def weighted_sum(items: Tensor, scores: Tensor, temperature: float) -> tuple[Ten
 
     The weights are the softmax over L of scores (B, L, 1) / temperature.
     """
-    weights = (scores.float() if scores.dtype != torch.float64 else scores).div(temperature).softmax(dim=1)
+    weights = at_least_float32(scores).div(temperature).softmax(dim=1)
     return (weights * items).sum(dim=1), weights.squeeze(-1)
 
 

@@ -97,8 +97,9 @@ class VideoRetriever(nn.Module):
         """
         with self._weights_computed_once():
             tokens, selection = self._tokens(videos, noise)
-        reused = self._reused_scores(selection) if self.reuse_scores and selection is not None else None
-        if reused is not None:
+        reused = None
+        if self.reuse_scores and selection is not None:
+            reused = (selection.logits.gather(1, selection.indices) / self.frame_temperature).softmax(dim=1)
             tokens = tokens * reused[..., None]
         if self.header is not None:
             tokens = self.header(tokens)
@@ -205,8 +206,7 @@ class VideoRetriever(nn.Module):
             features = self._selector_features(videos)
         selection = _in_time(self.selector(features, noise))
         if not self.training:
-            frames, mask = _take_frames(videos, selection.indices)
-            return self._encode(frames, mask), selection
+            return self._encode(*_take_frames(videos, selection.indices)), selection
         pixels = self._pixels(videos.frames, videos.frame_mask)
         mixed = _mix(selection.weights, pixels.flatten(2)).reshape(len(pixels), -1, *pixels.shape[2:]).to(pixels.dtype)
         mask = videos.frame_mask.gather(1, selection.indices)
@@ -230,10 +230,6 @@ class VideoRetriever(nn.Module):
             width = embedding_width(self.clip)
             return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
         return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
-
-    def _reused_scores(self, selection: Selection) -> Tensor:
-        """Return the scores of the selected frames as weights (B, K) with rows of sum 1."""
-        return (selection.logits.gather(1, selection.indices) / self.frame_temperature).softmax(dim=1)
 
     def _frame_weights(self, shares: Tensor, selection: Selection | None, frames: int) -> Tensor:
         """Return the weights of the candidate frames (B, N), rows of sum 1, from those of the tokens (B, K)."""

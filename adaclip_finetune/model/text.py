@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, cast
+from typing import Any
 
 import torch
-from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 from adaclip_finetune.errors import UserError
@@ -68,7 +67,9 @@ def trim_padding(clip: nn.Module, token_ids: Tensor) -> Tensor:
 def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Return the sentence embeddings (T, D) of token ids (T, L), not normalised."""
     if not pools_at_end_token(clip):
-        return cast(_Clip, clip).encode_text(token_ids)
+        any_clip: Any = clip
+        sentences: Tensor = any_clip.encode_text(token_ids)
+        return sentences
     return _project_text(clip, _at(_text_hidden(clip, token_ids), end_positions(clip, token_ids)))
 
 
@@ -88,23 +89,6 @@ def check_words(clip: nn.Module) -> None:
         raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
 
 
-class _Clip(Protocol):
-    """The interface of every CLIP module of open_clip."""
-
-    def encode_text(self, text: Tensor) -> Tensor: ...
-
-
-class _CausalText(Protocol):
-    """The parts of a causal text tower."""
-
-    token_embedding: nn.Embedding
-    positional_embedding: Tensor  # (context_length, width)
-    transformer: Transformer
-    attn_mask: Tensor  # (context_length, context_length)
-    ln_final: nn.LayerNorm
-    text_projection: Tensor | nn.Linear | None
-
-
 def _at(rows: Tensor, positions: Tensor) -> Tensor:
     """Return row positions[t] of each rows[t]: (T, L, W) → (T, W)."""
     return rows[torch.arange(len(rows), device=rows.device), positions]
@@ -112,7 +96,8 @@ def _at(rows: Tensor, positions: Tensor) -> Tensor:
 
 def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Return the hidden states (T, L, width) of a causal tower, after ln_final."""
-    tower, length = cast(_CausalText, text_tower(clip)), token_ids.shape[1]
+    tower: Any = text_tower(clip)
+    length = token_ids.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     hidden = tower.token_embedding(token_ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
     hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
@@ -121,7 +106,7 @@ def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def _project_text(clip: nn.Module, hidden: Tensor) -> Tensor:
-    projection = cast(_CausalText, text_tower(clip)).text_projection
+    projection: Any = text_tower(clip).text_projection
     if projection is None:
         return hidden
     out: Tensor = projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adaclip_finetune.config import ContrastiveSettings
 from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.objectives.base import Group, Objective
 
 
@@ -30,10 +31,8 @@ def contrastive_loss(logits: Tensor, videos: Tensor | None = None) -> Tensor:
     `videos` (B,) numbers the videos. If two pairs of the batch have the same video, the other pair is left out of the
     softmax instead of counting as wrong. The loss is float32 even under autocast, and float64 for float64 logits.
     """
-    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"logits must be square (B, B), not {tuple(logits.shape)}")
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits)
         targets = torch.arange(len(logits), device=logits.device)
         if videos is not None:
             itself = targets[:, None] == targets[None, :]

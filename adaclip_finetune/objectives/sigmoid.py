@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, SigmoidSettings
 from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.features import TextFeatures, at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.weights.loaded import ensure_logit_bias, has_new_logit_bias
@@ -54,7 +54,7 @@ def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tenso
     and are left out.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         columns = torch.arange(logits.shape[1], device=logits.device)[None, :]
         right = columns == rows + offset

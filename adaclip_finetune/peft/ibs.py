@@ -67,7 +67,10 @@ class ImportanceSelection(PeftMethod):
         }
         self._rows = select_tensors(moved, self.settings)
         if not self.settings.keep_evolved:
-            self._restore()
+            with torch.no_grad():
+                for row in self._rows:
+                    if not row.retained:
+                        parameters[row.name].copy_(self._pretrained[row.name])
         self._pretrained = {}
         self._freeze_the_rest()
         return True
@@ -89,13 +92,6 @@ class ImportanceSelection(PeftMethod):
         self._rows = [TensorImportance(**row) for row in state.values["rows"]]
         if self._rows:
             self._freeze_the_rest()
-
-    def _restore(self) -> None:
-        parameters = dict(self._clip.named_parameters())
-        with torch.no_grad():
-            for row in self._rows:
-                if not row.retained:
-                    parameters[row.name].copy_(self._pretrained[row.name])
 
     def _freeze_the_rest(self) -> None:
         parameters = dict(self._clip.named_parameters())

@@ -69,12 +69,12 @@ def select_tensors(moved: Mapping[str, tuple[float, int]], settings: IbsSettings
                 f"peft ibs: the importance of {row.name} is {row.importance}: training diverged in the first phase; "
                 "lower learning_rate or coef_lr"
             )
-    if rows and not any(row.importance for row in rows):
+    if not any(row.importance for row in rows):
         _log.warning(
             "peft ibs: no tensor changed in the first phase, so the first ones by name are retained; "
             "train longer before selecting (num_pre_epochs), or raise learning_rate x coef_lr"
         )
-    if settings.normalization and rows:
+    if settings.normalization:
         rows = _normalize(rows, settings.num_groups)
     retained = _retained_names(rows, settings.retain_ratio)
     return [replace(row, retained=row.name in retained) for row in rows]

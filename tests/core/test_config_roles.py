@@ -1,4 +1,4 @@
-"""Every list of setting names is made from roles: a new setting is in the right ones as soon as it says its role."""
+"""Lists of setting names are derived from roles, so that a new setting is in the right ones."""
 
 import json
 from pathlib import Path
@@ -12,23 +12,13 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.base import OnResume, Role, setting
 from adaclip_finetune.config.optuna import OptunaSettings
 from adaclip_finetune.config.resume import continued_config
-from adaclip_finetune.config.roles import deciding_vectors, is_path, names_with, on_resume, rounding
+from adaclip_finetune.config.roles import deciding_vectors, names_with, on_resume, rounding
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.tasks.retrieval import _deciding_settings
+from adaclip_finetune.evaluation.tasks.retrieval import deciding_settings
 from adaclip_finetune.tuning.space import build_space, tunable
 
 ROLES = get_args(Role)
 PATHS = names_with(*ROLES, paths=True)
-
-
-def add(monkeypatch: pytest.MonkeyPatch, name: str, role: Role, unit: str | None = None) -> None:
-    """Give `Config` one more setting, a whole number."""
-    field: FieldInfo = setting(1, "a setting of this test", role=role, unit=unit)
-    field.annotation = int
-    monkeypatch.setitem(Config.model_fields, name, field)
-
-
-# ---- what roles are ----
 
 
 def test_every_setting_has_one_role() -> None:
@@ -39,50 +29,37 @@ def test_every_setting_has_one_role() -> None:
     assert names_with(*ROLES, of=OptunaSettings) == set(OptunaSettings.model_fields)
 
 
-def test_every_path_has_a_unit_of_files_or_folders() -> None:
+def test_every_path_has_a_unit_of_files_or_folders_and_is_in_no_fingerprint() -> None:
     ends = ("_dir", "_annot", "_weights")
     assert {name for name in Config.model_fields if name.endswith(ends)} | {"resume", "save_similarity"} == PATHS
+    assert not PATHS & (deciding_vectors() | deciding_settings() | tunable())
 
 
-# ---- what follows ----
-
-
-def test_a_new_setting_of_the_model_is_in_every_list_that_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, "width_of_it", "model")
-    assert "width_of_it" in deciding_vectors()  # the fingerprint of an index
-    assert "width_of_it" in _deciding_settings()  # finished parts of an evaluation
-    assert "width_of_it" in on_resume("same")
-    assert "width_of_it" in tunable()
-    assert "width_of_it" not in overridable()
-
-
-def test_a_new_path_of_the_model_may_change_and_is_in_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, "weights_of_it", "model", unit="file")
-    assert is_path("weights_of_it")
-    assert "weights_of_it" not in deciding_vectors() | _deciding_settings() | tunable()
-    assert "weights_of_it" in on_resume("free") & overridable()
-
-
-def test_a_new_setting_of_the_machine_is_nobody_else_s_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, "threads", "machine")
-    assert "threads" not in deciding_vectors() | _deciding_settings() | tunable()
-    assert "threads" in on_resume("free") & overridable()
-
-
-@pytest.mark.parametrize("role", ["method", "optimisation"])
-def test_a_new_setting_of_the_training_does_not_decide_a_trained_model(
-    monkeypatch: pytest.MonkeyPatch, role: Role
+@pytest.mark.parametrize(
+    ("role", "unit", "lists"),
+    [
+        ("model", None, {"index", "evaluation", "same on resume", "tunable"}),
+        ("model", "file", {"free on resume", "overridable"}),
+        ("machine", None, {"free on resume", "overridable"}),
+        ("method", None, {"same on resume", "tunable"}),
+        ("optimisation", None, {"same on resume", "tunable"}),
+    ],
+)
+def test_a_new_setting_is_in_the_lists_of_its_role(
+    monkeypatch: pytest.MonkeyPatch, role: Role, unit: str | None, lists: set[str]
 ) -> None:
-    add(monkeypatch, "how", role)
-    assert "how" in on_resume("same") & tunable()
-    assert "how" not in deciding_vectors() | _deciding_settings() | overridable()
-
-
-def test_a_path_is_never_part_of_a_fingerprint() -> None:
-    assert not PATHS & (deciding_vectors() | _deciding_settings() | tunable())
-
-
-# ---- the lists as they are ----
+    field: FieldInfo = setting(1, "a setting of this test", role=role, unit=unit)
+    field.annotation = int
+    monkeypatch.setitem(Config.model_fields, "new", field)
+    found = {
+        "index": deciding_vectors(),
+        "evaluation": deciding_settings(),
+        "same on resume": on_resume("same"),
+        "free on resume": on_resume("free"),
+        "tunable": tunable(),
+        "overridable": overridable(),
+    }
+    assert {name for name, names in found.items() if "new" in names} == lists
 
 
 def test_what_may_change_where_a_run_goes_on() -> None:
@@ -114,6 +91,6 @@ def test_what_an_evaluation_fixes_cannot_be_given_to_it() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(Config.model_fields) - tunable()))
 def test_what_is_no_hyper_parameter_is_not_tuned(name: str) -> None:
-    search = {"opt_params": {name: {"choices": [1, 2]}}}
+    tuning = {"opt_params": {name: {"choices": [1, 2]}}}
     with pytest.raises(UserError, match=r"same in all trials|not a single value"):
-        build_space(load_config(None, {"optuna_cfg": search}))
+        build_space(load_config(None, {"optuna_cfg": tuning}))

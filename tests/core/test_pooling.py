@@ -5,25 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_clip
 from scorers import clip_with, features
+from tiny import build_retriever, random_videos
 from torch import Tensor
 
-from adaclip_finetune.config import load_config
-from adaclip_finetune.data.dataset import VideoBatch
-from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.pooling import (
-    MeanPooling,
     MlpScore,
-    Pooling,
-    SumPooling,
-    TransformerScore,
     WordPooling,
 )
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer
-from adaclip_finetune.weights.loaded import LoadedClip
 
 B, K, D, Q = 3, 4, 64, 5
 
@@ -59,24 +50,6 @@ def numpy_mlp_score(scorer: torch.nn.Module, items: np.ndarray) -> np.ndarray:
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-EQUAL = np.full((B, K), 1 / K)
-
-
-def test_mean_of_normalised_frames() -> None:
-    frames = random(B, K, D)
-    vector, weights = MeanPooling()(frames)
-    np.testing.assert_allclose(vector, unit(frames.numpy()).mean(1), atol=1e-12)
-    np.testing.assert_allclose(weights, EQUAL)
-    assert not MeanPooling.uses_length
-
-
-def test_sum() -> None:
-    frames = random(B, K, D)
-    vector, weights = SumPooling()(frames)
-    np.testing.assert_allclose(vector, frames.numpy().sum(1), atol=1e-12)
-    np.testing.assert_allclose(weights, EQUAL)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
@@ -133,48 +106,6 @@ def test_a_fixed_scorer_does_not_follow_what_clip_learns(scorer_class: Any) -> N
     assert not torch.allclose(scorer(text, kept), before)
 
 
-def test_transformer_weights_apply_to_the_original_frames() -> None:
-    pooling = randomised(TransformerScore(D, 0.7))
-    frames = random(B, K, D)
-    scores = pooling.scorer(pooling.transformer(frames)).detach().numpy()[..., 0]
-    expected = softmax(scores / 0.7, 1)
-    vector, weights = pooling(frames)
-    np.testing.assert_allclose(weights.detach(), expected, atol=1e-12)
-    np.testing.assert_allclose(vector.detach(), np.einsum("bk,bkd->bd", expected, frames.numpy()), atol=1e-12)
-
-
-POOLINGS = {
-    "mean": MeanPooling(),
-    "sum": SumPooling(),
-    "mlp": randomised(MlpScore(D, 1.0)),
-    "transformer": randomised(TransformerScore(D, 1.0)),
-}
-SHUFFLED = [2, 0, 3, 1]
-
-
-@pytest.mark.parametrize("name", POOLINGS)
-def test_pooling_ignores_the_order_of_frames(name: str) -> None:
-    pooling, frames = POOLINGS[name], random(B, K, D)
-    assert isinstance(pooling, Pooling)
-    (vector, weights), (shuffled, shuffled_weights) = pooling(frames), pooling(frames[:, SHUFFLED])
-    torch.testing.assert_close(vector, shuffled)
-    torch.testing.assert_close(weights[:, SHUFFLED], shuffled_weights)
-
-
-def test_query_score_ignores_the_order_of_frames() -> None:
-    scorer, frames, queries = QueryScorer(clip_with(0), 1.0), random(B, K, D), TextFeatures(random(Q, D, seed=1))
-    torch.testing.assert_close(scorer(queries, frames), scorer(queries, frames[:, SHUFFLED]))
-
-
-@pytest.mark.parametrize("build", [MlpScore, TransformerScore])
-def test_a_low_temperature_takes_one_frame_and_a_high_one_the_mean(build: Any) -> None:
-    frames = random(B, K, D)
-    cold, hot = randomised(build(D, 1e-6)), randomised(build(D, 1e6))
-    torch.testing.assert_close(hot(frames)[0], frames.mean(dim=1), atol=1e-4, rtol=0)
-    distance = (cold(frames)[0][:, None] - frames).norm(dim=-1).min(dim=1).values
-    assert distance.max() < 1e-6
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])
 def test_words_after_the_end_cannot_change_the_sentence(kind: str, temperature: float) -> None:
@@ -190,46 +121,18 @@ def test_words_after_the_end_cannot_change_the_sentence(kind: str, temperature: 
     torch.testing.assert_close(sentences[2], words[2, 0])
 
 
-def test_mlp_score_over_words() -> None:
-    aggregator = randomised(WordPooling("mlp", D, 0.5))
-    words, is_word = random(B, 6, D), torch.arange(6) < torch.tensor([[6], [3], [1]])
-    scores = np.where(is_word, numpy_mlp_score(aggregator.scorer, words.numpy()) / 0.5, -np.inf)
-    expected = np.einsum("bl,bld->bd", softmax(scores, 1), words.numpy())
-    np.testing.assert_allclose(aggregator(words, is_word).detach(), expected, atol=1e-10)
-
-
-def test_layer_norms_of_the_word_transformer() -> None:
-    norms = [m for m in WordPooling("transformer", D, 1.0).modules() if isinstance(m, torch.nn.LayerNorm)]
-    assert [norm.eps for norm in norms] == [1e-12, 1e-12]
-
-
-def retriever(**settings: Any) -> VideoRetriever:
-    small = {"num_frm": 6, "top_k": 3, "policy_backbone": "raw", "rescale_size": 4, "hidden_dim": 64}
-    config = load_config(None, {**small, **settings})
-    spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    torch.manual_seed(0)
-    loaded = LoadedClip(build_tiny_clip(), spec, None, None, 77, "test")  # type: ignore[arg-type]
-    return VideoRetriever(config, loaded).double().eval()
-
-
-def batch() -> VideoBatch:
-    generator = torch.Generator().manual_seed(5)
-    frames = torch.randint(0, 256, (B, 6, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    thumbnails = torch.randint(0, 256, (B, 6, 1, 4, 4), dtype=torch.uint8, generator=generator)
-    mask = torch.ones(B, 6, dtype=torch.bool)
-    return VideoBatch(frames, mask, thumbnails, torch.arange(6).expand(B, 6), list("abc"))
-
-
 @pytest.mark.parametrize("settings", [{}, {"frame_agg": "mlp"}, {"word_agg": "mlp"}, {"sim_header": "transformer"}])
 @torch.no_grad()
 def test_reuse_scores(settings: dict[str, Any]) -> None:
     """Selected frames are weighted by softmax(scores / frame_agg_temp), before the header."""
-    temperature = 0.01
-    plain = retriever(frame_agg_temp=temperature, **settings)
-    reusing = retriever(frame_agg_temp=temperature, reuse_scores=True, **settings)
+    temperature = 0.001
+    plain, reusing = (
+        build_retriever(frame_agg_temp=temperature, top_k=3, reuse_scores=reuse, **settings).double().eval()
+        for reuse in (False, True)
+    )
     reusing.load_state_dict(plain.state_dict())
     header, plain.header = plain.header, None
-    video, bare = reusing.encode_video(batch()), plain.encode_video(batch())
+    video, bare = reusing.encode_video(random_videos()), plain.encode_video(random_videos())
     assert video.selection is not None and bare.selection is not None and video.vector is not None
     scores = bare.selection.logits.gather(1, bare.selection.indices).numpy()
     weights = softmax(scores / temperature, 1)
@@ -245,20 +148,3 @@ def test_reuse_scores(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(video.vector, reusing.aggregator(expected)[0])
     else:
         torch.testing.assert_close(video.vector, expected.sum(dim=1))
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind"),
-    [
-        ({}, MeanPooling),
-        ({"reuse_scores": True}, SumPooling),
-        ({"reuse_scores": True, "frame_agg": "mlp"}, MlpScore),
-        ({"frame_agg": "transformer"}, TransformerScore),
-        ({"frame_agg": "qscore"}, None),
-        ({"use_policy": False}, MeanPooling),
-    ],
-)
-def test_each_name_builds_its_pooling(settings: dict[str, Any], kind: type | None) -> None:
-    model = retriever(**settings)
-    assert type(model.aggregator) is (kind or type(None))
-    assert type(model.scorer) is (CosineScorer if kind else QueryScorer)

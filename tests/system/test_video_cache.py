@@ -17,7 +17,7 @@ from adaclip_finetune.data.video import cache as index_cache
 from adaclip_finetune.data.video import folder as video_folder
 from adaclip_finetune.data.video.cache import pack_index, unpack_index
 from adaclip_finetune.data.video.folder import VideoFolder
-from adaclip_finetune.data.video.index import VideoIndex, index_video
+from adaclip_finetune.data.video.index import FrameIndex, index_video
 
 VIDEOS = {"a.mp4": 30, "b.mkv": 20, "deep/c.1.webm": 10, "d.avi": 12}  # the last one tells no places of frames
 IDS = ["a", "b", "deep/c.1", "d"]
@@ -35,7 +35,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are scanned from now on."""
     names: list[str] = []
 
-    def counted(path: Path) -> VideoIndex:
+    def counted(path: Path) -> FrameIndex:
         names.append(path.name)
         return index_video(path)
 
@@ -177,9 +177,9 @@ def test_packing_loses_nothing(frames: int) -> None:
     pts = np.sort(random.choice(2**62, frames, replace=False)) - 2**61
     keys = random.integers(-(2**60), 2**60, (frames // 3, 3))
     for index in (
-        VideoIndex(frames, pts, random.permutation(frames), keys, 1 / 90000, -0.021, 25.0, 3.2),
-        VideoIndex(frames, pts, tick=0.001),
-        VideoIndex(frames),
+        FrameIndex(frames, pts, random.permutation(frames), keys, 1 / 90000, -0.021, 25.0, 3.2),
+        FrameIndex(frames, pts, tick=0.001),
+        FrameIndex(frames),
     ):
         again = unpack_index(pack_index(index))
         for name, value in vars(index).items():

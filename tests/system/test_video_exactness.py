@@ -10,7 +10,7 @@ from media import ffmpeg, index_of, with_edits, write_video
 
 from adaclip_finetune.data.video.decoding import Frame
 from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import VideoIndex, index_video
+from adaclip_finetune.data.video.index import FrameIndex, index_video
 
 FRAMES = 60  # of the source, at 25 a second
 
@@ -123,7 +123,7 @@ def shown_by_ffmpeg(path: Path) -> Frame:
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
 
 
-def everything(path: Path) -> tuple[VideoIndex, Frame]:
+def everything(path: Path) -> tuple[FrameIndex, Frame]:
     """Return the index and all frames; check that any choice of them, and a scan, give the same."""
     index = index_video(path)
     frames = read_frames(path, index, range(index.num_frames))

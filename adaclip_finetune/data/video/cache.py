@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import av
 import numpy as np
 
-from adaclip_finetune.data.video.index import VideoIndex
+from adaclip_finetune.data.video.index import FrameIndex
 
 FORMAT = 3  # to be raised whenever index_video would find anything else in the same file, or packing changes
 
@@ -82,7 +82,7 @@ class IndexCache:
         return _in_database(read, {})
 
 
-def pack_index(index: VideoIndex) -> bytes:
+def pack_index(index: FrameIndex) -> bytes:
     """Compress an index to some hundred bytes: times are nearly regular, and so is the order in the file."""
     none = np.zeros(0, np.int64)
     pts, position = (none if each is None else np.diff(each, prepend=0) for each in (index.pts, index.position))
@@ -92,13 +92,13 @@ def pack_index(index: VideoIndex) -> bytes:
     return zlib.compress(np.concatenate([head, facts.view(np.int64), pts, position, keys]).astype("<i8").tobytes(), 9)
 
 
-def unpack_index(packed: bytes) -> VideoIndex:
+def unpack_index(packed: bytes) -> FrameIndex:
     """Return the index that `pack_index` was given."""
     numbers = np.frombuffer(zlib.decompress(packed), "<i8").astype(np.int64)
     num_frames, num_pts, num_position = numbers[:3].tolist()
     facts, pts, position, keys = np.split(numbers[3:], np.cumsum([4, num_pts, num_position]))
     tick, begins, rate, duration = facts.view(np.float64).tolist()
-    return VideoIndex(
+    return FrameIndex(
         num_frames,
         np.cumsum(pts) if num_pts else None,
         np.cumsum(position) if num_position else None,

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
 from adaclip_finetune.data.video.decoding import Frame, Stopped, never, sound_frames, to_rgb
-from adaclip_finetune.data.video.index import VideoIndex
+from adaclip_finetune.data.video.index import FrameIndex
 
 
-def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame | list[Frame]:
+def read_frames(path: Path, index: FrameIndex, indices: Sequence[int]) -> Frame | list[Frame]:
     """Return the frames with these indices, in any order and repeated at will: RGB (n, H, W, 3).
 
     Where frames differ in size, it is a list of arrays (H, W, 3). Raises BrokenVideo.
@@ -34,7 +34,7 @@ def read_frames(path: Path, index: VideoIndex, indices: Sequence[int]) -> Frame 
     return np.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames
 
 
-def scan_frames(path: Path, index: VideoIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
+def scan_frames(path: Path, index: FrameIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
     """Give every frame with its index, in order, in one pass: RGB (H, W, 3), perhaps of several sizes.
 
     `stopped` is asked before each packet and ends the scan early. Raises BrokenVideo at the first frame that
@@ -53,7 +53,7 @@ def scan_frames(path: Path, index: VideoIndex, stopped: Stopped = never) -> Iter
         yield left, _seek(path, index, left, damage)
 
 
-def _in_one_pass(path: Path, index: VideoIndex, stopped: Stopped, damage: list[str]) -> Iterator[tuple[int, Any]]:
+def _in_one_pass(path: Path, index: FrameIndex, stopped: Stopped, damage: list[str]) -> Iterator[tuple[int, Any]]:
     """Decode from the start and give frames with their indices; add to `damage` why that went no further."""
     place = _numbers(index, range(index.num_frames))
     ahead = 0
@@ -69,7 +69,7 @@ def _in_one_pass(path: Path, index: VideoIndex, stopped: Stopped, damage: list[s
         damage.append(f": {error}")
 
 
-def _read_from_start(path: Path, index: VideoIndex, wanted: set[int]) -> dict[int, Frame]:
+def _read_from_start(path: Path, index: FrameIndex, wanted: set[int]) -> dict[int, Frame]:
     """Decode in order until all wanted frames are found. Raises BrokenVideo."""
     damage: list[str] = []
     found: dict[int, Frame] = {}
@@ -81,7 +81,7 @@ def _read_from_start(path: Path, index: VideoIndex, wanted: set[int]) -> dict[in
     raise _undecodable(min(wanted - set(found)), index, damage)
 
 
-def _seek(path: Path, index: VideoIndex, i: int, damage: list[str]) -> Frame:
+def _seek(path: Path, index: FrameIndex, i: int, damage: list[str]) -> Frame:
     """Return one frame that decoding from the start did not give. Raises BrokenVideo."""
     found = _read_by_seeking(path, index, [i])
     if i not in found:
@@ -89,18 +89,18 @@ def _seek(path: Path, index: VideoIndex, i: int, damage: list[str]) -> Frame:
     return found[i]
 
 
-def _undecodable(i: int, index: VideoIndex, damage: list[str]) -> BrokenVideo:
+def _undecodable(i: int, index: FrameIndex, damage: list[str]) -> BrokenVideo:
     return BrokenVideo(f"frame {i + 1} of {index.num_frames} cannot be decoded{''.join(damage)}", "damaged")
 
 
-def _numbers(index: VideoIndex, frames: Sequence[int]) -> dict[int, int] | None:
+def _numbers(index: FrameIndex, frames: Sequence[int]) -> dict[int, int] | None:
     """Return pts → index of these frames; None where frames can only be counted."""
     if index.pts is None or index.position is None:
         return None
     return dict(zip(index.pts[frames].tolist(), frames, strict=True))
 
 
-def _read_by_seeking(path: Path, index: VideoIndex, wanted: list[int]) -> dict[int, Frame]:
+def _read_by_seeking(path: Path, index: FrameIndex, wanted: list[int]) -> dict[int, Frame]:
     """Decode from the nearest key frames. Damaged frames and frames that are not where they should be are left out."""
     found: dict[int, Frame] = {}
     pts, position = index.pts, index.position

@@ -17,7 +17,7 @@ from adaclip_finetune.data.video.container import BrokenVideo
 from adaclip_finetune.data.video.decoding import Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import ShownTimes, VideoIndex, index_video
+from adaclip_finetune.data.video.index import FrameIndex, ShownTimes, index_video
 
 
 class VideoFolder:
@@ -114,7 +114,7 @@ class VideoFolder:
             self._listings[folder] = listing
         return self._listings[folder]
 
-    def _index(self, video_id: str) -> VideoIndex:
+    def _index(self, video_id: str) -> FrameIndex:
         if video_id not in self._indices:
             with self._named(video_id) as path:
                 name, video = path.relative_to(self.folder).as_posix(), path.stat()

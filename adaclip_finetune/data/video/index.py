@@ -38,7 +38,7 @@ class ShownTimes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VideoIndex:
+class FrameIndex:
     """The number of frames, their places in the file and their times, both in the order in which they are shown."""
 
     num_frames: int
@@ -72,7 +72,7 @@ class VideoIndex:
         return ShownTimes(max(length, last), list(shown), True, True)
 
 
-def index_video(path: Path) -> VideoIndex:
+def index_video(path: Path) -> FrameIndex:
     """Count and locate the frames of a video that has at least one. Raises BrokenVideo."""
     with opened(path) as (container, stream):
         facts = {
@@ -87,19 +87,19 @@ def index_video(path: Path) -> VideoIndex:
     # A stream that starts in the middle loses its first frames: then packets do not tell the frames.
     first = next((frame.pts for frame in sound_frames(path)), None) if places else None
     if places is not None and (len(places[0]) == 0 or first == places[0][0]):
-        index = VideoIndex(len(places[0]), *places, **facts)
+        index = FrameIndex(len(places[0]), *places, **facts)
     else:
         shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
         told = kind in SHOWN_IN and None not in shown
         pts = np.array(shown, np.int64) if told else None
-        index = VideoIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
+        index = FrameIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
     if index.num_frames == 0:
         raise BrokenVideo("it holds no video frame")
     return index
 
 
 def _places(container: Any, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-    """Return pts, position and keys of a VideoIndex; None where packets have no times or two have the same."""
+    """Return pts, position and keys of a FrameIndex; None where packets have no times or two have the same."""
     shown: list[tuple[int, int]] = []
     keys: list[tuple[int, int, int]] = []
     for at, packet in enumerate(packets_of(container, stream)):

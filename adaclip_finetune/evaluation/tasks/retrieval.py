@@ -248,7 +248,7 @@ class Retrieval(Task):
             "texts": names_digest(self.split.queries.texts),
             "weights": weights_digest(model),
             "device": model.device.type,
-            "settings": self.config.model_dump(mode="json", include=_deciding_settings()),
+            "settings": self.config.model_dump(mode="json", include=deciding_settings()),
         }
         return PartFolder(path, about)
 
@@ -264,7 +264,7 @@ def save_similarity(path: Path, result: RetrievalReport) -> None:
         raise UserError(f"save_similarity: {path} cannot be written ({error})") from error
 
 
-def _deciding_settings() -> set[str]:
+def deciding_settings() -> set[str]:
     """Return the names of the settings that decide the bits of an embedding. Paths are not among them: files are
     identified by their content."""
     return {*deciding_vectors(), *names_with("data", paths=False), *rounding()}

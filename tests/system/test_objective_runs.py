@@ -1,4 +1,4 @@
-"""Objectives in a run: the default, SigLIP's bias, and several processes that share one batch."""
+"""Objectives in whole runs: the default, SigLIP's bias, and several processes that share one batch."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from conftest import TINY_CLIP
 from safetensors.torch import load_file, save_file
 from spread import spread
 
 from adaclip_finetune import load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
-from adaclip_finetune.objectives import Objective
+from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.objectives.contrastive import Contrastive
 from adaclip_finetune.objectives.sigmoid import Sigmoid
 from adaclip_finetune.processes import is_main, rank, world_size
 from adaclip_finetune.training.device import make_accelerator
-from adaclip_finetune.training.memory import blank_batch
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
 from adaclip_finetune.weights.loaded import LOGIT_BIAS
@@ -49,25 +49,13 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_default_is_what_the_towers_were_trained_with(project: Project, siglip: Path) -> None:
     assert type(open_model(load_config(None, project)).objective) is Contrastive
     session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
-    assert type(session.objective) is Sigmoid
     bias = session.model.scorer.logit_bias()
-    assert bias is not None and bias.item() == -7
+    assert type(session.objective) is Sigmoid and bias is not None and bias.item() == -7
     chosen = {**project, "clip_weights": str(siglip), "objective": {"method": "contrastive"}}
     assert type(open_model(load_config(None, chosen)).objective) is Contrastive
 
 
-def test_logits_include_the_bias_of_the_towers(project: Project, siglip: Path) -> None:
-    session = open_model(load_config(None, {**project, "clip_weights": str(siglip)}))
-    model = session.model.eval()
-    batch, _ = blank_batch(session.config, model, session.loaded.tokenize, 2)
-    with torch.no_grad():
-        text, videos = model.encode_text(batch.token_ids), model.encode_video(batch.videos)
-        assert videos.vector is not None
-        cosines = torch.nn.functional.cosine_similarity(text.sentence[:, None], videos.vector[None], dim=-1)
-        torch.testing.assert_close(model.similarity(text, videos), model.logit_scale().exp() * cosines - 7)
-
-
-def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project, tmp_path: Path) -> None:
+def test_a_new_bias_learns_and_is_kept_and_interpolated(project: Project, tmp_path: Path) -> None:
     given = {**project, "objective": SIGMOID, "peft": {"method": "bitfit"}, "output_dir": str(tmp_path), "coef_lr": 1.0}
     folder = fit(load_config(None, given)).folder
     assert folder is not None
@@ -76,6 +64,8 @@ def test_a_clip_without_a_bias_gets_one_that_learns_and_is_kept(project: Project
     for name in ("best.safetensors", "adapter.safetensors"):
         bias = load_retriever(folder / name).model.scorer.logit_bias()
         assert bias is not None and bias.item() == learned
+    annotations = ["--annot", project["test_annot"], "--val-annot", project["val_annot"]]
+    assert main(["evaluate", "--interpolate", "zero-shot", str(folder), *annotations, "--alpha", "0:1:0.5"]) == 0
     # A contrastive run may start from it as well.
     given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
     assert fit(load_config(None, given)).folder is not None
@@ -86,13 +76,8 @@ def learning(given: Project) -> int:
 
 
 def test_the_bias_learns_from_every_kind_of_start(project: Project, tmp_path: Path) -> None:
-    given = {
-        **project,
-        "objective": SIGMOID,
-        "peft": {"method": "bitfit"},
-        "output_dir": str(tmp_path),
-        "num_epochs": 1,
-    }
+    given = {**project, "objective": SIGMOID, "peft": {"method": "bitfit"}, "num_epochs": 1}
+    given["output_dir"] = str(tmp_path)
     of_bitfit = learning({**given, "objective": None})
     assert learning(given) == of_bitfit + 1
     assert learning({**given, "freeze_clip": True}) == 1
@@ -114,12 +99,10 @@ def test_the_bias_is_no_candidate_of_ibs(project: Project, tmp_path: Path) -> No
     assert float(load_file(folder / "best.safetensors")["clip.logit_bias"]) != LOGIT_BIAS
 
 
-def test_a_named_backbone_with_a_new_bias_is_found_again(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_backbone_with_a_new_bias_is_found_again(project: Project, tmp_path: Path) -> None:
     folder = Path(project["clip_weights"])
-    model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-of-a-test", model_cfg)
+    (tmp_path / "tiny-of-a-test.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny-of-a-test.json")
     weights = {"clip_backbone": "tiny-of-a-test", "clip_weights": str(folder / "open_clip_model.safetensors")}
     given = {**project, **weights, "objective": SIGMOID, "output_dir": str(tmp_path), "num_epochs": 1}
     run = fit(load_config(None, given)).folder
@@ -130,43 +113,26 @@ def test_a_named_backbone_with_a_new_bias_is_found_again(
     assert load_retriever(run, clip_weights=None).model.scorer.logit_bias() is not None
 
 
-def test_a_sigmoid_run_is_interpolated_with_plain_clip(project: Project, tmp_path: Path) -> None:
-    given = {**project, "objective": SIGMOID, "output_dir": str(tmp_path), "num_epochs": 1}
-    run = fit(load_config(None, given)).folder
-    words = [
-        "--interpolate",
-        "zero-shot",
-        str(run),
-        "--annot",
-        project["test_annot"],
-        "--val-annot",
-        project["val_annot"],
-    ]
-    assert main(["evaluate", *words, "--alpha", "0:1:0.5"]) == 0
-
-
 def _gradients(settings: Project, shares: list[int], result: Path) -> None:
-    """Return loss and gradients, in float64, of one batch of sum(shares) videos that the processes share."""
+    """Write loss and gradients, in float64, of one batch of sum(shares) videos that the processes share."""
     config = load_config(None, settings)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
     session = open_model(config, accelerator=accelerator)
-    objective: Objective = session.objective.double()
-    here = shares[rank()] if world_size() > 1 else sum(shares)
-    start = sum(shares[: rank()]) if world_size() > 1 else 0
+    objective = session.objective.double()
+    shares = shares if world_size() > 1 else [sum(shares)]
+    rows = slice(sum(shares[: rank()]), sum(shares[: rank() + 1]))
+    count = sum(shares)
+    ids = [f"v{number % 4}" for number in range(count)]  # some videos occur twice
     pixels = torch.Generator().manual_seed(0)
-    whole, _ = blank_batch(config, session.model, session.loaded.tokenize, sum(shares))
-    frames = torch.randint(0, 256, whole.videos.frames.shape, generator=pixels, dtype=torch.uint8)
-    texts = [f"a thing of number {number}" for number in range(sum(shares))]
-    rows = slice(start, start + here)
-    videos = whole.videos._mapped(lambda tensor: tensor[rows])
-    object.__setattr__(videos, "frames", frames[rows])
-    object.__setattr__(videos, "frame_mask", torch.ones_like(videos.frame_mask))
-    batch = type(whole)(videos, session.loaded.tokenize(texts, config.max_txt_len)[rows], whole.noise[rows].double())
-    names = [f"v{number % 4}" for number in range(sum(shares))]  # some videos occur twice
-    ids = [names[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))] if world_size() > 1 else [names]
-    wrapped = accelerator.prepare(objective)
-    terms = wrapped.train()(batch, Group(ids))
+    frames = torch.randint(0, 256, (count, config.num_frm, 3, 32, 32), generator=pixels, dtype=torch.uint8)[rows]
+    indices = torch.arange(config.num_frm).expand(len(frames), -1)
+    texts = session.loaded.tokenize([f"a thing of number {number}" for number in range(count)], config.max_txt_len)
+    videos = VideoBatch(frames, indices >= 0, None, indices, ids[rows])
+    batch = TrainBatch(videos, texts[rows], torch.zeros(indices.shape))
+    group = Group([ids[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))])
+    wrapped = accelerator.prepare(objective).train()  # which the backward pass needs as well
+    terms = wrapped(batch, group)
     loss = sum(terms.values(), torch.zeros(()))
     loss.backward()
     if is_main():

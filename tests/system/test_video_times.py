@@ -15,7 +15,6 @@ from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.preprocess import ImageSpec, Views
 from adaclip_finetune.data.sampling import frame_indices, generator
 from adaclip_finetune.data.video.folder import VideoFolder
-from adaclip_finetune.data.video.index import index_video
 
 MILLISECONDS = [0, 40, 80, 1000, 1040, 4000, 4040, 4080, 9000, 9960]
 SLOWING = [*range(0, 2000, 40), *range(2000, 8000, 1000)]  # 2 s at 25 frames a second, 6 s at 1
@@ -89,19 +88,3 @@ def test_times_that_do_not_fit_the_images_are_an_error(tmp_path: Path, content: 
     (write_frames(tmp_path / "v", 3) / "frame_times.json").write_text(content)
     with pytest.raises(FrameError, match=r"frame_times\.json"):
         FrameFolder(tmp_path, "image_{:05d}.jpg").times("v")
-
-
-def test_real_videos_of_a_constant_rate_give_the_same_frames_as_by_number() -> None:
-    root = Path(__file__).parents[2]
-    folders = root / "dataset_example/videos", root.parent / "shared/data/panda70m/videos"
-    paths = [path for folder in folders for path in sorted(folder.glob("*.mp4"))[:100]]
-    assert len(paths) >= 10
-    for path in paths:
-        index = index_video(path)
-        for num_frm in (1, 4, 12, 16, 64):
-            for segment in (False, True):
-                timed, counted = (
-                    frame_indices(index.num_frames, num_frm, segment=segment, times=times)
-                    for times in (index.times(), None)
-                )
-                assert np.array_equal(timed, counted), path.name

@@ -34,7 +34,7 @@ class ExtractionJob:
 def plan_jobs(options: ExtractionOptions) -> tuple[list[ExtractionJob], str]:
     """Return the jobs in a fixed order, and a line on files that are no videos ("" if there are none).
 
-    Raises UserError if there is nothing to do, or if two jobs would share a folder, and OSError.
+    Raises UserError if there is nothing to do or if two jobs would share a folder, and OSError for what cannot be read.
     """
     names, passed_over = _find(options)
     if options.clips:

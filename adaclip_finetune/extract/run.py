@@ -64,7 +64,7 @@ def extract(options: ExtractionOptions) -> int:
 
 
 def _show(options: ExtractionOptions, jobs: list[ExtractionJob]) -> int:
-    """Print what would be done."""
+    """Print what would be done; return the exit code."""
     to_do = _unfinished(options, jobs)
     for job in to_do:
         problem = f" (not possible: {printable(job.problem)})" if job.problem else ""

@@ -76,6 +76,22 @@ def ffmpeg(*words: object) -> bytes:
     return subprocess.run([FFMPEG, "-v", "error", "-y", *map(str, words)], check=True, capture_output=True).stdout
 
 
+def write_joined(path: Path) -> Path:
+    """Write a ts or webm file of 8 coded frames of 130 x 66 pixels and then 8 of 98 x 98."""
+    codec = "libvpx" if path.suffix == ".webm" else "libx264"
+    parts = [
+        write_video(path.with_name("parts") / f"{width}{path.suffix}", 8, codec, height, width)
+        for height, width in ((66, 130), (98, 98))
+    ]
+    if path.suffix == ".ts":
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    else:
+        listing = parts[0].with_name("list.txt")
+        listing.write_text("".join(f"file {part}\n" for part in parts))
+        ffmpeg("-f", "concat", "-safe", "0", "-i", listing, "-c", "copy", path)
+    return path
+
+
 def write_mirrored(path: Path, plain: Path, matrix: str) -> Path:
     """Copy an MP4 with another display matrix, whose a, b, c and d are given, as in `1 0 0 -1`."""
     ffmpeg("-i", plain, "-c", "copy", path)

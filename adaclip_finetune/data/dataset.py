@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,13 +46,10 @@ class VideoBatch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> VideoBatch:
-        return VideoBatch(
-            function(self.frames),
-            function(self.frame_mask),
-            None if self.policy_frames is None else function(self.policy_frames),
-            function(self.frame_indices),
-            self.video_ids,
-        )
+        mapped: dict[str, Any] = {
+            key: function(value) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **mapped)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
@@ -58,13 +58,13 @@ class TrainLoader:
         """tokenize(texts, max_len) returns token ids, int64 (n, max_len)."""
         self.dataset, self.config, self.tokenize = dataset, config, tokenize
         self.failed: dict[str, str] = {}
-        self._plan = _Plan()
+        self._plan: list[list[tuple[int, int]]] = []  # the loader reads the list when an iteration starts
         self._loader = make_loader(dataset, config, self._plan)
 
     def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
         """Yield this process's shares of the batches of an epoch, from batch number `start` on."""
         batches = epoch_batches(len(self.dataset), batch_size, self.dataset.seed, epoch)
-        self._plan.batches = [[(epoch, index) for index in _share(batch)] for batch in batches[start:]]
+        self._plan[:] = [[(epoch, index) for index in _share(batch)] for batch in batches[start:]]
         for collated in self._loader:
             self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             yield self._batch(collated)
@@ -115,7 +115,7 @@ class GalleryLoader:
         size = max(1, min(config.val_batch_size, FRAMES_A_GALLERY_BATCH // config.num_frm))
         indices = range(len(dataset))
         self._batches = [list(indices[start : start + size]) for start in indices[::size]]
-        self._asked: list[list[int]] = []  # the loader reads the list when an iteration starts
+        self._asked: list[list[int]] = []
         self._loader = make_loader(dataset, config, self._asked)
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class GalleryLoader:
             yield from self._loader
 
 
-def make_loader(dataset: Any, config: Config, batches: Any) -> DataLoader[Collated]:
+def make_loader(dataset: Any, config: Config, batches: Sequence[Any]) -> DataLoader[Collated]:
     """Return a torch loader of `batches` (lists of the dataset's keys). Its workers live until `stop_workers`."""
     return DataLoader(
         dataset,
@@ -152,19 +152,6 @@ def stop_workers(loader: DataLoader[Collated]) -> None:
     if iterator is not None:
         loader._iterator = None
         iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-class _Plan(Sampler[list[tuple[int, int]]]):
-    """The batches of the current epoch. It stays in the main process, which sends workers the keys of each batch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def _start_worker(worker: int) -> None:

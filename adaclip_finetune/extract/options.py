@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ _PREFIX = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)?%(0[1-9])?d[A-Za-z0-9_.-]*\
 class ImageOptions:
     """Everything but the source that decides which images a video gives; a manifest keeps it.
 
-    prefix: the name of image n, in printf's spelling. frame_rate: frames a second, -1 for all frames. frame_size: the
-    shorter side in pixels, which is never enlarged, -1 for the video's. num_frames: only so many, evenly spread in
-    time. quality: ffmpeg's for JPEG, from 2 (best) to 31.
+    prefix: the name of image n (from 1) in printf's spelling. frame_rate: frames a second, -1 for all frames.
+    frame_size: the shorter side in pixels, which is never enlarged, -1 for the video's. num_frames: only so many,
+    evenly spread in time. quality: ffmpeg's for JPEG, from 2 (best) to 31.
     """
 
     prefix: str = "image_%05d.jpg"
@@ -31,27 +30,25 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError, which names the flag and its value."""
-        _check(
-            bool(_PREFIX.fullmatch(self.prefix)),
+        _require(
+            _PREFIX.fullmatch(self.prefix),
             f"--prefix {self.prefix!r}: must be a file name such as image_%05d.jpg, of letters, digits, _ . and -, "
             "with one place for the number, that ends in .jpg, .jpeg or .png",
         )
-        _check(
-            self.frame_rate == -1 or (math.isfinite(self.frame_rate) and 0 < self.frame_rate <= 1000),
+        _require(
+            self.frame_rate == -1 or 0 < self.frame_rate <= 1000,
             f"--frame_rate {self.frame_rate:g}: must be frames a second, up to 1000, or -1 for all frames",
         )
-        _check(
+        _require(
             self.frame_size == -1 or 1 <= self.frame_size <= 16384,
             f"--frame_size {self.frame_size}: must be from 1 to 16384 pixels, or -1 for the video's size",
         )
-        _check(2 <= self.quality <= 31, f"--quality {self.quality}: must be from 2 (best) to 31 (smallest files)")
+        _require(2 <= self.quality <= 31, f"--quality {self.quality}: must be from 2 (best) to 31 (smallest files)")
         if self.num_frames is not None:
-            _check(self.num_frames >= 1, f"--num_frames {self.num_frames}: must be at least 1; omit it for all frames")
-            _check(self.frame_rate == -1, "--num_frames chooses among all frames of a video: omit --frame_rate")
-
-    def image_name(self, number: int) -> str:
-        """Return the file name of an image; the first has number 1."""
-        return self.prefix % number
+            _require(
+                self.num_frames >= 1, f"--num_frames {self.num_frames}: must be at least 1; omit it for all frames"
+            )
+            _require(self.frame_rate == -1, "--num_frames chooses among all frames of a video: omit --frame_rate")
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,13 @@ class ExtractionOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError, which names the flag and its value."""
-        _check(
+        _require(
             self.begin >= 0 and (self.end is None or self.end >= self.begin),
             f"--begin {self.begin} --end {self.end}: must count up from 0; the last one is included",
         )
-        _check(self.num_workers >= 1, f"--num_workers {self.num_workers}: must be at least 1")
-        _check(self.time_limit > 0, f"--time_limit {self.time_limit:g}: must be a number of seconds above 0")
-        _check(not (self.clips and self.file_list), "--clips names its videos itself: omit --file_list")
+        _require(self.num_workers >= 1, f"--num_workers {self.num_workers}: must be at least 1")
+        _require(self.time_limit > 0, f"--time_limit {self.time_limit:g}: must be a number of seconds above 0")
+        _require(not (self.clips and self.file_list), "--clips names its videos itself: omit --file_list")
 
 
 def cores() -> int:
@@ -88,6 +85,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(valid: bool, message: str) -> None:
+def _require(valid: object, message: str) -> None:
     if not valid:
         raise UserError(message)

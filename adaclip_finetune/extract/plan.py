@@ -5,7 +5,7 @@ The folder of a video has its name without the last extension. With --clips, it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ from adaclip_finetune.extract.options import ExtractionOptions
 from adaclip_finetune.printable import printable
 
 REPORT = "extraction_report.json"
+Find = Callable[..., tuple[str | None, str | None]]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class ExtractionJob:
 def plan_jobs(options: ExtractionOptions) -> tuple[list[ExtractionJob], str]:
     """Return the jobs in a fixed order, and a line on files that are no videos ("" if there are none).
 
-    Raises UserError if there is nothing to do, or if two jobs would share a folder.
+    Raises UserError if there is nothing to do or if two jobs would share a folder, and OSError for what cannot be read.
     """
     names, passed_over = _find(options)
     if options.clips:
-        jobs = list(_clips(options, options.clips, _Finder(names)))
+        jobs = list(_clips(options, options.clips, _finder(names)))
     elif options.file_list:
-        jobs = list(_listed(options, options.file_list, _Finder(names)))
+        jobs = list(_listed(options, options.file_list, _finder(names)))
     else:
         jobs = [ExtractionJob(_stem(name), options.videos / name) for name in names]
     if not jobs:
@@ -56,12 +57,7 @@ def plan_jobs(options: ExtractionOptions) -> tuple[list[ExtractionJob], str]:
 
 def _find(options: ExtractionOptions) -> tuple[list[str], str]:
     """Return the names of the videos relative to VIDEOS, sorted, and a line on the other files."""
-    if not options.videos.is_dir():
-        raise UserError(f"VIDEOS: {options.videos} is not a folder")
-    try:
-        videos, others = find_videos(options.videos, options.recursive)
-    except OSError as error:
-        raise UserError(f"{printable(error.filename)}: cannot be listed: {error.strerror}") from None
+    videos, others = find_videos(options.videos, options.recursive)
     if options.formats is not None:
         videos = [path for path in [*videos, *others] if path.suffix.lower().removeprefix(".") in options.formats]
         others = []
@@ -77,70 +73,62 @@ def _stem(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _listed(options: ExtractionOptions, path: Path, find: _Finder) -> Iterator[ExtractionJob]:
+def _listed(options: ExtractionOptions, path: Path, find: Find) -> Iterator[ExtractionJob]:
     """Plan the videos of a list with a name a line."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--file_list {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--file_list {path}: not UTF-8 (byte {error.start})") from None
-    for name in filter(None, map(str.strip, text.splitlines())):
-        found, problem = find([name])
-        if found is None:
-            yield ExtractionJob(name.lstrip("/"), options.videos / name, problem=problem)
-        else:
-            yield ExtractionJob(_stem(found), options.videos / found)
+    for name in path.read_text("utf-8-sig", errors="surrogateescape").splitlines():
+        if name := name.strip():
+            found, problem = find(name)
+            folder = name.lstrip("/") if found is None else _stem(found)
+            yield ExtractionJob(folder, options.videos / (found or name), problem=problem)
 
 
-def _clips(options: ExtractionOptions, path: Path, find: _Finder) -> Iterator[ExtractionJob]:
+def _clips(options: ExtractionOptions, path: Path, find: Find) -> Iterator[ExtractionJob]:
     """Plan the entries of an annotation. The source is the file named by `group` or, if there is none, by the entry."""
     for one in load_annotations(path):
         if one.end is not None and one.end <= (one.start or 0.0):
             raise UserError(f"{path}: video {one.video_id!r}: ends at {one.end:g} s, before it starts ({one.start} s)")
         wanted = [one.group, one.video_id] if one.group else [one.video_id]
-        found, problem = find([f"{name}.{one.extension}" if one.extension else name for name in wanted])
+        found, problem = find(*(f"{name}.{one.extension}" if one.extension else name for name in wanted))
         yield ExtractionJob(one.video_id, options.videos / (found or wanted[0]), one.start, one.end, problem)
 
 
-class _Finder:
-    """Finds a video by its name with or without extension, and with or without its folder."""
+def _finder(names: Sequence[str]) -> Find:
+    """Return a function that finds a video by its name with or without extension, and with or without its folder.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._by: dict[str, set[str]] = {}
-        for name in names:
-            for key in {name, _stem(name), PurePosixPath(name).name, _stem(PurePosixPath(name).name)}:
-                self._by.setdefault(canonical(key), set()).add(name)
+    It is given one or more names, and returns the name below VIDEOS of the first that is there, or the reason why none
+    is.
+    """
+    by_name: dict[str, set[str]] = {}
+    for name in names:
+        for key in {name, _stem(name), PurePosixPath(name).name, _stem(PurePosixPath(name).name)}:
+            by_name.setdefault(canonical(key), set()).add(name)
 
-    def __call__(self, wanted: Sequence[str]) -> tuple[str | None, str | None]:
-        """Return the name below VIDEOS of the first of these videos that is there, or the reason why none is."""
-        problem = None
+    def find(*wanted: str) -> tuple[str | None, str | None]:
+        problems = []
         for name in wanted:
-            found = self._by.get(canonical(name), set())
+            found = by_name.get(canonical(name), set())
             if name in found or len(found) == 1:
                 return (name if name in found else next(iter(found))), None
             several = f"{' and '.join(map(printable, sorted(found)[:5]))} could be meant"
-            problem = problem or (several if found else "there is no such video")
-        return None, problem
+            problems.append(several if found else "there is no such video")
+        return None, problems[0]
+
+    return find
 
 
 def _check_folders(jobs: list[ExtractionJob]) -> None:
     """Raise UserError if two jobs have the same folder, or one lies in another's, or has a name that is taken."""
-    sources: dict[str, Path] = {}
+    by_folder: dict[str, list[Path]] = {}
     for job in jobs:
-        if job.folder in sources:
+        by_folder.setdefault(job.folder, []).append(job.source)
+    for job in jobs:
+        above = [str(folder) for folder in PurePosixPath(job.folder).parents]
+        sources = [source for folder in [*above, job.folder] for source in by_folder.get(folder, [])]
+        if len(sources) > 1:
             raise UserError(
-                f"{printable(sources[job.folder])} and {printable(job.source)} would both be extracted into "
-                f"{printable(job.folder)}: rename one, or choose with --file_list or --accepted_formats"
+                f"{printable(sources[0])} and {printable(sources[1])} would be extracted into one folder: rename one, "
+                "or choose with --file_list or --accepted_formats"
             )
-        sources[job.folder] = job.source
-    for job in jobs:
-        for above in map(str, PurePosixPath(job.folder).parents):
-            if above in sources:
-                raise UserError(
-                    f"{printable(job.source)} would be extracted into {printable(above)}, which is the folder of "
-                    f"{printable(sources[above])}: rename one"
-                )
         first = job.folder.partition("/")[0]
         if (first.startswith(".") or first == REPORT) and not job.problem:
             raise UserError(f"{printable(job.source)}: its folder may not be called {printable(first)}: rename it")

@@ -11,13 +11,11 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -50,27 +48,29 @@ def extract(options: ExtractionOptions) -> int:
 
     Raises UserError if nothing can be started, or if the disk is full.
     """
-    jobs, passed_over = plan_jobs(options)
-    if passed_over:
-        print(passed_over)
-    if options.dry_run:
-        to_do = _unfinished(options, jobs)
-        for job in to_do:
-            problem = f" (not possible: {printable(job.problem)})" if job.problem else ""
-            print(f"{printable(job.source)} -> {printable(options.frames / job.folder)}{problem}")
-        print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier; nothing was written")
-        return 0
-    ffmpeg = FFmpeg(max(1, cores() // options.num_workers), options.time_limit)
     try:
+        jobs, passed_over = plan_jobs(options)
+        if passed_over:
+            print(passed_over)
+        if options.dry_run:
+            return _show(options, jobs)
+        ffmpeg = FFmpeg(max(1, cores() // options.num_workers), options.time_limit)
         options.frames.mkdir(parents=True, exist_ok=True)
         with _work_folder(options.frames) as work:
             return _extract_all(options, ffmpeg, jobs, work)
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(
-                f"{options.frames}: {error.strerror}. What is complete stays; make room and run the same command again"
-            ) from None
-        raise UserError(f"{printable(error.filename or options.frames)}: {error.strerror}") from error
+        full = ". What is complete stays; make room and run the same command again" if error.errno in FULL else ""
+        raise UserError(f"{printable(error.filename or options.frames)}: {error.strerror}{full}") from error
+
+
+def _show(options: ExtractionOptions, jobs: list[ExtractionJob]) -> int:
+    """Print what would be done; return the exit code."""
+    to_do = _unfinished(options, jobs)
+    for job in to_do:
+        problem = f" (not possible: {printable(job.problem)})" if job.problem else ""
+        print(f"{printable(job.source)} -> {printable(options.frames / job.folder)}{problem}")
+    print(f"{len(to_do)} videos to extract, {len(jobs) - len(to_do)} finished earlier; nothing was written")
+    return 0
 
 
 def _extract_all(options: ExtractionOptions, ffmpeg: FFmpeg, jobs: list[ExtractionJob], work: Path) -> int:
@@ -78,10 +78,22 @@ def _extract_all(options: ExtractionOptions, ffmpeg: FFmpeg, jobs: list[Extracti
     finished, start = len(jobs) - len(to_do), time.monotonic()
     print(f"{len(to_do)} videos to extract, {finished} finished earlier", flush=True)
     frames, failed = 0, dict[str, dict[str, str]]()
+
+    def outcome(job: ExtractionJob) -> tuple[ExtractionJob, int, str | None]:
+        """Return the job, the number of images and, if it failed, the reason. Raises OSError if the disk is full."""
+        try:
+            return job, _extract_video(job, options.images, ffmpeg, options.frames, work), None
+        except (ExtractionFailed, BrokenVideo) as failure:
+            return job, 0, str(failure)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            return job, 0, error.strerror or str(error)
+
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds
     pool = ThreadPool(options.num_workers)
     try:
-        outcomes = pool.imap_unordered(partial(_outcome, options, ffmpeg, work), to_do)
+        outcomes = pool.imap_unordered(outcome, to_do)
         bar = tqdm(outcomes, "extracting", len(to_do), unit="video", leave=False, mininterval=interval)
         for job, count, reason in bar:
             frames += count
@@ -108,23 +120,6 @@ def _extract_all(options: ExtractionOptions, ffmpeg: FFmpeg, jobs: list[Extracti
         reasons = {printable(folder): printable(facts["reason"]) for folder, facts in sorted(failed.items())}
         print(f"{len(failed)} failed (see {options.frames / REPORT}):\n{listing(reasons)}")
     return 1 if failed else 0
-
-
-def _outcome(
-    options: ExtractionOptions, ffmpeg: FFmpeg, work: Path, job: ExtractionJob
-) -> tuple[ExtractionJob, int, str | None]:
-    """Extract a video; return the job, the number of images and, if it failed, the reason.
-
-    Raises OSError if the disk is full.
-    """
-    try:
-        return job, _extract_video(job, options.images, ffmpeg, options.frames, work), None
-    except (ExtractionFailed, BrokenVideo) as failure:
-        return job, 0, str(failure)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        return job, 0, error.strerror or str(error)
 
 
 def _extract_video(job: ExtractionJob, images: ImageOptions, ffmpeg: FFmpeg, frames: Path, work: Path) -> int:
@@ -162,7 +157,7 @@ def _write_images(job: ExtractionJob, images: ImageOptions, ffmpeg: FFmpeg, fold
     if count == 0 or (different is not None and count != len(different)):
         raise ExtractionFailed(f"ffmpeg gave {count} of {len(different or between)} frames")
     if chosen is not None:
-        _repeat(folder, images, chosen)
+        _repeat(folder, images.prefix, chosen)
     elif images.frame_rate == -1 and times is not None and count == len(times):
         (folder / FRAME_TIMES).write_bytes(_json(times.round(6).tolist()))
     return {
@@ -207,12 +202,12 @@ def _check_times(printed: Path, times: NDArray[np.float64]) -> None:
         raise ExtractionFailed("ffmpeg does not show the same frames as reading in place")
 
 
-def _repeat(folder: Path, images: ImageOptions, chosen: list[int]) -> None:
+def _repeat(folder: Path, prefix: str, chosen: list[int]) -> None:
     """Rename and copy the images of the different frames, 1, 2, …, so that there is one for each of `chosen`."""
     place = {frame: number for number, frame in enumerate(sorted(set(chosen)), start=1)}
     for number, frame in reversed(list(enumerate(chosen, start=1))):  # an image's place is never after `number`
         if place[frame] != number:
-            shutil.copyfile(folder / images.image_name(place[frame]), folder / images.image_name(number))
+            shutil.copyfile(folder / (prefix % place[frame]), folder / (prefix % number))
 
 
 def _put_in_place(folder: Path, target: Path, work: Path) -> None:
@@ -221,16 +216,17 @@ def _put_in_place(folder: Path, target: Path, work: Path) -> None:
     if not os.path.lexists(target):
         folder.rename(target)
         return
-    if target.is_symlink() or not target.is_dir():
-        raise ExtractionFailed(f"{target} is a link or a file: move it away")
-    for path in target.iterdir():
-        ours = path.name in (MANIFEST, FRAME_TIMES) or path.suffix.lower() in (".jpg", ".jpeg", ".png")
-        if not ours or path.is_symlink() or not path.is_file():
-            raise ExtractionFailed(f"{target} holds {path.name!r}, which is no image: move it away")
+    ours = target.is_dir() and not target.is_symlink()
+    if not ours or not all(_is_image(path) or path.name in (MANIFEST, FRAME_TIMES) for path in target.iterdir()):
+        raise ExtractionFailed(f"{target} is not a folder of images alone: move it away")
     old = work / uuid4().hex
     target.rename(old)
     folder.rename(target)
     shutil.rmtree(old)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.is_file() and not path.is_symlink()
 
 
 def _unfinished(options: ExtractionOptions, jobs: list[ExtractionJob]) -> list[ExtractionJob]:
@@ -255,15 +251,12 @@ def _unfinished(options: ExtractionOptions, jobs: list[ExtractionJob]) -> list[E
             to_do.append(replace(job, problem=problem))
             continue
         now = asdict(options.images) | {"start": job.start, "end": job.end}
-        differ = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
-        if differ:
+        ends = (folder / (options.images.prefix % number) for number in {1, count})
+        if then != now:
+            differ = (f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value)
             other[printable(job.folder)] = ", ".join(differ)
-        elif not all((folder / options.images.image_name(number)).is_file() for number in {1, count}):
-            to_do.append(job)
-        else:
-            with suppress(OSError):  # the source has gone; its images have not
-                if _facts(job.source) != source:
-                    to_do.append(job)
+        elif not all(image.is_file() for image in ends) or (job.source.is_file() and _facts(job.source) != source):
+            to_do.append(job)  # if the source has gone, its images have not
     if other:
         raise UserError(
             f"{options.frames}: {len(other)} videos were extracted with other options:\n{listing(other, 5)}\n"
@@ -275,7 +268,7 @@ def _unfinished(options: ExtractionOptions, jobs: list[ExtractionJob]) -> list[E
 def _facts(path: Path) -> dict[str, Any]:
     """Return what identifies a video file. Raises OSError, also for a pipe or a device, which would be waited for."""
     facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
+    if not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
     return {"name": path.name, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 

@@ -39,10 +39,6 @@ def test_published_indices() -> None:
     assert held == 475  # the other 12 are draws
 
 
-def test_without_a_generator_the_same_frames_come_every_time() -> None:
-    assert frame_indices(100, 16, subset=6).tolist() == [0, 12, 31, 50, 62, 81]
-
-
 TIMES = [None, np.array([0.0, 0.1, 5.0]), SLOWING, np.cumsum(np.random.default_rng(0).exponential(size=300))]
 
 
@@ -63,13 +59,9 @@ def test_always_sorted_in_range_and_counted(
     assert (np.diff(indices) >= 0).all() and indices[0] >= 0 and indices[-1] < n
     if n >= num_frm and (shown is None or (randomly and not segment)):
         assert len(set(indices.tolist())) == len(indices)
-
-
-@pytest.mark.parametrize("n", [1, 3, 16])
-def test_a_video_shorter_than_num_frm_repeats_its_frames(n: int) -> None:
-    for random in (None, generator("frames", 0, 0, 0)):
-        times = np.bincount(frame_indices(n, 16, random=random))
-        assert times.sum() == 16 and len(times) == n and times.max() - times.min() <= 1
+    elif shown is None and not segment and not subset:  # a short video repeats its frames equally often
+        times_read = np.bincount(indices, minlength=n)
+        assert times_read.max() - times_read.min() <= 1
 
 
 RATES = ("25", "24000/1001", "30000/1001", "50", "60000/1001", "1", "7")
@@ -82,12 +74,9 @@ def test_at_a_constant_rate_times_change_nothing(rate: str, tick: str) -> None:
         ticks = [round(Fraction(i) / Fraction(rate) / Fraction(tick)) for i in range(n)]
         times = np.array(ticks) * float(Fraction(tick)) + 1.4
         for num_frm in (1, 2, 8, 12, 16, 64):
-            for how in ({}, {"segment": True}, {"subset": 3}, {"random": 5}):
-                plain, timed = (
-                    how | {"random": generator("frames", 5, 0)} if "random" in how else how for _ in range(2)
-                )
-                expected = frame_indices(n, num_frm, **plain)  # type: ignore[arg-type]
-                assert np.array_equal(frame_indices(n, num_frm, times=times, **timed), expected)  # type: ignore[arg-type]
+            for segment in (False, True):
+                timed, counted = (frame_indices(n, num_frm, segment=segment, times=each) for each in (times, None))
+                assert np.array_equal(timed, counted)
 
 
 def test_uniform_frames_are_evenly_spread_in_time() -> None:
@@ -96,8 +85,6 @@ def test_uniform_frames_are_evenly_spread_in_time() -> None:
     shown = SLOWING[frame_indices(56, 8, times=SLOWING)]
     even = np.arange(8) * SLOWING[-1] * 56 / 55 / 8
     assert ((shown <= even + 1e-9) & (even - shown < 1)).all() and (shown >= 2).sum() == 5
-    middles = SLOWING[frame_indices(56, 8, times=SLOWING, segment=True)]
-    assert (np.abs(middles - (even + even[1] / 2)) < 1).all() and (middles >= 2).sum() == 6
     assert frame_indices(2, 4, times=np.array([0.0, 9.0])).tolist() == [0, 0, 1, 1]
     assert frame_indices(3, 6, times=np.array([0.0, 8.0, 9.0])).tolist() == [0, 0, 0, 0, 2, 2]  # a still picture
 
@@ -113,17 +100,8 @@ def test_random_frames_are_drawn_by_how_long_they_are_shown() -> None:
 
 
 def test_draws_depend_on_stream_seed_epoch_and_index_alone() -> None:
-    def draw(stream: str, seed: int, epoch: int, index: int) -> list[int]:
-        return frame_indices(1000, 8, random=generator(stream, seed, epoch, index)).tolist()
-
-    base = draw("frames", 0, 0, 0)
-    np.random.seed(5)
-    assert draw("frames", 0, 0, 0) == base
-    others = [draw("caption", 0, 0, 0), draw("frames", 1, 0, 0), draw("frames", 0, 1, 0), draw("frames", 0, 0, 1)]
-    assert all(other != base for other in others)
-    assert len({tuple(other) for other in others}) == 4
-
-
-def test_draws_are_the_same_in_every_version() -> None:
-    """A changed generator would make every finished run unrepeatable: numpy keeps Philox streams stable."""
+    """A changed generator would make finished runs unrepeatable: numpy keeps Philox streams stable."""
+    others = [("caption", 7, 3, 11), ("frames", 8, 3, 11), ("frames", 7, 4, 11), ("frames", 7, 3, 1)]
+    drawn = {tuple(frame_indices(100, 5, random=generator(*draw)).tolist()) for draw in others}
     assert frame_indices(100, 5, random=generator("frames", 7, 3, 11)).tolist() == [80, 84, 87, 89, 92]
+    assert len(drawn) == 4 and (80, 84, 87, 89, 92) not in drawn

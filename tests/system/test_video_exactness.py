@@ -21,7 +21,10 @@ VP9 = "-c:v libvpx-vp9 -cpu-used 8 -g 20 -lag-in-frames 16 -auto-alt-ref 1 -pix_
 AV1 = "-c:v libsvtav1 -preset 12 -g 20 -pix_fmt yuv420p"
 MPEG2 = "-c:v mpeg2video -bf 2 -g 12 -b:v 4M"
 VARIABLE = f"-vf select=not(mod(n\\,3))+gt(n\\,30) -fps_mode vfr {H264}"
-INTERLACED = "-vf scale=128:64,interlace,format=yuv420p -flags +ildct+ilme"
+INTERLACED = {
+    codec: f"-vf scale=128:64,interlace,format=yuv420p -flags +ildct+ilme -c:v {codec} -b:v 4M"
+    for codec in ("libx264", "mpeg2video")
+}
 
 # Name → options of the ffmpeg program that makes it of the source, or (below) of the file named first.
 ENCODED = {
@@ -161,23 +164,17 @@ def test_edit_lists(library: Library, tmp_path: Path, base: str, edits: str) -> 
     assert np.array_equal(frames, expected)
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-@pytest.mark.parametrize("container", ["mp4", "ts", "mpg", "mkv"])
-def test_interlaced(library: Library, tmp_path: Path, codec: str, container: str) -> None:
-    """Near, not equal: two versions of FFmpeg bring the colours of interlaced pictures to RGB by other rules."""
-    path = tmp_path / f"interlaced.{container}"
-    ffmpeg("-i", library.source, *INTERLACED.split(), "-c:v", codec, "-b:v", "4M", path)
+@pytest.mark.parametrize(
+    "name", [*(f"{codec}.{end}" for codec in INTERLACED for end in ("mp4", "ts", "mpg")), "ten.mkv"]
+)
+def test_interlaced_pictures_and_those_of_ten_bits(library: Library, tmp_path: Path, name: str) -> None:
+    """Near, not equal: two versions of FFmpeg bring the colours of such pictures to RGB by other rules."""
+    words = INTERLACED.get(Path(name).stem, HEVC.replace("yuv420p", "yuv420p10le")).split()
+    path = tmp_path / name
+    ffmpeg("-i", library.source, *words, path)
     expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
     assert [index_of(frame) for frame in frames] == [index_of(frame) for frame in expected]
-    assert len(frames) in (FRAMES // 2, FRAMES // 2 - 1) and mean_difference(frames, expected) < 3
-
-
-def test_ten_bits(library: Library, tmp_path: Path) -> None:
-    """Near, not equal: FFmpeg's versions differ in how they round."""
-    path = tmp_path / "ten.mkv"
-    ffmpeg("-i", library.source, *HEVC.replace("yuv420p", "yuv420p10le").split(), path)
-    expected, (_, frames) = shown_by_ffmpeg(path), everything(path)
-    assert [index_of(frame) for frame in frames] == list(range(FRAMES)) and mean_difference(frames, expected) < 3
+    assert len(frames) >= FRAMES // 2 - 1 and mean_difference(frames, expected) < 3
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "open.ts", "hevc_open.ts", "mpeg2.ts", "mpeg2.mpg"])

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import av
 import numpy as np
@@ -25,7 +24,6 @@ _TABLE = """CREATE TABLE IF NOT EXISTS videos (
     folder BLOB, name BLOB, version TEXT, size INTEGER, mtime_ns INTEGER, packed BLOB, PRIMARY KEY (folder, name)
 ) WITHOUT ROWID"""
 
-T = TypeVar("T")
 Known = dict[str, tuple[int, int, bytes]]  # name → size, mtime_ns, packed index
 
 
@@ -65,21 +63,13 @@ class IndexCache:
         folder = _key(self._folder)
         new = [(folder, os.fsencode(name), _version(), *facts) for name, facts in self._new.items()]
         gone = [(folder, os.fsencode(name)) for name in self._load() if not (self._folder / name).exists()]
-
-        def write(database: sqlite3.Connection) -> None:
-            database.executemany("INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?)", new)
-            database.executemany("DELETE FROM videos WHERE folder = ? AND name = ?", gone)
-
-        _in_database(write, None)
+        _execute("INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?)", new)
+        _execute("DELETE FROM videos WHERE folder = ? AND name = ?", gone)
 
     def _load(self) -> Known:
         query = "SELECT name, size, mtime_ns, packed FROM videos WHERE folder = ? AND version = ?"
-
-        def read(database: sqlite3.Connection) -> Known:
-            rows = database.execute(query, (_key(self._folder), _version()))
-            return {os.fsdecode(name): (size, mtime_ns, packed) for name, size, mtime_ns, packed in rows}
-
-        return _in_database(read, {})
+        rows = _execute(query, [(_key(self._folder), _version())])
+        return {os.fsdecode(name): (size, mtime_ns, packed) for name, size, mtime_ns, packed in rows}
 
 
 def pack_index(index: FrameIndex) -> bytes:
@@ -110,8 +100,11 @@ def unpack_index(packed: bytes) -> FrameIndex:
     )
 
 
-def _in_database(work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-    """Return what `work` returns in a transaction, or `otherwise` where there can be no cache; drop a damaged file."""
+def _execute(statement: str, parameters: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Execute a statement with each of the parameters in one transaction, and return the rows that it gives.
+
+    Return [] where there can be no cache, and delete a damaged file.
+    """
     path = None
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG Base Directory Specification
@@ -119,11 +112,11 @@ def _in_database(work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as database, database:
             database.execute(_TABLE)
-            return work(database)
+            return [row for given in parameters for row in database.execute(statement, given)]
     except (OSError, RuntimeError, sqlite3.Error) as error:  # RuntimeError: a user without a home
         if path is not None and type(error) is sqlite3.DatabaseError:  # not a database, or a damaged one
             path.unlink(missing_ok=True)
-        return otherwise
+        return []
 
 
 def _key(folder: Path) -> bytes:

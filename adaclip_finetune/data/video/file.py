@@ -6,6 +6,7 @@ decodes from the start of the file where that does not give the frame.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ def read_frames(path: Path, index: FrameIndex, indices: Sequence[int]) -> Frame 
     if wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of {index.num_frames}")
     found = _read_by_seeking(path, index, wanted)
-    if missing := set(wanted) - set(found):
-        found |= _read_from_start(path, index, missing)
+    found |= dict(_in_order(path, index, [i for i in wanted if i not in found]))
     frames = [found[i] for i in indices]
     return np.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames
 
@@ -40,57 +40,49 @@ def scan_frames(path: Path, index: FrameIndex, stopped: Stopped = never) -> Iter
     `stopped` is asked before each packet and ends the scan early. Raises BrokenVideo at the first frame that
     `read_frames` could not return either.
     """
+    return _in_order(path, index, range(index.num_frames), stopped)
+
+
+def _in_order(
+    path: Path, index: FrameIndex, wanted: Sequence[int], stopped: Stopped = never
+) -> Iterator[tuple[int, Frame]]:
+    """Decode from the start and give the wanted frames (ascending); seek those that this does not give."""
     damage: list[str] = []
-    ahead = 0
-    for i, frame in _in_one_pass(path, index, stopped, damage):
-        for passed_over in range(ahead, i):
-            yield passed_over, _seek(path, index, passed_over, damage)
-        yield i, to_rgb(frame)
-        ahead = i + 1
-    for left in range(ahead, index.num_frames):
+    waiting = deque(wanted)
+    for i, frame in _in_one_pass(path, index, stopped, damage) if waiting else ():
+        while waiting and waiting[0] < i:
+            yield _seek(path, index, waiting.popleft(), damage)
+        if waiting and waiting[0] == i:
+            yield waiting.popleft(), to_rgb(frame)
+        if not waiting:
+            return
+    for i in waiting:
         if stopped():
             return
-        yield left, _seek(path, index, left, damage)
+        yield _seek(path, index, i, damage)
 
 
 def _in_one_pass(path: Path, index: FrameIndex, stopped: Stopped, damage: list[str]) -> Iterator[tuple[int, Any]]:
     """Decode from the start and give frames with their indices; add to `damage` why that went no further."""
     place = _numbers(index, range(index.num_frames))
-    ahead = 0
     try:
         for count, frame in enumerate(sound_frames(path, stopped)):
             i = count if place is None else place.get(frame.pts, -1)
-            if ahead <= i < index.num_frames:
+            if 0 <= i < index.num_frames:
                 yield i, frame
-                ahead = i + 1
     except BrokenVideo as error:
         if error.kind != "damaged":
             raise
         damage.append(f": {error}")
 
 
-def _read_from_start(path: Path, index: FrameIndex, wanted: set[int]) -> dict[int, Frame]:
-    """Decode in order until all wanted frames are found. Raises BrokenVideo."""
-    damage: list[str] = []
-    found: dict[int, Frame] = {}
-    for i, frame in _in_one_pass(path, index, never, damage):
-        if i in wanted:
-            found[i] = to_rgb(frame)
-            if len(found) == len(wanted):
-                return found
-    raise _undecodable(min(wanted - set(found)), index, damage)
-
-
-def _seek(path: Path, index: FrameIndex, i: int, damage: list[str]) -> Frame:
-    """Return one frame that decoding from the start did not give. Raises BrokenVideo."""
+def _seek(path: Path, index: FrameIndex, i: int, damage: list[str]) -> tuple[int, Frame]:
+    """Return the index and pixels of a frame that decoding from the start did not give. Raises BrokenVideo."""
     found = _read_by_seeking(path, index, [i])
     if i not in found:
-        raise _undecodable(i, index, damage)
-    return found[i]
-
-
-def _undecodable(i: int, index: FrameIndex, damage: list[str]) -> BrokenVideo:
-    return BrokenVideo(f"frame {i + 1} of {index.num_frames} cannot be decoded{''.join(damage)}", "damaged")
+        reason = f"frame {i + 1} of {index.num_frames} cannot be decoded{''.join(damage)}"
+        raise BrokenVideo(reason, "damaged")
+    return i, found[i]
 
 
 def _numbers(index: FrameIndex, frames: Sequence[int]) -> dict[int, int] | None:

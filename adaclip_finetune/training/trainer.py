@@ -55,7 +55,6 @@ from adaclip_finetune.training.memory import explain_out_of_memory, fitting_batc
 from adaclip_finetune.training.run_folder import RunFolder, closing_run
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import Interrupted, StopSignals
-from adaclip_finetune.training.switches import explain_nondeterminism
 from adaclip_finetune.weights.checkpoints import read_checkpoint
 from adaclip_finetune.weights.clip_weights import save_tokenizer
 from adaclip_finetune.weights.plain import strict_load
@@ -171,7 +170,6 @@ class Trainer:
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
         self._prepared = False
-        self._ipex = device.load_ipex(self.accelerator.device, run.say)
 
     def read_splits(self, config: Config) -> None:
         """Read the annotations that are evaluated."""
@@ -250,8 +248,7 @@ class Trainer:
             vars(self).pop(name, None)  # Free the old ones first; moments are twice as large as what learns.
         self.accelerator.free_memory()
         built, self.schedule = optimizer.build_optimizer(self.objective, self.config, updates)
-        objective, built = device.optimize_with_ipex(self._ipex, self.objective, built, self.run.say)
-        self.wrapped, self.optimizer = self.accelerator.prepare(objective, built)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, built)
         self._prepared = True
 
     def _updates_per_epoch(self, batch_size: int) -> int:
@@ -322,7 +319,7 @@ class Trainer:
                 raise self._diverged(what) from error
             where = self.accelerator.device
             explained = explain_out_of_memory(error, self.config, where, phase.batch_size, self.model)
-            if explained := explained or explain_nondeterminism(error):
+            if explained := explained or device.explain_nondeterminism(error):
                 raise explained from error
             raise
         return loss

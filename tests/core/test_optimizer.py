@@ -80,25 +80,6 @@ def test_golden_trajectories(case):
     assert torch.equal(unused, torch.ones(2))
 
 
-def test_bertadam_is_the_formula():
-    """Compare with Python floats: clipping, moments without bias correction, decay added to the update."""
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
-    optimizer = BertAdam([weight], 0.1, (0.9, 0.98), 0.3)
-    w, m, v = weight.detach().flatten().tolist(), [0.0] * 12, [0.0] * 12
-    for _ in range(5):
-        gradient = torch.randn(4, 3, dtype=torch.float64) * 2
-        weight.grad = gradient.clone()
-        optimizer.step()
-        norm = math.sqrt(sum(g * g for g in gradient.flatten().tolist()))
-        for i, g in enumerate(gradient.flatten().tolist()):
-            g *= min(1.0, 1.0 / (norm + 1e-6))
-            m[i] = 0.9 * m[i] + 0.1 * g
-            v[i] = 0.98 * v[i] + 0.02 * g * g
-            w[i] -= 0.1 * (m[i] / (math.sqrt(v[i]) + 1e-6) + 0.3 * w[i])
-    assert weight.detach().flatten().tolist() == pytest.approx(w, rel=1e-12)
-
-
 def test_schedule():
     assert [schedule(x, 0.1, False) for x in (0, 0.05, 0.1, 0.5, 1)] == pytest.approx(
         [0, 0.5, 0.5 * (1 + math.cos(0.1 * math.pi)), 0.5, 0]
@@ -109,7 +90,7 @@ def test_schedule():
 
 
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
-def test_groups(optim):
+def test_groups_hold_what_learns_and_none_is_empty(optim):
     objective = Objective()
     optimizer, _ = build_optimizer(objective, make_config(optim=optim, no_warmup=True), 10)
     found = {g["name"]: (len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
@@ -119,17 +100,9 @@ def test_groups(optim):
         "other_decay": (1, 1e-4, 0.2),
         "other_no_decay": (1, 1e-4, 0.0),
     }
-    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
-    assert groups["clip_no_decay"][0] is objective.clip.proj.bias
-    assert groups["other_decay"][0] is objective.head.weight
     assert optimizer.defaults["betas"] == (0.9, 0.98)
-
-
-def test_groups_hold_what_learns_and_no_group_is_empty():
-    objective = Objective()
-    for parameter in objective.clip.parameters():
-        parameter.requires_grad_(False)
-    optimizer, _ = build_optimizer(objective, make_config(), 10)
+    objective.clip.requires_grad_(False)
+    optimizer, _ = build_optimizer(objective, make_config(optim=optim), 10)
     assert [group["name"] for group in optimizer.param_groups] == ["other_decay", "other_no_decay"]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,14 +167,6 @@ def test_a_killed_evaluation_continues_with_its_finished_batches(project: Projec
     assert not (folder / "embeddings").exists()
 
 
-def test_a_snapshot_is_data_with_the_permissions_of_the_user(stopped: Path) -> None:
-    assert [path.name for path in stopped.glob("last*")] == ["last-4"]
-    assert {path.suffix for path in (stopped / "last-4").iterdir()} == {".safetensors", ".json"}
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in stopped.rglob("*") if path.is_file()}
-    assert "state.safetensors" in modes and "adapter.safetensors" in modes
-    assert set(modes.values()) == {modes["train.log"]}
-
-
 def test_a_full_disk_leaves_the_older_snapshot(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -191,7 +182,7 @@ def test_a_full_disk_leaves_the_older_snapshot(stopped: Path, monkeypatch: pytes
     assert (stopped / "metrics.json").exists()
 
 
-def test_only_settings_that_decide_no_figure_may_change(stopped: Path) -> None:
+def test_only_settings_that_decide_no_figure_may_change(stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"learning_rate is 0\.5"):
         resume(stopped, learning_rate=0.5)
     with pytest.raises(UserError, match=r"--do_inference --resume .*best\.safetensors"):
@@ -199,9 +190,6 @@ def test_only_settings_that_decide_no_figure_may_change(stopped: Path) -> None:
     resume(stopped, num_workers=1, learning_rate=1e-3)
     with pytest.raises(UserError, match=rf"is finished .*--resume {stopped}/best\.safetensors"):
         resume(stopped)
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         resume(tmp_path)
 
@@ -213,10 +201,8 @@ def test_other_data_is_refused(setting: str, name: str, stopped: Path, project: 
     annotation = json.loads(Path(project[setting]).read_text())
     annotation["video5"]["sentences"] = ["something else"]
     (tmp_path / "other.json").write_text(json.dumps(annotation))
-    before = content(stopped)
     with pytest.raises(UserError, match=rf"resume: the {name} data"):
         resume(stopped, **{setting: str(tmp_path / "other.json")})
-    assert content(stopped) == before
 
 
 def test_the_weights_in_a_snapshot_are_no_checkpoint(stopped: Path, project: Project) -> None:
@@ -225,14 +211,19 @@ def test_the_weights_in_a_snapshot_are_no_checkpoint(stopped: Path, project: Pro
         fit(load_config(None, {**project, "resume": str(state), "no_output": True}))
 
 
-@pytest.mark.parametrize("lost", ["last-4", "last-4/state.json", "last-4/state.safetensors", "metrics.jsonl"])
-@pytest.mark.parametrize("how", ["missing", "damaged"])
+@pytest.mark.parametrize(("lost", "how"), [
+    ("last-4", "missing"),
+    ("last-4/state.json", "missing"),
+    ("last-4/state.json", "damaged"),
+    ("last-4/state.safetensors", "damaged"),
+    ("metrics.jsonl", "missing"),
+])  # fmt: skip
 def test_what_is_left_of_a_run_is_not_overwritten(lost: str, how: str, stopped: Path) -> None:
     path = stopped / lost
-    if how == "missing":
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif path.is_dir():
-        (path / "state.json").unlink()
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif how == "missing":
+        path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:1])
     before = content(stopped)

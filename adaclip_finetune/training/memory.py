@@ -31,7 +31,7 @@ from adaclip_finetune.training.device import (
     peak_memory_mib,
     total_memory_gib,
 )
-from adaclip_finetune.training.optimizer import build_optimizer, clip_gradients
+from adaclip_finetune.training.optimizer import build_optimizer
 
 Tokenize = Callable[[Sequence[str], int], Tensor]
 P = ParamSpec("P")
@@ -244,7 +244,8 @@ def _two_steps(
                 terms = list(objective(batch.to(device), pairs).values())
             sum(terms[1:], terms[0]).backward()
         computed = _now(device)
-        clip_gradients(learning, config.grad_norm)
+        if config.grad_norm != -1:
+            torch.nn.utils.clip_grad_norm_(learning, config.grad_norm)
         for parameter in learning:
             if parameter.grad is not None:
                 parameter.grad.zero_()

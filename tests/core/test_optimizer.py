@@ -16,7 +16,6 @@ from adaclip_finetune.training.optimizer import (
     advance,
     build_optimizer,
     clamp_logit_scale,
-    clip_gradients,
     learning_rates,
     load_optimizer,
     optimizer_tensors,
@@ -161,16 +160,6 @@ def test_nothing_to_learn_or_no_updates_is_refused():
     objective.requires_grad_(False)
     with pytest.raises(UserError, match="nothing is left to learn"):
         build_optimizer(objective, make_config(), 10)
-
-
-def test_clip_gradients():
-    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
-    weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])
-    assert clip_gradients(weights, -1) is None
-    assert weights[0].grad.tolist() == [3, 0]
-    assert clip_gradients(weights, 1.0).item() == pytest.approx(5)
-    assert weights[0].grad.tolist() == pytest.approx([0.6, 0], rel=1e-5)
-    assert weights[1].grad.tolist() == pytest.approx([0, 0.8, 0], rel=1e-5)
 
 
 def test_clamp_logit_scale():

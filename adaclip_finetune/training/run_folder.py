@@ -208,23 +208,19 @@ def closing_run(run: RunFolder) -> Iterator[None]:
     """Close the run folder however the run ends; if it was interrupted or lost a process, say how to resume it."""
     try:
         yield
-    except Interrupted:
-        _say_how_to_resume(run)
-        raise
-    except RuntimeError as error:
-        if explained := explain_lost_process(error):
-            _say_how_to_resume(run)
+    except (Interrupted, RuntimeError) as error:
+        explained = explain_lost_process(error) if isinstance(error, RuntimeError) else None
+        if explained is None and not isinstance(error, Interrupted):
+            raise
+        if folder := run.path or run.going_on:
+            run.say(f"stopped. To resume: python train.py --resume {folder}")
+        else:
+            run.say("stopped. Nothing was saved, so this run cannot be resumed")
+        if explained is not None:
             raise explained from error
         raise
     finally:
         run.close()
-
-
-def _say_how_to_resume(run: RunFolder) -> None:
-    if folder := run.path or run.going_on:
-        run.say(f"stopped. To resume: python train.py --resume {folder}")
-    else:
-        run.say("stopped. Nothing was saved, so this run cannot be resumed")
 
 
 def new_folder(parent: Path, name: str) -> Path:

@@ -1,7 +1,6 @@
 """BertAdam against published trajectories and its formula; parameter groups, schedule and resuming."""
 
 import math
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from adaclip_finetune.training.optimizer import (
     advance,
     build_optimizer,
     clamp_logit_scale,
-    learning_rates,
     load_optimizer,
     optimizer_tensors,
     schedule,
@@ -131,26 +129,6 @@ def test_state_is_saved_and_loaded(optim):
     train(half, *second, range(5, 10))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, half.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
-def test_the_schedule_is_stepped_after_the_optimizer(optim):
-    """The first update has learning rate 0, the logged rate is that of the update, and torch warns of nothing."""
-    objective = Objective()
-    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer, scheduler = build_optimizer(objective, make_config(optim=optim, learning_rate=0.1, coef_lr=1.0), 10)
-        rates = []
-        for _ in range(10):
-            rates.append(learning_rates(optimizer)["other_decay"])
-            objective(torch.ones(1, 3)).sum().backward()
-            optimizer.step()
-            if len(rates) == 1:
-                assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
-            scheduler.step()
-            assert list(learning_rates(optimizer).values()) == scheduler.get_last_lr()
-    assert rates == pytest.approx([0.1 * schedule(step / 10, 0.1, False) for step in range(10)])
 
 
 def test_nothing_to_learn_or_no_updates_is_refused():

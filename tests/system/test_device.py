@@ -1,21 +1,17 @@
 """The choice of device, precision and processes, and its refusals; hardware is replaced by stubs."""
 
-import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import accelerate.state
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from spread import spread
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.processes import gather_objects, rank
 from adaclip_finetune.training.device import (
     apply_switches,
     describe_device,
@@ -164,24 +160,6 @@ def test_one_process_opens_no_group(stray: dict[str, str], monkeypatch: pytest.M
     assert not torch.distributed.is_initialized()
 
 
-def join_twice(result: Path) -> None:
-    """Make an accelerator with two precisions in one process of a group, and save what it is."""
-    found = []
-    for precision in ("bf16", "fp32"):
-        accelerator = make_accelerator(load_config(None, {"precision": precision, "device": "cpu"}))
-        ranks = gather_objects(accelerator.process_index)
-        found.append([accelerator.num_processes, accelerator.mixed_precision, torch.distributed.get_backend(), ranks])
-    result.with_suffix(f".{rank()}").write_text(json.dumps(found))
-
-
-def test_two_processes_join_once_and_may_change_precision(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    assert spread(join_twice, 2, log, tmp_path / "found") == [0, 0], log.read_text()
-    for number in range(2):
-        found = json.loads((tmp_path / f"found.{number}").read_text())
-        assert found == [[2, precision, "gloo", [0, 1]] for precision in ("bf16", "no")]
-
-
 # ---- switches ----
 
 
@@ -205,15 +183,9 @@ def test_nondeterminism_is_told_in_words() -> None:
 # ---- what a device says of itself ----
 
 
-def test_the_cpu_describes_itself() -> None:
+def test_devices_describe_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(CPU).startswith("cpu: ")
-    before = peak_memory_mib(CPU)
-    block = bytearray(b"x") * (64 * 2**20)
-    assert peak_memory_mib(CPU) >= before > 10 and len(block) == 64 * 2**20
-    assert before / 2**10 < total_memory_gib(CPU) < 2**20
-
-
-def test_memory_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10 / 2**10 < peak_memory_mib(CPU) / 2**10 < total_memory_gib(CPU) < 2**20
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 2**20)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16 * 2**30)
     assert (peak_memory_mib(torch.device("mps")), total_memory_gib(torch.device("mps"))) == (5, 16)

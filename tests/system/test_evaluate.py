@@ -67,21 +67,6 @@ def test_a_gallery_is_embedded_in_batches(small: Project, encoded: list[int]) ->
     assert evaluated({**small, "use_policy": False})["usage"] is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"frame_agg": "qscore", "num_workers": 1}])
-def test_a_killed_evaluation_continues_bit_for_bit(
-    settings: Project, small: Project, tmp_path: Path, encoded: list[int]
-) -> None:
-    small = {**small, **settings}
-    expected, keep = evaluated(small), tmp_path / "run" / "embeddings"
-    killed(small, keep, 2, tmp_path / "log")
-    kept = {path.name for path in keep.iterdir()}
-    assert kept == {"about.json", "videos-000000.safetensors", "videos-000001.safetensors"}
-    killed(small, keep, 3, tmp_path / "log")
-    for batches in ([-2] * 7, []):  # four batches of videos and one of texts were kept, and then all
-        encoded.clear()
-        assert evaluated(small, keep) == expected and encoded == batches
-
-
 def test_skipped_videos_stay_skipped_when_an_evaluation_continues(
     broken: Project, small: Project, tmp_path: Path
 ) -> None:

@@ -177,12 +177,16 @@ def small(project: Project, monkeypatch: pytest.MonkeyPatch) -> SmallDevice:
 
 
 @pytest.mark.parametrize(("limit", "batch_size", "tried"), [(32, 16, [16]), (5, 11, [11, 5]), (2, 5, [5, 2])])
+@pytest.mark.parametrize("accumulated", [1, 8])
 def test_the_batch_is_halved_until_a_step_fits(
-    limit: int, batch_size: int, tried: list[int], small: SmallDevice
+    limit: int, batch_size: int, tried: list[int], accumulated: int, small: SmallDevice
 ) -> None:
+    small.config = small.config.model_copy(update={"gradient_accumulation_steps": accumulated})
     assert small.fit(limit, batch_size) == tried[-1]
-    assert list(dict.fromkeys(small.tried)) == tried and small.tried.count(tried[-1]) == 2, "two steps that fit"
-    assert small.gradients == [False] * len(small.tried)
+    assert list(dict.fromkeys(small.tried)) == tried
+    # Two steps that fit; an accumulated batch is tried on top of the gradients of an earlier one.
+    expected = [False] * 2 if accumulated == 1 else [False, True] * 2
+    assert small.gradients == [False] * (len(tried) - 1) + expected
     assert bool(small.said) == (len(tried) > 1)
     assert all(f"batch of {batch_size} " in line and f"is {tried[-1]} " in line for line in small.said)
 
@@ -207,14 +211,6 @@ def test_it_tries_the_largest_k_and_changes_no_weight_buffer_or_random_state(
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_an_accumulated_batch_is_tried_on_top_of_earlier_gradients(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = SmallDevice(project | {"gradient_accumulation_steps": 8}, monkeypatch)
-    assert small.fit(4, 4) == 4
-    assert small.tried == [4] * 4 and small.gradients == [False, True] * 2
-
-
 def test_processes_agree_on_the_smallest(small: SmallDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two processes, the other one fits no more than three videos of its own."""
 
@@ -225,12 +221,10 @@ def test_processes_agree_on_the_smallest(small: SmallDevice, monkeypatch: pytest
     monkeypatch.setattr(memory, "gather_objects", gather)
     assert small.fit(8, 17) == 4
     assert list(dict.fromkeys(small.tried)) == [9, 4, 2], "a share of each: 17, 8 and 4 together"
-
-
-def test_a_cpu_ignores_it(small: SmallDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert small.fit(0, 64) == 64 and not small.tried
-    assert "auto_batch_size" in small.said[0] and "CPU" in small.said[0]
+    small.tried.clear()
+    assert small.fit(0, 64) == 64 and not small.tried, "a CPU has no limit to probe"
+    assert "auto_batch_size" in small.said[-1] and "CPU" in small.said[-1]
 
 
 def test_a_step_costs_memory_in_proportion_to_its_batch(small: SmallDevice) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaclip_finetune import report
@@ -136,16 +135,9 @@ def test_an_adapter_holds_only_what_differs_from_clip(trained: Trained, project:
     assert {name for name in best if not name.startswith("clip.")} <= adapter.keys()
 
 
-def test_checkpoints_say_their_settings_and_others_are_refused(
-    trained: Trained, project: Project, tmp_path: Path
-) -> None:
-    _, folder, _ = trained
-    for name in ("best.safetensors", "last.safetensors", "adapter.safetensors"):
-        with safe_open(folder / name, framework="pt") as file:
-            assert json.loads(file.metadata()["config"])["num_frm"] == 6
-            assert 1 <= int(file.metadata()["epoch"]) <= 3
-    clip = Path(project["clip_weights"]) / "open_clip_model.safetensors"
-    for wrong in (folder, clip, folder / "config.json"):
+def test_what_is_no_fitting_checkpoint_is_refused(trained: Trained, project: Project, tmp_path: Path) -> None:
+    folder = trained[1]
+    for wrong in (folder, Path(project["clip_weights"]) / "open_clip_model.safetensors", folder / "config.json"):
         with pytest.raises(UserError, match=str(wrong)):
             run(project, tmp_path, resume=str(wrong))
     with pytest.raises(UserError, match=r"hidden_dim|missing: aggregator\.transformer"):

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.base import Settings
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
@@ -44,7 +43,6 @@ _MESSAGES = (
     *("Storage size calculation overflowed", "array is too big"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY"),
 )
-_NO_SIZES = (None, "epochs", "updates", "processes", "block")  # units of integer settings that take no memory
 
 # ---- the explanations ----
 
@@ -90,7 +88,7 @@ def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, de
 
 def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
     """Decorate a function whose first argument is the config: if what it builds does not fit into memory, it raises a
-    UserError with the size and the settings that probably cause it."""
+    UserError with the size and the settings that may cause it."""
 
     @wraps(function)
     def explaining(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -99,12 +97,12 @@ def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[C
         except (RuntimeError, ValueError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            settings = sorted(_above_default(config), reverse=True)[:2]
             total = total_memory_gib(torch.device("cpu"))
-            message = f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB"
-            if settings:
-                message += f".\nThe settings furthest above their defaults: {', '.join(text for _, text in settings)}"
-            raise UserError(message) from error
+            raise UserError(
+                f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB. Lower the sizes in the settings, "
+                f"such as hidden_dim {config.hidden_dim}, num_frm {config.num_frm}, batch_size {config.batch_size} or "
+                f"val_batch_size {config.val_batch_size}"
+            ) from error
 
     return explaining
 
@@ -289,17 +287,6 @@ def _changes(config: Config, device: torch.device, batch_size: int, k: int, enco
         yield f"--{name} {batch_size // 2}", "each video is contrasted with fewer others"
     if has_memory_limit(device) and not config.auto_batch_size:
         yield "--auto_batch_size", "halves the batch size until it fits"
-
-
-def _above_default(settings: Settings, prefix: str = "") -> Iterator[tuple[float, str]]:
-    """Yield (times its default, setting in words) for each size of four times its default or more."""
-    for name, field in type(settings).model_fields.items():
-        value, usual, facts = getattr(settings, name), field.default, field.json_schema_extra
-        unit = facts.get("unit") if isinstance(facts, dict) else None
-        if isinstance(value, Settings):
-            yield from _above_default(value, f"{prefix}{name}.")
-        elif type(value) is type(usual) is int and unit not in _NO_SIZES and value >= 4 * max(usual, 1):
-            yield value / max(usual, 1), f"{prefix}{name} {value} (default {usual})"
 
 
 def _reason(error: BaseException) -> str:

@@ -66,11 +66,8 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 def advance(schedule: LambdaLR, updates: int) -> None:
     """Set a new schedule to where it is after `updates` updates."""
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1})
-    for group, base, factor in zip(
-        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(updates)
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates - 1, "_step_count": updates + 2})
+    schedule.step()
 
 
 def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, Tensor]:

@@ -74,10 +74,8 @@ def test_a_model_that_does_not_fit_is_told_with_its_size(project: Project, monke
         torch.empty(2**50)
 
     monkeypatch.setattr(session, "VideoRetriever", allocate)
-    settings = {"hidden_dim": 65536, "mlp_hidden_dim": 4096}
-    with pytest.raises(UserError, match=r"out of memory.* GiB") as error:
-        open_model(load_config(None, project | settings))
-    assert all(f"{name} {value}" in str(error.value) for name, value in settings.items())
+    with pytest.raises(UserError, match=r"out of memory.* GiB.*hidden_dim 65536"):
+        open_model(load_config(None, {**project, "hidden_dim": 65536}))
     monkeypatch.setattr(session, "VideoRetriever", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         open_model(load_config(None, project))

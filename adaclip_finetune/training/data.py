@@ -25,7 +25,7 @@ def readable_train_split(config: Config, loaded: LoadedClip, run: RunFolder) -> 
     """Return the training split without unreadable videos, which are printed and noted in missing_videos.txt."""
     assert config.train_annot is not None, "check_paths refuses this"
     split = train_split(config, config.train_annot)
-    _say_left_out(split, f"train: {len(split.left_out)} videos cannot be read and are left out", "train", config, run)
+    _say_problems(split, f"train: {len(split.left_out)} videos cannot be read and are left out", "train", config, run)
     say_cut(loaded, [text for entry in split.entries for text in entry.sentences], config.max_txt_len, "train", run)
     return split
 
@@ -35,7 +35,7 @@ def read_split(config: Config, annotation: str | None, run: RunFolder, name: str
     assert annotation is not None, "check_paths refuses this"
     split = evaluation_split(config, annotation)
     what = f"{name}: evaluated WITHOUT {len(split.left_out)} of {split.num_listed} videos that cannot be read"
-    _say_left_out(split, what, name, config, run)
+    _say_problems(split, what, name, config, run)
     return split
 
 
@@ -52,7 +52,7 @@ def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: st
         run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
 
 
-def _say_left_out(split: TrainSplit | EvaluationSplit, what: str, name: str, config: Config, run: RunFolder) -> None:
+def _say_problems(split: TrainSplit | EvaluationSplit, what: str, name: str, config: Config, run: RunFolder) -> None:
     if split.left_out:
         run.say(f"{what}:\n{listing(split.left_out)}")
         run.note_missing(split.left_out)

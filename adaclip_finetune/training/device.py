@@ -94,9 +94,10 @@ def explain_nondeterminism(error: BaseException) -> UserError | None:
     """Return a message if `deterministic` met an operation without a deterministic form, and None for other errors."""
     known = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in known):
+        what = str(error).partition(", but you set")[0].rstrip(".")
         return UserError(
-            f"deterministic: {str(error).splitlines()[0]} Train without deterministic (the same seed then gives nearly "
-            "the same figures), or with --device cpu"
+            f"deterministic: {what}. Train without deterministic (the same seed then gives nearly the same figures), "
+            "or with --device cpu"
         )
     return None
 

@@ -46,8 +46,6 @@ def beside(path: Path) -> Path:
 
 def flush_folder(path: Path) -> None:
     """Flush the names in a folder to disk."""
-    if os.name == "nt":  # Windows cannot open folders, and its renames are durable.
-        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

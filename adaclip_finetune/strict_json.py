@@ -27,7 +27,7 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, source: str) -> Any:
     """Return the value of a JSON text. Raise UserError, beginning with `source` (a file, a flag), if it fails."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_integer)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except RecursionError:
@@ -47,9 +47,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 400:  # beyond any float, and near the limit of Python itself
-        raise ValueError(f"holds a number of {len(digits)} digits, which is too long")
-    return int(digits)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaclip_finetune.durable import flush_folder, replacing, write_durably
@@ -103,10 +103,7 @@ def load_snapshot(folder: Path) -> Snapshot | None:
     path = found[-1]
     try:
         values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
-        with safetensors.safe_open(path / _TENSORS, framework="pt") as file:
-            # Clones, because some systems cannot delete a file that is mapped into memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return Snapshot(values.pop("step"), tensors, values)
+        return Snapshot(values.pop("step"), load_file(path / _TENSORS), values)
     except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"resume: the snapshot {path} cannot be read ({error}). Restore it; or delete it to resume from an older "

@@ -25,10 +25,7 @@ def readable_train_split(config: Config, loaded: LoadedClip, run: RunFolder) -> 
     """Return the training split without unreadable videos, which are printed and noted in missing_videos.txt."""
     assert config.train_annot is not None, "check_paths refuses this"
     split = train_split(config, config.train_annot)
-    if split.left_out:
-        run.say(f"train: {len(split.left_out)} videos cannot be read and are left out:\n{listing(split.left_out)}")
-        run.note_missing(split.left_out)
-    _say_short(split, "train", config, run)
+    _say_problems(split, f"train: {len(split.left_out)} videos cannot be read and are left out", "train", config, run)
     say_cut(loaded, [text for entry in split.entries for text in entry.sentences], config.max_txt_len, "train", run)
     return split
 
@@ -37,11 +34,8 @@ def read_split(config: Config, annotation: str | None, run: RunFolder, name: str
     """Return the split to evaluate, called `name` in messages. Raise UserError."""
     assert annotation is not None, "check_paths refuses this"
     split = evaluation_split(config, annotation)
-    if split.left_out:
-        run.say(f"{name}: evaluated WITHOUT {len(split.left_out)} of {split.num_listed} videos that cannot be read:")
-        run.say(listing(split.left_out))
-        run.note_missing(split.left_out)
-    _say_short(split, name, config, run)
+    what = f"{name}: evaluated WITHOUT {len(split.left_out)} of {split.num_listed} videos that cannot be read"
+    _say_problems(split, what, name, config, run)
     return split
 
 
@@ -58,6 +52,9 @@ def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: st
         run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
 
 
-def _say_short(split: TrainSplit | EvaluationSplit, name: str, config: Config, run: RunFolder) -> None:
+def _say_problems(split: TrainSplit | EvaluationSplit, what: str, name: str, config: Config, run: RunFolder) -> None:
+    if split.left_out:
+        run.say(f"{what}:\n{listing(split.left_out)}")
+        run.note_missing(split.left_out)
     if split.short:
         run.say(f"{name}: {len(split.short)} videos have fewer than num_frm {config.num_frm} frames and repeat some")

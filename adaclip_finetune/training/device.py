@@ -1,28 +1,22 @@
-"""Choose the device and the precision, join the processes of a launcher, and describe the device."""
+"""Choose the device, the precision and torch's switches, join the processes of a launcher, and describe the device."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 
 import torch
 from accelerate import Accelerator
 from accelerate import __version__ as accelerate_version
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
-from torch import nn
-from torch.optim import Optimizer
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.training.switches import apply_switches
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _WAYS_OUT = {
@@ -31,7 +25,6 @@ _WAYS_OUT = {
     "mps": "Use a Mac with Apple silicon",
 }
 _GROUP_TIMEOUT = timedelta(hours=2)  # The main process may rank a large gallery while the others wait.
-_IPEX = "intel_extension_for_pytorch"
 
 # Left in the environment, accelerate would take any of these for a launch of several processes.
 _LAUNCHED = (
@@ -67,29 +60,46 @@ def make_accelerator(config: Config) -> Accelerator:
     on_cpu = wanted == "cpu" or (
         wanted == "auto" and (_is_set("ACCELERATE_USE_CPU") or not any(map(_is_available, _WAYS_OUT)))
     )
-    kind = "cpu" if on_cpu else next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
-    if processes > 1 and kind != "cpu" and local_rank >= getattr(torch, kind).device_count():
-        raise UserError(
-            f"device: LOCAL_RANK is {local_rank}, but this machine has {getattr(torch, kind).device_count()} {kind} "
-            "devices: start one process per device (--nproc_per_node), or set device to cpu"
-        )
     apply_switches(config)
     accelerator = _build_accelerator(_PRECISION[config.precision], on_cpu, processes)
     found = accelerator.device.type
-    if wanted not in ("auto", found):
+    if wanted not in ("auto", found) or accelerator.num_processes != processes:
         raise UserError(
-            f"device is {wanted}, but accelerate {accelerate_version} with torch {torch.__version__} uses {found}. "
-            f"Set device to {found}, or hide that device (CUDA_VISIBLE_DEVICES=''), or update the two packages"
-        )
-    if accelerator.num_processes != processes:
-        raise UserError(
-            f"WORLD_SIZE is {processes}, but torch {torch.__version__} cannot join {processes} processes on {found}: "
-            "start them with torchrun or accelerate launch, or set device to cpu, or unset WORLD_SIZE for one process"
+            f"device is {wanted} and WORLD_SIZE is {processes}, but accelerate {accelerate_version} with torch "
+            f"{torch.__version__} uses {found} and {accelerator.num_processes} processes. Set device to {found}, or "
+            "hide that device (CUDA_VISIBLE_DEVICES=''); start several processes with torchrun or accelerate launch, "
+            "and unset WORLD_SIZE for one"
         )
     if config.precision == "fp16" and found == "cpu":
         raise UserError("precision: fp16 is not available on the CPU; choose bf16 or fp32")
     return accelerator
+
+
+def apply_switches(config: Config) -> None:
+    """Set `tf32` and `deterministic` for the whole process, whatever an earlier run in it had set.
+
+    Call it before CUDA is used, since cuBLAS reads its environment variable only once. Without `tf32`, convolutions
+    compute in float32 too; torch alone would round them to TF32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.deterministic = config.deterministic
+    torch.backends.cudnn.benchmark = False
+
+
+def explain_nondeterminism(error: BaseException) -> UserError | None:
+    """Return a message if `deterministic` met an operation without a deterministic form, and None for other errors."""
+    known = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in known):
+        what = str(error).partition(", but you set")[0].rstrip(".")
+        return UserError(
+            f"deterministic: {what}. Train without deterministic (the same seed then gives nearly the same figures), "
+            "or with --device cpu"
+        )
+    return None
 
 
 def launched_processes() -> int:
@@ -107,7 +117,7 @@ def describe_device(device: torch.device) -> str:
 def peak_memory_mib(device: torch.device) -> float:
     """Return the peak memory use in MiB: of the accelerator, or of this process on the CPU.
 
-    MPS knows no peak; there it is the memory that its driver holds for this process.
+    On MPS, which knows no peak, it is the memory that its driver holds for this process.
     """
     if device.type in ("cuda", "xpu"):
         return float(torch.get_device_module(device).max_memory_allocated(device)) / 2**20
@@ -132,40 +142,6 @@ def total_memory_gib(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def load_ipex(device: torch.device, say: Callable[[str], None]) -> ModuleType | None:
-    """Return Intel's extension for PyTorch if the device is an XPU and a usable version is installed, else None.
-
-    XPU works without the extension, which has been archived since March 2026. Each version fits one version of torch
-    and ends the process when it is imported beside another, so the versions are compared first. `say` is told if an
-    installed version is of no use.
-    """
-    if device.type != "xpu":
-        return None
-    try:
-        found = version(_IPEX)
-    except PackageNotFoundError:
-        return None
-    try:
-        if found.split(".")[:2] != torch.__version__.split(".")[:2]:
-            raise ImportError(f"it does not fit torch {torch.__version__}")
-        return importlib.import_module(_IPEX)
-    except (Exception, SystemExit) as error:
-        say(f"{_IPEX} {found} is not used: {error}. XPU works without it")
-        return None
-
-
-def optimize_with_ipex(
-    ipex: ModuleType | None, model: nn.Module, optimizer: Optimizer, say: Callable[[str], None]
-) -> tuple[nn.Module, Optimizer]:
-    """Return model and optimizer, optimized in place for training if `ipex` is given and succeeds."""
-    if ipex is not None:
-        try:
-            model, optimizer = ipex.optimize(model.train(), optimizer=optimizer, inplace=True)
-        except Exception as error:
-            say(f"{_IPEX} could not optimize the model ({error}); it is trained without")
-    return model, optimizer
-
-
 def _build_accelerator(precision: str, on_cpu: bool, processes: int) -> Accelerator:
     # accelerate keeps its state for the whole process, but another run in it may use another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -177,11 +153,11 @@ def _build_accelerator(precision: str, on_cpu: bool, processes: int) -> Accelera
     try:
         with _hidden(_OVERRIDDEN if processes > 1 else (*_OVERRIDDEN, *_LAUNCHED)):
             return Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=handlers)
-    except torch.distributed.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the {processes} processes could not connect at {where} (MASTER_ADDR): {error}") from error
-    except ValueError as error:
-        raise UserError(f"accelerate refuses this precision, device or WORLD_SIZE ({processes}): {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot use this device or precision, or join the {processes} processes of WORLD_SIZE at MASTER_ADDR "
+            f"{os.environ.get('MASTER_ADDR')} with one device for each of them: {error}"
+        ) from error
 
 
 def _is_available(kind: str) -> bool:

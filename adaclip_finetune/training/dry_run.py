@@ -10,10 +10,12 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.loader import updates_per_epoch
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.training.data import readable_train_split
+from adaclip_finetune.training.memory import sizes_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import open_model
 
 
+@sizes_explained
 def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     """Print what a run would learn, cost and write, as text or as a JSON object on stdout, and return that object.
 
@@ -40,14 +42,11 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
         return found
     run.say(f"{config.peft.method}\n{parameters}\n{gflops}")
     run.say(f"{steps} updates in {config.num_epochs} epochs" if steps else "no training")
-    folder = f"{config.output_dir}/{config.dataset}/<time>-{config.peft.method}/"
     if config.no_output:
         run.say("nothing would be written (no_output)")
-    elif config.do_inference:
-        run.say(f"would write {folder} with metrics.json and train.log")
-    else:
-        size = 4 * parameters.all.total / 2**20
-        run.say(
-            f"would write {folder} with best.safetensors (about {size:.0f} MiB), adapter.safetensors, metrics.json, …"
-        )
+        return found
+    weights = "" if config.do_inference else f"best.safetensors (about {4 * parameters.all.total / 2**20:.0f} MiB), "
+    run.say(
+        f"would write {config.output_dir}/{config.dataset}/<time>-{config.peft.method}/ with {weights}metrics.json, …"
+    )
     return found

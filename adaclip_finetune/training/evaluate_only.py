@@ -18,11 +18,13 @@ from adaclip_finetune.training.measure import (
     write_similarity,
     zero_shot,
 )
+from adaclip_finetune.training.memory import sizes_explained
 from adaclip_finetune.training.run_folder import RunFolder, closing_run
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import StopSignals
 
 
+@sizes_explained
 def evaluate_only(config: Config, folder: Path | None = None) -> Report:
     """Return the report of `config.resume` on test_annot, or of zero-shot without a checkpoint.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.base import Settings
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
@@ -26,29 +24,25 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
-from adaclip_finetune.training.device import describe_device, peak_memory_mib, total_memory_gib
-from adaclip_finetune.training.optimizer import build_optimizer, clip_gradients
-from adaclip_finetune.training.switches import explain_nondeterminism
+from adaclip_finetune.training.device import (
+    describe_device,
+    explain_nondeterminism,
+    peak_memory_mib,
+    total_memory_gib,
+)
+from adaclip_finetune.training.optimizer import build_optimizer
 
 Tokenize = Callable[[Sequence[str], int], Tensor]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Messages of errors that are not torch.OutOfMemoryError or MemoryError but mean the same: MPS and the CUDA driver; the
-# CPU (Linux, Windows, sizes beyond 64 bits); numpy, in a reading process and beyond 64 bits; cuBLAS, cuDNN; Level Zero.
+# CPU; numpy in a reading process; sizes beyond 64 bits; cuBLAS, cuDNN; Level Zero.
 _MESSAGES = (
-    "out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "Storage size calculation overflowed",
-    "Unable to allocate",
-    "array is too big",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "OUT_OF_DEVICE_MEMORY",
-    "OUT_OF_HOST_MEMORY",
+    *("out of memory", "DefaultCPUAllocator: can't allocate memory", "Unable to allocate"),
+    *("Storage size calculation overflowed", "array is too big"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY"),
 )
-_NO_SIZES = (None, "epochs", "updates", "processes", "block")  # units of integer settings that take no memory
 
 # ---- the explanations ----
 
@@ -67,7 +61,17 @@ def explain_out_of_memory(
 
     `batch_size` is that of all processes together. Return None if `error` is another error.
     """
-    return _step_error(error, config, device, batch_size, retriever) if is_out_of_memory(error) else None
+    if not is_out_of_memory(error):
+        return None
+    encoded, k = retriever.frames_with_gradients, int(retriever.schedule()["k"])
+    processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
+    changes = "\n".join(f"  {flag:48} {effect}" for flag, effect in _changes(config, device, batch_size, k, encoded))
+    return UserError(
+        f"out of memory on {_name(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
+        f"{encoded} go through CLIP with gradients, precision {config.precision}, gradient_checkpointing "
+        f"{'on' if config.gradient_checkpointing else 'off'} ({_reason(error)}).\n"
+        f"What to change, the cheapest first:\n{changes}"
+    )
 
 
 def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
@@ -84,7 +88,7 @@ def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, de
 
 def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
     """Decorate a function whose first argument is the config: if what it builds does not fit into memory, it raises a
-    UserError with the size and the settings that probably cause it."""
+    UserError with the size and the settings that may cause it."""
 
     @wraps(function)
     def explaining(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -93,12 +97,12 @@ def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[C
         except (RuntimeError, ValueError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            settings = sorted(_above_default(config), reverse=True)[:2]
             total = total_memory_gib(torch.device("cpu"))
-            message = f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB"
-            if settings:
-                message += f".\nThe settings furthest above their defaults: {', '.join(text for _, text in settings)}"
-            raise UserError(message) from error
+            raise UserError(
+                f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB. Lower the sizes in the settings, "
+                f"such as hidden_dim {config.hidden_dim}, num_frm {config.num_frm}, batch_size {config.batch_size} or "
+                f"val_batch_size {config.val_batch_size}"
+            ) from error
 
     return explaining
 
@@ -154,7 +158,9 @@ def fitting_batch_size(
             if not failures:
                 break
             if size <= smallest:
-                raise _step_error(MemoryError(failures[0]), config, device, size, objective.retriever)
+                error = explain_out_of_memory(MemoryError(failures[0]), config, device, size, objective.retriever)
+                assert error is not None
+                raise error
             size = max(size // 2, smallest)
     with torch.no_grad():
         for buffer, before in buffers:
@@ -236,7 +242,8 @@ def _two_steps(
                 terms = list(objective(batch.to(device), pairs).values())
             sum(terms[1:], terms[0]).backward()
         computed = _now(device)
-        clip_gradients(learning, config.grad_norm)
+        if config.grad_norm != -1:
+            torch.nn.utils.clip_grad_norm_(learning, config.grad_norm)
         for parameter in learning:
             if parameter.grad is not None:
                 parameter.grad.zero_()
@@ -258,20 +265,6 @@ def _now(device: torch.device) -> float:
 
 
 # ---- words ----
-
-
-def _step_error(
-    error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
-) -> UserError:
-    encoded, k = retriever.frames_with_gradients, int(retriever.schedule()["k"])
-    processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
-    changes = "\n".join(f"  {flag:48} {effect}" for flag, effect in _changes(config, device, batch_size, k, encoded))
-    return UserError(
-        f"out of memory on {_name(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
-        f"{encoded} go through CLIP with gradients, precision {config.precision}, gradient_checkpointing "
-        f"{'on' if config.gradient_checkpointing else 'off'} ({_reason(error)}).\n"
-        f"What to change, the cheapest first:\n{changes}"
-    )
 
 
 def _changes(config: Config, device: torch.device, batch_size: int, k: int, encoded: int) -> Iterator[tuple[str, str]]:
@@ -296,29 +289,13 @@ def _changes(config: Config, device: torch.device, batch_size: int, k: int, enco
         yield "--auto_batch_size", "halves the batch size until it fits"
 
 
-def _above_default(settings: Settings, prefix: str = "") -> Iterator[tuple[float, str]]:
-    """Yield how many times its default each size is, and the setting in words, for sizes of
-    four times their defaults or more."""
-    for name, field in type(settings).model_fields.items():
-        value, usual, facts = getattr(settings, name), field.default, field.json_schema_extra
-        unit = facts.get("unit") if isinstance(facts, dict) else None
-        if isinstance(value, Settings):
-            yield from _above_default(value, f"{prefix}{name}.")
-        elif type(value) is type(usual) is int and unit not in _NO_SIZES and value >= 4 * max(usual, 1):
-            yield value / max(usual, 1), f"{prefix}{name} {value} (default {usual})"
-
-
 def _reason(error: BaseException) -> str:
     """Return an error's message in one line, with a size in GiB where the message holds one."""
     message = str(error).strip()
     if found := re.search(r"tried to allocate (\d+) bytes", message):
-        size = int(found[1])
-    elif found := re.search(r"overflowed with sizes=\[([\d, ]+)\]", message):
-        size = 4 * math.prod(map(int, found[1].split(", ")))
-    else:
-        lines = message.splitlines() or [type(error).__name__]
-        return next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
-    return f"{size / 2**30:,.1f} GiB could not be allocated"
+        return f"{int(found[1]) / 2**30:,.1f} GiB could not be allocated"
+    lines = message.splitlines() or [type(error).__name__]
+    return next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
 
 
 def _name(device: torch.device) -> str:

@@ -7,7 +7,7 @@ learning rate of the next update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,11 +66,8 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 def advance(schedule: LambdaLR, updates: int) -> None:
     """Set a new schedule to where it is after `updates` updates."""
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1})
-    for group, base, factor in zip(
-        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(updates)
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates - 1, "_step_count": updates + 2})
+    schedule.step()
 
 
 def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, Tensor]:
@@ -94,12 +91,6 @@ def load_optimizer(optimizer: Optimizer, objective: Objective, tensors: Mapping[
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], grad_norm: float) -> Tensor | None:
-    """Scale all gradients down to a joint norm of `grad_norm` and return their norm before; do nothing for -1."""
-    return None if grad_norm == -1 else torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
-
-
-@torch.no_grad()
 def clamp_logit_scale(clip: nn.Module) -> None:
     """Limit CLIP's `logit_scale`, if it learns, to ln 100, as in the training of CLIP. Call it after each update."""
     scale = clip.get_parameter("logit_scale")
@@ -118,22 +109,15 @@ class BertAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one update; `closure`, if given, computes gradients and returns the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make one update with the gradients that are there."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
+            if parameters := [parameter for parameter in group["params"] if parameter.grad is not None]:
                 self._update(parameters, group["lr"], group["betas"], group["weight_decay"])
-        return loss
 
     def _update(self, parameters: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        for new in [parameter for parameter in parameters if not self.state[parameter]]:
+            self.state[new] = {name: torch.zeros_like(new) for name in ("exp_avg", "exp_avg_sq")}
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means = [self.state[parameter]["exp_avg"] for parameter in parameters]
         squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]

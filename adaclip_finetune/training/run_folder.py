@@ -8,6 +8,7 @@ output/<dataset>/<time>-<method>/
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -18,13 +19,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from adaclip_finetune import __version__
 from adaclip_finetune.config import Config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
@@ -36,10 +38,7 @@ _PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]+@")  # in the URL of a database
 _LOG = "train.log"
 _EVENTS = "metrics.jsonl"
 _MISSING = "missing_videos.txt"
-_PACKAGES = (
-    *("adaclip-finetune", "torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "pillow", "av"),
-    "safetensors",
-)
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "pillow", "av", "safetensors")
 
 
 class RunFolder:
@@ -209,33 +208,29 @@ def closing_run(run: RunFolder) -> Iterator[None]:
     """Close the run folder however the run ends; if it was interrupted or lost a process, say how to resume it."""
     try:
         yield
-    except Interrupted:
-        _say_how_to_resume(run)
-        raise
-    except RuntimeError as error:
-        if explained := explain_lost_process(error):
-            _say_how_to_resume(run)
+    except (Interrupted, RuntimeError) as error:
+        explained = explain_lost_process(error) if isinstance(error, RuntimeError) else None
+        if explained is None and not isinstance(error, Interrupted):
+            raise
+        if folder := run.path or run.going_on:
+            run.say(f"stopped. To resume: python train.py --resume {folder}")
+        else:
+            run.say("stopped. Nothing was saved, so this run cannot be resumed")
+        if explained is not None:
             raise explained from error
         raise
     finally:
         run.close()
 
 
-def _say_how_to_resume(run: RunFolder) -> None:
-    if folder := run.path or run.going_on:
-        run.say(f"stopped. To resume: python train.py --resume {folder}")
-    else:
-        run.say("stopped. Nothing was saved, so this run cannot be resumed")
-
-
 def new_folder(parent: Path, name: str) -> Path:
     """Make a folder of this name in `parent`, with a number added if it exists, and return it. Raise OSError."""
-    for attempt in range(1000):
+    for attempt in itertools.count():
         path = parent / (name if attempt == 0 else f"{name}-{attempt}")
         with suppress(FileExistsError):
             path.mkdir(parents=True)
-            return path
-    raise OSError(f"a thousand folders {name} exist already")
+            break
+    return path
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -246,15 +241,8 @@ def _environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"adaclip-finetune": __version__, **{name: version(name) for name in _PACKAGES}},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

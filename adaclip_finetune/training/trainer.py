@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,10 @@ from adaclip_finetune.training.measure import (
     report_fit,
     zero_shot,
 )
-from adaclip_finetune.training.memory import explain_out_of_memory, fitting_batch_size
+from adaclip_finetune.training.memory import explain_out_of_memory, fitting_batch_size, sizes_explained
 from adaclip_finetune.training.run_folder import RunFolder, closing_run
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import Interrupted, StopSignals
-from adaclip_finetune.training.switches import explain_nondeterminism
 from adaclip_finetune.weights.checkpoints import read_checkpoint
 from adaclip_finetune.weights.clip_weights import save_tokenizer
 from adaclip_finetune.weights.plain import strict_load
@@ -63,6 +63,7 @@ from adaclip_finetune.weights.plain import strict_load
 OnEpoch = Callable[[int, Figures], None]
 
 
+@sizes_explained
 def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], None] | None = None) -> FitResult:
     """Finetune as `config` says and return what was found.
 
@@ -77,6 +78,7 @@ def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], Non
         return FullRun(config, run, signals, stack).fit(folder, opened)
 
 
+@sizes_explained
 def run_trial(config: Config, run: RunFolder, on_epoch: OnEpoch) -> TrialResult:
     """Train and validate only, and return the best epoch, whose weights stay in memory. Close `run` at the end.
 
@@ -171,7 +173,6 @@ class Trainer:
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
         self._prepared = False
-        self._ipex = device.load_ipex(self.accelerator.device, run.say)
 
     def read_splits(self, config: Config) -> None:
         """Read the annotations that are evaluated."""
@@ -179,14 +180,9 @@ class Trainer:
 
     def _settle_batch_sizes(self) -> None:
         """Replace the batch sizes in the settings with those that fit into memory (`auto_batch_size`)."""
-        session = self.session
-
-        def fits(batch_size: int) -> int:
-            return fitting_batch_size(
-                session.config, session.objective, session.loaded.tokenize, self.accelerator, self.run.say, batch_size
-            )
-
-        peft = session.config.peft
+        session, peft = self.session, self.session.config.peft
+        given = (session.config, session.objective, session.loaded.tokenize, self.accelerator, self.run.say)
+        fits = partial(fitting_batch_size, *given)
         peft = peft.model_copy(update={"config": peft.config.with_fitting_batches(fits)})
         found = {"peft": peft, "batch_size": fits(session.config.batch_size), "auto_batch_size": False}
         session.use(session.config.model_copy(update=found))
@@ -250,8 +246,7 @@ class Trainer:
             vars(self).pop(name, None)  # Free the old ones first; moments are twice as large as what learns.
         self.accelerator.free_memory()
         built, self.schedule = optimizer.build_optimizer(self.objective, self.config, updates)
-        objective, built = device.optimize_with_ipex(self._ipex, self.objective, built, self.run.say)
-        self.wrapped, self.optimizer = self.accelerator.prepare(objective, built)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, built)
         self._prepared = True
 
     def _updates_per_epoch(self, batch_size: int) -> int:
@@ -263,14 +258,9 @@ class Trainer:
         c, position = self.config, self.position
         self.wrapped.train()
         per_update, updates = c.gradient_accumulation_steps, self._updates_per_epoch(phase.batch_size)
-        with tqdm(
-            total=updates,
-            initial=position.batch // per_update,
-            desc=f"epoch {epoch + 1}/{c.num_epochs}",
-            unit="update",
-            leave=False,
-            disable=None if is_main() else True,
-        ) as bar:
+        shown = {"desc": f"epoch {epoch + 1}/{c.num_epochs}", "unit": "update", "leave": False}
+        hidden = None if is_main() else True  # None: shown on a terminal only
+        with tqdm(total=updates, initial=position.batch // per_update, disable=hidden, **shown) as bar:
             last = time.monotonic()
             for window in _windows(self.data.epoch(epoch, phase.batch_size, position.batch), per_update):
                 groups = self._exchange(window)
@@ -322,7 +312,7 @@ class Trainer:
                 raise self._diverged(what) from error
             where = self.accelerator.device
             explained = explain_out_of_memory(error, self.config, where, phase.batch_size, self.model)
-            if explained := explained or explain_nondeterminism(error):
+            if explained := explained or device.explain_nondeterminism(error):
                 raise explained from error
             raise
         return loss
@@ -348,7 +338,7 @@ class Trainer:
         self.session.method.after_backward(self.position.step)
         if self.config.grad_norm != -1:
             self.accelerator.unscale_gradients()
-            optimizer.clip_gradients(self.objective.parameters(), self.config.grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.grad_norm)
         self.optimizer.step()
         # The schedule counts real updates; the gradient scaler of fp16 may have skipped this one.
         if not self.accelerator.optimizer_step_was_skipped:
@@ -480,7 +470,7 @@ class FullRun(Trainer):
     def keep_best(self) -> None:
         method = self.session.method
         if self.config.no_output:
-            self.best_state = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
+            super().keep_best()
             return
         self._save_weights(BEST, method.merged_state(self.model), self.best_epoch)
         # After --resume FILE, more than what the method may change differs from the pretrained CLIP.
@@ -488,10 +478,9 @@ class FullRun(Trainer):
             self._save_weights(ADAPTER, method.own_state(self.model), self.best_epoch, "adapter")
 
     def _load_best(self) -> None:
-        if self.config.no_output:
-            self.model.load_state_dict(self.best_state)
-        elif path := self.run.file(BEST):
-            strict_load(self.model, read_checkpoint(path).state, str(path))
+        path = self.run.file(BEST)
+        if state := self.best_state if path is None else read_checkpoint(path).state:
+            strict_load(self.model, state, BEST)
             if self.session.method.mergeable:
                 self.session.method.reset(self.model)
         copy_from_main(self.model.state_dict().values())

@@ -10,12 +10,10 @@ import pytest
 import torch
 from evaluating import evaluated, killed, outcome, together
 
-from adaclip_finetune import durable
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.data.splits import evaluation_split
-from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.embed import on_main
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalFigures
@@ -69,21 +67,6 @@ def test_a_gallery_is_embedded_in_batches(small: Project, encoded: list[int]) ->
     assert evaluated({**small, "use_policy": False})["usage"] is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"frame_agg": "qscore"}, {"use_policy": False, "num_workers": 1}])
-def test_a_killed_evaluation_continues_bit_for_bit(
-    settings: Project, small: Project, tmp_path: Path, encoded: list[int]
-) -> None:
-    small = {**small, **settings}
-    expected, keep = evaluated(small), tmp_path / "run" / "embeddings"
-    killed(small, keep, 2, tmp_path / "log")
-    kept = {path.name for path in keep.iterdir()}
-    assert kept == {"about.json", "videos-000000.safetensors", "videos-000001.safetensors"}
-    killed(small, keep, 3, tmp_path / "log")
-    for batches in ([-2] * 7, []):  # four batches of videos and one of texts were kept, and then all
-        encoded.clear()
-        assert evaluated(small, keep) == expected and encoded == batches
-
-
 def test_skipped_videos_stay_skipped_when_an_evaluation_continues(
     broken: Project, small: Project, tmp_path: Path
 ) -> None:
@@ -99,11 +82,9 @@ def test_skipped_videos_stay_skipped_when_an_evaluation_continues(
 
 def test_repaired_videos_are_read_again(broken: Project, small: Project, tmp_path: Path, encoded: list[int]) -> None:
     expected, keep = evaluated(small), tmp_path / "embeddings"
-    for _ in range(2):
-        with pytest.raises(UnreadableVideos) as caught:
-            evaluated(broken, keep)
-        assert list(caught.value.reasons) == ["video6", "video9"]
-        assert "image_00005.jpg" in caught.value.reasons["video9"]
+    with pytest.raises(UnreadableVideos) as caught:
+        evaluated(broken, keep)
+    assert list(caught.value.reasons) == ["video6", "video9"]
     repair(broken, small)
     encoded.clear()
     assert evaluated(broken, keep) == expected
@@ -117,20 +98,21 @@ def test_an_empty_gallery_is_refused(broken: Project) -> None:
         evaluated({**broken, "skip_missing": True})
 
 
-@pytest.mark.parametrize("other", [{"top_k": 3}, {"precision": "bf16"}, {"test_annot": "val"}, {"seed": 1}])
+@pytest.mark.parametrize("other", [{"top_k": 3}, {"precision": "bf16"}, {"test_annot": "val"}])
 def test_batches_of_another_evaluation_are_not_used(
     other: Project, small: Project, tmp_path: Path, encoded: list[int]
 ) -> None:
-    keep, seed = tmp_path / "embeddings", other.get("seed", 0)
+    keep = tmp_path / "embeddings"
     evaluated(small, keep)
-    (keep / "notes.txt").write_text("mine")
-    changed = {**small, **{name: value for name, value in other.items() if name != "seed"}}
+    changed = {**small, **other}
     if "test_annot" in other:
         changed["test_annot"] = small["val_annot"]
     encoded.clear()
-    assert evaluated(changed, keep, seed) == evaluated(changed, None, seed)
+    assert evaluated(changed, keep) == evaluated(changed)
     assert len(encoded) in (24, 18), "everything, twice"
-    assert (keep / "notes.txt").exists()
+    encoded.clear()
+    evaluated(changed, keep, seed=1)
+    assert len(encoded) in (12, 9), "other weights too"
 
 
 def test_kept_batches_are_used_wherever_the_data_lie(small: Project, tmp_path: Path, encoded: list[int]) -> None:
@@ -154,27 +136,6 @@ def test_incomplete_batches_are_embedded_again(small: Project, tmp_path: Path, e
     (keep / "about.json").write_text("{")
     encoded.clear()
     assert evaluated(small, keep) == expected and len(encoded) == 12
-
-
-def test_a_full_disk_is_an_error_that_keeps_the_finished_batches(
-    small: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
-) -> None:
-    expected, keep = evaluated(small), tmp_path / "embeddings"
-    with monkeypatch.context() as patch:
-        fsync, calls = durable.os.fsync, iter(range(100))
-
-        def full(file: int) -> None:
-            if next(calls) >= 6:  # a file and its folder: about.json, and two batches
-                raise OSError(28, "No space left on device")
-            fsync(file)
-
-        patch.setattr(durable.os, "fsync", full)
-        with pytest.raises(UserError, match=r"videos-000002.*No space left on device"):
-            evaluated(small, keep)
-    kept = {path.name for path in keep.iterdir()}
-    assert kept == {"about.json", "videos-000000.safetensors", "videos-000001.safetensors"}
-    encoded.clear()
-    assert evaluated(small, keep) == expected and len(encoded) == 10
 
 
 @pytest.mark.parametrize("primary", [None, "v2t.MeanR"])
@@ -217,7 +178,9 @@ def test_several_processes_find_what_one_finds(
     shutil.rmtree(tmp_path / "embeddings")
     main, other = together(2, evaluations, small, broken, tmp_path, folder=tmp_path / "two")
     assert main == json.loads(json.dumps(alone))
-    assert list(main["broken"]) == ["UnreadableVideos"] and "row 0 is NaN" in main["diverged"]["UserError"]
+    assert list(main["broken"]) == ["UnreadableVideos"]
+    diverged = main.pop("diverged")["NotFinite"]
+    assert "row 0 is NaN" in diverged and other.pop("diverged") == {"UserError": diverged}
     assert "cannot be kept" in main["cannot be kept"]["UserError"]
     fault = main.pop("a fault")["ZeroDivisionError"]
     assert other.pop("a fault") == {"RuntimeError": f"the main process failed: {fault}"}

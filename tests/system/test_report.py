@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adaclip_finetune.evaluation.metrics import one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.metrics import results_table, retrieval_metrics
 from adaclip_finetune.peft.importance import TensorImportance
 from adaclip_finetune.report import draw_curves, draw_frame_usage, write_importance
 
@@ -18,14 +18,11 @@ NAMES = ["t2v.R@1", "v2t.R@1"]
 
 
 def test_a_table_has_a_line_for_each_model_and_both_directions() -> None:
-    perfect = retrieval_metrics([torch.eye(4)], np.arange(4))
-    constant = retrieval_metrics([torch.ones(4, 4)], np.arange(4))
-    lines = results_table({"zero-shot": constant, "finetuned": perfect}).splitlines()
-    assert len({len(line.rstrip()) for line in lines[1:]}) == 1, "columns line up"
-    assert lines[1].split() == ["R@1", "R@5", "R@10", "MedR", "MeanR"] * 2
-    assert lines[2].split() == ["zero-shot", *["0.0", "100.0", "100.0", "4.0", "4.0"] * 2]
-    assert lines[3].split() == ["finetuned", *["100.0", "100.0", "100.0", "1.0", "1.0"] * 2]
-    assert one_line(perfect).startswith("T2V R@1 100.0  R@5 100.0")
+    perfect, constant = (retrieval_metrics([matrix], np.arange(4)) for matrix in (torch.eye(4), torch.ones(4, 4)))
+    _, heads, *rows = results_table({"zero-shot": constant, "finetuned": perfect}).splitlines()
+    assert heads.split() == ["R@1", "R@5", "R@10", "MedR", "MeanR"] * 2
+    assert rows[0].split() == ["zero-shot", *["0.0", "100.0", "100.0", "4.0", "4.0"] * 2]
+    assert rows[1].split() == ["finetuned", *["100.0", "100.0", "100.0", "1.0", "1.0"] * 2]
 
 
 def is_a_picture(path: Path) -> bool:
@@ -72,7 +69,7 @@ def test_curves_group_equal_lines_and_do_not_dramatise(drawn: list[Figure], tmp_
     assert low < 80.5 and high > 83.6 and high - low > 20
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, len(EVENTS)])
+@pytest.mark.parametrize("count", [0, 2, len(EVENTS)])
 def test_pictures_are_drawn_even_of_a_run_that_stopped_at_once(count: int, tmp_path: Path) -> None:
     draw_curves(tmp_path / "curves.png", EVENTS[:count], NAMES)
     assert is_a_picture(tmp_path / "curves.png")

@@ -4,38 +4,29 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
-import signal
-import stat
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaclip_finetune import report
-from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
-from adaclip_finetune.training import optimizer
 from adaclip_finetune.training.dry_run import dry_run
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.measure import FitResult
 from adaclip_finetune.training.optimizer import schedule
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.signals import Interrupted, StopSignals
 from adaclip_finetune.training.trainer import FullRun, Trainer, fit, run_trial
-from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}
@@ -97,26 +88,21 @@ def trained(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Train
     return result, result.folder, terminal.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
 
-def test_a_run_leaves_everything_behind(trained: Trained) -> None:
+def test_a_run_leaves_everything_behind(trained: Trained, tmp_path: Path) -> None:
     _, folder, printed = trained
     assert folder.parent.name == "tiny" and folder.name.endswith("-bitfit")
     assert {path.name for path in folder.iterdir() if path.stat().st_size} == {
         *("config.json", "train.log", "metrics.jsonl", "metrics.json", "environment.json", "tensorboard"),
         *("best.safetensors", "last.safetensors", "adapter.safetensors", "curves.png", "frame_usage.png"),
     }
-    assert list((folder / "tensorboard").iterdir())
+    (tmp_path / "mine").touch()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "mine").stat().st_mode}
     assert load_config(folder / "config.json").peft.method == "bitfit"
     assert printed.index("zero-shot on test") < printed.index("finetuned") < printed.index("run folder")
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert log.index("epoch 1/3  validation") < log.index("finetuned")
     assert "← best so far" in log and r"\u2190 best so far" in printed
-
-
-def test_files_of_a_run_have_the_permissions_of_the_user(trained: Trained, tmp_path: Path) -> None:
-    (tmp_path / "mine").touch()
-    mine = stat.S_IMODE((tmp_path / "mine").stat().st_mode)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in trained[1].rglob("*") if path.is_file()}
-    assert set(modes.values()) == {mine}, modes
 
 
 def test_every_update_is_recorded_with_the_scheduled_learning_rate(trained: Trained) -> None:
@@ -149,16 +135,9 @@ def test_an_adapter_holds_only_what_differs_from_clip(trained: Trained, project:
     assert {name for name in best if not name.startswith("clip.")} <= adapter.keys()
 
 
-def test_checkpoints_say_their_settings_and_others_are_refused(
-    trained: Trained, project: Project, tmp_path: Path
-) -> None:
-    _, folder, _ = trained
-    for name in ("best.safetensors", "last.safetensors", "adapter.safetensors"):
-        with safe_open(folder / name, framework="pt") as file:
-            assert json.loads(file.metadata()["config"])["num_frm"] == 6
-            assert 1 <= int(file.metadata()["epoch"]) <= 3
-    clip = Path(project["clip_weights"]) / "open_clip_model.safetensors"
-    for wrong in (folder, clip, folder / "config.json"):
+def test_what_is_no_fitting_checkpoint_is_refused(trained: Trained, project: Project, tmp_path: Path) -> None:
+    folder = trained[1]
+    for wrong in (folder, Path(project["clip_weights"]) / "open_clip_model.safetensors", folder / "config.json"):
         with pytest.raises(UserError, match=str(wrong)):
             run(project, tmp_path, resume=str(wrong))
     with pytest.raises(UserError, match=r"hidden_dim|missing: aggregator\.transformer"):
@@ -180,17 +159,6 @@ def test_training_can_start_from_the_weights_of_a_run(trained: Trained, project:
 # ---- what learns ----
 
 
-@pytest.mark.parametrize(("settings", "changing"), [
-    ({"peft": {"method": "full"}, "freeze_layer_num": -1}, 0.9),
-    ({"freeze_clip": True}, 0.0),
-])  # fmt: skip
-def test_only_what_should_learn_changes(
-    settings: dict[str, Any], changing: float, project: Project, tmp_path: Path
-) -> None:
-    changed = clip_changes(run(project, tmp_path, **settings).folder, project)
-    assert (len(changed) >= changing * 50) if changing else not changed
-
-
 def test_ibs_differs_from_clip_only_where_it_should(project: Project, tmp_path: Path) -> None:
     settings = {"num_pre_epochs": 1, "pre_batch_size": 6, "retain_ratio": 0.2, "keep_module_keywords": ["ln_post"]}
     result = run(project, tmp_path, num_epochs=3, peft={"method": "ibs", "config": settings})
@@ -208,17 +176,6 @@ def test_ibs_differs_from_clip_only_where_it_should(project: Project, tmp_path: 
     assert epochs.count(1) == 2 and epochs.count(2) == 3, "pre_batch_size 6, then batch_size 4, of 12 videos"
     rates = [event["lr"]["other_decay"] for event in updates]
     assert rates[0] == rates[2] == 0, "the second phase has its own schedule"
-
-
-def test_a_bias_that_the_loss_created_is_part_of_the_result(project: Project, tmp_path: Path) -> None:
-    """`objective: sigmoid` on a CLIP without a logit_bias: it learns whatever the method freezes, and is kept."""
-    result = run(project, tmp_path, peft=BITFIT, objective={"method": "sigmoid"})
-    assert result.folder is not None
-    best, adapter = (result.folder / f"{name}.safetensors" for name in ("best", "adapter"))
-    assert load_file(best)["clip.logit_bias"].item() != LOGIT_BIAS
-    for weights in (best, adapter):
-        for objective in ({"method": "sigmoid"}, None):
-            assert evaluated(project, weights, objective=objective) == result.final.as_dict()
 
 
 # ---- updates ----
@@ -253,11 +210,10 @@ def test_settings_of_the_machine_change_no_loss(
     assert first == (pytest.approx(second, rel=tolerance) if tolerance else second)
 
 
-def test_a_run_may_differ_in_precision_and_have_no_selector(project: Project, tmp_path: Path) -> None:
+def test_a_run_may_have_less_precision_and_no_selector(project: Project, tmp_path: Path) -> None:
     single, half = (run(project, tmp_path, precision=p, use_policy=False) for p in ("fp32", "bf16"))
     assert losses(single) != losses(half) and losses(single) == pytest.approx(losses(half), rel=0.1)
     assert all("tau" not in event and event["k"] == 6 for event in events(half.folder, "train"))
-    assert not torch.distributed.is_initialized()
 
 
 # ---- divergence ----
@@ -282,8 +238,6 @@ def test_a_diverged_loss_stops_the_run_and_keeps_what_was_good(
 
 @pytest.mark.parametrize(("settings", "where"), [
     ({}, "at update 2"),
-    ({"use_policy": False, "frame_agg": None}, "at update 2"),
-    ({"batch_size": 12}, "after update 1"),
     ({"learning_rate": 1e39}, "at update 1"),
     ({"batch_size": 12, "use_policy": False, "frame_agg": None}, "after update 1"),
 ])  # fmt: skip
@@ -300,38 +254,6 @@ def test_divergence_is_told_alike_wherever_it_shows_first(
 # ---- interruptions and failures ----
 
 
-@pytest.fixture
-def ctrl_c_interrupts() -> Iterator[None]:
-    """Let Ctrl-C interrupt as in a terminal; a shell has background processes ignore it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("ctrl_c_interrupts")
-def test_ctrl_c_finishes_the_update_saves_and_says_how_to_resume(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original, calls = optimizer.clamp_logit_scale, []
-
-    def press_ctrl_c(clip: torch.nn.Module) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        original(clip)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(optimizer, "clamp_logit_scale", press_ctrl_c)
-        with pytest.raises(Interrupted):
-            run(project, tmp_path)
-    folder = only_run(tmp_path)
-    assert f"--resume {folder}" in capsys.readouterr().out
-    assert len(events(folder, "train")) == len(calls) == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main(["train", "--resume", str(folder)]) == 0
-    assert [event["step"] for event in events(folder, "train")] == [1, 2, 3]
-
-
 class Gone(io.StringIO):
     """A terminal that is gone after a number of writes."""
 
@@ -346,24 +268,18 @@ class Gone(io.StringIO):
         return len(text)
 
 
-def test_a_closed_stdout_is_no_error(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    folder = run(project, tmp_path).folder
-    assert folder is not None and "finetuned" in (folder / "train.log").read_text(encoding="utf-8")
+@pytest.mark.parametrize("error", [None, BrokenPipeError(), ValueError("closed file")])
+def test_no_run_is_lost_with_its_terminal_or_log(
+    error: Exception | None, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a terminal from the start, or with one and a disk of the log that fail in the middle."""
+    monkeypatch.setattr(sys, "stdout", Gone(error, 8) if error else None)
 
+    def full_disk(folder: Path) -> None:
+        (folder / "train.log").unlink()
+        (folder / "train.log").mkdir()
 
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")])
-def test_no_run_is_lost_with_its_terminal_or_log(error: Exception, project: Project, tmp_path: Path) -> None:
-    config = load_config(None, {**project, "output_dir": str(tmp_path)})
-    run_folder = RunFolder(config, stream=Gone(error, 8))
-    with StopSignals() as signals, ExitStack() as stack:
-
-        def full_disk(folder: Path) -> None:
-            (folder / "train.log").unlink()
-            (folder / "train.log").mkdir()
-
-        result = FullRun(config, run_folder, signals, stack).fit(None, full_disk)
-    run_folder.close()
+    result = fit(load_config(None, {**project, "output_dir": str(tmp_path)}), opened=full_disk)
     assert result.folder is not None and (result.folder / "metrics.json").exists()
 
 
@@ -462,8 +378,5 @@ def test_a_dry_run_of_the_published_recipe_downloads_nothing(project: Project) -
     found = dry_run(load_config(None, {**settings, "peft": bitfit}), as_json=True)
     assert found["parameters"]["clip"] == {"trainable": 780_801, "total": 151_277_313}
     assert math.isclose(found["gflops"]["clip_frame"], 4.36, abs_tol=0.005)
-
-
-def test_a_dry_run_of_an_evaluation_asks_for_no_validation(project: Project) -> None:
-    config = load_config(None, {**project, "do_inference": True, "val_annot": "not/there.json"})
-    assert dry_run(config, as_json=False)["steps"] == 0
+    evaluation = load_config(None, {**project, "do_inference": True, "val_annot": "not/there.json"})
+    assert dry_run(evaluation, as_json=False)["steps"] == 0

@@ -126,14 +126,20 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, folder: Study
     # Test data are not read, and nothing is left that only a single run needs.
     single = {"test_annot": None, "save_last": False, "save_similarity": None, "tensorboard_dir": None}
     config = config.model_copy(update=single)
-    dead = DeadTrials(study, 0.0 if storage.startswith("sqlite") else SILENCE_S)
     began, ended, failures, waiting = time.monotonic(), 0, list[str](), False
+    alone = looked_twice = storage.startswith("sqlite")
+    dead = DeadTrials(study, 0.0 if alone else SILENCE_S)
     while True:
         dead.retry()
         begun = points(study.get_trials(deepcopy=False))
         left = n_trials - sum(trial.state.is_finished() for trial in begun)
-        if left <= 0:
+        if left <= 0 and looked_twice:
             return
+        if left <= 0:  # another process may have failed a dead trial, and be about to enqueue its values again
+            looked_twice = True
+            time.sleep(WAIT_S)
+            continue
+        looked_twice = alone
         if len(begun) >= n_trials and not any(trial.state == TrialState.WAITING for trial in begun):
             if not waiting:
                 folder.say("waiting for the trials of other processes")

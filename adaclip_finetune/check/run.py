@@ -119,7 +119,7 @@ def _check_snapshot(folder: Path, session: Session, splits: Sequence[CheckedSpli
     snapshot = load_snapshot(folder)
     if snapshot is None:
         message = f"resume: nothing was saved in {folder} yet, so the run starts from the beginning"
-        yield Finding("fine", "going_on", "run", message)
+        yield Finding("fine", "resume", "run", message)
         return
     strict_load(session.model, snapshot.group("model"), f"resume: update {snapshot.step}")
     if any(split.refused for split in splits):  # reported already, and sure to change the data
@@ -136,4 +136,4 @@ def _check_snapshot(folder: Path, session: Session, splits: Sequence[CheckedSpli
         advice = "restore the old data, or start a new run from its weights"
         yield Finding("fails", "other_data", "run", message, advice=advice)
     else:
-        yield Finding("fine", "going_on", "run", f"resume: the run in {folder} continues after update {snapshot.step}")
+        yield Finding("fine", "resume", "run", f"resume: the run in {folder} continues after update {snapshot.step}")

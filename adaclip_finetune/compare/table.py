@@ -15,7 +15,7 @@ from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, Interva
 from adaclip_finetune.evaluation.tasks.base import QueryRanks
 from adaclip_finetune.printable import printable
 
-_COSTS = ("learned of CLIP", "learned of all", "GFLOPs", "videos/s")
+_COSTS = ("trained of CLIP", "trained of all", "GFLOPs", "videos/s")
 _INTERVAL = "95 %"
 _NOTHING = "–"
 

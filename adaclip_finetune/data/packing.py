@@ -1,6 +1,6 @@
 """Making a pack: `adaclip pack FRAMES_DIR -o data.lmdb`.
 
-What is in the pack already stays there, so the same command goes on after an interruption and adds new videos.
+What is in the pack already stays there, so the same command continues after an interruption and adds new videos.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _check_depth(clip: nn.Module, freeze_layer_num: int) -> None:
         if not depth:
             raise UserError(
                 f"freeze_layer_num {freeze_layer_num}: the {tower} tower of this CLIP has no numbered blocks to count; "
-                "choose -1 (all of CLIP learns) or freeze_clip (nothing does)"
+                "choose -1 (trains all of CLIP) or freeze_clip (trains nothing of it)"
             )
     if freeze_layer_num > max(depths.values()):
         raise UserError(

@@ -51,7 +51,7 @@ class TrainableReport:
     def __str__(self) -> str:
         rows = [("CLIP", self.clip), ("selector", self.selector), ("aggregator", self.aggregator), ("all", self.all)]
         lines = [
-            f"{name:<10} {count.trainable:>13,} of {count.total:>13,} learn ({count.percent:.3f} %)"
+            f"{name:<10} {count.trainable:>13,} of {count.total:>13,} trained ({count.percent:.3f} %)"
             for name, count in rows
         ]
         return "\n".join(lines)

@@ -137,7 +137,7 @@ def report_fit(result: FitResult, task: Task, config: Config, run: RunFolder) ->
     say_table(task, {**before, "finetuned": final.figures}, final, run)
     clip, whole = result.parameters.clip, result.parameters.all
     run.say(
-        f"learned: {clip.trainable:,} of CLIP's {clip.total:,} parameters ({clip.percent:.3f} %), "
+        f"trained: {clip.trainable:,} of CLIP's {clip.total:,} parameters ({clip.percent:.3f} %), "
         f"{whole.trainable:,} of {whole.total:,} in all ({whole.percent:.3f} %)"
     )
     if result.zero_shot and not task.is_better(final.figures, result.zero_shot):

@@ -19,7 +19,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives.base import Objective
 
-NOTHING_LEARNS = "nothing is left to learn: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
+NOTHING_LEARNS = "nothing is left to train: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
 
 _EPS = 1e-6
 _MAX_TENSOR_NORM = 1.0

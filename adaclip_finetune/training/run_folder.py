@@ -52,7 +52,7 @@ class RunFolder:
         """Print to `stream` (default: stdout). `trial` is the folder of a tuning trial, without TensorBoard files."""
         self.path: Path | None = None
         self._trial = trial
-        self.going_on: Path | None = None  # the folder of the earlier run that this one continues
+        self.resumed_from: Path | None = None  # the folder of the earlier run that this one continues
         self.events: list[dict[str, Any]] = []
         self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
         self._stream: TextIO | None = stream or sys.stdout
@@ -84,7 +84,7 @@ class RunFolder:
 
     def lock(self, path: Path) -> None:
         """Lock the folder of an earlier run. Raise UserError if another run holds the lock or that run is finished."""
-        self.going_on = path
+        self.resumed_from = path
         if is_main():
             self._lock = FolderLock(path)
             self._lock.take()
@@ -212,7 +212,7 @@ def closing_run(run: RunFolder) -> Iterator[None]:
         explained = explain_lost_process(error) if isinstance(error, RuntimeError) else None
         if explained is None and not isinstance(error, Interrupted):
             raise
-        if folder := run.path or run.going_on:
+        if folder := run.path or run.resumed_from:
             run.say(f"stopped. To resume: python train.py --resume {folder}")
         else:
             run.say("stopped. Nothing was saved, so this run cannot be resumed")

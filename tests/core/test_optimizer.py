@@ -136,7 +136,7 @@ def test_nothing_to_learn_or_no_updates_is_refused():
     with pytest.raises(UserError, match="train_annot yields no batches"):
         build_optimizer(objective, make_config(), 0)
     objective.requires_grad_(False)
-    with pytest.raises(UserError, match="nothing is left to learn"):
+    with pytest.raises(UserError, match="nothing is left to train"):
         build_optimizer(objective, make_config(), 10)
 
 

@@ -176,7 +176,7 @@ def test_resuming(project: Project, tmp_path: Path, capsys: Captured) -> None:
     (folder,) = (tmp_path / "output" / "tiny").iterdir()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, found = checked(capsys, "--resume", str(folder))
-    assert code == 0 and "after update 3" in finding(found, "going_on", "run").message
+    assert code == 0 and "after update 3" in finding(found, "resume", "run").message
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     annotation["video3"]["sentences"] = ["quite another thing"]

@@ -116,8 +116,8 @@ def test_checkpoints_of_one_run_are_equal_rows_on_each_data_set(
     assert len({len(row) for row in cells}) == 1
     # The terminal shows one table too: one head, and columns that end at the same place in all rows.
     printed = capsys.readouterr().out
-    assert printed.count("T2V R@1  ") == printed.count("learned of CLIP") == printed.count("95 %: bootstrap") == 1
-    assert len({len(line) for line in printed[: printed.index("learned of CLIP")].splitlines() if " [" in line}) == 1
+    assert printed.count("T2V R@1  ") == printed.count("trained of CLIP") == printed.count("95 %: bootstrap") == 1
+    assert len({len(line) for line in printed[: printed.index("trained of CLIP")].splitlines() if " [" in line}) == 1
 
 
 def test_a_published_checkpoint_takes_its_settings_from_a_file(

@@ -72,7 +72,7 @@ def nothing_that_learns(project: dict[str, Any], folder: Path) -> dict[str, Any]
     return {"peft": lora, "freeze_layer_num": 1, "use_policy": False, "frame_agg": None, "num_frm": 2}
 
 
-@pytest.mark.parametrize(("case", "told"), [(without_an_end_token, "word_agg"), (nothing_that_learns, "left to learn")])
+@pytest.mark.parametrize(("case", "told"), [(without_an_end_token, "word_agg"), (nothing_that_learns, "left to train")])
 def test_what_a_run_cannot_do_is_refused_before_it(
     case: Callable[..., dict[str, Any]],
     told: str,

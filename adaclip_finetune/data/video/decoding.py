@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.container import BrokenVideo, opened, reason_of
@@ -61,7 +62,8 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
 def to_rgb(frame: Any) -> Frame:
     """Convert a decoded frame to RGB (H, W, 3), rotated and mirrored as the file's display matrix says."""
     pixels: Frame = frame.to_ndarray(format="rgb24", threads=1)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # frame.side_data is kept by the frame and refers back to it, which holds the pixels until the garbage collection.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y

@@ -63,7 +63,7 @@ def to_rgb(frame: Any) -> Frame:
     """Convert a decoded frame to RGB (H, W, 3), rotated and mirrored as the file's display matrix says."""
     pixels: Frame = frame.to_ndarray(format="rgb24", threads=1)
     # frame.side_data is kept by the frame and refers back to it, which holds the pixels until the garbage collection.
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # its stub has no arguments
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y

@@ -1,5 +1,6 @@
 """Reading videos in place: upright, of any size, honest about damage; and only the file itself is opened."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.preprocess import ImageSpec, Views, to_square
 from adaclip_finetune.data.video.container import BrokenVideo
+from adaclip_finetune.data.video.decoding import to_rgb
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.data.video.index import index_video
@@ -164,3 +166,12 @@ def test_only_the_file_itself_is_opened(tmp_path: Path, monkeypatch: pytest.Monk
         index_video(Path("concat:canary.ts"))
     odd = write_video(tmp_path / "plain.mp4", 5).rename(tmp_path / "-a b'\"$(x)%3a?#;日.mp4")
     assert index_video(odd).num_frames == 5
+
+
+def test_nothing_keeps_a_decoded_frame_after_its_conversion(tmp_path: Path) -> None:
+    with av.open(str(write_video(tmp_path / "v.mp4", 4))) as container:
+        frame = next(container.decode(video=0))
+        before = sys.getrefcount(frame)
+        to_rgb(frame)
+        assert sys.getrefcount(frame) == before
+        assert frame.side_data is not None and sys.getrefcount(frame) > before, "this is how it would be kept"

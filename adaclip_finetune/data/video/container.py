@@ -6,7 +6,7 @@ FFmpeg would follow a playlist or script that is called .mp4 to other files and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +16,14 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,dv,rm,mxf,mjpeg,yuv4mpegpipe,"
     "h264,hevc,m4v,obu,ivf,nut"
 )
-READ_ERRORS = (av.FFmpegError, OSError, ValueError)  # what PyAV raises for files that are not as they should be
 
 
 class BrokenVideo(Exception):
     """A file that cannot give the frames asked for. The message is the reason, without the file's name."""
 
     def __init__(self, reason: str, kind: Literal["damaged", "unreadable"] = "unreadable") -> None:
-        super().__init__(reason, kind)
+        super().__init__(reason)
         self.kind = kind
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @contextmanager
@@ -41,14 +37,12 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
-            if stream is None:
-                raise BrokenVideo("it holds no video stream")
-            if stream.disposition & av.stream.Disposition.attached_pic:
-                raise BrokenVideo("it holds no video stream, only a cover picture")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise BrokenVideo("it holds no video stream" + ("" if stream is None else ", only a cover picture"))
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
-    except READ_ERRORS as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         reason = reason_of(error)
         if isinstance(error, av.InvalidDataError | av.EOFError):
             empty = path.stat().st_size == 0
@@ -57,8 +51,10 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
-    """Read the stream's packets, without the empty one at the end."""
-    return (packet for packet in container.demux(stream) if packet.size)
+    """Read the stream's packets, and at the end an empty one that makes the decoder give what it has held back."""
+    # PyAV frees its buffer only if this generator is closed before the container.
+    with closing(container.demux(stream)) as packets:
+        yield from packets
 
 
 def reason_of(error: Exception) -> str:

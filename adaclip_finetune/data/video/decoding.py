@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import BrokenVideo, opened, reason_of
+from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of, reason_of
 
 Frame = NDArray[np.uint8]
 Stopped = Callable[[], bool]
@@ -25,17 +24,21 @@ def never() -> bool:
     return False
 
 
-def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
-    """Decode every frame in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
-    decoded, damaged_at, damage, goes_on = 0, -1, "", False
+def sound_frames(path: Path, stopped: Stopped = never, num_packets: int | None = None) -> Iterator[Any]:
+    """Decode every frame in order, up to a broken tail; of the first `num_packets` only, if that is given.
+
+    Raises BrokenVideo for damage in the middle.
+    """
+    decoded, damaged_at, damage, goes_on = 0, 0, "", False
     with opened(path) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
-        for at, packet in enumerate(container.demux(stream)):
+        packets = packets_of(container, stream)
+        for at, packet in enumerate(packets if num_packets is None else chain(islice(packets, num_packets), [None])):
             if stopped():
                 return
             if at == 0:
-                may_start_anywhere |= _starts_within_stream(stream.codec_context, bytes(packet))
-            if damage and not packet.size:
+                may_start_anywhere |= _starts_within_stream(stream, packet)
+            if damage and (packet is None or not packet.size):
                 break
             try:
                 frames = stream.codec_context.decode(packet)
@@ -47,12 +50,13 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
             if goes_on:
                 break
             damage = ""
-            for frame in _whole(frames):
-                decoded += 1
-                yield frame
-    if damage:
+            for frame in frames:
+                if not frame.is_corrupt:
+                    decoded += 1
+                    yield frame
+    if damage and num_packets is None:
         # A decoder that fails may have lost a sound frame that it held back, and would now return the damaged one.
-        for frame in islice(_frames_of_first_packets(path, damaged_at, stopped), decoded, None):
+        for frame in islice(sound_frames(path, stopped, damaged_at), decoded, None):
             decoded += 1
             yield frame
     if goes_on:
@@ -72,33 +76,14 @@ def to_rgb(frame: Any) -> Frame:
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _starts_within_stream(context: Any, first: bytes) -> bool:
+def _starts_within_stream(stream: Any, first: Any) -> bool:
     """Return whether H.264 starts with a key frame that is no IDR picture, as after cutting open groups of pictures.
 
     What follows may refer to pictures before the cut, which the decoder calls an error although it needs none of them.
     """
-    if context.codec.canonical_name != "h264":
+    if stream.codec_context.codec.canonical_name != "h264":
         return False
-    header = context.extradata or b""
-    if len(header) < 5 or header[0] != 1:  # units behind start codes: ITU-T H.264, annex B
-        kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", first, re.DOTALL)}
-    else:  # units behind their lengths: ISO/IEC 14496-15, 5.3.3
-        kinds, at, bytes_of_length = set(), 0, (header[4] & 3) + 1
-        while at + bytes_of_length < len(first):
-            kinds.add(first[at + bytes_of_length] & 31)
-            at += bytes_of_length + int.from_bytes(first[at : at + bytes_of_length], "big")
+    to_start_codes = av.BitStreamFilterContext("h264_mp4toannexb", stream)
+    packets = b"".join(map(bytes, to_start_codes.filter(av.Packet(bytes(first)))))
+    kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", packets, re.DOTALL)}  # ITU-T H.264, annex B
     return 1 in kinds and 5 not in kinds
-
-
-def _frames_of_first_packets(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:
-    """Decode the first packets of a file, which are known to be sound, and flush the decoder."""
-    with opened(path) as (container, stream), suppress(av.FFmpegError):  # damage may show a packet late
-        for packet in islice(container.demux(stream), num_packets):
-            if stopped():
-                return
-            yield from _whole(stream.codec_context.decode(packet))
-        yield from _whole(stream.codec_context.decode(None))
-
-
-def _whole(frames: list[Any]) -> list[Any]:
-    return [frame for frame in frames if not frame.is_corrupt]

@@ -6,8 +6,8 @@ Frames are counted by reading the packets without decoding them, or by decoding 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +39,11 @@ class ShownTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """The number of frames, their places in the file and their times, both in the order in which they are shown."""
+    """The number of frames, and their times in the order in which they are shown."""
 
     num_frames: int
     pts: NDArray[np.int64] | None = None  # (num_frames,), ascending, in ticks; None: the file does not say
-    position: NDArray[np.int64] | None = None  # (num_frames,), place in decoding order; None: only decoding tells
-    keys: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    """(K, 3): position, pts and dts of each packet where decoding can start, in decoding order."""
+    keys: NDArray[np.int64] | None = None  # (K,), pts of the frames where decoding can start; None: only at the first
     tick: float = math.nan  # seconds that a pts of 1 stands for
     begins: float = 0.0  # where a player's clock is 0, in seconds: sound may begin before the picture
     rate: float = math.nan  # frames a second, NaN: not known
@@ -83,36 +81,38 @@ def index_video(path: Path) -> FrameIndex:
         }
         kind, codec = container.format.name.partition(",")[0], stream.codec_context.codec.canonical_name
         by_packets = kind in TIMED_CONTAINERS and codec in ONE_FRAME_A_PACKET
-        places = _places(container, stream) if by_packets else None
+        pts, keys = _pts_and_keys(packets_of(container, stream)) if by_packets else (None, None)
     # A stream that starts in the middle loses its first frames: then packets do not tell the frames.
-    first = next((frame.pts for frame in sound_frames(path)), None) if places else None
-    if places is not None and (len(places[0]) == 0 or first == places[0][0]):
-        index = FrameIndex(len(places[0]), *places, **facts)
-    else:
-        shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
-        told = kind in SHOWN_IN and None not in shown
-        pts = np.array(shown, np.int64) if told else None
-        index = FrameIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
-    if index.num_frames == 0:
+    if pts is not None and next((frame.pts for frame in sound_frames(path)), None) == pts[0]:
+        return FrameIndex(len(pts), pts, keys, **facts)
+    shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
+    if not shown:
         raise BrokenVideo("it holds no video frame")
-    return index
+    pts = np.array(shown, np.int64) if kind in SHOWN_IN and None not in shown else None
+    return FrameIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
 
 
-def _places(container: Any, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-    """Return pts, position and keys of a FrameIndex; None where packets have no times or two have the same."""
-    shown: list[tuple[int, int]] = []
-    keys: list[tuple[int, int, int]] = []
-    for at, packet in enumerate(packets_of(container, stream)):
-        if packet.pts is None:
-            return None
+def _pts_and_keys(packets: Iterator[Any]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Return pts and keys of a FrameIndex; (None, None) unless packets tell them and seeking is safe.
+
+    It is safe where everything that is shown from a key frame on comes after it in the file. Some edit lists and joined
+    files are not so.
+    """
+    shown: list[int] = []
+    keys: list[int] = []
+    latest = -math.inf
+    for packet in packets:
+        if not packet.size:
+            continue
+        if packet.pts is None or (packet.is_keyframe and packet.pts <= latest):
+            return None, None
+        latest = max(latest, packet.pts)
         if packet.is_keyframe:
-            keys.append((at, packet.pts, packet.pts if packet.dts is None else packet.dts))
+            keys.append(packet.pts)
         if not packet.is_discard and not packet.is_corrupt:  # outside the edit list; cut off by the end of the file
-            shown.append((packet.pts, at))
-    pts, position = np.array(sorted(shown), np.int64).reshape(-1, 2).T
-    if len(pts) and ((np.diff(pts) == 0).any() or not keys):
-        return None
-    return pts, position, np.array(keys, np.int64).reshape(-1, 3)
+            shown.append(packet.pts)
+    pts = np.array(sorted(shown), np.int64)
+    return (pts, np.array(keys, np.int64)) if len(pts) and keys and (np.diff(pts) > 0).all() else (None, None)
 
 
 def _milliseconds(seconds: float) -> float:

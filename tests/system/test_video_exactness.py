@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from media import ffmpeg, index_of, with_edits, write_video
 
-from adaclip_finetune.data.video.container import BrokenVideo
-from adaclip_finetune.data.video.decoding import Frame
+from adaclip_finetune.data.video.decoding import BrokenVideo, Frame
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.index import FrameIndex, index_video
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from adaclip_finetune.data.names import split_extension
-from adaclip_finetune.data.video.container import BrokenVideo, opened
+from adaclip_finetune.data.video.decoding import BrokenVideo, opened
 from adaclip_finetune.printable import printable
 
 NUM_EXAMPLES = 5

@@ -15,10 +15,17 @@ from typing import Any
 
 import av
 import numpy as np
-from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
-from adaclip_finetune.data.video.decoding import Frame, Stopped, never, sound_frames, to_rgb
+from adaclip_finetune.data.video.decoding import (
+    BrokenVideo,
+    Frame,
+    Stopped,
+    never,
+    opened,
+    packets_of,
+    sound_frames,
+    to_rgb,
+)
 from adaclip_finetune.data.video.index import FrameIndex
 
 

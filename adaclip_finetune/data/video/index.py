@@ -15,8 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
-from adaclip_finetune.data.video.decoding import sound_frames
+from adaclip_finetune.data.video.decoding import BrokenVideo, opened, packets_of, sound_frames
 
 # Packets are frames in containers that keep both times of every packet, for codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")

@@ -8,7 +8,6 @@ Video names become paths below `frames_dir` or `video_dir`, so a name that could
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from dataclasses import fields
@@ -136,7 +135,7 @@ def _read_entries(path: Path) -> dict[str, Any]:
         problem = f"not JSON in UTF-8: {error}"
     problem = describe_other_form(path, content) or problem
     if problem is None and not isinstance(content, dict):
-        problem = f'expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}'
+        problem = f'expected an object {{video name: {{"sentences": [...]}}}}, got {shown(content)}'
     if problem is not None:
         raise UserError(f"{path}: {problem}")
     if not content:
@@ -148,7 +147,7 @@ def _read_entries(path: Path) -> dict[str, Any]:
 def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     check_name(where, name)
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {_shown(entry)}')
+        raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {shown(entry)}')
     if isinstance(entry, _RepeatedKey):
         raise UserError(f"{where}: the key {entry.key!r} occurs twice")
     if unknown := [key for key in entry if key not in KEYS]:
@@ -158,12 +157,16 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     try:
         return VideoAnnotation(video_id=name, **entry)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key, *place = [step for step in problem["loc"] if not isinstance(step, str) or step in KEYS]
-        number = f", entry {int(place[0]) + 1}" if place else ""
-        reason = problem["msg"].removeprefix("Value error, ").removesuffix(" after validation")
-        reason = re.sub("^(Input|Tuple) should", "must", reason).replace("tuple", "list")
-        raise UserError(f'{where}: "{key}"{number}: {reason}, got {_shown(problem["input"])}') from None
+        raise UserError(explain(where, error)) from None
+
+
+def explain(where: str, error: ValidationError) -> str:
+    """Return a message on the first problem that pydantic found, with its place, reason and value."""
+    problem = error.errors()[0]
+    steps = [step for step in problem["loc"] if step not in ("int", "str")]  # which alternative was tried
+    place = ", ".join(f"entry {step + 1}" if isinstance(step, int) else f'"{step}"' for step in steps)
+    reason = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+    return ": ".join(filter(None, [where, place, f"{reason}, got {shown(problem['input'])}"]))
 
 
 def _note_name(path: str | Path, name: str, named: dict[str, str]) -> None:
@@ -204,6 +207,7 @@ def same_captions(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)
 
 
-def _shown(value: Any) -> str:
-    text = "an object" if isinstance(value, dict) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(value: Any) -> str:
+    """Return the beginning of a value, for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -34,16 +34,14 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
 
     Raises UserError if there is nothing to pack, `output` is something else, or the disk is full.
     """
-    if output.suffix.lower() != ".lmdb":
-        raise UserError(f"-o {printable(output)}: the name of a pack ends in .lmdb")
+    if output.suffix.lower() != ".lmdb" or output.is_dir():
+        raise UserError(f"-o {printable(output)}: a pack is a file whose name ends in .lmdb")
     if not frames_dir.is_dir():
         raise UserError(f"{printable(frames_dir)}: there is no such folder")
     folder = FrameFolder(frames_dir, img_tmpl)
     videos = _listed(annotations) if annotations else _found(folder)
     lock = Lock(output.with_name(f".{output.name}.lock"), output)
     try:
-        if output.is_dir():
-            raise UserError(f"-o {printable(output)}: is a folder")
         output.parent.mkdir(parents=True, exist_ok=True)
         lock.take()
         # With --overwrite, the old pack stays until the new one is complete.
@@ -54,13 +52,9 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
         part.replace(output)
     except OSError as error:
         raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from None
-    except lmdb.InvalidError:
-        raise UserError(f"{printable(output)}: {NOT_A_PACK}") from None
     except lmdb.Error as error:
-        raise UserError(
-            f"{printable(output)}: cannot be written ({error}). What was packed until now stays: make room, or mend "
-            "what is wrong, and run the same command again"
-        ) from None
+        way_out = NOT_A_PACK if isinstance(error, lmdb.InvalidError) else "run the same command again to go on"
+        raise UserError(f"{printable(output)}: cannot be written ({error}): {way_out}") from None
     finally:
         lock.release()
     before = f" ({there} of them were there already)" if there else ""

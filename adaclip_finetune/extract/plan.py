@@ -102,16 +102,14 @@ def _stem(name: str) -> str:
 
 
 def _check_folders(jobs: list[ExtractionJob]) -> None:
-    """Raise UserError if two jobs have the same folder, or one lies in another's, or has a name that is taken."""
+    """Raise UserError if two jobs have the same folder, or one has a name that is taken."""
     source_of: dict[str, Path] = {}
-    for job in sorted((job for job in jobs if not job.problem), key=lambda job: job.folder.count("/")):
-        taken = [*map(str, PurePosixPath(job.folder).parents), job.folder]
-        if other := next((source_of[folder] for folder in taken if folder in source_of), None):
+    for job in jobs:
+        if (other := source_of.setdefault(job.folder, job.source)) != job.source:
             raise UserError(
                 f"{printable(other)} and {printable(job.source)} would be extracted into one folder: rename one, "
                 "or choose with --file_list or --accepted_formats"
             )
-        source_of[job.folder] = job.source
         first = job.folder.partition("/")[0]
-        if first.startswith(".") or first == REPORT:
+        if not job.problem and (first.startswith(".") or first == REPORT):
             raise UserError(f"{printable(job.source)}: its folder may not be called {printable(first)}: rename it")

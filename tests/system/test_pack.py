@@ -167,7 +167,7 @@ def test_new_videos_are_added_and_old_ones_stay_until_overwritten(
     [
         ("p.lmdb", "nowhere", [], ["nowhere"]),
         ("p", "frames", [], [".lmdb"]),
-        ("folder.lmdb", "frames", ["--overwrite"], ["folder.lmdb", "is a folder"]),
+        ("folder.lmdb", "frames", ["--overwrite"], ["folder.lmdb", "is a file"]),
         ("text.lmdb", "frames", [], ["text.lmdb", "not a pack of frames"]),
         ("other.lmdb", "frames", [], ["other.lmdb", "not a pack of frames"]),
         ("locked.lmdb", "frames", [], ["locked.lmdb", f"process {os.getpid()}"]),

@@ -11,10 +11,9 @@ import pytest
 from media import index_of, write_video
 
 from adaclip_finetune.data.readable import find_unreadable
-from adaclip_finetune.data.video import cache as video_cache
-from adaclip_finetune.data.video.cache import pack_index, unpack_index
+from adaclip_finetune.data.video import index as video_index
 from adaclip_finetune.data.video.folder import VideoFolder
-from adaclip_finetune.data.video.index import FrameIndex, index_video
+from adaclip_finetune.data.video.index import FrameIndex, index_video, pack_index, unpack_index
 
 VIDEOS = {"a.mp4": 30, "b.mkv": 20, "deep/c.1.webm": 10, "d.avi": 12}  # the last one tells no places of frames
 IDS = ["a", "b", "deep/c.1", "d"]
@@ -36,7 +35,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return index_video(path)
 
-    monkeypatch.setattr(video_cache, "index_video", counted)
+    monkeypatch.setattr(video_index, "index_video", counted)
     return names
 
 

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, unlisted
 from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
-from adaclip_finetune.data.video.cache import IndexCache, unpack_index
 from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import FrameIndex, ShownTimes
+from adaclip_finetune.data.video.index import FrameIndex, IndexCache, ShownTimes, unpack_index
 
 
 class VideoFolder:

@@ -136,7 +136,7 @@ def _write_images(job: ExtractionJob, options: ExtractionOptions, ffmpeg: FFmpeg
     chosen = between if options.num_frames is None else between[_evenly_spread(len(between), options.num_frames, times)]
     with opened(job.source) as (container, stream):
         number, seeks = stream.index, container.format.name.partition(",")[0] in (*TIMED_CONTAINERS, "asf")
-    whole = options.num_frames is None and (seeks or len(between) == index.num_frames)
+    whole = options.num_frames is None and (seeks or (job.start is None and job.end is None))
     different = np.unique(chosen)
     among = [] if whole else different.tolist()
     ffmpeg.run(images_of(job, options.image_options, number, index.keys is not None, among), folder)

@@ -23,6 +23,7 @@ from adaclip_finetune.strict_json import parse_json, read_json
 
 _log = logging.getLogger(__name__)
 _warn_once = functools.lru_cache(_log.warning)  # a file may be read twice
+_adapter: Any = functools.lru_cache(TypeAdapter)  # which takes milliseconds to make
 _DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')  # a cell in quotation marks, with those inside doubled
 
 
@@ -129,7 +130,7 @@ def json_list(where: object, content: Any) -> Iterator[Row]:
 def checked(where: str, value: Any, kind: Any) -> Any:
     """Return the value as pydantic reads it for this type. Raises UserError, which begins with `where`."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         raise UserError(explain(where, error)) from None
 

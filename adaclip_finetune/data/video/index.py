@@ -185,13 +185,16 @@ class IndexCache:
 
 def pack_index(index: FrameIndex) -> bytes:
     """Compress an index to some hundred bytes: times are nearly regular."""
-    arrays = [None if each is None else np.diff(each, prepend=0).tolist() for each in (index.pts, index.keys)]
-    facts = [index.tick, index.begins, index.rate, index.duration]
-    return zlib.compress(json.dumps([index.num_frames, *arrays, *facts]).encode(), 9)
+    none = np.zeros(0, np.int64)
+    pts, keys = (none if each is None else np.diff(each, prepend=0) for each in (index.pts, index.keys))
+    head = json.dumps([index.num_frames, index.tick, index.begins, index.rate, index.duration, len(pts)])
+    return zlib.compress(head.encode() + b"\n" + np.concatenate([pts, keys]).astype("<i8").tobytes(), 9)
 
 
 def unpack_index(packed: bytes) -> FrameIndex:
     """Return the index that `pack_index` was given."""
-    num_frames, *arrays, tick, begins, rate, duration = json.loads(zlib.decompress(packed))
-    pts, keys = (None if each is None else np.cumsum(np.array(each, np.int64)) for each in arrays)
-    return FrameIndex(num_frames, pts, keys, tick, begins, rate, duration)
+    head, _, body = zlib.decompress(packed).partition(b"\n")
+    num_frames, *facts, num_pts = json.loads(head)
+    numbers = np.frombuffer(body, "<i8").astype(np.int64)
+    pts, keys = (np.cumsum(part) if len(part) else None for part in (numbers[:num_pts], numbers[num_pts:]))
+    return FrameIndex(num_frames, pts, keys, *facts)

@@ -221,7 +221,7 @@ def _cut_clip(where: str, video: Any, sentences: Any) -> SourceClip:
 
 
 def _length(start: float, end: float) -> float | None:
-    return round(float(end - start), 3) if end > start else None
+    return round(float(end - start), 3) if 0 < end - start < 1e9 else None
 
 
 # ---- MSR-VTT (Xu et al., CVPR 2016), with its own splits or those of lists (1k-A: Yu et al., ECCV 2018) ----

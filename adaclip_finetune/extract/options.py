@@ -62,6 +62,8 @@ class ExtractionOptions:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {words}")
         if self.num_frames is not None and self.frame_rate != -1:
             raise UserError("--num_frames chooses among all frames of a video: omit --frame_rate")
+        if self.accepted_formats is not None and (self.clips or self.file_list):
+            raise UserError("--accepted_formats chooses among all videos: omit it with --file_list and --clips")
         if self.clips and self.file_list:
             raise UserError("--clips names its videos itself: omit --file_list")
 

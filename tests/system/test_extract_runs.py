@@ -239,6 +239,7 @@ def test_files_that_are_no_videos_are_counted(
         ("--time_limit 0", "--time_limit 0"),
         ("--file_list nowhere.txt", "nowhere.txt"),
         ("--clips x.json --file_list y", "--file_list"),
+        ("--file_list y --accepted_formats mp4", "--accepted_formats"),
     ],
 )
 def test_what_is_not_possible_is_refused_before_anything_is_made(

@@ -7,10 +7,7 @@ Video names become paths below `frames_dir` or `video_dir`, so a name that could
 
 from __future__ import annotations
 
-import json
-import re
 import unicodedata
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.data.other_forms import describe_other_form
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import read_json
 
 # Unicode categories of characters that show nothing by themselves: control, format, unassigned, marks, separators.
 _INVISIBLE = ("Cc", "Cf", "Cn", "Mn", "Me", "Zs", "Zl", "Zp")
@@ -99,10 +97,7 @@ def sound_entries(path: str | Path) -> tuple[list[VideoAnnotation], list[str]]:
     videos: list[VideoAnnotation] = []
     problems: list[str] = []
     named: dict[str, str] = {}  # a video's name in one form, with and without extension → as it is written
-    entries = _read_entries(Path(path))
-    if isinstance(entries, _RepeatedKey):
-        problems.append(f"{path}: the video {entries.key!r} occurs twice; put all sentences into one entry")
-    for name, entry in entries.items():
+    for name, entry in _read_entries(Path(path)).items():
         try:
             video = _parse_video(f"{path}: video {name!r}", name, entry)
             _note_name(path, name, named)
@@ -112,45 +107,26 @@ def sound_entries(path: str | Path) -> tuple[list[VideoAnnotation], list[str]]:
     return videos, problems
 
 
-class _RepeatedKey(dict[str, Any]):
-    """A JSON object in which `key` occurs more than once, with the last of its values."""
-
-    key: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        content = _RepeatedKey(content)
-        content.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-    return content
-
-
 def _read_entries(path: Path) -> dict[str, Any]:
-    content = problem = None
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        problem = f"not JSON in UTF-8: {error}"
-    problem = describe_other_form(path, content) or problem
-    if problem is None and not isinstance(content, dict):
-        problem = f'expected an object {{video name: {{"sentences": [...]}}}}, got {_shown(content)}'
-    if problem is not None:
-        raise UserError(f"{path}: {problem}")
+        content = read_json(path)
+    except UserError:
+        if path.is_file() and (form := describe_other_form(path)):
+            raise UserError(f"{path}: {form}") from None
+        raise
+    if form := describe_other_form(path, content):
+        raise UserError(f"{path}: {form}")
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected an object {{video name: {{"sentences": [...]}}}}, got {shown(content)}')
     if not content:
         raise UserError(f"{path}: holds no video")
-    entries: dict[str, Any] = content
-    return entries
+    return content
 
 
 def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     check_name(where, name)
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {_shown(entry)}')
-    if isinstance(entry, _RepeatedKey):
-        raise UserError(f"{where}: the key {entry.key!r} occurs twice")
+        raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {shown(entry)}')
     if unknown := [key for key in entry if key not in KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
     if "sentences" not in entry:
@@ -158,12 +134,16 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     try:
         return VideoAnnotation(video_id=name, **entry)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key, *place = [step for step in problem["loc"] if not isinstance(step, str) or step in KEYS]
-        number = f", entry {int(place[0]) + 1}" if place else ""
-        reason = problem["msg"].removeprefix("Value error, ").removesuffix(" after validation")
-        reason = re.sub("^(Input|Tuple) should", "must", reason).replace("tuple", "list")
-        raise UserError(f'{where}: "{key}"{number}: {reason}, got {_shown(problem["input"])}') from None
+        raise UserError(explain(where, error)) from None
+
+
+def explain(where: str, error: ValidationError) -> str:
+    """Return a message on the first problem that pydantic found, with its place, reason and value."""
+    problem = error.errors()[0]
+    steps = [step for step in problem["loc"] if step not in ("int", "str")]  # which alternative was tried
+    place = ", ".join(f"entry {step + 1}" if isinstance(step, int) else f'"{step}"' for step in steps)
+    reason = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+    return ": ".join(filter(None, [where, place, f"{reason}, got {shown(problem['input'])}"]))
 
 
 def _note_name(path: str | Path, name: str, named: dict[str, str]) -> None:
@@ -204,6 +184,7 @@ def same_captions(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)
 
 
-def _shown(value: Any) -> str:
-    text = "an object" if isinstance(value, dict) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(value: Any) -> str:
+    """Return the beginning of a value, for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,7 +9,6 @@ A video is written in one transaction, so a pack holds all of a video or nothing
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.frame_store import FrameError, Kind
 from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.errors import UserError
@@ -31,7 +30,7 @@ from adaclip_finetune.errors import UserError
 PACK_KEY = b"/"
 PACK_VALUE = json.dumps({"format": "frames of videos", "version": 2}).encode()
 NOT_A_PACK = "is not a pack of frames, or was made by another version; adaclip pack makes one"
-LONGEST_ID = 480  # bytes; a key of LMDB has at most 511
+LONGEST_KEY = 500  # bytes of a video's key; LMDB takes 511, and those of its images are longer
 
 
 class PackedFrames(ImageStore):
@@ -46,11 +45,9 @@ class PackedFrames(ImageStore):
         self._records: dict[str, dict[str, Any]] = {}
         self._environment: lmdb.Environment | None = None
         try:
-            found = self._values([PACK_KEY])[0]
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        except lmdb.Error as error:
-            raise UserError(f"{path}: cannot be read as a pack of frames ({error}); adaclip pack makes one") from None
+            found = self._values("", [PACK_KEY])[0]
+        except FrameError as error:
+            raise UserError(f"{path}: {error.reason}") from None
         if found != PACK_VALUE:
             raise UserError(f"{path}: {NOT_A_PACK}")
 
@@ -69,9 +66,8 @@ class PackedFrames(ImageStore):
         """Return what the pack says of a video, whose name may carry the extension of a video file."""
         if video_id not in self._records:
             names = [video_id, split_extension(video_id)[0]]
-            found = self._of_video(video_id, [video_key(name) for name in names])
-            named = next(((name, value) for name, value in zip(names, found, strict=True) if value is not None), None)
-            if named is None:
+            found = zip(names, self._values(video_id, [video_key(name) for name in names]), strict=True)
+            if (named := next(((name, value) for name, value in found if value is not None), None)) is None:
                 reason = "holds no video of this name; adaclip pack adds videos to it"
                 raise FrameError(video_id, self.path, reason, "missing")
             self._records[video_id] = {"name": named[0], **json.loads(named[1])}
@@ -79,29 +75,25 @@ class PackedFrames(ImageStore):
 
     def _images(self, video_id: str, indices: Sequence[int]) -> Iterator[tuple[Path, str, io.BytesIO]]:
         name = self._record(video_id)["name"]
-        contents = self._of_video(video_id, [image_key(name, index) for index in indices])
+        contents = self._values(video_id, [image_key(name, index) for index in indices])
         for index, content in zip(indices, contents, strict=True):
             yield self.path, f"image {index + 1} ", io.BytesIO(content or b"")
 
-    def _of_video(self, video_id: str, keys: Sequence[bytes]) -> list[bytes | None]:
+    def _values(self, video_id: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of these keys, None for a key that is not there. Raises FrameError."""
         try:
-            return self._values(keys)
-        except lmdb.Error as error:
-            raise FrameError(video_id, self.path, f"is damaged ({error}); pack anew", "damaged") from None
-        except OSError as error:
-            raise FrameError(video_id, self.path, error.strerror or str(error)) from None
-
-    def _values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the values of these keys, None for a key that is not there. Raises OSError and lmdb.Error."""
-        self._environment = self._environment or _open(self.path)
-        with self._environment.begin() as transaction:
-            return [transaction.get(key) for key in keys]
+            self._environment = self._environment or _open(self.path)
+            with self._environment.begin() as transaction:
+                return [transaction.get(key) for key in keys]
+        except (lmdb.Error, OSError) as error:
+            kind: Kind = "damaged" if isinstance(error, lmdb.Error) else "unreadable"
+            reason = getattr(error, "strerror", None) or f"cannot be read as a pack ({error}); adaclip pack makes one"
+            raise FrameError(video_id, self.path, reason, kind) from None
 
 
 def video_key(name: str) -> bytes:
     """Return the key of a video's record."""
-    encoded = canonical(name).encode()
-    return (encoded if len(encoded) <= LONGEST_ID else hashlib.sha256(encoded).hexdigest().encode()) + b"/"
+    return canonical(name).encode() + b"/"
 
 
 def image_key(name: str, index: int) -> bytes:

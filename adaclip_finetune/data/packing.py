@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from adaclip_finetune.data.annotations import check_name, load_annotations
@@ -20,7 +20,7 @@ from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.images import IMAGE_FORMATS
 from adaclip_finetune.data.names import canonical, differing_forms
-from adaclip_finetune.data.packed_frames import NOT_A_PACK, PACK_KEY, PACK_VALUE, image_key, video_key
+from adaclip_finetune.data.packed_frames import LONGEST_KEY, NOT_A_PACK, PACK_KEY, PACK_VALUE, image_key, video_key
 from adaclip_finetune.durable import beside
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import Lock
@@ -34,39 +34,31 @@ def pack(frames_dir: Path, output: Path, annotations: Sequence[str], img_tmpl: s
 
     Raises UserError if there is nothing to pack, `output` is something else, or the disk is full.
     """
-    if output.suffix.lower() != ".lmdb":
-        raise UserError(f"-o {printable(output)}: the name of a pack ends in .lmdb")
+    if output.suffix.lower() != ".lmdb" or output.is_dir():
+        raise UserError(f"-o {printable(output)}: a pack is a file whose name ends in .lmdb")
     if not frames_dir.is_dir():
         raise UserError(f"{printable(frames_dir)}: there is no such folder")
     folder = FrameFolder(frames_dir, img_tmpl)
     videos = _listed(annotations) if annotations else _found(folder)
     lock = Lock(output.with_name(f".{output.name}.lock"), output)
     try:
-        if output.is_dir():
-            raise UserError(f"-o {printable(output)}: is a folder")
         output.parent.mkdir(parents=True, exist_ok=True)
         lock.take()
-    except OSError as error:
-        raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from None
-    try:
         # With --overwrite, the old pack stays until the new one is complete.
         part = beside(output) if overwrite and output.exists() else output
         if part != output:
             part.unlink(missing_ok=True)
         added, there, failed = _write(folder, videos, part)
         part.replace(output)
-    except lmdb.InvalidError:
-        raise UserError(f"{printable(output)}: {NOT_A_PACK}") from None
+    except OSError as error:
+        raise UserError(f"{printable(error.filename or output)}: {error.strerror or error}") from None
     except lmdb.Error as error:
-        raise UserError(
-            f"{printable(output)}: cannot be written ({error}). What was packed until now stays: make room, or mend "
-            "what is wrong, and run the same command again"
-        ) from None
+        way_out = NOT_A_PACK if isinstance(error, lmdb.InvalidError) else "run the same command again to go on"
+        raise UserError(f"{printable(output)}: cannot be written ({error}): {way_out}") from None
     finally:
         lock.release()
     before = f" ({there} of them were there already)" if there else ""
-    size = output.stat().st_size / 1e6
-    print(f"{printable(output)}: {added + there} videos{before}, {size:.1f} MB")
+    print(f"{printable(output)}: {added + there} videos{before}, {output.stat().st_size / 1e6:.1f} MB")
     if failed:
         print(f"{len(failed)} could not be packed:", *failed, sep="\n")
     return 1 if failed else 0
@@ -108,6 +100,8 @@ def _pack_video(folder: FrameFolder, video_id: str, transaction: lmdb.Transactio
     place = folder.video_folder(video_id)
     name = canonical(place.relative_to(folder.folder).as_posix())
     check_name(f"{video_id}: no annotation could name it", name)
+    if len(video_key(name)) > LONGEST_KEY:
+        raise FrameError(video_id, place, "its name is too long for a pack")
     if transaction.get(video_key(name)) is not None:
         return False
     record: dict[str, object] = {"images": folder.count(video_id)}
@@ -117,8 +111,7 @@ def _pack_video(folder: FrameFolder, video_id: str, transaction: lmdb.Transactio
             content = path.read_bytes()
             Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).close()
         except Exception as error:  # Pillow's readers raise whatever they stumble over
-            reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
-            raise FrameError(video_id, path, reason) from None
+            raise FrameError(video_id, path, f"is not an image, or cannot be read ({error})") from None
         transaction.put(image_key(name, index), content)
     if (times := folder.times(video_id)) is not None:
         record["times"] = times.tolist()

@@ -1,11 +1,13 @@
-"""What `adaclip extract` is asked to do."""
+"""What `adaclip extract` is asked to do: its flags, and which values they accept."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from adaclip_finetune.errors import UserError
 
@@ -13,78 +15,69 @@ from adaclip_finetune.errors import UserError
 _PREFIX = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)?%(0[1-9])?d[A-Za-z0-9_.-]*\.(jpg|jpeg|png)")
 
 
-@dataclass(frozen=True)
-class ImageOptions:
-    """Everything but the source that decides which images a video gives; a manifest keeps it.
-
-    prefix: the name of image n (from 1) in printf's spelling. frame_rate: frames a second, -1 for all frames.
-    frame_size: the shorter side in pixels, which is never enlarged, -1 for the video's. num_frames: only so many,
-    evenly spread in time. quality: ffmpeg's for JPEG, from 2 (best) to 31.
-    """
-
-    prefix: str = "image_%05d.jpg"
-    frame_rate: float = -1
-    frame_size: int = -1
-    num_frames: int | None = None
-    quality: int = 2
-
-    def __post_init__(self) -> None:
-        """Raises UserError, which names the flag and its value."""
-        _require(
-            _PREFIX.fullmatch(self.prefix),
-            f"--prefix {self.prefix!r}: must be a file name such as image_%05d.jpg, of letters, digits, _ . and -, "
-            "with one place for the number, that ends in .jpg, .jpeg or .png",
-        )
-        _require(
-            self.frame_rate == -1 or 0 < self.frame_rate <= 1000,
-            f"--frame_rate {self.frame_rate:g}: must be frames a second, up to 1000, or -1 for all frames",
-        )
-        _require(
-            self.frame_size == -1 or 1 <= self.frame_size <= 16384,
-            f"--frame_size {self.frame_size}: must be from 1 to 16384 pixels, or -1 for the video's size",
-        )
-        _require(2 <= self.quality <= 31, f"--quality {self.quality}: must be from 2 (best) to 31 (smallest files)")
-        if self.num_frames is not None:
-            _require(
-                self.num_frames >= 1, f"--num_frames {self.num_frames}: must be at least 1; omit it for all frames"
-            )
-            _require(self.frame_rate == -1, "--num_frames chooses among all frames of a video: omit --frame_rate")
+def _option(default: Any = None, **flag: Any) -> Any:
+    """Declare an option; argparse is told its default, too, and `--help` tells it to the user."""
+    if default is not None and default is not False:
+        flag["help"] += f" [default: {str(default).replace('%', '%%')}]"
+    return field(default=default, metadata={"default": default, **flag})
 
 
 @dataclass(frozen=True)
 class ExtractionOptions:
-    """One call of the command. `begin` and `end` (both included) count the videos in sorted order, from 0."""
+    """The flags of the command; the metadata are what argparse is told. Raises UserError, which names a flag."""
 
-    videos: Path
-    frames: Path
-    images: ImageOptions = field(default_factory=ImageOptions)
-    formats: tuple[str, ...] | None = None  # extensions without dot, in lower case; None: every video
-    begin: int = 0
-    end: int | None = None
-    file_list: Path | None = None
-    clips: Path | None = None
-    recursive: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    num_workers: int = 1
-    time_limit: float = 3600.0  # seconds for one video
+    videos: Path = field(metadata={"metavar": "VIDEOS", "type": Path, "help": "the folder of the video files"})
+    frames: Path = field(metadata={"metavar": "FRAMES", "type": Path, "help": "where to write FRAMES/<video>/"})
+    prefix: str = _option("image_%05d.jpg", metavar="NAME", help="names of the images, from number 1")
+    accepted_formats: Sequence[str] | None = _option(nargs="+", metavar="EXT", help="only files with these extensions")
+    begin: int = _option(0, metavar="N", type=int, help="the first video in sorted order, from 0")
+    end: int | None = _option(metavar="N", type=int, help="the last video, included")
+    file_list: Path | None = _option(metavar="FILE", type=Path, help="only these videos, a name a line")  # noqa: RUF009
+    frame_rate: float = _option(-1.0, metavar="X", type=float, help="frames a second; -1 for all frames")
+    frame_size: int = _option(-1, metavar="N", type=int, help="shorter side, never enlarged; -1 for the video's")
+    parallel: bool = _option(False, action="store_true", help="extract several videos at once")
+    num_workers: int | None = _option(metavar="N", type=int, help="with --parallel: how many, else as many as cores")
+    dry_run: bool = _option(False, action="store_true", help="print how many videos would be extracted, and stop")
+    num_frames: int | None = _option(metavar="N", type=int, help="only the N frames that uniform sampling would read")
+    quality: int = _option(2, metavar="N", type=int, help="quality of JPEG, from 2 (best) to 31")
+    recursive: bool = _option(False, action="store_true", help="search folders in VIDEOS, too; FRAMES nests likewise")
+    clips: Path | None = _option(metavar="FILE", type=Path, help="an annotation: a folder an entry, cut as it says")  # noqa: RUF009
+    overwrite: bool = _option(False, action="store_true", help="extract again what is finished, and replace images")
+    time_limit: float = _option(3600.0, metavar="S", type=float, help="seconds for one video")
 
     def __post_init__(self) -> None:
-        """Raises UserError, which names the flag and its value."""
-        _require(
-            self.begin >= 0 and (self.end is None or self.end >= self.begin),
-            f"--begin {self.begin} --end {self.end}: must count up from 0; the last one is included",
-        )
-        _require(self.num_workers >= 1, f"--num_workers {self.num_workers}: must be at least 1")
-        _require(self.time_limit > 0, f"--time_limit {self.time_limit:g}: must be a number of seconds above 0")
-        _require(not (self.clips and self.file_list), "--clips names its videos itself: omit --file_list")
+        accepted = {
+            "prefix": (_PREFIX.fullmatch(self.prefix), "a name like image_%05d.jpg that ends in .jpg, .jpeg or .png"),
+            "frame_rate": (self.frame_rate == -1 or 0 < self.frame_rate <= 1000, "up to 1000, or -1 for all frames"),
+            "frame_size": (self.frame_size == -1 or 1 <= self.frame_size <= 16384, "1 to 16384, or -1"),
+            "quality": (2 <= self.quality <= 31, "2 (best) to 31 (smallest files)"),
+            "num_frames": (self.num_frames is None or self.num_frames >= 1, "at least 1"),
+            "begin": (self.begin >= 0, "at least 0"),
+            "end": (self.end is None or self.end >= self.begin, "at least --begin; the last video is included"),
+            "num_workers": (self.num_workers is None or self.num_workers >= 1, "at least 1"),
+            "time_limit": (self.time_limit > 0, "a number of seconds above 0"),
+        }
+        for name, (is_accepted, words) in accepted.items():
+            if not is_accepted:
+                raise UserError(f"--{name} {getattr(self, name)}: must be {words}")
+        if self.num_frames is not None and self.frame_rate != -1:
+            raise UserError("--num_frames chooses among all frames of a video: omit --frame_rate")
+        if self.accepted_formats is not None and (self.clips or self.file_list):
+            raise UserError("--accepted_formats chooses among all videos: omit it with --file_list and --clips")
+        if self.clips and self.file_list:
+            raise UserError("--clips names its videos itself: omit --file_list")
+
+    @property
+    def workers(self) -> int:
+        """How many videos are extracted at once."""
+        return (self.num_workers or cores()) if self.parallel else 1
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """Everything but the source that decides which images a video gives; a manifest keeps it."""
+        return {key: getattr(self, key) for key in ("prefix", "frame_rate", "frame_size", "num_frames", "quality")}
 
 
 def cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _require(valid: object, message: str) -> None:
-    if not valid:
-        raise UserError(message)

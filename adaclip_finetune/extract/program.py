@@ -11,22 +11,20 @@ import os
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ffmpeg
 import imageio_ffmpeg
+import numpy as np
 
-from adaclip_finetune.data.video.container import CONTAINERS
+from adaclip_finetune.data.video.decoding import CONTAINERS
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract.options import ImageOptions
 from adaclip_finetune.extract.plan import ExtractionJob
 
 # Messages about files that were cut off, after which ffmpeg exits with 0.
 CUT_OFF = ("File ended prematurely", "partial file")
-CHOSEN_TIMES = "chosen_times.txt"  # where ffmpeg prints when the chosen frames are shown
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -34,59 +32,49 @@ class ExtractionFailed(Exception):
     """A video could not be extracted; the message is the reason."""
 
 
-def images_of(
-    job: ExtractionJob, images: ImageOptions, chosen: Sequence[int] | None, *, stream: int, seeks: bool, strict: bool
-) -> Any:
+def images_of(job: ExtractionJob, images: Mapping[str, Any], stream: int, strict: bool, among: Sequence[int]) -> Any:
     """Return the ffmpeg-python node that writes the images of a job.
 
-    chosen: only frames with these numbers among those of the job. stream: number of the video stream. seeks: the
-    container knows where its frames are; otherwise they are decoded from the first one on. strict: end at the first
-    damaged frame, which ffmpeg would otherwise conceal. Recordings that begin between key frames cannot be read so.
+    stream: number of the video stream. strict: end at the first damaged frame, which ffmpeg would otherwise conceal;
+    recordings that begin between key frames cannot be read so. among: numbers of the frames that are wanted, counted
+    from the start of the file; if it is empty, ffmpeg seeks to the start of the job.
     """
     start, end = job.start or 0.0, job.end
     options: dict[str, Any] = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     options["reinit_filter"] = 0  # frames that change in size are resized to that of the first
     if strict:
         options["err_detect"] = "explode"
-    if seeks:
+    if not len(among):
         options |= ({"ss": start} if start else {}) | ({} if end is None else {"t": end - start})
     node = ffmpeg.input(f"file:{job.source.absolute()}", **options)[str(stream)]
-    if not seeks and (start or end is not None):  # in microseconds: AVI's own units would round them to frames
-        node = node.filter("settb", "AVTB").filter("trim", start=start, **({} if end is None else {"end": end}))
-    if chosen is not None:
-        node = node.filter("select", _is_among(chosen)).filter("settb", "AVTB")
-        # Print the microsecond at which each chosen frame is shown. Only frames with metadata are printed.
-        node = node.filter("metadata", mode="add", key="chosen", value=1)
-        node = node.filter("metadata", mode="print", file=CHOSEN_TIMES)
-    if images.frame_rate != -1:
-        node = node.filter("fps", fps=images.frame_rate)
+    if len(among):
+        runs = np.split(among, np.flatnonzero(np.diff(among) > 1) + 1)
+        node = node.filter("select", _any([f"between(n,{run[0]},{run[-1]})" for run in runs]))
+    if images["frame_rate"] != -1:
+        node = node.filter("fps", fps=images["frame_rate"])
     size = {}
-    if (side := images.frame_size) != -1:
+    if (side := images["frame_size"]) != -1:
         size = {"w": f"if(gt(iw,ih),-1,min({side},iw))", "h": f"if(gt(iw,ih),min({side},ih),-1)"}
-    if jpeg := not images.prefix.endswith(".png"):  # whose colours are BT.601 in full range, whatever the video's were
+    if jpeg := not images["prefix"].endswith(".png"):  # JPEG's colours are BT.601 in full range, whatever the video's
         node = node.filter("scale", **size, out_color_matrix="bt601", out_range="pc").filter("format", "yuvj420p")
     else:
         node = node.filter("scale", **size).filter("format", "rgb24")
     # The encoder refuses two frames in the same unit of time: give each frame a unit of its own.
     node = node.filter("settb", "1/25").filter("setpts", "N")
-    quality = {"q:v": images.quality} if jpeg else {}
-    return ffmpeg.output(node, images.prefix, format="image2", enc_time_base="1:25", **quality)
+    quality = {"q:v": images["quality"]} if jpeg else {}
+    return ffmpeg.output(node, images["prefix"], format="image2", enc_time_base="1:25", **quality)
 
 
-def _is_among(numbers: Sequence[int]) -> str:
-    """Return an expression for "the frame's number n is among these", nested, since ffmpeg refuses long sums."""
-    if len(numbers) == 1:
-        return f"eq(n,{numbers[0]})"
-    middle = len(numbers) // 2
-    return f"({_is_among(numbers[:middle])}+{_is_among(numbers[middle:])})"
+def _any(terms: Sequence[str]) -> str:
+    """Return the sum of the terms, nested, since ffmpeg refuses long sums."""
+    middle = len(terms) // 2
+    return terms[0] if len(terms) == 1 else f"({_any(terms[:middle])}+{_any(terms[middle:])})"
 
 
 def find_program() -> str:
     """Return the path of ffmpeg: the one on PATH, else the one of imageio-ffmpeg. Raises UserError if there is none."""
-    if found := shutil.which("ffmpeg"):
-        return str(Path(found).absolute())
     try:
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
+        return str(Path(shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()).absolute())
     except RuntimeError as error:
         raise UserError(f"there is no ffmpeg program: install one, or reinstall imageio-ffmpeg ({error})") from None
 
@@ -96,38 +84,34 @@ class FFmpeg:
 
     def __init__(self, threads: int, time_limit: float) -> None:
         """threads: for one run. time_limit: seconds. Raises UserError if there is no ffmpeg that works."""
-        self.path, self.threads, self.time_limit = find_program(), threads, time_limit
+        self.path, self.time_limit, self._running, self._stopped = find_program(), time_limit, set[Any](), False
         try:
             told = subprocess.run([self.path, "-h", "long"], capture_output=True, timeout=60, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
             raise UserError(f"{self.path} does not work: {error}") from None
+        quiet = ["-nostdin", "-hide_banner", "-v", "error", "-nostats", "-xerror"]
+        self._threads = ["-threads", str(threads)]
+        self._command = [self.path, *quiet, "-filter_complex_threads", str(threads), *self._threads]
         # Frames are neither repeated nor dropped for a constant rate. ffmpeg 5 renamed the option.
         self._every_frame = ["-fps_mode" if b"-fps_mode" in told else "-vsync", "passthrough"]
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
-        self._lock = threading.Lock()
 
     def run(self, output: Any, folder: Path) -> None:
         """Write the images of an output node into the folder.
 
         Raises ExtractionFailed with ffmpeg's reason, or OSError if the disk is full.
         """
-        threads = ["-threads", str(self.threads)]
-        quiet = ["-nostdin", "-hide_banner", "-v", "error", "-nostats", "-xerror"]
-        filters = ["-filter_complex_threads", str(self.threads)]
-        *words, target = output.compile(cmd=[self.path, *quiet, *filters, *threads])
-        with self._lock:
-            if self._stopped:
-                raise ExtractionFailed("the extraction was stopped")
-            process = subprocess.Popen(
-                [*words, *self._every_frame, *threads, target],
-                cwd=folder,  # so that nothing in the names of folders can be taken for a pattern
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C reaches only us, and `close` ends the program
-            )
-            self._running.add(process)
+        *words, target = output.compile(cmd=self._command)
+        process = subprocess.Popen(
+            [*words, *self._every_frame, *self._threads, target],
+            cwd=folder,  # so that nothing in the names of folders can be taken for a pattern
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches only us, and `close` ends the program
+        )
+        self._running.add(process)
+        if self._stopped:
+            process.kill()
         try:
             _, messages = process.communicate(timeout=self.time_limit)
         except subprocess.TimeoutExpired:
@@ -135,8 +119,7 @@ class FFmpeg:
             process.communicate()
             raise ExtractionFailed(f"ffmpeg was not done after {self.time_limit:g} s (--time_limit)") from None
         finally:
-            with self._lock:
-                self._running.discard(process)
+            self._running.discard(process)
         lines = messages.decode("utf-8", "replace").splitlines()
         for number in FULL:
             if any(line.endswith(os.strerror(number)) for line in lines):
@@ -147,8 +130,7 @@ class FFmpeg:
             raise ExtractionFailed(reason or f"ffmpeg ended with {process.returncode} and no message")
 
     def close(self) -> None:
-        """End what is running and let nothing new start."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.kill()
+        """End what is running, and what may still be started."""
+        self._stopped = True
+        for process in list(self._running):
+            process.kill()

@@ -86,10 +86,9 @@ def test_two_names_of_one_video_are_refused_with_both(tmp_path: Path, one: str, 
         ({"sentences": ["a", "b", 3]}, ['"sentences", entry 3', "got 3"]),
         ({"sentences": ["\ud83d"]}, ['"sentences", entry 1']),
         ({"sentence": ["a"]}, ["'sentence'", "known are sentences"]),
-        ({"sentences": ["a"], "duration": float("nan")}, ['"duration"', "finite", "nan"]),
         ({"sentences": ["a"], "start": -1}, ['"start"', "got -1"]),
         ({"sentences": ["a"], "end": "3"}, ['"end"', "number", "got '3'"]),
-        ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2']),
+        ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2, entry 2']),
         ({"sentences": ["a"], "extension": "../mp4"}, ['"extension"', "'../mp4'"]),
     ],
 )
@@ -106,14 +105,15 @@ def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, fac
     ("content", "fact"),
     [
         ("[]", "expected an object"),
+        ('{"a": {"sentences": ["x"], "duration": NaN}}', "NaN"),
         ("{}", "holds no video"),
-        ('{"a": {"sentences": ["x"]}}\n{"b": {"sentences": ["x"]}}', "Extra data: line 2"),
-        ("[" * 200_000, "recursion"),
+        ('{"a": {"sentences": ["x"]}}\n{"b": {"sentences": ["x"]}}', "Extra data in line 2"),
+        ("[" * 200_000, "too deeply"),
         ('{"a": {"sentences": ["x"], "duration": 1' + "0" * 5000 + "}}", "integer"),
-        ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', "'a' occurs twice"),
-        ('{"a": {"sentences": ["x"], "sentences": ["y"]}}', "video 'a': the key 'sentences' occurs twice"),
-        ('{"a": {"sentences": ["é"]}}'.encode("latin-1"), "position 22"),
-        (None, "No such file"),
+        ('{"a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}', '"a" appears twice'),
+        ('{"a": {"sentences": ["x"], "sentences": ["y"]}}', '"sentences" appears twice'),
+        ('{"a": {"sentences": ["é"]}}'.encode("latin-1"), "byte 22"),
+        (None, "no such file"),
     ],
 )
 def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> None:
@@ -127,15 +127,15 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "command"),
     [
-        ("f.json", [{"mp4": "a", "caption": "x"}], "table --video-column NAME --caption-column caption --train"),
+        ("f.json", [{"mp4": "a", "caption": "x"}], "table --video-column NAME --caption-column NAME --train"),
         ("f.json", [{"videoID": "a", "enCap": ["x"]}], "vatex --train"),
         ("f.json", [{"annotation_id": 1, "video": "a", "description": "x"}], "didemo --train"),
         ("f.json", {"videos": [], "sentences": []}, "msrvtt --data"),
         ("f.json", {"annotations": [], "images": []}, "msrvtt --train LIST --test LIST --data"),
         ("f.json", {"database": {}}, "youcook2 --data"),
         ("f.json", '{"clip_id": "a", "text": "x"}\n{"clip_id": "b", "text": "y"}\n', "clipvip --train"),
-        ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column video"),
-        ("my table.csv", 'key,"video_id",text\n', "table --video-column video_id --caption-column text --train"),
+        ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column NAME"),
+        ("my table.csv", 'key,"video_id",text\n', "table --video-column NAME --caption-column NAME"),
     ],
 )
 def test_other_forms_are_met_with_the_command_that_converts_them(
@@ -157,7 +157,8 @@ def test_the_command_for_another_form_works(tmp_path: Path, name: str) -> None:
     path.write_text(json.dumps(rows) if name == "f.json" else "\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError) as caught:
         load_annotations(path)
-    words = shlex.split(str(caught.value).rpartition("adaclip ")[2])
+    command = str(caught.value).rpartition("adaclip ")[2].replace("NAME", "video_id", 1).replace("NAME", "caption", 1)
+    words = shlex.split(command)
     assert main([*words[:-1], str(tmp_path)]) == 0
     assert [video.sentences for video in load_annotations(tmp_path / "train.json")] == [("x",), ("y",)]
 

@@ -384,13 +384,13 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "content", "told"),
     [
-        ("msrvtt --data f", "[]", ["f: ", "{videos, sentences}", "[]"]),
-        ("msrvtt --data f", {"annotations": [{"image_id": "a", "caption": "b"}]}, ["annotations, entry 1", "split"]),
+        ("msrvtt --data f", "[]", ["f: ", "object", "[]"]),
+        ("msrvtt --data f", {"annotations": [{"image_id": "a", "caption": "b"}]}, ["annotations: entry 1", "split"]),
         ("msrvtt --test f", "video_id\nv\n", ["f: ", "sentence", "--data"]),
         ("msrvtt --test f", 'video_id,sentence\nu,t\nv,"x\nw,y\n', ["f: line 3", "quotation mark"]),
-        ("activitynet --test f", {"v_a": {"sentences": [3]}}, ["caption 1", "got 3"]),
+        ("activitynet --test f", {"v_a": {"sentences": [3]}}, ["video 'v_a': \"sentences\", entry 1", "got 3"]),
         ("activitynet --test f", {"v_a": {"sentences": ["a"], "timestamps": []}}, ["got 0 for 1"]),
-        ("activitynet --test f", {"v_a": {"sentences": ["a"], "duration": -1}}, ["'duration'", "-1"]),
+        ("activitynet --test f", {"v_a": {"sentences": ["a"], "duration": -1}}, ['"duration"', "-1"]),
         ("activitynet --train-ids f", ["a"], ["--train FILE"]),
         ("msvd --test /dev/null --captions f", "no pickle", ["f: expected a pickle"]),
         ("clipvip --test f", '{"clip_id": "a", "text": "b"}\n{"clip_id"', ["f: line 2", "not JSON"]),
@@ -400,7 +400,7 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
          ["video 'a'", "'x'"]),
         ("youcook2 --data f",
          {"database": {"a": {"subset": "testing", "recipe_type": "1", "annotations": [{"id": 0, "segment": [2, 1]}]}}},
-         ["video 'a': annotations, entry 1: 'segment'", "2 to 1"]),
+         ["video 'a': annotations: entry 1: 'segment'", "[2, 1]"]),
         ("youcook2 --data f",
          {"database": {"a": {"subset": "testing", "recipe_type": "1", "annotations": [*PARTS, PARTS[1] | {"id": 0}]}}},
          ["entry 3", "other times"]),
@@ -413,9 +413,9 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         ("table V C --train f.csv", "v,c\na,b, and c\n", ["line 2", "expected 2 columns, got 3"]),
         ("table V C --train f.csv", b"v,c\na,\xff\n", ["f.csv", "UTF-8"]),
         ("table V C --train f.csv", "v,c\na.mp4,x\na.mkv,y\n", ["line 3", "a.mp4 and a.mkv"]),
-        ("table V C --train f.jsonl", '{"v": 1.5, "c": "x"}', ["line 1: 'v'", "1.5"]),
+        ("table V C --train f.jsonl", '{"v": 1.5, "c": "x"}', ["line 1: \"video\"", "1.5"]),
         ("table V C --data f.csv", "v,c\n", ["--split"]),
-        ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,x,1\n", ["line 2", "seconds", "'x'"]),
+        ("table V C --start s --end t --train f.csv", "v,c,s,t\na,b,x,1\n", ["line 2", "number", "'x'"]),
     ],
 )  # fmt: skip
 def test_wrong_input_is_told_with_its_place(

@@ -13,8 +13,7 @@ from PIL import Image
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.preprocess import ImageSpec, Views, to_square
-from adaclip_finetune.data.video.container import BrokenVideo
-from adaclip_finetune.data.video.decoding import to_rgb
+from adaclip_finetune.data.video.decoding import BrokenVideo, to_rgb
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.data.video.index import index_video

@@ -11,25 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from adaclip_finetune.data.annotations import check_name
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+
+from adaclip_finetune.data.annotations import check_name, explain, shown
 from adaclip_finetune.data.formats.reading import (
+    Row,
+    checked,
     csv_cells,
     csv_rows,
-    cut,
-    expect,
     json_lines,
     json_list,
-    json_object,
-    member,
     read_ids,
     read_plain_pickle,
-    seconds,
-    shown,
     table_rows,
-    texts,
-    time_span,
 )
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.errors import UserError
@@ -38,9 +35,28 @@ from adaclip_finetune.strict_json import read_json
 SPLITS = ("train", "val", "test")
 
 
-@dataclass
+def _lasts(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] >= span[1]:
+        raise ValueError("expected an end after the start, both in seconds")
+    return span
+
+
+def _from_zero(pair: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= pair[0] <= pair[1]:
+        raise ValueError("expected [first, last] segment, counted from 0")
+    return pair
+
+
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Seconds = Annotated[float, Field(ge=0, lt=1e9)]
+Span = tuple[Seconds, Seconds]
+Cut = Annotated[Span, AfterValidator(_lasts)]
+
+
+@pydantic.dataclasses.dataclass
 class SourceClip:
-    """A clip with its captions as the source has them. All times are in seconds.
+    """A clip with its captions as the source has them, which pydantic checks. All times are in seconds.
 
     `start` and `end` cut the clip out of the file that `group` names. Where published files are clips already, their
     times in the source video become `duration`. `timestamps` are times within the clip, one for each sentence. The
@@ -49,17 +65,17 @@ class SourceClip:
     """
 
     where: str
-    video: str
-    sentences: list[str]
-    timestamps: list[tuple[float, float]] | None = None
-    start: float | None = None
-    end: float | None = None
-    duration: float | None = None
+    video: Name
+    sentences: Texts
+    timestamps: list[Span] | None = None
+    start: Seconds | None = None
+    end: Seconds | None = None
+    duration: Seconds | None = None
     extension: str | None = None
     group: str | None = None
     paragraph: bool = False
     split: str | None = None
-    key: object = None
+    key: str | int | None = None
 
 
 @dataclass
@@ -186,25 +202,26 @@ def _chosen(source: SourceSplit, ids: Path, prefix: str = "") -> SourceSplit:
     return SourceSplit(list(chosen.values()), absent, source.duplicates)
 
 
-def _clip(where: str, row: dict[str, Any], video: str, captions: str, **facts: Any) -> SourceClip:
-    """Return the clip of a row, with its name under the key `video`, and a text or a list of texts under `captions`.
+def _clip(where: str, video: Any, sentences: Any, **facts: Any) -> SourceClip:
+    """Return a clip. The extension of a video file at the end of its name becomes the extension of the clip."""
+    try:
+        clip = SourceClip(where=where, video=video, sentences=sentences, **facts)
+    except ValidationError as error:
+        raise UserError(explain(where, error)) from None
+    clip.video, clip.extension = split_extension(clip.video.strip())
+    return clip
 
-    The extension of a video file at the end of the name becomes the extension of the clip.
-    """
-    name, extension = split_extension(str(member(where, row, video, (str, int))).strip())
-    sentences = texts(f"{where}: {captions!r}", member(where, row, captions, (str, list)))
-    return SourceClip(where, name, sentences, extension=extension, **facts)
 
-
-def _cut_clip(where: str, name: str, sentences: list[str]) -> SourceClip:
+def _cut_clip(where: str, video: Any, sentences: Any) -> SourceClip:
     """Return the clip of a file `<YouTube id>_<start>_<end>`; the id may hold underscores, too."""
-    if (found := _CUT_FROM.fullmatch(name)) is None:
-        return SourceClip(where, name, sentences)
-    return SourceClip(where, name, sentences, duration=_length(int(found[2]), int(found[3])), group=found[1])
+    clip = _clip(where, video, sentences)
+    if found := _CUT_FROM.fullmatch(clip.video):
+        clip.duration, clip.group = _length(int(found[2]), int(found[3])), found[1]
+    return clip
 
 
 def _length(start: float, end: float) -> float | None:
-    return round(float(end - start), 3) if end > start else None
+    return round(float(end - start), 3) if 0 < end - start < 1e9 else None
 
 
 # ---- MSR-VTT (Xu et al., CVPR 2016), with its own splits or those of lists (1k-A: Yu et al., ECCV 2018) ----
@@ -229,8 +246,8 @@ def _has_captions(path: Path) -> bool:
 
 def _msrvtt_captions(path: Path) -> Iterator[SourceClip]:
     """Yield the rows of a list of ids with a column `sentence`, which is used in place of the captions."""
-    for where, row in csv_rows(path, ["video_id", "sentence"]):
-        yield _clip(where, row, "video_id", "sentence")
+    for row in csv_rows(path, ["video_id", "sentence"]):
+        yield _clip(row.where, row["video_id"], row["sentence"])
 
 
 def _msrvtt_clips(path: Path, options: Options) -> Iterator[SourceClip]:
@@ -240,75 +257,59 @@ def _msrvtt_clips(path: Path, options: Options) -> Iterator[SourceClip]:
             raise UserError(f"{path}: has no column sentence: the captions come from --data MSRVTT_data.json")
         yield from _msrvtt_captions(path)
         return
-    content = expect(str(path), read_json(path), dict, "an object {videos, sentences} or {annotations}")
+    content = Row(str(path), read_json(path))
     key, video_key = ("sentences", "video_id") if "sentences" in content else ("annotations", "image_id")
-    if key == "sentences":
-        for where, row in json_list(path, member(str(path), content, "videos", list, "a list of videos"), "videos"):
-            clip = SourceClip(where, member(where, row, "video_id"), [])
-            clip.split = str(row["split"]) if "split" in row else None
-            if isinstance(url := row.get("url"), str) and url.strip():
-                clip.group = found[1] if (found := _YOUTUBE.search(url)) else url
-            if "start time" in row and "end time" in row:
-                clip.duration = _length(*time_span(where, [row["start time"], row["end time"]]))
-            yield clip
-    captions = member(str(path), content, key, list, f"a list of {{{video_key}, caption}}")
-    for where, row in json_list(path, captions, key):
-        yield SourceClip(where, member(where, row, video_key), [member(where, row, "caption")])
+    for row in json_list(f"{path}: videos", content["videos"] if key == "sentences" else []):
+        clip = _clip(row.where, row["video_id"], [], split=row.get("split"), group=row.get("url"))
+        if clip.group is not None:
+            clip.group = found[1] if (found := _YOUTUBE.search(clip.group)) else clip.group.strip() or None
+        if "start time" in row and "end time" in row:
+            clip.duration = _length(*checked(row.where, (row["start time"], row["end time"]), Span))
+        yield clip
+    for row in json_list(f"{path}: {key}", content[key]):
+        yield _clip(row.where, row[video_key], row["caption"])
 
 
 # ---- MSVD (Chen and Dolan, ACL 2011): lists of ids, and a pickle {id: [[token, …], …]} ----
 
 
 def _msvd_clips(path: Path, options: Options) -> Iterator[SourceClip]:
-    for where, name, captions in json_object(path, read_plain_pickle(path)):
-        sentences = []
-        for row, tokens in enumerate(expect(where, captions, list, "a list of captions"), start=1):
-            here = f"{where}: caption {row}"
-            words = expect(here, tokens, (list, tuple), "a list of tokens")
-            sentences.append(" ".join(expect(here, word, str, "a text") for word in words))
-        yield _cut_clip(where, name, sentences)
+    for name, captions in checked(str(path), read_plain_pickle(path), dict[str, list[list[str]]]).items():
+        yield _cut_clip(f"{path}: video {name!r}", name, [" ".join(tokens) for tokens in captions])
 
 
 # ---- ActivityNet Captions (Krishna et al., ICCV 2017): {"v_<id>": {duration, timestamps, sentences}} ----
 
 
 def _activitynet_clips(path: Path, options: Options) -> Iterator[SourceClip]:
-    for where, video, entry in json_object(path):
-        expect(where, entry, dict, "an object {duration, timestamps, sentences}")
-        clip = SourceClip(where, video, texts(where, member(where, entry, "sentences", list)), paragraph=True)
-        if "timestamps" in entry:
-            pairs = member(where, entry, "timestamps", list, "a list of [start, end]")
-            clip.timestamps = [time_span(f"{where}: timestamp {row}", pair) for row, pair in enumerate(pairs, start=1)]
-            if (got := len(pairs)) != (needed := len(clip.sentences)):
-                raise UserError(f"{where}: expected a timestamp for each sentence, got {got} for {needed}")
-        if "duration" in entry:
-            clip.duration = seconds(f"{where}: 'duration'", entry["duration"])
+    for video, entry in Row(str(path), read_json(path)).items():
+        row = Row(f"{path}: video {video!r}", entry)
+        facts = {key: row[key] for key in ("timestamps", "duration") if key in row}
+        clip = _clip(row.where, video, row["sentences"], **facts, paragraph=True)
+        if clip.timestamps is not None and (got := len(clip.timestamps)) != (needed := len(clip.sentences)):
+            raise UserError(f"{row.where}: expected a timestamp for each sentence, got {got} for {needed}")
         yield clip
 
 
 # ---- DiDeMo (Hendricks et al., ICCV 2017): [{annotation_id, video, description, times}] ----
 
 SEGMENT_SECONDS = 5.0
+Segment = Annotated[tuple[int, int], AfterValidator(_from_zero)]
 
 
 def _didemo_clips(path: Path, options: Options) -> Iterator[SourceClip]:
-    """Yield descriptions, each ending in a full stop. Those of a video, in their order, are a paragraph."""
-    for where, row in json_list(path):
-        key, text = member(where, row, "annotation_id", (int, str)), member(where, row, "description").strip()
-        clip = _clip(where, row, "video", "description", paragraph=True, key=key)
+    """Yield descriptions, each ending in a full stop. Those of a video, in their order, are a paragraph.
+
+    Their time is the one that most annotators chose, the earlier answer at a tie.
+    """
+    for row in json_list(path, read_json(path)):
+        clip = _clip(row.where, row["video"], [row["description"]], paragraph=True, key=row["annotation_id"])
+        text = clip.sentences[0].strip()
         clip.sentences = [text if not text or text.endswith(".") else f"{text}."]
-        clip.timestamps = [_didemo_time(where, member(where, row, "times", list, "a list of [first, last] segment"))]
+        times = checked(f"{row.where}: 'times'", row["times"], Annotated[list[Segment], Field(min_length=1)])
+        [((first, last), _)] = Counter(times).most_common(1)
+        clip.timestamps = [(first * SEGMENT_SECONDS, (last + 1) * SEGMENT_SECONDS)]
         yield clip
-
-
-def _didemo_time(where: str, times: list[Any]) -> tuple[float, float]:
-    """Return the seconds that most annotators chose, the earlier answer at a tie."""
-    for pair in times or [None]:
-        good = isinstance(pair, list) and len(pair) == 2 and all(type(segment) is int for segment in pair)
-        if not good or not 0 <= pair[0] <= pair[1]:
-            raise UserError(f"{where}: 'times': expected [first, last] segment, counted from 0, got {shown(pair)}")
-    [((first, last), _)] = Counter(map(tuple, times)).most_common(1)
-    return first * SEGMENT_SECONDS, (last + 1) * SEGMENT_SECONDS
 
 
 # ---- YouCook2 (Zhou et al., AAAI 2018): {"database": {id: {subset, recipe_type, annotations: [{id, segment}]}}} ----
@@ -316,15 +317,14 @@ def _didemo_time(where: str, times: list[Any]) -> tuple[float, float]:
 
 def _youcook2_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     """Yield a clip `training/101/<id>_<n>` of each annotated segment, cut out of the file `training/101/<id>`."""
-    content = expect(str(path), read_json(path), dict, "an object {database}")
-    for where, video, entry in json_object(path, member(str(path), content, "database", dict, "an object of videos")):
-        expect(where, entry, dict, "an object {subset, recipe_type, annotations}")
-        subset = member(where, entry, "subset")
-        file = f"{subset}/{member(where, entry, 'recipe_type', (str, int))}/{video}"
-        for here, part in json_list(Path(where), entry.get("annotations", []), "annotations"):
-            start, end = cut(f"{here}: 'segment'", member(here, part, "segment", list, "[start, end] in seconds"))
-            number, sentence = member(here, part, "id", (int, str), "a number"), member(here, part, "sentence")
-            yield SourceClip(here, f"{file}_{number}", [sentence], start=start, end=end, group=file, split=subset)
+    content = Row(str(path), read_json(path))
+    for video, entry in Row(str(path), content["database"]).items():
+        row = Row(f"{path}: video {video!r}", entry)
+        file = f"{row['subset']}/{row['recipe_type']}/{video}"
+        for part in json_list(f"{row.where}: annotations", row.get("annotations", [])):
+            start, end = checked(f"{part.where}: 'segment'", part["segment"], Cut)
+            facts = {"start": start, "end": end, "group": file, "split": row["subset"]}
+            yield _clip(part.where, f"{file}_{part['id']}", part["sentence"], **facts)
 
 
 # ---- LSMDC (Rohrbach et al., IJCV 2017): tab-separated, without a header ----
@@ -336,12 +336,12 @@ _LSMDC_TIMES_IN_ID = re.compile(r"_\d+\.\d+\.\d+\.\d+-\d+\.\d+\.\d+\.\d+$", re.A
 
 def _lsmdc_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     """Yield clips. Their times are those in the movie, since the published files are the clips."""
-    for where, row in csv_rows(path, _LSMDC_COLUMNS, "\t", has_header=False):
+    for row in csv_rows(path, _LSMDC_COLUMNS, "\t", has_header=False):
         name, _, _, start, end, sentence = map(str.strip, row.values())
         movie = _LSMDC_TIMES_IN_ID.sub("", name)
-        duration = _length(_lsmdc_seconds(where, start), _lsmdc_seconds(where, end))
+        duration = _length(_lsmdc_seconds(row.where, start), _lsmdc_seconds(row.where, end))
         name = f"{movie}/{name}" if options["nested"] else name
-        yield SourceClip(where, name, [sentence], duration=duration, group=movie)
+        yield SourceClip(row.where, name, [sentence], duration=duration, group=movie)
 
 
 def _lsmdc_seconds(where: str, text: str) -> float:
@@ -356,13 +356,13 @@ def _lsmdc_seconds(where: str, text: str) -> float:
 def _vatex_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     key = {"en": "enCap", "zh": "chCap"}[options["language"] or "en"]
     if path != options["data"]:
-        for where, row in json_list(path):
-            yield _cut_clip(where, member(where, row, "videoID"), texts(f"{where}: {key!r}", row.get(key, [])))
+        for row in json_list(path, read_json(path)):
+            yield _cut_clip(row.where, row["videoID"], row.get(key, []))
     elif options["language"] is not None:
         raise UserError(f"--language chooses between enCap and chCap; {path} has captions of one language")
     else:
-        for where, name, captions in json_object(path):
-            yield _cut_clip(where, name, texts(where, captions))
+        for name, captions in Row(str(path), read_json(path)).items():
+            yield _cut_clip(f"{path}: video {name!r}", name, captions)
 
 
 # ---- WebVid (Bain et al., ICCV 2021): CSV with up to ten million rows ----
@@ -390,8 +390,9 @@ def _webvid_once(path: Path, options: Options) -> Iterator[SourceClip]:
 
 
 def _webvid_clips(path: Path, options: Options) -> Iterator[SourceClip]:
-    for where, row in csv_rows(path, ["videoid", "name", *(["page_dir"] if options["nested"] else [])]):
-        clip = _clip(where, row, "videoid", "name", duration=_webvid_seconds(where, row.get("duration", "")))
+    for row in csv_rows(path, ["videoid", "name", *(["page_dir"] if options["nested"] else [])]):
+        duration = _webvid_seconds(row.where, row.get("duration", ""))
+        clip = _clip(row.where, row["videoid"], row["name"], duration=duration)
         if options["nested"]:
             clip.video = f"{row['page_dir']}/{clip.video}"
         yield clip
@@ -412,13 +413,15 @@ def _webvid_seconds(where: str, text: str) -> float | None:
 
 
 def _clipvip_clips(path: Path, options: Options) -> Iterator[SourceClip]:
-    return (_clip(where, row, "clip_id", "text") for where, row in json_lines(path))
+    return (_clip(row.where, row["clip_id"], row["text"]) for row in json_lines(path))
 
 
 # ---- any table ----
 
 
 def _read_table(options: Options) -> Splits:
+    if None in (options["video_column"], options["caption_column"]):
+        raise UserError("say which columns to read: --video-column NAME --caption-column NAME")
     if (options["start"] is None) != (options["end"] is None):
         raise UserError("--start and --end belong together: give both columns or none")
     if (options["data"] is None) == (not _given(options)):
@@ -432,11 +435,13 @@ def _table_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     video, captions, start, end, split = (
         options[column] for column in ("video_column", "caption_column", "start", "end", "split")
     )
-    for where, row in table_rows(path, [name for name in (video, captions, start, end, split) if name is not None]):
-        clip = _clip(where, row, video, captions, split=str(row.get(split)) if split is not None else None)
-        check_name(where, clip.video)
+    for row in table_rows(path, [name for name in (video, captions, start, end, split) if name is not None]):
+        named = None if split is None else str(row.get(split))
+        clip = _clip(row.where, row[video], row[captions], split=named)
+        check_name(row.where, clip.video)
         if start is not None:
-            clip.start, clip.end = cut(f"{where}: {start!r}, {end!r}", [row.get(start), row.get(end)])
+            place = f"{row.where}: {start!r}, {end!r}"
+            clip.start, clip.end = checked(place, (row.get(start), row.get(end)), Cut)
             clip.video, clip.group = f"{clip.video}_{clip.start:.10g}_{clip.end:.10g}", clip.video
         yield clip
 
@@ -444,89 +449,86 @@ def _table_clips(path: Path, options: Options) -> Iterator[SourceClip]:
 # ---- the table of formats ----
 
 
-def _file(help: str, required: bool = False) -> dict[str, Any]:
-    return {"metavar": "FILE", "type": Path, "help": help, "required": required}
+def _files(what: str, *names: str, **how: Any) -> Flags:
+    return {f"--{name}": {"metavar": "FILE", "type": Path, "help": what, **how} for name in names or SPLITS}
 
 
-def _column(help: str, required: bool = False) -> dict[str, Any]:
-    return {"metavar": "NAME", "help": help, "required": required}
-
-
-def _split_files(what: str, suffix: str = "") -> Flags:
-    return {f"--{split}{suffix}": _file(f"{split}: {what}") for split in SPLITS}
+def _columns(**help_of: str) -> Flags:
+    return {f"--{name.replace('_', '-')}": {"metavar": "NAME", "help": help} for name, help in help_of.items()}
 
 
 def _nested(what: str) -> Flags:
     return {"--nested": {"action": "store_true", "help": what}}
 
 
-_IDS_HELP = "only the videos of this list; extensions in it replace those of the annotation"
+_IDS = _files(
+    "only the videos of this list; extensions in it replace those of the annotation",
+    *(f"{split}-ids" for split in SPLITS),
+)
 
 FORMATS = {
     "msrvtt": Format(
         "MSR-VTT: MSRVTT_data.json or MSR_VTT.json, and lists such as MSRVTT_train.9k.csv and MSRVTT_JSFUSION_test.csv",
-        {"--data": _file("MSRVTT_data.json or MSR_VTT.json: the captions")}
-        | _split_files(
-            "list of video ids (CSV with a column video_id, or one a line; a column sentence is used as captions)"
-        ),
+        _files("MSRVTT_data.json or MSR_VTT.json: the captions", "data")
+        | _files("video ids of the split: CSV with a column video_id (a column sentence is used), or one a line"),
         _read_msrvtt,
     ),
     "msvd": Format(
         "MSVD: raw-captions.pkl, and train_list.txt, val_list.txt, test_list.txt",
-        {"--captions": _file("raw-captions.pkl; nothing in it is run", required=True)}
-        | _split_files("list of video ids, one a line"),
+        _files("raw-captions.pkl; nothing in it is run", "captions", required=True)
+        | _files("video ids of the split, one a line"),
         _reader(_msvd_clips, data_flag="captions"),
     ),
     "activitynet": Format(
-        "ActivityNet Captions: train.json, val_1.json, val_2.json, and lists of ids",
-        _split_files("train.json, val_1.json or val_2.json") | _split_files(f"{_IDS_HELP}; with or without v_", "-ids"),
+        "ActivityNet Captions: train.json, val_1.json, val_2.json, and lists of ids with or without v_",
+        _files("train.json, val_1.json or val_2.json") | _IDS,
         _reader(_activitynet_clips, prefix="v_"),  # an id may begin with v_ itself
     ),
     "didemo": Format(
         "DiDeMo: train_data.json, val_data.json, test_data.json, and lists of videos",
-        _split_files("train_data.json, val_data.json or test_data.json") | _split_files(_IDS_HELP, "-ids"),
+        _files("train_data.json, val_data.json or test_data.json") | _IDS,
         _reader(_didemo_clips),
     ),
     "youcook2": Format(
         "YouCook2: youcookii_annotations_trainval.json",
-        {"--data": _file("youcookii_annotations_trainval.json: all splits", required=True)},
+        _files("youcookii_annotations_trainval.json: all splits", "data", required=True),
         _reader(_youcook2_clips),
     ),
     "lsmdc": Format(
         "LSMDC: LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictest.csv",
-        _split_files("six columns with tabs between them, of which the last is the sentence")
+        _files("six columns with tabs between them, of which the last is the sentence")
         | _nested("name clips as the archive has its files: <movie>/<clip_id>, not <clip_id>"),
         _reader(_lsmdc_clips),
     ),
     "vatex": Format(
         "VATEX: vatex_training_v1.0.json, vatex_validation_v1.0.json, …; or ref_captions.json and lists",
-        _split_files("list of {videoID, enCap, chCap}; with --data a list of ids, one a line")
-        | {"--data": _file("ref_captions.json: {id: [caption, …]}")}
+        _files("list of {videoID, enCap, chCap}; with --data a list of ids, one a line")
+        | _files("ref_captions.json: {id: [caption, …]}", "data")
         | {"--language": {"choices": ("en", "zh"), "help": "en: enCap (default), zh: chCap"}},
         _reader(_vatex_clips),
     ),
     "webvid": Format(
         "WebVid: results_2M_train.csv or results_10M_train.csv, results_2M_val.csv",
-        _split_files("CSV with the columns videoid and name; duration and page_dir are used if they are there")
+        _files("CSV with the columns videoid and name; duration and page_dir are used if they are there")
         | _nested("name clips as downloads lay them out: <page_dir>/<videoid>, not <videoid>"),
         _reader(_webvid_once, merge=SourceSplit),
     ),
     "clipvip": Format(
         "CLIP-ViP's files: JSON Lines of {clip_id, text}",
-        _split_files("JSON Lines of {clip_id, text}"),
+        _files("JSON Lines of {clip_id, text}"),
         _reader(_clipvip_clips),
     ),
     "table": Format(
         "any table (CSV, TSV, JSON list or JSON Lines) with a video and a caption in each row",
-        {"--data": _file("one table of all splits, told apart by --split")}
-        | _split_files("a table of its own (.csv; .tsv or .txt with tabs; .json with a list; .jsonl)")
-        | {
-            "--video-column": _column("names of videos, or paths below the folder of videos", required=True),
-            "--caption-column": _column("captions; in JSON also lists of them", required=True),
-            "--start": _column("column of the second at which the clip begins in the video"),
-            "--end": _column("column of the second at which it ends"),
-            "--split": _column("column of train, val or test (validation, dev and so on, too)"),
-        },
+        _files("one table of all splits, told apart by --split", "data")
+        | _files("the table of a split (.csv; .tsv or .txt with tabs; .json with a list; .jsonl)")
+        | _columns(
+            video_column="column of the videos' names, or of paths below their folder",
+            caption_column="column of the captions; in JSON also lists of them",
+            start="column of the second at which the clip begins in the video",
+            end="column of the second at which it ends",
+            split="column of train, val or test (validation, dev and so on, too)",
+        ),
         _read_table,
     ),
 }

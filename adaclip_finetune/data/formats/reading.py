@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import functools
 import logging
-import math
 import pickle
 import re
 from collections.abc import Iterator, Sequence
@@ -16,15 +15,29 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import TypeAdapter, ValidationError
+
+from adaclip_finetune.data.annotations import explain, shown
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json, read_json
 
-Row = tuple[str, dict[str, Any]]  # the place of a row, for messages; its values by column
-Kind = type[Any] | tuple[type[Any], ...]
-
 _log = logging.getLogger(__name__)
 _warn_once = functools.lru_cache(_log.warning)  # a file may be read twice
+_adapter: Any = functools.lru_cache(TypeAdapter)  # which takes milliseconds to make
 _DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')  # a cell in quotation marks, with those inside doubled
+
+
+class Row(dict[str, Any]):
+    """An object or a row of a file; `where` is its place, for messages. A key that is not there is a UserError."""
+
+    def __init__(self, where: str, content: Any) -> None:
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: expected an object, got {shown(content)}")
+        super().__init__(content)
+        self.where = where
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise UserError(f"{self.where}: expected {key!r}, got only {', '.join(map(repr, self)) or 'nothing'}")
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -32,7 +45,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     kind = path.suffix.lower()
     if kind in (".json", ".jsonl"):
         first = next(filter(str.strip, text_lines(path)), "")
-        return json_list(path) if first.lstrip().startswith("[") else json_lines(path)
+        return json_list(path, read_json(path)) if first.lstrip().startswith("[") else json_lines(path)
     if kind in (".csv", ".tsv", ".txt"):
         return csv_rows(path, columns, "," if kind == ".csv" else "\t")
     raise UserError(f"{path}: expected a file named .csv, .tsv, .txt, .json or .jsonl, which says how it is written")
@@ -50,7 +63,7 @@ def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",", has_heade
     for line, cells in lines:
         if len(cells) < needed or any(cells[len(header) :]):
             raise UserError(f"{path}: line {line}: expected {len(header)} columns, got {len(cells)}: {shown(cells)}")
-        yield f"{path}: line {line}", dict(zip(header, cells, strict=False))
+        yield Row(f"{path}: line {line}", dict(zip(header, cells, strict=False)))
 
 
 def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
@@ -102,40 +115,36 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file of JSON Lines."""
+    """Yield the object of each line of a file of JSON Lines."""
     for line, text in enumerate(text_lines(path), start=1):
         if text.strip():
-            where = f"{path}: line {line}"
-            yield where, expect(where, parse_json(text, where), dict, "an object in each line")
+            yield Row(f"{path}: line {line}", parse_json(text, f"{path}: line {line}"))
 
 
-def json_list(path: Path, content: Any = None, name: str = "") -> Iterator[Row]:
-    """Yield the objects of a JSON list: of the file, or `content`, which is called `name` in it."""
-    place = f"{path}: {name}" if name else str(path)
-    entries = expect(place, read_json(path) if content is None else content, list, "a list of objects")
-    for number, entry in enumerate(entries, start=1):
-        where = f"{place}{',' if name else ':'} entry {number}"
-        yield where, expect(where, entry, dict, "an object")
+def json_list(where: object, content: Any) -> Iterator[Row]:
+    """Yield the objects of a list."""
+    for number, entry in enumerate(checked(str(where), content, list[Any]), start=1):
+        yield Row(f"{where}: entry {number}", entry)
 
 
-def json_object(path: Path, content: Any = None) -> Iterator[tuple[str, str, Any]]:
-    """Yield place, name and value of what a JSON object of videos holds: of the file, or `content`."""
-    videos = expect(str(path), read_json(path) if content is None else content, dict, "an object of videos")
-    for name, value in videos.items():
-        yield f"{path}: video {name!r}", expect(f"{path}: {name!r}", name, str, "the name of a video"), value
+def checked(where: str, value: Any, kind: Any) -> Any:
+    """Return the value as pydantic reads it for this type. Raises UserError, which begins with `where`."""
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(explain(where, error)) from None
 
 
 def read_ids(path: Path) -> list[str]:
     """Return the ids of a list, each once, in its order: a JSON list, a CSV with a column video_id, or one a line."""
     if path.suffix.lower() == ".json":
-        content = expect(str(path), read_json(path), list, "a list of ids")
-        ids = [expect(f"{path}: id {row}", value, str, "a text") for row, value in enumerate(content, start=1)]
+        ids = checked(str(path), read_json(path), list[str])
     else:
         rows = list(csv_cells(path))
         if rows and "video_id" in rows[0][1]:
-            ids = [row["video_id"] for _, row in csv_rows(path, ["video_id"])]
-        elif wrong := [row for row in rows if len(row[1]) > 1]:
-            line, cells = wrong[0]
+            ids = [row["video_id"] for row in csv_rows(path, ["video_id"])]
+        elif wrong := next((row for row in rows if len(row[1]) > 1), None):
+            line, cells = wrong
             raise UserError(f"{path}: line {line}: expected one id a line, or a column video_id, got {shown(cells)}")
         else:
             ids = [cells[0] for _, cells in rows]
@@ -163,60 +172,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def expect(where: str, value: Any, kind: Kind, words: str) -> Any:
-    """Return the value if it is of that kind. Raise a UserError that says in `words` what was expected if not."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: expected {words}, got {shown(value)}")
-    return value
-
-
-def member(where: str, row: dict[str, Any], key: str, kind: Kind = str, words: str = "a text") -> Any:
-    """Return `row[key]` if it is there and of that kind. Raises UserError."""
-    if key not in row:
-        raise UserError(f"{where}: expected {key!r} ({words}), got only {', '.join(map(repr, row)) or 'nothing'}")
-    return expect(f"{where}: {key!r}", row[key], kind, words)
-
-
-def texts(where: str, value: Any) -> list[str]:
-    """Return a text, or a list of texts, as a list. Raises UserError."""
-    if isinstance(value, str):
-        return [value]
-    expect(where, value, list, "a text or a list of texts")
-    return [expect(f"{where}: caption {row}", text, str, "a text") for row, text in enumerate(value, start=1)]
-
-
-def seconds(where: str, value: Any) -> float:
-    """Return a number of seconds from 0 up, given as a number or a text. Raises UserError."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 <= number < 1e9:
-        raise UserError(f"{where}: expected a number of seconds from 0 up, got {shown(value)}")
-    return number
-
-
-def time_span(where: str, pair: Any) -> tuple[float, float]:
-    """Return [start, end] in seconds, from 0 up, as a tuple. Raises UserError."""
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise UserError(f"{where}: expected [start, end] in seconds, got {shown(pair)}")
-    return seconds(where, pair[0]), seconds(where, pair[1])
-
-
-def cut(where: str, pair: Any) -> tuple[float, float]:
-    """Return a time span that lasts. Raises UserError."""
-    start, end = time_span(where, pair)
-    if start >= end:
-        raise UserError(f"{where}: expected an end after the start, got {start:g} to {end:g} seconds")
-    return start, end
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of a value, for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _without_quotes(cell: str) -> str:

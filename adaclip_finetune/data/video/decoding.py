@@ -1,23 +1,74 @@
-"""Decode a video in order, from its first frame to its last sound one."""
+"""Open a video file with PyAV, and decode it in order, from its first frame to its last sound one.
+
+Only plain containers are opened, and only from disk: FFmpeg would follow a playlist or script that is called .mp4 to
+other files and addresses.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from itertools import islice
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import BrokenVideo, opened, reason_of
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,dv,rm,mxf,mjpeg,yuv4mpegpipe,"
+    "h264,hevc,m4v,obu,ivf,nut"
+)
 
 Frame = NDArray[np.uint8]
 Stopped = Callable[[], bool]
+
+
+class BrokenVideo(Exception):
+    """A file that cannot give the frames asked for. The message is the reason, without the file's name."""
+
+    def __init__(self, reason: str, kind: Literal["damaged", "unreadable"] = "unreadable") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a file and give its container and video stream. Errors of FFmpeg in the body become BrokenVideo.
+
+    The decoder has one thread, because many workers read at once, and it reports damage instead of concealing it, so
+    that a damaged file does not silently become other training data.
+    """
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise BrokenVideo("it holds no video stream" + ("" if stream is None else ", only a cover picture"))
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"err_detect": "explode"}
+            yield container, stream
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = reason_of(error)
+        if isinstance(error, av.InvalidDataError | av.EOFError):
+            empty = path.stat().st_size == 0
+            reason = "the file is empty" if empty else f"it is no video of a known kind, or was cut off ({reason})"
+        raise BrokenVideo(reason) from None
+
+
+def packets_of(container: Any, stream: Any) -> Iterator[Any]:
+    """Read the stream's packets, and at the end an empty one that makes the decoder give what it has held back."""
+    # PyAV frees its buffer only if this generator is closed before the container.
+    with closing(container.demux(stream)) as packets:
+        yield from packets
+
+
+def reason_of(error: Exception) -> str:
+    """Return what FFmpeg or the system says of an error, without the file's name."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def never() -> bool:
@@ -25,17 +76,21 @@ def never() -> bool:
     return False
 
 
-def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
-    """Decode every frame in order, up to a broken tail. Raises BrokenVideo for damage in the middle."""
-    decoded, damaged_at, damage, goes_on = 0, -1, "", False
+def sound_frames(path: Path, stopped: Stopped = never, num_packets: int | None = None) -> Iterator[Any]:
+    """Decode every frame in order, up to a broken tail; of the first `num_packets` only, if that is given.
+
+    Raises BrokenVideo for damage in the middle.
+    """
+    decoded, damaged_at, damage, goes_on = 0, 0, "", False
     with opened(path) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
-        for at, packet in enumerate(container.demux(stream)):
+        packets = packets_of(container, stream)
+        for at, packet in enumerate(packets if num_packets is None else chain(islice(packets, num_packets), [None])):
             if stopped():
                 return
             if at == 0:
-                may_start_anywhere |= _starts_within_stream(stream.codec_context, bytes(packet))
-            if damage and not packet.size:
+                may_start_anywhere |= _starts_within_stream(stream, packet)
+            if damage and (packet is None or not packet.size):
                 break
             try:
                 frames = stream.codec_context.decode(packet)
@@ -47,12 +102,13 @@ def sound_frames(path: Path, stopped: Stopped = never) -> Iterator[Any]:
             if goes_on:
                 break
             damage = ""
-            for frame in _whole(frames):
-                decoded += 1
-                yield frame
-    if damage:
+            for frame in frames:
+                if not frame.is_corrupt:
+                    decoded += 1
+                    yield frame
+    if damage and num_packets is None:
         # A decoder that fails may have lost a sound frame that it held back, and would now return the damaged one.
-        for frame in islice(_frames_of_first_packets(path, damaged_at, stopped), decoded, None):
+        for frame in islice(sound_frames(path, stopped, damaged_at), decoded, None):
             decoded += 1
             yield frame
     if goes_on:
@@ -72,33 +128,14 @@ def to_rgb(frame: Any) -> Frame:
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _starts_within_stream(context: Any, first: bytes) -> bool:
+def _starts_within_stream(stream: Any, first: Any) -> bool:
     """Return whether H.264 starts with a key frame that is no IDR picture, as after cutting open groups of pictures.
 
     What follows may refer to pictures before the cut, which the decoder calls an error although it needs none of them.
     """
-    if context.codec.canonical_name != "h264":
+    if stream.codec_context.codec.canonical_name != "h264":
         return False
-    header = context.extradata or b""
-    if len(header) < 5 or header[0] != 1:  # units behind start codes: ITU-T H.264, annex B
-        kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", first, re.DOTALL)}
-    else:  # units behind their lengths: ISO/IEC 14496-15, 5.3.3
-        kinds, at, bytes_of_length = set(), 0, (header[4] & 3) + 1
-        while at + bytes_of_length < len(first):
-            kinds.add(first[at + bytes_of_length] & 31)
-            at += bytes_of_length + int.from_bytes(first[at : at + bytes_of_length], "big")
+    to_start_codes = av.BitStreamFilterContext("h264_mp4toannexb", stream)
+    packets = b"".join(map(bytes, to_start_codes.filter(av.Packet(bytes(first)))))
+    kinds = {unit[0] & 31 for unit in re.findall(rb"\x00\x00\x01(.)", packets, re.DOTALL)}  # ITU-T H.264, annex B
     return 1 in kinds and 5 not in kinds
-
-
-def _frames_of_first_packets(path: Path, num_packets: int, stopped: Stopped) -> Iterator[Any]:
-    """Decode the first packets of a file, which are known to be sound, and flush the decoder."""
-    with opened(path) as (container, stream), suppress(av.FFmpegError):  # damage may show a packet late
-        for packet in islice(container.demux(stream), num_packets):
-            if stopped():
-                return
-            yield from _whole(stream.codec_context.decode(packet))
-        yield from _whole(stream.codec_context.decode(None))
-
-
-def _whole(frames: list[Any]) -> list[Any]:
-    return [frame for frame in frames if not frame.is_corrupt]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from adaclip_finetune.data.names import split_extension
-from adaclip_finetune.data.video.container import READ_ERRORS, BrokenVideo, opened
+from adaclip_finetune.data.video.decoding import BrokenVideo, opened
 from adaclip_finetune.printable import printable
 
 NUM_EXAMPLES = 5
@@ -22,13 +23,11 @@ def is_video_file(path: Path) -> bool:
     """Return whether a file is called like a video, or can be opened as one whatever it is called."""
     if has_video_extension(path.name):
         return True
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return False
-        with opened(path):
-            return True
-    except (BrokenVideo, *READ_ERRORS):
+    if not path.is_file():  # a pipe would be waited for
         return False
+    with suppress(BrokenVideo, OSError), opened(path):
+        return True
+    return False
 
 
 def find_videos(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]]:
@@ -54,6 +53,5 @@ def describe_unknown_files(others: Sequence[Path]) -> str:
     """Return a line on files that are no videos, such as "1 other file passed over: notes.txt"; "" if none are."""
     if not others:
         return ""
-    examples = ", ".join(printable(path.name) for path in others[:NUM_EXAMPLES])
-    more = ", …" if len(others) > NUM_EXAMPLES else ""
-    return f"{len(others):,} other {'file' if len(others) == 1 else 'files'} passed over: {examples}{more}"
+    names = [printable(path.name) for path in others[:NUM_EXAMPLES]] + ["…"] * (len(others) > NUM_EXAMPLES)
+    return f"{len(others):,} other file{'s' * (len(others) > 1)} passed over: {', '.join(names)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,10 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, unlisted
 from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
-from adaclip_finetune.data.video.cache import IndexCache, pack_index, unpack_index
-from adaclip_finetune.data.video.container import BrokenVideo
-from adaclip_finetune.data.video.decoding import Stopped, never
+from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import FrameIndex, ShownTimes, index_video
+from adaclip_finetune.data.video.index import FrameIndex, IndexCache, ShownTimes, unpack_index
 
 
 class VideoFolder:
@@ -30,7 +29,6 @@ class VideoFolder:
         self.folder = folder
         self.extensions = dict(extensions or {})
         self._names = FolderNames()
-        self._opened: dict[Path, bool] = {}  # files that are not called like videos: whether they are some
         self._listings: dict[Path, dict[str, list[str]]] = {}
         self._indices: dict[str, bytes] = {}  # packed into about a hundred bytes each, since there may be a million
         self._cache = IndexCache(folder)
@@ -66,15 +64,11 @@ class VideoFolder:
         """
         folder = self._names.find(self.folder, video_id).parent
         name, extension = canonical(video_id).rpartition("/")[2], self.extensions.get(video_id)
-        listing = self._listing(video_id, folder)
-        there = {
-            *listing.get(name, []),
-            *(file for file in listing.get(Path(name).stem, []) if canonical(file) == name),
-        }
+        there = self._listing(video_id, folder).get(name, [])
         found = [file for file in there if extension is None or file.lower().endswith(f".{extension}")]
         # Only where no file is called like a video are those of other names opened to see whether they are videos.
         found = [file for file in found if has_video_extension(file)] or [
-            file for file in found if self._can_open(folder / file)
+            file for file in found if is_video_file(folder / file)
         ]
         if not found:
             wanted = name if has_video_extension(name) else f"{name}.{extension or '*'}"
@@ -88,21 +82,13 @@ class VideoFolder:
             raise FrameError(video_id, folder, f'{several} are there: say which by "extension" in the annotation')
         return folder / found[0]
 
-    def _can_open(self, path: Path) -> bool:
-        if path not in self._opened:
-            self._opened[path] = is_video_file(path)
-        return self._opened[path]
-
     def other_files(self) -> list[Path]:
         """Return the files that are no videos, of the folders in which videos were looked up."""
-        files = [
-            folder / name for folder, listing in self._listings.items() for names in listing.values() for name in names
-        ]
-        shown = (path for path in files if not has_video_extension(path.name) and not path.name.startswith("."))
-        return sorted(path for path in shown if not self._can_open(path))
+        files = {folder / name for folder, listing in self._listings.items() for name in chain(*listing.values())}
+        return sorted(path for path in files if not path.name.startswith(".") and not is_video_file(path))
 
     def _listing(self, video_id: str, folder: Path) -> dict[str, list[str]]:
-        """Return the files of a folder by their names without extension, in canonical form. A folder is listed once."""
+        """Return the files of a folder by their names in canonical form, with and without extension."""
         if folder not in self._listings:
             listing: dict[str, list[str]] = {}
 
@@ -110,19 +96,15 @@ class VideoFolder:
                 raise unlisted(video_id, folder, error) from None
 
             for name in next(os.walk(folder, onerror=refuse))[2]:
-                listing.setdefault(canonical(Path(name).stem), []).append(name)
+                for key in {canonical(name), canonical(Path(name).stem)}:
+                    listing.setdefault(key, []).append(name)
             self._listings[folder] = listing
         return self._listings[folder]
 
     def _index(self, video_id: str) -> FrameIndex:
         if video_id not in self._indices:
             with self._named(video_id) as path:
-                name, video = path.relative_to(self.folder).as_posix(), path.stat()
-                packed = self._cache.find(name, video)
-                if packed is None:
-                    packed = pack_index(index_video(path))
-                    self._cache.add(name, video, packed)
-                self._indices[video_id] = packed
+                self._indices[video_id] = self._cache.packed_index(path)
         return unpack_index(self._indices[video_id])
 
     @contextmanager

@@ -1,13 +1,21 @@
-"""Find where the frames of a video are in its file, and when a player shows them.
+"""Find where the frames of a video are in its file and when a player shows them, and remember it for later runs.
 
 Frames are counted by reading the packets without decoding them, or by decoding where packets do not tell the frames.
+What is found in a folder of videos is kept in one file of the user's cache directory. It only saves time: where it
+cannot be read or written, videos are scanned as if it were not there.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +23,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.container import BrokenVideo, opened, packets_of
-from adaclip_finetune.data.video.decoding import sound_frames
+from adaclip_finetune.data.video.decoding import BrokenVideo, opened, packets_of, sound_frames
+from adaclip_finetune.durable import write_durably
 
 # Packets are frames in containers that keep both times of every packet, for codecs that put one frame into each.
 TIMED_CONTAINERS = ("mov", "matroska", "flv")
@@ -39,13 +47,11 @@ class ShownTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """The number of frames, their places in the file and their times, both in the order in which they are shown."""
+    """The number of frames, and their times in the order in which they are shown."""
 
     num_frames: int
     pts: NDArray[np.int64] | None = None  # (num_frames,), ascending, in ticks; None: the file does not say
-    position: NDArray[np.int64] | None = None  # (num_frames,), place in decoding order; None: only decoding tells
-    keys: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    """(K, 3): position, pts and dts of each packet where decoding can start, in decoding order."""
+    keys: NDArray[np.int64] | None = None  # (K,), pts of the frames where decoding can start; None: only at the first
     tick: float = math.nan  # seconds that a pts of 1 stands for
     begins: float = 0.0  # where a player's clock is 0, in seconds: sound may begin before the picture
     rate: float = math.nan  # frames a second, NaN: not known
@@ -83,38 +89,112 @@ def index_video(path: Path) -> FrameIndex:
         }
         kind, codec = container.format.name.partition(",")[0], stream.codec_context.codec.canonical_name
         by_packets = kind in TIMED_CONTAINERS and codec in ONE_FRAME_A_PACKET
-        places = _places(container, stream) if by_packets else None
+        pts, keys = _pts_and_keys(packets_of(container, stream)) if by_packets else (None, None)
     # A stream that starts in the middle loses its first frames: then packets do not tell the frames.
-    first = next((frame.pts for frame in sound_frames(path)), None) if places else None
-    if places is not None and (len(places[0]) == 0 or first == places[0][0]):
-        index = FrameIndex(len(places[0]), *places, **facts)
-    else:
-        shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
-        told = kind in SHOWN_IN and None not in shown
-        pts = np.array(shown, np.int64) if told else None
-        index = FrameIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
-    if index.num_frames == 0:
+    if pts is not None and next((frame.pts for frame in sound_frames(path)), None) == pts[0]:
+        return FrameIndex(len(pts), pts, keys, **facts)
+    shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
+    if not shown:
         raise BrokenVideo("it holds no video frame")
-    return index
+    pts = np.array(shown, np.int64) if kind in SHOWN_IN and None not in shown else None
+    return FrameIndex(len(shown), pts if pts is not None and (np.diff(pts) > 0).all() else None, **facts)
 
 
-def _places(container: Any, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-    """Return pts, position and keys of a FrameIndex; None where packets have no times or two have the same."""
-    shown: list[tuple[int, int]] = []
-    keys: list[tuple[int, int, int]] = []
-    for at, packet in enumerate(packets_of(container, stream)):
-        if packet.pts is None:
-            return None
+def _pts_and_keys(packets: Iterator[Any]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Return pts and keys of a FrameIndex; (None, None) unless packets tell them and seeking is safe.
+
+    It is safe where everything that is shown from a key frame on comes after it in the file. Some edit lists and joined
+    files are not so.
+    """
+    shown: list[int] = []
+    keys: list[int] = []
+    latest = -math.inf
+    for packet in packets:
+        if not packet.size:
+            continue
+        if packet.pts is None or (packet.is_keyframe and packet.pts <= latest):
+            return None, None
+        latest = max(latest, packet.pts)
         if packet.is_keyframe:
-            keys.append((at, packet.pts, packet.pts if packet.dts is None else packet.dts))
+            keys.append(packet.pts)
         if not packet.is_discard and not packet.is_corrupt:  # outside the edit list; cut off by the end of the file
-            shown.append((packet.pts, at))
-    pts, position = np.array(sorted(shown), np.int64).reshape(-1, 2).T
-    if len(pts) and ((np.diff(pts) == 0).any() or not keys):
-        return None
-    return pts, position, np.array(keys, np.int64).reshape(-1, 3)
+            shown.append(packet.pts)
+    pts = np.array(sorted(shown), np.int64)
+    return (pts, np.array(keys, np.int64)) if len(pts) and keys and (np.diff(pts) > 0).all() else (None, None)
 
 
 def _milliseconds(seconds: float) -> float:
     """Round up to milliseconds: a moment earlier, a player would show the frame before."""
     return math.ceil(seconds * 1000 - 1e-3) / 1000
+
+
+FORMAT = 4  # to be raised whenever index_video would find anything else in the same file, or packing changes
+Entry = tuple[int, int, str]  # size, mtime_ns, and the packed index as text
+
+
+class IndexCache:
+    """The packed indices of the videos of one folder, by name relative to it, size and time of the last change."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Entry] | None = None
+        self._new: dict[str, Entry] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was read: the store tells workers what they need, and they can read the file."""
+        return {"_folder": self._folder, "_known": None, "_new": {}}
+
+    def packed_index(self, path: Path) -> bytes:
+        """Return the packed index of a video, which is scanned unless it is as it was at an earlier scan.
+
+        Raises OSError and BrokenVideo.
+        """
+        if self._known is None:
+            self._known = self._load()
+        name, facts = path.relative_to(self._folder).as_posix(), path.stat()
+        size, mtime_ns, packed = self._known.get(name, (0, 0, ""))
+        if (size, mtime_ns) == (facts.st_size, facts.st_mtime_ns):
+            return packed.encode("latin-1")
+        found = pack_index(index_video(path))
+        self._new[name] = facts.st_size, facts.st_mtime_ns, found.decode("latin-1")
+        return found
+
+    def save(self) -> None:
+        """Write what is new, if anything is."""
+        if self._new:
+            with suppress(OSError, RuntimeError):
+                content = gzip.compress(json.dumps(self._load() | self._new).encode(), 1)
+                self._file().parent.mkdir(parents=True, exist_ok=True)
+                write_durably(self._file(), content, shared=True)
+
+    def _load(self) -> dict[str, Entry]:
+        with suppress(OSError, RuntimeError, ValueError, EOFError, zlib.error):  # not there, or damaged
+            known: dict[str, Entry] = json.loads(gzip.decompress(self._file().read_bytes()))
+            return known
+        return {}
+
+    def _file(self) -> Path:
+        """Return the file of this folder. Raises RuntimeError for a user without a home."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG Base Directory Specification
+        cache = cache if cache.is_absolute() else Path.home() / ".cache"
+        # Another FFmpeg may see other frames in the same video.
+        key = f"{FORMAT} {av.ffmpeg_version_info} {os.path.realpath(self._folder)}"
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+        return cache / "adaclip-finetune" / "videos" / f"{name}.json.gz"
+
+
+def pack_index(index: FrameIndex) -> bytes:
+    """Compress an index to some hundred bytes: times are nearly regular."""
+    none = np.zeros(0, np.int64)
+    pts, keys = (none if each is None else np.diff(each, prepend=0) for each in (index.pts, index.keys))
+    head = json.dumps([index.num_frames, index.tick, index.begins, index.rate, index.duration, len(pts)])
+    return zlib.compress(head.encode() + b"\n" + np.concatenate([pts, keys]).astype("<i8").tobytes(), 9)
+
+
+def unpack_index(packed: bytes) -> FrameIndex:
+    """Return the index that `pack_index` was given."""
+    head, _, body = zlib.decompress(packed).partition(b"\n")
+    num_frames, *facts, num_pts = json.loads(head)
+    numbers = np.frombuffer(body, "<i8").astype(np.int64)
+    pts, keys = (np.cumsum(part) if len(part) else None for part in (numbers[:num_pts], numbers[num_pts:]))
+    return FrameIndex(num_frames, pts, keys, *facts)

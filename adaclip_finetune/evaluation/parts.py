@@ -1,4 +1,4 @@
-"""A folder that keeps the finished batches of an evaluation, so that one that was killed continues where it was.
+"""A folder that keeps the finished batches of an evaluation or an index, so that it continues after an interruption.
 
 Each batch is one safetensors file, which is whole or absent; about.json says what the files belong to.
 """
@@ -48,6 +48,10 @@ class PartFolder:
                 write_durably(about, json.dumps(self._about, indent=1).encode())
         except OSError as error:
             raise UserError(f"{self.path}: finished batches cannot be kept here ({error})") from error
+
+    def names(self) -> list[str]:
+        """Return the names of all batches."""
+        return sorted(path.stem for path in self.path.glob("*.safetensors"))
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and values that were written under this name; None if there are none, or not whole."""

@@ -23,7 +23,7 @@ from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.parts import PartFolder
+from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
 from adaclip_finetune.search.index import (
@@ -221,9 +221,9 @@ def _claim(folder: Path) -> None:
     """Make the folder of the index. Files in it may later be replaced or deleted, so it must be an index already, or
     empty. Raise UserError."""
     folder.mkdir(exist_ok=True)
-    if not ((folder / FILE).exists() or (folder / PARTS / "about.json").exists()):
-        if any(not path.name.startswith((".lock-", "lock.json")) for path in folder.iterdir()):
-            raise UserError(f"-o {folder}: is not an index and not empty; give the name of a new folder")
+    is_index = (folder / FILE).exists() or (folder / PARTS / ABOUT).exists()
+    if not is_index and any(path.name != "lock.json" for path in folder.iterdir()):
+        raise UserError(f"-o {folder}: is not an index and not empty; give the name of a new folder")
 
 
 def _info(model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any]) -> IndexInfo:

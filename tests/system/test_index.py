@@ -366,13 +366,6 @@ def test_times_are_those_of_a_player(tmp_path: Path) -> None:
     assert all(real - 1e-9 <= told < real + 0.0011 for real, told in zip(true, shown, strict=True) if told is not None)
 
 
-def test_an_annotated_duration_counts_where_the_file_has_no_length(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "v.m2v", 30, "mpeg2video", bf="2")
-    video = CollectionVideo("v", path.rename(tmp_path / "v.mpg"), FileStamp(0, 0), duration=7.0)
-    collection = VideoCollection(tmp_path, tmp_path, [video], {}, VideoFiles(tmp_path, {"v": "v.mpg"}))
-    assert collection.times(video, [10]) == (7.0, [0.4])
-
-
 def test_times_of_extracted_frames_are_those_written_beside_them(tmp_path: Path) -> None:
     frames = write_frames(tmp_path / "v", 3)
     (frames / FRAME_TIMES).write_text("[0.0, 0.5, 7.25]")

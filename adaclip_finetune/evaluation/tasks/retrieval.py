@@ -161,8 +161,7 @@ class Retrieval(Task):
         # Texts of unreadable videos too, so that batches do not depend on which videos failed.
         all_texts = self.split.queries.texts
         texts, work = Embeddings("texts", len(all_texts), folder), partial(self._embed_texts, model, all_texts, gallery)
-        with tqdm(total=texts.count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
-            texts.embed(self._text_batches(all_texts), work, bar)
+        texts.embed(self._text_batches(all_texts), work, self.label)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
@@ -190,8 +189,7 @@ class Retrieval(Task):
         """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
-        with tqdm(total=len(names), desc=self.label, unit="video", leave=False, disable=_hidden()) as bar:
-            videos.embed(len(self._loader), partial(self._embed_video_batches, model), bar)
+        videos.embed(len(self._loader), partial(self._embed_video_batches, model), self.label)
         videos.failed = {name: videos.failed[name] for name in names if name in videos.failed}
         if videos.failed and (not self.config.skip_missing or len(videos.failed) == len(names)):
             raise unreadable_in_evaluation(videos.failed, len(names))
@@ -262,8 +260,3 @@ def deciding_settings() -> set[str]:
 
 def _integers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _hidden() -> bool | None:
-    """Return the `disable` of tqdm: bars are shown by the main process, and only on a terminal."""
-    return None if is_main() else True

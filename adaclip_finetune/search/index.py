@@ -5,7 +5,8 @@
 
 The folder of an index holds vectors.safetensors, with the vectors, their rows and what they were made with; thumbs/,
 with a JPEG for each row; and, until indexing has finished, parts/ with finished batches. vectors.safetensors is
-replaced as a whole, so a reader never sees parts of two indexes. The model of an index is `search_model_of(index)`.
+replaced as a whole, so a reader never sees parts of two indexes; videos.jsonl is a copy of its rows for other programs.
+The model of an index is `search_model_of(index)`.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def write_index(folder: Path, info: IndexInfo, vectors: NDArray[Any], rows: Sequ
     lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     tensors = {"vectors": np.ascontiguousarray(vectors), "videos": np.frombuffer(lines, np.uint8)}
     write_durably(folder / FILE, save(tensors, {FORMAT: json.dumps(asdict(info))}))
+    write_durably(folder / "videos.jsonl", lines)
 
 
 @dataclass(frozen=True)

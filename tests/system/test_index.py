@@ -101,7 +101,9 @@ def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, ind
     loaded = VideoIndex.load(tmp_path / "i")
     assert [video.id for video in loaded.videos] == IDS
     assert list(loaded.info.settings) == ["clip_weights"]  # the index may be searched on another machine
-    assert sorted(path.name for path in (tmp_path / "i").iterdir()) == ["thumbs", "vectors.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "i").iterdir()) == ["thumbs", "vectors.safetensors", "videos.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "i" / "videos.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == IDS
     model = load_retriever(run)
     for video in loaded.videos:
         vector, frames, weights = model.encode_video(video.path)

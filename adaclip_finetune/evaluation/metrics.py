@@ -43,14 +43,11 @@ class DirectionMetrics:
     def median_rank(self) -> float:
         return float(np.median(self.ranks))
 
-    @property
-    def mean_rank(self) -> float:
-        return float(np.mean(self.ranks))
-
     def as_dict(self) -> dict[str, float]:
         """Return R@1, R@5, R@10 and R@50 in percent, MedR, MeanR, and the number of queries."""
         recalls = {f"R@{k}": self.recall(k) for k in RECALLS}
-        return {**recalls, "MedR": self.median_rank, "MeanR": self.mean_rank, "queries": len(self.ranks)}
+        mean = float(np.mean(self.ranks))
+        return {**recalls, "MedR": self.median_rank, "MeanR": mean, "queries": len(self.ranks)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +151,10 @@ def results_table(rows: Mapping[str, Metrics]) -> str:
 
 def one_line(metrics: Metrics) -> str:
     """Return R@1, R@5 and R@10 of both directions in one line."""
-    parts = []
-    for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
-        parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
-    return "   ".join(parts)
+    return "   ".join(
+        f"{name} R@1 {direction.recall(1):.1f}  R@5 {direction.recall(5):.1f}  R@10 {direction.recall(10):.1f}"
+        for name, direction in (("T2V", metrics.t2v), ("V2T", metrics.v2t))
+    )
 
 
 def _direction(ranks: Tensor) -> DirectionMetrics:

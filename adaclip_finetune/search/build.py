@@ -91,9 +91,10 @@ def index_videos(
                 (folder / THUMBS / name).unlink()
             return report
         finally:
-            if not (folder / FILE).exists() and not parts.names():
+            if not parts.names():
                 shutil.rmtree(parts.path, ignore_errors=True)
-                shutil.rmtree(folder / THUMBS, ignore_errors=True)
+                if not (folder / FILE).exists():
+                    shutil.rmtree(folder / THUMBS, ignore_errors=True)
             lock.release()
             with suppress(OSError):  # it is not empty
                 folder.rmdir()

@@ -43,11 +43,14 @@ class DirectionMetrics:
     def median_rank(self) -> float:
         return float(np.median(self.ranks))
 
+    @property
+    def mean_rank(self) -> float:
+        return float(np.mean(self.ranks))
+
     def as_dict(self) -> dict[str, float]:
         """Return R@1, R@5, R@10 and R@50 in percent, MedR, MeanR, and the number of queries."""
         recalls = {f"R@{k}": self.recall(k) for k in RECALLS}
-        mean = float(np.mean(self.ranks))
-        return {**recalls, "MedR": self.median_rank, "MeanR": mean, "queries": len(self.ranks)}
+        return {**recalls, "MedR": self.median_rank, "MeanR": self.mean_rank, "queries": len(self.ranks)}
 
 
 @dataclass(frozen=True, eq=False)

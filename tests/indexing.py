@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adaclip_finetune.search.nearest import FaissIndex
-from adaclip_finetune.search.storage import IndexInfo, write_index
+from adaclip_finetune.search.index import IndexInfo, write_index
 
 
 def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: float = 0.0) -> Path:
@@ -44,25 +43,20 @@ def unit_rows(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
 
 def index_info(**others: Any) -> IndexInfo:
     """Return the info of an index whose model does not exist."""
-    facts = {"fingerprint": "f" * 64, "run": "/run", "settings": {}, "source": "/videos", "root": "/videos"}
-    facts |= {"kind": "flat", "dtype": "float32", "made": "2026-01-01", "changed": "2026-01-01"}
+    facts: dict[str, Any] = {"fingerprint": "f" * 64, "run": "/run", "settings": {}, "source": "/videos"}
     return IndexInfo(**facts | others)
 
 
 def index_row(number: int) -> dict[str, Any]:
-    """Return a line of videos.jsonl."""
+    """Return a row of an index."""
     frames = [{"index": 3, "time": 0.5, "weight": 0.25}, {"index": 400, "time": 65.0, "weight": 0.75}]
     facts = {"id": f"video{number}", "path": f"/videos/video{number}.mp4", "size": 1, "mtime_ns": 2, "duration": 70.0}
     return facts | {"captions": ["a ä"], "frames": frames, "best": 1, "thumb": "a.jpg"}
 
 
-def write_random_index(
-    folder: Path, count: int = 50, kind: str = "flat", dtype: str = "float32", seed: int = 0
-) -> np.ndarray:
+def write_random_index(folder: Path, count: int = 50, dtype: str = "float32", seed: int = 0) -> np.ndarray:
     """Write an index of random vectors, and return the vectors."""
     folder.mkdir(exist_ok=True)
     vectors = unit_rows(count, seed=seed)
-    graph = FaissIndex.build(vectors.astype(dtype), kind).dump() if kind == "hnsw" else None
-    rows = [index_row(number) for number in range(count)]
-    write_index(folder, index_info(kind=kind, dtype=dtype), vectors, rows, graph)
+    write_index(folder, index_info(), vectors.astype(dtype), [index_row(number) for number in range(count)])
     return vectors

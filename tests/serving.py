@@ -16,10 +16,9 @@ from PIL import Image
 
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.search.collection import stamp_of
-from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.index import THUMBS, VideoIndex, write_index
 from adaclip_finetune.search.serve.app import create_app, make_server
-from adaclip_finetune.search.serve.served import ModelThread, ServedIndex
-from adaclip_finetune.search.storage import THUMBS, write_index
+from adaclip_finetune.search.serve.served import ModelThread
 
 WIDTH = 16
 
@@ -63,7 +62,7 @@ def write_small_index(folder: Path, count: int = 5) -> VideoIndex:
         Image.fromarray(coded_frame(30)).save(index / THUMBS / f"{number}.jpg")
         rows.append(served_row(path, f"{number}.jpg"))
     vectors = np.stack([axis(number) for number in range(count)]) if count else np.empty((0, WIDTH), np.float32)
-    write_index(index, index_info(root=str(folder / "videos")), vectors, rows)
+    write_index(index, index_info(), vectors, rows)
     return VideoIndex.load(index)
 
 
@@ -71,12 +70,12 @@ def write_one(folder: Path, path: Path, thumb: str = "", **info: Any) -> VideoIn
     """Write the index of one file or folder of frames, which is number 0."""
     index = folder / "one.index"
     index.mkdir(exist_ok=True)
-    write_index(index, index_info(**{"root": str(path.parent)} | info), axis(0)[None], [served_row(path, thumb)])
+    write_index(index, index_info(**info), axis(0)[None], [served_row(path, thumb)])
     return VideoIndex.load(index)
 
 
 def served_row(path: Path, thumb: str) -> dict[str, Any]:
-    """Return a line of videos.jsonl for a file or a folder of frames."""
+    """Return the row of a file or a folder of frames."""
     stamp = stamp_of(path)
     frames = [{"index": 5, "time": 0.2, "weight": 0.25}, {"index": 30, "time": 1.2, "weight": 0.75}]
     facts = {"id": path.name, "path": str(path), "size": stamp.size, "mtime_ns": stamp.mtime_ns, "duration": 2.0}
@@ -131,7 +130,7 @@ def running(
     """Serve an index, with the model `Axes` ready, or with one that `load` returns when it likes."""
     model = ModelThread(load or Axes)  # type: ignore[arg-type]
     listening = listen("127.0.0.1", port)
-    server = make_server(create_app(model, ServedIndex(index, look_every=0), token))
+    server = make_server(create_app(model, index, token))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     model.start()

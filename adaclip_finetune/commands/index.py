@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.run} → {arguments.output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
-        given = {"kind": arguments.kind, "dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
+        given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
         try:
             report = index_videos(model, collection, arguments.output, **given)
         except KeyboardInterrupt:
@@ -80,11 +80,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--sync", action="store_true", help="drop videos that are no longer there")
     parser.add_argument(
-        "--kind",
-        choices=("flat", "hnsw"),
-        help="flat (the default): exact search; hnsw: approximate search by a graph, faster for very many videos",
-    )
-    parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of the vectors; float16 halves their size. Default: float32"
     )
     add_model_flags(parser, *_PLACES, *_READING)
@@ -93,7 +88,6 @@ def _parser() -> Parser:
 
 def _print_report(report: IndexingReport, arguments: Namespace) -> None:
     from adaclip_finetune.data.readable import listing
-    from adaclip_finetune.search.nearest import K
 
     rate = f" ({report.embedded / report.seconds:.1f} videos/s)" if report.embedded else ""
     print(f"{report.embedded} embedded{rate}, {report.kept} unchanged; {report.count} in the index")
@@ -102,10 +96,5 @@ def _print_report(report: IndexingReport, arguments: Namespace) -> None:
     elif report.vanished:
         names = ", ".join(map(printable, report.vanished[:5])) + (" …" if len(report.vanished) > 5 else "")
         print(f"{len(report.vanished)} in the index are no longer there ({names}): --sync drops them")
-    if (recall := report.info.recall) is not None:
-        when = f"; measured with {recall.videos} videos" if recall.videos != report.count else ""
-        kind = f"{report.info.kind}, {report.info.dtype}"
-        found = f"finds {100 * recall.share:.2f} % of the {K} nearest by {recall.by}"
-        print(f"{kind}: {found} (queries: {recall.asked}{when})")
     if report.broken:
         print(f"{len(report.broken)} cannot be read:\n{listing(report.broken, at_most=None)}", file=sys.stderr)

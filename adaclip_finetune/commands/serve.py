@@ -30,7 +30,7 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.serve.app import create_app, make_server
-    from adaclip_finetune.search.serve.served import ModelThread, ServedIndex
+    from adaclip_finetune.search.serve.served import ModelThread
 
     index = VideoIndex.load(arguments.index)
 
@@ -40,7 +40,7 @@ def run(words: Sequence[str]) -> int:
         return search_model_of(index, arguments.model, **settings)
 
     model = ModelThread(load)
-    server = make_server(create_app(model, ServedIndex(index), token, arguments.host))
+    server = make_server(create_app(model, index, token, arguments.host))
     try:
         print(f"{arguments.index}: {len(index):,} videos; the model is being loaded. Ctrl-C stops the server")
         # This machine's name stands for an address that means all addresses.
@@ -75,7 +75,7 @@ def _parser() -> Parser:
     parser = Parser(
         "adaclip serve",
         "Serve a page to search an index by text or picture, in a browser on this machine. The page opens at once, "
-        "while the model is being loaded. Ctrl-C stops the server. Its /docs describes the JSON API.",
+        "while the model is being loaded. Ctrl-C stops the server. Its /openapi.json describes the JSON API.",
     )
     parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
     parser.add_argument(

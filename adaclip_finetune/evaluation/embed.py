@@ -48,14 +48,16 @@ class Embeddings:
         self._rows = torch.empty(0)
         self._embedded = torch.zeros(count, dtype=torch.bool)
 
-    def embed(self, num_batches: int, work: Work, bar: tqdm[object]) -> None:
+    def embed(self, num_batches: int, work: Work, label: str) -> None:
         """Embed all batches that were not kept earlier. Afterwards all processes know `failed` and `usage`."""
-        todo = on_main(partial(self._take_kept, num_batches, bar))
-        batches = work(todo[rank() :: world_size()])
-        for start in range(0, len(todo), world_size()):
-            numbers = todo[start : start + world_size()]
-            mine = next(batches) if rank() < len(numbers) else None
-            on_main(partial(self._take_round, numbers, gather_objects(mine), bar))
+        hidden = None if is_main() else True  # the main process shows a bar, but only on a terminal
+        with tqdm(total=self.count, desc=label, unit=self.kind, leave=False, disable=hidden) as bar:
+            todo = on_main(partial(self._take_kept, num_batches, bar))
+            batches = work(todo[rank() :: world_size()])
+            for start in range(0, len(todo), world_size()):
+                numbers = todo[start : start + world_size()]
+                mine = next(batches) if rank() < len(numbers) else None
+                on_main(partial(self._take_round, numbers, gather_objects(mine), bar))
         self.failed, self.usage = from_main((self.failed, self.usage))
 
     def rows(self) -> Tensor:
@@ -66,7 +68,7 @@ class Embeddings:
         """Take the batches that were kept, and return the numbers of the others."""
         missing = []
         for number in range(num_batches):
-            if self.folder and (kept := self.folder.read(self._name(number))):
+            if self.folder and (kept := self.folder.read(f"{self.kind}-{number:06d}")):
                 tensors, values = kept
                 self._take(EmbeddedBatch(**tensors, failed=values["failed"]), bar)
             else:
@@ -78,7 +80,7 @@ class Embeddings:
             assert batch is not None, "only the last processes have no batch in the last round"
             if self.folder and (self.keep_failures or not batch.failed):
                 tensors = {"places": batch.places, "rows": batch.rows, "usage": batch.usage}
-                self.folder.write(self._name(number), tensors, {"failed": batch.failed})
+                self.folder.write(f"{self.kind}-{number:06d}", tensors, {"failed": batch.failed})
             self._take(batch, bar)
 
     def _take(self, batch: EmbeddedBatch, bar: tqdm[object]) -> None:
@@ -92,9 +94,6 @@ class Embeddings:
             self.usage += batch.usage
         self.failed |= batch.failed
         bar.update(len(batch.places) + len(batch.failed))
-
-    def _name(self, number: int) -> str:
-        return f"{self.kind}-{number:06d}"
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -112,15 +112,31 @@ def retrieval_metrics(
     owners = torch.as_tensor(video_of_text, dtype=torch.int64, device="cpu")
     if not len(owners):
         raise ValueError("there are no captions to evaluate")
-    same_text = None if texts is None else _SameText(texts, owners.numpy())
-    t2v_ranks, best_own = _first_pass(blocks, owners)
-    v2t_ranks, excused = _second_pass(blocks, owners, best_own, same_text)
+    rows, videos = _same_text(texts or (), owners.numpy())
+    t2v, t2v_same, best_own = torch.empty_like(owners), torch.zeros_like(owners), torch.empty(0)
+    for start, scores, columns in _checked(blocks, owners):
+        if start == 0:
+            best_own = scores.new_full((scores.shape[1],), float("-inf"))  # the score of each video's best caption
+        own = scores.gather(1, columns[:, None])
+        # The right video itself is among those that reach its score: that is the 1 of the rank.
+        t2v[start : start + len(scores)] = (scores >= own).sum(dim=1)
+        best_own.scatter_reduce_(0, columns, own.squeeze(1), "amax")
+        row, video = _in_block(rows, videos, start, scores)
+        t2v_same.index_add_(0, start + row.cpu(), (scores[row, video] >= own[row, 0]).long().cpu())
+    v2t = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
+    v2t_same = torch.zeros_like(v2t)
+    for start, scores, columns in _checked(blocks, owners):
+        reaching = scores >= best_own
+        v2t += reaching.sum(dim=0)
+        v2t.index_add_(0, columns, -reaching.gather(1, columns[:, None]).squeeze(1).long())
+        row, video = _in_block(rows, videos, start, scores)
+        v2t_same.index_add_(0, video, reaching[row, video].long())
     asked = np.unique(owners.numpy())
-    metrics = Metrics(DirectionMetrics(t2v_ranks), DirectionMetrics(v2t_ranks[asked]))
-    if same_text is None or not same_text.shared_captions:
+    metrics = Metrics(_direction(t2v), _direction(v2t[asked]))
+    if not len(rows):
         return metrics
-    t2v, v2t = DirectionMetrics(t2v_ranks - excused[0]), DirectionMetrics((v2t_ranks - excused[1])[asked])
-    return replace(metrics, shared_captions=same_text.shared_captions, excused=Metrics(t2v, v2t))
+    excused = Metrics(_direction(t2v - t2v_same), _direction((v2t - v2t_same)[asked]))
+    return replace(metrics, shared_captions=len(np.unique(rows)), excused=excused)
 
 
 def results_table(rows: Mapping[str, Metrics]) -> str:
@@ -138,59 +154,31 @@ def results_table(rows: Mapping[str, Metrics]) -> str:
 
 def one_line(metrics: Metrics) -> str:
     """Return R@1, R@5 and R@10 of both directions in one line."""
-    parts = []
-    for name, direction in (("T2V", metrics.t2v.as_dict()), ("V2T", metrics.v2t.as_dict())):
-        parts.append(f"{name} R@1 {direction['R@1']:.1f}  R@5 {direction['R@5']:.1f}  R@10 {direction['R@10']:.1f}")
-    return "   ".join(parts)
+    return "   ".join(
+        f"{name} R@1 {direction.recall(1):.1f}  R@5 {direction.recall(5):.1f}  R@10 {direction.recall(10):.1f}"
+        for name, direction in (("T2V", metrics.t2v), ("V2T", metrics.v2t))
+    )
 
 
-class _SameText:
-    """Which videos have a caption with the text of a given caption. Case and spaces do not count."""
-
-    def __init__(self, texts: Sequence[str], owners: IntArray) -> None:
-        numbers: dict[str, int] = {}
-        self._owners = owners
-        self._text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts])
-        text, video = np.unique(np.stack([self._text_of, owners]), axis=1)  # each text once for each of its videos
-        self._videos = csr_array((np.ones_like(text), (text, video)))
-        self.shared_captions = int((np.bincount(text) > 1)[self._text_of].sum())
-
-    def pairs(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return rows, counted from `start`, and the other videos that have a caption with the text of that row."""
-        found = self._videos[self._text_of[start : start + count]].tocoo()
-        other = found.col != self._owners[start + found.row]
-        return torch.from_numpy(found.row[other]).long(), torch.from_numpy(found.col[other]).long()
+def _direction(ranks: Tensor) -> DirectionMetrics:
+    return DirectionMetrics(ranks.cpu().numpy())
 
 
-def _first_pass(blocks: Iterable[Tensor], owners: Tensor) -> tuple[IntArray, Tensor]:
-    """Return the t2v rank of each caption (T,), and the score (V,) of each video's best caption, -inf without any."""
-    ranks, best_own = torch.empty(len(owners), dtype=torch.int64), torch.empty(0)
-    for start, scores, columns in _checked(blocks, owners):
-        if start == 0:
-            best_own = scores.new_full((scores.shape[1],), float("-inf"))
-        own = scores.gather(1, columns[:, None])
-        # The right video itself is among those that reach its score: that is the 1 of the rank.
-        ranks[start : start + len(scores)] = (scores >= own).sum(dim=1)
-        best_own.scatter_reduce_(0, columns, own.squeeze(1), "amax")
-    return ranks.numpy(), best_own
+def _same_text(texts: Sequence[str], owners: IntArray) -> tuple[Tensor, Tensor]:
+    """Return, in ascending order, each caption (P,) that has its text in common with another video, and that video
+    (P,). Case and spaces do not count."""
+    numbers: dict[str, int] = {}
+    text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts], np.int64)
+    text, video = np.unique(np.stack([text_of, owners[: len(texts)]]), axis=1)  # each text once for each of its videos
+    found = csr_array((np.ones_like(text), (text, video)), (len(numbers), owners.max() + 1))[text_of].tocoo()
+    other = found.col != owners[found.row]
+    return torch.from_numpy(found.row[other]).long(), torch.from_numpy(found.col[other]).long()
 
 
-def _second_pass(
-    blocks: Iterable[Tensor], owners: Tensor, best_own: Tensor, same_text: _SameText | None
-) -> tuple[IntArray, tuple[IntArray, IntArray]]:
-    """Return the rank (V,) of each video's best caption among the captions of other videos, and how many competitors
-    with the same text are counted in the t2v ranks (T,) and in the v2t ranks (V,)."""
-    ranks = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
-    t2v, v2t = torch.zeros_like(owners, device=best_own.device), torch.zeros_like(ranks)
-    for start, scores, columns in _checked(blocks, owners):
-        reaching = scores >= best_own
-        ranks += reaching.sum(dim=0)
-        ranks.index_add_(0, columns, -reaching.gather(1, columns[:, None]).squeeze(1).long())
-        if same_text is not None and same_text.shared_captions:
-            rows, videos = (index.to(scores.device) for index in same_text.pairs(start, len(scores)))
-            t2v.index_add_(0, start + rows, (scores[rows, videos] >= scores[rows, columns[rows]]).long())
-            v2t.index_add_(0, videos, reaching[rows, videos].long())
-    return ranks.cpu().numpy(), (t2v.cpu().numpy(), v2t.cpu().numpy())
+def _in_block(rows: Tensor, videos: Tensor, start: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those pairs of `_same_text` that are in a block, their rows counted from its first one."""
+    here = slice(*torch.searchsorted(rows, torch.tensor([start, start + len(scores)])).tolist())
+    return (rows[here] - start).to(scores.device), videos[here].to(scores.device)
 
 
 def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

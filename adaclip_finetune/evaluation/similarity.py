@@ -32,19 +32,15 @@ class SimilarityBlocks:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
+        # If the scorer cannot be indexed, every text has a vector of its own for every video.
+        at_once = len(self.videos) or 1
+        if not self.scorer.indexable:
+            at_once = rows_in_a_block(self.rows * self.text.shape[1] * max(4, self.text.element_size()))
         for queries in torch.split(self.text, self.rows):
+            text = TextFeatures(queries.to(self.videos.device))
             with _float32_products():
-                block = self._scored(TextFeatures(queries.to(self.videos.device)))
-            yield block
-
-    def _scored(self, text: TextFeatures) -> Tensor:
-        if self.scorer.indexable:
-            logits: Tensor = self.scorer(text, self.videos)
-            return logits
-        # Every text has a vector of its own for every video.
-        queries = text.sentence
-        at_once = rows_in_a_block(len(queries) * queries.shape[1] * max(4, queries.element_size()))
-        return torch.cat([self.scorer(text, kept) for kept in torch.split(self.videos, at_once)], dim=1)
+                parts = [self.scorer(text, kept) for kept in torch.split(self.videos, at_once)]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) -> SimilarityBlocks:
@@ -54,8 +50,6 @@ def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) 
     Blocks are float32 (float64 for float64 texts), on the device of the videos, without gradients. Each pass gives the
     same values, whatever the model learns in between.
     """
-    if block < 1:
-        raise ValueError(f"a block has at least one row, not {block}")
     rows = min(block, rows_in_a_block(len(videos) * max(4, videos.element_size())))
     return SimilarityBlocks(text, videos, rows, scorer.fixed())
 

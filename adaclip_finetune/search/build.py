@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from tqdm import tqdm
 
 from adaclip_finetune.config.roles import names_with
@@ -25,26 +23,21 @@ from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
-from adaclip_finetune.search.nearest import FaissIndex, measure_recall
-from adaclip_finetune.search.pictures import thumbnail
-from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
-from adaclip_finetune.search.storage import (
-    MARK,
+from adaclip_finetune.search.index import (
+    FILE,
     PARTS,
     THUMBS,
     EmbeddedVideo,
     IndexInfo,
-    Recall,
     StoredIndex,
-    finish_move,
-    is_index,
     read_index,
-    read_parts,
     write_index,
-    write_part,
 )
+from adaclip_finetune.search.pictures import thumbnail
+from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
 from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
 
 
@@ -58,7 +51,6 @@ class IndexingReport:
     broken: dict[str, str]  # id → why the video cannot be read
     vanished: list[str]  # ids of indexed videos that the collection lacks; dropped if `sync`
     count: int  # videos that are in the index now
-    info: IndexInfo
 
 
 def index_videos(
@@ -66,36 +58,46 @@ def index_videos(
     collection: VideoCollection,
     folder: Path,
     *,
-    kind: Literal["flat", "hnsw"] | None = None,
     dtype: Literal["float32", "float16"] | None = None,
     sync: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> IndexingReport:
     """Write the index of a collection into `folder`, or update the one that is there.
 
-    `kind` and `dtype` default to those of the index that is there, else flat and float32. With `sync`, videos that the
-    collection lacks are dropped. `settings` are those with which the model was loaded. Raise UserError; batches that
-    were finished until then are kept, and the same call continues from there.
+    `dtype` defaults to that of the index that is there, else float32. With `sync`, videos that the collection lacks are
+    dropped. `settings` are those with which the model was loaded. Raise UserError; batches that were finished until
+    then are kept, and the same call continues from there.
     """
     model.refuse_query_dependent()
-    was_there = folder.exists()
-    _claim(folder)
+    info = _info(model, collection, settings or {})
+    about = {"fingerprint": model.fingerprint, "source": info.source, "root": str(collection.root)}
+    parts = PartFolder(folder / PARTS, about | {"img_tmpl": collection.img_tmpl})
     lock = FolderLock(folder)
     try:
+        _claim(folder)
         lock.take()
         try:
-            finish_move(folder)
-            (folder / THUMBS).mkdir(exist_ok=True)
-            old = read_index(folder) if is_index(folder) else None
-            info = _info(model, collection, old.info if old else None, settings or {})
+            old = read_index(folder) if (folder / FILE).exists() else None
             if old is not None:
-                _check_same(folder, old.info, info, dtype, sync)
-            info = replace(info, kind=kind or info.kind, dtype=dtype or info.dtype)
-            return _update(model, collection, folder, old, info, sync)
+                _check_same(folder, old.info, info, sync)
+            parts.open()
+            (folder / THUMBS).mkdir(exist_ok=True)
+            report, videos = _update(model, collection, folder, old, parts, sync)
+            vectors = np.array([video.vector for video in videos]).reshape(len(videos), model.width)
+            kept_dtype = old.vectors.dtype if old else np.dtype("float32")
+            write_index(folder, info, vectors.astype(dtype or kept_dtype), [video.row for video in videos])
+            shutil.rmtree(parts.path)
+            for name in {path.name for path in (folder / THUMBS).iterdir()} - {video.row["thumb"] for video in videos}:
+                (folder / THUMBS / name).unlink()
+            return report
         finally:
+            if not parts.names():
+                shutil.rmtree(parts.path, ignore_errors=True)
+                if not (folder / FILE).exists():
+                    shutil.rmtree(folder / THUMBS, ignore_errors=True)
             lock.release()
-            if not was_there:
-                _remove_if_empty(folder)
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
     except OSError as error:
         raise UserError(f"{folder}: {error}. Finished batches are kept; the same command continues") from error
 
@@ -105,18 +107,17 @@ def _update(
     collection: VideoCollection,
     folder: Path,
     old: StoredIndex | None,
-    info: IndexInfo,
+    parts: PartFolder,
     sync: bool,
-) -> IndexingReport:
-    # Finished batches are used again only for the same model, videos and names of frames.
-    of = json.dumps([model.fingerprint, info.source, info.root, collection.img_tmpl])
-    parts = {video.row["id"]: video for video in read_parts(folder, of)}
-    known = {video.row["id"]: video for video in (old.videos() if old else ())} | parts
+) -> tuple[IndexingReport, list[EmbeddedVideo]]:
+    """Embed what is new or changed, keeping finished batches in `parts`. Return all videos of the new index."""
+    finished = {video.row["id"]: video for video in _read_parts(parts)}
+    known = {video.row["id"]: video for video in (old.videos() if old else ())} | finished
     same_frames = old is None or collection.img_tmpl in (None, old.info.settings.get("img_tmpl"))
     unchanged = {
         video.id
         for video in collection.videos
-        if (found := (known if same_frames else parts).get(video.id))
+        if (found := (known if same_frames else finished).get(video.id))
         and (found.row["size"], found.row["mtime_ns"]) == video.stamp
         and (folder / THUMBS / found.row["thumb"]).exists()
     }
@@ -133,7 +134,9 @@ def _update(
     for batch, failed in _embed(model, collection, readable, folder / THUMBS):
         broken |= failed
         if batch:
-            write_part(folder, of, batch)
+            vectors = torch.from_numpy(np.stack([video.vector for video in batch]))
+            rows = [video.row for video in batch]
+            parts.write(f"{len(parts.names()):06d}", {"vectors": vectors}, {"rows": rows})
         fresh |= {video.row["id"]: video for video in batch}
     seconds = time.monotonic() - started
 
@@ -147,8 +150,15 @@ def _update(
     vanished = [name for name in known if name not in ids]
     if not sync:
         result |= {name: known[name] for name in vanished}
-    info = _write(model, folder, list(result.values()), old, info)
-    return IndexingReport(len(fresh), seconds, len(unchanged), broken, vanished, len(result), info)
+    report = IndexingReport(len(fresh), seconds, len(unchanged), broken, vanished, len(result))
+    return report, list(result.values())
+
+
+def _read_parts(parts: PartFolder) -> Iterator[EmbeddedVideo]:
+    for name in parts.names():
+        if found := parts.read(name):
+            tensors, values = found
+            yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy())
 
 
 def _embed(
@@ -185,7 +195,7 @@ def _embed(
 def _row(
     collection: VideoCollection, thumbs: Path, video: CollectionVideo, weighted: WeightedFrames
 ) -> dict[str, Any] | FrameError:
-    """The row of videos.jsonl; the thumbnail comes from the store that the model's frames come from."""
+    """The row of the index; the thumbnail comes from the store that the model's frames come from."""
     try:
         duration, times = collection.times(video, weighted.frames)
         best = weighted.frames[weighted.best] if weighted.frames else 0
@@ -208,112 +218,32 @@ def _row(
     }
 
 
-def _write(
-    model: SearchModel, folder: Path, videos: list[EmbeddedVideo], old: StoredIndex | None, info: IndexInfo
-) -> IndexInfo:
-    """Write the index, unless it would be the same as the old one; `adaclip serve` loads it again whenever it is
-    written. Return what index.json says."""
-    rows = [video.row for video in videos]
-    exact = np.array([video.vector for video in videos], np.float32).reshape(len(videos), model.width)
-    vectors, graph = exact.astype(info.dtype), None
-    if (
-        old is not None
-        and (info.kind, info.dtype) == (old.info.kind, old.info.dtype)
-        and np.array_equal(vectors, old.vectors)
-        and (info.kind == "flat" or old.graph is not None)
-    ):
-        info, graph = replace(info, recall=old.info.recall), old.graph
-        if rows == old.rows and replace(info, changed=old.info.changed) == old.info:
-            info = old.info
-    else:
-        index = FaissIndex.build(vectors, info.kind)
-        graph = index.dump() if info.kind == "hnsw" else None
-        info = replace(info, recall=_recall(model, videos, exact, index, info, old))
-    if old is None or info is not old.info:
-        write_index(folder, info, vectors, rows, graph)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    thumbs = {row["thumb"] for row in rows}
-    for path in (folder / THUMBS).glob("*.jpg"):
-        if path.name not in thumbs:
-            path.unlink(missing_ok=True)
-    return info
-
-
-def _recall(
-    model: SearchModel,
-    videos: list[EmbeddedVideo],
-    exact: NDArray[np.float32],
-    index: FaissIndex,
-    info: IndexInfo,
-    old: StoredIndex | None,
-) -> Recall | None:
-    """Measure what an approximate index costs. What rounding to float16 cost can only be measured while the vectors are
-    still there in float32; later the first figure is kept."""
-    if (info.kind, info.dtype) == ("flat", "float32"):
-        return None
-    rounded = sum(video.vector.dtype == np.float16 for video in videos)
-    if info.kind == "flat" and rounded == len(videos):
-        return old.info.recall if old and old.info.kind == "flat" else None
-    captions = [text for video in videos for text in video.row["captions"]]
-    measured = measure_recall(index, exact, captions, model.encode_text)
-    by = f"exact search, {rounded} of {len(videos)} vectors being float16 already" if rounded else "exact float32"
-    return None if measured is None else Recall(measured[0], by, measured[1], len(videos))
-
-
 def _claim(folder: Path) -> None:
-    """Make the folder of the index. Everything in it may later be replaced or deleted, so it must be an index already,
-    or empty. Raise UserError."""
-    try:
-        folder.mkdir(exist_ok=True)
-        if not (is_index(folder) or (folder / MARK).exists()):
-            if any(not path.name.startswith((".lock-", "lock.json")) for path in folder.iterdir()):
-                raise UserError(f"-o {folder}: is not an index and not empty; give the name of a new folder")
-            (folder / MARK).touch()
-    except OSError as error:
-        raise UserError(f"-o {folder}: cannot be made ({error.strerror})") from error
+    """Make the folder of the index. Files in it may later be replaced or deleted, so it must be an index already, or
+    empty. Raise UserError."""
+    folder.mkdir(exist_ok=True)
+    is_index = (folder / FILE).exists() or (folder / PARTS / ABOUT).exists()
+    if not is_index and any(path.name != "lock.json" for path in folder.iterdir()):
+        raise UserError(f"-o {folder}: is not an index and not empty; give the name of a new folder")
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind if indexing was refused or stopped before the first batch."""
-    with suppress(OSError):  # there may be thumbnails
-        if {path.name for path in folder.iterdir()} <= {MARK, THUMBS}:
-            (folder / THUMBS).rmdir()
-            (folder / MARK).unlink()
-            folder.rmdir()
-
-
-def _info(
-    model: SearchModel, collection: VideoCollection, old: IndexInfo | None, settings: Mapping[str, Any]
-) -> IndexInfo:
-    """Return the info of the new index, of the kind and type of the old one."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _info(model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any]) -> IndexInfo:
     # The index may be searched on another machine than it was made on.
     kept = {name: value for name, value in settings.items() if name not in names_with("machine")}
     if model.config.clip_weights is not None:
         kept["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     if collection.img_tmpl is not None:
         kept["img_tmpl"] = collection.img_tmpl
-    return IndexInfo(
-        fingerprint=model.fingerprint,
-        run=str(model.source.absolute()),
-        settings=kept,
-        source=str(collection.name),
-        root=str(collection.root),
-        kind=old.kind if old else "flat",
-        dtype=old.dtype if old else "float32",
-        made=old.made if old else now,
-        changed=now,
-    )
+    return IndexInfo(model.fingerprint, str(model.source.absolute()), kept, str(collection.name))
 
 
-def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, dtype: str | None, sync: bool) -> None:
+def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
     """Raise UserError if the folder holds the index of something else."""
-    other_name = "give another name, or delete the folder"
     if old.fingerprint != new.fingerprint:
-        raise UserError(f"-o {folder}: was made with another model ({old.run}); {other_name}")
+        raise UserError(
+            f"-o {folder}: was made with another model ({old.run}); give another name, or delete the folder"
+        )
     if old.source != new.source and Path(old.source).exists() and not sync:
         raise UserError(
             f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
         )
-    if (old.dtype, dtype) == ("float16", "float32"):
-        raise UserError(f"-o {folder}: holds float16 vectors, which cannot become float32 again; {other_name}")

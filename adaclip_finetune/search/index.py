@@ -1,29 +1,95 @@
-"""`VideoIndex`: an index in memory, ready to be searched.
+"""The index of a collection: one file on disk, and `VideoIndex` in memory, which searches it.
 
     index = VideoIndex.load("my.index")
     hits = index.search(model.encode_text(["two dogs run along the water"]), k=10)[0]
 
-The model that belongs to an index is `search_model_of(index)`.
+The folder of an index holds vectors.safetensors, with the vectors, their rows and what they were made with; thumbs/,
+with a JPEG for each row; and, until indexing has finished, parts/ with finished batches. vectors.safetensors is
+replaced as a whole, so a reader never sees parts of two indexes; videos.jsonl is a copy of its rows for other programs.
+The model of an index is `search_model_of(index)`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import faiss
 import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import FileStamp
-from adaclip_finetune.search.nearest import FaissIndex
-from adaclip_finetune.search.storage import THUMBS, StoredIndex, read_index
 
+FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
+FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """What an index was made with."""
+
+    fingerprint: str  # of the model
+    run: str  # absolute path of the run folder or checkpoint
+    settings: dict[str, Any]  # settings that are needed beside the run to load the model, such as clip_weights
+    source: str  # absolute path of the folder or annotation that was indexed
+
+
+class EmbeddedVideo(NamedTuple):
+    """A row of an index, as JSON holds it, and its vector (D,)."""
+
+    row: dict[str, Any]
+    vector: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StoredIndex:
+    """The content of an index on disk: vectors (V, D), float32 or float16, and as many rows, one JSON object each."""
+
+    info: IndexInfo
+    vectors: NDArray[Any]
+    lines: list[bytes]
+
+    def videos(self) -> list[EmbeddedVideo]:
+        """Return all rows, parsed, with their vectors."""
+        return list(map(EmbeddedVideo, map(json.loads, self.lines), self.vectors))
+
+
+def read_index(folder: Path) -> StoredIndex:
+    """Read an index. Raise UserError if there is none, or it is of another version or damaged."""
+    path = folder / FILE
+    if not path.exists():
+        if not folder.exists():
+            raise UserError(f"{folder}: there is no such folder; `adaclip index RUN VIDEOS -o {folder}` makes one")
+        if (folder / PARTS).exists():
+            raise UserError(f"{folder}: is not finished; `adaclip index RUN VIDEOS -o {folder}` continues it")
+        raise UserError(f"{folder}: is not an index; give the folder that `adaclip index -o` made")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            facts = json.loads(file.metadata()[FORMAT])
+            vectors, lines = file.get_tensor("vectors"), file.get_tensor("videos").tobytes().splitlines()
+        return StoredIndex(IndexInfo(**facts), vectors, lines)
+    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
+        ) from error
+
+
+def write_index(folder: Path, info: IndexInfo, vectors: NDArray[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the index in the folder as a whole. Raise OSError and leave the old one if that fails."""
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    tensors = {"vectors": np.ascontiguousarray(vectors), "videos": np.frombuffer(lines, np.uint8)}
+    write_durably(folder / FILE, save(tensors, {FORMAT: json.dumps(asdict(info))}))
+    write_durably(folder / "videos.jsonl", lines)
 
 
 @dataclass(frozen=True)
@@ -45,7 +111,7 @@ class IndexedVideo:
     frames: tuple[IndexedFrame, ...]  # in order of time
     best: int  # position in `frames` of the one with the greatest weight
     captions: tuple[str, ...]
-    thumb: Path | None  # JPEG of the best frame
+    thumb: Path  # JPEG of the best frame
     stamp: FileStamp  # of `path` when it was indexed
     key: str  # digest of the row: it changes with the file, and no path can be derived from it
 
@@ -68,15 +134,14 @@ class IndexedVideos:
     """The rows of an index. A row is parsed when it is first asked for, because a search looks at few of them."""
 
     def __init__(self, folder: Path, lines: list[bytes]) -> None:
-        self._folder, self._lines = folder, lines
+        self._thumbs, self._lines = folder / THUMBS, lines
         self._parsed = lru_cache(_REMEMBERED)(self._parse)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, row: int) -> IndexedVideo:
-        """Return one row. Raise UserError for a line that adaclip did not write."""
-        return self._parsed(range(len(self))[row])
+        return self._parsed(row)
 
     def __iter__(self) -> Iterator[IndexedVideo]:
         return map(self._parsed, range(len(self)))
@@ -86,42 +151,34 @@ class IndexedVideos:
         return [_key(line) for line in self._lines]
 
     def _parse(self, row: int) -> IndexedVideo:
-        line = self._lines[row]
-        try:
-            facts = json.loads(line)
-            video = IndexedVideo(
-                id=facts["id"],
-                path=Path(facts["path"]),
-                duration=facts["duration"],
-                frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
-                best=facts["best"],
-                captions=tuple(facts["captions"]),
-                thumb=self._folder / THUMBS / Path(facts["thumb"]).name if facts["thumb"] else None,
-                stamp=FileStamp(facts["size"], facts["mtime_ns"]),
-                key=_key(line),
-            )
-            _ = video.best_time
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            place = f"{self._folder / 'videos.jsonl'}, line {row + 1}"
-            raise UserError(f"{place}: not a row that adaclip wrote ({error!r})") from error
-        return video
+        facts = json.loads(self._lines[row])
+        return IndexedVideo(
+            id=facts["id"],
+            path=Path(facts["path"]),
+            duration=facts["duration"],
+            frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
+            best=facts["best"],
+            captions=tuple(facts["captions"]),
+            thumb=self._thumbs / Path(facts["thumb"]).name,
+            stamp=FileStamp(facts["size"], facts["mtime_ns"]),
+            key=_key(self._lines[row]),
+        )
 
 
 class VideoIndex:
-    """The videos of an index in the order of its rows, and their vectors."""
+    """The videos of an index in the order of its rows, and their vectors in FAISS (Douze et al. 2024)."""
 
-    def __init__(self, folder: Path, stored: StoredIndex, nearest: FaissIndex) -> None:
-        self.folder, self.info, self.version = folder, stored.info, stored.version
-        self.videos = IndexedVideos(folder, stored.lines)
+    def __init__(self, folder: Path, stored: StoredIndex) -> None:
+        self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
         self.width = stored.vectors.shape[1]
-        self._nearest = nearest
+        kind = "SQfp16" if stored.vectors.dtype == np.float16 else "Flat"  # float16 stays float16 in memory
+        self._nearest = faiss.index_factory(self.width, kind, faiss.METRIC_INNER_PRODUCT)
+        self._nearest.add(np.ascontiguousarray(stored.vectors, np.float32))
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
-        """Read the index that `adaclip index` wrote. Raise UserError if there is none, or it was altered."""
-        stored = read_index(Path(path))
-        built = FaissIndex.load(stored.graph) if stored.graph else FaissIndex.build(stored.vectors, stored.info.kind)
-        return cls(Path(path), stored, built)
+        """Read the index that `adaclip index` wrote. Raise UserError if there is none, or it is damaged."""
+        return cls(Path(path), read_index(Path(path)))
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -140,13 +197,13 @@ class VideoIndex:
         length = np.linalg.norm(queries, axis=1, keepdims=True)
         if not (np.isfinite(length).all() and (length > 0).all()):
             raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
-        scores, rows = self._nearest.search(queries / length, k)
-        return [self._hits(*found, ranks) for found in zip(scores.tolist(), rows.tolist(), strict=True)]
-
-    def _hits(self, scores: list[float], rows: list[int], ranks: slice) -> list[Hit]:
-        # A graph whose nodes are not all connected gives row -1 for what it did not reach.
-        found = [(rank, score, row) for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1) if row >= 0]
-        return [Hit(self.videos[row], score, rank) for rank, score, row in found[ranks]]
+        if not len(self):
+            return [[] for _ in queries]
+        scores, rows = self._nearest.search(queries / length, min(k, len(self)))
+        return [
+            [Hit(self.videos[row], score, rank) for rank, (score, row) in list(enumerate(found, 1))[ranks]]
+            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), rows.tolist(), strict=True))
+        ]
 
 
 def _key(line: bytes) -> str:

@@ -48,6 +48,16 @@ def test_queries_of_one_video_are_drawn_together() -> None:
     assert found["R@1"][1] - found["R@1"][0] > 1.3 * (independent["R@1"][1] - independent["R@1"][0])
 
 
+def test_few_kinds_of_videos_are_drawn_as_the_videos_one_by_one() -> None:
+    """300 videos with two captions each have four kinds of ranks; above, there are about as many kinds as videos."""
+    random = np.random.default_rng(0)
+    given = np.array([[1, 1], [1, 20], [3, 20], [7, 40]])[random.integers(4, size=300)]
+    drawn = [figures_of(given[random.integers(300, size=300)]) for _ in range(4000)]
+    found = intervals(given.reshape(-1), np.repeat(np.arange(300), 2))
+    for name, values in zip(FIGURES, np.array(drawn).T, strict=True):
+        assert found[name] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.7 if "R@" in name else 0.35)
+
+
 def test_a_recall_of_0_or_100_gets_the_exact_interval_of_so_many_videos() -> None:
     found = intervals(np.full(60, 7), np.repeat(np.arange(20), 3))
     # 0 of 20 videos are found with a probability of 2.5 % if the recall is 1 - 0.025 ** (1 / 20).

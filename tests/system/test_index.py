@@ -26,10 +26,9 @@ from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search import search_model
 from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import CollectionVideo, FileStamp, VideoCollection, VideoFiles, collect_folder
-from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.index import VideoIndex, read_index
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
 from adaclip_finetune.search.serve.served import ServedVideos
-from adaclip_finetune.search.storage import read_index
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]
@@ -93,8 +92,7 @@ def counts(told: str) -> tuple[int, ...]:
 
 
 def vectors(folder: Path) -> dict[str, np.ndarray]:
-    stored = read_index(folder)
-    return {row["id"]: vector for row, vector in zip(stored.rows, stored.vectors, strict=True)}
+    return {row["id"]: vector for row, vector in read_index(folder).videos()}
 
 
 def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, index: Index) -> None:
@@ -103,9 +101,9 @@ def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, ind
     loaded = VideoIndex.load(tmp_path / "i")
     assert [video.id for video in loaded.videos] == IDS
     assert list(loaded.info.settings) == ["clip_weights"]  # the index may be searched on another machine
-    assert sorted(path.name for path in (tmp_path / "i").iterdir()) == [
-        ".adaclip-index", "index.json", "thumbs", "vectors.safetensors", "videos.jsonl",
-    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "i").iterdir()) == ["thumbs", "vectors.safetensors", "videos.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "i" / "videos.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == IDS
     model = load_retriever(run)
     for video in loaded.videos:
         vector, frames, weights = model.encode_video(video.path)
@@ -116,17 +114,15 @@ def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, ind
         assert [frame.time for frame in video.frames] == [pytest.approx(frame / 25, abs=1e-3) for frame in frames]
         assert video.duration == pytest.approx((20 + 10 * int(video.id[-5])) / 25, abs=0.05)
         assert video.frames[video.best].weight == max(frame.weight for frame in video.frames)
-        assert video.thumb is not None
         with Image.open(video.thumb) as picture:
             assert index_of(np.asarray(picture)) == video.frames[video.best].index
 
 
 def test_unchanged_videos_are_kept_and_changed_ones_embedded_again(library: Path, tmp_path: Path, index: Index) -> None:
     assert index(library)[0] == 0
-    before, version = vectors(tmp_path / "i"), read_index(tmp_path / "i").version
+    before = vectors(tmp_path / "i")
     code, out, _ = index(library)
     assert (code, counts(out)) == (0, (0, 5, 5))
-    assert read_index(tmp_path / "i").version == version  # a page that has loaded it need not load it again
     write_video(library / "clip 0.mp4", 50, crf="40")
     write_video(library / "a new one.webm", 20, codec="libvpx-vp9")
     (library / "clip 2.mp4").unlink()
@@ -142,7 +138,7 @@ def test_unchanged_videos_are_kept_and_changed_ones_embedded_again(library: Path
     assert index(library, "--sync")[0] == 1
     assert list(vectors(tmp_path / "i")) == list(after)[:4]
     thumbs = {path.name for path in (tmp_path / "i" / "thumbs").iterdir()}
-    assert thumbs == {row["thumb"] for row in read_index(tmp_path / "i").rows}
+    assert thumbs == {video.thumb.name for video in VideoIndex.load(tmp_path / "i").videos}
 
 
 def test_what_is_not_there_for_a_while_is_not_embedded_again(library: Path, tmp_path: Path, index: Index) -> None:
@@ -272,31 +268,19 @@ def test_another_img_tmpl_embeds_the_same_folder_again(tmp_path: Path, index: In
     loaded = VideoIndex.load(tmp_path / "i")
     (video,) = loaded.videos
     assert loaded.info.settings["img_tmpl"] == "g{}.png"
-    with Image.open(video.thumb or "") as picture:
+    with Image.open(video.thumb) as picture:
         assert index_of(np.asarray(picture)) == 101 + video.frames[video.best].index
     code, _, err = index(*command, "no place for a number")
     assert (code, "img_tmpl" in err) == (2, True)
 
 
-def test_float16_and_hnsw_report_their_recall(project: Settings, tmp_path: Path, index: Index) -> None:
-    annotation = json.loads(Path(project["train_annot"]).read_text())
-    (tmp_path / "a.json").write_text(json.dumps(annotation))
-    shutil.copytree(str(project["frames_dir"]), tmp_path / "frames")
-    command = (tmp_path / "a.json", "--frames_dir", tmp_path / "frames")
-    out = index(*command, "--dtype", "float16", "--kind", "hnsw")[1]
-    assert re.search(r"^hnsw, float16: finds 100\.00 % .* exact float32 \(queries: 24 captions\)$", out, re.MULTILINE)
-    stored = read_index(tmp_path / "i")
-    assert (stored.vectors.dtype, stored.info.kind, stored.graph is not None) == (np.float16, "hnsw", True)
-    assert stored.info.recall is not None and stored.info.recall.share == 1
-    assert "24 captions" in index(*command)[1]  # remembered
-    shutil.copytree(tmp_path / "frames" / "video4", tmp_path / "frames" / "new")
-    (tmp_path / "a.json").write_text(json.dumps(annotation | {"new": {"sentences": ["x"]}}))
-    out = index(*command)[1]
-    assert "12 of 13 vectors being float16 already" in out and "25 captions" in out
-    assert "finds" not in index(*command, "--kind", "flat")[1]  # what rounding cost can no longer be measured
-    assert not (tmp_path / "i" / "faiss.index").exists()
-    code, _, err = index(*command, "--dtype", "float32")
-    assert (code, "float16" in err) == (2, True)
+def test_float16_stays_float16(clips: Path, tmp_path: Path, index: Index) -> None:
+    index(clips)
+    exact = vectors(tmp_path / "i")
+    for words in (("--dtype", "float16"), ()):
+        assert counts(index(clips, *words)[1]) == (0, 5, 5)
+        for name, vector in vectors(tmp_path / "i").items():
+            assert vector.dtype == np.float16 and (vector == exact[name].astype(np.float16)).all()
 
 
 def test_what_is_refused_leaves_no_folder(
@@ -352,8 +336,8 @@ def test_a_folder_of_other_things_is_not_touched(run: Path, library: Path, capsy
 
 
 def test_a_write_that_fails_is_reported(tmp_path: Path, clips: Path, index: Index) -> None:
-    (tmp_path / "i").mkdir()
-    (tmp_path / "i" / ".adaclip-index").touch()
+    (tmp_path / "i" / "parts").mkdir(parents=True)
+    (tmp_path / "i" / "parts" / "about.json").touch()
     (tmp_path / "i" / "thumbs").write_text("in the way of a folder")
     code, _, err = index(clips)
     assert (code, "thumbs" in err, "Traceback" in err) == (2, True, False)
@@ -384,13 +368,6 @@ def test_times_are_those_of_a_player(tmp_path: Path) -> None:
     assert all(real - 1e-9 <= told < real + 0.0011 for real, told in zip(true, shown, strict=True) if told is not None)
 
 
-def test_an_annotated_duration_counts_where_the_file_has_no_length(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "v.m2v", 30, "mpeg2video", bf="2")
-    video = CollectionVideo("v", path.rename(tmp_path / "v.mpg"), FileStamp(0, 0), duration=7.0)
-    collection = VideoCollection(tmp_path, tmp_path, [video], {}, VideoFiles(tmp_path, {"v": "v.mpg"}))
-    assert collection.times(video, [10]) == (7.0, [0.4])
-
-
 def test_times_of_extracted_frames_are_those_written_beside_them(tmp_path: Path) -> None:
     frames = write_frames(tmp_path / "v", 3)
     (frames / FRAME_TIMES).write_text("[0.0, 0.5, 7.25]")
@@ -407,7 +384,7 @@ def test_pictures_show_what_the_model_sees(run: Path, shared: Path, tmp_path: Pa
     index = VideoIndex.load(tmp_path / "i")
     video = index.videos[0]
     frame = VideoFiles(tmp_path / "v", {"v": "v.mp4"}).read("v", [video.frames[video.best].index])[0]
-    for picture in (Path(video.thumb or "").read_bytes(), ServedVideos(index).frame(video.key, video.best)):
+    for picture in (Path(video.thumb).read_bytes(), ServedVideos(index).frame(video.key, video.best)):
         with Image.open(io.BytesIO(picture)) as shown:
             expected = np.asarray(Image.fromarray(frame).resize(shown.size), int)
             assert np.abs(np.asarray(shown, int) - expected).mean() < 8

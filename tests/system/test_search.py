@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -174,19 +173,6 @@ def test_an_index_is_searched_from_any_folder(
     assert main(["search", str(tmp_path / "k"), "x"]) == 0
 
 
-def test_a_checkpoint_of_another_system_needs_its_settings(
-    run: Path, project: Settings, tmp_path: Path, capsys: Capsys
-) -> None:
-    assert main(["export", str(run), "--format", "published", "-o", str(tmp_path / "p.pth")]) == 0
-    command = ["index", str(tmp_path / "p.pth"), str(project["test_annot"]), "-o", str(tmp_path / "i")]
-    command += ["--frames_dir", str(project["frames_dir"])]
-    assert main(command) == 2
-    assert "settings" in capsys.readouterr().err
-    shutil.copy(run / "config.json", tmp_path / "settings.json")
-    assert main([*command, "--config", str(tmp_path / "settings.json")]) == 0
-    assert main(["search", str(tmp_path / "i"), "x"]) == 0
-
-
 def test_command_lines_that_are_refused(index: Path, tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "blank").write_bytes(b"\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
@@ -215,18 +201,6 @@ def test_command_lines_that_are_refused(index: Path, tmp_path: Path, capsys: Cap
 def test_clocks() -> None:
     given = (None, 0.0, 65.96, 3599.25, 3605.0)
     assert [clock(seconds) for seconds in given] == ["–", "0:00.0", "1:05.9", "59:59.2", "1:00:05.0"]
-
-
-def test_help_needs_no_torch() -> None:
-    code = """
-import sys
-from adaclip_finetune.cli import main
-assert all(main([command, "--help"]) == 0 for command in ("index", "search", "serve"))
-assert not set(sys.modules) & {"torch", "faiss", "numpy", "open_clip", "fastapi"}, "too much"
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--explain" in done.stdout and "--sync" in done.stdout and "--token" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ import numpy as np
 import pytest
 from media import index_of, write_frames, write_video
 from PIL import Image
-from serving import Axes, Server, axis, running, served_row, until, write_clip, write_one, write_small_index
+from serving import Axes, Server, running, until, write_clip, write_one, write_small_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import MAX_BYTES
-from adaclip_finetune.search.storage import read_index, write_index
 
 TOKEN = "0123456789abcdef-_"
 NO_KEY = "0" * 20
@@ -52,7 +50,7 @@ def shown(jpeg: bytes) -> int:
 
 def test_a_search_by_text(server: Server, index: VideoIndex) -> None:
     answer = server.ask("/api/search?q=3").json
-    assert (answer["page"], answer["pages"], answer["videos"], answer["version"]) == (1, 1, 5, index.version)
+    assert (answer["page"], answer["pages"], answer["videos"]) == (1, 1, 5)
     assert [found["rank"] for found in answer["found"]] == [1, 2, 3, 4, 5]
     first = answer["found"][0]
     assert (first["id"], first["score"], first["captions"]) == ("video3.mp4", pytest.approx(1), ["two dogs run"])
@@ -84,7 +82,6 @@ def test_the_files_of_a_video(server: Server, index: VideoIndex) -> None:
     video, poster = server.ask(found["video"]), server.ask(found["poster"])
     content = index.videos[1].path.read_bytes()
     assert (video.body, video.headers["content-type"]) == (content, "video/mp4")
-    assert index.videos[1].thumb is not None
     assert (poster.body, poster.headers["content-type"]) == (index.videos[1].thumb.read_bytes(), "image/jpeg")
     assert [shown(server.ask(frame["picture"]).body) for frame in found["frames"]] == [5, 30]
     assert server.ask(found["frames"][0]["picture"].replace("/0", "/2")).status == 404
@@ -95,27 +92,20 @@ def test_the_files_of_a_video(server: Server, index: VideoIndex) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
-    kinds = {"/": "text/html", "/docs": "text/html", "/style.css": "text/css", "/icon.svg": "image/svg+xml"}
+    kinds = {"/": "text/html", "/style.css": "text/css", "/icon.svg": "image/svg+xml", "/openapi.json": "json"}
     for path, kind in (kinds | {"/script.js": "javascript", "/videos.js": "javascript"}).items():
         reply = server.ask(path)
         assert (reply.status, kind in reply.headers["content-type"]) == (200, True)
-        elsewhere = reply.body.decode().replace("http://www.w3.org/2000/svg", "").replace("http://127.0.0.1:8765", "")
+        elsewhere = reply.body.decode().replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in elsewhere and "https://" not in elsewhere
         assert "default-src 'none'" in reply.headers["content-security-policy"]
         assert "unsafe" not in reply.headers["content-security-policy"]
 
 
-def test_docs_describe_the_whole_api(server: Server) -> None:
-    docs, api = server.ask("/docs").body.decode(), server.ask("/openapi.json").json
-    for path, methods in api["paths"].items():
-        assert path in docs
-        for operation in methods.values():
-            assert set(operation["responses"]) <= {"200", "206", "default"}
-            named = [one["name"] for one in operation.get("parameters", []) if one["in"] == "query"]
-            assert all(f"{name}=" in docs for name in named), path
-    for schema in api["components"]["schemas"].values():
-        assert all(f"<code>{name}</code>" in docs or f'"{name}"' in docs for name in schema["properties"])
-    assert set(server.found()[0]) == set(api["components"]["schemas"]["FoundVideo"]["properties"])
+def test_openapi_describes_the_answers(server: Server) -> None:
+    described = server.ask("/openapi.json").json["components"]["schemas"]
+    assert set(server.found()[0]) == set(described["FoundVideo"]["properties"])
+    assert set(server.ask("/api/status").json) == set(described["StatusAnswer"]["properties"])
 
 
 def test_an_empty_index_with_a_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +132,7 @@ def test_nothing_else_can_be_fetched(server: Server) -> None:
         *(f"/api/videos/{NO_KEY}/{rest}" for rest in ("file", "poster", "frames/0")),
         "/style.css/../app.py",
         "/..%2fapp.py",
+        "/docs",
         "/redoc",
         "/%00",
     ):
@@ -254,7 +245,7 @@ def test_an_index_of_frames(tmp_path: Path) -> None:
     index = write_one(tmp_path, frames, settings={"img_tmpl": "f{}.jpg"})
     with running(index) as server:
         (found,) = server.found()
-        assert (found["video"], found["poster"]) == (None, None)
+        assert found["video"] is None
         assert server.ask(f"/api/videos/{index.videos[0].key}/file").status == 404
         assert shown(server.ask(found["frames"][1]["picture"]).body) == 30
         one = frames / "f31.jpg"
@@ -262,56 +253,12 @@ def test_an_index_of_frames(tmp_path: Path) -> None:
         assert server.ask(found["frames"][1]["picture"]).status == 404
 
 
-def test_a_video_outside_the_folder_that_was_indexed_last_and_a_damaged_one(tmp_path: Path) -> None:
+def test_a_damaged_video(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "v" / "video0.mp4")
-    with running(write_one(tmp_path, path, root=str(tmp_path / "elsewhere"))) as server:
-        assert shown(server.ask(server.found()[0]["frames"][1]["picture"]).body) == 30
-        path.write_bytes(path.read_bytes()[:300])
-        write_one(tmp_path, path)
+    path.write_bytes(path.read_bytes()[:300])
+    with running(write_one(tmp_path, path)) as server:
         reply = server.ask(server.found()[0]["frames"][0]["picture"])
         assert (reply.status, "cannot be read" in reply.json["detail"]) == (404, True)
-
-
-def test_a_new_index_takes_the_place_of_the_old_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    index = write_small_index(tmp_path, 3)
-    with running(index) as server:
-        before = {one["id"]: one for one in server.found("q=1")}
-        new, changed = write_clip(tmp_path / "videos" / "new.mp4"), index.videos[1].path
-        write_video(changed, 70)
-        rows = [served_row(changed, "1.jpg"), read_index(index.folder).rows[2], served_row(new, "0.jpg")]
-        write_index(index.folder, index.info, np.stack([axis(number) for number in (1, 2, 5)]), rows)
-        after = {one["id"]: one for one in server.found("q=5")}
-        assert next(iter(after)) == "new.mp4" and set(after) == {"video1.mp4", "video2.mp4", "new.mp4"}
-        assert server.ask("/api/search?q=1").json["version"] != index.version
-        assert all(server.ask(one[place]).status == 200 for one in after.values() for place in ("poster", "video"))
-        assert server.ask(after["video1.mp4"]["video"]).body == changed.read_bytes()
-        for name in ("video0.mp4", "video1.mp4"):  # a page that still shows them does not play another file
-            assert "search again" in server.ask(before[name]["video"]).json["detail"]
-        assert server.ask("/api/status").json["videos"] == 3
-    assert capfd.readouterr().out.count("now it holds 3 videos") == 1
-
-
-def test_an_index_that_cannot_be_read_leaves_the_old_one_and_that_of_another_model_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    index = write_small_index(tmp_path, 3)
-    stored, info, other = read_index(index.folder), index.folder / "index.json", tmp_path / "other"
-    with running(index) as server:
-        other.write_text('{"format": "another/9"}')
-        other.replace(info)
-        assert [len(server.found()) for _ in range(3)] == [3] * 3
-        info.unlink()
-        assert [len(server.found()) for _ in range(3)] == [3] * 3
-        write_index(index.folder, replace(stored.info, fingerprint="e" * 64), stored.vectors, stored.rows)
-        reply = server.ask("/api/search?q=1")
-        assert (reply.status, "another model" in reply.json["detail"]) == (503, True)
-        status = server.ask("/api/status").json
-        assert (status["state"], status["message"]) == ("failed", reply.json["detail"])
-        write_index(index.folder, index.info, stored.vectors[:2], stored.rows[:2])
-        assert (server.ask("/api/status").json["state"], len(server.found())) == ("ready", 2)
-    told = capfd.readouterr().err
-    assert (told.count("another/9"), told.count("old index is searched"), "Traceback" in told) == (1, 2, False)
-    assert told.count("another model") == 1
 
 
 def test_a_model_that_is_loading_and_one_that_fails(index: VideoIndex, capfd: pytest.CaptureFixture[str]) -> None:
@@ -331,15 +278,12 @@ def test_a_model_that_is_loading_and_one_that_fails(index: VideoIndex, capfd: py
 
 
 def test_errors_in_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The terminal shows more; what a row lacks that adaclip did not write is said in the answer."""
+    """The terminal shows more."""
     index = write_small_index(tmp_path, 1)
     with running(index) as server:
         reply = server.ask("/api/search?q=notanumber")
         assert (reply.status, "terminal" in reply.json["detail"]) == (500, True)
         assert server.ask("/api/search?q=1").status == 200
-        write_index(index.folder, index.info, axis(0)[None], [{"id": "x"}])
-        reply = server.ask("/api/search?q=1")
-        assert (reply.status, "line 1" in reply.json["detail"]) == (500, True)
     assert "ValueError" in capfd.readouterr().err
 
 

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from serving import Axes, Server, axis, running, served_row, until, write_small_
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import VideoIndex
-from adaclip_finetune.search.storage import read_index, write_index
+from adaclip_finetune.search.index import VideoIndex, read_index, write_index
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here (pip install selenium)")
 By = pytest.importorskip("selenium.webdriver.common.by").By
@@ -166,7 +164,8 @@ def test_what_cannot_be_played_is_shown_by_its_frames(page: Page, tmp_path: Path
     index = write_small_index(tmp_path, 2)
     stored = read_index(index.folder)
     avi = write_video(tmp_path / "videos" / "old.avi", 50, codec="mpeg4", bf="0")
-    write_index(index.folder, index.info, stored.vectors, [stored.rows[0], served_row(avi, "1.jpg")])
+    rows = [stored.videos()[0].row, served_row(avi, "1.jpg")]
+    write_index(index.folder, index.info, stored.vectors, rows)
     index.videos[0].path.write_bytes(b"another")
     with running(VideoIndex.load(index.folder)) as server:
         page.search(server, 1)
@@ -232,8 +231,6 @@ def test_a_search_by_picture(page: Page, server: Server, tmp_path: Path) -> None
     page.driver.execute_script(drop, "red.png", "image/png")
     page.until(lambda: page.names()[0] == "video6.mp4")
     assert page.text("#trouble") == "" and not page.find("#drop").is_displayed()
-    page.driver.execute_script(drop, "notes.txt", "text/plain")
-    page.until_text("#trouble", "notes.txt")
 
 
 def test_by_keyboard_alone(page: Page, server: Server) -> None:
@@ -286,8 +283,6 @@ def test_everything_has_a_name_for_a_screen_reader(page: Page, server: Server) -
 
 @pytest.mark.parametrize(("width", "font"), [(360, "100%"), (390, "200%"), (1280, "200%")])
 def test_nothing_is_wider_than_the_screen(page: Page, server: Server, width: int, font: str) -> None:
-    page.open(server, "/docs", width=width)
-    assert page.js("document.documentElement.scrollWidth") <= width
     page.search(server, 1, width=width)
     page.js(f"document.documentElement.style.fontSize = '{font}'")
     assert page.js("document.documentElement.scrollWidth") <= width
@@ -333,35 +328,18 @@ def test_it_waits_for_the_model_says_why_it_fails_and_goes_on_by_itself(page: Pa
         assert page.text("#trouble") == ""
 
 
-def test_an_index_that_is_rebuilt(page: Page, index: VideoIndex, tmp_path: Path) -> None:
-    index = VideoIndex.load(shutil.copytree(index.folder, tmp_path / "my.index"))
-    stored = read_index(index.folder)
-    with running(index) as server:
-        page.search(server, 7)
-        write_index(index.folder, stored.info, stored.vectors[1:], stored.rows[1:])
-        page.find("#next").click()  # page 2 of the new index does not belong to page 1 of the old one
-        page.until_text("#status", "rebuilt")
-        assert (page.text("#page"), page.text("#count"), page.names()[0]) == ("Page 1 of 2", "14 videos", "video7.mp4")
-        page.find("#next").click()
-        page.until_text("#status", "13 to 14 of 14")
-        write_index(index.folder, replace(stored.info, fingerprint="e" * 64), stored.vectors, stored.rows)
-        page.find("#query").send_keys(Keys.ENTER)
-        page.until_text("#trouble", "another model")
-        assert page.names() == []
-
-
 def test_an_empty_index_and_names_that_look_like_markup(page: Page, tmp_path: Path) -> None:
     index = write_small_index(tmp_path, 1)
     evil = "<img src=x onerror=alert(1)>\n<script>alert(1)</script>"
     row = served_row(index.videos[0].path, "") | {"id": evil, "captions": [evil]}
     write_index(index.folder, index.info, axis(0)[None], [row])
-    with running(index) as server:
+    with running(VideoIndex.load(index.folder)) as server:
         page.search(server, 0)
         assert "onerror=alert" in page.text(".card .caption")
         page.find(".card").click()
         page.until_text("#player-captions", "onerror=alert")
         assert page.all("#results img, #player script, #player-title img") == []
-        write_index(index.folder, index.info, axis(0)[None][:0], [])
+    with running(write_small_index(tmp_path / "empty", 0)) as server:
         page.open(server, "/?q=1")
         page.until_text("#status", "empty")
         assert page.text("#count") == "0 videos"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.roles import deciding_vectors, names_with, rounding
-from adaclip_finetune.data.dataset import GalleryDataset, VideoBatch, VideoReader
+from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.queries import Queries
@@ -27,7 +27,7 @@ from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
 from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
-from adaclip_finetune.evaluation.parts import PartFolder, names_digest
+from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import SimilarityFile, write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
@@ -156,21 +156,21 @@ class Retrieval(Task):
         begun = time.monotonic()
         videos = self._embed_videos(model, folder)
         video_seconds = time.monotonic() - begun
-        queries = self.split.queries.within(
-            [name for name in self.split.queries.video_ids if name not in videos.failed]
-        )
+        queries = self.split.queries.within([one for one in self.split.queries.video_ids if one not in videos.failed])
         gallery = from_main(videos.rows()) if self._adaptation.needs_gallery else None
         # Texts of unreadable videos too, so that batches do not depend on which videos failed.
         all_texts = self.split.queries.texts
         texts, work = Embeddings("texts", len(all_texts), folder), partial(self._embed_texts, model, all_texts, gallery)
-        with tqdm(total=texts.count, desc=self.label, unit="text", leave=False, disable=_hidden()) as bar:
-            texts.embed(self._text_batches(all_texts), work, bar)
+        texts.embed(self._text_batches(all_texts), work, self.label)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
             nonlocal similarity
             similarity = self._similarity(model, texts, videos)
-            return self._rank(similarity, queries)
+            try:
+                return retrieval_metrics(similarity, queries.video_of_text, queries.texts)
+            except ValueError as error:
+                raise NotFinite(f"{self.label}: {error}; the weights have probably diverged") from error
 
         metrics = on_main(ranks)
         usage = None if model.selector is None else videos.usage.numpy()
@@ -189,8 +189,7 @@ class Retrieval(Task):
         """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
-        with tqdm(total=len(names), desc=self.label, unit="video", leave=False, disable=_hidden()) as bar:
-            videos.embed(len(self._loader), partial(self._embed_video_batches, model), bar)
+        videos.embed(len(self._loader), partial(self._embed_video_batches, model), self.label)
         videos.failed = {name: videos.failed[name] for name in names if name in videos.failed}
         if videos.failed and (not self.config.skip_missing or len(videos.failed) == len(names)):
             raise unreadable_in_evaluation(videos.failed, len(names))
@@ -200,20 +199,15 @@ class Retrieval(Task):
         place = {name: number for number, name in enumerate(self.split.queries.video_ids)}
         for collated in self._loader.read(numbers):
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
-            if collated.videos is None:
-                yield EmbeddedBatch(_integers([]), torch.empty(0), _integers([]), failed)
-            else:
-                rows, usage = self._embedded(model, collated.videos)
-                yield EmbeddedBatch(_integers([place[name] for name in collated.videos.video_ids]), rows, usage, failed)
-
-    def _embedded(self, model: VideoRetriever, batch: VideoBatch) -> tuple[Tensor, Tensor]:
-        """Return rows (B, …) and frame usage (N,), or (0,) without a selector."""
-        with torch.no_grad():
-            features = model.encode_video(batch.to(model.device, non_blocking=self.config.pin_mem))
-            rows = model.scorer.keep(features).float().cpu()
-        if features.selection is None:
-            return rows, _integers([])
-        return rows, features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
+            places, rows, usage = _integers([]), torch.empty(0), _integers([])
+            if collated.videos is not None:
+                places = _integers([place[name] for name in collated.videos.video_ids])
+                with torch.no_grad():
+                    features = model.encode_video(collated.videos.to(model.device, non_blocking=self.config.pin_mem))
+                    rows = model.scorer.keep(features).float().cpu()
+                if features.selection is not None:
+                    usage = features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
+            yield EmbeddedBatch(places, rows, usage, failed)
 
     def _text_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // self._text_batch_size)
@@ -236,16 +230,10 @@ class Retrieval(Task):
         block, device = self.config.val_batch_size, model.device
         return similarity_blocks(text.to(device), videos.rows().to(device), model.scorer, block)
 
-    def _rank(self, similarity: SimilarityBlocks, queries: Queries) -> Metrics:
-        try:
-            return retrieval_metrics(similarity, queries.video_of_text, queries.texts)
-        except ValueError as error:
-            raise NotFinite(f"{self.label}: {error}; the weights have probably diverged") from error
-
     def _part_folder(self, model: VideoRetriever, path: Path) -> PartFolder:
         about = {
-            "videos": names_digest(self.split.queries.video_ids),
-            "texts": names_digest(self.split.queries.texts),
+            "videos": self.split.queries.video_ids,
+            "texts": self.split.queries.texts,
             "weights": weights_digest(model),
             "device": model.device.type,
             "settings": self.config.model_dump(mode="json", include=deciding_settings()),
@@ -272,8 +260,3 @@ def deciding_settings() -> set[str]:
 
 def _integers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _hidden() -> bool | None:
-    """Return the `disable` of tqdm: bars are shown by the main process, and only on a terminal."""
-    return None if is_main() else True

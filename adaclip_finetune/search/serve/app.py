@@ -25,9 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import Hit
+from adaclip_finetune.search.index import Hit, VideoIndex
 from adaclip_finetune.search.pictures import open_picture
-from adaclip_finetune.search.serve.served import ModelThread, ServedIndex, has_file
+from adaclip_finetune.search.serve.served import ModelThread, ServedVideos, has_file
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -60,12 +60,6 @@ class StatusAnswer(BaseModel):
     videos: int = Field(description="number of videos in the index")
 
 
-class ErrorAnswer(BaseModel):
-    """The answer to a request that failed."""
-
-    detail: str = Field(description="what is wrong")
-
-
 class FoundFrame(BaseModel):
     """A frame that the vector of a video was made of."""
 
@@ -86,7 +80,7 @@ class FoundVideo(BaseModel):
     captions: list[str]
     frames: list[FoundFrame] = Field(description="in order of time")
     best: int = Field(description="position in `frames` of the one with the greatest weight")
-    poster: str | None = Field(description="URL of the JPEG of that frame")
+    poster: str = Field(description="URL of the JPEG of that frame")
     video: str | None = Field(description="URL of the file; null if the index was made of frames")
 
 
@@ -96,7 +90,6 @@ class SearchAnswer(BaseModel):
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages")
     videos: int = Field(description="number of videos in the index")
-    version: str = Field(description="of the index; pages of two versions do not belong together")
     found: list[FoundVideo]
 
 
@@ -107,20 +100,14 @@ Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, a
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames of the video, from 0")]
 
 
-def create_app(model: ModelThread, served: ServedIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+def create_app(model: ModelThread, index: VideoIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
     """Return the application. With a `token`, every request must know it; without, only those pass that address this
     machine by `host` or a name of the loopback, so that no other site can make a browser ask (DNS rebinding)."""
-    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "an error"}}
-    app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None, responses=errors)
+    app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if token else [*_LOOPBACK, host])
-    _add_searches(app, model, served)
-    _add_media(app, served)
-
-    @app.get("/docs", include_in_schema=False)
-    def docs() -> Response:
-        return FileResponse(_PAGE / "docs.html")
-
+    _add_searches(app, model, index)
+    _add_media(app, ServedVideos(index))
     app.mount("/", StaticFiles(directory=_PAGE, html=True))
     for error in (UserError, Exception):
         app.add_exception_handler(error, _server_error)
@@ -131,47 +118,25 @@ def create_app(model: ModelThread, served: ServedIndex, token: str | None = None
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """Return a server for `app`: at most 100 connections, and no access log, which would contain the token."""
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        limit_concurrency=100,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=0,
-        access_log=False,
-        log_config=None,
-        log_level="critical",
-        server_header=False,
-        proxy_headers=False,
-    )
-    return uvicorn.Server(config)
+    limits: dict[str, Any] = {"limit_concurrency": 100, "timeout_keep_alive": 10, "timeout_graceful_shutdown": 0}
+    logs: dict[str, Any] = {"access_log": False, "log_config": None, "log_level": "critical"}
+    others: dict[str, Any] = {"http": "h11", "ws": "none", "server_header": False, "proxy_headers": False}
+    return uvicorn.Server(uvicorn.Config(app, **limits, **logs, **others))
 
 
-def _add_searches(app: FastAPI, model: ModelThread, served: ServedIndex) -> None:
+def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
     async def answer(encode: Callable[[SearchModel], Any], page: int, k: int) -> SearchAnswer:
-        await asyncio.to_thread(served.follow)
-        if served.refused:
-            raise HTTPException(503, served.refused)
-        index = served.videos.index
         # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
         wanted = slice((page - 1) * k, page * k)
         hits = await model.run(lambda loaded: index.search(encode(loaded), k * MAX_PAGE, wanted)[0])
-        return SearchAnswer(
-            page=page,
-            pages=min(-(-len(index) // k), MAX_PAGE),
-            videos=len(index),
-            version=index.version,
-            found=[_found(hit) for hit in hits],
-        )
+        pages = min(-(-len(index) // k), MAX_PAGE)
+        return SearchAnswer(page=page, pages=pages, videos=len(index), found=[_found(hit) for hit in hits])
 
     @app.get("/api/status")
     async def status() -> StatusAnswer:
         """Return whether the model is ready, and how many videos there are."""
-        await asyncio.to_thread(served.follow)
-        state, message = ("failed", served.refused) if served.refused else (model.state, model.message)
-        index = served.videos.index
         name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
-        return StatusAnswer(state=state, message=message, index=name, videos=len(index))
+        return StatusAnswer(state=model.state, message=model.message, index=name, videos=len(index))
 
     @app.get("/api/search")
     async def search(q: Text, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:
@@ -197,30 +162,25 @@ def _add_searches(app: FastAPI, model: ModelThread, served: ServedIndex) -> None
         return await answer(lambda loaded: loaded.encode_image(image)[None], page, k)
 
 
-def _add_media(app: FastAPI, served: ServedIndex) -> None:
+def _add_media(app: FastAPI, videos: ServedVideos) -> None:
     one_at_a_time = asyncio.Lock()
-    jpeg: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "the picture"}}
-    video: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"video/*": {}}, "description": "the file"},
-        206: {"content": {"video/*": {}}, "description": "the requested range"},
-    }
 
-    @app.get("/api/videos/{key}/file", response_class=Response, responses=video)
+    @app.get("/api/videos/{key}/file", response_class=FileResponse)
     def file(key: Key) -> Response:
         """Return the video file; range requests are supported."""
-        path, stat = served.videos.file(key)
-        return FileResponse(path, media_type=_MEDIA_TYPES.get(path.suffix.lower()), stat_result=stat)
+        path = videos.file(key)
+        return FileResponse(path, media_type=_MEDIA_TYPES.get(path.suffix.lower()))
 
-    @app.get("/api/videos/{key}/poster", response_class=Response, responses=jpeg)
+    @app.get("/api/videos/{key}/poster", response_class=FileResponse)
     def poster(key: Key) -> Response:
         """Return the frame with the greatest weight as a small JPEG."""
-        return FileResponse(served.videos.poster(key), media_type="image/jpeg", headers=_FOR_A_WHILE)
+        return FileResponse(videos.poster(key), media_type="image/jpeg", headers=_FOR_A_WHILE)
 
-    @app.get("/api/videos/{key}/frames/{number}", response_class=Response, responses=jpeg)
+    @app.get("/api/videos/{key}/frames/{number}", response_class=Response)
     async def frame(key: Key, number: FrameNumber) -> Response:
         """Return one of the frames that the vector was made of as a small JPEG."""
         async with one_at_a_time:
-            content = await asyncio.to_thread(served.videos.frame, key, number)
+            content = await asyncio.to_thread(videos.frame, key, number)
         return Response(content, headers=_FOR_A_WHILE, media_type="image/jpeg")
 
 
@@ -282,7 +242,7 @@ def _found(hit: Hit) -> FoundVideo:
             for number, frame in enumerate(video.frames)
         ],
         best=video.best,
-        poster=f"{urls}/poster" if video.thumb else None,
+        poster=f"{urls}/poster",
         video=f"{urls}/file" if has_file(video) else None,
     )
 

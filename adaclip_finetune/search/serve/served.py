@@ -1,4 +1,4 @@
-"""What is served: the model, the newest version of the index, and its videos and pictures by key.
+"""What is served: the model, and the videos of an index and their pictures by key.
 
 A request names a key, never a path. A file is given out only if the index names it and it has not changed since it was
 indexed.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import VideoFiles, stamp_of
 from adaclip_finetune.search.index import IndexedVideo, VideoIndex
 from adaclip_finetune.search.pictures import thumbnail
-from adaclip_finetune.search.storage import version_of
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -77,26 +75,26 @@ class ModelThread:
 
 
 class ServedVideos:
-    """The videos of one version of an index, by key. All methods raise HTTPException (404) for a key that the index
-    lacks, and for files that are missing or have changed."""
+    """The videos of an index, by key. All methods raise HTTPException (404) for a key that the index lacks, and for
+    files that are missing or have changed."""
 
     def __init__(self, index: VideoIndex) -> None:
         self.index = index
         self._rows = {key: row for row, key in enumerate(index.videos.keys())}
         self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
 
-    def file(self, key: str) -> tuple[Path, os.stat_result]:
+    def file(self, key: str) -> Path:
         """Return the video file of a key."""
         video = self._find(key)
         if not has_file(video):
             raise HTTPException(404, f"{video.id}: the index was made of frames; there is no video file")
         _check_unchanged(video)
-        return video.path, video.path.stat()
+        return video.path
 
     def poster(self, key: str) -> Path:
         """Return the JPEG of the frame with the greatest weight."""
         thumb = self._find(key).thumb
-        if thumb is None or thumb.is_symlink() or not thumb.is_file():
+        if thumb.is_symlink() or not thumb.is_file():
             raise HTTPException(404, "this video has no picture")
         return thumb
 
@@ -110,18 +108,16 @@ class ServedVideos:
 
     def _find(self, key: str) -> IndexedVideo:
         if key not in self._rows:
-            raise HTTPException(404, "the index no longer has this video; search again")
+            raise HTTPException(404, "the index does not have this video; search again")
         return self.index.videos[self._rows[key]]
 
     def _read_pictures(self, video: IndexedVideo) -> list[bytes]:
         """All pictures of a video at once, which is one pass over its file."""
         try:
             store, name = self._store(video)
-            pictures = [thumbnail(frame) for frame in store.read(name, [frame.index for frame in video.frames])]
+            return [thumbnail(frame) for frame in store.read(name, [frame.index for frame in video.frames])]
         except (FrameError, UserError, LookupError) as error:
             raise HTTPException(404, f"{video.id}: its frames cannot be read ({error})") from error
-        _check_unchanged(video)
-        return pictures
 
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Return the store of a video's frames, and the name of the video there."""
@@ -131,45 +127,6 @@ class ServedVideos:
             img_tmpl = self.index.info.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default)
             return FrameFolder(video.path.parent, str(img_tmpl)), video.path.name
         return PackedFrames(video.path), video.id
-
-
-class ServedIndex:
-    """The index in a folder. `videos` is the newest version that could be read; `refused` says why nothing can be
-    searched, if the folder now holds the index of another model."""
-
-    def __init__(self, index: VideoIndex, look_every: float = 1.0) -> None:
-        """`look_every`: seconds between two looks at the folder."""
-        self.videos, self.refused = ServedVideos(index), ""
-        self._look_every, self._looked, self._seen = look_every, time.monotonic(), index.version
-        self._lock = threading.Lock()
-
-    def follow(self) -> None:
-        """Load the index again if `adaclip index` has rewritten the folder."""
-        with self._lock:
-            if time.monotonic() - self._looked >= self._look_every:
-                self._looked = time.monotonic()
-                if (version := version_of(self.videos.index.folder)) != self._seen:
-                    self._seen, self.refused = version, ""
-                    self._load()
-
-    def _load(self) -> None:
-        before = self.videos.index
-        try:
-            index = VideoIndex.load(before.folder)
-        except Exception as error:  # the index in memory remains usable, whatever has happened to the folder
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            print(f"adaclip serve: {error}\nUntil then the old index is searched", file=sys.stderr, flush=True)
-            return
-        if index.info.fingerprint != before.info.fingerprint:
-            self.refused = (
-                f"{index.folder}: was rewritten with another model ({index.info.run}). Stop `adaclip serve` in its "
-                "terminal (Ctrl-C) and start it again"
-            )
-            print(f"adaclip serve: {self.refused}", file=sys.stderr, flush=True)
-        elif index.version != before.version:
-            self.videos = ServedVideos(index)
-            print(f"{index.folder}: was rewritten; now it holds {len(index):,} videos", flush=True)
 
 
 def has_file(video: IndexedVideo) -> bool:

@@ -4,11 +4,9 @@ import { card, play } from "/videos.js";
 
 const get = (id) => document.getElementById(id);
 const query = get("query"), results = get("results"), player = get("player");
-const MAX_PICTURE = 20 * 2 ** 20, PICTURES = ["image/jpeg", "image/png", "image/webp"];
 
 let picture = null;  // a File that is searched by instead of the words
 let page = 1, pages = 1;
-let version = "";  // of the index that the results come from
 let running = new AbortController();  // of the requests under way
 let typing = 0, retry = 0;  // timers
 
@@ -34,7 +32,6 @@ function readAddress() {
   setPicture(null);
   query.value = given.get("q") ?? "";
   page = Math.min(Math.max(parseInt(given.get("page"), 10) || 1, 1), 50);
-  version = "";
   update();
 }
 
@@ -47,9 +44,8 @@ function writeAddress(how) {
 
 function search(how) {
   page = 1;
-  version = "";
   writeAddress(how);
-  return update();
+  update();
 }
 
 async function turn(step) {
@@ -61,14 +57,16 @@ async function turn(step) {
 }
 
 // Show what the server says to the query as it is now, and ask again by itself where that may help.
-async function update(notice = "") {
+async function update() {
   clearTimeout(typing);
   clearTimeout(retry);
   running.abort();
   const { signal } = running = new AbortController(), words = query.value.trim();
   try {
     const status = await fetched("/api/status", { signal });
-    describe(status);
+    get("name").textContent = status.index;
+    document.title = `${status.index} · video search`;
+    get("count").textContent = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
     if (status.state === "failed") throw new Error(`Nothing can be searched: ${status.message}`);
     if (status.state === "loading") {
       say(words || picture ? "Loading the model; your search starts when it is ready…" : "Loading the model…", true);
@@ -79,20 +77,13 @@ async function update(notice = "") {
     } else {
       say("Searching…", true);
       results.setAttribute("aria-busy", "true");
-      const answer = picture ? await fetched(`/api/search/image?page=${page}`, { method: "POST", body: picture, signal })
-        : await fetched(`/api/search?${new URLSearchParams({ q: words, page })}`, { signal });
-      if (version && version !== answer.version) {  // pages of two versions do not belong together
-        page = 1;
-        version = "";
-        writeAddress("replace");
-        return await update("The index was rebuilt meanwhile: from the beginning. ");
-      }
-      show(answer, notice);
+      show(picture ? await fetched(`/api/search/image?page=${page}`, { method: "POST", body: picture, signal })
+        : await fetched(`/api/search?${new URLSearchParams({ q: words, page })}`, { signal }));
     }
   } catch (error) {
     if (signal.aborted) return;
     show(null);
-    fail(error.message);
+    say("", false, error.message);
     if (!(error.status < 500)) retry = setTimeout(update, 2000);
   }
   if (!signal.aborted) results.removeAttribute("aria-busy");
@@ -110,41 +101,27 @@ async function fetched(url, options) {
   throw Object.assign(new Error(content.detail), { status: answer.status });
 }
 
-function describe(status) {
-  get("name").textContent = status.index;
-  document.title = `${status.index} · video search`;
-  get("count").textContent = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
-}
-
-function show(answer, notice = "") {
+function show(answer) {
   results.replaceChildren(...(answer?.found ?? []).map((video) => card(video, play)));
   get("pages").hidden = !answer || answer.pages < 2;
   if (!answer) return;
-  version = answer.version;
   pages = answer.pages;
   get("page").textContent = page > pages ? `There are ${pages} pages` : `Page ${page} of ${pages}`;
   get("previous").disabled = page <= 1;
   get("next").disabled = page >= pages;
   const found = answer.found, all = answer.videos.toLocaleString("en");
-  say(found.length ? `${notice}Videos ${found[0].rank} to ${found.at(-1).rank} of ${all}, best first` : "No videos on this page.");
+  say(found.length ? `Videos ${found[0].rank} to ${found.at(-1).rank} of ${all}, best first` : "No videos on this page.");
 }
 
-function say(text, working = false) {
+function say(text, working = false, trouble = "") {
   get("status").textContent = text;
   get("status").classList.toggle("working", working);
-  get("trouble").textContent = "";
-}
-
-function fail(text) {
-  get("status").textContent = "";
-  get("status").classList.remove("working");
-  if (get("trouble").textContent !== text) get("trouble").textContent = text;  // or a screen reader would repeat it
+  if (get("trouble").textContent !== trouble) get("trouble").textContent = trouble;  // or a screen reader would repeat it
 }
 
 function searchByPicture(file) {
   if (!file) return;
-  if (!PICTURES.includes(file.type)) return fail(`${file.name} is not a JPEG, PNG or WebP picture.`);
-  if (file.size > MAX_PICTURE) return fail(`${file.name} has more than 20 MB; use a smaller copy.`);
+  if (file.size > 20 * 2 ** 20) return say("", false, `${file.name} has more than 20 MB; use a smaller copy.`);
   query.value = "";
   setPicture(file);
   search("push");
@@ -160,18 +137,14 @@ function setPicture(file) {
 }
 
 function acceptDrops() {
-  let depth = 0;  // "enter" and "leave" come for every element on the way
-  const move = (event, by) => {
-    if (!event.dataTransfer?.types.includes("Files")) return;
-    depth = Math.max(0, depth + by);
-    get("drop").hidden = !depth;
-  };
-  addEventListener("dragenter", (event) => move(event, 1));
-  addEventListener("dragleave", (event) => move(event, -1));
-  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    get("drop").hidden = !event.dataTransfer.types.includes("Files");
+  });
+  addEventListener("dragleave", (event) => { if (!event.relatedTarget) get("drop").hidden = true; });
   addEventListener("drop", (event) => {
     event.preventDefault();
-    move(event, -depth);
+    get("drop").hidden = true;
     player.close();
     searchByPicture(event.dataTransfer.files[0]);
   });

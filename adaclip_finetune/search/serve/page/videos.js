@@ -7,7 +7,7 @@ export function card(video, onClick) {
   const best = video.frames[video.best], at = best && best.time !== null ? clock(best.time, video.duration) : "";
   const button = element("button", "card"), seen = element("span", "seen"), words = element("span", "words");
   const title = element("span", "line"), caption = video.captions[0] ?? "";
-  if (video.poster) seen.append(image(video.poster));
+  seen.append(image(video.poster));
   if (at) seen.append(element("span", "at", at));
   title.append(element("span", "name", video.id), element("span", "score", video.score.toFixed(3)));
   words.append(title, element("span", "caption", caption));
@@ -41,7 +41,7 @@ export function play(video) {
   get("download").href = video.video ?? "";
   get("download").download = video.id.split("/").pop();
   say(video.video ? "" : "This index was made of frames: there is no video file to play.");
-  stage.replaceChildren(video.video ? screen(video) : image(video.poster ?? "", `The best frame of ${video.id}`));
+  stage.replaceChildren(video.video ? screen(video) : image(video.poster, `The best frame of ${video.id}`));
   get("frames").replaceChildren(...video.frames.map((frame, place) => frameButton(frame, place === video.best, video)));
   dialog.showModal();
   dialog.scrollTop = 0;
@@ -57,7 +57,7 @@ dialog.addEventListener("close", () => {
 
 function screen(video) {
   const made = element("video");
-  Object.assign(made, { controls: true, playsInline: true, preload: "auto", poster: video.poster ?? "" });
+  Object.assign(made, { controls: true, playsInline: true, preload: "auto", poster: video.poster });
   made.setAttribute("aria-label", video.id);
   made.addEventListener("loadedmetadata", () => {
     if (made.videoWidth) seek(video.frames[video.best]?.time ?? 0);
@@ -78,7 +78,7 @@ function seek(time) {
 // Say why a video does not play: the server knows whether its file is there and unchanged.
 async function showStill(video) {
   if (!stage.querySelector("video")) return;
-  stage.replaceChildren(image(video.poster ?? "", `The best frame of ${video.id}`));
+  stage.replaceChildren(image(video.poster, `The best frame of ${video.id}`));
   get("player-close").focus();
   for (const button of get("frames").querySelectorAll("button")) button.disabled = true;
   let reason = "This browser cannot play this kind of file. Open it in a video player: its path is below, or download it.";
@@ -127,7 +127,7 @@ function image(src, alt = "") {
   made.alt = alt;
   made.loading = "lazy";
   made.addEventListener("error", () => made.remove());
-  if (src) made.src = src;
+  made.src = src;
   return made;
 }
 

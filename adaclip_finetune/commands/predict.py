@@ -12,28 +12,25 @@ from adaclip_finetune.printable import printable
 
 
 def run(words: Sequence[str]) -> int:
-    """Embed, rank and write. Returns 0; raises UserError."""
-    arguments = _parser().read(words)
-    if arguments.k < 1:
-        raise UserError(f"-k {arguments.k}: must be a whole number >= 1")
-    vectors = arguments.save_embeddings
+    """Embed, rank and write. Return 0; raise UserError."""
+    a = _parser().read(words)
+    if a.k < 1:
+        raise UserError(f"-k {a.k}: must be a whole number >= 1")
+    vectors = a.save_embeddings
     ids = None if vectors is None else vectors.with_suffix(".json")
-    check_inputs({"--annot": [arguments.annot], "--config": [arguments.config], "--queries": [arguments.queries]})
-    inputs = [arguments.annot, arguments.config, arguments.queries, arguments.run]
-    outputs = {"--output": arguments.output, "--save-embeddings": vectors, "--save-embeddings, its ids": ids}
+    check_inputs({"--annot": [a.annot], "--config": [a.config], "--queries": [a.queries]})
+    outputs = {"--output": a.output, "--save-embeddings": vectors, "--save-embeddings, its ids": ids}
     suffixes = {"--output": ".jsonl .csv", "--save-embeddings": ".safetensors", "--save-embeddings, its ids": ".json"}
-    check_outputs(outputs, suffixes, inputs)
-    queries = None if arguments.queries is None else read_queries(arguments.queries)
+    check_outputs(outputs, suffixes, [a.annot, a.config, a.queries, a.run])
+    queries = None if a.queries is None else read_queries(a.queries)
 
     from adaclip_finetune.compare.predict import predict
 
-    found = predict(arguments.run, arguments.annot, queries, arguments.k, arguments.config, given(arguments))
-    text = found.as_csv() if arguments.output.suffix == ".csv" else found.as_json_lines()
-    write_output("--output", arguments.output, text)
+    found = predict(a.run, a.annot, queries, a.k, a.config, given(a))
+    write_output("--output", a.output, found.as_csv() if a.output.suffix == ".csv" else found.as_json_lines())
     without = f", WITHOUT {found.missing} that cannot be read" if found.missing else ""
-    asked = f"{len(found.queries):,} {'query' if len(found.queries) == 1 else 'queries'}"
-    best = f"the best {min(arguments.k, len(found.videos))} of {len(found.videos):,} videos{without}"
-    print(f"{asked}, {best}: {printable(arguments.output)}")
+    best = f"the best {min(a.k, len(found.videos))} of {len(found.videos):,} videos{without}"
+    print(f"queries: {len(found.queries):,}, {best}: {printable(a.output)}")
     if ids is not None:
         content, names = found.vectors()
         write_output("--save-embeddings", vectors, content)
@@ -43,7 +40,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def read_queries(path: Path) -> list[str]:
-    """Return the queries of a text file, one a line, without empty lines. Raises UserError."""
+    """Return the queries of a text file, one a line, without empty lines. Raise UserError."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -54,7 +54,7 @@ def test_own_queries_and_vectors(
     queries.write_text(f"{asked[0]}\n\n  {asked[1]}\r\n{asked[2]}", encoding="utf-8")
     words = [run, "--annot", project["test_annot"], "--queries", queries, "-k", 8, "--save-embeddings", vectors]
     lines = predicted(*words, output=tmp_path / "found.jsonl")
-    assert "3 queries, the best 8 of 8 videos" in capsys.readouterr().out
+    assert "queries: 3, the best 8 of 8 videos" in capsys.readouterr().out
     assert [line["query"] for line in lines] == asked
     with safe_open(vectors, framework="np") as file:
         texts, videos, scale = file.get_tensor("queries"), file.get_tensor("videos"), float(file.metadata()["scale"])

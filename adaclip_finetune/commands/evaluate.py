@@ -31,15 +31,15 @@ def run(words: Sequence[str]) -> int:
 
     content: dict[str, Any] = {"command": ["adaclip", "evaluate", *words]}
     if a.interpolate:
-        zero_shot, run_or_file = a.interpolate
-        curve, data_sets = interpolate(zero_shot, run_or_file, shares, a.val_annot, a.annot, a.config, given(a))
+        finetuned = Path(a.interpolate[1])
+        curve, data_sets = interpolate(finetuned, shares, a.val_annot, a.annot, a.config, given(a))
         content["validation"] = [{"alpha": point.alpha, **point.figures} for point in curve]
         print(f"{printable(a.val_annot)}, by the share α of the finetuned weights:")
         for point in curve:
             print(f"{point.alpha:6.3g}  {point.line}{'  ← chosen' if point is best_point(curve) else ''}")
         print()
     else:
-        reranking = Reranking(a.rerank, a.temperature, a.bank, a.val_annot)
+        reranking = Reranking(list(dict.fromkeys(a.rerank)), a.temperature, a.bank, a.val_annot)
         data_sets, page = evaluate(a.checkpoints, a.annot, a.config, given(a), reranking, bool(a.errors))
         if page:
             write_output("--errors", a.errors, page)
@@ -80,8 +80,8 @@ def _parser() -> Parser:
     add("--temperature", metavar="T", type=float, help=temperature)
     add("--val-annot", metavar="FILE", help="validation captions that choose temperature or alpha")
     add = parser.add_argument_group("Interpolation (WiSE-FT)").add_argument
-    interpolate = "mix the weights of CLIP: the word zero-shot, or CLIP weights on disk, with a run or checkpoint"
-    add("--interpolate", nargs=2, metavar=("ZERO_SHOT", "FINETUNED"), help=interpolate)
+    interpolate = "mix the weights of CLIP before and after finetuning: the word zero-shot, and a run or checkpoint"
+    add("--interpolate", nargs=2, metavar=("zero-shot", "RUN_OR_CHECKPOINT"), help=interpolate)
     add("--alpha", metavar="FROM:TO:STEP", default="0:1:0.1", help="shares to try [default: 0:1:0.1]")
     add_checkpoint_flags(parser)
     return parser
@@ -96,13 +96,13 @@ def _check_flags(a: Namespace) -> None:
             "give RUN_OR_CHECKPOINT or --interpolate (adaclip evaluate --help)",
         ),
         (a.annot, "--annot FILE is missing: the captions to evaluate"),
+        (not a.interpolate or a.interpolate[0] == "zero-shot", "--interpolate: the first word must be zero-shot"),
         (not (a.interpolate and (a.rerank or a.errors)), "--interpolate goes without --rerank and --errors"),
         (not a.interpolate or a.val_annot, "--interpolate needs --val-annot FILE: the captions that choose alpha"),
         (
             not a.errors or len(a.checkpoints) == len(a.annot) == 1,
             "--errors needs exactly one checkpoint and one --annot",
         ),
-        (len(set(a.rerank)) == len(a.rerank), "--rerank: the same method is given twice"),
         (not tuned or 0 < a.temperature < float("inf"), f"--temperature {a.temperature}: must be a number above 0"),
         (a.rerank or not tuned, "--temperature belongs to --rerank"),
         (("qb_norm" in a.rerank) == bool(a.bank), "--rerank qb_norm and --bank belong together"),

@@ -106,7 +106,7 @@ class OpenCandidate:
         tell(f"{self.label} on {data_set.name}")
         baseline = None
         try:
-            baseline = self.add_zero_shot(data_set, split, self.session.pretrained())
+            baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
         except UserError as error:
             data_set.remarks.append(f"zero-shot of {self.label} is NOT measured: {error}")
         task, report = self.measure(split, self.label)
@@ -122,15 +122,14 @@ class OpenCandidate:
         row = _row(label, "model", task, report, self.session.gflops.video, learned)
         return replace(row, baseline=baseline, note=note)
 
-    def add_zero_shot(self, data_set: DataSetRows, split: EvaluationSplit, pretrained: LoadedClip, of: str = "") -> str:
-        """Measure `pretrained`, which is named in `of`, as baseline of this model unless `data_set` has the very same
-        one. Return the label of its row."""
+    def _add_zero_shot(self, data_set: DataSetRows, split: EvaluationSplit, pretrained: LoadedClip) -> str:
+        """Measure the baseline of this model unless `data_set` has the very same one. Return the label of its row."""
         config = zero_shot_config(self.config)
         key = (weights_digest(pretrained.module), *(str(getattr(config, name)) for name in _DECIDING_ZERO_SHOT))
         if key not in data_set.baselines:
             model = VideoRetriever(config, pretrained).to(self.session.device)
             task, report = self._measure(split, config, pretrained, model, "zero-shot")
-            label = f"zero-shot{of}, {config.num_frm} frames"
+            label = f"zero-shot, {config.num_frm} frames"
             if number := sum(row.label.startswith(label) for row in data_set.baselines.values()):
                 label += f" ({number + 1})"
             row = _row(label, "zero-shot", task, report, count_gflops(model, config.num_frm).video, (0.0, 0.0))

@@ -20,21 +20,14 @@ from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
-from adaclip_finetune.evaluation.rerank import (
-    DUAL_SOFTMAX_TEMPERATURE,
-    QB_NORM_TEMPERATURE,
-    dual_softmax_metrics,
-    qb_norm_metrics,
-)
+from adaclip_finetune.evaluation.rerank import DEFAULT_TEMPERATURES, dual_softmax_metrics, qb_norm_metrics
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
-from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.plain import strict_load
 
-TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-"""The temperatures that validation chooses from."""
-_DEFAULTS = {"dual_softmax": DUAL_SOFTMAX_TEMPERATURE, "qb_norm": QB_NORM_TEMPERATURE}
+# The temperatures that validation chooses from.
+_TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -110,12 +103,12 @@ def _reranked(row: TableRow, method: str, scores: Scores, reranking: Reranking, 
 
     The temperature is that of `reranking`, else the best by T2V R@1 on `validation`, else the default.
     """
-    temperature, chosen = _DEFAULTS[method], "the default"
+    temperature, chosen = DEFAULT_TEMPERATURES[method], "the default"
     if reranking.temperature is not None:
         temperature, chosen = reranking.temperature, "as given"
     elif validation is not None:
         # Of equal ones the first is taken, which is the default.
-        tried = [temperature, *(value for value in TEMPERATURES if value != temperature)]
+        tried = [temperature, *(value for value in _TEMPERATURES if value != temperature)]
         temperature = max(tried, key=lambda value: validation.rerank(method, value)["t2v"].recall(1))
         chosen = f"the best of {len(tried)} on {validation.annotation}"
     metrics = scores.rerank(method, temperature)
@@ -158,8 +151,7 @@ class SharePoint(NamedTuple):
 
 
 def interpolate(
-    zero_shot: str,
-    finetuned: str,
+    finetuned: Path,
     alphas: Sequence[float],
     validation: str,
     annotations: Sequence[str],
@@ -169,22 +161,16 @@ def interpolate(
     """Return the curve on validation, and for each annotation the rows of zero-shot, finetuned and the best mix.
 
     Validation chooses the share of the finetuned weights, and each annotation is evaluated with that share alone.
-    `zero_shot` is that word for the CLIP of the model's own settings, or CLIP weights on disk. If these are of another
-    CLIP, both are measured: the finetuned model is compared with its own, the mix with the one that it starts from.
     Raise UserError.
     """
-    (candidate,) = find_candidates([Path(finetuned)], settings, overrides, [validation, *annotations])
+    (candidate,) = find_candidates([finetuned], settings, overrides, [validation, *annotations])
     model = OpenCandidate(candidate)
-    if zero_shot != "zero-shot" and not Path(zero_shot).exists():
-        raise UserError(f"--interpolate {zero_shot}: neither the word zero-shot nor a file or folder of CLIP weights")
-    other = model.config.model_copy(update={"clip_weights": zero_shot})
-    towers = model.session.pretrained() if zero_shot == "zero-shot" else load_clip(other)
-    clip, device = model.session.model.clip, model.session.device
+    clip, pretrained = model.session.model.clip, model.session.pretrained()
     end = {name: tensor.detach().clone() for name, tensor in clip.state_dict().items()}
-    start = {name: tensor.to(device) for name, tensor in towers.module.state_dict().items()}
+    start = {name: tensor.to(model.session.device) for name, tensor in pretrained.module.state_dict().items()}
     if "logit_bias" in end:  # changes no rank; finetuning with the sigmoid loss adds it to a CLIP that has none
         start.setdefault("logit_bias", end["logit_bias"])
-    strict_load(clip, start, f"--interpolate: {towers.source}")
+    strict_load(clip, start, f"--interpolate: {pretrained.source}")
     splits = {annotation: model.read(annotation) for annotation in annotations}
     curve, validation_split = [], model.read(validation)
     for alpha in alphas:
@@ -199,12 +185,12 @@ def interpolate(
         data_set = DataSetRows(annotation)
         clip.load_state_dict(end)
         model.add_rows(data_set, split)
-        baseline = model.add_zero_shot(data_set, split, towers, f" of {zero_shot}")
         clip.load_state_dict(mixed(start, end, best.alpha))
         task, report = model.measure(split, "interpolated")
-        note = f"WiSE-FT from {towers.source} to {model.label}: the best of {len(curve)} shares on {validation}"
+        note = f"WiSE-FT from {pretrained.source} to {model.label}: the best of {len(curve)} shares on {validation}"
         note += f"; of the finetuned: {seen}" if (seen := seen_by(model.config, annotation)) else ""
-        data_set.models.append(model.row(f"interpolated, α = {best.alpha:g}", task, report, baseline, note))
+        baseline, label = data_set.models[0].baseline, f"interpolated, α = {best.alpha:g}"
+        data_set.models.append(model.row(label, task, report, baseline, note))
         data_sets.append(data_set)
     return curve, data_sets
 

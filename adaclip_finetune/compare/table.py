@@ -137,7 +137,7 @@ def as_text(data_sets: Sequence[DataSetRows]) -> str:
     cells = _cells(data_sets)
     first, last = 0 if len(data_sets) > 1 else 1, -len(COSTS)
     costs = [[*row[first:2], *row[last:]] for row in cells if row[-1] != _NOTHING]
-    lines = [*_aligned([row[first:last] for row in cells]), "", *(_aligned(costs) if len(costs) > 1 else [])]
+    lines = [*_aligned([row[first:last] for row in cells]), *(["", *_aligned(costs)] if len(costs) > 1 else [])]
     return "\n".join(map(printable, [*lines, *_below(data_sets)]))
 
 
@@ -165,19 +165,16 @@ def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
 
 def _cells(data_sets: Sequence[DataSetRows]) -> list[list[str]]:
     """Return the head and the rows: data set, label, the task's figures with an interval after each R@1, and costs."""
-    row, columns = data_sets[0].rows[0], []
-    for name in row.columns:
-        columns.append(name)
+    first, before = data_sets[0].rows[0], ""
+    columns: dict[str, str] = {}  # name → title, in which the direction stands before its first figure only
+    for name in first.columns:
         direction, _, figure = name.rpartition(".")
-        if figure == "R@1" and direction in row.ranks:
-            columns.append(f"{direction}.{_INTERVAL}")
-    titles, before = [], ""
-    for name in columns:  # the direction stands before its first figure only
-        direction, _, figure = name.rpartition(".")
-        titles.append(figure if direction == before else f"{direction.upper()} {figure}")
+        columns[name] = figure if direction == before else f"{direction.upper()} {figure}"
+        if figure == "R@1" and direction in first.ranks:
+            columns[f"{direction}.{_INTERVAL}"] = _INTERVAL
         before = direction
     rows = [(data_set.name, row) for data_set in data_sets for row in data_set.rows]
-    head = ["data set", "", *titles, *(title for title, _ in COSTS.values())]
+    head = ["data set", "", *columns.values(), *(title for title, _ in COSTS.values())]
     return [head, *([name, row.label, *map(row.cell, columns), *row.costs()] for name, row in rows)]
 
 

@@ -86,17 +86,15 @@ def test_vectors_that_depend_on_the_query_are_saved_as_frames(project: Project, 
         ("--annot TEST --output x.txt", "must end in .jsonl or .csv"),
         ("--annot TEST --output x.csv -k 0", "-k 0"),
         ("--annot TEST --output x.csv --save-embeddings x.npy", "must end in .safetensors"),
-        ("--annot TEST --output x.csv --queries none.txt", "none.txt: no such file"),
         ("--annot TEST --output x.csv --queries BLANK", "holds no query"),
         ("--annot TEST --output x.csv --queries LATIN", "not UTF-8 at byte 1"),
-        ("--annot TEST --output x.csv --save-embeddings WEIGHTS", "is a run folder"),
         ("--annot COPY --output x.csv --save-embeddings BESIDE", "its ids COPY: this file is read"),
     ],
 )
 def test_refusals(
     words: str, told: str, run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names: dict[str, Any] = {"TEST": project["test_annot"], "WEIGHTS": run / "x.safetensors"}
+    names: dict[str, Any] = {"TEST": project["test_annot"]}
     annotation = Path(project["test_annot"]).read_bytes()
     contents = {"BLANK": b" \n\n", "LATIN": b"t\xfcr\n", "COPY": annotation}
     for name, content in contents.items():

@@ -54,8 +54,7 @@ def config_of(frames: str | Path) -> Config:
 
 def test_every_refused_entry_is_listed(sound: str, tmp_path: Path, capsys: Captured) -> None:
     entries: dict[str, Any] = {"a": ["fine"], "b": [], "c": [""], "../f": ["x"]}
-    entries["d"] = {"sentences": ["x"], "duration": -1}
-    entries["e"] = {"sentences": ["x"], "extention": "mp4"}
+    entries |= {"d": {"sentences": ["x"], "duration": -1}, "e": {"sentences": ["x"], "extention": "mp4"}}
     path = write_annotation(tmp_path / "val.json", entries)
     code, found = checked(capsys, *words(sound, path))
     refused = finding(found, "annotation", "val")

@@ -64,13 +64,10 @@ def _parser() -> Parser:
     add = parser.add_argument
     checkpoints = "run folders (their best.safetensors) or weights files: ours, adapters, or published ones"
     add("checkpoints", metavar="RUN_OR_CHECKPOINT", nargs="*", type=Path, help=checkpoints)
-    add("--annot", metavar="FILE", action="append", default=[], help="captions to evaluate; may be given several times")
+    add("--annot", metavar="FILE", action="append", required=True, help="captions to evaluate; may be given again")
     add("--markdown", metavar="FILE.md", type=Path, help="also write the table as Markdown")
     add("--json", metavar="FILE.json", type=Path, help="also write all figures as JSON")
-    errors = (
-        "write an error analysis of one checkpoint on one annotation: a page with the worst queries, the frames that "
-        "were chosen, and recall by length"
-    )
+    errors = "also write a page about the errors of one checkpoint on one annotation: worst queries, recall by length"
     add("--errors", metavar="FILE.html", type=Path, help=errors)
     add = parser.add_argument_group("Reranking").add_argument
     rerank = "dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Give it twice for both"
@@ -91,18 +88,11 @@ def _check_flags(a: Namespace) -> None:
     """Raise UserError for flags that do not go together: the first rule that is broken."""
     tuned = a.temperature is not None
     rules = (
-        (
-            bool(a.checkpoints) != bool(a.interpolate),
-            "give RUN_OR_CHECKPOINT or --interpolate (adaclip evaluate --help)",
-        ),
-        (a.annot, "--annot FILE is missing: the captions to evaluate"),
+        (bool(a.checkpoints) != bool(a.interpolate), "give either RUN_OR_CHECKPOINT or --interpolate (see --help)"),
         (not a.interpolate or a.interpolate[0] == "zero-shot", "--interpolate: the first word must be zero-shot"),
         (not (a.interpolate and (a.rerank or a.errors)), "--interpolate goes without --rerank and --errors"),
         (not a.interpolate or a.val_annot, "--interpolate needs --val-annot FILE: the captions that choose alpha"),
-        (
-            not a.errors or len(a.checkpoints) == len(a.annot) == 1,
-            "--errors needs exactly one checkpoint and one --annot",
-        ),
+        (not a.errors or len(a.checkpoints) == len(a.annot) == 1, "--errors needs one checkpoint and one --annot"),
         (not tuned or 0 < a.temperature < float("inf"), f"--temperature {a.temperature}: must be a number above 0"),
         (a.rerank or not tuned, "--temperature belongs to --rerank"),
         (("qb_norm" in a.rerank) == bool(a.bank), "--rerank qb_norm and --bank belong together"),

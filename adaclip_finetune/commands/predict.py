@@ -13,7 +13,23 @@ from adaclip_finetune.printable import printable
 
 def run(words: Sequence[str]) -> int:
     """Embed, rank and write. Return 0; raise UserError."""
-    a = _parser().read(words)
+    parser = Parser(
+        "adaclip predict",
+        "For each query, write the best videos of an annotation with their scores.",
+        "adaclip predict RUN_OR_CHECKPOINT --annot FILE [--queries FILE.txt] [-k N] --output FILE.jsonl|FILE.csv "
+        "[--save-embeddings FILE.safetensors] [--SETTING VALUE ...]",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder, or a weights file")
+    add("--annot", metavar="FILE", required=True, help="the videos, and the captions that are asked unless --queries")
+    add("--queries", metavar="FILE.txt", type=Path, help="ask these instead, one a line")
+    add("-k", type=int, default=10, metavar="N", help="videos for each query [default: 10]")
+    told = ".jsonl: one object a query; .csv: one line a query and video"
+    add("--output", metavar="FILE", type=Path, required=True, help=told)
+    told = "also write the vectors of queries and videos, and their ids to the .json of the same name"
+    add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=told)
+    add_checkpoint_flags(parser)
+    a = parser.read(words)
     if a.k < 1:
         raise UserError(f"-k {a.k}: must be a whole number >= 1")
     vectors = a.save_embeddings
@@ -49,23 +65,3 @@ def read_queries(path: Path) -> list[str]:
     if not (queries := [line.strip() for line in lines if line.strip()]):
         raise UserError(f"--queries {path}: holds no query; write one a line")
     return queries
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "adaclip predict",
-        "For each query, write the best videos of an annotation with their scores.",
-        "adaclip predict RUN_OR_CHECKPOINT --annot FILE [--queries FILE.txt] [-k N] --output FILE.jsonl|FILE.csv "
-        "[--save-embeddings FILE.safetensors] [--SETTING VALUE ...]",
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder, or a weights file")
-    add("--annot", metavar="FILE", required=True, help="the videos, and the captions that are asked unless --queries")
-    add("--queries", metavar="FILE.txt", type=Path, help="ask these instead, one a line")
-    add("-k", type=int, default=10, metavar="N", help="videos for each query [default: 10]")
-    output = ".jsonl: one object a query; .csv: one line a query and video"
-    add("--output", metavar="FILE", type=Path, required=True, help=output)
-    vectors = "also write the vectors of queries and videos, and their ids to the .json of the same name"
-    add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=vectors)
-    add_checkpoint_flags(parser)
-    return parser

@@ -245,8 +245,8 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "give RUN_OR_CHECKPOINT or"),
-        ("RUN", "--annot FILE is missing"),
+        ("--annot TEST", "give either RUN_OR_CHECKPOINT or"),
+        ("RUN", "--annot"),
         ("RUN --annot none.json", "--annot none.json: no such file"),
         ("EMPTY --annot TEST", "best.safetensors not found"),
         ("TEST --annot TEST", "cannot be read"),
@@ -258,7 +258,7 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
         ("--interpolate zero-shot RUN --annot TEST", "needs --val-annot"),
         ("--interpolate zeroshot RUN --annot TEST --val-annot TEST", "must be zero-shot"),
         ("--interpolate zero-shot RUN --annot TEST --errors x.html", "goes without --rerank and --errors"),
-        ("RUN RUN --annot TEST --errors x.html", "--errors needs exactly one"),
+        ("RUN RUN --annot TEST --errors x.html", "--errors needs one"),
         ("RUN --annot TEST --json no/such/folder/x.json", "is not a folder that you can write into"),
         ("RUN --annot TEST --json METRICS", "is a run folder"),
         ("RUN --annot TEST --annot TEST", "is given twice"),

@@ -32,7 +32,7 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
     "gap": ("gaps", "incomplete, with images missing between others", "extract them again"),
     "sizes": ("frame_sizes", "made of frames of several sizes", "extract them again"),
     "damaged": ("broken_frames", "damaged", "extract or fetch them again"),
-    "unreadable": ("unreadable_videos", "unreadable", "mend them"),
+    "unreadable": ("unreadable_videos", "unreadable", "repair or replace them"),
 }
 
 
@@ -93,7 +93,7 @@ def check_entries(split: CheckedSplit) -> Iterator[Finding]:
     if split.refused:
         items = {reason.removeprefix(f"{split.path}: "): "" for reason in split.refused}
         message = f"{len(items)} {'entry is' if len(items) == 1 else 'entries are'} not in the annotation format"
-        yield Finding("fails", "annotation", split.name, message, items, f"mend {split.path}")
+        yield Finding("fails", "annotation", split.name, message, items, f"correct {split.path}")
 
 
 # ---- videos ----

@@ -51,9 +51,9 @@ def check_run(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> lis
     if config.optuna_cfg is not None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            findings.append(Finding("fine", "search", "run", describe(config)[0]))
+            findings.append(Finding("fine", "tuning", "run", describe(config)[0]))
         except UserError as error:
-            findings.append(Finding("fails", "search", "run", str(error)))
+            findings.append(Finding("fails", "tuning", "run", str(error)))
     try:
         learn = not config.do_inference
         session = open_model(config, values="random", accelerator=make_accelerator(config), learn=learn)
@@ -76,7 +76,8 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
 
     # If frames that do not fit were made, Linux would end this process. Reading processes have two batches ready each.
     pixels = config.num_frm * sum(view.channels * view.size**2 for view in model.views() if view)  # a byte each
-    ahead, free = pixels * size * (2 * config.num_workers + 2), psutil.virtual_memory().available
+    ahead = pixels * size * (2 * config.num_workers + 2)
+    free, held = psutil.virtual_memory().available, psutil.Process().memory_info().rss
     rooms = {"memory": free}
     if config.num_workers and _SHARED_MEMORY.is_dir():
         rooms["shared_memory"] = shutil.disk_usage(_SHARED_MEMORY).free
@@ -99,7 +100,7 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
         yield Finding("warning" if config.auto_batch_size else "fails", "memory", "run", str(explained))
         return
     needed = step.peak_bytes + step.kept_bytes * (size - tried) // tried + (ahead if on_cpu else 0)
-    total = free + psutil.Process().memory_info().rss if on_cpu else int(total_memory_gib(device) * 2**30)
+    total = free + held if on_cpu else int(total_memory_gib(device) * 2**30)
     message = f"memory of {describe_device(device)}: about {_size(needed)} of {_size(total)}"
     yield _within(needed, total, "memory", message, "lower batch_size or num_frm, or give --precision bf16")
     yield _time(session, split, step, size, entries)

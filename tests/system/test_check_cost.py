@@ -104,9 +104,9 @@ def test_what_a_run_refuses_fails(project: Project, tmp_path: Path, capsys: Capt
     """The settings of the model and those of the hyperparameter study."""
     study = {"n_trials": 3, "opt_params": {"learning_rat": {"range": [1e-4, 1e-2]}}}
     code, found = checked(capsys, "--config", config_file(tmp_path, project, max_txt_len=500, optuna_cfg=study))
-    assert code == 1 and kinds(found, "fails") == {("model", "run"), ("search", "run")}
+    assert code == 1 and kinds(found, "fails") == {("model", "run"), ("tuning", "run")}
     assert "max_txt_len" in finding(found, "model", "run").message
-    assert "learning_rat" in finding(found, "search", "run").message and ("videos", "val") in kinds(found, "fine")
+    assert "learning_rat" in finding(found, "tuning", "run").message and ("videos", "val") in kinds(found, "fine")
     study["opt_params"] = {"learning_rate": {"range": [1e-4, 1e-2]}}
     code, found = checked(capsys, "--config", config_file(tmp_path, project, optuna_cfg=study))
-    assert code == 0 and "3 trials" in finding(found, "search", "run").message
+    assert code == 0 and "3 trials" in finding(found, "tuning", "run").message

@@ -206,10 +206,9 @@ def test_overlap(sound: str, tmp_path: Path, capsys: Captured) -> None:
 
     _, found = checked(capsys, *words(sound, paths["train"], paths["test"]))
     assert finding(found, "overlap", "train, test").severity == "fine"
-    _, found = checked(
-        capsys, *words(sound, paths["test"], write_annotation(tmp_path / "val2.json", {n: of[n] for n in "def"}))
-    )
-    assert kinds(found, "warning") == {("same_data", "test, val2")}
+    copy = write_annotation(tmp_path / "copy.json", {name: of[name] for name in "def"})
+    _, found = checked(capsys, *words(sound, paths["test"], copy))
+    assert kinds(found, "warning") == {("same_data", "test, copy")}
     entries = {"a": ["A Dog", "x"], "b": ["a  dog"], "c": ["a cat"], "d": ["a dog"]}
     request = words(sound, write_annotation(tmp_path / "train.json", entries))
     code, found = checked(capsys, *request, "--concat_captions", "indep-one")

@@ -65,8 +65,8 @@ def error_page(model: OpenCandidate, annotation: str, split: EvaluationSplit, re
     wrong = []
     for row, scores in _worst_rows(report):
         own = int(queries.video_of_text[row])
-        top = int(np.delete(scores, own).argmax())
-        top += top >= own
+        others = np.delete(np.arange(len(scores)), own)
+        top = int(others[scores[others].argmax()])
         expected, found = ({**described(queries.video_ids[place]), "score": scores[place]} for place in (own, top))
         wrong.append({"query": queries.texts[row], "rank": int(ranks[row]), "expected": expected, "found": found})
     template = Template(_TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-import statistics
 import threading
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
     "gap": ("gaps", "incomplete, with images missing between others", "extract them again"),
     "sizes": ("frame_sizes", "made of frames of several sizes", "extract them again"),
     "damaged": ("broken_frames", "damaged", "extract or fetch them again"),
-    "unreadable": ("unreadable_videos", "unreadable", "mend them"),
+    "unreadable": ("unreadable_videos", "unreadable", "repair or replace them"),
 }
 
 
@@ -42,7 +41,7 @@ class CheckedSplit:
     """An annotation file, and what the check finds out about its videos.
 
     `trains` tells whether the run learns from it. `refused` says why entries are refused; `videos` are the others.
-    `opened` are the videos that a run begins with, `good` those of them in which --deep found nothing wrong either.
+    `good` are the videos that can be opened and in which --deep found nothing wrong.
     """
 
     name: str
@@ -51,19 +50,7 @@ class CheckedSplit:
     videos: list[VideoAnnotation]
     refused: list[str]
     store: FrameStore
-    opened: list[str] = field(default_factory=list)
     good: list[str] = field(default_factory=list)
-
-    def of_all(self, count: int) -> str:
-        """Return `2 of 8 videos are`, `the only video is`."""
-        if len(self.videos) == 1:
-            return "the only video is"
-        return f"{count} of {len(self.videos)} videos {'is' if count == 1 else 'are'}"
-
-    def readable(self) -> list[VideoAnnotation]:
-        """Return the videos that a run begins with."""
-        opened = set(self.opened)
-        return [video for video in self.videos if video.video_id in opened]
 
 
 # ---- the splits ----
@@ -106,131 +93,103 @@ def check_entries(split: CheckedSplit) -> Iterator[Finding]:
     if split.refused:
         items = {reason.removeprefix(f"{split.path}: "): "" for reason in split.refused}
         message = f"{len(items)} {'entry is' if len(items) == 1 else 'entries are'} not in the annotation format"
-        yield Finding("fails", "annotation", split.name, message, items, f"mend {split.path}")
+        yield Finding("fails", "annotation", split.name, message, items, f"correct {split.path}")
 
 
 # ---- videos ----
 
 
 def check_videos(split: CheckedSplit, config: Config, deep: bool) -> Iterator[Finding]:
-    """Yield findings about the videos that a run could not read, or not as it should; fill `opened` and `good`.
+    """Yield findings about the videos that a run could not read, or not as it should; fill `split.good`.
 
     `deep` decodes every frame, in num_workers threads.
     """
     ids = [video.video_id for video in split.videos]
     errors = find_errors(split.store, ids, config.num_workers)
-    split.opened = split.good = [video_id for video_id in ids if video_id not in errors]
-    found = list(_by_kind(split, {name: [error] for name, error in errors.items()}, *_effect(split, config)))
+    split.good = [video_id for video_id in ids if video_id not in errors]
+    short = short_videos(split.store, split.good, config.num_frm)
+    found = list(_unreadable(split, errors, *_effect(split, config)))
     if deep:
         damage = _look_through(split, config)
-        hurt = {video_id: wrong for video_id, (wrong, hurts) in damage.items() if hurts}
-        spared = {video_id: wrong for video_id, (wrong, hurts) in damage.items() if not hurts}
-        split.good = [video_id for video_id in split.opened if video_id not in hurt]
-        found += _by_kind(split, hurt, *_effect(split, config, later=True))
-        found += _by_kind(split, spared, "warning", f"in frames that num_frm {config.num_frm} passes over", "")
+        hurt = {video_id: error for video_id, (error, hurts) in damage.items() if hurts}
+        spared = {video_id: error for video_id, (error, hurts) in damage.items() if not hurts}
+        split.good = [video_id for video_id in split.good if video_id not in hurt]
+        found += _unreadable(split, hurt, *_effect(split, config, later=True))
+        found += _unreadable(split, spared, "warning", f"in frames that num_frm {config.num_frm} passes over")
     if ids and not found:
-        everyone = "the only video" if len(ids) == 1 else f"all {len(ids)} videos"
         how = "" if deep else " (the first frame was read; --deep reads all)"
-        found = [Finding("fine", "videos", split.name, f"{everyone} can be read{how}")]
+        found = [Finding("fine", "videos", split.name, f"{plural(len(ids), 'video')} can be read{how}")]
     yield from found
-    yield from _short(split, config)
-    yield from _clips_in_place(split, config)
-
-
-def _effect(split: CheckedSplit, config: Config, later: bool = False) -> tuple[Severity, str, str]:
-    """Return what a run makes of videos that it cannot read, and a way out other than to mend them.
-
-    `later` means that it meets them during training.
-    """
-    if not split.good:
-        return "fails", "none is left, so a run stops", ""
-    if split.trains:
-        return "warning", "left out of their batches" if later else "left out of training", ""
-    if config.skip_missing:
-        return "warning", "left out of the evaluation and its gallery (skip_missing)", ""
-    return "fails", "an evaluation stops", "; or --skip_missing"
-
-
-def _by_kind(
-    split: CheckedSplit, videos: Mapping[str, Sequence[FrameError]], severity: Severity, effect: str, way_out: str
-) -> Iterator[Finding]:
-    """Yield a finding for each kind of error. A video with several counts as its first."""
-    for kind, (check, wrong, advice) in _KINDS.items():
-        if found := {name: errors for name, errors in videos.items() if errors[0].kind == kind}:
-            items = {name: "; ".join(f"{e.path}: {e.reason}" for e in errors) for name, errors in found.items()}
-            message = f"{split.of_all(len(found))} {wrong}: {effect}"
-            advice = f"{advice}, or take them out of {split.path}{way_out}"
-            yield Finding(severity, check, split.name, message, items, advice)
-
-
-def _short(split: CheckedSplit, config: Config) -> Iterator[Finding]:
-    short = short_videos(split.store, split.opened, config.num_frm)
+    of_all = f"of {plural(len(ids), 'video')}"
     if short:
         items = {video_id: f"{split.store.count(video_id)} frames" for video_id in short}
-        message = f"{split.of_all(len(short))} shorter than num_frm {config.num_frm} frames, so frames are repeated"
+        message = f"{len(short)} {of_all} shorter than num_frm {config.num_frm} frames, so frames are repeated"
         advice = "lower num_frm, or extract more frames a second"
         yield Finding("warning", "short_videos", split.name, message, items, advice)
-
-
-def _clips_in_place(split: CheckedSplit, config: Config) -> Iterator[Finding]:
-    """Yield a warning about clips of videos that are read in place: all of the file counts."""
     clips = {
         video.video_id: f"{video.start or 0:g} s to {'the end' if video.end is None else f'{video.end:g} s'}"
         for video in split.videos
         if video.start is not None or video.end is not None
     }
     if clips and not config.frames_dir:
-        message = f"{split.of_all(len(clips))} given with start or end, which video_dir ignores: whole files are read"
+        message = f"{len(clips)} {of_all} with start or end, which video_dir ignores: whole files are read"
         advice = f"extract the clips (adaclip extract --clips {split.path}), unless each file is a clip already"
         yield Finding("warning", "clips", split.name, message, clips, advice)
 
 
-def _look_through(split: CheckedSplit, config: Config) -> dict[str, tuple[list[FrameError], bool]]:
-    """Decode all frames of all videos. Return the errors of each damaged video, and whether they hurt a run."""
+def _effect(split: CheckedSplit, config: Config, later: bool = False) -> tuple[Severity, str]:
+    """Return what a run makes of videos that it cannot read. `later` means that it meets them during training."""
+    if not split.good:
+        return "fails", "none is left, so a run stops"
+    if split.trains:
+        return "warning", "left out of their batches" if later else "left out of training"
+    if config.skip_missing:
+        return "warning", "left out of the evaluation and its gallery (skip_missing)"
+    return "fails", "an evaluation stops, unless --skip_missing is given"
+
+
+def _unreadable(
+    split: CheckedSplit, errors: Mapping[str, FrameError], severity: Severity, effect: str
+) -> Iterator[Finding]:
+    """Yield a finding for each kind of error."""
+    for kind, (check, wrong, advice) in _KINDS.items():
+        items = {name: f"{error.path}: {error.reason}" for name, error in errors.items() if error.kind == kind}
+        if items:
+            message = f"{len(items)} of {plural(len(split.videos), 'video')} {wrong}: {effect}"
+            yield Finding(severity, check, split.name, message, items, f"{advice}, or remove them from {split.path}")
+
+
+def _look_through(split: CheckedSplit, config: Config) -> dict[str, tuple[FrameError, bool]]:
+    """Decode all frames of all videos. Return the first error of each damaged video, and whether it hurts a run."""
     # A run that draws its frames at random meets any of them.
     draws = split.trains and config.sampling == "random" and not config.segment_sampling
-    stop = threading.Event()
+    store, stop = split.store, threading.Event()
 
-    def look(video_id: str) -> tuple[list[FrameError], bool]:
-        errors = list(_errors(split.store, video_id, bool(config.frames_dir), stop.is_set))
-        return errors, bool(errors) and not stop.is_set() and (draws or not _can_read(split, config, video_id))
+    def look(video_id: str) -> tuple[FrameError, bool] | None:
+        sizes: dict[tuple[int, ...], int] = {}
+        try:
+            for index, frame in store.scan(video_id, stop.is_set):
+                sizes.setdefault(frame.shape, index)
+            if len(sizes) > 1:
+                store.read(video_id, sorted(sizes.values()))  # raises if the store does not allow several sizes
+        except FrameError as error:
+            damage = error
+        else:
+            return None
+        try:
+            store.read(video_id, frames_to_read(store, config, video_id).tolist())
+        except FrameError:
+            return damage, True
+        return damage, draws
 
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
-        looks = pool.map(look, split.opened)
-        title = f"decoding {printable(split.name)}"
-        shown = tqdm(looks, title, len(split.opened), unit="video", leave=False, disable=None)
-        return {video_id: seen for video_id, seen in zip(split.opened, shown, strict=True) if seen[0]}
+        title, looks = f"decoding {printable(split.name)}", pool.map(look, split.good)
+        shown = tqdm(looks, title, len(split.good), unit="video", leave=False, disable=None)
+        return {video_id: seen for video_id, seen in zip(split.good, shown, strict=True) if seen}
     finally:  # Ctrl-C does not wait until hours of video are decoded
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _errors(store: FrameStore, video_id: str, images: bool, stopped: Callable[[], bool]) -> Iterator[FrameError]:
-    """Yield each damaged image, or the first damage of a video file; then a mix of sizes that the store refuses."""
-    sizes: dict[tuple[int, ...], int] = {}
-    try:
-        if images:
-            for index in itertools.takewhile(lambda _: not stopped(), range(store.count(video_id))):
-                try:
-                    sizes.setdefault(store.read(video_id, [index])[0].shape, index)
-                except FrameError as error:
-                    yield error
-        else:
-            for index, frame in store.scan(video_id, stopped):
-                sizes.setdefault(frame.shape, index)
-        if len(sizes) > 1:
-            store.read(video_id, sorted(sizes.values()))
-    except FrameError as error:
-        yield error
-
-
-def _can_read(split: CheckedSplit, config: Config, video_id: str) -> bool:
-    try:
-        split.store.read(video_id, frames_to_read(split.store, config, video_id).tolist())
-    except FrameError:
-        return False
-    return True
 
 
 # ---- captions ----
@@ -241,31 +200,23 @@ def check_captions(split: CheckedSplit, config: Config, clip: LoadedClip | None)
     if not split.videos:
         return
     counts = [len(video.sentences) for video in split.videos]
-    few, many, middle = min(counts), max(counts), statistics.median(counts)
-    each = f"{few} each" if few == many else f"{few} to {many} each, median {middle:g}"
-    message = f"{plural(len(counts), 'video')}, {plural(sum(counts), 'caption')} ({each})"
-    items = {"videos": len(counts), "captions": sum(counts), "min": few, "median": middle, "max": many}
+    items = {"videos": len(counts), "captions": sum(counts), "min": min(counts), "max": max(counts)}
+    message = f"{plural(len(counts), 'video')}, {plural(sum(counts), 'caption')} ({min(counts)} to {max(counts)} each)"
     yield Finding("fine", "captions", split.name, message, items)
     # The texts that the text tower sees.
     entries = train_entries(split.videos, config.concat_captions)
     texts = [(entry.video_id, text) for entry in entries for text in entry.sentences]
-    yield from _shared_captions(split, texts)
-    if clip is not None:
-        yield _long_captions(split, texts, config, clip)
-
-
-def _shared_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     spelled: dict[str, str] = {}
     videos: dict[str, dict[str, None]] = defaultdict(dict)
     for video_id, text in texts:
         videos[spelled.setdefault(folded(text), text)][video_id] = None
-    shared = {text: list(of_text) for text, of_text in videos.items() if len(of_text) > 1}
-    if shared:
-        concerned = len(set(itertools.chain(*shared.values())))
+    if shared := {text: list(of_text) for text, of_text in videos.items() if len(of_text) > 1}:
         effect = "their videos count as each other's negatives" if split.trains else "no model can tell which is meant"
-        message = f"{plural(len(shared), 'caption')} shared by several videos ({concerned} in all): {effect}"
+        message = f"{plural(len(shared), 'caption')} shared by several videos: {effect}"
         advice = "give captions that tell them apart"
         yield Finding("warning", "shared_captions", split.name, message, shared, advice)
+    if clip is not None:
+        yield _long_captions(split, texts, config, clip)
 
 
 def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config: Config, clip: LoadedClip) -> Finding:
@@ -277,15 +228,14 @@ def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config
     cut = list(itertools.chain(*items.values()))
     if not cut:
         return Finding("fine", "long_captions", split.name, f"max_txt_len {limit} cuts no caption")
-    joins = config.concat_captions == "concat" and any(len(video.sentences) > 1 for video in split.videos)
-    joined = ", which are all sentences of a video joined (concat_captions)" if joins else ""
+    joined = ", all sentences of a video joined (concat_captions)" if config.concat_captions == "concat" else ""
     message = f"max_txt_len {limit} cuts {len(cut)} of {len(texts)} captions ({len(cut) / len(texts):.1%}){joined}"
-    most = clip.context_length
-    enough = limit + bisect_left(range(limit, most), True, key=lambda length: not clip.count_cut(cut, length))
-    left = clip.count_cut(cut, enough)
-    advice = f"max_txt_len {enough} cuts {left or 'none'} of them"
+    enough = range(limit, clip.context_length + 1)
+    place = bisect_left(enough, True, hi=len(enough) - 1, key=lambda length: not clip.count_cut(cut, length))
+    left = clip.count_cut(cut, enough[place])
+    advice = f"max_txt_len {enough[place]} cuts {left or 'none'} of them"
     if left == len(cut):
-        advice = f"the text tower takes no more than {most} tokens: shorten the captions"
+        advice = f"the text tower takes no more than {clip.context_length} tokens: shorten the captions"
     return Finding("warning", "long_captions", split.name, message, items, advice)
 
 
@@ -309,28 +259,24 @@ def _shared(one: CheckedSplit, other: CheckedSplit, where: str) -> Iterator[Find
         advice = "give another val_annot, of videos not in test_annot"
         yield Finding("warning", "same_data", where, message, advice=advice)
         return
-    advice = f"take them out of {one.path if one.trains else other.path}"
-    there = {video.video_id for video in other.videos}
-    videos = {video.video_id: "" for video in one.videos if video.video_id in there}
-    ours = [video for video in one.videos if video.video_id not in videos]
-    theirs = [video for video in other.videos if video.video_id not in videos]
-    if videos:
-        yield Finding("warning", "shared_videos", where, f"{plural(len(videos), 'video')} in both", videos, advice)
-    sources = {video.group for video in one.videos if video.group is not None}
+    advice = f"remove them from {one.path if one.trains else other.path}"
+    both = {video.video_id for video in one.videos} & {video.video_id for video in other.videos}
+    ours = [video for video in one.videos if video.video_id not in both]
+    theirs = [video for video in other.videos if video.video_id not in both]
+    if both:
+        items = dict.fromkeys(sorted(both), "")
+        yield Finding("warning", "shared_videos", where, f"{plural(len(both), 'video')} in both", items, advice)
+    sources = {video.group for video in one.videos}
     groups: dict[str, list[str]] = defaultdict(list)
     for video in theirs:
-        if video.group in sources and video.group is not None:
+        if video.group is not None and video.group in sources:
             groups[video.group].append(video.video_id)
     if groups:
         message = f"{plural(len(groups), 'source video')} (group) in both, from which different clips are cut"
         yield Finding("warning", "shared_groups", where, message, groups, advice)
     known = {folded(sentence): video.video_id for video in ours for sentence in video.sentences}
-    captions = {
-        sentence: [known[key], video.video_id]
-        for video in theirs
-        for sentence in video.sentences
-        if (key := folded(sentence)) in known
-    }
+    written = [(sentence, video.video_id) for video in theirs for sentence in video.sentences]
+    captions = {text: [known[folded(text)], video_id] for text, video_id in written if folded(text) in known}
     if captions:
         message = f"{plural(len(captions), 'caption')} in both, of different videos"
         advice = "harmless if the words are common; make sure that they are not the same clip under two names"

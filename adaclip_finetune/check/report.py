@@ -57,39 +57,36 @@ def as_json(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[
 
 def as_text(paths: Mapping[str, str], trains: Sequence[str], findings: Sequence[Finding]) -> str:
     """Return a table, the worst findings first, each with one or two examples and the way out."""
-    columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
     width = max(len(printable(name)) for name in ("run", *(finding.split for finding in findings)))
     lines = [
         f"{printable(name):{width}}  {printable(path)}  ({'training' if name in trains else 'evaluation'})"
         for name, path in paths.items()
     ]
     ordered = sorted(findings, key=lambda finding: list(VERDICTS).index(finding.severity))
-    lines += ["", *(line for finding in ordered for line in _lines(finding, width, columns)), ""]
+    lines += ["", *(line for finding in ordered for line in _lines(finding, width)), ""]
     counts = [sum(finding.severity == severity for finding in findings) for severity in VERDICTS]
     told = f"{counts[0]} would fail, {plural(counts[1], 'warning')}, {counts[2]} fine"
     return "\n".join([*lines, f"{VERDICTS[worst(findings)]} ({told})"])
 
 
-def _lines(finding: Finding, width: int, columns: int) -> Iterator[str]:
-    indent = " " * (width + 11)
-    head = f"{finding.severity:8} {printable(finding.split):{width}}  "
+def _lines(finding: Finding, width: int) -> Iterator[str]:
+    head, indent = f"{finding.severity:8} {printable(finding.split):{width}}  ", " " * (width + 11)
     for line in finding.message.split("\n"):
-        yield _filled(line, columns, head, indent)
+        yield _wrapped(line, head, indent)
         head = indent
-    # Numbers among the items are part of the message already.
-    items = [] if finding.severity == "fine" else finding.items.items()
-    examples = [item for item in items if not isinstance(item[1], int | float)]
+    # The figures of a finding about cost are part of its message already.
+    examples = [] if finding.split == "run" or finding.severity == "fine" else list(finding.items.items())
     for subject, detail in examples[:_EXAMPLES]:
         words = ", ".join(map(str, detail)) if isinstance(detail, list) else str(detail)
-        text = printable(f"{subject}: {words}" if words else subject)
-        yield f"{indent}· {text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'}"
+        yield indent + printable(f"· {subject}: {words}" if words else f"· {subject}")[:_LONGEST]
     if len(examples) > _EXAMPLES:
         yield f"{indent}· and {len(examples) - _EXAMPLES} more (--json lists all)"
     if finding.advice:
-        yield _filled(finding.advice, columns, f"{indent}→ ", f"{indent}  ")
+        yield _wrapped(finding.advice, f"{indent}→ ", f"{indent}  ")
 
 
-def _filled(line: str, columns: int, first: str, following: str) -> str:
+def _wrapped(line: str, first: str, following: str) -> str:
     """Wrap a line, keeping paths and flags whole, so that they can be copied."""
+    columns = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
     wrapper = textwrap.TextWrapper(columns, first, following, break_on_hyphens=False, break_long_words=False)
     return wrapper.fill(printable(line))

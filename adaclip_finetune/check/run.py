@@ -1,84 +1,155 @@
-"""All checks of a run, in order. Nothing is changed: no folder is made, and a run that is resumed is only read."""
+"""All checks of a run, in order: its data, its model, and what it takes, measured by two real training steps.
+
+Nothing is changed: no folder is made, and weights that would have to be downloaded are random.
+"""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import optuna
+import psutil
+from torch import Tensor
 
-from adaclip_finetune.check.cost import check_cost
 from adaclip_finetune.check.data import CheckedSplit, check_captions, check_entries, check_overlap, check_videos
-from adaclip_finetune.check.report import Finding
-from adaclip_finetune.check.sheet import check_sheet
+from adaclip_finetune.check.report import Finding, plural
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.queries import evaluation_queries, fingerprint, train_entries
+from adaclip_finetune.data.dataset import VideoReader
+from adaclip_finetune.data.frame_store import FrameError
+from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.lock import is_alive
-from adaclip_finetune.strict_json import read_json
-from adaclip_finetune.training.checkpoint import load_snapshot
-from adaclip_finetune.training.device import make_accelerator
+from adaclip_finetune.training.device import describe_device, make_accelerator, total_memory_gib
+from adaclip_finetune.training.memory import StepCost, explain_out_of_memory, try_steps
 from adaclip_finetune.training.session import Session, open_model
 from adaclip_finetune.tuning.run import describe
 from adaclip_finetune.weights.checkpoints import read_checkpoint, with_its_clip
 from adaclip_finetune.weights.clip_weights import load_clip
 from adaclip_finetune.weights.loaded import LoadedClip
-from adaclip_finetune.weights.plain import strict_load
+
+_READ_VIDEOS = 16
+_SHARED_MEMORY = Path("/dev/shm")
 
 
-def check_data(config: Config, splits: Sequence[CheckedSplit], deep: bool, sheet: Path | None) -> list[Finding]:
+def check_data(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> list[Finding]:
     """Check annotation files by themselves: entries, videos, overlap and captions."""
+    findings = [finding for split in splits for finding in check_entries(split)]
+    findings += [finding for split in splits for finding in check_videos(split, config, deep)]
+    findings += check_overlap(splits)
     clip: LoadedClip | None = None
     with suppress(UserError):  # without weights or a network, the lengths of captions cannot be checked
         clip = _tokenizer(config)
-    return [*_audit(config, splits, deep), *_captions_and_sheet(config, splits, clip, sheet)]
+    return findings + [finding for split in splits for finding in check_captions(split, config, clip)]
 
 
-def check_run(
-    config: Config, splits: Sequence[CheckedSplit], folder: Path | None, deep: bool, sheet: Path | None
-) -> list[Finding]:
-    """Check all that a run of `config` would do. `folder` is that of a run that is resumed.
-
-    The model is built as the run builds it, except that weights that would have to be downloaded are random.
-    """
-    resumed = [] if folder is None else list(_check_folder(folder))
-    findings = _audit(config, splits, deep) + resumed
+def check_run(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> list[Finding]:
+    """Check all that a run of `config` would do: data, hyperparameter study, model and, for training, the cost."""
+    findings = check_data(config, splits, deep)
     if config.optuna_cfg is not None:
-        findings.append(_check_study(config))
-    clip: LoadedClip | None = None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            findings.append(Finding("fine", "tuning", "run", describe(config)[0]))
+        except UserError as error:
+            findings.append(Finding("fails", "tuning", "run", str(error)))
     try:
-        session = open_model(
-            config, values="random", accelerator=make_accelerator(config), learn=not config.do_inference
-        )
-        session.method.on_epoch_start(0)
-        clip = session.loaded
-        if folder is not None and not config.do_inference and not resumed:
-            findings += _check_snapshot(folder, session, splits)
-        if splits[0].good:
-            for finding in check_cost(session, splits, folder):  # keep those before an error
+        learn = not config.do_inference
+        session = open_model(config, values="random", accelerator=make_accelerator(config), learn=learn)
+        if learn and splits[0].good:
+            session.method.on_epoch_start(0)
+            for finding in check_cost(session, splits[0]):  # keep those before an error
                 findings.append(finding)
     except UserError as error:
         findings.append(Finding("fails", "model", "run", str(error)))
-        with suppress(UserError):
-            clip = clip or _tokenizer(config)
-    return [*findings, *_captions_and_sheet(config, splits, clip, sheet)]
+    return findings
 
 
-def _audit(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> list[Finding]:
-    findings = [finding for split in splits for finding in check_entries(split)]
-    findings += [finding for split in splits for finding in check_videos(split, config, deep)]
-    return [*findings, *check_overlap(splits)]
+def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
+    """Yield findings about disk, memory and time of training on `split`, which has readable videos."""
+    config, model, device, good = session.config, session.model, session.device, set(split.good)
+    entries = len(train_entries([video for video in split.videos if video.video_id in good], config.concat_captions))
+    phases = session.method.phases(config.num_epochs, config.batch_size)
+    size = min(entries, max(phase.batch_size for phase in phases))
+    yield from _disk(session)
+
+    # If frames that do not fit were made, Linux would end this process. Reading processes have two batches ready each.
+    pixels = config.num_frm * sum(view.channels * view.size**2 for view in model.views() if view)  # a byte each
+    ahead = pixels * size * (2 * config.num_workers + 2)
+    free, held = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+    rooms = {"memory": free}
+    if config.num_workers and _SHARED_MEMORY.is_dir():
+        rooms["shared_memory"] = shutil.disk_usage(_SHARED_MEMORY).free
+    for check, room in rooms.items():
+        if ahead > room:
+            message = f"batches that are read ahead take {_size(ahead)} of {check}, of which {_size(room)} are free"
+            advice = "lower num_workers, batch_size or num_frm"
+            if check == "shared_memory":
+                advice += f", or enlarge {_SHARED_MEMORY} (docker run --shm-size)"
+            yield _within(ahead, room, check, message, advice)
+            return
+
+    model.start_epoch(0)  # with the largest K of the run
+    assert session.accelerator is not None
+    on_cpu = device.type == "cpu"
+    tried = min(2, size) if on_cpu else size
+    step = try_steps(config, session.objective, session.loaded.tokenize, session.accelerator, tried)
+    if isinstance(step, str):
+        explained = explain_out_of_memory(MemoryError(step), config, device, tried, model)
+        yield Finding("warning" if config.auto_batch_size else "fails", "memory", "run", str(explained))
+        return
+    needed = step.peak_bytes + step.kept_bytes * (size - tried) // tried + (ahead if on_cpu else 0)
+    total = free + held if on_cpu else int(total_memory_gib(device) * 2**30)
+    message = f"memory of {describe_device(device)}: about {_size(needed)} of {_size(total)}"
+    yield _within(needed, total, "memory", message, "lower batch_size or num_frm, or give --precision bf16")
+    yield _time(session, split, step, size, entries)
 
 
-def _captions_and_sheet(
-    config: Config, splits: Sequence[CheckedSplit], clip: LoadedClip | None, sheet: Path | None
-) -> Iterator[Finding]:
-    for split in splits:
-        yield from check_captions(split, config, clip)
-    if sheet is not None:
-        yield check_sheet(sheet, splits, config)
+def _time(session: Session, split: CheckedSplit, step: StepCost, size: int, entries: int) -> Finding:
+    """Return the finding about the time to compute a batch and the whole run, and to read a batch in one process."""
+    config = session.config
+    compute = step.seconds * size / step.videos + step.update_seconds
+    batches = config.num_epochs * -(-entries // size)
+    reader = VideoReader(split.store, config, session.model.views())
+    chosen = split.good[:: -(-len(split.good) // _READ_VIDEOS)]  # from the whole list
+    started = time.monotonic()
+    for video_id in chosen:
+        with suppress(FrameError):
+            reader.read(video_id)
+    reading = (time.monotonic() - started) / len(chosen) * size
+    message = (
+        f"time on {describe_device(session.device)}, from two steps on {plural(step.videos, 'video')}: a batch of "
+        f"{plural(size, 'video')} takes {_duration(compute)} to compute, and {_duration(reading)} to read in one "
+        f"process (num_workers is {config.num_workers}); {plural(config.num_epochs, 'epoch')}, {batches} batches in "
+        f"all, take {_duration(batches * compute)} to compute, without validation"
+    )
+    advice = ""
+    if reading > compute * max(1, config.num_workers):
+        frame_size = session.loaded.image.size
+        advice = f"reading is slower: raise num_workers, or adaclip extract --frame_size {frame_size}"
+    items = {"batch_size": size, "computing_a_batch": compute, "reading_a_batch": reading, "run": batches * compute}
+    return Finding("fine", "time", "run", message, items, advice)
+
+
+def _disk(session: Session) -> Iterator[Finding]:
+    """Yield whether the disk has room for two snapshots, the old one and the new one, and for the best weights."""
+    config, model = session.config, session.model
+    if config.no_output:
+        return
+    learned = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
+    needed = 2 * (2 * _bytes(model.state_dict().values()) + 2 * learned)
+    output = Path(config.output_dir).absolute()
+    free = shutil.disk_usage(next(place for place in (output, *output.parents) if place.is_dir())).free
+    message = f"disk: a run writes up to {_size(needed)} to output_dir {output}, where {_size(free)} are free"
+    yield _within(needed, free, "disk", message, "make room, or set output_dir to another disk")
+
+
+def _within(needed: int, free: int, check: str, message: str, advice: str) -> Finding:
+    items = {"needed": needed, "free": free}
+    if needed <= free:
+        return Finding("fine", check, "run", message, items)
+    return Finding("fails", check, "run", message, items, advice)
 
 
 def _tokenizer(config: Config) -> LoadedClip:
@@ -89,51 +160,15 @@ def _tokenizer(config: Config) -> LoadedClip:
     return load_clip(with_its_clip(checkpoint, config), with_weights=False, from_checkpoint=checkpoint.towers())
 
 
-def _check_study(config: Config) -> Finding:
-    """Check a hyperparameter study as its run does before the first trial."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return Finding("fine", "search", "run", describe(config)[0])
-    except UserError as error:
-        return Finding("fails", "search", "run", str(error))
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
-# ---- a run that is resumed ----
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _check_folder(folder: Path) -> Iterator[Finding]:
-    """Yield why a run cannot be resumed in its folder: it is finished, or another process writes there."""
-    if (folder / "metrics.json").exists():
-        best = folder / "best.safetensors"
-        advice = f"to train on from its weights, start a new run: --resume {best}" if best.exists() else ""
-        yield Finding("fails", "finished", "run", f"resume: the run in {folder} is finished (metrics.json)", {}, advice)
-    lock = folder / "lock.json"
-    owner = read_json(lock) if lock.exists() else None
-    if owner and (owner["host"] != socket.gethostname() or is_alive(owner)):
-        message = f"resume: {folder} is locked by process {owner['pid']} on {owner['host']}"
-        yield Finding("fails", "locked", "run", message, advice=f"wait for it; if it is gone, delete {lock}")
-
-
-def _check_snapshot(folder: Path, session: Session, splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
-    """Compare what was saved with the model and the data of now. Raise UserError if the snapshot does not fit."""
-    snapshot = load_snapshot(folder)
-    if snapshot is None:
-        message = f"resume: nothing was saved in {folder} yet, so the run starts from the beginning"
-        yield Finding("fine", "resume", "run", message)
-        return
-    strict_load(session.model, snapshot.group("model"), f"resume: update {snapshot.step}")
-    if any(split.refused for split in splits):  # reported already, and sure to change the data
-        return
-    concat, saved = session.config.concat_captions, snapshot.values["data"]
-    # As in a run, validation stands for a test annotation that is missing or is the same file.
-    validation, test = (evaluation_queries(split.readable(), concat) for split in (splits[1], splits[-1]))
-    now = fingerprint(train_entries(splits[0].readable(), concat), validation=validation, test=test)
-    if changed := [part for part, digest in now.items() if saved[part] != digest]:
-        message = (
-            f"resume: the {' and '.join(changed)} data is not what the run in {folder} began with: other captions, "
-            "other videos, or others that can be read"
-        )
-        advice = "restore the old data, or start a new run from its weights"
-        yield Finding("fails", "other_data", "run", message, advice=advice)
-    else:
-        yield Finding("fine", "resume", "run", f"resume: the run in {folder} continues after update {snapshot.step}")
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -12,49 +12,7 @@ from adaclip_finetune.printable import printable
 
 
 def run(words: Sequence[str]) -> int:
-    """Embed, rank and write. Returns 0; raises UserError."""
-    arguments = _parser().read(words)
-    if arguments.k < 1:
-        raise UserError(f"-k {arguments.k}: must be a whole number >= 1")
-    vectors = arguments.save_embeddings
-    ids = None if vectors is None else vectors.with_suffix(".json")
-    check_inputs({"--annot": [arguments.annot], "--config": [arguments.config], "--queries": [arguments.queries]})
-    inputs = [arguments.annot, arguments.config, arguments.queries, arguments.run]
-    outputs = {"--output": arguments.output, "--save-embeddings": vectors, "--save-embeddings, its ids": ids}
-    suffixes = {"--output": ".jsonl .csv", "--save-embeddings": ".safetensors", "--save-embeddings, its ids": ".json"}
-    check_outputs(outputs, suffixes, inputs)
-    queries = None if arguments.queries is None else read_queries(arguments.queries)
-
-    from adaclip_finetune.compare.predict import predict
-
-    found = predict(arguments.run, arguments.annot, queries, arguments.k, arguments.config, given(arguments))
-    text = found.as_csv() if arguments.output.suffix == ".csv" else found.as_json_lines()
-    write_output("--output", arguments.output, text)
-    without = f", WITHOUT {found.missing} that cannot be read" if found.missing else ""
-    asked = f"{len(found.queries):,} {'query' if len(found.queries) == 1 else 'queries'}"
-    best = f"the best {min(arguments.k, len(found.videos))} of {len(found.videos):,} videos{without}"
-    print(f"{asked}, {best}: {printable(arguments.output)}")
-    if ids is not None:
-        content, names = found.vectors()
-        write_output("--save-embeddings", vectors, content)
-        write_output("--save-embeddings", ids, names)
-        print(f"vectors: {printable(vectors)}, ids beside it in {printable(ids.name)}")
-    return 0
-
-
-def read_queries(path: Path) -> list[str]:
-    """Return the queries of a text file, one a line, without empty lines. Raises UserError."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = text.split("\n")  # splitlines() would also split at characters that may be part of a query
-    if not (queries := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"--queries {path}: holds no query; write one a line")
-    return queries
-
-
-def _parser() -> Parser:
+    """Embed, rank and write. Return 0; raise UserError."""
     parser = Parser(
         "adaclip predict",
         "For each query, write the best videos of an annotation with their scores.",
@@ -66,9 +24,44 @@ def _parser() -> Parser:
     add("--annot", metavar="FILE", required=True, help="the videos, and the captions that are asked unless --queries")
     add("--queries", metavar="FILE.txt", type=Path, help="ask these instead, one a line")
     add("-k", type=int, default=10, metavar="N", help="videos for each query [default: 10]")
-    output = ".jsonl: one object a query; .csv: one line a query and video"
-    add("--output", metavar="FILE", type=Path, required=True, help=output)
-    vectors = "also write the vectors of queries and videos, and their ids to the .json of the same name"
-    add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=vectors)
+    told = ".jsonl: one object a query; .csv: one line a query and video"
+    add("--output", metavar="FILE", type=Path, required=True, help=told)
+    told = "also write the vectors of queries and videos, and their ids to the .json of the same name"
+    add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=told)
     add_checkpoint_flags(parser)
-    return parser
+    a = parser.read(words)
+    if a.k < 1:
+        raise UserError(f"-k {a.k}: must be a whole number >= 1")
+    vectors = a.save_embeddings
+    ids = None if vectors is None else vectors.with_suffix(".json")
+    check_inputs({"--annot": [a.annot], "--config": [a.config], "--queries": [a.queries]})
+    outputs = {"--output": a.output, "--save-embeddings": vectors, "--save-embeddings, its ids": ids}
+    suffixes = {"--output": ".jsonl .csv", "--save-embeddings": ".safetensors", "--save-embeddings, its ids": ".json"}
+    check_outputs(outputs, suffixes, [a.annot, a.config, a.queries, a.run])
+    queries = None if a.queries is None else read_queries(a.queries)
+
+    from adaclip_finetune.compare.predict import predict
+
+    found = predict(a.run, a.annot, queries, a.k, a.config, given(a))
+    write_output("--output", a.output, found.as_csv() if a.output.suffix == ".csv" else found.as_json_lines())
+    without = f", WITHOUT {found.missing} that cannot be read" if found.missing else ""
+    best = f"the best {min(a.k, len(found.videos))} of {len(found.videos):,} videos{without}"
+    print(f"queries: {len(found.queries):,}, {best}: {printable(a.output)}")
+    if ids is not None:
+        content, names = found.vectors()
+        write_output("--save-embeddings", vectors, content)
+        write_output("--save-embeddings", ids, names)
+        print(f"vectors: {printable(vectors)}, ids beside it in {printable(ids.name)}")
+    return 0
+
+
+def read_queries(path: Path) -> list[str]:
+    """Return the queries of a text file, one a line, without empty lines. Raise UserError."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = text.split("\n")  # splitlines() would also split at characters that may be part of a query
+    if not (queries := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"--queries {path}: holds no query; write one a line")
+    return queries

@@ -13,10 +13,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from adaclip_finetune.compare.options import AS_IT_IS
-from adaclip_finetune.compare.seen_data import seen_by
-from adaclip_finetune.compare.table import Cost, DataSetRows, RowKind, TableRow
+from adaclip_finetune.compare.table import COSTS, DataSetRows, RowKind, TableRow
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.data.annotations import folded, load_annotations
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
@@ -25,11 +25,11 @@ from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalRepo
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.data import read_split
+from adaclip_finetune.training.data import read_split, say_cut
 from adaclip_finetune.training.device import launched_processes, make_accelerator
 from adaclip_finetune.training.measure import build_task, measure
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.session import Session, find_checkpoint, open_model
+from adaclip_finetune.training.session import find_checkpoint, open_model
 from adaclip_finetune.weights.checkpoints import check_settings
 from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
@@ -48,24 +48,28 @@ class Candidate:
 
 
 def find_candidates(
-    paths: Sequence[Path], settings: Path | None, overrides: Mapping[str, Any], annotation: str, retrieval: bool = False
+    paths: Sequence[Path],
+    settings: Path | None,
+    overrides: Mapping[str, Any],
+    annotations: Sequence[str],
+    retrieval: bool = False,
 ) -> list[Candidate]:
-    """Find the checkpoints of run folders and weights files, before any model is built.
+    """Find the checkpoints of run folders and weights files, and check all annotations, before any model is built.
 
-    `settings` is a file for checkpoints that hold none, `overrides` replace settings of all checkpoints, and
-    `annotation` is what is evaluated first. Each is measured by the task of its run, but all by retrieval if their
-    tasks differ, or with `retrieval`. Raises UserError.
+    `settings` is a file for checkpoints that hold none, and `overrides` replace settings of all checkpoints. Each is
+    measured by the task of its run, but all by retrieval if their tasks differ, or with `retrieval`. Raise UserError.
     """
     if launched_processes() > 1:
         raise UserError("evaluate and predict use one process: start them without torchrun and accelerate launch")
-    found = [_find(path, settings, overrides, annotation) for path in paths]
-    if retrieval or any(candidate.config.task != found[0].config.task for candidate in found):
-        changed = {"task": load_config().task, "primary": None}
-        for candidate in found:
-            if candidate.config.task.method != "retrieval":
-                candidate.config = candidate.config.model_copy(update=changed)
+    for annotation in annotations:
+        load_annotations(annotation)
+    found = [_find(path, settings, overrides, annotations[0]) for path in paths]
     labels = [candidate.label for candidate in found]
+    retrieval = retrieval or any(candidate.config.task != found[0].config.task for candidate in found)
     for number, candidate in enumerate(found, start=1):
+        if retrieval and candidate.config.task.method != "retrieval":
+            changed = {"task": load_config().task, "primary": None}
+            candidate.config = candidate.config.model_copy(update=changed)
         if labels.count(candidate.label) > 1:
             candidate.label += f" ({number})"
     return found
@@ -75,34 +79,22 @@ class OpenCandidate:
     """The model of a candidate on its device, measured on one annotation after the other."""
 
     def __init__(self, candidate: Candidate) -> None:
-        """Raises UserError if the weights do not fit the settings, or the device is not there."""
+        """Raise UserError if the weights do not fit the settings, or the device is not there."""
         self.label = candidate.label
         set_seed(candidate.config.seed)
-        self.session: Session = open_model(
-            candidate.config, accelerator=make_accelerator(candidate.config), learn=False
-        )
-
-    @property
-    def config(self) -> Config:
-        """The settings, with the CLIP that the checkpoint was made with."""
-        return self.session.config
+        self.session = open_model(candidate.config, accelerator=make_accelerator(candidate.config), learn=False)
+        self.config = self.session.config  # with the CLIP that the checkpoint was made with
 
     def read(self, annotation: str) -> EvaluationSplit:
-        """Return the split, and tell on stderr which videos are left out (`skip_missing`). Raises UserError."""
-        split = read_split(self.config, annotation, RunFolder(self.config, sys.stderr), annotation)
-        if cut := self.session.loaded.count_cut(split.queries.texts, self.config.max_txt_len):
-            tell(f"{annotation}: max_txt_len {self.config.max_txt_len} cuts {cut} of {len(split.queries.texts)} texts")
+        """Return the split, and tell on stderr which videos are left out (`skip_missing`). Raise UserError."""
+        run = RunFolder(self.config, sys.stderr)
+        split = read_split(self.config, annotation, run, annotation)
+        say_cut(self.session.loaded, split.queries.texts, self.config.max_txt_len, annotation, run)
         return split
 
     def measure(self, split: EvaluationSplit, label: str) -> tuple[Task, Report]:
         """Measure the model on a split by the task of its settings."""
         return self._measure(split, self.config, self.session.loaded, self.session.model, label)
-
-    def retrieve(self, split: EvaluationSplit, label: str) -> tuple[Retrieval, RetrievalReport]:
-        """Measure the model by retrieval, which the settings must name."""
-        task, report = self.measure(split, label)
-        assert isinstance(task, Retrieval) and isinstance(report, RetrievalReport)
-        return task, report
 
     def similarity_of(self, texts: Sequence[str], task: Retrieval, report: RetrievalReport) -> SimilarityBlocks:
         """Return the similarity of other texts to the gallery of `report`."""
@@ -114,7 +106,7 @@ class OpenCandidate:
         tell(f"{self.label} on {data_set.name}")
         baseline = None
         try:
-            baseline = self.add_zero_shot(data_set, split, self.session.pretrained())
+            baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
         except UserError as error:
             data_set.remarks.append(f"zero-shot of {self.label} is NOT measured: {error}")
         task, report = self.measure(split, self.label)
@@ -124,28 +116,25 @@ class OpenCandidate:
 
     def row(self, label: str, task: Task, report: Report, baseline: str | None, note: str) -> TableRow:
         """Return a row of the model. `baseline` is the label of its zero-shot row."""
-        noted = self.session.checkpoint is not None and "parameters" in self.session.checkpoint.metadata
-        # The settings of these methods determine what learned; of others, only the checkpoint can tell.
-        known = noted or self.config.peft.method in ("full", "bitfit")
-        counts = self.session.parameters
-        clip, everything = (counts.clip.percent, counts.all.percent) if known else (None, None)
-        cost = Cost(clip, everything, self.session.gflops.video, _videos_per_second(task, report))
-        return replace(_row(label, "model", task, report, cost), baseline=baseline, note=note)
+        counts, checkpoint = self.session.parameters, self.session.checkpoint
+        known = checkpoint is not None and "parameters" in checkpoint.metadata
+        learned = (counts.clip.percent, counts.all.percent) if known else (None, None)
+        row = _row(label, "model", task, report, self.session.gflops.video, learned)
+        return replace(row, baseline=baseline, note=note)
 
-    def add_zero_shot(self, data_set: DataSetRows, split: EvaluationSplit, pretrained: LoadedClip, of: str = "") -> str:
-        """Measure `pretrained`, which is named in `of`, as baseline of this model unless `data_set` has the very same
-        one. Returns the label of its row."""
+    def _add_zero_shot(self, data_set: DataSetRows, split: EvaluationSplit, pretrained: LoadedClip) -> str:
+        """Measure the baseline of this model unless `data_set` has the very same one. Return the label of its row."""
         config = zero_shot_config(self.config)
         key = (weights_digest(pretrained.module), *(str(getattr(config, name)) for name in _DECIDING_ZERO_SHOT))
         if key not in data_set.baselines:
             model = VideoRetriever(config, pretrained).to(self.session.device)
             task, report = self._measure(split, config, pretrained, model, "zero-shot")
-            label = f"zero-shot{of}, {config.num_frm} frames"
+            label = f"zero-shot, {config.num_frm} frames"
             if number := sum(row.label.startswith(label) for row in data_set.baselines.values()):
                 label += f" ({number + 1})"
-            cost = Cost(0.0, 0.0, count_gflops(model, config.num_frm).video, _videos_per_second(task, report))
+            row = _row(label, "zero-shot", task, report, count_gflops(model, config.num_frm).video, (0.0, 0.0))
             note = f"{pretrained.source}, {config.num_frm} uniform frames, their mean"
-            data_set.baselines[key] = replace(_row(label, "zero-shot", task, report, cost), note=note)
+            data_set.baselines[key] = replace(row, note=note)
         return data_set.baselines[key].label
 
     def _measure(
@@ -155,14 +144,50 @@ class OpenCandidate:
             return task, measure(self.session, task, model)
 
 
+def seen_by(config: Config, annotation: str) -> str:
+    """Return what a run with these settings learned from, or was chosen on, of the videos and captions in `annotation`.
+
+    Return "" if nothing is known to overlap.
+    """
+    told = []
+    for use, path in (("it learned from", config.train_annot), ("its epoch was chosen on", config.val_annot)):
+        if overlap := overlap_of_files(path, annotation) if path else "":
+            told.append(f"{use} {overlap}")
+    return "; ".join(told)
+
+
+def overlap_of_files(used: str, annotation: str) -> str:
+    """Return what of `annotation` the annotation file `used` also holds, "" if nothing.
+
+    Clips of the same source video (`group`) count as the same video.
+    """
+    try:
+        learned = load_annotations(used)
+    except (UserError, OSError):
+        return f"{used}, which cannot be read here, so it is unknown whether that holds these captions"
+    evaluated = load_annotations(annotation)
+    ids, groups = {video.video_id for video in learned}, {video.group for video in learned} - {None}
+    texts = {folded(text) for video in learned for text in video.sentences}
+    videos = [video.video_id in ids or video.group in groups for video in evaluated]
+    captions = [folded(text) in texts for video in evaluated for text in video.sentences]
+    if all(videos) and all(captions):
+        return "these very captions"
+    parts = {"videos": videos, "captions": captions}
+    return " and ".join(f"{sum(part):,} of these {len(part):,} {name}" for name, part in parts.items() if any(part))
+
+
 def tell(text: str) -> None:
     """Print to stderr without tearing a progress bar; stdout is for results."""
     tqdm.write(text, file=sys.stderr)
 
 
 def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Candidate:
+    # --frames_dir replaces the run's video_dir too, and the reverse; likewise --device and --xpu.
+    rivals: dict[str, dict[str, Any]] = {"frames_dir": {"video_dir": None}, "video_dir": {"frames_dir": None}}
+    rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
+    off = {name: value for given_name in overrides.keys() & rivals for name, value in rivals[given_name].items()}
     weights = given / "best.safetensors" if given.is_dir() else given
-    replaced = {**_exclusive(overrides), **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
+    replaced = {**off, **overrides, **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
     checkpoint, config = find_checkpoint(given, replaced, settings)
     try:
         if checkpoint.is_foreign:
@@ -179,20 +204,12 @@ def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], anno
     return Candidate(place.name if given.is_dir() else f"{place.parent.name}/{place.name}", config)
 
 
-def _exclusive(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Let --frames_dir replace the run's video_dir too, and the reverse; likewise --device and --xpu."""
-    rivals: dict[str, dict[str, Any]] = {"frames_dir": {"video_dir": None}, "video_dir": {"frames_dir": None}}
-    rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
-    switched_off = {name: off for given in overrides.keys() & rivals for name, off in rivals[given].items()}
-    return {**switched_off, **overrides}
-
-
-def _row(label: str, kind: RowKind, task: Task, report: Report, cost: Cost) -> TableRow:
-    queries = report.queries if isinstance(report, RetrievalReport) else task.split.queries
-    figures, ranks = report.as_dict(), task.ranks(report)
-    return TableRow(label, kind, figures, task.columns, ranks, queries, task.gallery(report), cost)
-
-
-def _videos_per_second(task: Task, report: Report) -> float:
-    seconds = report.video_seconds if isinstance(report, RetrievalReport) else report.seconds
-    return len(task.split.queries.video_ids) / max(seconds, 1e-9)
+def _row(
+    label: str, kind: RowKind, task: Task, report: Report, gflops: float, learned: Sequence[float | None]
+) -> TableRow:
+    retrieved = report if isinstance(report, RetrievalReport) else None
+    seconds = retrieved.video_seconds if retrieved else report.seconds
+    videos_per_second = len(task.split.queries.video_ids) / max(seconds, 1e-9)
+    cost = dict(zip(COSTS, (*learned, gflops, videos_per_second), strict=True))
+    queries, ranks = retrieved.queries if retrieved else task.split.queries, task.ranks(report)
+    return TableRow(label, kind, report.as_dict(), task.columns, ranks, queries, task.gallery(report), cost)

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
-
 from adaclip_finetune.config.roles import names_with
 
-# Evaluation never tunes, fits a batch size or writes into a run folder, whatever the settings of the run say.
-AS_IT_IS: Mapping[str, Any] = MappingProxyType(
-    {
-        "do_inference": True,
-        "no_output": True,
-        "save_similarity": None,
-        "optuna_cfg": None,
-        "do_training_af_optuna": False,
-        "policy_weights": "random",  # the checkpoint holds the weights of the selector's CNN
-    }
-)
-
-# These describe how the checkpoint was made; --annot names what it is evaluated on.
-_ANNOTATIONS = frozenset({"train_annot", "val_annot", "test_annot"})
+# Evaluation never tunes, fits a batch size or writes into a run folder, whatever the settings of the run say. The
+# checkpoint holds the weights of the selector's CNN.
+AS_IT_IS = {"do_inference": True, "no_output": True, "save_similarity": None, "optuna_cfg": None,
+            "do_training_af_optuna": False, "policy_weights": "random"}  # fmt: skip
 
 
 def overridable() -> frozenset[str]:
     """Return the names of the settings that may replace those of the checkpoint: where data and CLIP lie, and those of
-    the machine."""
+    the machine. The annotations describe how it was made; --annot names what it is evaluated on."""
     names = names_with("data", "machine") | names_with("model", paths=True)
-    return names - _ANNOTATIONS - AS_IT_IS.keys()
+    return names - {"train_annot", "val_annot", "test_annot"} - AS_IT_IS.keys()

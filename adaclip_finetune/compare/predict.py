@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +38,15 @@ class Predictions:
 
     def as_json_lines(self) -> str:
         """Return one JSON object a query."""
-        lines = []
-        for query, best in self:
-            found = [{"video": name, "score": score} for name, score in best]
-            lines.append(json.dumps({"query": query, "videos": found}, ensure_ascii=False) + "\n")
-        return "".join(lines)
+        found = [{"query": query, "videos": [{"video": v, "score": s} for v, s in best]} for query, best in self]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
 
     def as_csv(self) -> str:
         """Return one line a query and video."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(("query", "rank", "video", "score"))
-        for query, best in self:
-            writer.writerows((query, rank, *found) for rank, found in enumerate(best, start=1))
+        writer.writerows((query, rank, *found) for query, best in self for rank, found in enumerate(best, start=1))
         return text.getvalue()
 
     def vectors(self) -> tuple[bytes, str]:
@@ -77,11 +74,11 @@ def predict(
     settings: Path | None,
     overrides: Mapping[str, Any],
 ) -> Predictions:
-    """Rank the videos of the annotation for its captions, or for the given queries. Raises UserError."""
-    (candidate,) = find_candidates([checkpoint], settings, overrides, annotation, retrieval=True)
+    """Rank the videos of the annotation for its captions, or for the given queries. Raise UserError."""
+    (candidate,) = find_candidates([checkpoint], settings, overrides, [annotation], retrieval=True)
     model = OpenCandidate(candidate)
-    task, report = model.retrieve(model.read(annotation), annotation)
-    assert isinstance(report.similarity, SimilarityBlocks), "there is one process"
+    task, report = model.measure(model.read(annotation), annotation)
+    assert isinstance(task, Retrieval) and isinstance(report, RetrievalReport) and report.similarity is not None
     texts, similarity = report.queries.texts, report.similarity
     if queries is not None:
         texts, similarity = list(queries), model.similarity_of(queries, task, report)

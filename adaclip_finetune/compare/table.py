@@ -6,31 +6,26 @@ Columns are the figures that the task shows. A task that gives ranks gets an int
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, Interval, intervals, paired_difference
-from adaclip_finetune.evaluation.tasks.base import QueryRanks
+from adaclip_finetune.evaluation.tasks.base import QueryRanks, value
 from adaclip_finetune.printable import printable
 
-_COSTS = ("trained of CLIP", "trained of all", "GFLOPs", "videos/s")
+# Name in JSON → title and form of a cost: the parameters that learned, multiply-adds a video in 10⁹, measured speed.
+COSTS = {
+    "percent_of_clip": ("trained of CLIP", "{:.3f} %"),
+    "percent_of_all": ("trained of all", "{:.3f} %"),
+    "gflops": ("GFLOPs", "{:.3g}"),
+    "videos_per_second": ("videos/s", "{:.1f}"),
+}
 _INTERVAL = "95 %"
 _NOTHING = "–"
 
 RowKind = Literal["zero-shot", "model", "reranked"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model takes: the parameters that learned, in percent of those of CLIP and of all (None if not known);
-    10⁹ multiply-adds a video; videos a second, reading included, as measured in this run."""
-
-    percent_of_clip: float | None
-    percent_of_all: float | None
-    gflops: float
-    videos_per_second: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +34,8 @@ class TableRow:
 
     `figures` are those of metrics.json, and `columns` the names of those that are shown; a figure that a method does
     not have is absent. `gallery` describes what was measured on its first line, and has remarks on further ones.
-    `baseline` is the label of the zero-shot row that belongs to a model.
+    `cost` has the names of `COSTS`, each None if it is not known; reranked rows have none. `baseline` is the label of
+    the zero-shot row that belongs to a model.
     """
 
     label: str
@@ -49,14 +45,9 @@ class TableRow:
     ranks: Mapping[str, QueryRanks]
     queries: Queries
     gallery: str
-    cost: Cost | None = None
+    cost: Mapping[str, float | None] = field(default_factory=dict)
     baseline: str | None = None
     note: str = ""
-
-    @property
-    def measured_on(self) -> str:
-        """The first line of `gallery`."""
-        return self.gallery.splitlines()[0]
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
@@ -65,47 +56,26 @@ class TableRow:
 
     def cell(self, name: str) -> str:
         """Return the figure with this name, such as `t2v.R@5`, or the interval `t2v.95 %` of R@1, as it is shown."""
-        *path, last = name.split(".")
+        direction, _, last = name.rpartition(".")
         if last == _INTERVAL:
-            found: Any = self.intervals.get(path[0])
-            return _NOTHING if found is None else f"[{found['R@1'][0]:.1f}, {found['R@1'][1]:.1f}]"
-        found = self.figures
-        for part in (*path, last):
-            found = None if found is None else found.get(part)
-        return _NOTHING if found is None else f"{found:.1f}"
+            low, high = self.intervals.get(direction, {}).get("R@1", (None, None))
+            return _NOTHING if low is None else f"[{low:.1f}, {high:.1f}]"
+        try:
+            return f"{value(self.figures, name):.1f}"
+        except (KeyError, TypeError):  # a method does not have this figure, or this direction
+            return _NOTHING
 
     def costs(self) -> list[str]:
-        """Return the cells for `_COSTS`."""
-        if self.cost is None:
-            return [_NOTHING] * len(_COSTS)
-        learned = (self.cost.percent_of_clip, self.cost.percent_of_all)
-        shares = [_NOTHING if share is None else f"{share:.3f} %" for share in learned]
-        return [*shares, f"{self.cost.gflops:.3g}", f"{self.cost.videos_per_second:.1f}"]
+        """Return the cells for `COSTS`."""
+        found = [(form, self.cost.get(name)) for name, (_, form) in COSTS.items()]
+        return [_NOTHING if cost is None else form.format(cost) for form, cost in found]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for JSON, each interval beside its figure."""
         figures = dict(self.figures)
         for direction, found in self.intervals.items():
             figures[direction] = {**figures[direction], **{f"{name} 95%": ends for name, ends in found.items()}}
-        cost = None if self.cost is None else asdict(self.cost)
-        return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": cost}
-
-
-class RowDifference(NamedTuple):
-    """R@1 of one row minus that of another one, in each direction."""
-
-    label: str
-    minus: str
-    directions: Mapping[str, Difference]
-
-    def as_text(self) -> str:
-        """Return the difference in one line."""
-        parts = []
-        for name, found in self.directions.items():
-            p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
-            low, high = found.interval
-            parts.append(f"{name.upper()} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
-        return f"R@1 of {self.label} minus {self.minus}: {', '.join(parts)}"
+        return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": self.cost or None}
 
 
 @dataclass(eq=False)
@@ -123,70 +93,61 @@ class DataSetRows:
         """All rows, zero-shot first."""
         return [*self.baselines.values(), *self.models]
 
-    @property
-    def title(self) -> str:
-        return f"{self.name}: {self.rows[0].measured_on}"
-
     @cached_property
-    def differences(self) -> list[RowDifference]:
-        """Each model against its zero-shot row, then each against every model before it, if they have the same
-        queries."""
+    def differences(self) -> list[tuple[str, str, dict[str, Difference]]]:
+        """R@1 of each model minus its zero-shot row, then minus every model before it, on the same queries.
+
+        Each is the labels of the two rows, and the difference by direction.
+        """
         of = {row.label: row for row in self.rows}
-        models = [row for row in self.models if row.kind == "model"]
+        models = [row for row in self.models if row.kind == "model" and row.ranks]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
         pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
         found = []
         for row, other in pairs:
-            if row.ranks and same_queries(row.queries, other.queries):
+            if (row.queries.texts, row.queries.video_ids) == (other.queries.texts, other.queries.video_ids):
                 directions = {
                     name: paired_difference(own.ranks, other.ranks[name].ranks, own.videos)
                     for name, own in row.ranks.items()
                 }
-                found.append(RowDifference(row.label, other.label, directions))
+                found.append((row.label, other.label, directions))
         return found
 
     def said(self) -> Iterator[str]:
         """Yield the lines that stand below the table."""
+        common = self.rows[0].gallery.splitlines()[0]
+        yield f"{self.name}: {common}"
         for row in self.rows:
-            gallery = row.measured_on if row.measured_on != self.rows[0].measured_on else ""
-            if notes := "; ".join(filter(None, (gallery, *row.gallery.splitlines()[1:], row.note))):
+            measured_on, *remarks = row.gallery.splitlines()
+            different = measured_on if measured_on != common else ""
+            if notes := "; ".join(filter(None, (different, *remarks, row.note))):
                 yield f"{row.label}: {notes}"
-        yield from (difference.as_text() for difference in self.differences)
+        for label, other, directions in self.differences:
+            parts = []
+            for name, found in directions.items():
+                p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
+                low, high = found.interval
+                parts.append(f"{name.upper()} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
+            yield f"R@1 of {label} minus {other}: {', '.join(parts)}"
         yield from self.remarks
 
 
-def same_queries(one: Queries, other: Queries) -> bool:
-    """Return whether both ask the same texts about the same videos, in the same order."""
-    owners = one.video_of_text.tolist() == other.video_of_text.tolist()
-    return owners and one.texts == other.texts and one.video_ids == other.video_ids
-
-
 def as_text(data_sets: Sequence[DataSetRows]) -> str:
-    """Return the table for a terminal: figures, then costs, then remarks; all data sets share their columns."""
-    columns = _columns(data_sets)
-    figures = {
-        data_set.title: [(_label(row), list(map(row.cell, columns))) for row in data_set.rows] for data_set in data_sets
-    }
-    costs = {data_set.name: [(row.label, row.costs()) for row in data_set.rows if row.cost] for data_set in data_sets}
-    lines = _aligned(_head(columns), figures)
-    if any(costs.values()):
-        lines += ["", *_aligned(_COSTS, costs)]
-    for data_set in data_sets:
-        lines += ["", *([data_set.name] if len(data_sets) > 1 else []), *data_set.said()]
-    return "\n".join(map(printable, [*lines, "", *_explained(data_sets)]))
+    """Return the table for a terminal: figures, then costs, then remarks."""
+    cells = _cells(data_sets)
+    first, last = 0 if len(data_sets) > 1 else 1, -len(COSTS)
+    costs = [[*row[first:2], *row[last:]] for row in cells if row[-1] != _NOTHING]
+    lines = [*_aligned([row[first:last] for row in cells]), *(["", *_aligned(costs)] if len(costs) > 1 else [])]
+    return "\n".join(map(printable, [*lines, *_below(data_sets)]))
 
 
 def as_markdown(data_sets: Sequence[DataSetRows]) -> str:
-    """Return one Markdown table, with the data set in the first column, and the remarks as a list."""
-    columns = _columns(data_sets)
-    table = [["data set", "", *_head(columns), *_COSTS], ["---", "---", *["---:"] * (len(columns) + len(_COSTS))]]
-    for data_set in data_sets:
-        for row in data_set.rows:
-            table.append([data_set.name, row.label, *map(row.cell, columns), *row.costs()])
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in table]
-    for data_set in data_sets:
-        lines += ["", data_set.title, "", *(f"- {line}" for line in data_set.said())]
-    return "\n".join(map(printable, [*lines, "", *_explained(data_sets)])) + "\n"
+    """Return the table with all its columns, and the remarks as a list."""
+    head, *rows = _cells(data_sets)
+    table = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
+    remarks = [f"- {line}" if line else "" for line in _below(data_sets)]
+    return "\n".join(map(printable, [*lines, *remarks])) + "\n"
 
 
 def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
@@ -196,55 +157,41 @@ def as_dict(data_sets: Sequence[DataSetRows]) -> dict[str, Any]:
         of = {"annotation": data_set.name}
         content["rows"] += [of | row.as_dict() for row in data_set.rows]
         for label, other, directions in data_set.differences:
-            found = {name: asdict(difference) for name, difference in directions.items()}
+            found = {name: vars(difference) for name, difference in directions.items()}
             content["differences_in_R@1"].append({**of, "label": label, "minus": other, **found})
         content["remarks"] += [of | {"remark": remark} for remark in data_set.remarks]
     return content
 
 
-def _columns(data_sets: Sequence[DataSetRows]) -> list[str]:
-    """Return the names of the columns: the task's own, and the interval of each R@1 that has ranks."""
-    row, names = data_sets[0].rows[0], []
-    for name in row.columns:
-        names.append(name)
+def _cells(data_sets: Sequence[DataSetRows]) -> list[list[str]]:
+    """Return the head and the rows: data set, label, the task's figures with an interval after each R@1, and costs."""
+    first, before = data_sets[0].rows[0], ""
+    columns: dict[str, str] = {}  # name → title, in which the direction stands before its first figure only
+    for name in first.columns:
         direction, _, figure = name.rpartition(".")
-        if figure == "R@1" and direction in row.ranks:
-            names.append(f"{direction}.{_INTERVAL}")
-    return names
+        columns[name] = figure if direction == before else f"{direction.upper()} {figure}"
+        if figure == "R@1" and direction in first.ranks:
+            columns[f"{direction}.{_INTERVAL}"] = _INTERVAL
+        before = direction
+    rows = [(data_set.name, row) for data_set in data_sets for row in data_set.rows]
+    head = ["data set", "", *columns.values(), *(title for title, _ in COSTS.values())]
+    return [head, *([name, row.label, *map(row.cell, columns), *row.costs()] for name, row in rows)]
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    """Return the column titles: the direction stands before the first figure of each direction only."""
-    titles, last = [], ""
-    for name in columns:
-        direction, _, figure = name.rpartition(".")
-        titles.append(figure if direction == last else f"{direction.upper()} {figure}")
-        last = direction
-    return titles
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, in columns as wide as they must be: text at the left, figures at the right."""
+    columns = []
+    for place, column in enumerate(zip(*rows, strict=True)):
+        width, is_text = max(map(len, column)), place <= rows[0].index("")
+        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in column])
+    return ["  ".join(cells) for cells in zip(*columns, strict=True)]
 
 
-def _aligned(head: Sequence[str], table: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) -> list[str]:
-    """Return a head and the rows (label, cells) under each title, in columns as wide as they must be."""
-    lines = [("", head), *(line for rows in table.values() for line in rows)]
-    width = max(len(label) for label, _ in lines)
-    widths = [max(map(len, column)) + 2 for column in zip(*(cells for _, cells in lines), strict=True)]
-
-    def aligned(label: str, cells: Sequence[str]) -> str:
-        return f"{label:<{width}}" + "".join(cell.rjust(room) for cell, room in zip(cells, widths, strict=True))
-
-    text = [aligned("", head)]
-    for number, (title, rows) in enumerate(table.items()):
-        text += [*([""] if number else []), title, *(aligned(*row) for row in rows)]
-    return text
-
-
-def _label(row: TableRow) -> str:
-    """Return the label; that of a reranked row, which stands below its model, without the name of the model."""
-    return f"  + {row.label.rpartition(' + ')[2]}" if row.kind == "reranked" else row.label
-
-
-def _explained(data_sets: Sequence[DataSetRows]) -> Iterator[str]:
-    """Yield what the figures of all data sets mean."""
+def _below(data_sets: Sequence[DataSetRows]) -> Iterator[str]:
+    """Yield the remarks on each data set, and what the figures of all of them mean."""
+    for data_set in data_sets:
+        yield from ("", *data_set.said())
+    yield ""
     rows = [row for data_set in data_sets for row in data_set.rows]
     compared = sum(len(data_set.differences) for data_set in data_sets)
     if any(row.ranks for row in rows):

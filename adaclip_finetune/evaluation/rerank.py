@@ -23,10 +23,9 @@ from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray, Metr
 
 Blocks = Iterable[Tensor]
 
-DUAL_SOFTMAX_TEMPERATURE = 1.0
-"""The logits are used as they are: their temperature is the one that CLIP learned, exp(logit_scale)."""
-QB_NORM_TEMPERATURE = 5.0
-"""The paper multiplies cosines by 20; logits are 100 times the cosine where CLIP's scale is at its bound."""
+# Dual softmax uses the logits as they are, with the temperature that CLIP learned. The paper of QB-Norm multiplies
+# cosines by 20; logits are 100 times the cosine where CLIP's scale is at its bound.
+DEFAULT_TEMPERATURES = {"dual_softmax": 1.0, "qb_norm": 5.0}
 
 _LOG_OF_SMALLEST = math.log(5e-324)
 

@@ -12,7 +12,6 @@ from media import write_frames, write_video
 
 from adaclip_finetune.check import data
 from adaclip_finetune.check.data import CheckedSplit, check_videos, splits_of_files
-from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
 from adaclip_finetune.data.splits import evaluation_split, train_split
@@ -55,8 +54,7 @@ def config_of(frames: str | Path) -> Config:
 
 def test_every_refused_entry_is_listed(sound: str, tmp_path: Path, capsys: Captured) -> None:
     entries: dict[str, Any] = {"a": ["fine"], "b": [], "c": [""], "../f": ["x"]}
-    entries["d"] = {"sentences": ["x"], "duration": -1}
-    entries["e"] = {"sentences": ["x"], "extention": "mp4"}
+    entries |= {"d": {"sentences": ["x"], "duration": -1}, "e": {"sentences": ["x"], "extention": "mp4"}}
     path = write_annotation(tmp_path / "val.json", entries)
     code, found = checked(capsys, *words(sound, path))
     refused = finding(found, "annotation", "val")
@@ -67,15 +65,6 @@ def test_every_refused_entry_is_listed(sound: str, tmp_path: Path, capsys: Captu
         load_annotations(path)
     assert str(first.value).removeprefix(f"{path}: ") in refused.items
     assert finding(found, "captions", "val").items["videos"] == 1
-
-
-def test_the_subset_of_a_run_is_checked(sound: str, tmp_path: Path) -> None:
-    entries: dict[str, Any] = {f"v{number}": [f"caption {number}"] for number in range(100)}
-    entries["v70"] = []
-    path = write_annotation(tmp_path / "train.json", entries)
-    (split,) = splits_of_files([path], load_config(None, {"data_subset": 80, "frames_dir": sound}))
-    assert [video.video_id for video in split.videos] == [f"v{number}" for number in range(81) if number != 70]
-    assert len(split.refused) == 1 and "'v70'" in split.refused[0]
 
 
 # ---- videos ----
@@ -95,17 +84,14 @@ def test_videos_are_judged_as_a_run_does(frames: Path, tmp_path: Path, capsys: C
     assert kinds(found, "fails") == {("missing_videos", "val"), ("gaps", "val"), ("broken_frames", "val")}
     assert list(finding(found, "missing_videos", "val").items) == ["gone"]
     gap = finding(found, "gaps", "val")
-    assert "image_00003.jpg" in gap.items["gap"] and "1 of 8" in gap.message and "--skip_missing" in gap.advice
+    assert "image_00003.jpg" in gap.items["gap"] and "1 of 8" in gap.message and "--skip_missing" in gap.message
     with pytest.raises(UserError):
         evaluation_split(config, paths["val"])
 
     code, found = checked(capsys, *words(frames, paths["val"]), "--skip_missing")
-    skipping = config.model_copy(update={"skip_missing": True})
-    assert set(evaluation_split(skipping, paths["val"]).left_out) == set(BROKEN)
     assert code == 0 and "skip_missing" in finding(found, "gaps", "val").message
 
-    path = annotations(tmp_path, *BROKEN)["train"]
-    code, found = checked(capsys, *words(frames, path))
+    code, found = checked(capsys, *words(frames, annotations(tmp_path, *BROKEN)["train"]))
     assert code == 1 and "none is left" in finding(found, "gaps", "train").message
 
 
@@ -145,20 +131,6 @@ def test_video_files(tmp_path: Path, capsys: Captured) -> None:
     code, found = checked(capsys, *request, "--deep")
     told = {name for entry in found["findings"] if entry["severity"] == "fails" for name in entry["items"]}
     assert code == 1 and told == {"text", "empty", "hurt", "gone"}
-
-
-def test_packs(tmp_path: Path, capsys: Captured) -> None:
-    """--deep finds an image that was cut off before it was packed."""
-    for name in ("v", "w"):
-        write_frames(tmp_path / "frames" / name, 8)
-    image = tmp_path / "frames" / "w" / "image_00004.jpg"
-    image.write_bytes(image.read_bytes()[:-200])
-    packed = tmp_path / "frames.lmdb"
-    assert main(["pack", str(tmp_path / "frames"), "-o", str(packed)]) == 0
-    capsys.readouterr()
-    path = annotations(tmp_path, "v", "w")["val"]
-    code, found = checked(capsys, "--annot", path, "--frames_dir", str(packed), "--num_frm", "8", "--deep")
-    assert code == 1 and list(finding(found, "broken_frames", "val").items) == ["w"]
 
 
 def test_clips_of_videos_that_are_read_in_place(tmp_path: Path, capsys: Captured) -> None:
@@ -210,8 +182,6 @@ def test_long_captions(sound: str, tmp_path: Path, capsys: Captured) -> None:
     assert code == 0 and long.severity == "warning" and "2 of 4 captions (50.0%)" in long.message
     assert long.items == {"a": [LONG], "b": [f"{LONG} thirteen"]}
     assert long.advice.startswith("max_txt_len 15 cuts none")
-    _, found = checked(capsys, *request, "--concat_captions", "indep-all", "--max_txt_len", "15")
-    assert finding(found, "long_captions", "val").severity == "fine"
     _, found = checked(capsys, *request, "--concat_captions", "concat", "--max_txt_len", "15")
     joined = finding(found, "long_captions", "val")
     assert list(joined.items) == ["b"] and "concat_captions" in joined.message and "1 of 3" in joined.message
@@ -236,17 +206,16 @@ def test_overlap(sound: str, tmp_path: Path, capsys: Captured) -> None:
 
     _, found = checked(capsys, *words(sound, paths["train"], paths["test"]))
     assert finding(found, "overlap", "train, test").severity == "fine"
-    _, found = checked(
-        capsys, *words(sound, paths["test"], write_annotation(tmp_path / "val2.json", {n: of[n] for n in "def"}))
-    )
-    assert kinds(found, "warning") == {("same_data", "test, val2")}
+    copy = write_annotation(tmp_path / "copy.json", {name: of[name] for name in "def"})
+    _, found = checked(capsys, *words(sound, paths["test"], copy))
+    assert kinds(found, "warning") == {("same_data", "test, copy")}
     entries = {"a": ["A Dog", "x"], "b": ["a  dog"], "c": ["a cat"], "d": ["a dog"]}
     request = words(sound, write_annotation(tmp_path / "train.json", entries))
     code, found = checked(capsys, *request, "--concat_captions", "indep-one")
     shared = finding(found, "shared_captions", "train")
     assert code == 0 and shared.severity == "warning" and shared.items == {"A Dog": ["a", "b", "d"]}
     counts = finding(found, "captions", "train").items
-    assert counts == {"videos": 4, "captions": 5, "min": 1, "median": 1, "max": 2}
+    assert counts == {"videos": 4, "captions": 5, "min": 1, "max": 2}
 
 
 def test_files_are_named_by_what_tells_them_apart_and_train_means_training(sound: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.evaluation import similarity
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
-from adaclip_finetune.evaluation.similarity_file import similarity_file, write_similarity_file
+from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 
 
 def peak_growth(action: Callable[[], Any]) -> float:
@@ -49,6 +49,5 @@ def test_a_large_gallery_is_ranked_and_saved_within_little_memory(
 
     assert peak_growth(lambda: rank(blocks)) < little
     assert peak_growth(lambda: write_similarity_file(path, blocks, Queries(names, owners, names))) < little
-    assert peak_growth(lambda: rank(similarity_file(path))) < little
     assert peak_growth(lambda: rank([torch.cat(list(blocks))])) > whole, "a whole matrix would be noticed"
-    assert ranks[0] == ranks[1] == ranks[2]
+    assert ranks[0] == ranks[1]

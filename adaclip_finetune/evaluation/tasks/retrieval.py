@@ -29,7 +29,7 @@ from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
 from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
-from adaclip_finetune.evaluation.similarity_file import SimilarityFile, write_similarity_file
+from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import copy_from_main, from_main, is_main
@@ -71,7 +71,7 @@ class RetrievalReport:
 
     metrics: Metrics
     queries: Queries
-    similarity: SimilarityBlocks | SimilarityFile | None
+    similarity: SimilarityBlocks | None
     frame_usage: NDArray[np.int64] | None
     num_listed: int
     seconds: float
@@ -100,13 +100,6 @@ class RetrievalReport:
         missing = f", {self.missing} of {self.num_listed} MISSING" if self.missing else ""
         counts = f"{len(self.queries.texts):,} captions, {len(self.queries.video_ids):,} videos{missing}"
         return f"{counts}; ties count against\n{self.metrics.shared_line()}".rstrip()
-
-
-def report_of_matrix(file: SimilarityFile) -> RetrievalReport:
-    """Rank a saved matrix. Which videos were left out of it is not known, so none counts as missing."""
-    queries = file.queries
-    metrics = retrieval_metrics(file, queries.video_of_text, queries.texts)
-    return RetrievalReport(metrics, queries, file, None, num_listed=len(queries.video_ids), seconds=0)
 
 
 class Retrieval(Task):
@@ -179,7 +172,7 @@ class Retrieval(Task):
 
     def similarity_of(self, texts: Sequence[str], model: VideoRetriever, report: RetrievalReport) -> SimilarityBlocks:
         """Return the similarity of other texts to the gallery that `model` was measured on in this one process."""
-        assert isinstance(report.similarity, SimilarityBlocks), "there is one process"
+        assert report.similarity is not None, "there is one process"
         gallery = report.similarity.videos.cpu() if self._adaptation.needs_gallery else None
         batches = self._embed_texts(model, texts, gallery, range(self._text_batches(texts)))
         bar = tqdm(batches, self.label, self._text_batches(texts), unit="batch", leave=False, disable=None)

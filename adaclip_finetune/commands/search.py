@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.commands.flags import Parser
-from adaclip_finetune.commands.model_flags import a_path, add_model_flags, model_settings, not_empty
+from adaclip_finetune.commands.flags import Parser, a_path, add_model_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -62,26 +61,24 @@ def _parser() -> Parser:
         "frame with the greatest weight, and the file.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]",
     )
-    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="what the videos should show")
-    parser.add_argument("--image", metavar="FILE", type=a_path, help="search by a picture")
-    parser.add_argument(
-        "--queries", metavar="FILE", type=not_empty, help="many texts, one per line; - reads them from standard input"
-    )
-    parser.add_argument("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per query and line")
-    parser.add_argument("--explain", action="store_true", help="show which frames of a video have the greatest weight")
-    parser.add_argument(
-        "--model", metavar="RUN", type=a_path, help="the run or checkpoint that the index was made with, if it moved"
-    )
+    add = parser.add_argument
+    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    add("text", metavar="TEXT", nargs="?", help="what the videos should show")
+    add("--image", metavar="FILE", type=a_path, help="search by a picture")
+    add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
+    add("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
+    add("--json", action="store_true", help="print one JSON object per query and line")
+    add("--explain", action="store_true", help="show which frames of a video have the greatest weight")
+    moved = "the run or checkpoint that the index was made with, if it moved"
+    add("--model", metavar="RUN", type=a_path, help=moved)
     add_model_flags(parser)
     return parser
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     """Return the lines that are not blank. Only a line feed ends a line. Raise UserError."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         texts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from error

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from adaclip_finetune import cli
 from adaclip_finetune.commands import train as train_command
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.schema import schema_of
+from adaclip_finetune.config.schema import described
 from adaclip_finetune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-NAMES = list(schema_of(Config).paths())
+NAMES = list(described(Config))
 RECIPES = [
     json.loads(path.read_text()) for path in sorted((ROOT / "cfgs").glob("*.json")) if path.name != "schema.json"
 ]

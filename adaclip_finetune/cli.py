@@ -48,15 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(f"{printable(os.fsdecode(error.filename))}: {error.strerror}", words)
 
 
-_OVERVIEW = """usage: adaclip COMMAND ...
-
-Parameter-efficient finetuning of CLIP for text-video retrieval.
-
-{}
-
-Run `adaclip COMMAND --help` for the options of a command, `adaclip --version` for the version."""
-
-
 # Name → line of help. Each name is a module of `commands` with a function `run(words) -> exit code`.
 COMMANDS = {
     "train": "finetune a retriever, or evaluate one (also: python train.py)",
@@ -72,6 +63,14 @@ COMMANDS = {
     "pack": "pack extracted frames into one LMDB file, for slow disks",
     "schema": "print the JSON Schema of the settings",
 }
+
+_OVERVIEW = """usage: adaclip COMMAND ...
+
+Parameter-efficient finetuning of CLIP for text-video retrieval.
+
+{}
+
+Run `adaclip COMMAND --help` for the options of a command, `adaclip --version` for the version."""
 
 
 def _run(words: Sequence[str]) -> int:

@@ -19,11 +19,14 @@ from adaclip_finetune.compare.options import overridable
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.base import Settings
 from adaclip_finetune.config.layers import nearest, read_object
-from adaclip_finetune.config.schema import Described, Node, described
+from adaclip_finetune.config.schema import Described, described
 from adaclip_finetune.config.settings import GROUPS
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
+
+MODEL = ("clip_weights", "device", "precision")
+"""The settings of a model that may differ where it searches."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,20 +78,11 @@ def add_some_flags(parser: Parser, settings: type[Settings], names: Collection[s
             _add_flag(group, path, one)
 
 
-def add_checkpoint_flags(parser: Parser) -> None:
-    """Add --config, and a flag for each setting that may replace that of a checkpoint that is evaluated."""
+def add_checkpoint_flags(parser: Parser, *names: str) -> None:
+    """Add --config, and flags for the named settings, or else all, that may differ from those of the checkpoint."""
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that holds none")
     title = "Replacing settings of the checkpoint (the defaults are those of `adaclip train`)"
-    add_some_flags(parser, Config, overridable(), title)
-
-
-def add_model_flags(parser: Parser, *others: str) -> None:
-    """Add --config, and flags for the settings of a searched model that may differ from those of its run."""
-    what = "settings for a checkpoint that does not contain its own (a published one)"
-    parser.add_argument("--config", metavar="FILE", type=Path, help=what)
-    names = (*others, "clip_weights", "device", "precision")
-    title = "Replacing settings of the run (the defaults are those of `adaclip train`)"
-    add_some_flags(parser, Config, names, title)
+    add_some_flags(parser, Config, names or overridable(), title)
 
 
 def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +131,7 @@ def _metavar(path: str, one: Described) -> str:
     if kinds == {"object"}:
         return "JSON" if "." in path else "FILE"
     if kinds == {"array"}:
-        kinds = {str(_items(one.types[0])[0].get("type"))}
+        kinds = _item_kinds(one)
     return {"boolean": "true|false", "integer": "N", "number": "X"}.get(next(iter(kinds)), "NAME")
 
 
@@ -163,20 +157,16 @@ def _value(words: list[str], one: Described, flag: str) -> Any:
         return None
     if first.startswith(("[", "{")) and one.kinds & {"array", "object"}:
         return parse_json(first, flag)
-    for node in one.types:
-        if node.get("type") == "array":
-            items = _items(node)
-            return [_read(word, {items[min(i, len(items) - 1)].get("type")}) for i, word in enumerate(words)]
-    return _read(words[0], one.kinds)
+    return [_read(word, _item_kinds(one)) for word in words] if "array" in one.kinds else _read(first, one.kinds)
 
 
-def _items(node: Node) -> list[Node]:
-    """Return the types of the items of an array; the last one is that of all further items."""
-    items: list[Node] = node.get("prefixItems", [node.get("items", {})])
-    return items
+def _item_kinds(one: Described) -> set[str]:
+    """Return the names of the types of a list's items."""
+    items = [node.get("prefixItems", [node.get("items", {})])[0] for node in one.types if node.get("type") == "array"]
+    return {str(item.get("type")) for item in items}
 
 
-def _read(word: str, kinds: Collection[str | None]) -> Any:
+def _read(word: str, kinds: Collection[str]) -> Any:
     if "boolean" in kinds and word.lower() in ("true", "false"):
         return word.lower() == "true"
     for kind in (int, float) if {"integer", "number"} & set(kinds) else ():

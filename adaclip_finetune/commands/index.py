@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import Parser, a_path, add_model_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -75,7 +75,7 @@ def _parser() -> Parser:
     add("--kind", choices=("flat", "hnsw"), help=kind)
     dtype = "of the vectors; float16 halves their size. Default: float32"
     add("--dtype", choices=("float32", "float16"), help=dtype)
-    add_model_flags(parser, *_PLACES, "num_workers", "val_batch_size")
+    add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_workers", "val_batch_size")
     return parser
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.commands.flags import Parser, a_path, add_model_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -71,7 +71,7 @@ def _parser() -> Parser:
     add("--explain", action="store_true", help="show which frames of a video have the greatest weight")
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
-    add_model_flags(parser)
+    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import Parser, a_path, add_model_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _parser() -> Parser:
         "address that is printed contains it"
     )
     add("--token", metavar="TOKEN", nargs="?", const="", help=token)
-    add_model_flags(parser)
+    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 

@@ -146,15 +146,9 @@ class _Explainer:
 
     def _instead(self, name: str, method: str | None) -> str:
         """Suggest what to write instead of an unknown name."""
-        above, _, last = name.rpartition(".")
-        if belongs := [path for path in self.known if path.endswith(f".{last}") and path != name]:
-            return f"did you mean {belongs[0]}?"
-        siblings = [
-            path.rpartition(".")[2]
-            for path, one in self.known.items()
-            if path.rpartition(".")[0] == above and (method is None or not one.methods or method in one.methods)
-        ]
-        return f"did you mean {nearest(last, siblings)}?" if siblings else "no setting is accepted there"
+        fitting = [path for path, one in self.known.items() if not (method and one.methods) or method in one.methods]
+        below = [path for path in fitting if path.endswith(f".{name.rpartition('.')[2]}") and path != name]
+        return f"did you mean {nearest(name, below or fitting)}?"
 
 
 def dotted(steps: Sequence[str | int]) -> str:

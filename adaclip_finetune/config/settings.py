@@ -34,15 +34,6 @@ Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Fi
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
 
-
-def _grad_norm(value: float) -> float:
-    if value <= 0 and value != -1:
-        raise ValueError("must be above 0, or -1")
-    return value
-
-
-GradNorm = Annotated[float, AfterValidator(_grad_norm)]
-
 # One function per role: `view(default, help, …)` declares a setting that has the role "view".
 data, view, model, method, optimisation, run, machine = (partial(setting, role=role) for role in get_args(Role))
 
@@ -75,31 +66,20 @@ class Config(Settings):
         pattern=r"^\w[\w.-]{0,99}$",
         allowed="a name of letters, digits, dots, dashes and underscores",
     )
-    train_annot: PathText | None = data(
-        None, "annotation (JSON) of the training split; required for training", unit="file"
-    )
+    train_annot: PathText | None = data(None, "annotation (JSON) of the training split, required to train", unit="file")
     val_annot: PathText | None = data(
         None, "annotation of the validation split, which selects the best epoch; required for training", unit="file"
     )
-    test_annot: PathText | None = data(
-        None, "annotation of the test split, evaluated once at the end or by do_inference", unit="file"
-    )
+    test_annot: PathText | None = data(None, "annotation of the test split, evaluated once at the end", unit="file")
     frames_dir: PathText | None = data(
-        None,
-        "extracted frames: a folder with one folder per video, or an LMDB pack of one; excludes video_dir",
-        unit="folder or file",
+        None, "extracted frames: a folder per video, or an LMDB pack; excludes video_dir", unit="folder or file"
     )
-    video_dir: PathText | None = data(
-        None, "folder of video files, which are decoded in place; excludes frames_dir", unit="folder"
-    )
+    video_dir: PathText | None = data(None, "video files, decoded in place; excludes frames_dir", unit="folder")
     concat_captions: Literal["concat", "indep-one", "indep-all"] = data(
         "concat", "captions of a video: joined into one text; one drawn per epoch; each one a sample of its own"
     )
     max_txt_len: int = view(
-        20,
-        "maximum length of a tokenized caption, start and end tokens included; longer captions are truncated",
-        unit="tokens",
-        ge=3,
+        20, "maximum tokens of a caption, start and end included; longer ones are truncated", unit="tokens", ge=3
     )
     data_subset: int = optimisation(0, "train on this many videos only; 0: on all of them", unit="videos", ge=0)
     skip_missing: bool = data(False, "evaluate without unreadable videos and report their number beside each figure")
@@ -108,24 +88,16 @@ class Config(Settings):
 
     # Frames
     num_frm: int = view(16, "frames sampled from each video", unit="frames", ge=1)
-    num_frm_subset: int = view(
-        0, "of the sampled frames, keep this many and replace the rest by blank ones; 0: keep all", unit="frames", ge=0
-    )
-    sampling: Literal["uniform", "random"] = optimisation(
-        "uniform", "how frames of training videos are sampled: evenly spaced, or at random"
-    )
-    segment_sampling: bool = view(
-        False, "split a video into num_frm equal segments and sample the middle frame of each"
-    )
+    num_frm_subset: int = view(0, "of the sampled frames, keep this many, blank the rest; 0: all", unit="frames", ge=0)
+    sampling: Literal["uniform", "random"] = optimisation("uniform", "training frames: evenly spaced or at random")
+    segment_sampling: bool = view(False, "split a video into num_frm equal segments and sample the middle of each")
     img_tmpl: str = data(
         "image_{:05d}.jpg",
         "file name of frame n in frames_dir/<video>/, counted from 1",
         pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
         allowed="a file name with one place for the number, as in image_{:05d}.jpg",
     )
-    max_img_size: int | None = view(
-        None, "input resolution of CLIP's image tower; null: the resolution it was trained with", unit="pixels", ge=1
-    )
+    max_img_size: int | None = view(None, "input resolution of CLIP; null: that of its training", unit="pixels", ge=1)
 
     # Model
     clip_backbone: str = model(
@@ -134,18 +106,13 @@ class Config(Settings):
         pattern=r"^\S+$",
         allowed="a name, or name:tag, without spaces",
     )
-    clip_weights: PathText | None = model(
-        None, "CLIP weights on disk; null: download those of clip_backbone", unit="file or folder"
-    )
+    clip_weights: PathText | None = model(None, "CLIP weights on disk; null: download them", unit="file or folder")
     tower: TowerSection = model({"method": "per_frame"}, "how CLIP's image tower encodes the frames of a video")
     sim_header: Literal["meanP", "seqTransf", "transformer"] = model(
         "meanP", "temporal header on the selected frames: none, 4 transformer blocks initialised from CLIP, or 1 block"
     )
     freeze_layer_num: int = method(
-        0,
-        "freeze CLIP's transformer blocks below this one, and its embeddings; -1: freeze nothing",
-        unit="block",
-        ge=-1,
+        0, "freeze CLIP's embeddings and blocks below this; -1: nothing", unit="block", ge=-1
     )
     freeze_clip: bool = method(False, "freeze all of CLIP")
 
@@ -167,18 +134,14 @@ class Config(Settings):
     use_rnn: bool = model(True, "use a temporal encoder before frames are scored")
     rnn: Literal["transformer", "lstm", "bilstm"] = model("transformer", "architecture of the temporal encoder")
     hidden_dim: int = model(512, "width of the temporal encoder", unit="channels", ge=1)
-    mlp_type: Literal["mlp", "fc"] = model(
-        "mlp", "head that scores a frame: an MLP with one hidden layer, or one linear layer"
-    )
+    mlp_type: Literal["mlp", "fc"] = model("mlp", "head that scores a frame: an MLP with a hidden layer, or linear")
     mlp_hidden_dim: int = model(1024, "width of the hidden layer of mlp_type mlp", unit="channels", ge=1)
     init_tau: float = optimisation(5.0, "temperature of Hard-Top-k in the first epoch", gt=0)
     min_tau: float = optimisation(0.5, "lower bound of the temperature of Hard-Top-k", gt=0)
     exp_decay_factor: float = optimisation(
         0.045, "decay of the temperature: init_tau * exp(-exp_decay_factor * epoch)", unit="1/epoch", ge=0
     )
-    warmup_epochs: int = optimisation(
-        0, "epochs over which K falls from num_frm - 1 to top_k; 0: K is top_k from the start", unit="epochs", ge=0
-    )
+    warmup_epochs: int = optimisation(0, "epochs in which K falls from num_frm - 1 to top_k", unit="epochs", ge=0)
     reuse_scores: bool = model(False, "weight the selected frames by their selection scores")
 
     # Aggregation
@@ -200,23 +163,17 @@ class Config(Settings):
     )
     num_epochs: int = optimisation(30, "passes over the training data", unit="epochs", ge=1)
     batch_size: int = optimisation(32, "videos in a batch, all processes together", unit="videos", ge=1)
-    auto_batch_size: bool = optimisation(
-        False, "halve batch_size until a training step fits into the accelerator's memory", on_resume="ignored"
-    )
+    auto_batch_size: bool = optimisation(False, "halve batch_size until a step fits into memory", on_resume="ignored")
     gradient_accumulation_steps: int = optimisation(1, "batches per optimizer step", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw"] = optimisation("bertadam", "optimizer")
     learning_rate: float = optimisation(1e-4, "peak learning rate of everything outside of CLIP", gt=0)
     coef_lr: float = optimisation(1e-3, "CLIP's peak learning rate is learning_rate * coef_lr", ge=0)
     no_warmup: bool = optimisation(False, "keep the learning rate constant: no warm-up, no decay")
-    warmup_proportion: float = optimisation(
-        0.1, "fraction of the optimizer steps in which the learning rate warms up", ge=0, lt=1
-    )
+    warmup_proportion: float = optimisation(0.1, "fraction of steps in which the learning rate warms up", ge=0, lt=1)
     betas: Betas = optimisation((0.9, 0.98), "Adam's decay rates of the two moments")
     weight_decay: float = optimisation(0.2, "weight decay; biases and norms have none", ge=0)
-    grad_norm: GradNorm = optimisation(
-        1.0,
-        "maximum norm of the gradient (gradient clipping); -1: no clipping",
-        allowed="a number > 0, or -1 for no clipping",
+    grad_norm: float = optimisation(
+        1.0, "maximum norm of the gradient (clipping); -1: none", allowed="a number > 0, or -1"
     )
 
     # Evaluation
@@ -228,25 +185,16 @@ class Config(Settings):
     val_batch_size: int = machine(500, "texts or videos in an evaluation batch", on_resume="same", unit="items", ge=1)
 
     # Run
-    output_dir: PathText = run(
-        "output", "folder in which the run folder <dataset>/<time>-<method> is made", unit="folder"
-    )
+    output_dir: PathText = run("output", "folder where the run folder <dataset>/<time>-<method> is made", unit="folder")
     tensorboard_dir: PathText | None = run(None, "folder of the TensorBoard files; null: the run folder", unit="folder")
     no_output: bool = run(False, "write no files")
     save_last: bool = run(False, "save the weights of the last epoch beside the best")
     n_display: int = run(20, "optimizer steps between two lines of the log", on_resume="free", unit="steps", ge=1)
     save_every_steps: int = run(
-        0,
-        "optimizer steps between two snapshots to resume from; 0: one per epoch",
-        on_resume="free",
-        unit="steps",
-        ge=0,
+        0, "optimizer steps between snapshots to resume from; 0: one per epoch", on_resume="free", unit="steps", ge=0
     )
     resume: PathText | None = run(
-        None,
-        "a run folder: resume that run; a weights file: start a new run from these weights",
-        on_resume="ignored",
-        unit="file or folder",
+        None, "a run folder to resume, or weights to start a new run from", on_resume="ignored", unit="file or folder"
     )
     do_inference: bool = run(False, "evaluate test_annot without training")
     save_similarity: NpyPath | None = run(
@@ -263,9 +211,7 @@ class Config(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = machine(
         "fp32", "mixed precision of the towers; selection, similarity and loss are always float32", on_resume="same"
     )
-    tf32: bool = machine(
-        False, "on CUDA, multiply float32 matrices in TF32 (faster, 10-bit mantissa)", on_resume="same"
-    )
+    tf32: bool = machine(False, "on CUDA, multiply float32 matrices in TF32 (fast, 10-bit mantissa)", on_resume="same")
     deterministic: bool = machine(False, "use deterministic algorithms only (slower on a GPU)", on_resume="same")
     gradient_checkpointing: bool = machine(
         False, "recompute activations in the backward pass: less memory, about a third more time", on_resume="same"
@@ -330,7 +276,8 @@ def _contradictions(c: Config) -> Iterator[str]:
     if c.num_frm_subset > c.num_frm:
         yield f"num_frm_subset {c.num_frm_subset} is larger than num_frm {c.num_frm}"
     if c.use_policy and c.top_k > c.num_frm:
-        yield f"top_k {c.top_k} is larger than num_frm {c.num_frm}: lower it, raise num_frm, or use all frames (--no_policy)"
+        larger = f"top_k {c.top_k} is larger than num_frm {c.num_frm}"
+        yield f"{larger}: lower top_k, raise num_frm, or use all frames (--no_policy)"
     if c.use_policy and c.warmup_epochs and c.top_k == c.num_frm:
         yield f"warmup_epochs {c.warmup_epochs} lowers K from num_frm - 1 to top_k, but top_k is num_frm ({c.top_k})"
     if c.warmup_epochs > c.num_epochs:
@@ -341,6 +288,8 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "reuse_scores requires use_policy: without it frames have no scores"
     if c.min_tau > c.init_tau:
         yield f"min_tau {c.min_tau:g} is larger than init_tau {c.init_tau:g}"
+    if c.grad_norm <= 0 and c.grad_norm != -1:
+        yield f"grad_norm {c.grad_norm:g} must be above 0, or -1 for no clipping"
     if c.frame_agg and c.word_agg:
         yield f"frame_agg {c.frame_agg} and word_agg {c.word_agg} cannot be combined: set one of them to null"
     if c.xpu and c.device != "xpu":

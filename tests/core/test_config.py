@@ -140,7 +140,6 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
         ("max_img_size", 0, f"{WHOLE}, or null"),
         *[("learning_rate", value, "a number > 0") for value in (True, "1e-4", 0)],
         ("warmup_proportion", 1, "a number >= 0 and < 1"),
-        ("grad_norm", 0, "a number > 0, or -1 for no clipping"),
         ("seed", 2**32, "a whole number from 0 to 4294967295"),
         *[("use_policy", value, "true or false") for value in (1, "false")],
         ("rnn", "gru", "one of transformer, lstm, bilstm"),
@@ -190,18 +189,16 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path) -> 
         ({"Top_K": 1}, "Top_K", "top_k"),
         ({"top k\n": 1}, '"top k\\n"', "top_k"),
         ({"retain_ratio": 0.1}, "retain_ratio", "peft.config.retain_ratio"),
-        ({"peft": {"method": "bitfit", "confg": {}}}, "peft.confg of bitfit", "config"),
-        ({"peft": {"method": "ibs", "config": {"retain": 1}}}, "peft.config.retain of ibs", "retain_ratio"),
-        ({"peft": {"method": "full", "config": {"x": 1}}}, "peft.config.x of full", None),
+        ({"peft": {"method": "bitfit", "confg": {}}}, "peft.confg of bitfit", "peft.config"),
+        ({"peft": {"method": "ibs", "config": {"retain": 1}}}, "peft.config.retain of ibs", "peft.config.retain_ratio"),
+        ({"peft": {"method": "full", "config": {"x": 1}}}, "peft.config.x of full", "peft.config"),
     ],
 )
 def test_an_unknown_name_is_refused_with_a_suggestion(
-    write: Write, content: Any, unknown: str, suggestion: str | None
+    write: Write, content: Any, unknown: str, suggestion: str
 ) -> None:
     path = write(content)
-    message = refusal(path)
-    assert message.startswith(f"{path}: unknown setting {unknown};")
-    assert suggestion is None or f"did you mean {suggestion}?" in message
+    assert refusal(path) == f"{path}: unknown setting {unknown}; did you mean {suggestion}?"
 
 
 def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> None:
@@ -233,6 +230,7 @@ def test_long_values_are_shortened(write: Write) -> None:
         ({"hidden_dim": 100}, "hidden_dim rnn"),
         ({"reuse_scores": True, "use_policy": False}, "reuse_scores use_policy"),
         ({"min_tau": 6}, "min_tau init_tau"),
+        ({"grad_norm": 0}, "grad_norm"),
         ({"xpu": True, "device": "cpu"}, "xpu device"),
         ({"precision": "fp16", "device": "cpu"}, "precision device"),
         ({"do_training_af_optuna": True}, "do_training_af_optuna optuna_cfg"),

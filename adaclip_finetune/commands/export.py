@@ -13,10 +13,7 @@ def run(words: Sequence[str]) -> int:
     parser = Parser("adaclip export", f"{run.__doc__}")
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="a run folder, or a weights file in it")
-    formats = (
-        "published: a checkpoint of AdaCLIP (a file); open_clip, huggingface: a folder for open_clip, or for "
-        "transformers' CLIPModel"
-    )
+    formats = "published: a file for AdaCLIP; open_clip, huggingface: a folder for open_clip or transformers' CLIPModel"
     add("--format", required=True, choices=("published", "open_clip", "huggingface"), help=formats)
     add("-o", "--output", required=True, metavar="PATH", type=Path, help="the new file or folder")
     clip_weights = "the pretrained CLIP of an adapter, if it is not where it was in training"

@@ -41,8 +41,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"{arguments.index}: is empty; `adaclip index` adds videos")
     model = search_model_of(index, arguments.model, **settings)
     if arguments.image is not None:
-        vector = model.encode_image(arguments.image)
-        _print(str(arguments.image), index.search(vector[None], arguments.k)[0], arguments)
+        _print(str(arguments.image), index.search(model.encode_image(arguments.image)[None], arguments.k)[0], arguments)
         return 0
     if cut := model.loaded.count_cut(texts, model.config.max_txt_len):
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
@@ -98,15 +97,14 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
         if arguments.explain:
-            frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)
-            shown = [f"{clock(f.time)} (frame {f.index}) {100 * f.weight:.1f} %" for f in frames[:_FRAMES_SHOWN]]
-            shown += [f"and {len(frames) - _FRAMES_SHOWN} more"] if len(frames) > _FRAMES_SHOWN else []
+            frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)[:_FRAMES_SHOWN]
+            shown = (f"{clock(frame.time)} (frame {frame.index}) {100 * frame.weight:.1f} %" for frame in frames)
             print(f"{'':25}{', '.join(shown)}")
 
 
 def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
     video = hit.video
-    found: dict[str, Any] = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
+    found = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
     found |= {"time": video.best_time, "duration": video.duration}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 

@@ -82,14 +82,10 @@ def _parser() -> Parser:
     add("--model", metavar="RUN", type=a_path, help=moved)
     add("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
     host = (
-        "address to listen on; default 127.0.0.1, which only this machine reaches. Any other needs --token. The "
-        "connection is not encrypted"
+        "address to listen on, not encrypted; default 127.0.0.1, which only this machine reaches. Others need --token"
     )
     add("--host", metavar="ADDRESS", default="127.0.0.1", help=host)
-    token = (
-        "answer only requests that know it: at least 16 letters, digits, - and _; without a value, one is made. The "
-        "address that is printed contains it"
-    )
+    token = "answer only requests that know it: 16 to 200 letters, digits, - and _; without a value, one is made"
     add("--token", metavar="TOKEN", nargs="?", const="", help=token)
     add_checkpoint_flags(parser, *MODEL)
     return parser

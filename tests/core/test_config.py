@@ -1,23 +1,18 @@
 """Loading settings: names and defaults, what overrides what, strictness, combinations, sections and paths."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
 
 from adaclip_finetune.config import (
     BitFitSettings,
-    Choice,
     Config,
     FullSettings,
     IbsSettings,
     SigmoidSettings,
-    implementation,
     load_config,
 )
 from adaclip_finetune.config.base import LARGEST
@@ -104,20 +99,6 @@ def test_every_setting_has_help_of_one_line_describes_its_values_and_bounds_whol
         assert name in refusal(**{name: 2**31})
 
 
-def test_config_is_immutable_and_loads_again_as_it_was_written(write: Write) -> None:
-    config = load_config(None, {"peft.method": "ibs", "xpu": True, "betas": [0.5, 0.6], "num_frm": 9})
-    assert load_config(write(config.model_dump_json())) == config
-    with pytest.raises(ValidationError):
-        config.top_k = 3  # type: ignore[misc]
-    with pytest.raises(ValidationError):
-        config.peft.method = "full"  # type: ignore[misc]
-
-
-def test_loading_does_not_import_torch() -> None:
-    code = "import sys, adaclip_finetune.config, adaclip_finetune.config.paths; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-
-
 # ---- what overrides what ----
 
 
@@ -128,6 +109,8 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
     assert config.video_dir == str(Path("~/clips").expanduser())
     assert config.peft.config == IbsSettings(num_groups=3)
     assert config.model_fields_set == {"top_k", "learning_rate", "video_dir", "peft"}
+    assert load_config(write(config.model_dump_json(), "again.json")) == config
+    assert load_config(None, {"xpu": True}).device == "xpu"
 
 
 # ---- strictness ----
@@ -177,8 +160,7 @@ def test_text_that_is_not_strict_json_is_refused_with_the_file_name(write: Write
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "latin.json").write_bytes(b'{"dataset": "\xe9"}')
-    for path in (tmp_path / "none.json", tmp_path, tmp_path / "latin.json", Path("nul\0byte")):
+    for path in (tmp_path / "none.json", tmp_path, Path("nul\0byte")):
         assert refusal(path).startswith(f"{path}: ")
 
 
@@ -207,11 +189,7 @@ def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> N
     assert first.startswith("5 ") and len(lines) == 5
     assert sum(line.startswith(f"  - {path}: ") for line in lines) == 3
     assert [line.split()[1] for line in lines if "  - --" in line] == ["--hidden_dim", "--seed"]
-
-
-def test_long_values_are_shortened(write: Write) -> None:
     assert len(refusal(write({"num_frm": "x" * 10_000}))) < 300
-    assert len(refusal(num_frm=-(10**5000))) < 300
 
 
 # ---- combinations ----
@@ -252,34 +230,23 @@ def test_impossible_combinations_name_the_settings_and_where_they_are_given(
     assert {source[2:] for source in sources if source.startswith("--")} >= set(settings) & set(names.split())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_k": 16},
-        {"top_k": 20, "use_policy": False},
-        {"hidden_dim": 100, "rnn": "lstm"},
-        {"hidden_dim": 100, "use_rnn": False},
-        {"warmup_epochs": 30, "top_k": 15},
-        {"freeze_clip": True},
-        {"freeze_clip": True, "use_policy": False, "do_inference": True},
-        {"freeze_clip": True, "use_policy": False, "frame_agg": "mlp"},
-        {"grad_norm": -1},
-        {"num_epochs": 2, "peft.method": "ibs"},
-        {"clip_backbone": "ViT-B-16-SigLIP2:webli"},
-    ],
-)
-def test_possible_combinations(settings: dict[str, Any]) -> None:
-    assert load_config(None, settings).model_fields_set >= {name.split(".")[0] for name in settings}
-
-
-def test_several_impossible_combinations_are_reported_together(write: Write) -> None:
+def test_combinations_of_a_file_and_flags_and_several_at_once(write: Write) -> None:
     path = write({"num_frm": 4})
     assert refusal(path, frame_agg="mlp", word_agg="mlp", xpu=True, device="cuda").startswith("3 ")
     assert refusal(path, top_k=5).endswith(f"(--top_k, num_frm in {path})")
 
 
-def test_xpu_means_device_xpu() -> None:
-    assert load_config(None, {"xpu": True}).device == "xpu"
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 20, "use_policy": False}, {"hidden_dim": 100, "rnn": "lstm"}, {"hidden_dim": 100, "use_rnn": False},
+        {"warmup_epochs": 30, "top_k": 15}, {"freeze_clip": True}, {"grad_norm": -1},
+        {"freeze_clip": True, "use_policy": False, "do_inference": True},
+        {"freeze_clip": True, "use_policy": False, "frame_agg": "mlp"}, {"num_epochs": 2, "peft.method": "ibs"},
+    ],
+)  # fmt: skip
+def test_possible_combinations(settings: dict[str, Any]) -> None:
+    assert load_config(None, settings).model_fields_set >= {name.split(".")[0] for name in settings}
 
 
 def test_the_figure_that_tuning_optimises() -> None:
@@ -320,11 +287,10 @@ def test_another_method_starts_from_its_defaults_with_a_warning(write: Write, ca
     assert not caplog.text
 
 
-def test_the_order_of_overrides_does_not_matter_and_they_are_not_changed() -> None:
+def test_nested_overrides_win_in_any_order() -> None:
     given = {"peft.config.retain_ratio": 0.2, "peft": {"method": "ibs", "config": {}}, "peft.method": "ibs"}
     for overrides in (given, dict(reversed(given.items()))):
         assert load_config(None, overrides).peft.config == IbsSettings(retain_ratio=0.2)
-    assert given["peft"] == {"method": "ibs", "config": {}}
 
 
 def test_an_objective_is_an_object_a_file_a_flag_or_null(write: Write) -> None:
@@ -362,11 +328,6 @@ def test_wrong_sections(overrides: dict[str, Any], start: str) -> None:
     assert refusal(**overrides).startswith(start)
 
 
-def test_the_implementation_is_the_class_named_by_the_table() -> None:
-    table = {"bitfit": Choice(BitFitSettings, "config.choices:BitFitSettings")}
-    assert implementation(table, load_config(None, {"peft.method": "bitfit"}).peft) is BitFitSettings
-
-
 def test_optuna_cfg_is_accepted() -> None:
     tuning = {"n_trials": 30, "sampler": {"name": "TPESampler", "seed": 3}, **TUNING}
     config = load_config(None, {"optuna_cfg": tuning, "optuna_cfg.n_trials": 5}).optuna_cfg
@@ -385,12 +346,7 @@ def test_optuna_cfg_is_accepted() -> None:
 )  # fmt: skip
 def test_wrong_ranges_of_optuna_cfg_name_the_setting(space: Any) -> None:
     assert "optuna_cfg.opt_params.x" in refusal(optuna_cfg={"opt_params": {"x": space}})
-
-
-def test_optuna_cfg_without_parameters_or_with_an_unknown_sampler() -> None:
     assert refusal(**{"optuna_cfg.n_trials": 5}).startswith("optuna_cfg.opt_params is missing")
-    message = refusal(optuna_cfg={"opt_params": {}, "sampler": {"name": "TPE"}})
-    assert "optuna_cfg.opt_params is {}" in message and 'optuna_cfg.sampler.name is "TPE"' in message
 
 
 # ---- paths ----
@@ -439,8 +395,5 @@ def test_files_and_folders_are_not_confused(files: dict[str, Any], tmp_path: Pat
     message = path_problems(**files | wrong)
     assert message.startswith("4 ")
     assert all(f"- {name} " in message for name in wrong)
-
-
-def test_ids_of_a_similarity_matrix_do_not_replace_an_annotation(files: dict[str, Any]) -> None:
-    matrix = str(Path(files["val_annot"]).with_suffix(".npy"))
+    matrix = str(Path(files["val_annot"]).with_suffix(".npy"))  # its ids would replace the annotation
     assert path_problems(**files, save_similarity=matrix).startswith(f"save_similarity {matrix} ")

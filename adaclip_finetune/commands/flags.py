@@ -181,27 +181,34 @@ def _read(word: str, kinds: Collection[str]) -> Any:
 
 
 def check_inputs(inputs: Mapping[str, Iterable[Path | str | None]]) -> None:
-    """Raise UserError for an input (flag → files) that does not exist."""
-    for flag, path in ((flag, Path(path)) for flag, paths in inputs.items() for path in paths if path):
-        if not path.is_file():
-            reason = "is a folder, not a file" if path.is_dir() else f"no such file (looked for in {Path.cwd()})"
-            raise UserError(f"{flag} {path}: {reason}")
+    """Raise UserError for an input (flag → files) that is given twice or does not exist."""
+    for flag, paths in inputs.items():
+        files = [Path(path) for path in paths if path]
+        for number, path in enumerate(files):
+            if path in files[:number]:
+                raise UserError(f"{flag} {path} is given twice")
+            if not path.is_file():
+                reason = "is a folder, not a file" if path.is_dir() else f"no such file (looked for in {Path.cwd()})"
+                raise UserError(f"{flag} {path}: {reason}")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str], inputs: Iterable[object]) -> None:
     """Raise UserError, before hours of work, for an output (flag → file) that cannot or must not be written.
 
     That is one with another suffix than its flag has in `suffixes` (separated by spaces), one without a folder to
-    write into, and one that would replace an input.
+    write into, and one that would replace an input or a file in a run folder that is an input.
     """
-    read = {Path(str(path)).resolve() for path in inputs if path is not None}
+    read = [Path(str(path)).resolve() for path in inputs if path is not None]
     for flag, path in ((flag, path) for flag, path in outputs.items() if path is not None):
+        place = path.resolve()
         if path.suffix not in suffixes[flag].split():
             raise UserError(f"{flag} {path}: must end in {suffixes[flag].replace(' ', ' or ')}")
-        if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
-            raise UserError(f"{flag} {path}: {path.resolve().parent} is not a folder that you can write into")
-        if path.resolve() in read:
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: {place.parent} is not a folder that you can write into")
+        if place in read:
             raise UserError(f"{flag} {path}: this file is read by the same command; choose another name")
+        if runs := [folder for folder in read if folder in place.parents]:
+            raise UserError(f"{flag} {path}: {runs[0]} is a run folder, which stays as it is; choose another place")
 
 
 def write_output(flag: str, path: Path, content: str | bytes) -> None:

@@ -147,7 +147,9 @@ class _Explainer:
     def _instead(self, name: str, method: str | None) -> str:
         """Suggest what to write instead of an unknown name."""
         fitting = [path for path, one in self.known.items() if not (method and one.methods) or method in one.methods]
-        below = [path for path in fitting if path.endswith(f".{name.rpartition('.')[2]}") and path != name]
+        if name in fitting:
+            return "in a file, a dot is a nested object"
+        below = [path for path in fitting if path.endswith(f".{name.rpartition('.')[2]}")]
         return f"did you mean {nearest(name, below or fitting)}?"
 
 

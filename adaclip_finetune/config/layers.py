@@ -127,11 +127,12 @@ class _Explainer:
         if kind == "extra_forbidden":
             yield f"{origin}: unknown setting {place}{f' of {method}' if method else ''}; {self._instead(name, method)}"
         elif kind == "missing":
-            yield f"{start} is missing; it must be {allowed}"
+            yield f"{start} is missing" + (f"; it must be {allowed}" if one else "")
         elif raised is not None and not (one and "allowed" in one.facts):
             yield f"{start} is {show(value)}: {raised}"
         else:
-            yield f"{start} is {show(value)}, but must be {allowed}"
+            at_least_one = ", and not empty" if kind == "too_short" else ""
+            yield f"{start} is {show(value)}, but must be {allowed}{at_least_one}"
 
     def _origin(self, name: str) -> str:
         """Return the flag that gave a setting, or else the file; "" for a default."""
@@ -146,11 +147,14 @@ class _Explainer:
 
     def _instead(self, name: str, method: str | None) -> str:
         """Suggest what to write instead of an unknown name."""
+        if name in self.known:
+            owners = ", ".join(self.known[name].methods)
+            return f"it is a setting of {owners}" if method else "in a file, a dot is a nested object"
         fitting = [path for path, one in self.known.items() if not (method and one.methods) or method in one.methods]
-        if name in fitting:
-            return "in a file, a dot is a nested object"
-        below = [path for path in fitting if path.endswith(f".{name.rpartition('.')[2]}")]
-        return f"did you mean {nearest(name, below or fitting)}?"
+        above, _, last = name.rpartition(".")
+        below = [path for path in fitting if path.endswith(f".{last}")]
+        beside = [path for path in fitting if path.rpartition(".")[0] == above]
+        return f"did you mean {nearest(name, below or beside)}?" if below or beside else "no setting is accepted there"
 
 
 def dotted(steps: Sequence[str | int]) -> str:

@@ -277,7 +277,7 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"num_frm_subset {c.num_frm_subset} is larger than num_frm {c.num_frm}"
     if c.use_policy and c.top_k > c.num_frm:
         larger = f"top_k {c.top_k} is larger than num_frm {c.num_frm}"
-        yield f"{larger}: lower top_k, raise num_frm, or use all frames (--no_policy)"
+        yield f"{larger}: lower top_k, raise num_frm, or use all frames with --no_policy"
     if c.use_policy and c.warmup_epochs and c.top_k == c.num_frm:
         yield f"warmup_epochs {c.warmup_epochs} lowers K from num_frm - 1 to top_k, but top_k is num_frm ({c.top_k})"
     if c.warmup_epochs > c.num_epochs:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -40,17 +40,6 @@ DEFAULTS = {
     "objective": None, "primary": None,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
-CHOICES = {
-    "policy_backbone": "mobilenet_v3_large mobilenet_v2 resnet50 raw clip frozen_clip",
-    "rnn": "transformer lstm bilstm",
-    "mlp_type": "mlp fc",
-    "sim_header": "meanP seqTransf transformer",
-    "concat_captions": "concat indep-one indep-all",
-    "sampling": "uniform random",
-    "optim": "bertadam adamw",
-    "device": "auto cpu cuda xpu mps",
-    "precision": "fp32 bf16 fp16",
-}
 WHOLE = "a whole number from 1 to 4096"
 TUNING = {"opt_params": {"coef_lr": {"range": [0.1, 0.5]}}}
 
@@ -86,7 +75,6 @@ def test_names_and_defaults() -> None:
     assert (config.peft.method, config.peft.config) == ("full", FullSettings())
     assert (config.tower.method, config.task.method, config.adaptation.method) == ("per_frame", "retrieval", "none")
     assert config.model_fields_set == set()
-    assert {name: " ".join(get_args(Config.model_fields[name].annotation)) for name in CHOICES} == CHOICES
 
 
 def test_every_setting_has_help_of_one_line_describes_its_values_and_bounds_whole_numbers() -> None:
@@ -258,32 +246,24 @@ def test_the_figure_that_tuning_optimises() -> None:
 # ---- sections ----
 
 
-def test_a_section_file_replaces_the_section(write: Write) -> None:
+def test_a_section_file_replaces_the_section_and_contains_nothing_else(write: Write) -> None:
     below = write({"top_k": 3, "peft": {"method": "ibs", "config": {"retain_ratio": 0.3}}})
     section = {"method": "bitfit", "config": {"include_qkv_bias": True}}
     for content in ({"$schema": "x", "peft": section}, section):
         config = load_config(below, {"peft": str(write(content, "over.json"))})
         assert (config.peft.config, config.top_k) == (BitFitSettings(include_qkv_bias=True), 3)
-
-
-def test_a_section_file_contains_nothing_else_and_is_named_in_errors(write: Write) -> None:
-    both = write({"peft": {"method": "full"}, "top_k": 3}, "both.json")
-    wrong = write({"peft": {"method": "ibs", "config": {"retain_ratio": 2}}}, "wrong.json")
-    assert {"both.json", "top_k"} <= set(refusal(peft=str(both)).replace("/", " ").replace(".json ", ".json ").split())
-    assert refusal(peft=str(wrong)).startswith("--peft: peft.config.retain_ratio is 2")
+    both = refusal(peft=str(write({"peft": {"method": "full"}, "top_k": 3}, "both.json")))
+    assert "both.json" in both and both.endswith("top_k")
     assert refusal(peft="none.json").startswith("none.json: ")
 
 
 def test_another_method_starts_from_its_defaults_with_a_warning(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     path = write({"peft": {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post"]}}})
-    assert load_config(path, {"peft.method": "ibs"}).peft.config == IbsSettings()
-    assert "bitfit" in caplog.text and "keep_module_keywords" in caplog.text
-    caplog.clear()
-    unnamed = write({"peft": {"config": {"retain_ratio": 0.3}}}, "unnamed.json")
-    assert load_config(unnamed, {"peft.method": "ibs"}).peft.config == IbsSettings(retain_ratio=0.3)
     kept = load_config(path, {"peft.method": "bitfit", "peft.config.include_qkv_bias": True}).peft.config
     assert kept == BitFitSettings(keep_module_keywords=("ln_post",), include_qkv_bias=True)
     assert not caplog.text
+    assert load_config(path, {"peft.method": "ibs"}).peft.config == IbsSettings()
+    assert "bitfit" in caplog.text and "keep_module_keywords" in caplog.text
 
 
 def test_nested_overrides_win_in_any_order() -> None:

@@ -88,8 +88,8 @@ class Config(Settings):
 
     # Frames
     num_frm: int = view(16, "frames sampled from each video", unit="frames", ge=1)
-    num_frm_subset: int = view(0, "of the sampled frames, keep this many, blank the rest; 0: all", unit="frames", ge=0)
-    sampling: Literal["uniform", "random"] = optimisation("uniform", "training frames: evenly spaced or at random")
+    num_frm_subset: int = view(0, "keep this many sampled frames and blank the rest; 0: all", unit="frames", ge=0)
+    sampling: Literal["uniform", "random"] = optimisation("uniform", "sample training frames evenly or at random")
     segment_sampling: bool = view(False, "split a video into num_frm equal segments and sample the middle of each")
     img_tmpl: str = data(
         "image_{:05d}.jpg",
@@ -112,7 +112,7 @@ class Config(Settings):
         "meanP", "temporal header on the selected frames: none, 4 transformer blocks initialised from CLIP, or 1 block"
     )
     freeze_layer_num: int = method(
-        0, "freeze CLIP's embeddings and blocks below this; -1: nothing", unit="block", ge=-1
+        0, "freeze CLIP's embeddings and blocks below this one; -1: none", unit="block", ge=-1
     )
     freeze_clip: bool = method(False, "freeze all of CLIP")
 

@@ -81,9 +81,7 @@ def _parser() -> Parser:
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
-    host = (
-        "address to listen on, not encrypted; default 127.0.0.1, which only this machine reaches. Others need --token"
-    )
+    host = "address to listen on; default 127.0.0.1, this machine alone. Others need --token and are not encrypted"
     add("--host", metavar="ADDRESS", default="127.0.0.1", help=host)
     token = "answer only requests that know it: 16 to 200 letters, digits, - and _; without a value, one is made"
     add("--token", metavar="TOKEN", nargs="?", const="", help=token)

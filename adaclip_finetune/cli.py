@@ -64,10 +64,18 @@ COMMANDS = {
     "schema": "print the JSON Schema of the settings",
 }
 
+_OVERVIEW = """usage: adaclip COMMAND ...
+
+Parameter-efficient finetuning of CLIP for text-video retrieval.
+
+{}
+
+Run `adaclip COMMAND --help` for the options of a command, `adaclip --version` for the version."""
+
 
 def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print(_OVERVIEW.format("\n".join(f"  {name:10} {help_line}" for name, help_line in COMMANDS.items())))
         return 0 if words else 2
     if words[0] == "--version":
         print(f"adaclip {__version__}")
@@ -86,26 +94,7 @@ def _run(words: Sequence[str]) -> int:
 def _refused(message: str, words: Sequence[str]) -> int:
     if debug_requested(words):
         traceback.print_exc()
-    print(f"adaclip{_process()}: error: {message}", file=sys.stderr)
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")  # of torchrun and accelerate
+    process = "" if rank == "0" else f" (process {rank} of 0 to {int(count) - 1})"
+    print(f"adaclip{process}: error: {message}", file=sys.stderr)
     return 2
-
-
-def _process() -> str:
-    """Return which process of torchrun or accelerate this is, for error messages; "" for the main one."""
-    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return "" if rank == "0" else f" (process {rank} of 0 to {int(count) - 1})"
-
-
-def _overview() -> str:
-    lines = [f"  {name:10} {help_line}" for name, help_line in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: adaclip COMMAND ...",
-            "",
-            "Parameter-efficient finetuning of CLIP for text-video retrieval.",
-            "",
-            *lines,
-            "",
-            "Run `adaclip COMMAND --help` for the options of a command, `adaclip --version` for the version.",
-        ]
-    )

@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaclip_finetune.commands.checkpoint_flags import check_inputs
-from adaclip_finetune.commands.flags import Parser, add_flags, given
+from adaclip_finetune.commands.flags import Parser, add_flags, check_inputs, given
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.resume import continued_config

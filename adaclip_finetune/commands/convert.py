@@ -17,7 +17,10 @@ def run(words: Sequence[str]) -> int:
     Return the exit code, 2 if no format is named. Raises UserError.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print("usage: adaclip convert FORMAT ... -o DIR\n")
+        print("Write the annotation files of a published data set as train.json, val.json and test.json.\n")
+        print(*(f"  {name:12} {known.help}" for name, known in FORMATS.items()), sep="\n")
+        print("\n`adaclip convert FORMAT --help` lists the files that a format needs.")
         return 0 if words else 2
     name = words[0]
     if name not in FORMATS:
@@ -31,11 +34,12 @@ def run(words: Sequence[str]) -> int:
         f"Convert {known.help}. The splits that the source has are written as train.json, val.json and test.json "
         "(docs/formats.md).",
     )
+    add = parser.add_argument
     for flag, settings in known.flags.items():
-        parser.add_argument(flag, **settings)
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the JSON files")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
+        add(flag, **settings)
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the JSON files")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--videos", metavar="DIR", type=Path, help="count how many of the videos have a file in there")
     arguments = parser.read(words[1:])
     targets = {(arguments.output / f"{split}.json").resolve() for split in SPLITS}
     if sources := [path for path in vars(arguments).values() if isinstance(path, Path) and path.resolve() in targets]:
@@ -46,14 +50,3 @@ def run(words: Sequence[str]) -> int:
     for line in write_splits(known.read(vars(arguments)), arguments.output, arguments.overwrite, arguments.videos):
         print(line)
     return 0
-
-
-def _overview() -> str:
-    formats = "\n".join(f"  {name:12} {known.help}" for name, known in FORMATS.items())
-    return f"""usage: adaclip convert FORMAT ... -o DIR
-
-Write the annotation files of a published data set as train.json, val.json and test.json.
-
-{formats}
-
-`adaclip convert FORMAT --help` lists the files that a format needs."""

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaclip_finetune.commands.checkpoint_flags import add_checkpoint_flags, check_inputs, check_outputs, write_output
-from adaclip_finetune.commands.flags import Parser, given
+from adaclip_finetune.commands.flags import (
+    Parser,
+    add_checkpoint_flags,
+    check_inputs,
+    check_outputs,
+    given,
+    write_output,
+)
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 

@@ -11,20 +11,13 @@ from adaclip_finetune.commands.flags import Parser
 def run(words: Sequence[str]) -> int:
     """Write the weights of a run in the format of another system."""
     parser = Parser("adaclip export", f"{run.__doc__}")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or a weights file in it")
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=("published", "open_clip", "huggingface"),
-        help="published: a checkpoint of AdaCLIP (a file); open_clip, huggingface: a folder for open_clip, or for "
-        "transformers' CLIPModel",
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", type=Path, help="the new file or folder")
-    parser.add_argument(
-        "--clip_weights",
-        metavar="PATH",
-        help="the pretrained CLIP of an adapter, if it is not where it was in training",
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="a run folder, or a weights file in it")
+    formats = "published: a file for AdaCLIP; open_clip, huggingface: a folder for open_clip or transformers' CLIPModel"
+    add("--format", required=True, choices=("published", "open_clip", "huggingface"), help=formats)
+    add("-o", "--output", required=True, metavar="PATH", type=Path, help="the new file or folder")
+    clip_weights = "the pretrained CLIP of an adapter, if it is not where it was in training"
+    add("--clip_weights", metavar="PATH", help=clip_weights)
     arguments = parser.read(words)
 
     from adaclip_finetune.export import export

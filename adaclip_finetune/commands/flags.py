@@ -1,6 +1,6 @@
-"""Command-line flags generated from a settings class: one per setting, nested ones with dots, grouped in `--help`.
+"""The parser of the commands, flags generated from settings, and the files that a command reads and writes.
 
-argparse only splits the command line. The schema decides what a word means (`16` is a number, `true` a boolean, `none`
+argparse only splits the command line. The settings decide what a word means (`16` is a number, `true` a boolean, `none`
 null), and flags are validated together with the config file, so that both give the same error messages.
 """
 
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
+from adaclip_finetune.compare.options import overridable
+from adaclip_finetune.config import Config
 from adaclip_finetune.config.base import Settings
-from adaclip_finetune.config.layers import nearest
-from adaclip_finetune.config.schema import Node, Schema, schema_of
+from adaclip_finetune.config.layers import nearest, read_object
+from adaclip_finetune.config.schema import Described, described
+from adaclip_finetune.config.settings import GROUPS
+from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
+
+MODEL = ("clip_weights", "device", "precision")
+"""The settings of a model that may differ where it searches."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,14 +52,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """Add a flag for every setting, grouped by the base class that declares it (its docstring is the title)."""
-    schema, nodes = schema_of(settings), schema_of(settings).paths()
-    for base in reversed(settings.__bases__):
-        group = parser.add_argument_group(f"{base.__doc__}")
-        for path in nodes:
-            if path.split(".")[0] in base.__annotations__:
-                _add_flag(group, path, nodes[path], schema)
+def a_path(word: str) -> Path:
+    """Return the word as a path. Raise ArgumentTypeError for "", an unset variable that would be the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(word)
+
+
+# ---- flags of settings ----
+
+
+def add_flags(parser: Parser, settings: type[Settings]) -> None:
+    """Add a flag for every setting, in the groups of `GROUPS`."""
+    names = list(settings.model_fields)
+    starts = [*map(names.index, GROUPS), len(names)]
+    for (start, end), title in zip(pairwise(starts), GROUPS.values(), strict=True):
+        add_some_flags(parser, settings, names[start:end], title)
+
+
+def add_some_flags(parser: Parser, settings: type[Settings], names: Collection[str], title: str) -> None:
+    """Add a group of flags for the named settings and everything inside them."""
+    group = parser.add_argument_group(title)
+    for path, one in described(settings).items():
+        if path.split(".")[0] in names:
+            _add_flag(group, path, one)
+
+
+def add_checkpoint_flags(parser: Parser, *names: str) -> None:
+    """Add --config, and flags for the named settings, or else all, that may differ from those of the checkpoint."""
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings for a weights file that holds none")
+    title = "Replacing settings of the checkpoint (the defaults are those of `adaclip train`)"
+    add_some_flags(parser, Config, names or overridable(), title)
+
+
+def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of --config with the given flags over them. Raises UserError."""
+    return (read_object(arguments.config) if arguments.config else {}) | given(arguments)
 
 
 def given(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -61,98 +99,125 @@ def given(namespace: argparse.Namespace) -> dict[str, Any]:
 class _Override(argparse.Action):
     """Store the words of a flag as the value of a setting."""
 
-    def __init__(self, nodes: list[Node], schema: Schema, **options: Any):
+    def __init__(self, described: Described, **options: Any):
         super().__init__(default=argparse.SUPPRESS, **options)
-        self.nodes, self.schema = nodes, schema
+        self.described = described
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         if not hasattr(namespace, "overrides"):
             namespace.overrides = {}
         words = ["false"] if self.nargs == 0 else [values] if isinstance(values, str) else values
-        namespace.overrides[self.dest] = _value(words, self.nodes, self.schema, f"--{self.dest}")
+        namespace.overrides[self.dest] = _value(words, self.described, f"--{self.dest}")
 
 
-def _add_flag(group: Any, path: str, nodes: list[Node], schema: Schema) -> None:
-    kinds = {option.get("type") for node in nodes for option in schema.alternatives(node)}
-    how: dict[str, Any] = {"action": _Override, "dest": path, "nodes": nodes, "schema": schema}
-    if kinds == {"boolean"}:
-        group.add_argument(
-            f"--{path}", nargs="?", const="true", metavar="true|false", help=_help(path, nodes, schema), **how
-        )
-        *above, name = path.split(".")
-        if not name.startswith("no_"):
-            off = ".".join([*above, f"no_{name.removeprefix('use_')}"])
-            default_on = nodes[0].get("default") is True
-            group.add_argument(
-                f"--{off}", nargs=0, help=f"the same as --{path} false" if default_on else argparse.SUPPRESS, **how
-            )
-    else:
-        nargs = "+" if kinds == {"array"} else None
-        group.add_argument(
-            f"--{path}",
-            nargs=nargs,
-            metavar=_metavar(kinds, path, nodes, schema),
-            help=_help(path, nodes, schema),
-            **how,
-        )
+def _add_flag(group: Any, path: str, one: Described) -> None:
+    how: dict[str, Any] = {"action": _Override, "dest": path, "described": one}
+    what = how | {"help": _help(path, one), "metavar": _metavar(path, one)}
+    if one.kinds != {"boolean"}:
+        group.add_argument(f"--{path}", nargs="+" if one.kinds == {"array"} else None, **what)
+        return
+    group.add_argument(f"--{path}", nargs="?", const="true", **what)
+    above, dot, name = path.rpartition(".")
+    if not name.startswith("no_"):
+        off = f"--{above}{dot}no_{name.removeprefix('use_')}"
+        shown = f"the same as --{path} false" if one.facts.get("default") is True else argparse.SUPPRESS
+        group.add_argument(off, nargs=0, help=shown, **how)
 
 
-def _metavar(kinds: set[str | None], path: str, nodes: list[Node], schema: Schema) -> str:
+def _metavar(path: str, one: Described) -> str:
+    unit, kinds = str(one.facts.get("unit", "")), one.kinds
+    if unit.startswith(("file", "folder")):
+        return {"file": "FILE", "folder": "DIR"}.get(unit, "PATH")
     if kinds == {"object"}:
         return "JSON" if "." in path else "FILE"
     if kinds == {"array"}:
-        items = [option.get("prefixItems", [option.get("items")])[0] for option in schema.alternatives(nodes[0])]
-        kinds = {item["type"] for item in items}
-    unit = str(nodes[0].get("unit", ""))
-    if unit.startswith(("file", "folder")):
-        return {"file": "FILE", "folder": "DIR"}.get(unit, "PATH")
-    return {"integer": "N", "number": "X"}.get(next(iter(kinds)) or "", "NAME")
+        kinds = _item_kinds(one)
+    return {"boolean": "true|false", "integer": "N", "number": "X"}.get(next(iter(kinds)), "NAME")
 
 
-def _help(path: str, nodes: list[Node], schema: Schema) -> str:
-    node, unit = nodes[0], str(nodes[0].get("unit", ""))
-    kinds = {option.get("type") for option in schema.alternatives(node)}
-    facts = [f"for {', '.join(owners)}"] if (owners := schema.owners(path)) else []
-    if kinds == {"object"}:
+def _help(path: str, one: Described) -> str:
+    unit, default = str(one.facts.get("unit", "")), one.facts.get("default")
+    facts = [f"for {', '.join(one.methods)}"] if one.methods else []
+    if one.kinds == {"object"}:
         facts += ["a JSON object" if "." in path else "a JSON file with this section alone"]
-    elif kinds != {"boolean"} and not (unit.startswith(("file", "folder")) and "allowed" not in node):
-        facts += [re.sub(r" from (-?\d+) to \d{4,}", r" >= \1", schema.words(*nodes))] + (
-            [f"unit: {unit}"] if unit and "allowed" not in node else []
-        )
-    if "default" in node and ("." not in path or kinds != {"object"}):
-        facts += [f"default: {_shown(node['default'])}"]
-    return f"{node.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
+    elif "allowed" in one.facts:
+        facts += [one.words]
+    elif one.kinds != {"boolean"} and not unit.startswith(("file", "folder")):
+        facts += [re.sub(r" from (-?\d+) to \d{4,}", r" >= \1", one.words)] + ([f"unit: {unit}"] if unit else [])
+    if "default" in one.facts and ("." not in path or one.kinds != {"object"}):
+        shown = " ".join(map(str, default)) or "[]" if isinstance(default, list) else json.dumps(default)
+        facts += [f"default: {default if isinstance(default, str) else shown}"]
+    return f"{one.facts.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "[]"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _value(words: list[str], nodes: list[Node], schema: Schema, flag: str) -> Any:
+def _value(words: list[str], one: Described, flag: str) -> Any:
     """Return the value of the words of a flag. Words that fit no type stay text, which validation refuses."""
-    options = [option for node in nodes for option in schema.alternatives(node)]
-    if len(words) == 1 and words[0].lower() in ("none", "null") and any(map(schema.nullable, nodes)):
+    first = words[0] if len(words) == 1 else ""
+    if first.lower() in ("none", "null") and one.nullable:
         return None
-    if len(words) == 1 and words[0].startswith(("[", "{")) and any(o["type"] in ("array", "object") for o in options):
-        return parse_json(words[0], flag)
-    for option in options:
-        if option["type"] == "array":
-            items = option.get("prefixItems", [option.get("items", {})])
-            return [_value([word], [items[min(i, len(items) - 1)]], schema, flag) for i, word in enumerate(words)]
-    read = [_READERS.get(option["type"], str)(words[0]) for option in options]
-    return next((value for value in read if not isinstance(value, str)), words[0])
+    if first.startswith(("[", "{")) and one.kinds & {"array", "object"}:
+        return parse_json(first, flag)
+    return [_read(word, _item_kinds(one)) for word in words] if "array" in one.kinds else _read(first, one.kinds)
 
 
-def _boolean(word: str) -> bool | str:
-    return {"true": True, "false": False}.get(word.lower(), word)
+def _item_kinds(one: Described) -> set[str]:
+    """Return the names of the types of a list's items."""
+    items = [node.get("prefixItems", [node.get("items", {})])[0] for node in one.types if node.get("type") == "array"]
+    return {str(item.get("type")) for item in items}
 
 
-def _number(word: str) -> float | str:
-    if re.fullmatch(r"[+-]?\d{1,400}", word, re.ASCII):
-        return int(word)
-    return float(word) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", word, re.ASCII | re.IGNORECASE) else word
+def _read(word: str, kinds: Collection[str]) -> Any:
+    if "boolean" in kinds and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float) if {"integer", "number"} & set(kinds) else ():
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
 
 
-_READERS = {"boolean": _boolean, "integer": _number, "number": _number}
+# ---- files ----
+
+
+def check_inputs(inputs: Mapping[str, Iterable[Path | str | None]]) -> None:
+    """Raise UserError for an input (flag → files) that is given twice or does not exist."""
+    for flag, paths in inputs.items():
+        files = [Path(path) for path in paths if path]
+        for number, path in enumerate(files):
+            if path in files[:number]:
+                raise UserError(f"{flag} {path} is given twice")
+            if not path.is_file():
+                reason = "is a folder, not a file" if path.is_dir() else f"no such file (looked for in {Path.cwd()})"
+                raise UserError(f"{flag} {path}: {reason}")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str], inputs: Iterable[object]) -> None:
+    """Raise UserError, before hours of work, for an output (flag → file) that cannot or must not be written.
+
+    That is one with another suffix than its flag has in `suffixes` (separated by spaces), one without a folder to
+    write into, and one that would replace an input or a file in a run folder that is an input.
+    """
+    read = [Path(str(path)).resolve() for path in inputs if path is not None]
+    for flag, path in ((flag, path) for flag, path in outputs.items() if path is not None):
+        place = path.resolve()
+        if path.suffix not in suffixes[flag].split():
+            raise UserError(f"{flag} {path}: must end in {suffixes[flag].replace(' ', ' or ')}")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: {place.parent} is not a folder that you can write into")
+        if place in read:
+            raise UserError(f"{flag} {path}: this file is read by the same command; choose another name")
+        if runs := [folder for folder in read if folder in place.parents]:
+            raise UserError(f"{flag} {path}: {runs[0]} is a run folder, which stays as it is; choose another place")
+
+
+def write_output(flag: str, path: Path, content: str | bytes) -> None:
+    """Replace the file at `path`, or where it links to, as a whole. Raises UserError.
+
+    Text is written as UTF-8. Half a surrogate pair, as in file names that are not UTF-8, is written as its escape.
+    """
+    try:
+        whole = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        write_durably(path.resolve(), whole)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error

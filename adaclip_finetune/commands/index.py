@@ -7,8 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import Parser
-from adaclip_finetune.commands.model_flags import a_path, add_model_flags, given_of, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -16,24 +15,22 @@ if TYPE_CHECKING:
     from adaclip_finetune.search.build import IndexingReport
 
 _PLACES = ("video_dir", "frames_dir", "img_tmpl")
-_READING = ("num_workers", "val_batch_size")
 
 
 def run(words: Sequence[str]) -> int:
     """Make or update an index. Return 1 if some videos cannot be read, else 0. Raise UserError."""
     arguments = _parser().read(words)
-    if not arguments.output.absolute().parent.is_dir():
-        raise UserError(f"-o {arguments.output}: there is no folder {arguments.output.absolute().parent}")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UserError(f"-o {arguments.output}: is a file; an index is a folder")
-    if not arguments.videos.exists():
-        raise UserError(f"{arguments.videos}: there is no such folder or annotation")
-    places = given_of(arguments, *_PLACES)
-    if places and arguments.videos.is_dir():
-        raise UserError(
-            f"--{next(iter(places))} says where the videos of an annotation are, but {arguments.videos} is a folder"
-        )
-    settings = model_settings(arguments, *_READING)
+    output, videos = arguments.output, arguments.videos
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"-o {output}: there is no folder {output.absolute().parent}")
+    if output.is_file():
+        raise UserError(f"-o {output}: is a file; an index is a folder")
+    if not videos.exists():
+        raise UserError(f"{videos}: there is no such folder or annotation")
+    settings = model_settings(arguments)
+    places = {name: settings.pop(name) for name in _PLACES if name in settings}
+    if places and videos.is_dir():
+        raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
 
     from adaclip_finetune.data.video.discovery import describe_unknown_files
     from adaclip_finetune.search.build import index_videos
@@ -46,17 +43,14 @@ def run(words: Sequence[str]) -> int:
             places = {"video_dir": None, "frames_dir": None} | places
         model = load_retriever(arguments.run, **settings | places)
         model.refuse_query_dependent()
-        if arguments.videos.is_dir():
-            collection = collect_folder(arguments.videos)
-        else:
-            collection = collect_annotation(arguments.videos, model.config)
+        collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
         count = len(collection.videos) + len(collection.broken)
-        print(f"{arguments.run} → {arguments.output}: {count} videos of {printable(collection.name)}")
+        print(f"{arguments.run} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
         given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
         try:
-            report = index_videos(model, collection, arguments.output, **given)
+            report = index_videos(model, collection, output, **given)
         except KeyboardInterrupt:
             print("Finished batches are kept; the same command continues", file=sys.stderr)
             raise
@@ -71,18 +65,15 @@ def _parser() -> Parser:
         "changed ones are added, and the same command continues after an interruption. Exit code 1 if some videos "
         "cannot be read: they are listed, and the others are indexed.",
     )
-    parser.add_argument("run", metavar="RUN", type=a_path, help="a run folder or a checkpoint")
-    parser.add_argument(
-        "videos", metavar="VIDEOS", type=a_path, help="a folder of videos, with its subfolders, or an annotation (JSON)"
-    )
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder of the index"
-    )
-    parser.add_argument("--sync", action="store_true", help="drop videos that are no longer there")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16"), help="of the vectors; float16 halves their size. Default: float32"
-    )
-    add_model_flags(parser, *_PLACES, *_READING)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=a_path, help="a run folder or a checkpoint")
+    videos = "a folder of videos, with its subfolders, or an annotation (JSON)"
+    add("videos", metavar="VIDEOS", type=a_path, help=videos)
+    add("-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder of the index")
+    add("--sync", action="store_true", help="drop videos that are no longer there")
+    dtype = "of the vectors; float16 halves their size. Default: float32"
+    add("--dtype", choices=("float32", "float16"), help=dtype)
+    add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_workers", "val_batch_size")
     return parser
 
 

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.commands.flags import Parser
-from adaclip_finetune.commands.model_flags import a_path, add_model_flags, model_settings, not_empty
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -42,8 +41,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"{arguments.index}: is empty; `adaclip index` adds videos")
     model = search_model_of(index, arguments.model, **settings)
     if arguments.image is not None:
-        vector = model.encode_image(arguments.image)
-        _print(str(arguments.image), index.search(vector[None], arguments.k)[0], arguments)
+        _print(str(arguments.image), index.search(model.encode_image(arguments.image)[None], arguments.k)[0], arguments)
         return 0
     if cut := model.loaded.count_cut(texts, model.config.max_txt_len):
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
@@ -62,26 +60,24 @@ def _parser() -> Parser:
         "frame with the greatest weight, and the file.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]",
     )
-    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="what the videos should show")
-    parser.add_argument("--image", metavar="FILE", type=a_path, help="search by a picture")
-    parser.add_argument(
-        "--queries", metavar="FILE", type=not_empty, help="many texts, one per line; - reads them from standard input"
-    )
-    parser.add_argument("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per query and line")
-    parser.add_argument("--explain", action="store_true", help="show which frames of a video have the greatest weight")
-    parser.add_argument(
-        "--model", metavar="RUN", type=a_path, help="the run or checkpoint that the index was made with, if it moved"
-    )
-    add_model_flags(parser)
+    add = parser.add_argument
+    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    add("text", metavar="TEXT", nargs="?", help="what the videos should show")
+    add("--image", metavar="FILE", type=a_path, help="search by a picture")
+    add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
+    add("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
+    add("--json", action="store_true", help="print one JSON object per query and line")
+    add("--explain", action="store_true", help="show which frames of a video have the greatest weight")
+    moved = "the run or checkpoint that the index was made with, if it moved"
+    add("--model", metavar="RUN", type=a_path, help=moved)
+    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     """Return the lines that are not blank. Only a line feed ends a line. Raise UserError."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         texts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from error
@@ -101,15 +97,14 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
         if arguments.explain:
-            frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)
-            shown = [f"{clock(f.time)} (frame {f.index}) {100 * f.weight:.1f} %" for f in frames[:_FRAMES_SHOWN]]
-            shown += [f"and {len(frames) - _FRAMES_SHOWN} more"] if len(frames) > _FRAMES_SHOWN else []
+            frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)[:_FRAMES_SHOWN]
+            shown = (f"{clock(frame.time)} (frame {frame.index}) {100 * frame.weight:.1f} %" for frame in frames)
             print(f"{'':25}{', '.join(shown)}")
 
 
 def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
     video = hit.video
-    found: dict[str, Any] = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
+    found = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
     found |= {"time": video.best_time, "duration": video.duration}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import Parser
-from adaclip_finetune.commands.model_flags import a_path, add_model_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,27 +76,16 @@ def _parser() -> Parser:
         "Serve a page to search an index by text or picture, in a browser on this machine. The page opens at once, "
         "while the model is being loaded. Ctrl-C stops the server. Its /openapi.json describes the JSON API.",
     )
-    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
-    parser.add_argument(
-        "--model", metavar="RUN", type=a_path, help="the run or checkpoint that the index was made with, if it moved"
-    )
-    parser.add_argument("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
-    parser.add_argument(
-        "--host",
-        metavar="ADDRESS",
-        default="127.0.0.1",
-        help="address to listen on; default 127.0.0.1, which only this machine reaches. Any other needs --token. "
-        "The connection is not encrypted",
-    )
-    parser.add_argument(
-        "--token",
-        metavar="TOKEN",
-        nargs="?",
-        const="",
-        help="answer only requests that know it: at least 16 letters, digits, - and _; without a value, one is made. "
-        "The address that is printed contains it",
-    )
-    add_model_flags(parser)
+    add = parser.add_argument
+    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    moved = "the run or checkpoint that the index was made with, if it moved"
+    add("--model", metavar="RUN", type=a_path, help=moved)
+    add("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
+    host = "address to listen on; default 127.0.0.1, this machine alone. Others need --token and are not encrypted"
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help=host)
+    token = "answer only requests that know it: 16 to 200 letters, digits, - and _; without a value, one is made"
+    add("--token", metavar="TOKEN", nargs="?", const="", help=token)
+    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 

@@ -17,7 +17,6 @@ from adaclip_finetune.errors import UserError, debug_requested
 
 def run(words: Sequence[str]) -> int:
     """Run `adaclip train`. Returns the exit code; raises UserError."""
-
     parser = Parser(
         "adaclip train",
         "Finetune a CLIP video retriever on videos and captions, or evaluate one (--do_inference). "
@@ -27,17 +26,15 @@ def run(words: Sequence[str]) -> int:
         "negated (--no_save_last). Lists are written as words (--betas 0.9 0.98) or as JSON ('[]'). The word none "
         "means null. Every setting is also a key of the JSON file; dots mean nesting.",
     )
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings (recipes are in cfgs/)")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check settings and data, print what would be done, and stop"
-    )
-    parser.add_argument("--json", action="store_true", help="with --dry_run: print one JSON object")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="JSON file of settings (recipes are in cfgs/)")
+    add("--dry_run", action="store_true", help="check settings and data, print what would be done, and stop")
+    add("--json", action="store_true", help="with --dry_run: print one JSON object")
     add_flags(parser, Config)
     arguments = parser.read(words)
     if arguments.json and not arguments.dry_run:
         raise UserError("--json requires --dry_run")
-    config = load_config(arguments.config, given(arguments))
-    folder = None
+    config, folder = load_config(arguments.config, given(arguments)), None
     if config.resume is not None and Path(config.resume).is_dir():
         folder, config = Path(config.resume), continued_config(config)
     check_paths(config)

@@ -33,20 +33,12 @@ OnResume = Literal["free", "same", "ignored"]
 """When a run is resumed, a given setting may differ from the run's own, must be the same, or has no effect."""
 
 LARGEST = {
-    "tokens": 4096,
-    "frames": 4096,
-    "pixels": 4096,
-    "channels": 65536,
-    "block": 1000,
-    "blocks": 1000,
-    "groups": 1000,
+    **dict.fromkeys(("block", "blocks", "groups"), 1000),
     "processes": 1024,
-    "epochs": 10**6,
-    "batches": 10**6,
-    "items": 10**6,
-    "trials": 10**6,
-    "videos": 10**9,
-    "steps": 10**9,
+    **dict.fromkeys(("tokens", "frames", "pixels"), 4096),
+    "channels": 65536,
+    **dict.fromkeys(("epochs", "batches", "items", "trials"), 10**6),
+    **dict.fromkeys(("videos", "steps"), 10**9),
 }
 """Upper bound of every whole number with this unit, far above what any real run needs. Larger values would only fail
 later: in torch, with an overflow, or by exhausting memory."""
@@ -74,29 +66,17 @@ def setting(
     on_resume: OnResume | None = None,
     unit: str | None = None,
     allowed: str | None = None,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    pattern: str | None = None,
-    min_length: int | None = None,
+    **limits: Any,
 ) -> Any:
-    """Declare one setting: its default (`...` if required), one line of help, its unit and its range.
+    """Declare one setting: its default (`...` if required), one line of help, its unit and its limits.
 
-    Every setting of `Config` needs a role, which also applies to everything in a section. `on_resume` is only needed
-    where the role does not imply it. The units "file" and "folder" make the setting a path; those in `LARGEST` bound
-    it. `allowed` describes in words what a pattern accepts.
+    Every setting of `Config` has a role, its own or that of its group, which also applies to everything in a section.
+    `on_resume` is only needed where the role does not imply it. The units "file" and "folder" make the setting a path;
+    those in `LARGEST` bound it. `allowed` describes in words what a pattern accepts. `limits` are those of pydantic's
+    `Field`: ge, gt, le, lt, pattern, min_length.
     """
     facts = {"role": role, "on_resume": on_resume, "unit": unit, "allowed": allowed}
-    return Field(
-        default,
-        description=help,
-        json_schema_extra={key: value for key, value in facts.items() if value} or None,
-        ge=ge,
-        gt=gt,
-        le=LARGEST.get(unit or "") if le is None else le,
-        lt=lt,
-        pattern=pattern,
-        min_length=min_length,
-        validate_default=True,
-    )
+    extra: dict[str, Any] = {key: value for key, value in facts.items() if value}
+    if unit in LARGEST:
+        limits = {"le": LARGEST[unit], **limits}
+    return Field(default, description=help, json_schema_extra=extra or None, validate_default=True, **limits)

@@ -1,6 +1,6 @@
 """Merge defaults, a JSON file and flags, and report every invalid setting at once.
 
-Each problem names the origin of the value (a file or "command line"), the setting, the value and what is accepted.
+Each problem names the flag or the file that gave the setting, the setting, its value and what is accepted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from adaclip_finetune.config.base import Contradictions, Settings
-from adaclip_finetune.config.schema import Schema, schema_of, show
+from adaclip_finetune.config.schema import Described, described, show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
 
 S = TypeVar("S", bound=Settings)
-COMMAND_LINE = "command line"
 log = logging.getLogger(__name__)
 
 
@@ -31,12 +30,26 @@ def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any
     Overrides have dotted names (`peft.config.retain_ratio`). A section (`peft`) can be overridden by an object, or by
     the path of a file that contains this section alone.
     """
-    layers = Layers(schema_of(settings), path)
-    layers.lay_all(overrides)
+    data = merged(settings, {} if path is None else read_object(path), overrides)
     try:
-        return settings.model_validate(layers.data)
+        return settings.model_validate(data)
     except ValidationError as error:
-        raise UserError(together(_explain(error, layers))) from error
+        explainer = _Explainer(described(settings), data, path, overrides)
+        problems = [line for problem in error.errors(include_url=False) for line in explainer.explain(problem)]
+        raise UserError(together(list(dict.fromkeys(problems)))) from error
+
+
+def merged(settings: type[Settings], data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested data with overrides (dotted name → value) merged over it, not validated yet. Raises UserError."""
+    known, nested = described(settings), copy.deepcopy(dict(data))
+    # Sections first, then the choice of a method, then nested settings.
+    for name in sorted(overrides, key=lambda name: (name.count("."), not name.endswith(".method"))):
+        value = copy.deepcopy(overrides[name])
+        if isinstance(value, str) and "." not in name and name in known and known[name].kinds == {"object"}:
+            value = read_section(value, name)
+        # An unknown setting keeps its full name, which validation refuses.
+        _override(nested, name.split(".") if name in known else [name], value)
+    return nested
 
 
 def together(problems: Sequence[str]) -> str:
@@ -44,68 +57,6 @@ def together(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} settings are invalid:\n" + "\n".join(f"  - {line}" for line in problems)
-
-
-class Layers:
-    """Merged values, with the origin of each."""
-
-    def __init__(self, schema: Schema, path: str | Path | None):
-        self.schema = schema
-        self.data: dict[str, Any] = {}
-        self._origins: dict[tuple[str | int, ...], str] = {}
-        if path is not None:
-            self.data = read_object(path)
-            self._origins = {(name,): str(path) for name in self.data}
-
-    def lay_all(self, overrides: Mapping[str, Any]) -> None:
-        """Apply overrides: sections first, then the choice of a method, then nested settings."""
-        for name in sorted(overrides, key=lambda name: (name.count("."), not self._chooses(name.split(".")))):
-            self._lay(name, copy.deepcopy(overrides[name]))
-
-    def origin(self, steps: Sequence[str | int]) -> str:
-        """Return where a value came from: a file, "command line" or "default"."""
-        starts = (tuple(steps[:end]) for end in range(len(steps), 0, -1))
-        return next((self._origins[start] for start in starts if start in self._origins), "default")
-
-    def _lay(self, name: str, value: Any) -> None:
-        steps = name.split(".")
-        nodes = self.schema.locate(steps)[1]
-        if not nodes:
-            steps = [name]  # an unknown setting: kept under its full name, which validation refuses
-        elif len(steps) == 1 and isinstance(value, str) and self.schema.is_section(nodes[0]):
-            self.data[name], self._origins[name,] = read_section(value, name), value
-            return
-        if self._chooses(steps):
-            self._set_aside(steps, value)
-        part = self.data
-        for step in steps[:-1]:
-            if part.get(step) is None:
-                part[step] = {}
-            part = part[step]
-            if not isinstance(part, dict):
-                return  # the file has a value where a section belongs, which validation refuses
-        part[steps[-1]] = value
-        self._origins[tuple(steps)] = COMMAND_LINE
-
-    def _chooses(self, steps: Sequence[str]) -> bool:
-        """Return whether the name chooses among alternatives, as `peft.method` does."""
-        parents = self.schema.locate(steps[:-1])[1] if len(steps) > 1 else []
-        return any(self.schema.tag(parent) == steps[-1] for parent in parents)
-
-    def _set_aside(self, steps: Sequence[str], value: Any) -> None:
-        """Drop the settings of a method that is replaced: the new one starts from its own defaults."""
-        section, tag = steps[0], steps[-1]
-        below = self.data.get(section)
-        if not isinstance(below, dict) or below.get(tag, value) == value:
-            return
-        left = below.get("config")
-        if isinstance(left, dict):
-            del below["config"]
-        if isinstance(left, dict) and left:
-            log.warning(
-                "%s %s replaces %s of %s, whose settings are ignored (%s); %s starts from its own defaults",
-                ".".join(steps), value, below[tag], self.origin([section]), ", ".join(left), value,
-            )  # fmt: skip
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -119,72 +70,97 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def read_section(path: str, name: str) -> Any:
     """Read a file that contains one section: `{"peft": {...}}`, or only the inner object. Raises UserError."""
     data = read_object(path)
-    if name not in data:
-        return data
-    if len(data) > 1:
+    if name in data and len(data) > 1:
         others = ", ".join(sorted(_quoted(other) for other in data if other != name))
         raise UserError(f"{path} overrides the `{name}` section; remove the other keys: {others}")
-    return data[name]
+    return data.get(name, data)
 
 
-def _explain(error: ValidationError, layers: Layers) -> list[str]:
-    lines: list[str] = []
-    for problem in error.errors(include_url=False):
-        lines += _explain_one(problem, layers)
-    return list(dict.fromkeys(lines))
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name most similar to the given one."""
+    return (difflib.get_close_matches(name, list(known), n=1, cutoff=0.0) or [""])[0]
 
 
-def _explain_one(problem: Any, layers: Layers) -> Iterator[str]:
-    schema, kind, value = layers.schema, problem["type"], problem["input"]
-    steps, nodes = schema.locate(problem["loc"])
-    raised = problem.get("ctx", {}).get("error")
-    if isinstance(raised, Contradictions):
-        for message, names in raised.problems:
-            origins = [f"{name}: {layers.origin(name.split('.'))}" for name in names]
-            yield f"{message} ({', '.join(origins)})"
-        return
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tag = schema.tag(nodes[0]) or ""
-        steps, nodes = (*steps, tag), schema.children(nodes[0])[tag]
-        kind, value = ("missing", None) if kind == "union_tag_not_found" else (kind, value[tag])
-    where = layers.origin(steps)
-    start = dotted(steps) if where == "default" else f"{where}: {dotted(steps)}"
-    allowed = schema.words(*nodes) or problem["msg"]
-    if kind == "extra_forbidden":
-        yield f"{where}: unknown setting {dotted(steps)}{_instead(problem['loc'], steps, schema)}"
-    elif kind == "missing":
-        yield f"{start} is missing; it must be {allowed}"
-    elif raised is not None and not any("allowed" in node for node in nodes):
-        yield f"{start} is {show(value)}: {raised}"
-    else:
-        yield f"{start} is {show(value)}, but must be {allowed}"
+def _override(data: dict[str, Any], steps: Sequence[str], value: Any) -> None:
+    """Put a value at its place in nested data. Another method starts from its own defaults, with a warning."""
+    *above, last = steps
+    section: Any = data
+    for step in above:
+        if section.get(step) is None:
+            section[step] = {}
+        section = section[step]
+        if not isinstance(section, dict):
+            return  # the file has a value where a section belongs, which validation refuses
+    if last == "method" and section.get("method", value) != value and (left := section.pop("config", None)):
+        names = ", ".join(left) if isinstance(left, dict) else show(left)
+        log.warning("%s %s replaces %s; its settings are ignored: %s", ".".join(steps), value, section[last], names)
+    section[last] = value
 
 
-def _instead(loc: Sequence[str | int], steps: Sequence[str | int], schema: Schema) -> str:
-    """Suggest what to write instead of an unknown name."""
-    *above, name = [step for part in steps for step in str(part).split(".")]
-    belongs = [path for path in schema.paths() if path.endswith(f".{name}") and path != dotted(steps)]
-    if belongs:
-        return f"; did you mean {belongs[0]}?"
-    tags = [step for step in loc if step not in steps]
-    parents = schema.locate(loc[:-1] if len(steps) > 1 else above)[1]
-    siblings = [sibling for parent in parents for sibling in schema.children(parent)]
-    of = f" of {tags[-1]}" if tags else ""
-    if not siblings:
-        return f"{of}; no setting is accepted there"
-    known = f" (known: {', '.join(siblings)})" if len(siblings) < 9 else ""
-    return f"{of}; did you mean {nearest(name, siblings)}?{known}"
+class _Explainer:
+    """Turn the errors of pydantic into messages."""
+
+    def __init__(self, known: Mapping[str, Described], data: Mapping[str, Any], path: object, flags: Iterable[str]):
+        self.known, self.data, self.path, self.flags = known, data, path, list(flags)
+
+    def explain(self, problem: Any) -> Iterator[str]:
+        """Yield the messages of one error."""
+        kind, value, raised = problem["type"], problem["input"], problem.get("ctx", {}).get("error")
+        if isinstance(raised, Contradictions):
+            for message, names in raised.problems:
+                yield f"{message} ({', '.join(map(self._source, names))})"
+            return
+        steps = list(problem["loc"])
+        chooses = self.known.get(f"{steps[0]}.method") if len(steps) > 1 else None
+        # pydantic puts the chosen method after the name of its section.
+        method = steps.pop(1) if chooses is not None and len(chooses.types) > 1 else None
+        if kind in ("union_tag_not_found", "union_tag_invalid"):
+            steps.append("method")
+            kind, value = ("missing", None) if kind == "union_tag_not_found" else (kind, value["method"])
+        name = ".".join(step for step in steps if isinstance(step, str))
+        place, one = dotted(steps), self.known.get(name)
+        origin = self._origin(name)
+        start = f"{origin}: {place}" if origin not in ("", f"--{place}") else origin or place
+        allowed = one.words if one else problem["msg"]
+        if one and isinstance(steps[-1], int):  # an item of a list
+            allowed = allowed.partition("each ")[2] or allowed
+        if kind == "extra_forbidden":
+            yield f"{origin}: unknown setting {place}{f' of {method}' if method else ''}; {self._instead(name, method)}"
+        elif kind == "missing":
+            yield f"{start} is missing" + (f"; it must be {allowed}" if one else "")
+        elif raised is not None and not (one and "allowed" in one.facts):
+            yield f"{start} is {show(value)}: {raised}"
+        else:
+            at_least_one = ", and not empty" if kind == "too_short" else ""
+            yield f"{start} is {show(value)}, but must be {allowed}{at_least_one}"
+
+    def _origin(self, name: str) -> str:
+        """Return the flag that gave a setting, or else the file; "" for a default."""
+        if given := [flag for flag in self.flags if f"{name}.".startswith(f"{flag}.")]:
+            return f"--{max(given, key=len)}"
+        return str(self.path) if self.path is not None and name.split(".")[0] in self.data else ""
+
+    def _source(self, name: str) -> str:
+        """Return a setting with the place where it was given: `--top_k`, `top_k in my.json`, `top_k by default`."""
+        origin = self._origin(name)
+        return origin if origin.startswith("--") else f"{name} {f'in {origin}' if origin else 'by default'}"
+
+    def _instead(self, name: str, method: str | None) -> str:
+        """Suggest what to write instead of an unknown name."""
+        if name in self.known:
+            owners = ", ".join(self.known[name].methods)
+            return f"it is a setting of {owners}" if method else "in a file, a dot is a nested object"
+        fitting = [path for path, one in self.known.items() if not (method and one.methods) or method in one.methods]
+        above, _, last = name.rpartition(".")
+        below = [path for path in fitting if path.endswith(f".{last}")]
+        beside = [path for path in fitting if path.rpartition(".")[0] == above]
+        return f"did you mean {nearest(name, below or beside)}?" if below or beside else "no setting is accepted there"
 
 
 def dotted(steps: Sequence[str | int]) -> str:
     """Return a location as text, such as `betas[1]` or `peft.config.retain_ratio`; unusual names are quoted."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{_quoted(step)}" for step in steps)
     return text.removeprefix(".") or "the config"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name most similar to the given one."""
-    return (difflib.get_close_matches(name, list(known), n=1, cutoff=0.0) or [""])[0]
 
 
 def _quoted(name: str) -> str:

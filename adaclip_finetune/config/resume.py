@@ -15,30 +15,23 @@ def continued_config(config: Config) -> Config:
 
     Raises UserError if the folder is not a run folder, or if a given setting must be the run's own and is not.
     """
-    assert config.resume is not None
-    folder = Path(config.resume)
-    path = folder / "config.json"
+    folder = Path(str(config.resume))
+    path, best = folder / "config.json", folder / "best.safetensors"
     if not path.is_file():
         raise UserError(
             f"resume: {folder} is not a run folder: config.json not found. Give a run folder or a weights file"
         )
     own = load_config(path)
     if config.do_inference and not own.do_inference:
-        raise UserError(
-            f"resume: {folder} is a training run; to evaluate it, give its weights: "
-            f"--config {path} --do_inference --resume {folder / 'best.safetensors'}"
-        )
+        way_out = f"to evaluate it, give its weights: --config {path} --do_inference --resume {best}"
+        raise UserError(f"resume: {folder} is a training run; {way_out}")
     given = {name: getattr(config, name) for name in sorted(config.model_fields_set - on_resume("ignored"))}
-    free = on_resume("free")
-    problems = [
-        f"{name} is {show(value)}, but {show(getattr(own, name))} in the run"
-        for name, value in given.items()
-        if name not in free and value != getattr(own, name)
-    ]
-    if problems:
+    changed = {name: value for name, value in given.items() if value != getattr(own, name)}
+    if refused := changed.keys() - on_resume("free"):
+        values = [f"{name} is {show(given[name])}, but {show(getattr(own, name))} in the run" for name in refused]
         raise UserError(
             f"resume: a run is resumed with its own settings ({path}), but\n  "
-            + "\n  ".join(problems)
-            + f"\nLeave them out, or start a new run from its weights: --resume {folder / 'best.safetensors'}"
+            + "\n  ".join(sorted(values))
+            + f"\nLeave them out, or start a new run from its weights: --resume {best}"
         )
-    return load_config(path, {name: value for name, value in given.items() if name in free})
+    return load_config(path, changed)

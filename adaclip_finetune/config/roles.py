@@ -10,14 +10,12 @@ from adaclip_finetune.config.settings import Config
 
 def names_with(*roles: Role, paths: bool | None = None, of: type[Settings] = Config) -> frozenset[str]:
     """Return the names of the settings with one of the roles; `paths` keeps only those that are (not) paths."""
+    facts = {name: _facts(name, of) for name in of.model_fields}
     return frozenset(
-        name for name in of.model_fields if _facts(name, of).get("role") in roles and paths in (None, is_path(name, of))
+        name
+        for name, fact in facts.items()
+        if fact.get("role") in roles and paths in (None, fact.get("unit", "").startswith(("file", "folder")))
     )
-
-
-def is_path(name: str, of: type[Settings] = Config) -> bool:
-    """Return whether the value of a setting is the path of a file or folder."""
-    return str(_facts(name, of).get("unit", "")).startswith(("file", "folder"))
 
 
 def on_resume(what: OnResume) -> frozenset[str]:
@@ -27,10 +25,8 @@ def on_resume(what: OnResume) -> frozenset[str]:
     results of the run do not depend on it.
     """
     free = names_with("data", "model", paths=True) | names_with("machine")
-    answers = {
-        name: _facts(name, Config).get("on_resume", "free" if name in free else "same") for name in Config.model_fields
-    }
-    return frozenset(name for name, answer in answers.items() if answer == what)
+    answers = {name: _facts(name, Config).get("on_resume") for name in Config.model_fields}
+    return frozenset(n for n, answer in answers.items() if (answer or ("free" if n in free else "same")) == what)
 
 
 def deciding_vectors() -> frozenset[str]:
@@ -39,11 +35,6 @@ def deciding_vectors() -> frozenset[str]:
     Paths are not included, because files are identified by their content.
     """
     return names_with("view", "model", paths=False)
-
-
-def rounding() -> frozenset[str]:
-    """Return the names of the settings of the machine that change rounding."""
-    return names_with("machine") & on_resume("same")
 
 
 def _facts(name: str, of: type[Settings]) -> dict[str, Any]:

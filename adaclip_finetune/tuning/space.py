@@ -13,7 +13,7 @@ from adaclip_finetune.config.base import Contradictions, Settings
 from adaclip_finetune.config.layers import nearest, together
 from adaclip_finetune.config.optuna import TunedSetting
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.config.schema import schema_of, show
+from adaclip_finetune.config.schema import described, show
 from adaclip_finetune.errors import UserError
 
 Space = dict[str, BaseDistribution]
@@ -114,16 +114,15 @@ def _type_of(config: Config, name: str) -> str:
     section: Any = config
     for step in above:
         section = getattr(section, step, None)
-    schema = schema_of(type(section) if isinstance(section, Settings) else Settings)
-    nodes = schema.children(schema.root).get(last)
-    if nodes is None:
-        known = schema_of(Config).paths()
+    one = described(type(section) if isinstance(section, Settings) else Settings).get(last)
+    if one is None:
+        known = described(Config)
         if name in known:
             raise ValueError(f"there is no such setting with {above[0]}.method {getattr(config, above[0]).method}")
         raise ValueError(f"there is no such setting; the nearest is {nearest(name, known)}")
     if name.split(".")[0] not in tunable():
         raise ValueError("no trained weight depends on it, so it is the same in all trials")
-    kind = str(next(option.get("type") for node in nodes for option in schema.alternatives(node)))
+    kind = str(one.types[0].get("type"))
     if kind not in ("integer", "number", "string", "boolean") or last == "method":
         raise ValueError("is not a single value; tune the settings inside it, each by its own name")
     return kind

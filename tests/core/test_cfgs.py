@@ -85,6 +85,7 @@ def test_every_file_points_to_the_schema_which_is_up_to_date(capsys: pytest.Capt
         assert (path.parent / json.loads(path.read_text())["$schema"]).resolve() == (CFGS / "schema.json").resolve()
     assert main(["schema"]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert set(printed["properties"]) == {"$schema", *Config.model_fields}
     assert json.loads((CFGS / "schema.json").read_text()) == printed, "run: adaclip schema > cfgs/schema.json"
 
 

@@ -1,28 +1,23 @@
 """Loading settings: names and defaults, what overrides what, strictness, combinations, sections and paths."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from adaclip_finetune.config import (
     BitFitSettings,
-    Choice,
     Config,
     FullSettings,
     IbsSettings,
     SigmoidSettings,
-    implementation,
     load_config,
 )
 from adaclip_finetune.config.base import LARGEST
 from adaclip_finetune.config.paths import check_paths
-from adaclip_finetune.config.schema import schema_of
+from adaclip_finetune.config.schema import described
 from adaclip_finetune.errors import UserError
 
 DEFAULTS = {
@@ -45,17 +40,6 @@ DEFAULTS = {
     "objective": None, "primary": None,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
-CHOICES = {
-    "policy_backbone": "mobilenet_v3_large mobilenet_v2 resnet50 raw clip frozen_clip",
-    "rnn": "transformer lstm bilstm",
-    "mlp_type": "mlp fc",
-    "sim_header": "meanP seqTransf transformer",
-    "concat_captions": "concat indep-one indep-all",
-    "sampling": "uniform random",
-    "optim": "bertadam adamw",
-    "device": "auto cpu cuda xpu mps",
-    "precision": "fp32 bf16 fp16",
-}
 WHOLE = "a whole number from 1 to 4096"
 TUNING = {"opt_params": {"coef_lr": {"range": [0.1, 0.5]}}}
 
@@ -91,38 +75,16 @@ def test_names_and_defaults() -> None:
     assert (config.peft.method, config.peft.config) == ("full", FullSettings())
     assert (config.tower.method, config.task.method, config.adaptation.method) == ("per_frame", "retrieval", "none")
     assert config.model_fields_set == set()
-    assert {name: " ".join(get_args(Config.model_fields[name].annotation)) for name in CHOICES} == CHOICES
 
 
-def test_every_setting_has_help_of_one_line_and_describes_its_values() -> None:
-    schema = schema_of(Config)
-    for path, nodes in schema.paths().items():
-        assert all(5 < len(schema.resolve(node)["description"]) < 120 for node in nodes), path
-        assert schema.words(*nodes), path
-
-
-def test_every_whole_number_with_a_unit_is_bounded() -> None:
-    for path, nodes in schema_of(Config).paths().items():
-        for node in nodes:
-            bounds = [option.get("maximum") for option in schema_of(Config).alternatives(node)]
-            if node.get("unit") in LARGEST:
-                assert bounds == [LARGEST[node["unit"]]], path
+def test_every_setting_has_help_of_one_line_describes_its_values_and_bounds_whole_numbers() -> None:
+    for name, one in described(Config).items():
+        assert 5 < len(one.facts["description"]) < 120, name
+        assert one.words, name
+        if one.facts.get("unit") in LARGEST:
+            assert [node["maximum"] for node in one.types] == [LARGEST[one.facts["unit"]]], name
     for name in ("num_frm", "hidden_dim", "num_epochs", "batch_size", "max_img_size"):
         assert name in refusal(**{name: 2**31})
-
-
-def test_config_is_immutable_and_loads_again_as_it_was_written(write: Write) -> None:
-    config = load_config(None, {"peft.method": "ibs", "xpu": True, "betas": [0.5, 0.6], "num_frm": 9})
-    assert load_config(write(config.model_dump_json())) == config
-    with pytest.raises(ValidationError):
-        config.top_k = 3  # type: ignore[misc]
-    with pytest.raises(ValidationError):
-        config.peft.method = "full"  # type: ignore[misc]
-
-
-def test_loading_does_not_import_torch() -> None:
-    code = "import sys, adaclip_finetune.config, adaclip_finetune.config.paths; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 # ---- what overrides what ----
@@ -135,6 +97,8 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
     assert config.video_dir == str(Path("~/clips").expanduser())
     assert config.peft.config == IbsSettings(num_groups=3)
     assert config.model_fields_set == {"top_k", "learning_rate", "video_dir", "peft"}
+    assert load_config(write(config.model_dump_json(), "again.json")) == config
+    assert load_config(None, {"xpu": True}).device == "xpu"
 
 
 # ---- strictness ----
@@ -147,7 +111,6 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
         ("max_img_size", 0, f"{WHOLE}, or null"),
         *[("learning_rate", value, "a number > 0") for value in (True, "1e-4", 0)],
         ("warmup_proportion", 1, "a number >= 0 and < 1"),
-        ("grad_norm", 0, "a number > 0, or -1 for no clipping"),
         ("seed", 2**32, "a whole number from 0 to 4294967295"),
         *[("use_policy", value, "true or false") for value in (1, "false")],
         ("rnn", "gru", "one of transformer, lstm, bilstm"),
@@ -185,8 +148,7 @@ def test_text_that_is_not_strict_json_is_refused_with_the_file_name(write: Write
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "latin.json").write_bytes(b'{"dataset": "\xe9"}')
-    for path in (tmp_path / "none.json", tmp_path, tmp_path / "latin.json", Path("nul\0byte")):
+    for path in (tmp_path / "none.json", tmp_path, Path("nul\0byte")):
         assert refusal(path).startswith(f"{path}: ")
 
 
@@ -197,31 +159,24 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path) -> 
         ({"Top_K": 1}, "Top_K", "top_k"),
         ({"top k\n": 1}, '"top k\\n"', "top_k"),
         ({"retain_ratio": 0.1}, "retain_ratio", "peft.config.retain_ratio"),
-        ({"peft": {"method": "bitfit", "confg": {}}}, "peft.confg of bitfit", "config"),
-        ({"peft": {"method": "ibs", "config": {"retain": 1}}}, "peft.config.retain of ibs", "retain_ratio"),
-        ({"peft": {"method": "full", "config": {"x": 1}}}, "peft.config.x of full", None),
+        ({"peft": {"method": "bitfit", "confg": {}}}, "peft.confg of bitfit", "peft.config"),
+        ({"peft": {"method": "ibs", "config": {"retain": 1}}}, "peft.config.retain of ibs", "peft.config.retain_ratio"),
     ],
 )
 def test_an_unknown_name_is_refused_with_a_suggestion(
-    write: Write, content: Any, unknown: str, suggestion: str | None
+    write: Write, content: Any, unknown: str, suggestion: str
 ) -> None:
     path = write(content)
-    message = refusal(path)
-    assert message.startswith(f"{path}: unknown setting {unknown};")
-    assert suggestion is None or f"did you mean {suggestion}?" in message
+    assert refusal(path) == f"{path}: unknown setting {unknown}; did you mean {suggestion}?"
 
 
-def test_all_problems_are_reported_together_with_their_origin(write: Write) -> None:
+def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> None:
     path = write({"top_kk": 3, "num_frm": "16", "peft": {"method": "bitfit", "config": {"include_qkv_bias": 1}}})
     first, *lines = refusal(path, hidden_dim=0, seed=-1).splitlines()
     assert first.startswith("5 ") and len(lines) == 5
     assert sum(line.startswith(f"  - {path}: ") for line in lines) == 3
-    assert sum(line.startswith("  - command line: ") for line in lines) == 2
-
-
-def test_long_values_are_shortened(write: Write) -> None:
+    assert [line.split()[1] for line in lines if "  - --" in line] == ["--hidden_dim", "--seed"]
     assert len(refusal(write({"num_frm": "x" * 10_000}))) < 300
-    assert len(refusal(num_frm=-(10**5000))) < 300
 
 
 # ---- combinations ----
@@ -235,58 +190,50 @@ def test_long_values_are_shortened(write: Write) -> None:
         ({"frame_agg": "mlp", "word_agg": "mlp"}, "frame_agg word_agg"),
         ({"frames_dir": "a", "video_dir": "b"}, "frames_dir video_dir"),
         ({"num_frm_subset": 17}, "num_frm_subset num_frm"),
-        ({"warmup_epochs": 31}, "warmup_epochs num_epochs"),
-        ({"warmup_epochs": 2, "top_k": 16}, "top_k num_frm warmup_epochs"),
+        ({"warmup_epochs": 31}, "warmup_epochs num_epochs top_k"),
+        ({"warmup_epochs": 2, "top_k": 16}, "warmup_epochs num_frm top_k"),
         ({"hidden_dim": 100}, "hidden_dim rnn"),
         ({"reuse_scores": True, "use_policy": False}, "reuse_scores use_policy"),
         ({"min_tau": 6}, "min_tau init_tau"),
+        ({"grad_norm": 0}, "grad_norm"),
         ({"xpu": True, "device": "cpu"}, "xpu device"),
         ({"precision": "fp16", "device": "cpu"}, "precision device"),
-        ({"do_training_af_optuna": True}, "do_training_af_optuna"),
+        ({"do_training_af_optuna": True}, "do_training_af_optuna optuna_cfg"),
         ({"optuna_cfg": TUNING, "do_inference": True}, "optuna_cfg do_inference"),
-        ({"freeze_clip": True, "use_policy": False}, "freeze_clip use_policy sim_header frame_agg"),
+        ({"freeze_clip": True, "use_policy": False}, "freeze_clip use_policy sim_header frame_agg word_agg"),
         ({"freeze_clip": True, "peft.method": "ibs"}, "freeze_clip peft.method"),
         ({"freeze_clip": True, "peft.method": "lora"}, "freeze_clip peft.method"),
         ({"num_epochs": 1, "peft.method": "ibs"}, "peft.config.num_pre_epochs num_epochs"),
         ({"primary": "t2v.R@2"}, "primary task"),
-        ({"optuna_cfg": {**TUNING, "objective": "t2v.R@2"}}, "optuna_cfg.objective task"),
+        ({"optuna_cfg": {**TUNING, "objective": "t2v.R@2"}}, "optuna_cfg task"),
     ],
 )
-def test_impossible_combinations_name_the_settings_and_their_origins(settings: dict[str, Any], names: str) -> None:
+def test_impossible_combinations_name_the_settings_and_where_they_are_given(
+    settings: dict[str, Any], names: str
+) -> None:
     message = refusal(**settings)
-    origins = message[message.rindex("(") + 1 : -1].split(", ")
-    assert [origin.split(": ")[0] for origin in origins] == names.split()
-    assert {origin.split(": ")[1] for origin in origins} <= {"command line", "default"}
+    sources = message[message.rindex("(") + 1 : -1].split(", ")
+    assert [source.removeprefix("--").removesuffix(" by default") for source in sources] == names.split()
+    assert {source[2:] for source in sources if source.startswith("--")} >= set(settings) & set(names.split())
+
+
+def test_combinations_of_a_file_and_flags_and_several_at_once(write: Write) -> None:
+    path = write({"num_frm": 4})
+    assert refusal(path, frame_agg="mlp", word_agg="mlp", xpu=True, device="cuda").startswith("3 ")
+    assert refusal(path, top_k=5).endswith(f"(--top_k, num_frm in {path})")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"top_k": 16},
-        {"top_k": 20, "use_policy": False},
-        {"hidden_dim": 100, "rnn": "lstm"},
-        {"hidden_dim": 100, "use_rnn": False},
-        {"warmup_epochs": 30, "top_k": 15},
-        {"freeze_clip": True},
+        {"top_k": 20, "use_policy": False}, {"hidden_dim": 100, "rnn": "lstm"}, {"hidden_dim": 100, "use_rnn": False},
+        {"warmup_epochs": 30, "top_k": 15}, {"freeze_clip": True}, {"grad_norm": -1},
         {"freeze_clip": True, "use_policy": False, "do_inference": True},
-        {"freeze_clip": True, "use_policy": False, "frame_agg": "mlp"},
-        {"grad_norm": -1},
-        {"num_epochs": 2, "peft.method": "ibs"},
-        {"clip_backbone": "ViT-B-16-SigLIP2:webli"},
+        {"freeze_clip": True, "use_policy": False, "frame_agg": "mlp"}, {"num_epochs": 2, "peft.method": "ibs"},
     ],
-)
+)  # fmt: skip
 def test_possible_combinations(settings: dict[str, Any]) -> None:
     assert load_config(None, settings).model_fields_set >= {name.split(".")[0] for name in settings}
-
-
-def test_several_impossible_combinations_are_reported_together(write: Write) -> None:
-    path = write({"num_frm": 4})
-    assert refusal(path, frame_agg="mlp", word_agg="mlp", xpu=True, device="cuda").startswith("3 ")
-    assert refusal(path, top_k=5).endswith(f"(top_k: command line, num_frm: {path})")
-
-
-def test_xpu_means_device_xpu() -> None:
-    assert load_config(None, {"xpu": True}).device == "xpu"
 
 
 def test_the_figure_that_tuning_optimises() -> None:
@@ -299,39 +246,30 @@ def test_the_figure_that_tuning_optimises() -> None:
 # ---- sections ----
 
 
-def test_a_section_file_replaces_the_section(write: Write) -> None:
+def test_a_section_file_replaces_the_section_and_contains_nothing_else(write: Write) -> None:
     below = write({"top_k": 3, "peft": {"method": "ibs", "config": {"retain_ratio": 0.3}}})
     section = {"method": "bitfit", "config": {"include_qkv_bias": True}}
     for content in ({"$schema": "x", "peft": section}, section):
         config = load_config(below, {"peft": str(write(content, "over.json"))})
         assert (config.peft.config, config.top_k) == (BitFitSettings(include_qkv_bias=True), 3)
-
-
-def test_a_section_file_contains_nothing_else_and_is_named_in_errors(write: Write) -> None:
-    both = write({"peft": {"method": "full"}, "top_k": 3}, "both.json")
-    wrong = write({"peft": {"method": "ibs", "config": {"retain_ratio": 2}}}, "wrong.json")
-    assert {"both.json", "top_k"} <= set(refusal(peft=str(both)).replace("/", " ").replace(".json ", ".json ").split())
-    assert refusal(peft=str(wrong)).startswith(f"{wrong}: peft.config.retain_ratio is 2")
+    both = refusal(peft=str(write({"peft": {"method": "full"}, "top_k": 3}, "both.json")))
+    assert "both.json" in both and both.endswith("top_k")
     assert refusal(peft="none.json").startswith("none.json: ")
 
 
 def test_another_method_starts_from_its_defaults_with_a_warning(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     path = write({"peft": {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post"]}}})
-    assert load_config(path, {"peft.method": "ibs"}).peft.config == IbsSettings()
-    assert str(path) in caplog.text and "keep_module_keywords" in caplog.text
-    caplog.clear()
-    unnamed = write({"peft": {"config": {"retain_ratio": 0.3}}}, "unnamed.json")
-    assert load_config(unnamed, {"peft.method": "ibs"}).peft.config == IbsSettings(retain_ratio=0.3)
     kept = load_config(path, {"peft.method": "bitfit", "peft.config.include_qkv_bias": True}).peft.config
     assert kept == BitFitSettings(keep_module_keywords=("ln_post",), include_qkv_bias=True)
     assert not caplog.text
+    assert load_config(path, {"peft.method": "ibs"}).peft.config == IbsSettings()
+    assert "bitfit" in caplog.text and "keep_module_keywords" in caplog.text
 
 
-def test_the_order_of_overrides_does_not_matter_and_they_are_not_changed() -> None:
+def test_nested_overrides_win_in_any_order() -> None:
     given = {"peft.config.retain_ratio": 0.2, "peft": {"method": "ibs", "config": {}}, "peft.method": "ibs"}
     for overrides in (given, dict(reversed(given.items()))):
         assert load_config(None, overrides).peft.config == IbsSettings(retain_ratio=0.2)
-    assert given["peft"] == {"method": "ibs", "config": {}}
 
 
 def test_an_objective_is_an_object_a_file_a_flag_or_null(write: Write) -> None:
@@ -346,29 +284,30 @@ def test_an_objective_is_an_object_a_file_a_flag_or_null(write: Write) -> None:
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [
-        ({"peft.method": "no"}, 'command line: peft.method is "no", but must be one of full, bitfit, ibs, lora'),
+        ({"peft.method": "no"}, '--peft.method is "no", but must be one of full, bitfit, ibs, lora'),
         ({"peft.config.retain_ratio": 0.2}, "peft.method is missing"),
-        ({"peft.method": "ibs", "peft.config.rank": 4}, "command line: unknown setting peft.config.rank"),
-        ({"top_k.x": 4}, "command line: unknown setting top_k.x"),
-        ({"peft": [], "peft.method": "ibs"}, "command line: peft is []"),
-        ({"peft": {"method": "full", "x": 1}, "peft.method": "ibs"}, "command line: unknown setting peft.x"),
-        ({"peft": {"method": "full", "config": 3}, "peft.method": "ibs"}, "command line: peft.config is 3"),
-        ({"peft.method": "lora", "peft.config.targets": ["q", "z"]}, 'command line: peft.config.targets[1] is "z"'),
-        ({"peft.method": "lora", "peft.config.targets": []}, "command line: peft.config.targets is []"),
-        ({"peft.method": "lora", "peft.config.layers": [-1]}, "command line: peft.config.layers[0] is -1"),
-        ({"objective": {"config": {}}}, "command line: objective.method is missing"),
-        ({"objective": 3}, "command line: objective is 3, but must be an object with method, config, or null"),
-        ({"objective.method": "sigmoid", "objective.config.x": 1}, "command line: unknown setting objective.config.x"),
-        ({"tower": None}, "command line: tower is null"),
+        (
+            {"peft.method": "ibs", "peft.config.rank": 4},
+            "--peft.config.rank: unknown setting peft.config.rank of ibs; it",
+        ),
+        ({"top_k.x": 4}, "--top_k.x: unknown setting top_k.x"),
+        ({"peft": [], "peft.method": "ibs"}, "--peft is []"),
+        ({"peft": {"method": "full", "x": 1}, "peft.method": "ibs"}, "--peft: unknown setting peft.x"),
+        ({"peft": {"method": "full", "config": 3}}, "--peft: peft.config is 3"),
+        (
+            {"peft.method": "lora", "peft.config.targets": ["q", "z"]},
+            "--peft.config.targets: peft.config.targets[1] is",
+        ),
+        ({"peft.method": "lora", "peft.config.targets": []}, "--peft.config.targets is []"),
+        ({"peft.method": "lora", "peft.config.layers": [-1]}, "--peft.config.layers: peft.config.layers[0] is -1"),
+        ({"objective": {"config": {}}}, "--objective: objective.method is missing"),
+        ({"objective": 3}, "--objective is 3, but must be an object with method, config, or null"),
+        ({"objective.method": "sigmoid", "objective.config.x": 1}, "--objective.config.x: unknown setting objective"),
+        ({"tower": None}, "--tower is null"),
     ],
 )
 def test_wrong_sections(overrides: dict[str, Any], start: str) -> None:
     assert refusal(**overrides).startswith(start)
-
-
-def test_the_implementation_is_the_class_named_by_the_table() -> None:
-    table = {"bitfit": Choice(BitFitSettings, "config.choices:BitFitSettings")}
-    assert implementation(table, load_config(None, {"peft.method": "bitfit"}).peft) is BitFitSettings
 
 
 def test_optuna_cfg_is_accepted() -> None:
@@ -389,12 +328,7 @@ def test_optuna_cfg_is_accepted() -> None:
 )  # fmt: skip
 def test_wrong_ranges_of_optuna_cfg_name_the_setting(space: Any) -> None:
     assert "optuna_cfg.opt_params.x" in refusal(optuna_cfg={"opt_params": {"x": space}})
-
-
-def test_optuna_cfg_without_parameters_or_with_an_unknown_sampler() -> None:
     assert refusal(**{"optuna_cfg.n_trials": 5}).startswith("optuna_cfg.opt_params is missing")
-    message = refusal(optuna_cfg={"opt_params": {}, "sampler": {"name": "TPE"}})
-    assert "optuna_cfg.opt_params is {}" in message and 'optuna_cfg.sampler.name is "TPE"' in message
 
 
 # ---- paths ----
@@ -443,8 +377,5 @@ def test_files_and_folders_are_not_confused(files: dict[str, Any], tmp_path: Pat
     message = path_problems(**files | wrong)
     assert message.startswith("4 ")
     assert all(f"- {name} " in message for name in wrong)
-
-
-def test_ids_of_a_similarity_matrix_do_not_replace_an_annotation(files: dict[str, Any]) -> None:
-    matrix = str(Path(files["val_annot"]).with_suffix(".npy"))
+    matrix = str(Path(files["val_annot"]).with_suffix(".npy"))  # its ids would replace the annotation
     assert path_problems(**files, save_similarity=matrix).startswith(f"save_similarity {matrix} ")

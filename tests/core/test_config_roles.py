@@ -12,7 +12,7 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.base import OnResume, Role, setting
 from adaclip_finetune.config.optuna import OptunaSettings
 from adaclip_finetune.config.resume import continued_config
-from adaclip_finetune.config.roles import deciding_vectors, names_with, on_resume, rounding
+from adaclip_finetune.config.roles import deciding_vectors, names_with, on_resume
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.retrieval import deciding_settings
 from adaclip_finetune.tuning.space import build_space, tunable
@@ -68,11 +68,9 @@ def test_what_may_change_where_a_run_goes_on() -> None:
         "num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug",
     }  # fmt: skip
     assert on_resume("ignored") == {"resume", "auto_batch_size"}
+    rounding = {"precision", "tf32", "deterministic", "gradient_checkpointing", "val_batch_size"}
+    assert names_with("machine") & on_resume("same") == rounding
     assert sum(len(on_resume(answer)) for answer in get_args(OnResume)) == len(Config.model_fields)
-
-
-def test_what_rounds() -> None:
-    assert rounding() == {"precision", "tf32", "deterministic", "gradient_checkpointing", "val_batch_size"}
 
 
 def test_a_run_goes_on_with_its_own_model_and_other_workers(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The `adaclip` program: flags, help, exit codes and error messages."""
 
-import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +14,8 @@ import pytest
 from adaclip_finetune import __version__, cli
 from adaclip_finetune.commands import train as train_command
 from adaclip_finetune.config import BitFitSettings, Config, IbsSettings
-from adaclip_finetune.config.schema import schema_of
+from adaclip_finetune.config.schema import described
+from adaclip_finetune.config.settings import GROUPS
 from adaclip_finetune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -81,18 +82,12 @@ def test_train_starts_training_evaluation_or_a_dry_run(calls: Calls) -> None:
     ]  # fmt: skip
 
 
-def test_help_and_path_errors_do_not_import_torch() -> None:
-    code = "import sys; from adaclip_finetune.cli import main; print(main({words}), 'torch' in sys.modules)"
-    done = python(code.format(words=["train"]))
+def test_path_errors_and_train_py_do_not_import_torch() -> None:
+    done = python("import sys; from adaclip_finetune.cli import main; print(main(['train']), 'torch' in sys.modules)")
     assert done.stdout.split() == [b"2", b"False"] and b"--train_annot" in done.stderr
-    script = (
-        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
-        "try: runpy.run_path('train.py', run_name='__main__')\n"
-        "finally: print('torch imported:', 'torch' in sys.modules)"
-    )
-    done = python(script)
+    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"usage: adaclip train")
-    assert done.stdout.rstrip().endswith(b"torch imported: False")
+    assert b"| adaclip_finetune.cli" in done.stderr and not re.search(rb"\| +torch\n", done.stderr)
 
 
 # ---- flags ----
@@ -101,16 +96,16 @@ def test_help_and_path_errors_do_not_import_torch() -> None:
 def test_every_setting_is_a_flag_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    titles = [base.__doc__ for base in reversed(Config.__bases__)]
-    positions = [text.index(f"\n{title}:\n") for title in titles]
+    positions = [text.index(f"\n{title}:\n") for title in GROUPS.values()]
     assert positions == sorted(positions)
-    assert all(f"\n  --{name} " in text for name in schema_of(Config).paths())
-    words = " ".join(text.split())
-    assert "[a whole number >= 1; unit: frames; default: 16]" in words
-    assert "[one of uniform, random; default: uniform]" in words
-    assert "--no_policy the same as --use_policy false" in words
-    assert "[for ibs; a number > 0 and <= 1; default: 0.1]" in words
-    assert "%%" not in text
+    assert all(f"\n  --{name} " in text for name in described(Config))
+    for words in (
+        "[a whole number >= 1; unit: frames; default: 16]",
+        "[one of uniform, random; default: uniform]",
+        "--no_policy the same as --use_policy false",
+        "[for ibs; a number > 0 and <= 1; default: 0.1]",
+    ):
+        assert words in " ".join(text.split())
 
 
 def test_values_of_flags(train: Callable[..., Config], tmp_path: Path) -> None:
@@ -132,14 +127,11 @@ def test_values_of_flags(train: Callable[..., Config], tmp_path: Path) -> None:
     ("words", "name", "value"),
     [
         ("--save_last", "save_last", True),
-        ("--save_last true", "save_last", True),
         ("--save_last=True", "save_last", True),
         ("--save_last FALSE", "save_last", False),
         ("--save_last --no_save_last", "save_last", False),
         ("--no_policy", "use_policy", False),
-        ("--use_policy false", "use_policy", False),
         ("--no_policy --use_policy", "use_policy", True),
-        ("--no_rnn", "use_rnn", False),
         ("--no_warmup", "no_warmup", True),
         ("--no_warmup false", "no_warmup", False),
     ],
@@ -166,24 +158,21 @@ def test_nested_flags_and_section_files(train: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("words", "start"),
     [
-        (["--top_k", "abc"], 'command line: top_k is "abc", but must be'),
-        (["--top_k", "2.0"], "command line: top_k is 2.0, but must be"),
-        (["--top_k", "none"], 'command line: top_k is "none", but must be'),
-        (["--top_k", ""], 'command line: top_k is "", but must be'),
-        (["--weight_decay", "nan"], 'command line: weight_decay is "nan", but must be'),
-        (["--freeze_cnn", "0"], 'command line: freeze_cnn is "0", but must be true or false'),
+        (["--top_k", "abc"], '--top_k is "abc", but must be'),
+        (["--top_k", "none"], '--top_k is "none", but must be'),
+        (["--top_k", ""], '--top_k is "", but must be'),
+        (["--weight_decay", "nan"], "--weight_decay is NaN, but must be"),
+        (["--freeze_cnn", "0"], '--freeze_cnn is "0", but must be true or false'),
         (["--betas", "0.9,0.98"], "2 settings are invalid"),
         (["--top_k"], "argument --top_k: "),
         (["--no_policy=3"], "argument --no_policy: "),
         (["--num_ep", "3"], "unknown flag --num_ep; did you mean --num_epochs?"),
-        (["--conf=3"], "unknown flag --conf; did you mean --config?"),
         (["--peft.meth", "ibs"], "unknown flag --peft.meth; did you mean --peft.method?"),
         (["cfgs/demo.json"], "unexpected argument: cfgs/demo.json"),
         (["--json"], "--json requires --dry_run"),
         (["--optuna_cfg.opt_params", "{"], "--optuna_cfg.opt_params: "),
         (["--peft.config", '{"a": 1, "a": 2}'], "--peft.config: "),
         (["--config", "nowhere.json"], "nowhere.json: "),
-        (["--peft", "nowhere.json"], "nowhere.json: "),
         (["--top_k", "x", "--rnn", "gru", "--betas", "1", "2"], "4 settings are invalid"),
     ],
 )
@@ -191,12 +180,10 @@ def test_wrong_flags(refusal: Callable[..., str], words: list[str], start: str) 
     assert refusal(*words).startswith(start)
 
 
-@pytest.mark.parametrize(
-    ("words", "shown"), [(["--debug"], True), (["--debug=true"], True), (["--debug", "false"], False)]
-)
-def test_debug_shows_the_traceback(words: list[str], shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", *words, "--top_k", "x"]) == 2
-    assert ("Traceback" in capsys.readouterr().err) is shown
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown in ((["--debug"], True), (["--debug=true"], True), (["--debug", "false"], False)):
+        assert cli.main(["train", *words, "--top_k", "x"]) == 2
+        assert ("Traceback" in capsys.readouterr().err) is shown
 
 
 def test_errors_and_interruption_while_training(
@@ -250,14 +237,6 @@ def test_every_command_has_help_without_importing_torch(command: str) -> None:
     code, *modules = done.stdout.decode().rsplit("\n", 2)[-2].split()
     assert (code, done.stderr) == ("0", b"")
     assert not {"torch", "numpy", "av", "optuna"} & set(modules)
-
-
-def test_schema_contains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["schema"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert set(document["properties"]) == {"$schema", *Config.model_fields}
-    assert document["additionalProperties"] is False
-    assert document["properties"]["top_k"].items() >= {"default": 8, "minimum": 1, "unit": "frames"}.items()
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:

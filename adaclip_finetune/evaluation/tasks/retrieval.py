@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.roles import deciding_vectors, names_with, rounding
+from adaclip_finetune.config.roles import deciding_vectors, names_with, on_resume
 from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.preprocess import Views
@@ -248,7 +248,7 @@ def save_similarity(path: Path, result: RetrievalReport) -> None:
 def deciding_settings() -> set[str]:
     """Return the names of the settings that decide the bits of an embedding. Paths are not among them: files are
     identified by their content."""
-    return {*deciding_vectors(), *names_with("data", paths=False), *rounding()}
+    return {*deciding_vectors(), *names_with("data", paths=False), *(names_with("machine") & on_resume("same"))}
 
 
 def _integers(values: Sequence[int]) -> Tensor:

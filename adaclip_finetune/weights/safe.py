@@ -9,7 +9,6 @@ class of modules.
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from adaclip_finetune.errors import UserError
 
-_ASKED_FOR = re.compile(r"GLOBAL (\w[\w.]*)")
 _AGAIN = "copy or download it again"
 
 # Keys under which training programs keep the weights, and what wrappers put in front of each name: DataParallel and
@@ -53,18 +51,13 @@ def read_untrusted(path: Path) -> tuple[Any, dict[str, str]]:
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is incomplete, damaged or not a safetensors file ({error}); {_AGAIN}") from error
-    except Exception as error:
-        # torch's own message advises to run the code in the file.
-        asked_for = _ASKED_FOR.search(str(error))
-        asks = f" (it asks for {asked_for[1]})" if asked_for else ""
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+    except Exception as error:  # torch's own message advises to run the code in the file
         raise UserError(
             f"{path} is not a file of weights: it cannot be read as safetensors, nor as a torch file of tensors, "
-            f"numbers, text and containers of them{asks}. A file that needs code to be read is not opened; nothing in "
-            "it was run"
+            "numbers, text and containers of them. A file that needs code to be read is not opened; nothing in it was "
+            "run"
         ) from error
 
 
@@ -101,10 +94,7 @@ def _mistaken(path: Path, start: bytes) -> str | None:
 
 
 class _EasyDict:
-    """A stand-in for easydict.EasyDict, a dict that keeps its items as attributes too.
-
-    torch fills only real dicts, so the stand-in makes one: an OrderedDict, whose attributes may be set as well.
-    """
+    """A stand-in for easydict.EasyDict, which becomes an OrderedDict: torch fills only real dicts."""
 
     def __new__(cls, *_: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
         return OrderedDict()

@@ -44,7 +44,7 @@ _OPENAI_WIDTH = 1024
 # The prefix with which open_clip takes a folder in place of a model name, and the file there that describes the model.
 _LOCAL_DIR = "local-dir:"
 _DESCRIPTION = "open_clip_config.json"
-_WEIGHTS_IN_FOLDER = (
+_OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -56,9 +56,9 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 class Weights(NamedTuple):
     """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from (a setting and its value).
 
-    `description` is that of a checkpoint of ours, otherwise empty; `tokenizer` is the folder beside the checkpoint with
-    the files of a tokenizer that is not CLIP's. With `with_additions` the tensors include what a PEFT method added to
-    CLIP, which is filled in later.
+    `description` has `model_cfg` and `preprocess` in open_clip's terms; it is empty for a bare file. `tokenizer` is the
+    folder with the files of a tokenizer that is not CLIP's. With `with_additions` the tensors include what a PEFT
+    method added to CLIP, which is filled in later.
     """
 
     state: Mapping[str, Tensor]
@@ -72,7 +72,7 @@ class Towers(NamedTuple):
     """A CLIP that was found but not built: `model_cfg` and `preprocess` describe it in open_clip's terms.
 
     `weights` are None if open_clip must fetch them, by `name` and `tag`. open_clip knows the tokenizer by `name`, which
-    is None for CLIP's own. `note` says in words how the architecture was found.
+    is None for CLIP's own.
     """
 
     model_cfg: dict[str, Any]
@@ -80,7 +80,6 @@ class Towers(NamedTuple):
     weights: Weights | None
     name: str | None = None
     tag: str | None = None
-    note: str = ""
 
     def cannot_build(self, error: Exception) -> UserError:
         """Return the error for towers that open_clip, or a library behind it, cannot build."""
@@ -110,10 +109,11 @@ def load_clip(
         raise UserError(f"max_txt_len: {config.max_txt_len}, but the tower takes {encode.context_length} tokens")
     tokens = Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
     source = _fill(module, towers) if with_weights else f"{device} device, no weights"
-    description = dict(towers.weights.description if towers.weights else {}) or {
+    description = {
         "model_cfg": towers.model_cfg,
-        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
         "pretrained": None if towers.weights else f"{towers.name}:{towers.tag}",
+        **(towers.weights.description if towers.weights else {}),
+        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
     }
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source, description)
 
@@ -248,19 +248,14 @@ def _find_towers(config: Config, from_checkpoint: Weights | None) -> Towers:
     3. the CLIP in any other checkpoint;
     4. the weights that open_clip fetches for `clip_backbone`.
 
-    A `clip_backbone` that was given is the architecture of files, and must be that of a description; its default says
-    nothing about them. Raise UserError if it is another one, or if there is no such CLIP.
+    A `clip_backbone` that was given is the architecture of a bare file, and must be that of a description; its default
+    says nothing about them. Raise UserError if it is another one, or if there is no such CLIP.
     """
     given = config.clip_backbone if "clip_backbone" in config.model_fields_set else None
-    path = None if config.clip_weights is None else Path(config.clip_weights)
-    if from_checkpoint is not None and from_checkpoint.description:
-        towers = _described(from_checkpoint)
-    elif path is not None and path.is_dir():
-        towers = _in_folder(path)
-    elif path is not None:
-        return _of_weights(Weights(read_state_dict(path), f"clip_weights: {path}"), given)
-    elif from_checkpoint is not None:
-        return _of_weights(from_checkpoint, given)
+    if from_checkpoint is not None and (from_checkpoint.description or config.clip_weights is None):
+        weights = from_checkpoint
+    elif config.clip_weights is not None:
+        weights = _read_weights(Path(config.clip_weights))
     else:
         name, tag = resolve_backbone(config.clip_backbone)
         if tag is None and len(_tags(name)) == 1:
@@ -269,54 +264,47 @@ def _find_towers(config: Config, from_checkpoint: Weights | None) -> Towers:
             choice = f"write {name}:TAG with one of its tags ({', '.join(_tags(name)) or 'none'}), or set clip_weights"
             raise UserError(f"clip_backbone: {name} does not say which weights: {choice}")
         return Towers(open_clip.get_model_config(name), _preprocess_of(name, tag), None, name, tag)
-    wanted = towers.model_cfg if given is None else open_clip.get_model_config(resolve_backbone(given)[0])
-    if given is not None and not same_architecture(wanted, towers.model_cfg):
-        raise UserError(f"clip_backbone {given} is not the architecture that {towers.note} describes; leave it out")
-    return towers
-
-
-def _described(weights: Weights) -> Towers:
-    """Return the towers that a checkpoint of ours describes."""
-    model_cfg, tokenizer = weights.description["model_cfg"], None
-    if model_cfg["text_cfg"].get("hf_tokenizer_name"):
-        tokenizer = f"{_LOCAL_DIR}{weights.tokenizer}"
-        if weights.tokenizer is None or not weights.tokenizer.is_dir():
-            raise UserError(f"{weights.source}: its tokenizer is not in {weights.tokenizer}; copy the whole run folder")
-    return Towers(model_cfg, weights.description["preprocess"], weights, tokenizer, note=weights.source)
-
-
-def _in_folder(folder: Path) -> Towers:
-    """Return the towers in a folder of open_clip's or of transformers'."""
-    path = folder / _DESCRIPTION
-    of_open_clip = path.is_file()
-    if of_open_clip:
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
-            raise UserError(f"{path}: has no model_cfg that describes a CLIP")
-        names: tuple[str, ...] = _WEIGHTS_IN_FOLDER
-        model_cfg, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
-    else:
-        path, names = folder / "config.json", ("model.safetensors", "pytorch_model.bin")
-        model_cfg, preprocess = huggingface.read_folder(folder)
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"clip_weights: {folder} holds no weights: none of {', '.join(names)}")
-    state = read_state_dict(file) if of_open_clip else huggingface.to_openai_names(read_state_dict(file))
-    weights = Weights(state, f"clip_weights: {file}")
-    return Towers(model_cfg, preprocess, weights, f"{_LOCAL_DIR}{folder}" if of_open_clip else None, note=str(path))
-
-
-def _of_weights(weights: Weights, given: str | None) -> Towers:
-    """Return the towers of the architecture that was given, otherwise of the one that the tensors show."""
+    if weights.description:
+        return _described(weights, given)
     if given is not None:
         name, tag = resolve_backbone(given)
-        note = f"clip_backbone {given}; without it, the shapes of the tensors decide"
-        return Towers(open_clip.get_model_config(name), _preprocess_of(name, tag), weights, name, note=note)
+        return Towers(open_clip.get_model_config(name), _preprocess_of(name, tag), weights, name)
     model_cfg = architecture_of(weights.state, weights.source)
     if model_cfg["vision_cfg"]["width"] > _OPENAI_WIDTH:
         raise UserError(f"{weights.source} is larger than any CLIP of OpenAI; name its architecture with clip_backbone")
     told = f"{weights.source} (by its shapes, with quick-GELU and 64 channels per head; otherwise set clip_backbone)"
-    return Towers(model_cfg, {}, weights._replace(source=told), note="the shapes of the tensors")
+    return Towers(model_cfg, {}, weights._replace(source=told))
+
+
+def _described(weights: Weights, given: str | None) -> Towers:
+    """Return the towers that a folder or a checkpoint of ours describes."""
+    model_cfg, tokenizer = weights.description["model_cfg"], None
+    if given and not same_architecture(open_clip.get_model_config(resolve_backbone(given)[0]), model_cfg):
+        raise UserError(f"clip_backbone {given} is not the architecture of {weights.source}; leave it out")
+    if model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
+        tokenizer = f"{_LOCAL_DIR}{weights.tokenizer}"
+        if weights.tokenizer is None or not weights.tokenizer.is_dir():
+            raise UserError(f"{weights.source}: its tokenizer is not in {weights.tokenizer}; copy the whole run folder")
+    return Towers(model_cfg, weights.description["preprocess"], weights, tokenizer)
+
+
+def _read_weights(path: Path) -> Weights:
+    """Read the weights in a file, or in a folder of open_clip's or of transformers', which describes them."""
+    if not path.is_dir():
+        return Weights(read_state_dict(path), f"clip_weights: {path}")
+    if of_open_clip := (path / _DESCRIPTION).is_file():
+        content = read_json(path / _DESCRIPTION)
+        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+            raise UserError(f"{path / _DESCRIPTION}: has no model_cfg that describes a CLIP")
+        description = {"model_cfg": content["model_cfg"], "preprocess": content.get("preprocess_cfg", {})}
+    else:
+        description = huggingface.read_folder(path)
+    names = _OPEN_CLIP_WEIGHTS if of_open_clip else huggingface.WEIGHTS
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"clip_weights: {path} holds no weights: none of {', '.join(names)}")
+    state = read_state_dict(file) if of_open_clip else huggingface.to_openai_names(read_state_dict(file))
+    return Weights(state, f"clip_weights: {file}", description, path)
 
 
 def _preprocess_of(name: str, tag: str | None) -> dict[str, Any]:
@@ -360,7 +348,7 @@ def _fill(module: nn.Module, towers: Towers) -> str:
         ensure_logit_bias(module)
     own = module.state_dict() if weights.with_additions else weights.state
     state = {name: tensor for name, tensor in weights.state.items() if name in own}
-    strict_load(module, state, weights.source, f"The architecture is that of {towers.note}")
+    strict_load(module, state, weights.source, f"The model is clip_backbone {towers.name}" if towers.name else "")
     return weights.source.partition(": ")[2]
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The names that a file of weights may have in a folder, by preference."""
+
 # Parts of OpenAI's names → parts of transformers', in an order in which each can be replaced in either direction.
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -62,8 +65,8 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return open_clip's description of a folder's architecture, and its preprocessing ({} if it has none).
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Return open_clip's description of a folder: `model_cfg`, and `preprocess` ({} if the folder has none).
 
     Raise UserError for a folder without the config of a CLIPModel, or with one that open_clip cannot express.
     """
@@ -74,22 +77,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"clip_weights: {folder} holds no open_clip_config.json and no config.json of a CLIPModel; give a folder "
             "of open_clip's or transformers', or a weights file"
         )
+    processors = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
+    processor = next((file for file in processors if file.is_file()), None)
     try:
-        model_cfg = to_model_cfg(config)
+        model_cfg, preprocess = to_model_cfg(config), {}
+        if processor is not None:
+            path = processor
+            preprocess = _preprocess(read_json(path), model_cfg["vision_cfg"]["image_size"])
+        return {"model_cfg": model_cfg, "preprocess": preprocess}
     except (TypeError, AttributeError, KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: only a CLIPModel of OpenAI's kind can be read ({error})") from error
-    paths = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
-    path = next((path for path in paths if path.is_file()), path)
-    if path.name == "config.json":
-        return model_cfg, {}
-    size = model_cfg["vision_cfg"]["image_size"]
-    try:
-        return model_cfg, _preprocess(read_json(path), size)
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: asks for a preprocessing that is not available ({error}): images are resized (bicubic or "
-            f"bilinear) and cropped, or stretched, to {size} pixels, and normalised"
-        ) from error
 
 
 def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,16 +194,13 @@ def _section(cfg: Any, terms: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
 def _preprocess(content: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     """Return an image processor's preprocessing in open_clip's terms. Raise ValueError for an unusual one."""
     content = content.get("image_processor", content)
-    size = content.get("size", image_size)
+    size, crops = content.get("size", image_size), content.get("do_center_crop", True)
     stretched = isinstance(size, dict) and size.keys() == {"height", "width"}
-    crops = content.get("do_center_crop", True)
     sides = [size, content.get("crop_size", image_size)] if crops else [size]
-    if {side for s in sides for side in (s.values() if isinstance(s, dict) else [s])} != {image_size}:
-        raise ValueError(f"sizes {sides}")
-    if off := [step for step in _STEPS if not content.get(step, True)]:
-        raise ValueError(f"no {', '.join(off)}")
-    if not (crops or stretched):
-        raise ValueError("no do_center_crop")
+    resized = {side for s in sides for side in (s.values() if isinstance(s, dict) else [s])} == {image_size}
+    if not resized or not (crops or stretched) or not all(content.get(step, True) for step in _STEPS):
+        given = {key: content.get(key) for key in ("size", "crop_size", "do_center_crop", *_STEPS)}
+        raise ValueError(f"images are resized and cropped, or stretched, to {image_size} and normalised, not {given}")
     return {
         "mean": content["image_mean"],
         "std": content["image_std"],

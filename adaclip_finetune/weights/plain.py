@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from adaclip_finetune.errors import UserError
 
+_LISTED = 20
 _ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original$")
 
 
@@ -67,7 +68,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str, advice: str = "") -> None:
-    """Copy `state` into `module`. Raise UserError listing all tensors that are missing, unexpected or of another shape.
+    """Copy `state` into `module`. Raise UserError listing tensors that are missing, unexpected or of another shape.
 
     `state` has plain names, which fill the weights under parametrizations and leave these unchanged, or the names of
     `module.state_dict()`, which fill both. A module on the meta device is compared but not filled. `advice` ends the
@@ -86,7 +87,8 @@ def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str, adv
             wanted_shape = tuple(own[wanted[name]].shape)
             problems.append(f"shape: {name} is {tuple(tensor.shape)}, the model has {wanted_shape}")
     if problems:
-        listed = "\n  ".join([f"{source} does not fit the model ({len(problems)} tensors):", *problems])
-        raise UserError(f"{listed}\n{advice}".rstrip())
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        listed = [f"{source} does not fit the model ({len(problems)} tensors):", *problems[:_LISTED], *more]
+        raise UserError(("\n  ".join(listed) + f"\n{advice}").rstrip())
     if not any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict(own | {real: given[name] for name, real in wanted.items()})

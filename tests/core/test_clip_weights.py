@@ -181,7 +181,7 @@ def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:
     spelled_out = {**ARCHITECTURE, "custom_text": False, "text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 49408}}
     load_clip(config(clip_weights=str(write_folder(tmp_path / "same", spelled_out))))
     other = str(write_folder(tmp_path / "other", {**ARCHITECTURE, "quick_gelu": False}))
-    with pytest.raises(UserError, match=rf"clip_backbone tiny .*{other}.*open_clip_config\.json"):
+    with pytest.raises(UserError, match=f"clip_backbone tiny .*{other}"):
         load_clip(config(clip_weights=other))
 
 

@@ -91,7 +91,7 @@ class Checkpoint:
         if self.kind is Kind.ADAPTER:
             return None
         inside = {n.removeprefix("clip."): tensor for n, tensor in self.state.items() if n.startswith("clip.")}
-        tokenizer, additions = self.path.parent / "tokenizer", self.method is not None
+        tokenizer, additions = f"local-dir:{self.path.parent / 'tokenizer'}", self.method is not None
         return Weights(inside, f"resume: {self.path}", self.description, tokenizer, additions)
 
     def own_settings(self, folder: Path | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from open_clip import list_pretrained_tags_by_model as _tags_of
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
@@ -41,8 +42,7 @@ from adaclip_finetune.weights.safe import named_tensors, read_untrusted
 _OPENAI_NAMES = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 # The largest image tower that OpenAI published. Larger ones of others have more channels per head.
 _OPENAI_WIDTH = 1024
-# The prefix with which open_clip takes a folder in place of a model name, and the file there that describes the model.
-_LOCAL_DIR = "local-dir:"
+# The file with which open_clip takes a folder, `local-dir:FOLDER`, in place of a model name.
 _DESCRIPTION = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
@@ -56,35 +56,17 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 class Weights(NamedTuple):
     """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from (a setting and its value).
 
-    `description` has `model_cfg` and `preprocess` in open_clip's terms; it is empty for a bare file. `tokenizer` is the
-    folder with the files of a tokenizer that is not CLIP's. With `with_additions` the tensors include what a PEFT
-    method added to CLIP, which is filled in later.
+    `state` is None if open_clip must fetch it. `description` has `model_cfg` and `preprocess` in open_clip's terms, and
+    what else a checkpoint says about its CLIP; it is empty for a bare file. `tokenizer` is the name, or `local-dir:`
+    and the folder, by which open_clip knows a tokenizer that is not CLIP's own. With `with_additions` the tensors
+    include what a PEFT method added to CLIP, which is filled in later.
     """
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | None
     source: str
     description: Mapping[str, Any] = MappingProxyType({})
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     with_additions: bool = False
-
-
-class Towers(NamedTuple):
-    """A CLIP that was found but not built: `model_cfg` and `preprocess` describe it in open_clip's terms.
-
-    `weights` are None if open_clip must fetch them, by `name` and `tag`. open_clip knows the tokenizer by `name`, which
-    is None for CLIP's own.
-    """
-
-    model_cfg: dict[str, Any]
-    preprocess: Mapping[str, Any]
-    weights: Weights | None
-    name: str | None = None
-    tag: str | None = None
-
-    def cannot_build(self, error: Exception) -> UserError:
-        """Return the error for towers that open_clip, or a library behind it, cannot build."""
-        subject = f"clip_backbone: {self.name}" if self.weights is None else self.weights.source
-        return UserError(f"{subject}: open_clip cannot build it: {type(error).__name__}: {error}")
 
 
 def load_clip(
@@ -96,25 +78,23 @@ def load_clip(
     without memory; on another `device` their weights are random. Raise UserError if the architecture is unknown, the
     weights cannot be obtained, or they or the settings do not fit.
     """
-    towers = _find_towers(config, from_checkpoint)
-    module = _build(towers, "cpu" if with_weights else device)
-    preprocess = open_clip.get_model_preprocess_cfg(module)
+    weights = _find(config, from_checkpoint)
     try:
-        image, encode = _image_spec(preprocess), _encoder(towers)
-    except Exception as error:  # whatever a config, or a library behind a tokenizer, can lead to
-        raise towers.cannot_build(error) from error
+        module = _build(weights, "cpu" if with_weights else device)
+        preprocess = open_clip.get_model_preprocess_cfg(module)
+        image, encode = _image_spec(preprocess), _encoder(weights)
+    except Exception as error:  # whatever a config, or a library behind a tower or a tokenizer, can lead to
+        raise UserError(f"{weights.source}: open_clip cannot build it: {type(error).__name__}: {error}") from error
     if config.max_img_size not in (None, image.size):
         raise UserError(f"max_img_size: {config.max_img_size}, but the tower takes {image.size}; leave it out")
     if config.max_txt_len > encode.context_length:
         raise UserError(f"max_txt_len: {config.max_txt_len}, but the tower takes {encode.context_length} tokens")
     tokens = Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
-    source = _fill(module, towers) if with_weights else f"{device} device, no weights"
-    description = {
-        "model_cfg": towers.model_cfg,
-        "pretrained": None if towers.weights else f"{towers.name}:{towers.tag}",
-        **(towers.weights.description if towers.weights else {}),
-        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
-    }
+    if with_weights:
+        _fill(module, weights)
+    source = weights.source.partition(": ")[2] if with_weights else f"{device} device, no weights"
+    stored = {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+    description = {"pretrained": None, **weights.description, "preprocess": stored}
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source, description)
 
 
@@ -186,7 +166,9 @@ def resolve_backbone(clip_backbone: str) -> tuple[str, str | None]:
         return name, None
     weights = open_clip.get_pretrained_cfg(name, tag)
     if not weights:
-        raise UserError(f"clip_backbone: open_clip has no weights {tag!r} of {name}; it has {', '.join(_tags(name))}")
+        raise UserError(
+            f"clip_backbone: open_clip has no weights {tag!r} of {name}; it has {', '.join(_tags_of(name))}"
+        )
     with_quick_gelu = f"{name}-quickgelu"
     return with_quick_gelu if weights.get("quick_gelu") and with_quick_gelu in open_clip.list_models() else name, tag
 
@@ -240,8 +222,8 @@ def same_architecture(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         return False
 
 
-def _find_towers(config: Config, from_checkpoint: Weights | None) -> Towers:
-    """Find the CLIP that is meant: the first of these that there is.
+def _find(config: Config, from_checkpoint: Weights | None) -> Weights:
+    """Find the CLIP that is meant, and its description: the first of these that there is.
 
     1. the CLIP that a checkpoint of ours describes;
     2. the folder or file `clip_weights`;
@@ -258,34 +240,33 @@ def _find_towers(config: Config, from_checkpoint: Weights | None) -> Towers:
         weights = _read_weights(Path(config.clip_weights))
     else:
         name, tag = resolve_backbone(config.clip_backbone)
-        if tag is None and len(_tags(name)) == 1:
-            name, tag = resolve_backbone(f"{name}:{_tags(name)[0]}")
+        tags = _tags_of(name)
+        if tag is None and len(tags) == 1:
+            name, tag = resolve_backbone(f"{name}:{tags[0]}")
         if tag is None:
-            choice = f"write {name}:TAG with one of its tags ({', '.join(_tags(name)) or 'none'}), or set clip_weights"
+            choice = f"write {name}:TAG with one of its tags ({', '.join(tags) or 'none'}), or set clip_weights"
             raise UserError(f"clip_backbone: {name} does not say which weights: {choice}")
-        return Towers(open_clip.get_model_config(name), _preprocess_of(name, tag), None, name, tag)
+        about = {"model_cfg": open_clip.get_model_config(name), "preprocess": _preprocess_of(name, tag)}
+        return Weights(None, f"clip_backbone: {name}:{tag}", {**about, "pretrained": f"{name}:{tag}"}, name)
     if weights.description:
-        return _described(weights, given)
+        model_cfg = weights.description["model_cfg"]
+        if given and not same_architecture(open_clip.get_model_config(resolve_backbone(given)[0]), model_cfg):
+            raise UserError(f"clip_backbone {given} is not the architecture of {weights.source}; leave it out")
+        if not model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
+            return weights._replace(tokenizer=None)
+        folder = str(weights.tokenizer).removeprefix("local-dir:")
+        if not Path(folder).is_dir():
+            raise UserError(f"{weights.source}: its tokenizer is not in {folder}; copy the whole run folder")
+        return weights
     if given is not None:
         name, tag = resolve_backbone(given)
-        return Towers(open_clip.get_model_config(name), _preprocess_of(name, tag), weights, name)
-    model_cfg = architecture_of(weights.state, weights.source)
+        about = {"model_cfg": open_clip.get_model_config(name), "preprocess": _preprocess_of(name, tag)}
+        return Weights(weights.state, f"{weights.source} with clip_backbone {given}", about, name)
+    model_cfg = architecture_of(weights.state or {}, weights.source)
     if model_cfg["vision_cfg"]["width"] > _OPENAI_WIDTH:
         raise UserError(f"{weights.source} is larger than any CLIP of OpenAI; name its architecture with clip_backbone")
     told = f"{weights.source} (by its shapes, with quick-GELU and 64 channels per head; otherwise set clip_backbone)"
-    return Towers(model_cfg, {}, weights._replace(source=told))
-
-
-def _described(weights: Weights, given: str | None) -> Towers:
-    """Return the towers that a folder or a checkpoint of ours describes."""
-    model_cfg, tokenizer = weights.description["model_cfg"], None
-    if given and not same_architecture(open_clip.get_model_config(resolve_backbone(given)[0]), model_cfg):
-        raise UserError(f"clip_backbone {given} is not the architecture of {weights.source}; leave it out")
-    if model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
-        tokenizer = f"{_LOCAL_DIR}{weights.tokenizer}"
-        if weights.tokenizer is None or not weights.tokenizer.is_dir():
-            raise UserError(f"{weights.source}: its tokenizer is not in {weights.tokenizer}; copy the whole run folder")
-    return Towers(model_cfg, weights.description["preprocess"], weights, tokenizer)
+    return Weights(weights.state, told, {"model_cfg": model_cfg, "preprocess": {}})
 
 
 def _read_weights(path: Path) -> Weights:
@@ -304,7 +285,7 @@ def _read_weights(path: Path) -> Weights:
     if file is None:
         raise UserError(f"clip_weights: {path} holds no weights: none of {', '.join(names)}")
     state = read_state_dict(file) if of_open_clip else huggingface.to_openai_names(read_state_dict(file))
-    return Weights(state, f"clip_weights: {file}", description, path)
+    return Weights(state, f"clip_weights: {file}", description, f"local-dir:{path}")
 
 
 def _preprocess_of(name: str, tag: str | None) -> dict[str, Any]:
@@ -312,58 +293,48 @@ def _preprocess_of(name: str, tag: str | None) -> dict[str, Any]:
 
     A file of weights does not say how its images were preprocessed, so that of the tags is assumed for it.
     """
-    tags = [tag] if tag else _tags(name)
+    tags = [tag] if tag else _tags_of(name)
     found: list[dict[str, Any]] = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
     return found[0] if found and all(preprocess == found[0] for preprocess in found) else {}
 
 
-def _tags(name: str) -> list[str]:
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(name)
-    return tags
-
-
-def _build(towers: Towers, device: str) -> nn.Module:
-    """Build the modules with random weights, or shapes alone on the device `meta`. Raise UserError if that fails.
+def _build(weights: Weights, device: str) -> nn.Module:
+    """Build the modules with random weights, or shapes alone on the device `meta`.
 
     Images are preprocessed as OpenAI's unless the description says otherwise.
     """
     # From a folder with a description, open_clip builds every kind of model.
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            write_description(Path(folder), towers.model_cfg, towers.preprocess)
-            with _open_clip_silent(), torch.device(device):
-                return open_clip.create_model(  # type: ignore[no-any-return]
-                    f"{_LOCAL_DIR}{folder}", load_weights=False, pretrained_text=False, device=device
-                )
-        except Exception as error:  # whatever a config, or a library behind a tower, can lead to
-            raise towers.cannot_build(error) from error
+    with tempfile.TemporaryDirectory() as folder, _open_clip_silent(), torch.device(device):
+        write_description(Path(folder), weights.description["model_cfg"], weights.description["preprocess"])
+        return open_clip.create_model(  # type: ignore[no-any-return]
+            f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
+        )
 
 
-def _fill(module: nn.Module, towers: Towers) -> str:
-    """Put the weights into the module; return where they came from."""
-    weights = towers.weights
-    if weights is None:
-        return _fetch(module, f"{towers.name}:{towers.tag}")
+def _fill(module: nn.Module, weights: Weights) -> None:
+    """Put the weights into the module. Raise UserError if they cannot be fetched, or do not fit."""
+    if weights.state is None:
+        _fetch(module, weights)
+        return
     if "logit_bias" in weights.state:
         ensure_logit_bias(module)
     own = module.state_dict() if weights.with_additions else weights.state
     state = {name: tensor for name, tensor in weights.state.items() if name in own}
-    strict_load(module, state, weights.source, f"The model is clip_backbone {towers.name}" if towers.name else "")
-    return weights.source.partition(": ")[2]
+    strict_load(module, state, weights.source)
 
 
-def _fetch(module: nn.Module, source: str) -> str:
+def _fetch(module: nn.Module, weights: Weights) -> None:
+    name, tag = weights.description["pretrained"].split(":")
     try:
         with _open_clip_silent():
-            path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*source.split(":"))))
+            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
             open_clip.load_checkpoint(module, path, strict=True, weights_only=True)
     except Exception as error:
         raise UserError(
-            f"clip_backbone: the weights {source} could not be downloaded and loaded: {error}\n"
+            f"{weights.source}: the weights could not be downloaded and loaded: {error}\n"
             "If the Hugging Face hub cannot be reached: run once where it can (weights stay in its cache, HF_HOME), "
             "set HF_ENDPOINT to a mirror, or copy a file or folder with the weights here and set clip_weights to it."
         ) from error
-    return source
 
 
 def _image_spec(preprocess: Mapping[str, Any]) -> ImageSpec:
@@ -375,12 +346,12 @@ def _image_spec(preprocess: Mapping[str, Any]) -> ImageSpec:
     return ImageSpec(height, mean, std, preprocess["interpolation"], preprocess["resize_mode"])
 
 
-def _encoder(towers: Towers) -> Any:
-    """Return open_clip's tokenizer of the towers."""
+def _encoder(weights: Weights) -> Any:
+    """Return open_clip's tokenizer for the towers."""
     with _open_clip_silent():
-        if towers.name is not None:
-            return open_clip.get_tokenizer(towers.name)
-        text = open_clip.CLIPTextCfg(**towers.model_cfg["text_cfg"])
+        if weights.tokenizer is not None:
+            return open_clip.get_tokenizer(weights.tokenizer)
+        text = open_clip.CLIPTextCfg(**weights.description["model_cfg"]["text_cfg"])
         encode = open_clip.SimpleTokenizer(context_length=text.context_length)
         if text.vocab_size < encode.vocab_size:
             raise ValueError(f"a vocabulary of {text.vocab_size}, CLIP's has {encode.vocab_size}")

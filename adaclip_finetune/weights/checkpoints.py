@@ -226,7 +226,8 @@ def _differences(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[str,
     for name in (name for name in given if name in compared and name in checkpoint.settings):
         there, here = checkpoint.settings[name], given[name]
         if isinstance(here, dict):
-            name, there, here = f"{name}.method", dict(there or {}).get("method", here["method"]), here["method"]
+            chosen = there.get("method") if isinstance(there, dict) else None
+            name, there, here = f"{name}.method", chosen or here["method"], here["method"]
         if there != here and _as_flag(there) != _as_flag(here):
             found[name] = _as_flag(there), _as_flag(here)
     return found
@@ -237,4 +238,4 @@ def _as_flag(value: Any) -> str:
         return "none"
     if isinstance(value, list | tuple):
         return " ".join(map(_as_flag, value))
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=repr)

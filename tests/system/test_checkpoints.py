@@ -67,7 +67,13 @@ def test_a_published_checkpoint_is_read_without_easydict(tmp_path: Path, zipped:
 
 def test_settings_of_the_model_that_differ_are_listed_with_both_values() -> None:
     stored = {**SETTINGS, "max_txt_len": 32, "frame_agg_temp": 0.5, "top_k": 3, "learning_rate": 1e-4, "freeze_clip": 0}
-    stored |= {"unknown_here": 1, "betas": [0.9, 0.98], "output_dir": "/elsewhere", "peft": {"method": "ibs"}}
+    stored |= {
+        "unknown_here": 1,
+        "betas": [0.9, 0.98],
+        "output_dir": "/elsewhere",
+        "peft": {"method": "ibs"},
+        "tower": "file.json",
+    }
     checkpoint = Checkpoint(Path("such.pth"), Kind.PUBLISHED, {}, stored, "4")
     first, *lines, flags = describe(checkpoint, load_config(None, SETTINGS)).splitlines()
     assert "such.pth is a published AdaCLIP checkpoint of epoch 4" in first

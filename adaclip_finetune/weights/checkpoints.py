@@ -157,7 +157,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> str:
         return f"{what}; {'its settings are those given' if checkpoint.settings else 'it holds no settings'}"
     lines = [f"  {name} is {here}, there {there}" for name, (there, here) in found.items()]
     flags = " ".join(f"--{name} {there}" for name, (there, _) in found.items())
-    return "\n".join([f"{what}; these settings of its model are different here:", *lines, f"As there: {flags}"])
+    keep = f"To keep those of the checkpoint, as flags or in --config FILE: {flags}"
+    return "\n".join([f"{what}; these settings of its model are different here:", *lines, keep])
 
 
 def to_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

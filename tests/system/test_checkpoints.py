@@ -106,7 +106,7 @@ def test_settings_that_contradict_the_tensors_are_named_with_the_way_out(
     for name, there in named.items():
         assert f"--{name} {there}" in last and f", there {there}" in str(refused.value)
     # The way out in the message works.
-    flags = dict(word.split() for word in last.partition("--")[2].split(" --"))
+    flags = dict(word.split() for word in last.partition(": --")[2].split(" --"))
     values = {"none": None, "true": True, "false": False}
     repaired = {n: values[v] if v in values else int(v) if v.isdecimal() else v for n, v in flags.items()}
     open_model(load_config(None, {**SETTINGS, **given, **repaired}), checkpoint)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,15 @@ from torch import Tensor
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.session import Session, find_checkpoint, open_model
-from adaclip_finetune.weights.architecture import architecture_of, sizes_of
-from adaclip_finetune.weights.backbones import with_defaults
-from adaclip_finetune.weights.clip_weights import save_tokenizer
-from adaclip_finetune.weights.huggingface import folder_files, to_huggingface_names
+from adaclip_finetune.weights.checkpoints import to_published_names
+from adaclip_finetune.weights.clip_weights import (
+    architecture_of,
+    same_architecture,
+    save_tokenizer,
+    write_description,
+)
+from adaclip_finetune.weights.huggingface import folder_files, to_huggingface_names, to_model_cfg
 from adaclip_finetune.weights.loaded import LOGIT_BIAS
-from adaclip_finetune.weights.published import to_published_names
 
 
 class _Exported(NamedTuple):
@@ -43,8 +46,8 @@ class _Exported(NamedTuple):
 def export(run: Path, form: str, target: Path, clip_weights: str | None = None) -> list[str]:
     """Write the weights of `run` (a run folder or a weights file of ours) to `target`; return lines for the screen.
 
-    `form` is one of FORMATS. `clip_weights` is where the pretrained weights of an adapter are, if they have moved. The
-    target appears whole or not at all. Raise UserError if it exists, or if the format cannot hold the model.
+    `form` is one of the three above. `clip_weights` is where the pretrained weights of an adapter are, if they have
+    moved. The target appears whole or not at all. Raise UserError if it exists, or if the format cannot hold the model.
     """
     if target.exists() or not target.absolute().parent.is_dir():
         problem = "already exists" if target.exists() else f"there is no folder {target.absolute().parent}"
@@ -53,7 +56,17 @@ def export(run: Path, form: str, target: Path, clip_weights: str | None = None) 
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
             temporary = Path(folder) / target.name
-            notes = list(FORMATS[form](source, temporary))
+            if form == "published":
+                notes = list(_write_published(source, temporary))
+            else:
+                temporary.mkdir()
+                (_write_open_clip if form == "open_clip" else _write_huggingface)(source, temporary)
+                sizes = Counter[str]()
+                for name, tensor in source.state.items():
+                    sizes[name.partition(".")[0]] += tensor.numel()
+                parts = ", ".join(f"{part} ({count:,} numbers)" for part, count in sizes.items() if part != "clip")
+                left_out = f"left out, since the format has no place for it: {parts}. All frames then count alike"
+                notes = [left_out] if parts else []
             temporary.rename(target)
     except (OSError, RuntimeError) as error:  # a full disk, as Python and torch report it
         raise UserError(f"-o {target}: could not be written ({error})") from error
@@ -81,7 +94,7 @@ def _read(run: Path, overrides: Mapping[str, Any]) -> _Exported:
     return _Exported(checkpoint.path, checkpoint.epoch, session, state, towers, model_cfg, described["preprocess"])
 
 
-def _published(source: _Exported, path: Path) -> Iterator[str]:
+def _write_published(source: _Exported, path: Path) -> Iterator[str]:
     likely = architecture_of(source.towers, str(source.path))
     content = {
         "arch": "AdaCLIP",
@@ -93,57 +106,31 @@ def _published(source: _Exported, path: Path) -> Iterator[str]:
     with path.open("wb") as file:
         torch.save(content, file)
     yield "left out: the state of the optimizer. The file can be evaluated, and a new run can start from it"
-    if with_defaults(likely.model_cfg) != with_defaults(source.model_cfg):
-        kind = "quick-GELU" if likely.model_cfg.get("quick_gelu") else "GELU"
+    if not same_architecture(likely, source.model_cfg):
         yield (
-            "WARNING: the format does not say which activation and how many heads CLIP has. Read back, these towers "
-            f"are taken for {likely.name or 'an unknown model'} with {kind}, which they are not: give clip_backbone"
+            "WARNING: the format does not say which activation and how many heads CLIP has. Read back, the towers are "
+            "taken for quick-GELU and 64 channels per head, which these do not have: give clip_backbone"
         )
 
 
-def _open_clip(source: _Exported, folder: Path) -> Iterator[str]:
-    folder.mkdir()
+def _write_open_clip(source: _Exported, folder: Path) -> None:
     save_tokenizer(source.session.loaded, folder)
-    _write_json(folder / "open_clip_config.json", {"model_cfg": source.model_cfg, "preprocess_cfg": source.preprocess})
+    write_description(folder, source.model_cfg, source.preprocess)
     _write_tensors(folder / "open_clip_model.safetensors", source.towers)
-    yield from _left_out(source.state)
 
 
-def _huggingface(source: _Exported, folder: Path) -> Iterator[str]:
-    any_norm = {name: {**source.model_cfg[name], "norm_kwargs": None} for name in ("vision_cfg", "text_cfg")}
-    sizes = sizes_of({**source.model_cfg, **any_norm})
-    if sizes is None or sizes["patch_size"] is None or sizes["vocab_size"] != 49408:
+def _write_huggingface(source: _Exported, folder: Path) -> None:
+    tensors = to_huggingface_names(source.towers)
+    files = folder_files(source.model_cfg, source.preprocess)
+    if tensors is None or not same_architecture(to_model_cfg(files["config.json"]), source.model_cfg):
         raise UserError(
             f"{source.path}: its CLIP is not a plain vision transformer beside a text transformer with CLIP's tokens, "
             "and so cannot be a CLIPModel; --format open_clip can hold it"
         )
-    folder.mkdir()
-    for name, content in folder_files(source.model_cfg, source.preprocess).items():
-        if isinstance(content, str):
-            (folder / name).write_text(content, encoding="utf-8")
-        else:
-            _write_json(folder / name, content)
-    _write_tensors(folder / "model.safetensors", to_huggingface_names(source.towers))
-    yield from _left_out(source.state)
-
-
-FORMATS: dict[str, Callable[[_Exported, Path], Iterator[str]]] = {
-    "published": _published,
-    "open_clip": _open_clip,
-    "huggingface": _huggingface,
-}
-
-
-def _left_out(state: Mapping[str, Tensor]) -> Iterator[str]:
-    sizes = Counter[str]()
-    for name, tensor in state.items():
-        sizes[name.partition(".")[0]] += tensor.numel()
-    if parts := ", ".join(f"{part} ({count:,} numbers)" for part, count in sizes.items() if part != "clip"):
-        yield f"left out, since the format has no place for it: {parts}. All frames then count alike"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text, encoding="utf-8")
+    _write_tensors(folder / "model.safetensors", tensors)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ from adaclip_finetune.export import export
 from adaclip_finetune.model.vit import text_linears, vision_view
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
-from adaclip_finetune.weights.backbones import resolve_backbone
+from adaclip_finetune.weights.clip_weights import resolve_backbone
 
 BACKBONES = [
     "ViT-B/32",

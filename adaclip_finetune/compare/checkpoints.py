@@ -30,9 +30,8 @@ from adaclip_finetune.training.device import launched_processes, make_accelerato
 from adaclip_finetune.training.measure import build_task, measure
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import find_checkpoint, open_model
-from adaclip_finetune.weights.checkpoints import check_settings
-from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
+from adaclip_finetune.weights.plain import weights_digest
 
 # Settings that two checkpoints must share for one zero-shot row to serve both, beside the weights of CLIP.
 _DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "max_txt_len", "concat_captions", "precision", "task",
@@ -190,9 +189,8 @@ def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], anno
     replaced = {**off, **overrides, **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
     checkpoint, config = find_checkpoint(given, replaced, settings)
     try:
-        if checkpoint.is_foreign:
-            check_settings(checkpoint, config)
-        elif not checkpoint.settings and settings is None and not (given / "config.json").is_file():
+        is_bare = not checkpoint.settings and settings is None and not (given / "config.json").is_file()
+        if is_bare and not checkpoint.is_foreign:
             raise UserError("this file holds no settings")
         check_paths(config)
     except UserError as error:

@@ -31,7 +31,7 @@ from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
 from adaclip_finetune.training.session import Session, find_checkpoint, open_for_use
-from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.plain import weights_digest
 
 
 class WeightedFrames(NamedTuple):

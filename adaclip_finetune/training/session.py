@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,16 +33,13 @@ from adaclip_finetune.training.optimizer import NOTHING_LEARNS
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
-    check_settings,
-    check_version,
     describe,
     read_checkpoint,
     with_its_clip,
 )
-from adaclip_finetune.weights.clip_weights import build_towers, find_towers, load_clip, load_pretrained
-from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_new_logit_bias
-from adaclip_finetune.weights.plain import plain_state, strict_load
+from adaclip_finetune.weights.plain import plain_state, strict_load, weights_digest
 
 Values = Literal["real", "random", "meta"]
 
@@ -142,9 +139,6 @@ def open_model(
     checkpoint = checkpoint or (read_checkpoint(Path(config.resume)) if config.resume else None)
     if checkpoint is not None:
         config = with_its_clip(checkpoint, config)
-        if checkpoint.is_foreign:
-            check_settings(checkpoint, config)
-        check_version(checkpoint)
     at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
     towers: Values = "real" if at_hand else values
     with torch.device("meta") if towers == "meta" else nullcontext():
@@ -170,7 +164,7 @@ def open_model(
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
-        _fill(model, state, checkpoint)
+        _fill(model, state, checkpoint, config)
         if method.mergeable:
             method.reset(model)
     if accelerator is not None:
@@ -213,10 +207,7 @@ def find_checkpoint(
 
 def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> LoadedClip:
     towers = None if checkpoint is None else checkpoint.towers()
-    if values == "real":
-        return load_clip(config, from_checkpoint=towers)
-    shapes = load_clip(config, with_weights=False, from_checkpoint=towers)
-    return shapes if values == "meta" else replace(shapes, module=build_towers(find_towers(config), "cpu"))
+    return load_clip(config, values == "real", towers, "meta" if values == "meta" else "cpu")
 
 
 def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method: PeftMethod) -> dict[str, Tensor]:
@@ -244,7 +235,7 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
     return theirs.merged_state(holder) | {n: tensor for n, tensor in checkpoint.state.items() if n not in inside}
 
 
-def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
     """Load the checkpoint's tensors into the model, strictly except for what the checkpoint leaves out on purpose."""
     if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
@@ -256,7 +247,7 @@ def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoin
             if isinstance(module, FrozenClipBackbone)
             for inner, tensor in plain_state(module).items()
         } | state
-    strict_load(model, state, f"resume: {checkpoint.path}")
+    strict_load(model, state, f"resume: {checkpoint.path}", describe(checkpoint, config))
 
 
 def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:

@@ -1,12 +1,13 @@
 """Checkpoints of whole retrievers, ours and others', under our names and as plain data.
 
-Four kinds are known: our own weights and adapters (safetensors), published AdaCLIP checkpoints (Hu et al. 2023: a
-pickle of {arch, epoch, state_dict, config, optimizer}) and those of CLIP4Clip (Luo et al. 2022: a pickled state dict).
+Known are our own weights and adapters (safetensors), and published AdaCLIP checkpoints (Hu et al. 2023: a pickle of
+{arch, epoch, state_dict, config, optimizer}). A state dict of CLIP4Clip (Luo et al. 2022) has the same names as these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,15 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from adaclip_finetune.config import Chosen, Config
-from adaclip_finetune.config.base import Role
+from adaclip_finetune.config import Config
 from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
 from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
-from adaclip_finetune.weights.published import contradictions, to_our_names
 from adaclip_finetune.weights.safe import named_tensors, read_untrusted
 
 OWN_FORMAT = "adaclip-finetune/"
@@ -30,8 +28,25 @@ OWN_FORMAT = "adaclip-finetune/"
 FORMAT = f"{OWN_FORMAT}1"
 """The format that this version reads and writes."""
 
-# The settings that `describe` compares, by role: those of the model first.
-_COMPARED: tuple[Role, ...] = ("model", "view", "data", "optimisation", "method")
+# Published prefix → ours.
+_PREFIXES = {
+    "sampler.cnn_model.": "selector.backbone.cnn.",
+    "sampler.projection.0.": "selector.encoder.projection.",
+    "sampler.frame_position_embeddings.": "selector.encoder.positions.",
+    "sampler.transformer.": "selector.encoder.transformer.",
+    "sampler.rnn.": "selector.encoder.rnn.",
+    "sampler.linear.": "selector.scorer.",
+    "frame_position_embeddings.": "header.positions.",
+    "transformerClip.": "header.transformer.",
+    "transformer.": "header.transformer.",
+    "frame_agg_mlp.": "aggregator.scorer.",
+    "frame_agg_transformer.": "aggregator.transformer.",
+    "frame_agg_proj.": "aggregator.scorer.",
+    "word_agg_mlp.": "word_aggregator.scorer.",
+    "word_agg_transformer.": "word_aggregator.transformer.",
+    "word_agg_proj.": "word_aggregator.scorer.",
+    "clip.": "clip.",
+}
 
 
 class Kind(Enum):
@@ -40,7 +55,6 @@ class Kind(Enum):
     OURS = "a checkpoint of ours"
     ADAPTER = "an adapter of ours"
     PUBLISHED = "a published AdaCLIP checkpoint"
-    CLIP4CLIP = "a CLIP4Clip checkpoint"
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Checkpoint:
     @property
     def is_foreign(self) -> bool:
         """Whether another system wrote the checkpoint."""
-        return self.kind in (Kind.PUBLISHED, Kind.CLIP4CLIP)
+        return self.kind is Kind.PUBLISHED
 
     @property
     def description(self) -> dict[str, Any]:
@@ -77,7 +91,7 @@ class Checkpoint:
         if self.kind is Kind.ADAPTER:
             return None
         inside = {n.removeprefix("clip."): tensor for n, tensor in self.state.items() if n.startswith("clip.")}
-        tokenizer, additions = self.path.parent / "tokenizer", self.method is not None
+        tokenizer, additions = f"local-dir:{self.path.parent / 'tokenizer'}", self.method is not None
         return Weights(inside, f"resume: {self.path}", self.description, tokenizer, additions)
 
     def own_settings(self, folder: Path | None) -> dict[str, Any]:
@@ -94,8 +108,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content, metadata = read_untrusted(path)
     except UserError as error:
         raise UserError(f"resume: {error}") from error
-    if not metadata.get("format", "").startswith(OWN_FORMAT):
+    written = metadata.get("format", "")
+    if not written.startswith(OWN_FORMAT):
         return _foreign(path, content)
+    if written != FORMAT:
+        raise UserError(f"resume: {path} has the format {written}; this version of adaclip reads {FORMAT}")
     if metadata.get("content") == "snapshot":
         raise UserError(f"resume: {path} belongs to a run that can continue: --resume {path.parent.parent}")
     kind = Kind.ADAPTER if metadata.get("content") == "adapter" else Kind.OURS
@@ -119,12 +136,9 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
     weights = config.clip_weights if given else stored.get("clip_weights")
     if weights and not Path(weights).exists():
         if not described:
-            about, made_with = checkpoint.description, ""
-            if source := about.get("source"):
-                made_with = f" {checkpoint.path} was made with {source} (SHA-256 {about.get('digest', '')[:12]}…)."
             raise UserError(
-                f"clip_weights {weights}: no such file or folder.{made_with} Say where the pretrained weights are with "
-                "--clip_weights"
+                f"clip_weights {weights}: no such file or folder. Say where the pretrained weights are that "
+                f"{checkpoint.path} was made with ({checkpoint.description.get('source', weights)}) with --clip_weights"
             )
         weights = None
     if weights != config.clip_weights:
@@ -135,73 +149,61 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
     return config
 
 
-def check_version(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a file of ours that another version of adaclip wrote in another format."""
-    written = checkpoint.metadata.get("format", FORMAT)
-    if written != FORMAT:
-        raise UserError(f"resume: {checkpoint.path} has the format {written}; this version of adaclip reads {FORMAT}")
-
-
-def check_settings(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise UserError naming the settings that the tensors of the checkpoint contradict, and the flags to give."""
-    try:
-        found = dict(contradictions(checkpoint.state, config))
-    except (KeyError, IndexError) as error:
-        problem = (
-            f"lacks the tensor {error}" if isinstance(error, KeyError) else f"has a tensor of another shape: {error}"
-        )
-        raise UserError(f"resume: {checkpoint.path} {problem}") from error
-    if not found:
-        return
-    there = {name: " or ".join(map(_plain, v)) or "something that no setting leads to" for name, v in found.items()}
-    lines = [f"  {name} is {_plain(getattr(config, name))}, there {choice}" for name, choice in there.items()]
-    stored = {name: checkpoint.settings.get(name) for name in found}
-    flags = [f"--{name} {_plain(stored[name] if stored[name] in v else v[0])}" for name, v in found.items() if v]
-    raise UserError(
-        f"resume: {checkpoint.path} is {checkpoint.kind.value}, and its tensors contradict these settings:\n"
-        + "\n".join(lines)
-        + f"\nTo load it: {' '.join(flags)}"
-    )
-
-
 def describe(checkpoint: Checkpoint, config: Config) -> str:
-    """Return in words what the checkpoint is, and which of the settings it was made with differ from the config."""
+    """Return what the checkpoint is, which settings of its model differ from the config, and flags that keep them."""
     epoch = "" if checkpoint.epoch in (None, "None") else f" of epoch {checkpoint.epoch}"
     what = f"resume: {checkpoint.path} is {checkpoint.kind.value}{epoch}"
-    rows = list(_differences(checkpoint, config))
-    if not rows:
+    if not (found := _differences(checkpoint, config)):
         return f"{what}; {'its settings are those given' if checkpoint.settings else 'it holds no settings'}"
-    width = max(len(name) for name, _, _ in rows)
-    table = [f"  {name:{width}}  {_plain(stored)} → {_plain(given)}" for name, stored, given in rows]
-    return "\n".join([f"{what}; these of its settings are different here (stored → given):", *table])
+    lines = [f"  {name} is {here}, there {there}" for name, (there, here) in found.items()]
+    flags = " ".join(f"--{name} {there}" for name, (there, _) in found.items())
+    keep = f"To keep those of the checkpoint, as flags or in --config FILE: {flags}"
+    return "\n".join([f"{what}; these settings of its model are different here:", *lines, keep])
+
+
+def to_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a published state dict under our names. Raise UserError listing names that neither system has."""
+    return _renamed(state, _PREFIXES, "neither AdaCLIP nor CLIP4Clip has tensors of these names")
+
+
+def to_published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our state dict under the published names. Raise UserError listing tensors that have no place there."""
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in state)
+
+    # Where two published prefixes mean the same place, what else is in that place decides.
+    unused = {"transformer." if has("header.transformer.resblocks.3.") else "transformerClip."}
+    for part in ("frame_agg", "word_agg"):
+        unused.add(f"{part}_mlp." if has(_PREFIXES[f"{part}_transformer."]) else f"{part}_proj.")
+    prefixes = {ours: theirs for theirs, ours in _PREFIXES.items() if theirs not in unused}
+    return _renamed(state, prefixes, "the published system has no place for these tensors")
+
+
+def _renamed(state: Mapping[str, Tensor], prefixes: Mapping[str, str], problem: str) -> dict[str, Tensor]:
+    found = {name: next((p for p in prefixes if name.startswith(p)), None) for name in state}
+    if unknown := [name for name, prefix in found.items() if prefix is None]:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{problem}: {', '.join(unknown[:5])}{more}")
+    return {prefixes[p] + name.removeprefix(p): state[name] for name, p in found.items() if p is not None}
 
 
 def _foreign(path: Path, content: Any) -> Checkpoint:
     state = {n: t for n, t in named_tensors(content).items() if n.removeprefix("clip.") not in NO_WEIGHTS}
-    if "clip.logit_scale" not in state:
-        alone = "; CLIP weights alone belong into clip_weights" if "logit_scale" in state else ""
-        raise _unknown(path, f"it holds no clip.logit_scale{alone}" if state else "it holds no tensors by name")
     try:
+        if "clip.logit_scale" not in state:
+            alone = "; CLIP weights alone belong into clip_weights" if "logit_scale" in state else ""
+            raise UserError(f"it holds no clip.logit_scale{alone}" if state else "it holds no tensors by name")
         ours = to_our_names(state)
     except UserError as error:
-        raise _unknown(path, str(error)) from error
+        raise UserError(
+            f"resume: {path} was not written by adaclip, nor is it a published AdaCLIP checkpoint: {error}. Known are "
+            "best.safetensors, last.safetensors and adapter.safetensors of a run of ours, and published checkpoints (a "
+            "torch file of arch, epoch, state_dict, config, optimizer)"
+        ) from error
     settings, epoch = content.get("config"), content.get("epoch")
-    if isinstance(settings, dict):
-        return Checkpoint(path, Kind.PUBLISHED, ours, dict(settings), None if epoch is None else str(epoch))
-    if any(not name.startswith(("clip.", "transformerClip.", "frame_position_embeddings.")) for name in state):
-        return Checkpoint(path, Kind.PUBLISHED, ours)
-    header = "seqTransf" if any(name.startswith("header.") for name in ours) else "meanP"
-    implied = {"use_policy": False, "sim_header": header, "frame_agg": None, "word_agg": None}
-    return Checkpoint(path, Kind.CLIP4CLIP, ours, implied)
-
-
-def _unknown(path: Path, why: str) -> UserError:
-    return UserError(
-        f"resume: {path} was not written by adaclip, and is not of another kind that is known here: {why}. Known are "
-        "best.safetensors, last.safetensors and adapter.safetensors of a run of ours; published AdaCLIP checkpoints (a "
-        "torch file of arch, epoch, state_dict, config, optimizer); CLIP4Clip checkpoints (a torch file of clip.* and, "
-        "for seqTransf, transformerClip.* and frame_position_embeddings)"
-    )
+    settings = dict(settings) if isinstance(settings, dict) else {}
+    return Checkpoint(path, Kind.PUBLISHED, ours, settings, None if epoch is None else str(epoch))
 
 
 def _object(metadata: dict[str, str], name: str, path: Path) -> dict[str, Any]:
@@ -211,32 +213,30 @@ def _object(metadata: dict[str, str], name: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _differences(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    stored = checkpoint.settings
-    # Paths are left out: where things lie says nothing about the model.
-    by_role = [names_with(role, paths=False) for role in _COMPARED]
-    compared = [name for names in by_role for name in Config.model_fields if name in names]
+def _differences(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[str, str]]:
+    """Return the settings of the model that differ: name → the stored value and that of the config, as flags have them.
+
+    Paths are left out, because where things lie says nothing about the model. Of a section, the choices are compared.
+    """
+    compared = set(names_with("model", "view", "method", paths=False))
     if checkpoint.kind is Kind.ADAPTER:
-        # The CLIP under an adapter is the one that the settings name.
-        compared.insert(compared.index("clip_backbone") + 1, "clip_weights")
+        compared.add("clip_weights")  # the CLIP under an adapter is the one that the settings name
     elif "clip_backbone" not in config.model_fields_set:
-        compared.remove("clip_backbone")
-    for name in compared:
-        there, here = stored.get(name), getattr(config, name)
-        if isinstance(there, dict):  # a section: the choices are compared
-            name, there, here = f"{name}.method", there.get("method"), here.method if isinstance(here, Chosen) else None
-            differs = there is not None and there != here
-        else:
-            there = tuple(there) if isinstance(there, list) else there
-            differs = name in stored and not isinstance(here, Chosen) and there != here
-        if differs:
-            yield name, there, here
+        compared.discard("clip_backbone")
+    given, found = config.model_dump(mode="json"), {}
+    for name in (name for name in given if name in compared and name in checkpoint.settings):
+        there, here = checkpoint.settings[name], given[name]
+        if isinstance(here, dict):
+            chosen = there.get("method") if isinstance(there, dict) else None
+            name, there, here = f"{name}.method", chosen or here["method"], here["method"]
+        if there != here and _as_flag(there) != _as_flag(here):
+            found[name] = _as_flag(there), _as_flag(here)
+    return found
 
 
-def _plain(value: Any) -> str:
-    """Return a value as a flag has it."""
+def _as_flag(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
-        return " ".join(map(_plain, value))
-    return value if isinstance(value, str) else show(value)
+        return " ".join(map(_as_flag, value))
+    return value if isinstance(value, str) else json.dumps(value, default=repr)

@@ -3,34 +3,48 @@
 The weights come from open_clip's hub, from a folder (open_clip's or transformers'), from a file, or from a checkpoint
 that holds a whole CLIP. Loading is strict and in float32: tensors that are missing, unexpected or of another shape are
 listed and refused, and nothing is rounded.
+
+A file of weights shows its architecture by the shapes of its tensors if they are laid out as OpenAI's are (Radford et
+al. 2021). Shapes show neither the number of attention heads nor the activation, which are taken to be OpenAI's: 64
+channels per head and quick-GELU. The setting `clip_backbone` overrides this.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import open_clip
+import torch
+from open_clip import list_pretrained_tags_by_model as _tags_of
 from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import read_json
-from adaclip_finetune.weights import backbones, huggingface
-from adaclip_finetune.weights.architecture import architecture_of, sizes_of
-from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights import huggingface
 from adaclip_finetune.weights.loaded import LoadedClip, Tokenizer, ensure_logit_bias, pools_at_end_token
-from adaclip_finetune.weights.plain import strict_load
-from adaclip_finetune.weights.safe import is_torchscript, named_tensors, read_untrusted
+from adaclip_finetune.weights.plain import strict_load, weights_digest
+from adaclip_finetune.weights.safe import named_tensors, read_untrusted
 
-_OPEN_CLIP_CONFIG = "open_clip_config.json"
-_WEIGHTS_IN_FOLDER = (
+# The names that OpenAI gave its models.
+_OPENAI_NAMES = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+# The largest image tower that OpenAI published. Larger ones of others have more channels per head.
+_OPENAI_WIDTH = 1024
+# The file with which open_clip takes a folder, `local-dir:FOLDER`, in place of a model name.
+_DESCRIPTION = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -42,113 +56,71 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 class Weights(NamedTuple):
     """A CLIP's tensors by OpenAI's or open_clip's names, and where they come from (a setting and its value).
 
-    `description` is that of a checkpoint of ours, otherwise empty; `tokenizer` is the folder beside the checkpoint with
-    the files of a tokenizer that is not CLIP's. With `with_additions` the tensors include what a PEFT method added to
-    CLIP, which is filled in later.
+    `state` is None if open_clip must fetch it. `description` has `model_cfg` and `preprocess` in open_clip's terms, and
+    what else a checkpoint says about its CLIP; it is empty for a bare file. `tokenizer` is the name, or `local-dir:`
+    and the folder, by which open_clip knows a tokenizer that is not CLIP's own. With `with_additions` the tensors
+    include what a PEFT method added to CLIP, which is filled in later.
     """
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | None
     source: str
     description: Mapping[str, Any] = MappingProxyType({})
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     with_additions: bool = False
 
 
-class Towers(NamedTuple):
-    """A CLIP that was found but not built: `model_cfg` and `preprocess` describe it in open_clip's terms.
+def load_clip(
+    config: Config, with_weights: bool = True, from_checkpoint: Weights | None = None, device: str = "meta"
+) -> LoadedClip:
+    """Build the CLIP that the settings and the checkpoint mean and fill in its weights.
 
-    `weights` are None if open_clip must fetch them, by `name` and `tag`. open_clip knows the tokenizer by `name`, which
-    is None for CLIP's own. `note` says in words what the shapes of the tensors were taken for.
+    `with_weights=False` builds the same modules without download, by default on the meta device: names and shapes
+    without memory; on another `device` their weights are random. Raise UserError if the architecture is unknown, the
+    weights cannot be obtained, or they or the settings do not fit.
     """
-
-    model_cfg: dict[str, Any]
-    preprocess: Mapping[str, Any]
-    weights: Weights | None
-    name: str | None = None
-    tag: str | None = None
-    note: str = ""
-
-    @property
-    def subject(self) -> str:
-        """The setting that names the CLIP, and its value, for messages."""
-        return f"clip_backbone: {self.name}" if self.weights is None else self.weights.source
-
-
-def load_clip(config: Config, with_weights: bool = True, from_checkpoint: Weights | None = None) -> LoadedClip:
-    """Build the CLIP that `find_towers` finds and fill in its weights.
-
-    `with_weights=False` builds the same modules on the meta device: names and shapes without memory or download. Raise
-    UserError if the architecture is unknown, the weights cannot be obtained, or they or the settings do not fit.
-    """
-    towers = find_towers(config, from_checkpoint)
-    module = build_towers(towers, "cpu" if with_weights else "meta")
-    preprocess = open_clip.get_model_preprocess_cfg(module)
-    image = _image_spec(towers, preprocess, config.max_img_size)
-    tokens = _tokenizer(towers, module, config.max_txt_len)
-    source = _fill(module, towers) if with_weights else "meta device, no weights"
-    description = dict(towers.weights.description if towers.weights else {}) or {
-        "model_cfg": towers.model_cfg,
-        "preprocess": {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
-        "pretrained": None if towers.weights else f"{towers.name}:{towers.tag}",
-    }
+    weights = _find(config, from_checkpoint)
+    try:
+        module = _build(weights, "cpu" if with_weights else device)
+        preprocess = open_clip.get_model_preprocess_cfg(module)
+        image, encode = _image_spec(preprocess), _encoder(weights)
+    except Exception as error:  # whatever a config, or a library behind a tower or a tokenizer, can lead to
+        raise UserError(f"{weights.source}: open_clip cannot build it: {type(error).__name__}: {error}") from error
+    if config.max_img_size not in (None, image.size):
+        raise UserError(f"max_img_size: {config.max_img_size}, but the tower takes {image.size}; leave it out")
+    if config.max_txt_len > encode.context_length:
+        raise UserError(f"max_txt_len: {config.max_txt_len}, but the tower takes {encode.context_length} tokens")
+    tokens = Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
+    if with_weights:
+        _fill(module, weights)
+    source = weights.source.partition(": ")[2] if with_weights else f"{device} device, no weights"
+    stored = {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+    description = {"pretrained": None, **weights.description, "preprocess": stored}
     return LoadedClip(module, image, tokens, tokens.count_cut, tokens.context_length, source, description)
 
 
 def load_pretrained(config: Config, like: LoadedClip) -> LoadedClip:
     """Load the CLIP that a checkpoint began with, `like` being the CLIP in the checkpoint.
 
-    It is the one that the settings name, otherwise the one that the checkpoint names, otherwise OpenAI's model of the
-    same shapes. Raise UserError if it cannot be obtained, or is not the one whose digest the checkpoint holds.
+    It is the one that the settings name, otherwise the one that the checkpoint names, otherwise the default of
+    `clip_backbone`. Raise UserError if it cannot be obtained, has another architecture, or is not the one whose digest
+    the checkpoint holds.
     """
+    name, expected = like.description.get("pretrained"), like.description.get("digest")
     if config.clip_weights is None and "clip_backbone" not in config.model_fields_set:
-        name = like.description.get("pretrained")
-        if name is None:
-            likely = architecture_of(like.module.state_dict(), "resume").name
-            if likely not in open_clip.list_openai_models():
-                raise UserError(
-                    "resume: the CLIP in this checkpoint has no architecture that OpenAI published, so the weights "
-                    "that it began with are not known; give clip_weights, or clip_backbone (an open_clip name:tag)"
-                )
-            name = f"{likely}:openai"
-        config = config.model_copy(update={"clip_backbone": name})
+        default = open_clip.get_model_config(resolve_backbone(config.clip_backbone)[0])
+        if name is None and not same_architecture(default, like.description["model_cfg"]):
+            raise UserError(
+                "resume: the checkpoint does not say which weights its CLIP began with; give clip_weights, or "
+                "clip_backbone (an open_clip name:tag)"
+            )
+        config = config.model_copy(update={"clip_backbone": name or config.clip_backbone})
     found = load_clip(config)
-    expected = like.description.get("digest")
     if expected is not None and expected != weights_digest(found.module):
         raise UserError(
             f"resume: this checkpoint began with {like.description.get('source')} (SHA-256 {expected[:12]}…), and "
             f"{found.source} holds other weights; give those with clip_weights"
         )
     return found
-
-
-def find_towers(config: Config, from_checkpoint: Weights | None = None) -> Towers:
-    """Find the CLIP that is meant: the first of these that there is.
-
-    1. the CLIP that a checkpoint of ours describes;
-    2. the folder or file `clip_weights`;
-    3. the CLIP in any other checkpoint, recognised by the shapes of its tensors;
-    4. the weights that open_clip fetches for `clip_backbone`.
-
-    A `clip_backbone` that was given must be the architecture of 1 to 3; its default says nothing about them. Raise
-    UserError if it is not, or if there is no such CLIP.
-    """
-    given = config.clip_backbone if "clip_backbone" in config.model_fields_set else None
-    path = None if config.clip_weights is None else Path(config.clip_weights)
-    if from_checkpoint is not None and from_checkpoint.description:
-        return _described(from_checkpoint, given)
-    if path is not None and path.is_dir():
-        return _in_folder(path, given)
-    if path is not None:
-        return _of_weights(Weights(read_state_dict(path), f"clip_weights: {path}"), given)
-    if from_checkpoint is not None:
-        return _of_weights(from_checkpoint, given)
-    name, tag = backbones.with_tag(config.clip_backbone)
-    return Towers(open_clip.get_model_config(name), backbones.preprocess_of(name, tag), None, name, tag)
-
-
-def build_towers(towers: Towers, device: str) -> nn.Module:
-    """Build the modules with random weights, or shapes alone on the device `meta`. Raise UserError if that fails."""
-    return backbones.build(towers.model_cfg, towers.preprocess, towers.subject, device)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -161,151 +133,242 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in NO_WEIGHTS}
 
 
+def write_description(folder: Path, model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> None:
+    """Write the file with which open_clip takes a folder for a model."""
+    described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    (folder / _DESCRIPTION).write_text(json.dumps(described, indent=2), encoding="utf-8")
+
+
 def save_tokenizer(loaded: LoadedClip, folder: Path) -> None:
     """Write the files of a tokenizer that is not CLIP's own, so that open_clip finds it in `folder`; else nothing."""
     encode = getattr(loaded.tokenize, "encode", None)
-    if not isinstance(encode, HFTokenizer):
-        return
-    folder.mkdir(exist_ok=True)
-    encode.save_pretrained(str(folder))
-    described = {"model_cfg": loaded.description["model_cfg"], "preprocess_cfg": loaded.description["preprocess"]}
-    (folder / _OPEN_CLIP_CONFIG).write_text(json.dumps(described), encoding="utf-8")
+    if isinstance(encode, HFTokenizer):
+        folder.mkdir(exist_ok=True)
+        encode.save_pretrained(str(folder))
+        write_description(folder, loaded.description["model_cfg"], loaded.description["preprocess"])
 
 
-def _described(weights: Weights, given: str | None) -> Towers:
-    model_cfg, tokenizer = weights.description["model_cfg"], None
-    _check_architecture(given, model_cfg, weights.source)
-    if model_cfg["text_cfg"].get("hf_tokenizer_name"):
-        tokenizer = f"{backbones.LOCAL_DIR}{weights.tokenizer}"
-        if weights.tokenizer is None or not weights.tokenizer.is_dir():
-            raise UserError(f"{weights.source}: its tokenizer is not in {weights.tokenizer}; copy the whole run folder")
-    return Towers(model_cfg, weights.description["preprocess"], weights, tokenizer)
+def resolve_backbone(clip_backbone: str) -> tuple[str, str | None]:
+    """Return the open_clip name and tag: `ViT-B/32` → ("ViT-B-32-quickgelu", "openai"); `name` → (name, None).
+
+    Weights that were trained with quick-GELU get the architecture that has it, for which open_clip has a name of its
+    own. Raise UserError for a name or tag that open_clip does not know.
+    """
+    name, _, tag = clip_backbone.partition(":")
+    tag = "openai" if clip_backbone in _OPENAI_NAMES else tag
+    name = name.replace("/", "-")
+    if name not in open_clip.list_models():
+        raise UserError(
+            f"clip_backbone: open_clip has no model {name!r}; OpenAI's are {', '.join(_OPENAI_NAMES)}, and "
+            '`python -c "import open_clip; print(open_clip.list_models())"` lists all'
+        )
+    if not tag:
+        return name, None
+    weights = open_clip.get_pretrained_cfg(name, tag)
+    if not weights:
+        raise UserError(
+            f"clip_backbone: open_clip has no weights {tag!r} of {name}; it has {', '.join(_tags_of(name))}"
+        )
+    with_quick_gelu = f"{name}-quickgelu"
+    return with_quick_gelu if weights.get("quick_gelu") and with_quick_gelu in open_clip.list_models() else name, tag
 
 
-def _in_folder(folder: Path, given: str | None) -> Towers:
-    path, tokenizer = folder / _OPEN_CLIP_CONFIG, None
-    if path.is_file():
-        tokenizer, content = f"{backbones.LOCAL_DIR}{folder}", read_json(path)
-        model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
-        if not isinstance(model_cfg, dict):
-            raise UserError(f"{path}: has no model_cfg that describes a CLIP")
-        preprocess = content.get("preprocess_cfg", {})
-        file = next((folder / name for name in _WEIGHTS_IN_FOLDER if (folder / name).is_file()), None)
-        if file is None:
-            raise UserError(f"clip_weights: {folder} holds no weights, such as {_WEIGHTS_IN_FOLDER[0]}")
-        state = read_state_dict(file)
-    elif huggingface.is_huggingface_folder(folder):
-        path = folder / "config.json"
-        model_cfg = huggingface.read_model_cfg(folder)
-        preprocess = huggingface.read_preprocess(folder, model_cfg["vision_cfg"]["image_size"])
-        state, file = huggingface.read_weights(folder)
+def architecture_of(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Return open_clip's description of the OpenAI-style CLIP (ViT or ResNet) with these tensors.
+
+    Raise UserError for tensors that are not laid out as OpenAI's are.
+    """
+
+    def count(pattern: str) -> int:
+        return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
+
+    try:
+        width, embed_dim = state["text_projection"].shape
+        text = {
+            "context_length": len(state["positional_embedding"]),
+            "vocab_size": len(state["token_embedding.weight"]),
+            "width": width,
+            "heads": width // 64,
+            "layers": count(r"transformer\.resblocks\.(\d+)\."),
+        }
+        if "visual.class_embedding" in state:
+            width, _, patch_size, _ = state["visual.conv1.weight"].shape
+            layers: Any = count(r"visual\.transformer\.resblocks\.(\d+)\.")
+            step, positions = patch_size, state["visual.positional_embedding"]
+        else:
+            width, patch_size = len(state["visual.layer1.0.conv1.weight"]), None
+            layers = [count(rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5)]
+            step, positions = 32, state["visual.attnpool.positional_embedding"]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{source}: cannot tell the architecture from the tensors, which are not laid out as OpenAI's CLIP (no "
+            f"{error}). Name it with clip_backbone (an open_clip name), or give a folder that holds its config"
+        ) from error
+    image_size = step * math.isqrt(len(positions) - 1)  # one position belongs to the class token
+    vision = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers}
+    return {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+
+
+def same_architecture(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two of open_clip's descriptions of a model mean the same, defaults being filled in."""
+
+    def with_defaults(model_cfg: Mapping[str, Any]) -> object:
+        rest = {key: value for key, value in model_cfg.items() if value}
+        return open_clip.CLIPVisionCfg(**rest.pop("vision_cfg")), open_clip.CLIPTextCfg(**rest.pop("text_cfg")), rest
+
+    try:
+        return with_defaults(one) == with_defaults(other)
+    except (KeyError, TypeError):  # a description that open_clip does not understand
+        return False
+
+
+def _find(config: Config, from_checkpoint: Weights | None) -> Weights:
+    """Find the CLIP that is meant, and its description: the first of these that there is.
+
+    1. the CLIP that a checkpoint of ours describes;
+    2. the folder or file `clip_weights`;
+    3. the CLIP in any other checkpoint;
+    4. the weights that open_clip fetches for `clip_backbone`.
+
+    A `clip_backbone` that was given is the architecture of a bare file, and must be that of a description; its default
+    says nothing about them. Raise UserError if it is another one, or if there is no such CLIP.
+    """
+    given = config.clip_backbone if "clip_backbone" in config.model_fields_set else None
+    if from_checkpoint is not None and (from_checkpoint.description or config.clip_weights is None):
+        weights = from_checkpoint
+    elif config.clip_weights is not None:
+        weights = _read_weights(Path(config.clip_weights))
     else:
-        raise UserError(
-            f"clip_weights: {folder} holds no {_OPEN_CLIP_CONFIG} and no config.json of a CLIPModel; give a folder of "
-            "open_clip's or transformers', or a weights file"
+        name, tag = resolve_backbone(config.clip_backbone)
+        tags = _tags_of(name)
+        if tag is None and len(tags) == 1:
+            name, tag = resolve_backbone(f"{name}:{tags[0]}")
+        if tag is None:
+            choice = f"write {name}:TAG with one of its tags ({', '.join(tags) or 'none'}), or set clip_weights"
+            raise UserError(f"clip_backbone: {name} does not say which weights: {choice}")
+        about = {"model_cfg": open_clip.get_model_config(name), "preprocess": _preprocess_of(name, tag)}
+        return Weights(None, f"clip_backbone: {name}:{tag}", {**about, "pretrained": f"{name}:{tag}"}, name)
+    if weights.description:
+        model_cfg = weights.description["model_cfg"]
+        if given and not same_architecture(open_clip.get_model_config(resolve_backbone(given)[0]), model_cfg):
+            raise UserError(f"clip_backbone {given} is not the architecture of {weights.source}; leave it out")
+        if not model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
+            return weights._replace(tokenizer=None)
+        folder = str(weights.tokenizer).removeprefix("local-dir:")
+        if not Path(folder).is_dir():
+            raise UserError(f"{weights.source}: its tokenizer is not in {folder}; copy the whole run folder")
+        return weights
+    if given is not None:
+        name, tag = resolve_backbone(given)
+        about = {"model_cfg": open_clip.get_model_config(name), "preprocess": _preprocess_of(name, tag)}
+        return Weights(weights.state, f"{weights.source} with clip_backbone {given}", about, name)
+    model_cfg = architecture_of(weights.state or {}, weights.source)
+    if model_cfg["vision_cfg"]["width"] > _OPENAI_WIDTH:
+        raise UserError(f"{weights.source} is larger than any CLIP of OpenAI; name its architecture with clip_backbone")
+    told = f"{weights.source} (by its shapes, with quick-GELU and 64 channels per head; otherwise set clip_backbone)"
+    return Weights(weights.state, told, {"model_cfg": model_cfg, "preprocess": {}})
+
+
+def _read_weights(path: Path) -> Weights:
+    """Read the weights in a file, or in a folder of open_clip's or of transformers', which describes them."""
+    if not path.is_dir():
+        return Weights(read_state_dict(path), f"clip_weights: {path}")
+    if of_open_clip := (path / _DESCRIPTION).is_file():
+        content = read_json(path / _DESCRIPTION)
+        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+            raise UserError(f"{path / _DESCRIPTION}: has no model_cfg that describes a CLIP")
+        description = {"model_cfg": content["model_cfg"], "preprocess": content.get("preprocess_cfg", {})}
+    else:
+        description = huggingface.read_folder(path)
+    names = _OPEN_CLIP_WEIGHTS if of_open_clip else huggingface.WEIGHTS
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"clip_weights: {path} holds no weights: none of {', '.join(names)}")
+    state = read_state_dict(file) if of_open_clip else huggingface.to_openai_names(read_state_dict(file))
+    return Weights(state, f"clip_weights: {file}", description, f"local-dir:{path}")
+
+
+def _preprocess_of(name: str, tag: str | None) -> dict[str, Any]:
+    """Return how images are preprocessed for a tag of a model; without a tag, for all its tags if they agree, else {}.
+
+    A file of weights does not say how its images were preprocessed, so that of the tags is assumed for it.
+    """
+    tags = [tag] if tag else _tags_of(name)
+    found: list[dict[str, Any]] = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
+    return found[0] if found and all(preprocess == found[0] for preprocess in found) else {}
+
+
+def _build(weights: Weights, device: str) -> nn.Module:
+    """Build the modules with random weights, or shapes alone on the device `meta`.
+
+    Images are preprocessed as OpenAI's unless the description says otherwise.
+    """
+    # From a folder with a description, open_clip builds every kind of model.
+    with tempfile.TemporaryDirectory() as folder, _open_clip_silent(), torch.device(device):
+        write_description(Path(folder), weights.description["model_cfg"], weights.description["preprocess"])
+        return open_clip.create_model(  # type: ignore[no-any-return]
+            f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
         )
-    _check_architecture(given, model_cfg, str(path))
-    return Towers(model_cfg, preprocess, Weights(state, f"clip_weights: {file}"), tokenizer)
 
 
-def _of_weights(weights: Weights, given: str | None) -> Towers:
-    """Find the architecture that was given, which must fit the shapes of the weights, or the one of these shapes."""
-    if given is None:
-        model_cfg, name = architecture_of(weights.state, weights.source)
-        preprocess = {} if name is None else backbones.preprocess_of(name, None)
-        return Towers(model_cfg, preprocess, weights, name, note=_note(name))
-    name, tag = backbones.resolve_backbone(given)
-    model_cfg = open_clip.get_model_config(name)
-    wanted = found = sizes_of(model_cfg)
-    with suppress(UserError):  # where tensors are laid out otherwise, loading them says what does not fit
-        found = sizes_of(architecture_of(weights.state, weights.source).model_cfg)
-    if wanted and found and wanted != found:
-        unlike = "; ".join(f"{size} {one}, not {found[size]}" for size, one in wanted.items() if one != found[size])
-        raise UserError(
-            f"clip_backbone {given} contradicts {weights.source}, whose tensors are of another architecture "
-            f"({unlike}); leave clip_backbone out, and the shapes decide"
-        )
-    return Towers(model_cfg, backbones.preprocess_of(name, tag), weights, name)
-
-
-def _check_architecture(given: str | None, model_cfg: Mapping[str, Any], where: str) -> None:
-    if given is None:
+def _fill(module: nn.Module, weights: Weights) -> None:
+    """Put the weights into the module. Raise UserError if they cannot be fetched, or do not fit."""
+    if weights.state is None:
+        _fetch(module, weights)
         return
-    wanted = open_clip.get_model_config(backbones.resolve_backbone(given)[0])
-    if backbones.with_defaults(wanted) != backbones.with_defaults(model_cfg):
-        raise UserError(f"clip_backbone {given} is not the architecture in {where}; leave it out")
-
-
-def _note(name: str | None) -> str:
-    if name is None:
-        return " (by its shapes not a published model; taken for quick-GELU and 64 channels per head)"
-    twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
-    if twin not in open_clip.list_models():
-        return f" (by its shapes {name})"
-    return f" (by its shapes {name}; {twin} has the same: if it is that, set clip_backbone to it)"
-
-
-def _fill(module: nn.Module, towers: Towers) -> str:
-    """Put the weights into the module; return where they came from."""
-    weights = towers.weights
-    if weights is None:
-        return _fetch(module, towers)
     if "logit_bias" in weights.state:
         ensure_logit_bias(module)
     own = module.state_dict() if weights.with_additions else weights.state
-    strict_load(module, {name: tensor for name, tensor in weights.state.items() if name in own}, weights.source)
-    return weights.source.partition(": ")[2] + towers.note
+    state = {name: tensor for name, tensor in weights.state.items() if name in own}
+    strict_load(module, state, weights.source)
 
 
-def _fetch(module: nn.Module, towers: Towers) -> str:
-    source = f"{towers.name}:{towers.tag}"
-    with backbones.open_clip_silent():
-        try:
-            path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(towers.name, towers.tag)))
-        except Exception as error:
-            raise UserError(
-                f"clip_backbone: the weights {source} could not be downloaded ({error}).\n"
-                "Ways to get them: run once where the Hugging Face hub can be reached (they stay in its cache, "
-                "HF_HOME); set HF_ENDPOINT to a mirror; or copy a file or folder with them here and set clip_weights "
-                "to it."
-            ) from error
-        try:
-            if is_torchscript(path):
-                strict_load(module, read_state_dict(path), source)
-            else:  # open_clip knows the older names in its own files
-                open_clip.load_checkpoint(module, path, strict=True, weights_only=True)
-        except Exception as error:
-            raise UserError(f"clip_backbone: the weights {source} in {path} do not fit the model: {error}") from error
-    return source
+def _fetch(module: nn.Module, weights: Weights) -> None:
+    name, tag = weights.description["pretrained"].split(":")
+    try:
+        with _open_clip_silent():
+            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+            open_clip.load_checkpoint(module, path, strict=True, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{weights.source}: the weights could not be downloaded and loaded: {error}\n"
+            "If the Hugging Face hub cannot be reached: run once where it can (weights stay in its cache, HF_HOME), "
+            "set HF_ENDPOINT to a mirror, or copy a file or folder with the weights here and set clip_weights to it."
+        ) from error
 
 
-def _image_spec(towers: Towers, preprocess: Mapping[str, Any], max_img_size: int | None) -> ImageSpec:
+def _image_spec(preprocess: Mapping[str, Any]) -> ImageSpec:
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    if max_img_size not in (None, height):
-        raise UserError(f"max_img_size: {max_img_size} is not what the tower takes ({height}x{width}); leave it out")
-    try:
-        if height != width:
-            raise ValueError(f"images of {height}x{width}, not square")
-        mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
-        return ImageSpec(height, mean, std, preprocess["interpolation"], preprocess["resize_mode"])
-    except (ValueError, TypeError) as error:
-        raise backbones.cannot_build(towers.subject, error) from error
+    if height != width:
+        raise ValueError(f"images of {height}x{width}, not square")
+    mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+    return ImageSpec(height, mean, std, preprocess["interpolation"], preprocess["resize_mode"])
 
 
-def _tokenizer(towers: Towers, module: nn.Module, max_txt_len: int) -> Tokenizer:
-    text = towers.model_cfg["text_cfg"]
+def _encoder(weights: Weights) -> Any:
+    """Return open_clip's tokenizer for the towers."""
+    with _open_clip_silent():
+        if weights.tokenizer is not None:
+            return open_clip.get_tokenizer(weights.tokenizer)
+        text = open_clip.CLIPTextCfg(**weights.description["model_cfg"]["text_cfg"])
+        encode = open_clip.SimpleTokenizer(context_length=text.context_length)
+        if text.vocab_size < encode.vocab_size:
+            raise ValueError(f"a vocabulary of {text.vocab_size}, CLIP's has {encode.vocab_size}")
+        return encode
+
+
+@contextmanager
+def _open_clip_silent() -> Iterator[None]:
+    """Hide what open_clip logs, such as that a module that was built to be filled has no weights.
+
+    open_clip logs through the root logger, which would get a handler for good if it had none.
+    """
+    handler, before = logging.NullHandler(), logging.root.manager.disable
+    logging.root.addHandler(handler)
+    logging.disable(logging.WARNING)
     try:
-        with backbones.open_clip_silent():
-            if towers.name is not None:
-                encode = open_clip.get_tokenizer(towers.name)
-            else:
-                encode = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
-                if text.get("vocab_size", encode.vocab_size) < encode.vocab_size:
-                    raise ValueError(f"a vocabulary of {text['vocab_size']}, CLIP's has {encode.vocab_size}")
-    except Exception as error:
-        raise UserError(f"{towers.subject}: the tokenizer could not be loaded: {error}") from error
-    if max_txt_len > encode.context_length:
-        context = f"the text tower's context of {encode.context_length} tokens"
-        raise UserError(f"max_txt_len: {max_txt_len} is beyond {context}; lower it")
-    return Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
+        yield
+    finally:
+        logging.disable(before)
+        logging.root.removeHandler(handler)

@@ -7,6 +7,7 @@ effective W is computed in each forward pass. Checkpoints hold the effective val
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Mapping
 
@@ -16,15 +17,14 @@ from torch.nn.utils import parametrize
 
 from adaclip_finetune.errors import UserError
 
-_ORIGINAL = re.compile(r"(?P<module>.*\.|)parametrizations\.(?P<tensor>[^.]+)\.original$")
+_LISTED = 20
+_ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original$")
 
 
 def plain_name(name: str) -> str | None:
     """Return the plain name of an entry of a state dict; None for a tensor that a parametrization added."""
-    if "parametrizations." not in name:
-        return name
-    match = _ORIGINAL.match(name)
-    return match["module"] + match["tensor"] if match else None
+    plain = _ORIGINAL.sub(r"\1", name)
+    return None if "parametrizations." in plain else plain
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
@@ -55,26 +55,40 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`. Raise UserError listing all tensors that are missing, unexpected or of another shape.
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256 digest of the plain names, shapes and effective values of all weights, in hexadecimal.
+
+    A checkpoint recognises by it the pretrained CLIP that it belongs to.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(plain_state(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def strict_load(module: nn.Module, state: Mapping[str, Tensor], source: str, advice: str = "") -> None:
+    """Copy `state` into `module`. Raise UserError listing tensors that are missing, unexpected or of another shape.
 
     `state` has plain names, which fill the weights under parametrizations and leave these unchanged, or the names of
-    `module.state_dict()`, which fill both. A module on the meta device is compared but not filled.
+    `module.state_dict()`, which fill both. A module on the meta device is compared but not filled. `advice` ends the
+    message of the error.
     """
     own = module.state_dict()
     raw = any("parametrizations." in name for name in state)
-    wanted = {name if raw else plain_name(name): name for name in own}
-    wanted.pop(None, None)
+    wanted = {plain: name for name in own if (plain := name if raw else plain_name(name))}
     # Batch counters are not weights, and old torchvision files lack them.
     given = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | dict(state)
     problems = [f"missing: {name} {tuple(own[real].shape)}" for name, real in wanted.items() if name not in given]
-    problems += [f"unexpected: {name} {tuple(given[name].shape)}" for name in given if name not in wanted]
-    problems += [
-        f"shape: {name} is {tuple(given[name].shape)}, the model has {tuple(own[real].shape)}"
-        for name, real in wanted.items()
-        if name in given and given[name].shape != own[real].shape
-    ]
+    for name, tensor in given.items():
+        if name not in wanted:
+            problems.append(f"unexpected: {name} {tuple(tensor.shape)}")
+        elif tensor.shape != own[wanted[name]].shape:
+            wanted_shape = tuple(own[wanted[name]].shape)
+            problems.append(f"shape: {name} is {tuple(tensor.shape)}, the model has {wanted_shape}")
     if problems:
-        raise UserError(f"{source} does not fit the model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        listed = [f"{source} does not fit the model ({len(problems)} tensors):", *problems[:_LISTED], *more]
+        raise UserError(("\n  ".join(listed) + f"\n{advice}").rstrip())
     if not any(tensor.is_meta for tensor in own.values()):
-        module.load_state_dict(own | {real: given[name] for name, real in wanted.items() if name is not None})
+        module.load_state_dict(own | {real: given[name] for name, real in wanted.items()})

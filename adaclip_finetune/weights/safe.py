@@ -9,7 +9,6 @@ class of modules.
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -22,9 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaclip_finetune.errors import UserError
-
-_ASKED_FOR = re.compile(r"GLOBAL (\w[\w.]*)")
-_AGAIN = "copy or download it again"
 
 # Keys under which training programs keep the weights, and what wrappers put in front of each name: DataParallel and
 # DistributedDataParallel `module.`, Lightning `model.`. torch.compile puts `_orig_mod.` in front of what it compiled.
@@ -41,30 +37,29 @@ def read_untrusted(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         with path.open("rb") as file:
             start = file.read(64)
-        if mistaken := _mistaken(path, start):
-            raise UserError(f"{path} {mistaken}")
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer; fetch the weights with `git lfs pull` in its repository")
+        if start.lstrip()[:1] == b"<":
+            raise UserError(f"{path} is a web page, as a failed download leaves behind; download the file itself")
         if path.suffix == ".safetensors" or start[8:9] == b"{":
             with safe_open(path, framework="pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_EasyDict, "easydict.EasyDict")]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             warnings.simplefilter("ignore")
-            if is_torchscript(path):
-                return _read_torchscript(path), {}
+            if start.startswith(b"PK"):
+                with zipfile.ZipFile(path) as archive:
+                    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                        return _read_torchscript(archive), {}
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is incomplete, damaged or not a safetensors file ({error}); {_AGAIN}") from error
-    except Exception as error:
-        # torch's own message advises to run the code in the file.
-        asked_for = _ASKED_FOR.search(str(error))
-        asks = f" (it asks for {asked_for[1]})" if asked_for else ""
+    except (OSError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read or is incomplete ({error}); copy or download it again") from error
+    except Exception as error:  # torch's own message advises to run the code in the file
         raise UserError(
             f"{path} is not a file of weights: it cannot be read as safetensors, nor as a torch file of tensors, "
-            f"numbers, text and containers of them{asks}. A file that needs code to be read is not opened; nothing in "
-            "it was run"
+            "numbers, text and containers of them. A file that needs code to be read is not opened; nothing in it was "
+            "run"
         ) from error
 
 
@@ -79,37 +74,6 @@ def named_tensors(content: Any) -> dict[str, Tensor]:
     return found
 
 
-def is_torchscript(path: Path) -> bool:
-    """Return whether the file is a TorchScript archive. Raise OSError if it cannot be read."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _mistaken(path: Path, start: bytes) -> str | None:
-    """Return what is wrong with a file that is often taken for weights, in words, or None."""
-    if not start:
-        return f"is empty; {_AGAIN}"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, which stands for the weights; fetch them with `git lfs pull` in its repository"
-    if start.lstrip()[:1] == b"<":
-        return "is a web page, as a download that failed leaves behind; download the file itself"
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return f"is incomplete: the directory at the end of a zip is missing; {_AGAIN}"
-    return None
-
-
-class _EasyDict:
-    """A stand-in for easydict.EasyDict, a dict that keeps its items as attributes too.
-
-    torch fills only real dicts, so the stand-in makes one: an OrderedDict, whose attributes may be set as well.
-    """
-
-    def __new__(cls, *_: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        return OrderedDict()
-
-
 class _Module:
     """A stand-in for every class of modules in a TorchScript archive: a plain object with their attributes."""
 
@@ -117,10 +81,10 @@ class _Module:
         pass
 
 
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
+def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """Return parameters and buffers of the archived module by dotted name, in the precision of the file."""
     data = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(data, "w") as without_code:
+    with zipfile.ZipFile(data, "w") as without_code:
         for name in archive.namelist():
             if "/code/" not in name and not name.endswith("/constants.pkl"):
                 without_code.writestr(name, archive.read(name))

@@ -43,7 +43,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[CLIPModel, open_clip.CLIP]:
     theirs = CLIPModel(CLIPConfig(projection_dim=WIDTH, text_config=text, vision_config=vision)).eval()
     random_weights(theirs)
     ours = open_clip.CLIP(WIDTH, VISION, TEXT, quick_gelu=request.param).eval()
-    ours.load_state_dict(to_openai_names(theirs.state_dict(), "transformers"))
+    ours.load_state_dict(to_openai_names(theirs.state_dict()))
     return theirs, ours
 
 

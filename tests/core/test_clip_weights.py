@@ -9,15 +9,14 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from foreign import write_evil, write_jit
+from foreign import write_evil
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.weights.backbones import resolve_backbone
-from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.clip_weights import load_clip, resolve_backbone
 
 ARCHITECTURE: dict[str, Any] = {"embed_dim": 32, "quick_gelu": True}
 ARCHITECTURE["vision_cfg"] = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
@@ -96,12 +95,9 @@ def test_known_wrappers_are_taken_off_and_nothing_is_rounded(tmp_path: Path, wra
         assert loaded.image.mean == (0.5, 0.5, 0.5), "a file is preprocessed for as the tags of its architecture are"
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("write", [save_file, lambda state, path: write_jit(path, state)], ids=["safetensors", "jit"])
-def test_a_tag_is_fetched_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write: Any) -> None:
-    """The hub may hold an archive of OpenAI's."""
-    path = tmp_path / ("fetched.safetensors" if write is save_file else "fetched.pt")
-    write(random_state(), path)
+def test_a_tag_is_fetched_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "fetched.safetensors"
+    save_file(random_state(), path)
     asked: list[Any] = []
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: asked.append(cfg) or str(path))
     for backbone in ("tiny", "tiny:grey"):
@@ -109,7 +105,7 @@ def test_a_tag_is_fetched_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert asked.pop()["hf_hub"] == "nobody/nothing/"
         assert loaded.source == "tiny:grey"
         assert loaded.image.mean == (0.5, 0.5, 0.5) and loaded.image.resize_mode == "squash"
-        torch.testing.assert_close(loaded.module.visual.proj, random_state()["visual.proj"], atol=1e-3, rtol=1e-3)
+        assert torch.equal(loaded.module.visual.proj, random_state()["visual.proj"])
 
 
 def test_a_tag_that_does_not_fit_or_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -162,7 +158,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_clip(config(clip_weights=str(path)))
     first, *lines = str(refused.value).splitlines()
-    assert first.startswith(f"clip_weights: {path}")
+    assert first.startswith(f"clip_weights: {path} with clip_backbone tiny")
     assert sorted(lines) == [
         "  missing: ln_final.bias (8,)",
         "  shape: visual.proj is (64, 16), the model has (64, 32)",
@@ -172,9 +168,9 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_fit_are_refused_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: pytest.fail("fetched"))
-    with pytest.raises(UserError, match=r"max_img_size: 224 .*32x32"):
+    with pytest.raises(UserError, match=r"max_img_size: 224.* 32"):
         load_clip(config(max_img_size=224))
-    with pytest.raises(UserError, match=r"max_txt_len: 78 .* 77 tokens"):
+    with pytest.raises(UserError, match=r"max_txt_len: 78.* 77 tokens"):
         load_clip(config(max_txt_len=78))
     assert load_clip(config(max_img_size=32, max_txt_len=77), with_weights=False).image.size == 32
 
@@ -184,7 +180,7 @@ def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:
     spelled_out = {**ARCHITECTURE, "custom_text": False, "text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 49408}}
     load_clip(config(clip_weights=str(write_folder(tmp_path / "same", spelled_out))))
     other = str(write_folder(tmp_path / "other", {**ARCHITECTURE, "quick_gelu": False}))
-    with pytest.raises(UserError, match=rf"clip_backbone tiny .*{other}.*open_clip_config\.json"):
+    with pytest.raises(UserError, match=f"clip_backbone tiny .*{other}"):
         load_clip(config(clip_weights=other))
 
 
@@ -199,7 +195,7 @@ def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:
         ({"interpolation": "random"}, "clip_weights: .*folder"),
         ({"mean": 0.5}, "clip_weights: .*folder"),
         ("no weights", "folder holds no .*open_clip_model.safetensors"),
-        (None, "folder holds no open_clip_config.json"),
+        (None, "folder holds no open_clip_config.json and no config.json"),
     ],
 )
 def test_folders_that_are_refused(tmp_path: Path, content: Any, facts: str) -> None:
@@ -243,17 +239,17 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1234
     ("name", "content", "facts"),
     [
         ("junk.pt", b"\x08not weights" * 50, "not a file of weights"),
-        ("junk.safetensors", b"\x08not weights" * 50, "not a safetensors file"),
-        ("header.pt", b"\x02\0\0\0\0\0\0\0{]", "not a safetensors file"),
+        ("junk.safetensors", b"\x08not weights" * 50, "cannot be read .*header"),
+        ("header.pt", b"\x02\0\0\0\0\0\0\0{]", "cannot be read .*header"),
         ("numbers.pt", saved({"a": 1}), "no tensors"),
         ("tensor.pt", saved(torch.zeros(3)), "no tensors"),
-        ("empty.safetensors", b"", "empty"),
+        ("empty.safetensors", b"", "incomplete"),
+        ("empty.pt", b"", "incomplete"),
         ("pointer.safetensors", POINTER, "Git LFS pointer.*git lfs pull"),
         ("pointer.pt", POINTER, "Git LFS pointer.*git lfs pull"),
         ("page.bin", b"\n<!DOCTYPE html><html>404</html>", "web page"),
         ("half.safetensors", saved(random_state(), 0.5), "incomplete"),
         ("half.pt", saved(random_state(), 0.5), "incomplete"),
-        ("start.safetensors", saved(random_state(), 0.001), "incomplete"),
         ("absent.safetensors", None, "No such file"),
     ],
 )

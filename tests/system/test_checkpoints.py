@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
@@ -23,14 +24,14 @@ from adaclip_finetune.weights import clip_weights
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
-    check_settings,
     describe,
     read_checkpoint,
+    to_our_names,
+    to_published_names,
     with_its_clip,
 )
 from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
-from adaclip_finetune.weights.digest import weights_digest
-from adaclip_finetune.weights.published import to_our_names, to_published_names
+from adaclip_finetune.weights.plain import weights_digest
 
 # The settings of the small models below, as a published config has them.
 SETTINGS: dict[str, Any] = {"num_frm": 6, "top_k": 2, "policy_backbone": "raw", "rescale_size": 8, "frame_agg": "mlp"}
@@ -64,55 +65,51 @@ def test_a_published_checkpoint_is_read_without_easydict(tmp_path: Path, zipped:
     assert equal(checkpoint.state, ours)
 
 
-def test_settings_that_differ_are_listed_with_those_of_the_model_first() -> None:
-    stored = {**SETTINGS, "max_txt_len": 32, "frame_agg_temp": 0.5, "top_k": 3, "learning_rate": 1e-4, "batch_size": 64}
-    stored |= {"unknown_here": 1, "betas": [0.9, 0.98], "output_dir": "/elsewhere", "peft": {"method": "ibs"}}
+def test_settings_of_the_model_that_differ_are_listed_with_both_values() -> None:
+    stored = {**SETTINGS, "max_txt_len": 32, "frame_agg_temp": 0.5, "top_k": 3, "learning_rate": 1e-4, "freeze_clip": 0}
+    stored |= {
+        "unknown_here": 1,
+        "betas": [0.9, 0.98],
+        "output_dir": "/elsewhere",
+        "peft": {"method": "ibs"},
+        "tower": "file.json",
+    }
     checkpoint = Checkpoint(Path("such.pth"), Kind.PUBLISHED, {}, stored, "4")
-    first, *lines = describe(checkpoint, load_config(None, SETTINGS)).splitlines()
+    first, *lines, flags = describe(checkpoint, load_config(None, SETTINGS)).splitlines()
     assert "such.pth is a published AdaCLIP checkpoint of epoch 4" in first
-    names = ["top_k", "frame_agg_temp", "max_txt_len", "batch_size", "peft.method"]
-    assert [line.split()[0] for line in lines] == names
-    assert lines[1].split() == ["frame_agg_temp", "0.5", "→", "1.0"]
+    assert {line.split()[0] for line in lines} == {"top_k", "frame_agg_temp", "max_txt_len", "peft.method"}
+    assert "  frame_agg_temp is 1.0, there 0.5" in lines and "--frame_agg_temp 0.5" in flags
     adapter = Checkpoint(Path("a"), Kind.ADAPTER, {}, {"clip_weights": "/elsewhere/clip"}, "2")
     told = describe(adapter, load_config(None, {"clip_weights": "/here/clip"}))
-    assert "clip_weights  /elsewhere/clip → /here/clip" in told and "an adapter of ours of epoch 2" in told
+    assert "clip_weights is /here/clip, there /elsewhere/clip" in told and "an adapter of ours of epoch 2" in told
 
 
 @pytest.mark.parametrize(
     ("made_with", "given", "named"),
     [
         ({}, {"rescale_size": 9}, {"rescale_size": "8"}),
-        ({}, {"mlp_type": "fc"}, {"mlp_type": "mlp"}),
         ({"rnn": "bilstm"}, {"rnn": "lstm"}, {"rnn": "bilstm"}),
-        ({"rnn": "lstm"}, {"use_rnn": False}, {"use_rnn": "true"}),
-        ({"frame_agg": None}, {"frame_agg": "transformer"}, {"frame_agg": "none or qscore"}),
-        ({"frame_agg": "transformer"}, {"frame_agg": "mlp"}, {"frame_agg": "transformer"}),
-        ({"frame_agg": None, "word_agg": "mlp"}, {"frame_agg": None}, {"word_agg": "mlp"}),
-        ({}, {"sim_header": "seqTransf"}, {"sim_header": "meanP"}),
+        ({"frame_agg": None}, {"frame_agg": "transformer"}, {"frame_agg": "none"}),
         ({"sim_header": "transformer"}, {"sim_header": "transformer", "top_k": 4}, {"top_k": "2"}),
         ({"use_policy": False}, {}, {"use_policy": "false"}),
-        ({}, {"use_policy": False}, {"use_policy": "true"}),
-        ({"rescale_size": 7}, {"policy_backbone": "clip", "rescale_size": 7}, {"policy_backbone": "raw"}),
-        ({}, {"policy_backbone": "resnet50"}, {"policy_backbone": "raw or clip or frozen_clip"}),
-        ({}, {"num_frm": 8, "rnn": "lstm", "frame_agg": None}, {"num_frm": "6", "rnn": "transformer"}),
+        ({}, {"num_frm": 8, "mlp_type": "fc"}, {"num_frm": "6", "mlp_type": "mlp"}),
     ],
 )
-def test_a_setting_that_contradicts_the_tensors_is_named_with_the_way_out(
+def test_settings_that_contradict_the_tensors_are_named_with_the_way_out(
     made_with: dict[str, Any], given: dict[str, Any], named: dict[str, str]
 ) -> None:
-    stored = {**SETTINGS, **made_with}
+    stored = {"use_policy": True, "rnn": "transformer", "mlp_type": "mlp", **SETTINGS, **made_with}
     checkpoint = Checkpoint(Path("such.pth"), Kind.PUBLISHED, random_state(**made_with), stored)
-    check_settings(checkpoint, load_config(None, stored))
-    with pytest.raises(UserError) as refused:
-        check_settings(checkpoint, load_config(None, {**SETTINGS, **given}))
-    *lines, last = str(refused.value).splitlines()
+    with pytest.raises(UserError, match=r"such\.pth does not fit the model") as refused:
+        open_model(load_config(None, {**SETTINGS, **given}), checkpoint)
+    last = str(refused.value).splitlines()[-1]
     for name, there in named.items():
-        assert any(line.startswith(f"  {name} is ") and line.endswith(f", there {there}") for line in lines)
+        assert f"--{name} {there}" in last and f", there {there}" in str(refused.value)
     # The way out in the message works.
-    flags = dict(word.split() for word in last.removeprefix("To load it: --").split(" --"))
+    flags = dict(word.split() for word in last.partition(": --")[2].split(" --"))
     values = {"none": None, "true": True, "false": False}
     repaired = {n: values[v] if v in values else int(v) if v.isdecimal() else v for n, v in flags.items()}
-    check_settings(checkpoint, load_config(None, {**SETTINGS, **given, **repaired}))
+    open_model(load_config(None, {**SETTINGS, **given, **repaired}), checkpoint)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused() -> None:
@@ -122,50 +119,36 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused() -> None:
             open_model(load_config(None, SETTINGS), Checkpoint(Path("such.pth"), Kind.PUBLISHED, state, SETTINGS))
 
 
-def test_zero_shot_clip_is_known_by_its_shapes_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clip_that_a_checkpoint_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, SETTINGS)
-    openai = load_clip(config, from_checkpoint=Checkpoint(Path("such.pth"), Kind.PUBLISHED, dict(CLIP)).towers())
-    with pytest.raises(UserError, match=r"OpenAI.*give clip_weights"):
-        load_pretrained(config, openai)
-    b_16 = load_clip(load_config(None, {"clip_backbone": "ViT-B/16"}), with_weights=False)
+    tiny = load_clip(config, from_checkpoint=Checkpoint(Path("such.pth"), Kind.PUBLISHED, dict(CLIP)).towers())
+    with pytest.raises(UserError, match="give clip_weights"):
+        load_pretrained(config, tiny)
     asked: list[str] = []
-    monkeypatch.setattr(clip_weights, "load_clip", lambda config: asked.append(config.clip_backbone) or openai)
-    assert load_pretrained(config, b_16) is openai
-    load_pretrained(load_config(None, {"clip_backbone": "RN50:cc12m"}), b_16)
-    load_pretrained(config, replace(b_16, description={"pretrained": "RN50:yfcc15m"}))
-    assert asked == ["ViT-B-16-quickgelu:openai", "RN50:cc12m", "RN50:yfcc15m"]
+    monkeypatch.setattr(clip_weights, "load_clip", lambda config: asked.append(config.clip_backbone) or tiny)
+    model_cfg = open_clip.get_model_config("ViT-B-32-quickgelu")
+    assert load_pretrained(config, replace(tiny, description={"model_cfg": model_cfg})) is tiny
+    load_pretrained(load_config(None, {"clip_backbone": "RN50:cc12m"}), tiny)
+    load_pretrained(config, replace(tiny, description={"pretrained": "RN50:yfcc15m"}))
+    assert asked == ["ViT-B/32", "RN50:cc12m", "RN50:yfcc15m"]
     # A CLIP of the same shapes may not be the one that the checkpoint began with.
-    about = {"source": "/theirs/clip.pt", "digest": weights_digest(openai.module)}
-    assert load_pretrained(config, replace(b_16, description=about)) is openai
+    about = {"model_cfg": model_cfg, "source": "/theirs/clip.pt", "digest": weights_digest(tiny.module)}
+    assert load_pretrained(config, replace(tiny, description=about)) is tiny
     with pytest.raises(UserError, match=r"/theirs/clip\.pt .*clip_weights"):
-        load_pretrained(config, replace(b_16, description=about | {"digest": "0" * 64}))
-
-
-def clip4clip(header: str) -> dict[str, Tensor]:
-    """Return tensors as CLIP4Clip has them: CLIP's, and for seqTransf four blocks and 77 positions."""
-    if header == "meanP":
-        return dict(CLIP)
-    one = {n.split("resblocks.0.")[1]: t for n, t in CLIP.items() if n.startswith("clip.transformer.resblocks.0.")}
-    temporal = {f"transformerClip.resblocks.{i}.{n}": t + i for i in range(4) for n, t in one.items()}
-    return CLIP | temporal | {"frame_position_embeddings.weight": torch.randn(77, 64)}
+        load_pretrained(config, replace(tiny, description=about | {"digest": "0" * 64}))
 
 
 @pytest.mark.parametrize(("header", "prefix"), [("meanP", ""), ("seqTransf", "_orig_mod.")])
-def test_clip4clip_is_recognised_and_loaded(tmp_path: Path, header: str, prefix: str) -> None:
-    state, path = clip4clip(header), tmp_path / "pytorch_model.bin.4"
+def test_a_state_dict_without_settings_is_loaded(tmp_path: Path, header: str, prefix: str) -> None:
+    """CLIP4Clip's checkpoints are such files."""
+    config = load_config(None, {"num_frm": 12, "use_policy": False, "sim_header": header})
+    state = to_published_names(random_state(num_frm=12, use_policy=False, sim_header=header, frame_agg=None))
+    path = tmp_path / "pytorch_model.bin.4"
     torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
     checkpoint = read_checkpoint(path)
-    assert checkpoint.kind is Kind.CLIP4CLIP
-    config = load_config(None, {"num_frm": 12, "use_policy": False, "sim_header": header})
-    check_settings(checkpoint, config)
     assert equal(open_model(config, checkpoint).model.state_dict(), to_our_names(state))
-    if header == "seqTransf":
-        with pytest.raises(UserError, match="is a CLIP4Clip checkpoint") as refused:
-            check_settings(checkpoint, load_config(None, {"frame_agg": "mlp"}))
-        assert str(refused.value).endswith("--use_policy false --sim_header seqTransf --frame_agg none")
-        other = config.model_copy(update={"frame_agg": "qscore"})
-        check_settings(checkpoint, other)
-        assert "frame_agg  none → qscore" in describe(checkpoint, other)
+    with pytest.raises(UserError, match=r"(?s)missing: aggregator.*holds no settings"):
+        open_model(config.model_copy(update={"frame_agg": "mlp"}), checkpoint)
 
 
 def test_an_adapter_is_laid_over_the_pretrained_clip(project: dict[str, Any], tmp_path: Path) -> None:
@@ -204,7 +187,7 @@ def test_a_file_of_no_known_kind_is_told_the_known_ones(tmp_path: Path, content:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(UserError, match=facts) as refused:
         read_checkpoint(tmp_path / "file.pth")
-    for kind in ("adapter.safetensors", "published AdaCLIP checkpoints", "CLIP4Clip checkpoints"):
+    for kind in ("adapter.safetensors", "published checkpoints"):
         assert kind in str(refused.value)
 
 
@@ -229,7 +212,7 @@ def test_a_run_begins_with_a_published_checkpoint(project: dict[str, Any], tmp_p
     assert main(["train", "--config", str(tmp_path / "config.json"), *words]) == 0
     printed = capsys.readouterr().out
     assert printed.count("is a published AdaCLIP checkpoint of epoch 4") == 1
-    assert "top_k        3 → 2" in printed and "such.pth" in printed
+    assert "top_k is 2, there 3" in printed and "such.pth" in printed
     (best,) = tmp_path.glob("tiny/*/best.safetensors")
     for name, tensor in load_file(best).items():
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-6)
@@ -262,11 +245,11 @@ def test_a_checkpoint_brings_the_settings_of_its_clip(
 
 def test_clip_weights_that_are_gone_are_named_where_the_checkpoint_needs_them(tmp_path: Path) -> None:
     """An adapter holds only a part of CLIP; a whole checkpoint describes its own."""
-    path, described = tmp_path / "a.safetensors", {"source": "/gone/clip.pt", "digest": "1234567890abcdef"}
+    path, described = tmp_path / "a.safetensors", {"source": "/gone/clip.pt"}
     metadata = {**OURS, "config": json.dumps({"clip_weights": "/gone"}), "clip": json.dumps(described)}
     for config in (load_config(None, {"clip_weights": "/gone"}), load_config(None, {})):
         save_file(CLIP, path, metadata={**metadata, "content": "adapter"})
-        with pytest.raises(UserError, match=r"clip_weights /gone: .* /gone/clip\.pt .*1234567890ab.*--clip_weights"):
+        with pytest.raises(UserError, match=r"clip_weights /gone: .*/gone/clip\.pt.* --clip_weights"):
             with_its_clip(read_checkpoint(path), config)
         save_file(CLIP, path, metadata={**metadata, "content": "model"})
         assert with_its_clip(read_checkpoint(path), config).clip_weights is None

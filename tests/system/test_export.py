@@ -18,9 +18,9 @@ from transformers import CLIPModel, CLIPTokenizer
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.export import FORMATS, export
+from adaclip_finetune.export import export
 from adaclip_finetune.training.session import open_model
-from adaclip_finetune.weights.checkpoints import Kind, check_settings, read_checkpoint
+from adaclip_finetune.weights.checkpoints import Kind, read_checkpoint
 from adaclip_finetune.weights.clip_weights import load_clip
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,6 @@ def expected(run: Path) -> tuple[Tensor, Tensor]:
 def test_published_reads_back_as_it_was(
     project: dict[str, Any], tmp_path: Path, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(None, {**project, **HEADS[heads]})
     run = finetuned(tmp_path / "run", {**project, **HEADS[heads]})
     export(run if heads == "mlp" else run / "best.safetensors", "published", tmp_path / "such.pth")
     content = torch.load(tmp_path / "such.pth", weights_only=True)
@@ -70,7 +69,6 @@ def test_published_reads_back_as_it_was(
     assert all(name.startswith(known) for name in content["state_dict"])
     checkpoint = read_checkpoint(tmp_path / "such.pth")
     assert (checkpoint.kind, checkpoint.epoch) == (Kind.PUBLISHED, "7")
-    check_settings(checkpoint, config)
     # Its CLIP and the CNN of its policy are in the file: nothing is downloaded.
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloaded"))
     given = {k: v for k, v in {**project, **HEADS[heads]}.items() if k not in ("clip_weights", "policy_weights")}
@@ -143,7 +141,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert target.read_bytes() == written and list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["published", "open_clip", "huggingface"])
 def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, form: str) -> None:
     before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))  # tokenizers fit, weights do not

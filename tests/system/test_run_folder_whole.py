@@ -24,7 +24,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.weights.clip_weights import load_clip
-from adaclip_finetune.weights.digest import weights_digest
+from adaclip_finetune.weights.plain import weights_digest
 
 TEXTS = ["a red thing", "it is blue", "number 7"]
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "a", "it", "is", "thing", "number", "red", "green", "blue", "grey"]

@@ -33,8 +33,8 @@ from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import copy_from_main, from_main, is_main
-from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip
+from adaclip_finetune.weights.plain import weights_digest
 
 COLUMNS = (*(f"t2v.{name}" for name in FIGURES), *(f"v2t.{name}" for name in FIGURES))
 """The figures that a comparison shows."""

@@ -1,7 +1,7 @@
 """What a study leaves behind and what it prints.
 
 output/<dataset>/<time>-<study>/
-    tuning.log  study.csv  best_config.json  *.png
+    study.csv  best_config.json  *.png
     trial-0000/  config.json  train.log  metrics.jsonl  metrics.json  [best.safetensors, of the best trial alone]
 """
 
@@ -12,19 +12,17 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.durable import write_durably
-from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.training.trainer import chosen_on_test
 from adaclip_finetune.tuning.space import with_values
 from adaclip_finetune.tuning.study import FOLDER, ZERO_SHOT
@@ -42,14 +40,19 @@ _PICTURES = {
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the best completed trial, the earliest of equals, or None before any has completed."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(done, key=lambda trial: _rank(study, trial.value), default=None)
+    best: FrozenTrial | None = _better(study)(done, key=lambda trial: trial.value, default=None)
+    return best
 
 
 class StudyFolder:
-    """The folder of a study, into which several processes may write. `path` is None with no_output."""
+    """The folder of a study, into which several processes may write, and the lines that are printed.
+
+    `path` is None with no_output, `before` the metric of zero-shot CLIP if it was measured.
+    """
 
     def __init__(self, config: Config, study: optuna.Study) -> None:
         self.config, self.study = config, study
+        self.before: float | None = study.user_attrs.get(ZERO_SHOT)
         known = study.user_attrs.get(FOLDER)
         self.path = None if config.no_output or known is None else Path(known)
 
@@ -57,29 +60,20 @@ class StudyFolder:
         """Return the folder of one trial."""
         return None if self.path is None else self.path / f"trial-{number:04d}"
 
-    def say(self, text: str) -> None:
-        """Print a text and keep it in tuning.log."""
-        tqdm.write(text)
-        if self.path is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "tuning.log").open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-
     def say_start(self, lines: Sequence[str]) -> None:
         """Print `lines`, and what is known before the first trial."""
-        for line in lines:
-            self.say(line)
+        print(*lines, sep="\n")
         if self.path is not None:
-            self.say(f"files: {self.path}")
+            print(f"files: {self.path}")
         if chosen_on_test(self.config):
-            self.say("WARNING: every metric of this study is selected on test")
-        if before := self._zero_shot():
-            self.say(f"zero-shot on validation: {self.config.tuned_figure} {before}")
+            print("WARNING: every metric of this study is selected on test")
+        if self.before is not None:
+            print(f"zero-shot on validation: {self.config.tuned_figure} {self.before:.1f}")
 
     def say_begin(self, trial: optuna.Trial) -> None:
         """Print the values of a trial that begins."""
         words = ", ".join(f"{name} {_short(chosen)}" for name, chosen in trial.params.items())
-        self.say(f"trial {trial.number}: {words}")
+        print(f"trial {trial.number}: {words}", flush=True)
 
     def say_end(self, trial: FrozenTrial) -> None:
         """Print how a trial ended."""
@@ -90,28 +84,27 @@ class StudyFolder:
             outcome = f"{trial.value:.1f} at epoch {trial.user_attrs['best_epoch']}, {trial.user_attrs['seconds']:g} s"
         best = best_trial(self.study)
         known = f"   (best so far: {best.value:.1f}, trial {best.number})" if best else ""
-        self.say(f"  {outcome}{known}")
+        print(f"  {outcome}{known}", flush=True)
 
     def say_summary(self) -> None:
         """Print what the study found."""
         states = Counter(trial.state for trial in self.study.get_trials(deepcopy=False))
         counts = [states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
-        self.say(f"{sum(counts)} trials: {counts[0]} completed, {counts[1]} pruned, {counts[2]} failed")
-        best, metric, before = best_trial(self.study), self.config.tuned_figure, self._zero_shot()
+        print(f"{sum(counts)} trials: {counts[0]} completed, {counts[1]} pruned, {counts[2]} failed")
+        best, before = best_trial(self.study), self.before
         if best is None:
-            self.say("no trial completed, so there are no best values")
+            print("no trial completed, so there are no best values")
             return
         on = "selected on test" if chosen_on_test(self.config) else "on validation"
-        compared = f" (zero-shot {before})" if before else ""
-        self.say(f"best: trial {best.number}, {metric} {best.value:.1f} {on}{compared}")
+        compared = "" if before is None else f" (zero-shot {before:.1f})"
+        print(f"best: trial {best.number}, {self.config.tuned_figure} {best.value:.1f} {on}{compared}")
         for name, chosen in best.params.items():
-            self.say(f"  {name} {_short(chosen)}")
-        zero_shot = self.study.user_attrs.get(ZERO_SHOT)
-        if zero_shot and _rank(self.study, best.value) >= _rank(self.study, value(zero_shot, metric)):
-            self.say("No trial is better than zero-shot: widen the ranges, train for more epochs, or use more data.")
+            print(f"  {name} {_short(chosen)}")
+        if before is not None and _better(self.study)(before, best.value) == before:
+            print("No trial is better than zero-shot: widen the ranges, train for more epochs, or use more data.")
         if self.path is not None:
-            self.say(f"study: {self.path} (study.csv, best_config.json, pictures)")
-            self.say(f"next: python train.py --config {self.path / 'best_config.json'}")
+            print(f"study: {self.path} (study.csv, best_config.json, pictures)")
+            print(f"next: python train.py --config {self.path / 'best_config.json'}")
 
     def write(self) -> None:
         """Write study.csv and best_config.json, and delete the weights of all but the best trial."""
@@ -141,16 +134,6 @@ class StudyFolder:
             table.writerow({**row, **trial.params, **trial.user_attrs})
         return text.getvalue()
 
-    def _zero_shot(self) -> str:
-        """Return the metric of zero-shot CLIP, and how many videos are missing; "" if zero-shot was not measured."""
-        found = self.study.user_attrs.get(ZERO_SHOT)
-        if not found:
-            return ""
-        gallery = next((part for part in found.values() if isinstance(part, Mapping) and "videos_listed" in part), {})
-        listed, evaluated = gallery.get("videos_listed", 0), gallery.get("videos_evaluated", 0)
-        missing = f", WITHOUT {listed - evaluated} of {listed} videos" if listed != evaluated else ""
-        return f"{value(found, self.config.tuned_figure):.1f}{missing}"
-
 
 def draw(study: optuna.Study, folder: Path, metric: str) -> None:
     """Draw the study by Optuna's own plots, which need two completed trials of different values."""
@@ -175,10 +158,9 @@ def draw(study: optuna.Study, folder: Path, metric: str) -> None:
             pyplot.close(figure)
 
 
-def _rank(study: optuna.Study, found: float | None) -> float:
-    """Return `found` with the sign that makes lower values better."""
-    assert found is not None
-    return -found if study.direction == optuna.study.StudyDirection.MAXIMIZE else found
+def _better(study: optuna.Study) -> Any:
+    """Return the function that chooses the better one of several values: `max` or `min`."""
+    return max if study.direction == optuna.study.StudyDirection.MAXIMIZE else min
 
 
 def _short(chosen: Any) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 import traceback
 import warnings
@@ -42,7 +42,7 @@ FAILURES = 5
 """So many failed trials in a row end a study."""
 
 FINAL_RUN = "final_run"
-"""The user attribute of a study that names the trial, the folder and the metrics of the final run."""
+"""The user attribute of a study that names the trial and the folder of the final run."""
 
 
 def describe(config: Config) -> list[str]:
@@ -83,10 +83,15 @@ def tune(config: Config) -> None:
         try:
             with storage_errors(url):
                 _run_trials(config, space, study, folder)
-            _finish(config, study, folder)
+            folder.write()
+            if folder.path is not None:
+                draw(study, folder.path, config.tuned_figure)
+            folder.say_summary()
+            if config.do_training_af_optuna:
+                _train_best(config, study)
         except KeyboardInterrupt:
             folder.write()
-            folder.say("Interrupted. The same command continues; an interrupted trial begins again.")
+            print("Interrupted. The same command continues; an interrupted trial begins again.")
             raise
 
 
@@ -119,7 +124,10 @@ def _run_trials(config: Config, space: Space, study: optuna.Study, folder: Study
         clear_device_cache(garbage_collection=True)  # else the next model is built beside the last one
         folder.write()
         folder.say_end(trial)
-        failures.append(trial.user_attrs["reason"]) if trial.state == TrialState.FAIL else failures.clear()
+        if trial.state == TrialState.FAIL:
+            failures.append(trial.user_attrs.get("reason", "its metric is not a number"))
+        else:
+            failures.clear()
         if len(failures) == FAILURES:
             raise UserError(f"{FAILURES} trials in a row failed:\n  " + "\n  ".join(failures))
 
@@ -150,20 +158,19 @@ def _train(config: Config, trial: optuna.Trial, folder: StudyFolder) -> float:
     except ValidationError as error:
         trial.set_user_attr("reason", f"refused: {refusal(error)}")
         raise optuna.TrialPruned from None
-    with Path(os.devnull).open("w", encoding="utf-8") as silent:
-        run = RunFolder(single, stream=silent, trial=folder.of_trial(trial.number))
-        try:
-            result = run_trial(single, run, report)
-        except optuna.TrialPruned:
-            raise
-        except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            trial.set_user_attr("reason", reason)
-            if run.path is not None:
-                run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
-            return math.nan  # for Optuna, a trial that failed
-        finally:
-            _record_cost(trial, run)
+    run = RunFolder(single, stream=io.StringIO(), trial=folder.of_trial(trial.number))
+    try:
+        result = run_trial(single, run, report)
+    except optuna.TrialPruned:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        trial.set_user_attr("reason", reason)
+        if run.path is not None:
+            run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
+        return math.nan  # for Optuna, a trial that failed
+    finally:
+        _record_cost(trial, run)
     trial.set_user_attr("best_epoch", result.best_epoch)
     if run.path is not None:
         result.save(run.path / "best.safetensors")
@@ -182,24 +189,14 @@ def _record_cost(trial: optuna.Trial, run: RunFolder) -> None:
         trial.set_user_attr("peak_memory_mib", round(max(memory)))
 
 
-def _finish(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
-    """Write and print what the study found, and train the final run if asked for."""
-    folder.write()
-    if folder.path is not None:
-        draw(study, folder.path, config.tuned_figure)
-    folder.say_summary()
-    if config.do_training_af_optuna:
-        _train_best(config, study, folder)
-
-
-def _train_best(config: Config, study: optuna.Study, folder: StudyFolder) -> None:
+def _train_best(config: Config, study: optuna.Study) -> None:
     """Train with the values of the best trial, unless that was done before; continue a run that was interrupted."""
     best = best_trial(study)
     if best is None:
         raise UserError("do_training_af_optuna: no trial completed, so there are no best values to train with")
     known = study.user_attrs.get(FINAL_RUN, {})
     earlier = Path(known["folder"]) if known.get("trial") == best.number and known.get("folder") else None
-    folder.say(f"final run with the values of trial {best.number}" + (f": {earlier}" if earlier else ""))
+    print(f"final run with the values of trial {best.number}" + (f": {earlier}" if earlier else ""))
     if earlier is not None and (earlier / "metrics.json").is_file():
         return
 
@@ -207,8 +204,6 @@ def _train_best(config: Config, study: optuna.Study, folder: StudyFolder) -> Non
         study.set_user_attr(FINAL_RUN, {"trial": best.number, "folder": str(run)})
 
     if earlier is not None and (earlier / "config.json").is_file():
-        result = fit(continued_config(load_config(None, {"resume": str(earlier)})), folder=earlier)
+        fit(continued_config(load_config(None, {"resume": str(earlier)})), folder=earlier)
     else:
-        result = fit(with_values(config, best.params), opened=opened)
-    found = {"folder": result.folder and str(result.folder), result.evaluated_on: result.final.as_dict()}
-    study.set_user_attr(FINAL_RUN, {"trial": best.number, **found})
+        fit(with_values(config, best.params), opened=opened)

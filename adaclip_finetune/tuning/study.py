@@ -25,6 +25,7 @@ from adaclip_finetune.config.optuna import OptunaSettings
 from adaclip_finetune.config.roles import names_with, rounding
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.training.run_folder import RunFolder, new_folder
 from adaclip_finetune.training.trainer import validation_zero_shot
 from adaclip_finetune.tuning.space import Space, grid
@@ -53,9 +54,10 @@ def storage_errors(url: str) -> Iterator[None]:
         if url.count("@") > 1 or ("@" in url and isinstance(cause, ValueError | ArgumentError)):
             # The text may quote a part of the password.
             text = "if this is no URL: in a password write @ / : % as %40 %2F %3A %25"
+        what = f"optuna_cfg.storage {without_password(url)}, or output_dir, cannot be used"
         raise UserError(
-            f"optuna_cfg.storage: Optuna ended with {type(cause).__name__}: {text} (storage "
-            f"{without_password(url)}). If the storage is there and the study was not deleted, start the command again"
+            f"{what} ({type(cause).__name__}: {text}). If they are there and the study was not deleted, "
+            "start the command again"
         ) from error
 
 
@@ -128,8 +130,8 @@ def open_study(config: Config, storage: BaseStorage) -> optuna.Study:
     if not exists:
         measured = validation_zero_shot(config, RunFolder(config.model_copy(update={"no_output": True})))
         with storage_errors(url):
-            attributes = {ZERO_SHOT: measured.as_dict() if measured else None, SETTINGS: settings}
-            _create_study(config, name, storage, attributes)
+            before = value(measured.as_dict(), config.tuned_figure) if measured else None
+            _create_study(config, name, storage, {ZERO_SHOT: before, SETTINGS: settings})
     with storage_errors(url):
         pruner = make_pruner(config.optuna_cfg, config.num_epochs)
         study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
@@ -152,10 +154,7 @@ def open_study(config: Config, storage: BaseStorage) -> optuna.Study:
 def _create_study(config: Config, name: str, storage: BaseStorage, attributes: dict[str, Any]) -> None:
     """Create a study with its folder, unless another process has just done so."""
     parent = Path(config.output_dir) / config.dataset
-    try:
-        folder = None if config.no_output else new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-    except OSError as error:
-        raise UserError(f"output_dir: no folder can be created in {parent} ({error})") from error
+    folder = None if config.no_output else new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
     direction: Any = "maximize" if config.figures[config.tuned_figure] else "minimize"
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction=direction)
@@ -164,8 +163,8 @@ def _create_study(config: Config, name: str, storage: BaseStorage, attributes: d
             folder.rmdir()
         return
     study.set_metric_names([f"{config.tuned_figure} on validation"])  # for optuna-dashboard
-    for key, value in {FOLDER: folder and str(folder), **attributes}.items():
-        study.set_user_attr(key, value)
+    for key, content in {FOLDER: folder and str(folder), **attributes}.items():
+        study.set_user_attr(key, content)
 
 
 def _in_common(config: Config) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def _in_common(config: Config) -> dict[str, Any]:
     free = names_with("run") - {"resume"} | names_with("machine") - rounding() | {"test_annot"}
     common: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
     tuned = config.optuna_cfg.model_dump(mode="json", include=set(names_with("optimisation", of=OptunaSettings)))
-    common |= {f"optuna_cfg.{name}": value for name, value in tuned.items()}
+    common |= {f"optuna_cfg.{name}": chosen for name, chosen in tuned.items()}
     for name in ("train_annot", "val_annot"):
         content = Path(common[name]).read_bytes()
         common[f"the content of {name}"] = hashlib.sha256(content).hexdigest()[:12]

@@ -93,10 +93,10 @@ def test_a_study_with_its_final_run(project: Project, tmp_path: Path, capsys: py
     assert f"best: trial {best.number}, t2v.R@1 {best.value:.1f} on validation (zero-shot " in out
 
     final = study.user_attrs[FINAL_RUN]
+    assert final["trial"] == best.number
     run = Path(final["folder"])
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["evaluated_on"] == "test" and metrics["finetuned"] == final["test"]
-    assert metrics["zero_shot"] is not None
+    assert metrics["evaluated_on"] == "test" and metrics["zero_shot"] is not None
     assert load_config(run / "config.json").learning_rate == best.params["learning_rate"]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     tune(config)
@@ -158,7 +158,7 @@ def test_a_signal_while_training_ends_a_trial_and_the_final_run_continues_where_
         tune(config)
     tune(config)
     assert states(config) == ["FAIL", "COMPLETE"]
-    assert study_of(config).user_attrs[FINAL_RUN].keys() == {"trial", "folder", "test"}
+    assert study_of(config).user_attrs[FINAL_RUN]["trial"] == 1
     assert len(calls) == 6, "no update is made twice"
 
 
@@ -320,7 +320,7 @@ def test_what_makes_figures_doubtful_is_told(
     tune(config := settings(project, tmp_path, {"n_trials": 1}, no_output=True, **given))
     out = capsys.readouterr().out
     assert out.count("selected on test") == 2
-    assert out.count(", WITHOUT 1 of 7 videos") == 2
+    assert "WITHOUT 1 of 7 videos" in out
     assert states(config) == ["COMPLETE"] and not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from wsgiref.util import setup_testing_defaults
 
 import forked
 import optuna
@@ -117,17 +116,6 @@ def test_a_study_that_is_deleted_and_a_server_that_goes_away_are_told(
     finally:
         server.start()
     assert "owner:***@" in told and postgres.PASSWORD not in told
-
-
-def test_the_dashboard_shows_the_study(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1})
-    tune(config)
-    assert config.optuna_cfg is not None
-    app = pytest.importorskip("optuna_dashboard").wsgi(config.optuna_cfg.storage)
-    for path, shown in {"/api/studies": b"tiny-full", "/api/studies/1": b"t2v.R@1 on validation"}.items():
-        environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": "after=0"}
-        setup_testing_defaults(environ)
-        assert shown in b"".join(app(environ, lambda *_: None))
 
 
 @pytest.mark.parametrize(

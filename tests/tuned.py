@@ -97,7 +97,7 @@ def _work(given: dict[str, Any], log: Path, began: Event, may_end: Event) -> Non
         return quick_trial(*arguments)
 
     run.run_trial = held_trial  # type: ignore[attr-defined]
-    study.HEARTBEAT_S, run.SILENCE_S, run.WAIT_S = 0.2, 3.0, 0.1
+    study.HEARTBEAT_S, study.SILENCE_S = 1, 2
     try:
         run.tune(load_config(None, given))
     except UserError as error:

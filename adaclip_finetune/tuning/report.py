@@ -1,7 +1,7 @@
 """What a study leaves behind and what it prints.
 
 output/<dataset>/<time>-<study>/
-    tuning.log  study.csv  best_config.json  *.png
+    study.csv  best_config.json  *.png
     trial-0000/  config.json  train.log  metrics.jsonl  metrics.json  [best.safetensors, of the best trial alone]
 """
 
@@ -12,45 +12,47 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.durable import write_durably
-from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.training.trainer import chosen_on_test
 from adaclip_finetune.tuning.space import with_values
-from adaclip_finetune.tuning.study import FOLDER, SURPLUS, ZERO_SHOT, history, points
+from adaclip_finetune.tuning.study import FOLDER, ZERO_SHOT
 
 _ATTRIBUTES = ("best_epoch", "seconds", "peak_memory_mib", "trainable_parameters", "reason", "folder")
+_PICTURES = {
+    "history": "plot_optimization_history",
+    "intermediate_values": "plot_intermediate_values",
+    "importances": "plot_param_importances",
+    "slices": "plot_slice",
+    "parallel_coordinates": "plot_parallel_coordinate",
+}
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the best completed trial, the earliest of equals, or None before any has completed."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(done, key=lambda trial: rank(study, trial.value), default=None)
-
-
-def rank(study: optuna.Study, found: float | None) -> float:
-    """Return `found` with the sign that makes lower values better."""
-    assert found is not None
-    return -found if study.direction == optuna.study.StudyDirection.MAXIMIZE else found
+    best: FrozenTrial | None = _better(study)(done, key=lambda trial: trial.value, default=None)
+    return best
 
 
 class StudyFolder:
-    """The folder of a study, into which several processes may write. `path` is None with no_output."""
+    """The folder of a study, into which several processes may write, and the lines that are printed.
+
+    `path` is None with no_output, `before` the metric of zero-shot CLIP if it was measured.
+    """
 
     def __init__(self, config: Config, study: optuna.Study) -> None:
         self.config, self.study = config, study
+        self.before: float | None = study.user_attrs.get(ZERO_SHOT)
         known = study.user_attrs.get(FOLDER)
         self.path = None if config.no_output or known is None else Path(known)
 
@@ -58,140 +60,107 @@ class StudyFolder:
         """Return the folder of one trial."""
         return None if self.path is None else self.path / f"trial-{number:04d}"
 
-    def say(self, text: str) -> None:
-        """Print a text and keep it in tuning.log."""
-        tqdm.write(text)
-        if self.path is not None:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                with (self.path / "tuning.log").open("a", encoding="utf-8") as file:
-                    file.write(f"{text}\n")
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error}") from error
-
     def say_start(self, lines: Sequence[str]) -> None:
         """Print `lines`, and what is known before the first trial."""
-        for line in lines:
-            self.say(line)
+        print(*lines, sep="\n")
         if self.path is not None:
-            self.say(f"files: {self.path}")
+            print(f"files: {self.path}")
         if chosen_on_test(self.config):
-            self.say("WARNING: every metric of this study is selected on test")
-        if before := self._zero_shot(self.config.primary_figure):
-            self.say(f"zero-shot on validation: {self.config.primary_figure} {before}")
+            print("WARNING: every metric of this study is selected on test")
+        if self.before is not None:
+            print(f"zero-shot on validation: {self.config.tuned_figure} {self.before:.1f}")
 
-    def say_begin(self, trial: optuna.Trial, count: str) -> None:
+    def say_begin(self, trial: optuna.Trial) -> None:
         """Print the values of a trial that begins."""
         words = ", ".join(f"{name} {_short(chosen)}" for name, chosen in trial.params.items())
-        self.say(f"trial {trial.number} ({count}): {words}")
+        print(f"trial {trial.number}: {words}", flush=True)
 
-    def say_end(self, trial: FrozenTrial, to_go: str) -> None:
+    def say_end(self, trial: FrozenTrial) -> None:
         """Print how a trial ended."""
-        best = best_trial(self.study)
-        reason = str(trial.user_attrs.get("reason", "")).partition("\n")[0]
-        outcome = reason if trial.state == TrialState.PRUNED else f"failed: {reason}"
-        if trial.state == TrialState.COMPLETE:
+        outcome = str(trial.user_attrs.get("reason", "")).partition("\n")[0]
+        if trial.state == TrialState.FAIL:
+            outcome = f"failed: {outcome}"
+        elif trial.state == TrialState.COMPLETE:
             outcome = f"{trial.value:.1f} at epoch {trial.user_attrs['best_epoch']}, {trial.user_attrs['seconds']:g} s"
-        if best is not None:
-            known = f"   best so far {best.value:.1f} (trial {best.number})"
-            outcome += "  ← best so far" if best.number == trial.number else known
-        self.say(f"  {outcome}   {to_go}".rstrip())
+        best = best_trial(self.study)
+        known = f"   (best so far: {best.value:.1f}, trial {best.number})" if best else ""
+        print(f"  {outcome}{known}", flush=True)
+
+    def say_summary(self) -> None:
+        """Print what the study found."""
+        states = Counter(trial.state for trial in self.study.get_trials(deepcopy=False))
+        counts = [states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
+        print(f"{sum(counts)} trials: {counts[0]} completed, {counts[1]} pruned, {counts[2]} failed")
+        best, before = best_trial(self.study), self.before
+        if best is None:
+            print("no trial completed, so there are no best values")
+            return
+        on = "selected on test" if chosen_on_test(self.config) else "on validation"
+        compared = "" if before is None else f" (zero-shot {before:.1f})"
+        print(f"best: trial {best.number}, {self.config.tuned_figure} {best.value:.1f} {on}{compared}")
+        for name, chosen in best.params.items():
+            print(f"  {name} {_short(chosen)}")
+        if before is not None and _better(self.study)(before, best.value) == before:
+            print("No trial is better than zero-shot: widen the ranges, train for more epochs, or use more data.")
+        if self.path is not None:
+            print(f"study: {self.path} (study.csv, best_config.json, pictures)")
+            print(f"next: python train.py --config {self.path / 'best_config.json'}")
 
     def write(self) -> None:
         """Write study.csv and best_config.json, and delete the weights of all but the best trial."""
         if self.path is None:
             return
         best = best_trial(self.study)
-        try:
-            write_durably(self.path / "study.csv", self._table().encode(), shared=True)
-            if best is not None:
-                found = with_values(self.config, best.params).model_dump(mode="json", exclude_unset=True)
-                content = json.dumps(found, indent=4) + "\n"
-                write_durably(self.path / "best_config.json", content.encode(), shared=True)
-            for trial in self.study.get_trials(deepcopy=False):
-                if trial.state.is_finished() and (best is None or trial.number != best.number):
-                    (self.path / f"trial-{trial.number:04d}" / "best.safetensors").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error}") from error
+        write_durably(self.path / "study.csv", self._table().encode(), shared=True)
+        if best is not None:
+            found = with_values(self.config, best.params).model_dump(mode="json", exclude_unset=True)
+            content = json.dumps(found, indent=4) + "\n"
+            write_durably(self.path / "best_config.json", content.encode(), shared=True)
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and (best is None or trial.number != best.number):
+                (self.path / f"trial-{trial.number:04d}" / "best.safetensors").unlink(missing_ok=True)
 
     def _table(self) -> str:
-        trials = [one for one in self.study.get_trials(deepcopy=False) if SURPLUS not in one.user_attrs]
+        trials = self.study.get_trials(deepcopy=False)
         names = sorted({name for trial in trials for name in trial.params})
         text = io.StringIO()
-        columns = ["trial", "state", "value", *names, *_ATTRIBUTES, "tries_again"]
+        columns = ["trial", "state", "value", *names, *_ATTRIBUTES]
         table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for trial in trials:
             row = {"trial": trial.number, "state": trial.state.name.lower(), "value": trial.value}
             if trial.state == TrialState.FAIL:
-                row["reason"] = "interrupted, or its process died"
-            if earlier := history(trial):
-                row["tries_again"] = earlier[-1]
+                row["reason"] = "its process died"
             table.writerow({**row, **trial.params, **trial.user_attrs})
         return text.getvalue()
 
-    def summary(self) -> Iterator[str]:
-        """Yield what the study found, line by line."""
-        states = Counter(trial.state for trial in points(self.study.get_trials(deepcopy=False)))
-        counts = [states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
-        yield f"{sum(counts)} trials: {counts[0]} completed, {counts[1]} pruned, {counts[2]} failed"
-        best, metric = best_trial(self.study), self.config.tuned_figure
-        if best is None:
-            yield "no trial completed, so there are no best values"
-            return
-        on = "selected on test" if chosen_on_test(self.config) else "on validation"
-        before = self._zero_shot(metric)
-        compared = f" (zero-shot {before})" if before else ""
-        yield f"best: trial {best.number}, {metric} {best.value:.1f} {on}{compared}"
-        width = max(map(len, best.params))
-        yield from (f"  {name:{width}}  {_short(chosen)}" for name, chosen in best.params.items())
-        if before and rank(self.study, best.value) >= rank(self.study, value(self.study.user_attrs[ZERO_SHOT], metric)):
-            yield "No trial is better than zero-shot: widen the ranges, train for more epochs, or use more data."
-        if self.path is not None:
-            yield f"study: {self.path} (study.csv, best_config.json, pictures)"
-            yield f"next: python train.py --config {self.path / 'best_config.json'}"
-
-    def _zero_shot(self, metric: str) -> str:
-        """Return a metric of zero-shot CLIP, and how many videos are missing; "" if zero-shot CLIP is not at hand."""
-        found = self.study.user_attrs.get(ZERO_SHOT)
-        if not found:
-            return ""
-        gallery = next((part for part in found.values() if isinstance(part, Mapping) and "videos_listed" in part), {})
-        listed, evaluated = gallery.get("videos_listed", 0), gallery.get("videos_evaluated", 0)
-        missing = f", WITHOUT {listed - evaluated} of {listed} videos" if listed != evaluated else ""
-        return f"{value(found, metric):.1f}{missing}"
-
 
 def draw(study: optuna.Study, folder: Path, metric: str) -> None:
-    """Draw the study by Optuna's own plots, each as far as there are trials for it. Raise OSError."""
+    """Draw the study by Optuna's own plots, which need two completed trials of different values."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    trials = study.get_trials(deepcopy=False)
-    done = {trial.value for trial in trials if trial.state == TrialState.COMPLETE}
-    label = f"{metric} on validation"
-    drawings: dict[str, Any] = {}
-    if any(trial.intermediate_values for trial in trials):
-        drawings["intermediate_values"] = plots.plot_intermediate_values
-    if done:
-        drawings["history"] = partial(plots.plot_optimization_history, target_name=label)
-    if len(done) > 1:
-        drawings["importances"] = partial(plots.plot_param_importances, target_name=label)
-        drawings["slices"] = partial(plots.plot_slice, target_name=label)
-        drawings["parallel_coordinates"] = partial(plots.plot_parallel_coordinate, target_name=label)
-    for name, plot in drawings.items():
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len({trial.value for trial in trials}) < 2:
+        return
+    for name, function in _PICTURES.items():
         # Optuna sets a style for the whole process, which other pictures of this process must not get.
         with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            axes = plot(study)
             if name == "intermediate_values":
-                axes.set(title="Validation after each epoch", xlabel="Epoch", ylabel=label)
-                axes.xaxis.get_major_locator().set_params(integer=True)
+                plots.plot_intermediate_values(study).set(xlabel="Epoch", ylabel=f"{metric} on validation")
+            else:
+                getattr(plots, function)(study, target_name=f"{metric} on validation")
             figure = pyplot.gcf()
             figure.set_size_inches(max(8.0, 2.6 * len(figure.axes)), 5.0)
             figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
+
+
+def _better(study: optuna.Study) -> Any:
+    """Return the function that chooses the better one of several values: `max` or `min`."""
+    return max if study.direction == optuna.study.StudyDirection.MAXIMIZE else min
 
 
 def _short(chosen: Any) -> str:

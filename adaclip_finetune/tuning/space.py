@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import ValidationError
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.base import Contradictions, Settings
-from adaclip_finetune.config.layers import nearest, together
+from adaclip_finetune.config.layers import merged, nearest, together
 from adaclip_finetune.config.optuna import TunedSetting
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.config.schema import described, show
@@ -18,14 +18,6 @@ from adaclip_finetune.errors import UserError
 
 Space = dict[str, BaseDistribution]
 """Dotted setting name -> the distribution that its values are drawn from."""
-
-
-class ImpossibleValues(Exception):
-    """Values that the settings refuse, with the reason; `together` if each of them is allowed by itself."""
-
-    def __init__(self, message: str, together: bool) -> None:
-        super().__init__(message)
-        self.together = together
 
 
 def build_space(config: Config) -> Space:
@@ -48,30 +40,44 @@ def build_space(config: Config) -> Space:
     return space
 
 
+def suggest(trial: optuna.Trial, space: Space) -> None:
+    """Let the sampler choose a value of each setting, which becomes part of `trial.params`."""
+    for name, of in space.items():
+        if isinstance(of, CategoricalDistribution):
+            trial.suggest_categorical(name, of.choices)
+        elif isinstance(of, IntDistribution):
+            trial.suggest_int(name, of.low, of.high, step=of.step, log=of.log)
+        elif isinstance(of, FloatDistribution):
+            trial.suggest_float(name, of.low, of.high, step=of.step, log=of.log)
+
+
 def grid(space: Space) -> dict[str, list[Any]]:
     """Return all values of each setting, for GridSampler. Raise UserError for a range without a step."""
-    return {name: _all_values(name, distribution) for name, distribution in space.items()}
+    values: dict[str, list[Any]] = {}
+    for name, of in space.items():
+        if isinstance(of, CategoricalDistribution):
+            values[name] = list(of.choices)
+        elif isinstance(of, IntDistribution):
+            values[name] = list(range(of.low, of.high + 1, of.step))
+        elif isinstance(of, FloatDistribution) and of.step is not None:
+            values[name] = [round(of.low + i * of.step, 12) for i in range(round((of.high - of.low) / of.step) + 1)]
+        else:
+            raise UserError(f"optuna_cfg.opt_params.{name}: GridSampler needs choices, or a range with a step")
+    return values
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """Return the settings of a single training with `values` (by dotted names) in place of the config's own.
 
-    Raise ImpossibleValues.
+    Raise pydantic's ValidationError.
     """
-    data = config.model_dump(exclude_unset=True, exclude={"optuna_cfg", "do_training_af_optuna"})
-    for name, value in values.items():
-        *above, last = name.split(".")
-        part, section = data, config
-        for step in above:
-            section = getattr(section, step)
-            part = part.setdefault(step, section.model_dump())
-        part[last] = value
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        reasons = [problem.get("ctx", {}).get("error", problem["msg"]) for problem in error.errors()]
-        contradict = all(isinstance(reason, Contradictions) for reason in reasons)
-        raise ImpossibleValues("; ".join(map(str, reasons)), contradict) from None
+    own = config.model_dump(exclude_unset=True, exclude={"optuna_cfg", "do_training_af_optuna"})
+    return Config.model_validate(merged(Config, own, values))
+
+
+def refusal(error: ValidationError) -> str:
+    """Return in one line why values were refused."""
+    return "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
 
 
 def tunable() -> frozenset[str]:
@@ -80,59 +86,33 @@ def tunable() -> frozenset[str]:
 
 
 def _distribution(config: Config, name: str, tuned: TunedSetting) -> BaseDistribution:
-    """Return the distribution of one setting. Raise ValueError."""
-    kind = _type_of(config, name)
-    values = tuned.choices or tuned.range or ()
-    if tuned.range and kind not in ("integer", "number"):
-        raise ValueError("is not a number and has no range; give choices")
+    """Return the distribution of one setting. Raise ValueError for a setting that cannot be tuned that way."""
+    known, section = described(Config), name.split(".")[0]
+    if name not in known:
+        raise ValueError(f"there is no such setting; the nearest is {nearest(name, known)}")
+    owners = known[name].methods
+    if owners and getattr(config, section).method not in owners:
+        raise ValueError(f"is a setting of {section}.method {' or '.join(owners)}")
+    if section not in tunable():
+        raise ValueError("no trained weight depends on it, so it is the same in all trials")
+    kind = known[name].types[0].get("type")
+    if kind not in ("integer", "number", "string", "boolean") or name.endswith(".method"):
+        raise ValueError("is not a single value; tune the settings inside it, each by its own name")
+    values: tuple[Any, ...] = tuned.choices or tuned.range or ()
     if tuned.range and kind == "integer":
-        if any(value != int(value) for value in (*values, tuned.step or 1)):
-            raise ValueError("is an integer; range and step must be integers too")
-        values = tuple(map(int, values))
+        if tuned.step and tuned.step % 1:
+            raise ValueError("is an integer, and so must be step")
+        values = tuple(int(value) if value == int(value) else value for value in values)
     for value in values:
         try:
             with_values(config, {name: value})
-        except ImpossibleValues as error:
-            if not error.together:  # else it may fit other values that are tuned, or the trial is pruned
-                raise ValueError(f"{show(value)} is not allowed: {error}") from None
+        except ValidationError as error:
+            # Errors without a location are contradictions: the value may fit others that are tuned.
+            if any(problem["loc"] for problem in error.errors()):
+                raise ValueError(f"{show(value)} is not allowed: {refusal(error)}") from None
     if tuned.choices:
-        if len(set(map(show, values))) < len(values):
-            raise ValueError("a value occurs twice in choices; remove one")
         return CategoricalDistribution(values)
     low, high = values
-    count = (high - low) / (tuned.step or 1)
-    if tuned.step and abs(count - round(count)) > 1e-6:  # Optuna would lower the end of the range
-        raise ValueError(f"steps of {tuned.step:g} do not lead from {low:g} to {high:g}")
     if kind == "integer":
         return IntDistribution(low, high, log=tuned.log, step=int(tuned.step or 1))
     return FloatDistribution(low, high, log=tuned.log, step=tuned.step)
-
-
-def _type_of(config: Config, name: str) -> str:
-    """Return the type of a setting as JSON Schema calls it. Raise ValueError for a setting that cannot be tuned."""
-    *above, last = name.split(".")
-    section: Any = config
-    for step in above:
-        section = getattr(section, step, None)
-    one = described(type(section) if isinstance(section, Settings) else Settings).get(last)
-    if one is None:
-        known = described(Config)
-        if name in known:
-            raise ValueError(f"there is no such setting with {above[0]}.method {getattr(config, above[0]).method}")
-        raise ValueError(f"there is no such setting; the nearest is {nearest(name, known)}")
-    if name.split(".")[0] not in tunable():
-        raise ValueError("no trained weight depends on it, so it is the same in all trials")
-    kind = str(one.types[0].get("type"))
-    if kind not in ("integer", "number", "string", "boolean") or last == "method":
-        raise ValueError("is not a single value; tune the settings inside it, each by its own name")
-    return kind
-
-
-def _all_values(name: str, distribution: Any) -> list[Any]:
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if distribution.log or distribution.step is None:
-        raise UserError(f"optuna_cfg.opt_params.{name}: GridSampler needs choices, or a range with a step and no log")
-    low, high, step = distribution.low, distribution.high, distribution.step
-    values = [min(round(low + i * step, 12), high) for i in range(round((high - low) / step) + 1)]
-    return [int(value) for value in values] if isinstance(distribution, IntDistribution) else values

@@ -10,15 +10,15 @@ import optuna
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from adaclip_finetune.config import TASKS, Config, load_config
 from adaclip_finetune.config.optuna import OptunaSettings, SamplerSettings, TunedSetting
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.tuning.run import describe
-from adaclip_finetune.tuning.space import ImpossibleValues, build_space, grid, with_values
-from adaclip_finetune.tuning.study import make_pruner, set_sampler
+from adaclip_finetune.tuning.space import build_space, grid, suggest, with_values
+from adaclip_finetune.tuning.study import make_pruner
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
@@ -53,22 +53,24 @@ def refusal(*given: Any, **settings: Any) -> str:
 def test_distributions_follow_from_the_settings(name: str, given: dict[str, Any], distribution: Any) -> None:
     space = build_space(tuned({name: given}, peft=IBS))
     assert space == {name: distribution}
-    drawn = optuna.create_study().ask(space).params[name]
-    assert not isinstance(distribution, IntDistribution) or type(drawn) is int
+    suggest(trial := optuna.create_study().ask(), space)
+    assert trial.distributions == space
+    assert not isinstance(distribution, IntDistribution) or type(trial.params[name]) is int
 
 
 @pytest.mark.parametrize(
     ("opt_params", "told"),
     [
         ({"coef_lrr": {"range": [0, 1]}}, "nearest is coef_lr"),
-        ({"peft.config.retain_ratio": {"range": [0.1, 1]}}, "no such setting with peft.method full"),
+        ({"peft.config.retain_ratio": {"range": [0.1, 1]}}, "peft.method ibs"),
         ({"top_k": {"range": [1.5, 4]}}, "integer"),
-        ({"top_k": {"range": [2, 9], "step": 2}}, "steps of 2 do not lead from 2 to 9"),
+        ({"top_k": {"range": [2, 9], "step": 1.5}}, "integer"),
+        ({"weight_decay": {"range": [0.5, 0.02]}}, "low=0.5"),
+        ({"weight_decay": {"range": [0, 1], "log": True}}, "log"),
         ({"top_k": {"range": [0, 4]}}, "0 is not allowed"),
         ({"warmup_proportion": {"range": [0, 1]}}, "less than 1"),
-        ({"frame_agg": {"range": [0, 1]}}, "give choices"),
+        ({"frame_agg": {"range": [0, 1]}}, "0.0 is not allowed"),
         ({"frame_agg": {"choices": ["mlp", "mean"]}}, '"mean" is not allowed'),
-        ({"frame_agg": {"choices": ["mlp", "mlp"]}}, "twice"),
         ({"test_annot": {"choices": ["a", "b"]}}, "same in all trials"),
         ({"num_workers": {"range": [0, 3]}}, "same in all trials"),
         ({"peft.method": {"choices": ["ibs", "full"]}}, "not a single value"),
@@ -93,9 +95,8 @@ def test_values_replace_settings_and_nothing_else() -> None:
     assert (inner["retain_ratio"], inner["num_pre_epochs"]) == (0.3, 2)
     plain = tuned({"top_k": {"range": [2, 8]}})
     assert with_values(plain, {"top_k": 3}).model_fields_set == {"top_k"}
-    with pytest.raises(ImpossibleValues, match=r"top_k 9 .* num_frm 4") as error:
+    with pytest.raises(ValidationError, match=r"top_k 9 .* num_frm 4"):
         with_values(plain, {"top_k": 9, "num_frm": 4})
-    assert error.value.together
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -107,56 +108,15 @@ def test_a_grid_is_every_combination() -> None:
     }
     config = tuned(space, by_grid)
     assert grid(build_space(config)) == {"top_k": [2, 3, 4], "weight_decay": [0.1, 0.2, 0.3], "rnn": ["lstm"]}
-    assert "9 points" in describe(config)[0]
     assert "coef_lr" in refusal({"coef_lr": {"range": [0, 1]}}, by_grid)
-
-
-def tried(config: Config, parts: list[int], n_epochs: int = 1) -> list[dict[str, Any]]:
-    """Run a study in parts, as processes of which each knows nothing but the storage."""
-    storage, space = optuna.storages.InMemoryStorage(), build_space(config)
-    assert config.optuna_cfg is not None
-    for count in parts:
-        pruner = make_pruner(config.optuna_cfg, n_epochs)
-        study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True, pruner=pruner)
-        set_sampler(study, config, space)
-        for _ in range(count):
-            trial = study.ask(space)
-            value, epoch, pruned = float(sum(trial.params.values())), 0, False
-            while epoch < n_epochs and not pruned:
-                epoch += 1
-                trial.report(value, epoch)
-                pruned = trial.should_prune()
-            study.tell(trial, None if pruned else value, optuna.trial.TrialState.PRUNED if pruned else None)
-    return [trial.params for trial in study.trials]
-
-
-@pytest.mark.parametrize("name", ["TPESampler", "CmaEsSampler", "GPSampler", "RandomSampler"])
-def test_a_study_in_one_go_and_in_parts_tries_the_same_values(name: str) -> None:
-    sampler = {"name": name} if name == "RandomSampler" else {"name": name, "n_startup_trials": 2}
-    space = {"coef_lr": {"range": [0.01, 1], "log": True}, "top_k": {"range": [1, 8]}}
-    config = tuned(space, {"sampler": sampler}, seed=1)
-    whole = tried(config, [6])
-    assert tried(config, [2, 1, 3]) == whole
-    assert name == "GPSampler" or len({tuple(point.values()) for point in whole}) == 6
-    assert tried(tuned(space, {"sampler": sampler}, seed=2), [6]) != whole
-
-
-@pytest.mark.parametrize("name", ["RandomSampler", "GridSampler"])
-def test_hyperband_lets_no_values_come_twice(name: str) -> None:
-    space: dict[str, Any] = {"coef_lr": {"choices": [0.1, 0.2, 0.3]}, "top_k": {"range": [1, 3]}}
-    if name == "RandomSampler":
-        space = {"coef_lr": {"range": [0, 1]}}
-    config = tuned(space, {"sampler": {"name": name}, "pruner": "hyperband"}, num_epochs=9)
-    assert len({tuple(point.values()) for point in tried(config, [9], n_epochs=9)}) == 9
 
 
 @pytest.mark.parametrize(
     ("sampler", "told"),
     [
-        ({"name": "TPESampler", "n_startup": 3}, "n_startup_trials"),
-        ({"name": "TPESampler", "gamma": 3}, "gamma"),
+        ({"name": "TPESampler", "n_startup": 3}, "n_startup"),
         ({"name": "RandomSampler", "seed": -1}, "RandomSampler"),
-        ({"name": "CmaEsSampler", "popsize": 1}, "popsize"),
+        ({"name": "TPESampler", "seed": "x"}, "TPESampler"),
         ({"name": "GridSampler", "n_startup_trials": 3}, "n_startup_trials"),
     ],
 )
@@ -190,7 +150,6 @@ def test_objectives_are_what_is_measured() -> None:
     ("title", "settings"),
     [
         ("### `optuna_cfg`", OptunaSettings),
-        ("### `optuna_cfg.sampler`", SamplerSettings),
         ("### `optuna_cfg.opt_params.<setting>`", TunedSetting),
     ],
 )

@@ -2,10 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from wsgiref.util import setup_testing_defaults
 
 import forked
 import optuna
@@ -19,16 +18,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.tuning import run as tuning_run
 from adaclip_finetune.tuning import study as tuning_study
 from adaclip_finetune.tuning.run import tune
-from adaclip_finetune.tuning.study import (
-    ATTEMPTS,
-    DeadTrials,
-    history,
-    open_storage,
-    place,
-    points,
-    retry,
-    without_password,
-)
+from adaclip_finetune.tuning.study import open_storage, storage_errors, without_password
 
 Project = dict[str, Any]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -68,28 +58,28 @@ def test_several_processes_share_the_trials_although_one_is_killed(
     victim.kill()
     for number, worker in enumerate(others):
         worker.join(120)
-        log = (tmp_path / f"{number}.log").read_text()
-        assert worker.exitcode == 0 and "5 trials: 5 completed, 0 pruned, 0 failed" in log, log
-    trials = study_of(config).trials
-    failed = [trial.number for trial in trials if trial.state == TrialState.FAIL and "surplus" not in trial.user_attrs]
-    assert failed == [0]
-    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    assert len(completed) == 5 and [t.params for t in completed if history(t) == [0]] == [trials[0].params]
-    assert len({trial.params["learning_rate"] for trial in completed}) == 5, "no two processes try the same values"
+        assert worker.exitcode == 0, (tmp_path / f"{number}.log").read_text()
+    completed = [trial for trial in study_of(config).trials if trial.state == TrialState.COMPLETE]
+    assert 5 <= len(completed) <= 6, "a process ends the trial that it has begun"
+    assert len({trial.params["learning_rate"] for trial in completed}) == len(completed)
     assert len(list((tmp_path / "out" / "tiny").iterdir())) == 1, "all processes write into one folder"
 
 
-def test_a_killed_process_on_sqlite_is_noticed_at_once(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"n_trials": 2})
+def test_the_values_of_a_killed_process_are_tried_again(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning_study, "HEARTBEAT_S", 1)
+    monkeypatch.setattr(tuning_study, "SILENCE_S", 1)
+    config = settings(project, tmp_path)
     first = start_held(config, tmp_path / "log")
-    with pytest.raises(UserError, match=rf"o\.db is .* process {first.pid}"):
-        tune(config)
     first.kill()
     first.join()
-    tune(config)
+    for n_trials in range(1, 100):  # until the heartbeat of the trial is old enough
+        tune(settings(project, tmp_path, {"n_trials": n_trials}))
+        if study_of(config).trials[0].state == TrialState.FAIL:
+            break
     trials = study_of(config).trials
-    assert states(config) == ["FAIL", "COMPLETE", "COMPLETE"] and trials[1].params == trials[0].params
-    assert not list(tmp_path.glob(".*lock"))
+    assert any(trial.params == trials[0].params and trial.state == TrialState.COMPLETE for trial in trials)
 
 
 def test_ctrl_c_ends_a_worker_with_130_and_its_values_are_tried_again(project: Project, tmp_path: Path) -> None:
@@ -99,119 +89,33 @@ def test_ctrl_c_ends_a_worker_with_130_and_its_values_are_tried_again(project: P
     worker.join(60)
     assert worker.exitcode == 130
     tune(config)
-    assert [(t.state.name, history(t)) for t in study_of(config).trials] == [("FAIL", []), ("COMPLETE", [0])]
+    trials = study_of(config).trials
+    assert states(config) == ["FAIL", "COMPLETE"] and trials[0].params == trials[1].params
 
 
-def running_trial(study: optuna.Study) -> optuna.Trial:
-    trial = study.ask()
-    trial.suggest_float("x", 0, 1)
-    return trial
-
-
-def test_a_trial_is_dead_when_its_heartbeat_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(tuning_study.time, "monotonic", lambda: now[0])
-    with open_storage("optuna.journal") as storage:
-        study = optuna.create_study(storage=storage, study_name="s")
-        alive, silent = running_trial(study), running_trial(study)
-        dead = DeadTrials(study, tuning_study.SILENCE_S)
-        for seconds in (0, 100, 200):
-            now[0] = seconds
-            alive.set_user_attr("heartbeat", -seconds)  # the clock of another machine may say anything
-            dead.retry()
-        assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL", "WAITING"]
-        again = study.ask()
-        assert (again.number, again.suggest_float("x", 0, 1)) == (2, study.trials[silent.number].params["x"])
-
-
-def test_values_that_killed_three_processes_are_given_up() -> None:
-    with open_storage("sqlite:///{a} ü'\".db") as storage:  # a name with what Optuna would format
-        study = optuna.create_study(storage=storage, study_name="s")
-        for _ in range(ATTEMPTS):
-            running_trial(study)
-            DeadTrials(study, 0.0).retry()
-        assert [trial.state.name for trial in study.trials] == ["FAIL"] * ATTEMPTS
-        assert [trial.number for trial in points(study.trials)] == [ATTEMPTS - 1]
-    assert [path.name for path in Path().iterdir()] == ["{a} ü'\".db"]
-
-
-def test_places_are_those_of_an_uninterrupted_study() -> None:
-    study = optuna.create_study()
-    for _ in range(3):
-        study.ask()
-    retry(study, 1)
-    surplus = study.ask(), study.ask()
-    surplus[1].set_user_attr("surplus", True)
-    study.ask()
-    trials = study.trials
-    assert [place(trials, number) for number in range(6)] == [0, 1, 2, 1, 3, 3]
-    assert [trial.number for trial in points(trials)] == [0, 2, 3, 5]
-
-
-def test_one_trial_too_many_is_not_trained(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process begins the last trial while this one asks for it."""
-    config = settings(project, tmp_path, {"storage": "optuna.journal", "n_trials": 2})
-    real = optuna.Study.ask
-
-    def ask(study: optuna.Study, *arguments: Any) -> optuna.Trial:
-        if len(study.trials) == 1:
-            study.add_trial(optuna.create_trial(value=1.0))
-        return real(study, *arguments)
-
-    monkeypatch.setattr(optuna.Study, "ask", ask)
-    tune(config)
-    assert [trial.user_attrs.get("surplus") for trial in study_of(config).trials] == [None, None, True]
-
-
-def test_what_happens_to_a_study_meanwhile(
-    project: Project,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    server: postgres.Server,
+def test_a_study_that_is_deleted_and_a_server_that_goes_away_are_told(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: postgres.Server
 ) -> None:
-    """A trial is taken for dead by another process, the study is deleted, and the server goes away."""
-
-    def tune_while(config: Config, does: Any) -> None:
-        calls: list[int] = []
-
+    def tune_while(config: Config, does: Callable[[], None]) -> str:
         def trial(*arguments: Any) -> Any:
-            calls.append(1)
-            if len(calls) == 1:
-                does()
+            does()
             return quick_trial(*arguments)
 
         monkeypatch.setattr(tuning_run, "run_trial", trial)
-        tune(config)
-
-    journal = settings(project, tmp_path, {"storage": "optuna.journal", "n_trials": 2})
-    tune_while(journal, lambda: retry(study_of(journal), 0))
-    assert "trial 0 was taken for dead" in capsys.readouterr().out
-    assert states(journal) == ["FAIL", "COMPLETE", "COMPLETE"]
+        with pytest.raises(UserError, match=r"^optuna_cfg\.storage") as told:
+            tune(config)
+        return str(told.value)
 
     for storage in (f"sqlite:///{tmp_path}/o.db", "b.journal"):
         config = settings(project, tmp_path, {"storage": storage})
-        with pytest.raises(UserError, match="tiny-full was deleted or renamed"):
-            tune_while(config, lambda of=config: optuna.delete_study(study_name="tiny-full", storage=storage_of(of)))
-
+        told = tune_while(config, lambda of=config: optuna.delete_study(study_name="tiny-full", storage=storage_of(of)))
+        assert "deleted" in told
     config = settings(project, tmp_path, {"storage": server.url, "study_name": "gone"})
     try:
-        with pytest.raises(UserError, match=r"postgresql\+\w+://owner:\*\*\*@") as told:
-            tune_while(config, server.stop)
+        told = tune_while(config, server.stop)
     finally:
         server.start()
-    assert postgres.PASSWORD not in str(told.value)
-
-
-def test_the_dashboard_shows_the_study(project: Project, tmp_path: Path) -> None:
-    config = settings(project, tmp_path, {"n_trials": 1})
-    tune(config)
-    assert config.optuna_cfg is not None
-    app = pytest.importorskip("optuna_dashboard").wsgi(config.optuna_cfg.storage)
-    for path, shown in {"/api/studies": b"tiny-full", "/api/studies/1": b"t2v.R@1 on validation"}.items():
-        environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": "after=0"}
-        setup_testing_defaults(environ)
-        assert shown in b"".join(app(environ, lambda *_: None))
+    assert "owner:***@" in told and postgres.PASSWORD not in told
 
 
 @pytest.mark.parametrize(
@@ -233,8 +137,8 @@ def test_a_storage_that_cannot_be_used_is_told_without_the_password(url: str, to
     Path("a.journal").write_bytes(b'{"op_code": 0}\n')
     Path("notes.txt").write_bytes(b"what I\nthought of\n")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
-    with pytest.raises(UserError, match=r"^optuna_cfg\.storage") as error, open_storage(url):
-        pass
+    with pytest.raises(UserError, match=r"^optuna_cfg\.storage") as error, storage_errors(url):
+        open_storage(url)
     assert told in str(error.value) and "geheim" not in str(error.value)
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 

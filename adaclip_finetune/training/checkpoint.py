@@ -119,12 +119,6 @@ def restore_results(folder: Path, snapshot: Snapshot) -> None:
             _link(kept, folder / name)
 
 
-def drop_snapshots(folder: Path) -> None:
-    """Delete all snapshots of a finished run."""
-    for path in [*_snapshots(folder), *folder.glob(".last-*.part")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _snapshots(folder: Path) -> list[Path]:
     """Return the snapshot folders, the newest last."""
     numbered = [(path.name.removeprefix("last-"), path) for path in folder.glob("last-*")]

@@ -10,29 +10,20 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.evaluation.tasks.base import Report
 from adaclip_finetune.training.data import read_split, say_cut
 from adaclip_finetune.training.device import make_accelerator
-from adaclip_finetune.training.measure import (
-    EMBEDDINGS,
-    build_task,
-    measure_once,
-    say_table,
-    write_similarity,
-    zero_shot,
-)
+from adaclip_finetune.training.measure import build_task, measure_once, write_similarity, zero_shot
 from adaclip_finetune.training.memory import sizes_explained
-from adaclip_finetune.training.run_folder import RunFolder, closing_run
+from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import StopSignals
 
 
-@sizes_explained
 def evaluate_only(config: Config, folder: Path | None = None) -> Report:
     """Return the report of `config.resume` on test_annot, or of zero-shot without a checkpoint.
 
     `folder` is the run folder of an interrupted evaluation to continue. Raise UserError, and Interrupted after Ctrl-C
     or SIGTERM, when the finished batches are saved.
     """
-    run = RunFolder(config)
-    with StopSignals(), closing_run(run):
+    with sizes_explained(config), StopSignals(), RunFolder(config) as run:
         if folder is not None:
             run.lock(folder)
         accelerator = make_accelerator(config)
@@ -60,7 +51,6 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
         report = list(rows.values())[-1]
         write_similarity(config, report, run)
         run.write_json("metrics.json", {name: row.as_dict() for name, row in rows.items()})
-        run.say()
-        say_table(task, {name: row.figures for name, row in rows.items()}, report, run)
-        run.drop(EMBEDDINGS)
+        run.say(f"\n{task.table({name: row.figures for name, row in rows.items()})}\n{task.gallery(report)}")
+        run.drop_unfinished()
         return report

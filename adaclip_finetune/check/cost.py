@@ -23,7 +23,6 @@ from adaclip_finetune.training.memory import (
     StepCost,
     attempt,
     explain_out_of_memory,
-    explain_out_of_memory_in_evaluation,
     try_steps,
 )
 from adaclip_finetune.training.session import Session
@@ -93,7 +92,8 @@ def _try_training(session: Session, batch_size: int) -> StepCost | str:
     size = min(2, batch_size) if device.type == "cpu" else batch_size
     cost = try_steps(config, session.objective, session.loaded.tokenize, accelerator, size)
     if isinstance(cost, str):
-        return str(explain_out_of_memory(MemoryError(cost), config, device, size, session.model))
+        tried = config.model_copy(update={"batch_size": size})
+        return str(explain_out_of_memory(MemoryError(cost), tried))
     return cost
 
 
@@ -118,7 +118,7 @@ def _try_evaluation(session: Session, split: CheckedSplit) -> tuple[float, int] 
 
     seconds = attempt(evaluate)
     if isinstance(seconds, str):
-        return str(explain_out_of_memory_in_evaluation(MemoryError(seconds), config, device))
+        return str(explain_out_of_memory(MemoryError(seconds), config))
     if device.type != "cpu":
         return seconds, int(peak_memory_mib(device) * 2**20)
     # The zero-shot baseline is a CLIP of its own if the model comes from a checkpoint.

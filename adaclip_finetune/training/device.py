@@ -10,18 +10,12 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    KwargsHandler,
-)
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_GROUP_TIMEOUT = timedelta(hours=2)  # The main process may rank a large gallery while the others wait.
 
 # With any of these in the environment, accelerate would wait for the other processes of a launch.
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -35,10 +29,7 @@ def make_accelerator(config: Config) -> Accelerator:
     """
     for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{engine}"):
-            raise UserError(
-                f"the accelerate configuration asks for {engine}, which is not supported: several processes train with "
-                "DistributedDataParallel (accelerate launch --multi_gpu, or torchrun)"
-            )
+            raise UserError(f"accelerate is configured for {engine}, which is not supported: use --multi_gpu")
     wanted, processes = config.device, launched_processes()
     if wanted not in ("auto", "cpu") and not _is_available(wanted):
         raise UserError(
@@ -54,28 +45,21 @@ def make_accelerator(config: Config) -> Accelerator:
     # accelerate keeps its state for the whole process, but another run in it may use another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    if processes > 1:
-        handlers.append(InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=_GROUP_TIMEOUT))
+    group = InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=timedelta(hours=2))  # a large gallery takes long
+    asked = f"device {wanted}, precision {config.precision} and WORLD_SIZE {processes}"
     try:
         accelerator = Accelerator(
             mixed_precision=_PRECISION[config.precision],
             cpu=on_cpu,
-            kwargs_handlers=handlers,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] + [group] * (processes > 1),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or accelerate would scale the loss
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot use device {wanted} with precision {config.precision}, or join the {processes} processes of "
-            f"WORLD_SIZE at MASTER_ADDR {os.environ.get('MASTER_ADDR')}: {error}"
-        ) from error
+        raise UserError(f"cannot use {asked} with MASTER_ADDR {os.environ.get('MASTER_ADDR')}: {error}") from error
     found = accelerator.device.type
     if wanted not in ("auto", found) or accelerator.num_processes != processes:
-        raise UserError(
-            f"device is {wanted} and WORLD_SIZE is {processes}, but accelerate with torch {torch.__version__} uses "
-            f"{found} and {accelerator.num_processes} processes. Set device to {found}, or hide that device "
-            "(CUDA_VISIBLE_DEVICES=''); start several processes with torchrun or accelerate launch"
-        )
+        used = f"device {found} and {accelerator.num_processes} processes"
+        raise UserError(f"asked for {asked}, but accelerate with torch {torch.__version__} uses {used}")
     if config.precision == "fp16" and found == "cpu":
         raise UserError("precision: fp16 is not available on the CPU; choose bf16 or fp32")
     return accelerator

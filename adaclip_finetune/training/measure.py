@@ -1,24 +1,57 @@
-"""Measure a model in a run: CLIP before it learns (zero-shot), and the model as it is; write and print the results."""
+"""What a run reads and measures: its splits, CLIP before it learns (zero-shot), the model as it is, and the results."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
-from adaclip_finetune.data.splits import EvaluationSplit
+from adaclip_finetune.data.dataset import TrainDataset, VideoReader
+from adaclip_finetune.data.loader import TrainLoader
+from adaclip_finetune.data.preprocess import Views
+from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import gather_objects
-from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
+from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
+
+
+def train_loader(config: Config, loaded: LoadedClip, views: Views, run: RunFolder) -> TrainLoader:
+    """Return the loader of training batches."""
+    split = readable_train_split(config, run)
+    return TrainLoader(TrainDataset(split.entries, VideoReader(split.store, config, views)), config, loaded.tokenize)
+
+
+def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
+    """Return the training split without unreadable videos, which are printed and noted in missing_videos.txt."""
+    assert config.train_annot is not None, "check_paths refuses this"
+    split = train_split(config, config.train_annot)
+    run.note_missing(f"train: {len(split.left_out)} videos cannot be read and are left out", split.left_out)
+    return split
+
+
+def read_split(config: Config, annotation: str | None, run: RunFolder, name: str) -> EvaluationSplit:
+    """Return the split to evaluate, called `name` in messages. Raise UserError."""
+    assert annotation is not None, "check_paths refuses this"
+    split = evaluation_split(config, annotation)
+    counts = f"{len(split.left_out)} of {split.num_listed}"
+    run.note_missing(f"{name}: evaluated WITHOUT {counts} videos that cannot be read", split.left_out)
+    return split
+
+
+def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: str, run: RunFolder) -> None:
+    """Print how many captions max_txt_len cuts, if any."""
+    if cut := loaded.count_cut(texts, max_txt_len):
+        run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
 
 
 def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
@@ -29,13 +62,8 @@ def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model
 
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:
     """Measure `model` in the session's precision on its device. Raise UserError if it does not fit into memory."""
-    try:
-        with session.autocast():
-            return task(model, keep)
-    except (RuntimeError, MemoryError) as error:
-        if explained := explain_out_of_memory_in_evaluation(error, session.config, session.device):
-            raise explained from error
-        raise
+    with memory_explained(session.config), session.autocast():
+        return task(model, keep)
 
 
 def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFolder) -> tuple[Report, Task]:

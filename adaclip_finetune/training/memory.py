@@ -21,7 +21,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
-from adaclip_finetune.training.device import describe_device, peak_memory_mib, total_memory_gib
+from adaclip_finetune.training.device import peak_memory_mib
 from adaclip_finetune.training.optimizer import build_optimizer
 
 Tokenize = Callable[[Sequence[str], int], Tensor]
@@ -43,45 +43,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ValueError) and any(message in str(error) for message in _MESSAGES)
 
 
-def explain_out_of_memory(
-    error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
-) -> UserError | None:
-    """Explain a training step that did not fit into memory. Return None if `error` is another error.
-
-    `batch_size` is that of all processes together.
-    """
-    if not is_out_of_memory(error):
-        return None
+def explain_out_of_memory(error: BaseException, config: Config) -> UserError:
+    """Return what to tell about an error that `is_out_of_memory`: its reason, and the settings that decide."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
+    sizes = ("batch_size", "num_frm", "val_batch_size", "hidden_dim", "precision")
     return UserError(
-        f"out of memory on {_name(device)} with batch_size {batch_size}, num_frm {config.num_frm}, of "
-        f"which {retriever.frames_with_gradients} go through CLIP with gradients, precision "
-        f"{config.precision} ({_reason(error)}).\nTry --precision bf16, --gradient_checkpointing, a smaller num_frm or "
-        "top_k, or a smaller batch_size (IBS: pre_batch_size too), which contrasts each video with fewer others"
-    )
-
-
-def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
-    """Explain an evaluation batch that did not fit into memory. Return None if `error` is another error."""
-    if not is_out_of_memory(error):
-        return None
-    return UserError(
-        f"out of memory on {_name(device)} in an evaluation with val_batch_size {config.val_batch_size}, num_frm "
-        f"{config.num_frm}, precision {config.precision} ({_reason(error)}).\n"
-        "Try --val_batch_size 4 or --precision bf16"
+        f"out of memory: {reason}. The settings are {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}.\n"
+        "Try --precision bf16, --gradient_checkpointing, a smaller num_frm or top_k, or a smaller batch_size (IBS: "
+        "pre_batch_size too), which contrasts each video with fewer others; in an evaluation a smaller --val_batch_size"
     )
 
 
 @contextmanager
-def sizes_explained(config: Config) -> Iterator[None]:
-    """Raise UserError, with the settings that may be too large, if what is built within does not fit into memory."""
+def memory_explained(config: Config) -> Iterator[None]:
+    """Raise UserError, as `explain_out_of_memory` tells it, if something within does not fit into memory."""
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sizes = ("hidden_dim", "num_frm", "batch_size", "val_batch_size")
-        given = ", ".join(f"{name} {getattr(config, name)}" for name in sizes)
-        raise UserError(f"out of memory: {_reason(error)}. Lower the sizes in the settings, such as {given}") from error
+        raise explain_out_of_memory(error, config) from error
 
 
 class StepCost(NamedTuple):
@@ -130,17 +112,14 @@ def fitting_batch_size(
         if not failures:
             break
         if size <= smallest:
-            failure = MemoryError(failures[0])
-            raise explain_out_of_memory(failure, config, device, size, objective.retriever) or failure
+            smallest_config = config.model_copy(update={"batch_size": size})
+            raise explain_out_of_memory(MemoryError(failures[0]), smallest_config)
         size = max(size // 2, smallest)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     if size < batch_size:
-        say(
-            f"auto_batch_size: a batch of {batch_size} does not fit into {_name(device)}; it is {size} from here on, "
-            "so each video is contrasted with fewer others"
-        )
+        say(f"auto_batch_size: a batch of {batch_size} does not fit into memory; it is {size} from here on")
     return size
 
 
@@ -183,7 +162,6 @@ def _two_steps(
     config: Config, objective: Objective, tokenize: Tokenize, accelerator: Accelerator, size: int
 ) -> StepCost:
     device = accelerator.device
-    clear_device_cache(garbage_collection=True)
     optimizer, _ = build_optimizer(objective, config, total_steps=2)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -231,13 +209,3 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.monotonic()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the line of an error's message that tells about memory."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
-
-
-def _name(device: torch.device) -> str:
-    return f"{describe_device(device)}, {total_memory_gib(device):.1f} GiB"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from adaclip_finetune import __version__
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.readable import listing
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
@@ -148,9 +149,11 @@ class RunFolder:
                 tqdm.write(text, file=self._stream)
                 self._stream.flush()
 
-    def note_missing(self, reasons: Mapping[str, str]) -> None:
-        """Append videos that cannot be read, each with the reason, to missing_videos.txt."""
-        self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
+    def note_missing(self, what: str, reasons: Mapping[str, str]) -> None:
+        """Print `what` and the videos that cannot be read, if any, and note them with reasons in missing_videos.txt."""
+        if reasons:
+            self.say(f"{what}:\n{listing(reasons)}")
+            self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl, and its numbers to TensorBoard. `step` counts updates."""

@@ -28,8 +28,7 @@ from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
-from adaclip_finetune.training.memory import sizes_explained
-from adaclip_finetune.training.optimizer import NOTHING_LEARNS
+from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
@@ -148,7 +147,7 @@ def open_model(
             check_settings(checkpoint, config)
         check_version(checkpoint)
     towers = "real" if config.clip_weights is not None or kept is not None else values
-    with sizes_explained(config), torch.device("meta") if towers == "meta" else nullcontext():
+    with memory_explained(config), torch.device("meta") if towers == "meta" else nullcontext():
         loaded = load_clip(config, with_weights=towers == "real", from_checkpoint=kept)
         if towers == "random":
             loaded = replace(loaded, module=build_towers(find_towers(config), "cpu"))
@@ -180,7 +179,7 @@ def open_model(
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
     if learn and not any(parameter.requires_grad for parameter in objective.parameters()):
-        raise UserError(NOTHING_LEARNS)
+        raise UserError("nothing is left to train: drop freeze_clip, or use a frame selector (use_policy) or frame_agg")
     if not learn and checkpoint is not None and (noted := checkpoint.metadata.get("parameters")):
         session.parameters = TrainableReport.from_dict(json.loads(noted))
     return session
@@ -204,7 +203,7 @@ def find_checkpoint(
     path = Path(source)
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
-        what = "Not a run folder: best.safetensors not found" if path.is_dir() else "There is no such file or folder"
+        what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
     if settings is not None or checkpoint.is_foreign:

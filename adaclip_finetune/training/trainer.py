@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,11 +39,9 @@ from adaclip_finetune.evaluation.tasks.base import Figures, Report
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.peft.base import MethodState, Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main, rank
-from adaclip_finetune.training import checkpoint, device, optimizer
+from adaclip_finetune.training import checkpoint, device, measure, optimizer
 from adaclip_finetune.training.checkpoint import ADAPTER, BEST, Snapshot, save_tensors
-from adaclip_finetune.training.data import note_failed, read_split, say_cut, train_loader
-from adaclip_finetune.training.measure import build_task, finish, measure, measure_once, zero_shot
-from adaclip_finetune.training.memory import explain_out_of_memory, fitting_batch_size, sizes_explained
+from adaclip_finetune.training.memory import fitting_batch_size, memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.signals import Interrupted, StopSignals
@@ -73,7 +71,7 @@ def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], Non
     `opened` is called with the folder of a new run as soon as it exists. Raise UserError for what the user can fix, and
     Interrupted after Ctrl-C or SIGTERM, when everything is saved.
     """
-    with sizes_explained(config), StopSignals() as signals, RunFolder(config) as run, ExitStack() as stack:
+    with memory_explained(config), StopSignals() as signals, RunFolder(config) as run, ExitStack() as stack:
         if folder is not None:
             run.lock(folder)
         trainer = Trainer(config, run, signals, stack)
@@ -82,7 +80,8 @@ def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], Non
             if run.path is not None and opened is not None:
                 opened(run.path)
         if folder is None or not trainer.resume(folder):
-            trainer.measure_zero_shot()
+            baseline = measure.zero_shot(trainer.session, trainer.test, trainer.test_name, run)
+            trainer.zero_shot = baseline.figures if baseline else None
         return trainer.fit()
 
 
@@ -92,7 +91,7 @@ def run_trial(config: Config, run: RunFolder, on_epoch: OnEpoch) -> TrialResult:
     `on_epoch(epoch, figures)` is called after each validation (epochs count from 1) of an epoch that may be the best;
     it may raise to end the trial. Raise UserError for what the user can fix, and Interrupted after Ctrl-C or SIGTERM.
     """
-    with sizes_explained(config), StopSignals(saving=False) as signals, run, ExitStack() as stack:
+    with memory_explained(config), StopSignals(saving=False) as signals, run, ExitStack() as stack:
         trainer = Trainer(config, run, signals, stack, on_epoch)
         trainer.open_folder()
         trainer.train()
@@ -107,8 +106,8 @@ def validation_zero_shot(config: Config, run: RunFolder) -> Figures | None:
     """Return the zero-shot figures on val_annot, None (after a warning) if the pretrained CLIP is not available."""
     with StopSignals(saving=False):
         accelerator = device.make_accelerator(config)
-        validation = read_split(config, config.val_annot, run, "validation")
-        measured = zero_shot(open_model(config, accelerator=accelerator), validation, "validation", run)
+        validation = measure.read_split(config, config.val_annot, run, "validation")
+        measured = measure.zero_shot(open_model(config, accelerator=accelerator), validation, "validation", run)
     return measured.figures if measured else None
 
 
@@ -134,17 +133,19 @@ class TrialResult:
         save_tensors(path, self.weights, {"content": "model", "epoch": str(self.best_epoch), **self.about})
 
 
-@dataclass
-class Position:
-    """How far a run is: `step` updates in total, and `batch` batches of `epoch` (counted from 0).
-
-    `total_updates` is the length of the current learning rate schedule.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    total_updates: int = 0
+@contextmanager
+def divergence_explained(when: str) -> Iterator[None]:
+    """Raise UserError if training diverges within: the one place that says so. `when` names the update."""
+    try:
+        yield
+    except (NotFinite, RuntimeError) as error:
+        if not isinstance(error, NotFinite) and "without overflow" not in str(error):
+            raise
+        what = error if isinstance(error, NotFinite) else "the change of the weights is beyond float32"
+        raise UserError(
+            f"training diverged: {what}, {when}.\nTry a lower learning_rate or coef_lr, precision bf16 instead of fp16 "
+            "(or fp32), or grad_norm 1. What was saved before is unchanged"
+        ) from error
 
 
 class Trainer:
@@ -163,10 +164,10 @@ class Trainer:
         """Build everything that `config` names. `stack` closes the data loaders; `on_epoch` as for `run_trial`."""
         self.run, self.signals, self.on_epoch = run, signals, on_epoch
         self.accelerator = device.make_accelerator(config)
-        self.validation = read_split(config, config.val_annot, run, "validation")
+        self.validation = measure.read_split(config, config.val_annot, run, "validation")
         self.test, self.test_name = self.validation, "validation"
         if config.test_annot and on_epoch is None:
-            self.test, self.test_name = read_split(config, config.test_annot, run, "test"), "test"
+            self.test, self.test_name = measure.read_split(config, config.test_annot, run, "test"), "test"
         set_seed(config.seed)
         self.session = session = open_model(config, accelerator=self.accelerator)
         run.say(session.describe())
@@ -175,16 +176,17 @@ class Trainer:
             self._settle_batch_sizes()
         self.config = config = session.config
         self.model, self.objective = session.model, session.objective
-        self.data = train_loader(config, session.loaded, self.model.views(), run)
+        self.data = measure.train_loader(config, session.loaded, self.model.views(), run)
         stack.callback(self.data.close)
-        self.task = build_task(config, self.validation, session.loaded, self.model, "validation")
+        self.task = measure.build_task(config, self.validation, session.loaded, self.model, "validation")
         stack.callback(self.task.close)
-        say_cut(session.loaded, self.test.queries.texts, config.max_txt_len, self.test_name, run)
+        measure.say_cut(session.loaded, self.test.queries.texts, config.max_txt_len, self.test_name, run)
         entries = self.data.dataset.entries
         self._digests = fingerprint(entries, validation=self.validation.queries, test=self.test.queries)
         if any(digests != self._digests for digests in gather_objects(self._digests)):
             raise UserError("the processes of this run read different data: other captions, or other readable videos")
-        self.position = Position()
+        # Updates so far, the epoch (from 0), its finished batches, and the length of the current schedule.
+        self.step, self.epoch, self.batch, self.total_updates = 0, 0, 0, 0
         self.zero_shot: Figures | None = None
         self.best: Figures | None = None
         self.best_epoch = 0
@@ -213,11 +215,6 @@ class Trainer:
         parameters, gflops = self.session.parameters.as_dict(), self.session.gflops.as_dict()
         self.run.record("parameters", 0, **parameters, gflops=gflops)
 
-    def measure_zero_shot(self) -> None:
-        """Measure CLIP before it learns, on the split that measures the finetuned model at the end."""
-        baseline = zero_shot(self.session, self.test, self.test_name, self.run)
-        self.zero_shot = baseline.figures if baseline else None
-
     # ---- epochs ----
 
     def train(self) -> None:
@@ -228,14 +225,13 @@ class Trainer:
         first_epoch = 0
         for phase in self.session.method.phases(self.config.num_epochs, self.config.batch_size):
             epochs = range(first_epoch, first_epoch + phase.num_epochs)
-            if self.position.epoch <= epochs.start and not self.position.batch:
+            if self.epoch <= epochs.start and not self.batch:
                 self._prepared = False  # Each phase has its own optimizer and schedule.
-            for epoch in range(max(epochs.start, self.position.epoch), epochs.stop):
-                updates = updates_per_epoch(
-                    len(self.data.dataset), phase.batch_size, self.config.gradient_accumulation_steps
-                )
+            for epoch in range(max(epochs.start, self.epoch), epochs.stop):
+                accumulated = self.config.gradient_accumulation_steps
+                updates = updates_per_epoch(len(self.data.dataset), phase.batch_size, accumulated)
                 # A resumed epoch has already told the method that it began.
-                changed = not self.position.batch and self.session.method.on_epoch_start(epoch)
+                changed = not self.batch and self.session.method.on_epoch_start(epoch)
                 if changed:
                     self._say_what_learns()
                 if changed or not self._prepared:
@@ -244,16 +240,16 @@ class Trainer:
                 with self.signals.deferred():
                     self._train_epoch(epoch, phase, updates)
                     self.save()
-                note_failed(self.data, self.run)
+                self.run.note_missing("left out of their batches: they could not be read", self.data.take_failed())
                 self._validate(epoch + 1, phase)
-                self.position.epoch, self.position.batch = epoch + 1, 0
+                self.epoch, self.batch = epoch + 1, 0
             first_epoch = epochs.stop
 
     def _say_what_learns(self) -> None:
         """Print and record what learns from here on, after the method changed it."""
         self.session.recount()
         self.run.say(f"from here on\n{self.session.parameters}")
-        self.run.record("parameters", self.position.step, **self.session.parameters.as_dict())
+        self.run.record("parameters", self.step, **self.session.parameters.as_dict())
         rows = self.session.method.parameter_rows()
         if rows and (folder := self.run.path) and self.on_epoch is None:
             report.write_importance(folder / "ibs_parameters.csv", folder / "ibs_parameters.png", rows)
@@ -263,7 +259,7 @@ class Trainer:
 
         The wrapper must be new, since `requires_grad` may not change under a live one.
         """
-        self.position.total_updates = updates
+        self.total_updates = updates
         for name in ("wrapped", "optimizer", "schedule"):
             vars(self).pop(name, None)  # Free the old ones first; moments are twice as large as what learns.
         self.accelerator.free_memory()
@@ -274,37 +270,31 @@ class Trainer:
     # ---- steps ----
 
     def _train_epoch(self, epoch: int, phase: Phase, updates: int) -> None:
-        c, position, per_update = self.config, self.position, self.config.gradient_accumulation_steps
+        c, per_update = self.config, self.config.gradient_accumulation_steps
         self.wrapped.train()
         shown = {"desc": f"epoch {epoch + 1}/{c.num_epochs}", "unit": "update", "leave": False}
         hidden = None if is_main() else True  # None: shown on a terminal only
-        batches = self.data.epoch(epoch, phase.batch_size, position.batch)
-        with tqdm(total=updates, initial=position.batch // per_update, disable=hidden, **shown) as bar:
+        batches = self.data.epoch(epoch, phase.batch_size, self.batch)
+        with tqdm(total=updates, initial=self.batch // per_update, disable=hidden, **shown) as bar:
             last = time.monotonic()
             while window := list(islice(batches, per_update)):
                 groups = self._exchange(window)
-                rates = optimizer.learning_rates(self.optimizer)
-                loss = self._step(window, groups, phase)
-                position.step, position.batch = position.step + 1, position.batch + len(window)
+                rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+                loss = self._step(window, groups)
+                self.step, self.batch = self.step + 1, self.batch + len(window)
                 seconds, last = time.monotonic() - last, time.monotonic()
-                self.run.record(
-                    "train",
-                    position.step,
-                    epoch=epoch + 1,
-                    loss=loss,
-                    lr=rates,
-                    **self.model.schedule(),
-                    videos_per_second=round(sum(map(len, groups)) / max(seconds, 1e-9), 2),
-                    memory_mib=round(device.peak_memory_mib(self.accelerator.device), 1),
-                )
-                if c.save_every_steps and position.step % c.save_every_steps == 0:
+                speed = round(sum(map(len, groups)) / max(seconds, 1e-9), 2)
+                memory = round(device.peak_memory_mib(self.accelerator.device), 1)
+                cost = self.model.schedule() | {"videos_per_second": speed, "memory_mib": memory}
+                self.run.record("train", self.step, epoch=epoch + 1, loss=loss, lr=rates, **cost)
+                if c.save_every_steps and self.step % c.save_every_steps == 0:
                     self.save()
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
-                if position.step % c.n_display == 0:
+                if self.step % c.n_display == 0:
                     by_part = {name.split("_")[0]: rate for name, rate in rates.items()}
                     lr = " ".join(f"{part} {rate:.2e}" for part, rate in by_part.items())
-                    self.run.say(f"  epoch {epoch + 1}  update {position.step}  loss {loss:.4f}  lr {lr}")
+                    self.run.say(f"  epoch {epoch + 1}  update {self.step}  loss {loss:.4f}  lr {lr}")
 
     def _exchange(self, window: list[TrainBatch]) -> list[Group]:
         """Tell the other processes which videos are in this update's batches; stop if any process got a signal."""
@@ -319,13 +309,13 @@ class Trainer:
             raise nothing_readable(self.data.take_failed())
         return groups
 
-    def _step(self, window: list[TrainBatch], groups: list[Group], phase: Phase) -> float:
+    def _step(self, window: list[TrainBatch], groups: list[Group]) -> float:
         """Make one update and return its loss, the mean over all pairs in the window."""
         # What a tower draws by itself (dropout) depends on the place in the run too.
-        torch.manual_seed(int(generator("dropout", self.config.seed, self.position.step, rank()).integers(2**63)))
+        torch.manual_seed(int(generator("dropout", self.config.seed, self.step, rank()).integers(2**63)))
         ids = [name for group in groups for share in group.shares for name in share]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        with self._explained(f"at update {self.position.step + 1}, on the videos {shown}", phase):
+        with divergence_explained(f"at update {self.step + 1}, on the videos {shown}"):
             loss = sum(
                 self._backward(batch, group, len(group) / len(ids), last=batch is window[-1])
                 for batch, group in zip(window, groups, strict=True)
@@ -349,7 +339,7 @@ class Trainer:
         return value * share
 
     def _update(self) -> None:
-        self.session.method.after_backward(self.position.step)
+        self.session.method.after_backward(self.step)
         if self.config.grad_norm != -1:
             self.accelerator.unscale_gradients()
             torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.grad_norm)
@@ -360,29 +350,12 @@ class Trainer:
         self.optimizer.zero_grad()
         optimizer.clamp_logit_scale(self.model.clip)
 
-    @contextmanager
-    def _explained(self, when: str, phase: Phase) -> Iterator[None]:
-        """Raise UserError for training that diverges or does not fit into memory. `when` says in which update."""
-        try:
-            yield
-        except (NotFinite, RuntimeError, MemoryError) as error:
-            overflow = "without overflow" in str(error)
-            if overflow or isinstance(error, NotFinite):
-                what = "the change of the weights is beyond float32" if overflow else error
-                raise UserError(
-                    f"training diverged: {what}, {when}.\nTry a lower learning_rate or coef_lr, precision bf16 instead "
-                    "of fp16 (or fp32), or grad_norm 1. What was saved before is unchanged"
-                ) from error
-            if told := explain_out_of_memory(error, self.config, self.accelerator.device, phase.batch_size, self.model):
-                raise told from error
-            raise
-
     # ---- validation and the best epoch ----
 
     def _validate(self, epoch: int, phase: Phase) -> None:
-        step = self.position.step
-        with self._explained(f"after update {step}", phase):
-            measured = measure(self.session, self.task, self.model)
+        step = self.step
+        with divergence_explained(f"after update {step}"):
+            measured = measure.measure(self.session, self.task, self.model)
         figures, seconds = measured.figures, round(measured.seconds, 3)
         self.run.record("validation", step, epoch=epoch, metrics=figures.as_dict(), eval_seconds=seconds)
         # What IBS learns before it selects must not be reported as IBS.
@@ -424,8 +397,8 @@ class Trainer:
         try:
             self.train()
             self._load_best()
-            final, task = measure_once(self.session, self.test, self.test_name, run)
-            run.record("finetuned", self.position.step, metrics=final.as_dict(), split=self.test_name)
+            final, task = measure.measure_once(self.session, self.test, self.test_name, run)
+            run.record("finetuned", self.step, metrics=final.as_dict(), split=self.test_name)
         finally:
             if path := run.file("curves.png"):
                 with suppress(OSError):  # a full disk
@@ -441,7 +414,7 @@ class Trainer:
             "parameters": self.session.parameters.as_dict(),
             "gflops": self.session.gflops.as_dict(),
         }
-        finish(self.session, metrics, task, self.zero_shot, final, run)
+        measure.finish(self.session, metrics, task, self.zero_shot, final, run)
         run.drop_unfinished()
         return FitResult(run.path, self.test_name, final, metrics)
 
@@ -457,20 +430,22 @@ class Trainer:
 
     def save(self) -> None:
         """Save a snapshot from which the run can resume, unless this update is saved already."""
-        step, scaler = self.position.step, self.accelerator.scaler
+        step, scaler = self.step, self.accelerator.scaler
         if self.run.path is None or step == self._saved_step or self.on_epoch is not None:
             return
         method = self.session.method.state_dict()
+        moments, parameter_groups = optimizer.optimizer_state(self.optimizer.optimizer)
         groups = {
             "model": self.model.state_dict(),
             "objective": self.objective.own_state(),
-            "optimizer": optimizer.optimizer_tensors(self.optimizer.optimizer, self.objective),
+            "optimizer": moments,
             "method": method.tensors,
         }
         values: dict[str, Any] = {
-            "position": asdict(self.position),
+            "position": [self.step, self.epoch, self.batch, self.total_updates],
             "method": method.values,
-            "updates_of_schedule": self.schedule.last_epoch,
+            "parameter_groups": parameter_groups,
+            "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "zero_shot": self.zero_shot.as_state() if self.zero_shot else None,
             "best": self.best.as_state() if self.best else None,
@@ -492,21 +467,20 @@ class Trainer:
             return False
         values, task = snapshot.values, self.task
         if changed := [part for part, digest in self._digests.items() if values["data"][part] != digest]:
-            raise UserError(
-                f"resume: the {' and '.join(changed)} data is not what the run in {folder} began with: other captions, "
-                "other videos, or others that can be read. Restore the data, or begin a new run from its weights"
-            )
+            names = " and ".join(changed)
+            raise UserError(f"resume: the {names} data (captions, readable videos) is not what the run began with")
         run.reopen(folder, snapshot.step, values["metrics_size"])
         if is_main():
             checkpoint.restore_results(folder, snapshot)
         run.say(f"resuming {folder} after update {snapshot.step}")
         strict_load(self.model, snapshot.group("model"), f"resume: update {snapshot.step}")
         self.objective.load_own_state(snapshot.group("objective"))
-        self.position = Position(**values["position"])
+        self.step, self.epoch, self.batch, self.total_updates = values["position"]
         self.session.method.load_state_dict(MethodState(snapshot.group("method"), values["method"]))
-        self.prepare(self.position.total_updates)
-        optimizer.load_optimizer(self.optimizer.optimizer, self.objective, snapshot.group("optimizer"))
-        optimizer.advance(self.schedule, values["updates_of_schedule"])
+        self.prepare(self.total_updates)
+        moments, parameter_groups = snapshot.group("optimizer"), values["parameter_groups"]
+        optimizer.load_optimizer(self.optimizer.optimizer, moments, parameter_groups)
+        self.schedule.load_state_dict(values["schedule"])
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.session.recount()

@@ -21,8 +21,7 @@ from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
-from adaclip_finetune.training.dry_run import dry_run
-from adaclip_finetune.training.evaluate_only import evaluate_only
+from adaclip_finetune.training.evaluate_only import dry_run, evaluate_only
 from adaclip_finetune.training.optimizer import schedule
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import FitResult, Trainer, fit, run_trial

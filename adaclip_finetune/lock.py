@@ -17,8 +17,6 @@ import psutil
 
 from adaclip_finetune.errors import UserError
 
-_CLOCK_TOLERANCE = 2.0  # seconds: start times move with the system clock
-
 
 class Lock:
     """A lock file at `path` that guards `guarded`, which only the owner of the lock may write."""
@@ -28,14 +26,14 @@ class Lock:
 
     def take(self) -> None:
         """Take the lock. Raise UserError if another process holds it, and OSError if the file cannot be written."""
-        while True:
+        while not self._held:
             try:
                 with self.path.open("x", encoding="utf-8") as file:
                     json.dump(this_process(), file)
                 self._held = True
-                return
             except FileExistsError:
-                self._remove_if_stale()
+                with suppress(FileNotFoundError):  # released in the meantime
+                    self._remove_if_stale()
             except OSError:  # A full disk must not leave a lock that names no owner.
                 self.path.unlink(missing_ok=True)
                 raise
@@ -48,23 +46,23 @@ class Lock:
 
     def _remove_if_stale(self) -> None:
         """Remove the lock file of a process that is gone. Raise UserError if its owner may still be running."""
+        text = self.path.read_text(encoding="utf-8")
         try:
-            owner = _read_owner(self.path)
-        except FileNotFoundError:  # released in the meantime
-            return
-        who = f"{self._guarded} is locked by process {owner['pid']}"
-        if owner["host"] != socket.gethostname():
-            raise UserError(f"{who} on {owner['host']}. If it is no longer running, delete {self.path}")
-        if is_alive(owner):
-            raise UserError(f"{who} on this machine: wait for it, or stop it")
+            owner = json.loads(text)
+            who, here = f"process {owner['pid']} on {owner['host']}", owner["host"] == socket.gethostname()
+            running = not here or is_alive(owner)
+        except (ValueError, TypeError, KeyError):
+            who, here, running = "an unknown process", False, True
+        if running:
+            way_out = "wait for it, or stop it" if here else f"if it is no longer running, delete {self.path}"
+            raise UserError(f"{self._guarded} is locked by {who}: {way_out}")
         # Renaming tells which process removes the lock, if several find the owner gone at the same time.
         stale = self.path.with_name(f".stale-{socket.gethostname()}-{os.getpid()}")
-        with suppress(FileNotFoundError):
-            self.path.rename(stale)
-            if _read_owner(stale) == owner:
-                stale.unlink()
-            else:  # Another process has taken the lock since its owner was read.
-                stale.rename(self.path)
+        self.path.rename(stale)
+        if stale.read_text(encoding="utf-8") == text:
+            stale.unlink()
+        else:  # Another process has taken the lock since its owner was read.
+            stale.rename(self.path)
 
 
 class FolderLock(Lock):
@@ -83,19 +81,9 @@ def is_alive(owner: dict[str, Any]) -> bool:
     """Return whether the process of this machine that `this_process` described is still running."""
     try:
         process = psutil.Process(owner["pid"])
-        same = abs(process.create_time() - owner["began"]) < _CLOCK_TOLERANCE
+        same = abs(process.create_time() - owner["began"]) < 2  # seconds: start times move with the system clock
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:  # a process of another user
         return True
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    """Return what `this_process` gave in the owner. Raise FileNotFoundError, and UserError for any other file."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-        return {"pid": int(content["pid"]), "host": str(content["host"]), "began": float(content["began"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} does not name the process that holds it. If none is running, delete it") from error

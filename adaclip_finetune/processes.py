@@ -5,18 +5,13 @@ A single process needs no process group: every function then returns at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from adaclip_finetune.errors import UserError
-
 T = TypeVar("T")
-
-_LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words
 
 
 def world_size() -> int:
@@ -45,12 +40,10 @@ def gather_objects(value: T) -> list[T]:
 
 def from_main(value: T) -> T:
     """Return the main process's value in every process."""
-    if not _has_group():
-        return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    received: T = box[0]
-    return received
+    box = [value]
+    if _has_group():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
@@ -58,14 +51,6 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if _has_group():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
-
-
-def explain_lost_process(error: RuntimeError) -> UserError | None:
-    """Return a message for an error that means that another process is gone, and None for any other error."""
-    if not _has_group() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
-        return None
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return UserError(f"another process of this run has ended (see its own message) or cannot be reached: {first_line}")
 
 
 def leave_group() -> None:

@@ -28,8 +28,7 @@ def draw_curves(path: Path, events: _Events, figures: Sequence[str]) -> None:
     train = [event for event in events if event["event"] == "train"]
     figure = Figure(figsize=(15, 3.8), layout="constrained")
     loss, rate, measured = figure.subplots(1, 3)
-    steps = [event["step"] for event in train]
-    losses = [event["loss"] for event in train]
+    steps, losses = [event["step"] for event in train], [event["loss"] for event in train]
     loss.plot(steps, losses, color="0.75", linewidth=0.8, label="each update")
     loss.plot(steps, _running_mean(losses), color="tab:blue", label="running mean")
     loss.set(title="training loss", ylim=(0, None))
@@ -84,10 +83,8 @@ def _draw_validation(axes: Axes, events: _Events, figures: Sequence[str]) -> Non
     if shown:
         # A span of at least a quarter of the highest figure, so that small differences look small.
         low, high = min(shown), max(shown)
-        missing = max(high / 4 - (high - low), 0)
-        low = max(low - missing / 2, 0)
-        margin = max(high - low, high / 4, 1e-9) * 0.08
-        axes.set_ylim(max(low - margin, 0) if low else -margin, max(high, low + high / 4) + margin)
+        margin = max(high / 8 - (high - low) / 2, 0.08 * (high - low), 1e-9)
+        axes.set_ylim(max(low - margin, -margin / 10), high + margin)
     axes.set_title("validation")
 
 

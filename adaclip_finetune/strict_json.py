@@ -11,15 +11,11 @@ from adaclip_finetune.errors import UserError
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raise UserError, which names the file and the place, if that fails."""
-    if not str(path):
-        raise UserError("the name of a JSON file is empty")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
+    except (OSError, ValueError) as error:  # a folder, no permission, not UTF-8, a NUL in the name
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return parse_json(text, str(path))
 
@@ -30,18 +26,16 @@ def parse_json(text: str, source: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
-    except RecursionError:
-        raise UserError(f"{source}: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {json.dumps(key, ensure_ascii=False)} appears twice; remove one")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {json.dumps(twice, ensure_ascii=False)} appears twice; remove one")
     return result
 
 

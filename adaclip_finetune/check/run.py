@@ -96,7 +96,7 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
     tried = min(2, size) if on_cpu else size
     step = try_steps(config, session.objective, session.loaded.tokenize, session.accelerator, tried)
     if isinstance(step, str):
-        explained = explain_out_of_memory(MemoryError(step), config, device, tried, model)
+        explained = explain_out_of_memory(MemoryError(step), config.model_copy(update={"batch_size": tried}))
         yield Finding("warning" if config.auto_batch_size else "fails", "memory", "run", str(explained))
         return
     needed = step.peak_bytes + step.kept_bytes * (size - tried) // tried + (ahead if on_cpu else 0)

@@ -43,8 +43,7 @@ def run(words: Sequence[str]) -> int:
     # because find_unused_parameters is on, which keeps methods with unused parameters from hanging.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from adaclip_finetune.processes import leave_group
-    from adaclip_finetune.training.dry_run import dry_run
-    from adaclip_finetune.training.evaluate_only import evaluate_only
+    from adaclip_finetune.training.evaluate_only import dry_run, evaluate_only
     from adaclip_finetune.training.trainer import fit
 
     try:

@@ -25,9 +25,8 @@ from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalRepo
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.training.data import read_split, say_cut
 from adaclip_finetune.training.device import launched_processes, make_accelerator
-from adaclip_finetune.training.measure import build_task, measure
+from adaclip_finetune.training.measure import build_task, measure, read_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import find_checkpoint, open_model
 from adaclip_finetune.weights.loaded import LoadedClip

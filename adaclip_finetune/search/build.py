@@ -38,7 +38,7 @@ from adaclip_finetune.search.index import (
 )
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
-from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
+from adaclip_finetune.training.memory import memory_explained
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,8 @@ def _embed(
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             embedded = []
             if collated.videos is not None:
-                try:
+                with memory_explained(model.config):
                     vectors, weighted = model.embed(collated.videos)
-                except (RuntimeError, MemoryError) as error:
-                    if explained := explain_out_of_memory_in_evaluation(error, model.config, model.device):
-                        raise explained from error
-                    raise
                 if not vectors.isfinite().all():
                     raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
                 batch = [by_id[name] for name in collated.videos.video_ids]

@@ -65,8 +65,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
     path = folder / f"last-{snapshot.step}"
     part = folder / f".{path.name}.part"
     try:
-        if part.exists():
-            shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         save_tensors(part / _TENSORS, snapshot.tensors, {"content": "snapshot"})
         write_durably(part / _VALUES, json.dumps({"step": snapshot.step, **snapshot.values}, allow_nan=False).encode())
@@ -94,10 +93,10 @@ def load_snapshot(folder: Path) -> Snapshot | None:
     """
     found = _snapshots(folder)
     if not found:
-        if weights := sorted(path.name for path in folder.glob("*.safetensors")):
+        if any(folder.glob("*.safetensors")):
             raise UserError(
-                f"resume: {folder} holds weights ({', '.join(weights)}) but no snapshot (a folder last-<update>), so "
-                f"the run cannot continue. Restore it, or begin a new run with the weights: --resume {folder / BEST}"
+                f"resume: {folder} holds weights but no snapshot (a folder last-<update>), so the run cannot continue. "
+                f"Restore the snapshot, or begin a new run with the weights: --resume {folder / BEST}"
             )
         return None
     path = found[-1]
@@ -105,10 +104,7 @@ def load_snapshot(folder: Path) -> Snapshot | None:
         values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
         return Snapshot(values.pop("step"), load_file(path / _TENSORS), values)
     except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"resume: the snapshot {path} cannot be read ({error}). Restore it; or delete it to resume from an older "
-            "snapshot, if there is one, or from the beginning"
-        ) from error
+        raise UserError(f"resume: the snapshot {path} cannot be read ({error}). Restore it, or begin anew") from error
 
 
 def restore_results(folder: Path, snapshot: Snapshot) -> None:
@@ -117,12 +113,6 @@ def restore_results(folder: Path, snapshot: Snapshot) -> None:
         (folder / name).unlink(missing_ok=True)
         if (kept := folder / f"last-{snapshot.step}" / name).exists():
             _link(kept, folder / name)
-
-
-def drop_snapshots(folder: Path) -> None:
-    """Delete all snapshots of a finished run."""
-    for path in [*_snapshots(folder), *folder.glob(".last-*.part")]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -1,33 +1,57 @@
-"""Measure a model in a run: CLIP before it learns (zero-shot), and the model as it is; write and print the results."""
+"""What a run reads and measures: its splits, CLIP before it learns (zero-shot), the model as it is, and the results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
-from adaclip_finetune.data.splits import EvaluationSplit
+from adaclip_finetune.data.dataset import TrainDataset, VideoReader
+from adaclip_finetune.data.loader import TrainLoader
+from adaclip_finetune.data.preprocess import Views
+from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.evaluation.zero_shot import zero_shot_config
-from adaclip_finetune.model.flops import Gflops
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.peft import TrainableReport
 from adaclip_finetune.processes import gather_objects
-from adaclip_finetune.training.memory import explain_out_of_memory_in_evaluation
+from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
 
-EMBEDDINGS = "embeddings"
-"""The folder in the run folder where an evaluation keeps finished batches until the run is finished."""
 
-SELECTED_ON_TEST = "selected on test (val_annot and test_annot hold the same captions)"
+def train_loader(config: Config, loaded: LoadedClip, views: Views, run: RunFolder) -> TrainLoader:
+    """Return the loader of training batches."""
+    split = readable_train_split(config, run)
+    return TrainLoader(TrainDataset(split.entries, VideoReader(split.store, config, views)), config, loaded.tokenize)
+
+
+def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
+    """Return the training split without unreadable videos, which are printed and noted in missing_videos.txt."""
+    assert config.train_annot is not None, "check_paths refuses this"
+    split = train_split(config, config.train_annot)
+    run.note_missing(f"train: {len(split.left_out)} videos cannot be read and are left out", split.left_out)
+    return split
+
+
+def read_split(config: Config, annotation: str | None, run: RunFolder, name: str) -> EvaluationSplit:
+    """Return the split to evaluate, called `name` in messages. Raise UserError."""
+    assert annotation is not None, "check_paths refuses this"
+    split = evaluation_split(config, annotation)
+    counts = f"{len(split.left_out)} of {split.num_listed}"
+    run.note_missing(f"{name}: evaluated WITHOUT {counts} videos that cannot be read", split.left_out)
+    return split
+
+
+def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: str, run: RunFolder) -> None:
+    """Print how many captions max_txt_len cuts, if any."""
+    if cut := loaded.count_cut(texts, max_txt_len):
+        run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
 
 
 def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
@@ -38,13 +62,8 @@ def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model
 
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:
     """Measure `model` in the session's precision on its device. Raise UserError if it does not fit into memory."""
-    try:
-        with session.autocast():
-            return task(model, keep)
-    except (RuntimeError, MemoryError) as error:
-        if explained := explain_out_of_memory_in_evaluation(error, session.config, session.device):
-            raise explained from error
-        raise
+    with memory_explained(session.config), session.autocast():
+        return task(model, keep)
 
 
 def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFolder) -> tuple[Report, Task]:
@@ -53,7 +72,7 @@ def measure_once(session: Session, split: EvaluationSplit, name: str, run: RunFo
     Finished batches are kept in the run folder, so that the evaluation can continue after an interruption.
     """
     with closing(build_task(session.config, split, session.loaded, session.model, name)) as task:
-        return measure(session, task, session.model, run.file(f"{EMBEDDINGS}/{name}")), task
+        return measure(session, task, session.model, run.file(f"embeddings/{name}")), task
 
 
 def zero_shot(
@@ -81,85 +100,47 @@ def zero_shot(
         return None
     model = VideoRetriever(config, pretrained).to(session.device)
     with closing(build_task(config, split, pretrained, model, f"{label} on {name}")) as task:
-        measured = measure(session, task, model, run.file(f"{EMBEDDINGS}/{label}"))
+        measured = measure(session, task, model, run.file(f"embeddings/{label}"))
     event = "zero_shot_adapted" if adapted else "zero_shot"
     run.record(event, 0, metrics=measured.as_dict(), split=name)
     run.say(f"{label} on {name} ({config.num_frm} uniform frames, mean)  {task.one_line(measured.figures)}")
     return measured
 
 
-@dataclass(frozen=True, eq=False)
-class FitResult:
-    """What a run found.
-
-    `final` is measured on test_annot, or on val_annot without one (`evaluated_on`). `zero_shot` is None if the run
-    began with a checkpoint whose pretrained CLIP is not available; `folder` is None with no_output.
-    """
-
-    zero_shot: Figures | None
-    final: Report
-    best_validation: Figures
-    best_epoch: int
-    evaluated_on: str
-    selected_on_test: bool
-    parameters: TrainableReport
-    gflops: Gflops
-    folder: Path | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the content of metrics.json."""
-        return {
-            "evaluated_on": self.evaluated_on,
-            "selected_on": "test" if self.selected_on_test else "validation",
-            "best_epoch": self.best_epoch,
-            "zero_shot": self.zero_shot.as_dict() if self.zero_shot else None,
-            "finetuned": self.final.as_dict(),
-            "best_validation": self.best_validation.as_dict(),
-            "parameters": self.parameters.as_dict(),
-            "gflops": self.gflops.as_dict(),
-        }
-
-
-def report_fit(result: FitResult, task: Task, config: Config, run: RunFolder) -> None:
-    """Write the result of a run into its folder, metrics.json last since it marks a finished run; then print it."""
-    final = result.final
+def finish(
+    session: Session, metrics: dict[str, Any], task: Task, zero_shot: Figures | None, final: Report, run: RunFolder
+) -> None:
+    """Write what a run found into its folder, metrics.json last since it marks a finished run; then print it."""
+    config, parameters = session.config, session.parameters
     usage = final.frame_usage if isinstance(final, RetrievalReport) else None
     if usage is not None and (path := run.file("frame_usage.png")):
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     write_similarity(config, final, run)
-    run.write_json("metrics.json", result.as_dict())
+    run.write_json("metrics.json", metrics)
 
-    note = f"   {SELECTED_ON_TEST.upper()}" if result.selected_on_test else ""
-    if result.evaluated_on == "validation":
+    note = ""
+    if metrics["selected_on"] == "test":
+        note = "   SELECTED ON TEST (val_annot and test_annot hold the same captions)"
+    elif metrics["evaluated_on"] == "validation":
         note = "   (no test_annot: these captions chose the epoch, so the figures are optimistic)"
-    run.say(f"\n{result.evaluated_on}, best epoch {result.best_epoch} of {config.num_epochs}{note}")
-    before = {"zero-shot": result.zero_shot} if result.zero_shot else {}
-    say_table(task, {**before, "finetuned": final.figures}, final, run)
-    clip, whole = result.parameters.clip, result.parameters.all
+    run.say(f"\n{metrics['evaluated_on']}, best epoch {metrics['best_epoch']} of {config.num_epochs}{note}")
+    before = {"zero-shot": zero_shot} if zero_shot else {}
+    run.say(f"{task.table({**before, 'finetuned': final.figures})}\n{task.gallery(final)}")
+    clip, whole = parameters.clip, parameters.all
     run.say(
         f"trained: {clip.trainable:,} of CLIP's {clip.total:,} parameters ({clip.percent:.3f} %), "
         f"{whole.trainable:,} of {whole.total:,} in all ({whole.percent:.3f} %)"
     )
-    if result.zero_shot and not task.is_better(final.figures, result.zero_shot):
+    if zero_shot and not task.is_better(final.figures, zero_shot):
         run.say(
             "This finetune does not beat zero-shot: try more epochs, another learning_rate or coef_lr, or more data."
         )
     if folder := run.path:
-        written = ("best.safetensors", "adapter.safetensors", "config.json", "metrics.json", "*.png", "train.log")
-        names = ", ".join(path.name for pattern in written for path in sorted(folder.glob(pattern)))
         run.say(
-            f"\nrun folder: {folder}\n  {names}, …\n"
-            "next: evaluate it on other captions\n"
+            f"\nrun folder: {folder}\nnext: evaluate it on other captions\n"
             f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
-            "--test_annot FILE\n"
-            "or train on your own videos (see the README)"
+            "--test_annot FILE"
         )
-
-
-def say_table(task: Task, rows: Mapping[str, Figures], last: Report, run: RunFolder) -> None:
-    """Print the table of several models on the task's split, and what they were measured on."""
-    run.say(task.table(rows))
-    run.say(task.gallery(last))
 
 
 def write_similarity(config: Config, measured: Report, run: RunFolder) -> None:

@@ -1,13 +1,11 @@
-"""Memory: what a training step needs, the batch size that fits, and what to change when memory runs out."""
+"""Memory: what a training step needs, the batch size that fits, and what to say when memory runs out."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -19,21 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
-from adaclip_finetune.training.device import (
-    describe_device,
-    explain_nondeterminism,
-    peak_memory_mib,
-    total_memory_gib,
-)
+from adaclip_finetune.training.device import peak_memory_mib
 from adaclip_finetune.training.optimizer import build_optimizer
 
 Tokenize = Callable[[Sequence[str], int], Tensor]
-P = ParamSpec("P")
 R = TypeVar("R")
 
 # Messages of errors that are not torch.OutOfMemoryError or MemoryError but mean the same: MPS and the CUDA driver; the
@@ -44,8 +35,6 @@ _MESSAGES = (
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY"),
 )
 
-# ---- the explanations ----
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that a device or the machine has too little memory."""
@@ -54,60 +43,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ValueError) and any(message in str(error) for message in _MESSAGES)
 
 
-def explain_out_of_memory(
-    error: BaseException, config: Config, device: torch.device, batch_size: int, retriever: VideoRetriever
-) -> UserError | None:
-    """Explain a training step that did not fit into memory: its sizes, and what to change.
-
-    `batch_size` is that of all processes together. Return None if `error` is another error.
-    """
-    if not is_out_of_memory(error):
-        return None
-    encoded, k = retriever.frames_with_gradients, int(retriever.schedule()["k"])
-    processes = f" (of {world_size()} processes together)" if world_size() > 1 else ""
-    changes = "\n".join(f"  {flag:48} {effect}" for flag, effect in _changes(config, device, batch_size, k, encoded))
+def explain_out_of_memory(error: BaseException, config: Config) -> UserError:
+    """Return what to tell about an error that `is_out_of_memory`: its reason, and the settings that decide."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
+    sizes = ("batch_size", "num_frm", "val_batch_size", "hidden_dim", "precision")
     return UserError(
-        f"out of memory on {_name(device)}: batch_size {batch_size}{processes}, num_frm {config.num_frm}, of which "
-        f"{encoded} go through CLIP with gradients, precision {config.precision}, gradient_checkpointing "
-        f"{'on' if config.gradient_checkpointing else 'off'} ({_reason(error)}).\n"
-        f"What to change, the cheapest first:\n{changes}"
+        f"out of memory: {reason}. The settings are {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}.\n"
+        "Try --precision bf16, --gradient_checkpointing, a smaller num_frm or top_k, or a smaller batch_size (IBS: "
+        "pre_batch_size too), which contrasts each video with fewer others; in an evaluation a smaller --val_batch_size"
     )
 
 
-def explain_out_of_memory_in_evaluation(error: BaseException, config: Config, device: torch.device) -> UserError | None:
-    """Explain an evaluation batch that did not fit into memory. Return None if `error` is another error."""
-    if not is_out_of_memory(error):
-        return None
-    at_once = FRAMES_A_GALLERY_BATCH // config.num_frm
-    return UserError(
-        f"out of memory on {_name(device)} in an evaluation with val_batch_size {config.val_batch_size}, num_frm "
-        f"{config.num_frm}, precision {config.precision} ({_reason(error)}).\n"
-        f"Try --val_batch_size {max(1, min(config.val_batch_size, at_once) // 4)}, or --precision bf16"
-    )
-
-
-def sizes_explained(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
-    """Decorate a function whose first argument is the config: if what it builds does not fit into memory, it raises a
-    UserError with the size and the settings that may cause it."""
-
-    @wraps(function)
-    def explaining(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(config, *args, **kwargs)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            total = total_memory_gib(torch.device("cpu"))
-            raise UserError(
-                f"out of memory: {_reason(error)}; this machine has {total:.1f} GiB. Lower the sizes in the settings, "
-                f"such as hidden_dim {config.hidden_dim}, num_frm {config.num_frm}, batch_size {config.batch_size} or "
-                f"val_batch_size {config.val_batch_size}"
-            ) from error
-
-    return explaining
-
-
-# ---- the batch size that fits ----
+@contextmanager
+def memory_explained(config: Config) -> Iterator[None]:
+    """Raise UserError, as `explain_out_of_memory` tells it, if something within does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain_out_of_memory(error, config) from error
 
 
 class StepCost(NamedTuple):
@@ -140,36 +96,30 @@ def fitting_batch_size(
 ) -> int:
     """Return the largest of batch_size, its half, its quarter and so on at which a training step fits into memory.
 
-    The result is at least 2 and the same in all processes; on a CPU it is batch_size. Weights, buffers and random
-    states stay as they are. Raise UserError if no batch fits.
+    The result is at least 2 and the same in all processes; on a CPU it is batch_size. Weights and buffers stay as they
+    are. Raise UserError if no batch fits.
     """
     device = accelerator.device
     if not has_memory_limit(device):
         say("auto_batch_size is ignored on the CPU, which has no out-of-memory error to probe")
         return batch_size
     objective.retriever.start_epoch(0)
-    smallest = min(batch_size, max(2, world_size()))
-    size = batch_size
+    smallest, size = min(batch_size, max(2, world_size())), batch_size
     buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
-    with torch.random.fork_rng(devices=[]):
-        while True:
-            cost = try_steps(config, objective, tokenize, accelerator, -(-size // world_size()))
-            failures = [told for told in gather_objects(cost if isinstance(cost, str) else "") if told]
-            if not failures:
-                break
-            if size <= smallest:
-                error = explain_out_of_memory(MemoryError(failures[0]), config, device, size, objective.retriever)
-                assert error is not None
-                raise error
-            size = max(size // 2, smallest)
+    while True:
+        cost = try_steps(config, objective, tokenize, accelerator, -(-size // world_size()))
+        failures = [told for told in gather_objects(cost if isinstance(cost, str) else "") if told]
+        if not failures:
+            break
+        if size <= smallest:
+            smallest_config = config.model_copy(update={"batch_size": size})
+            raise explain_out_of_memory(MemoryError(failures[0]), smallest_config)
+        size = max(size // 2, smallest)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     if size < batch_size:
-        say(
-            f"auto_batch_size: a batch of {batch_size} does not fit into {_name(device)}; it is {size} from here on, "
-            "so each video is contrasted with fewer others"
-        )
+        say(f"auto_batch_size: a batch of {batch_size} does not fit into memory; it is {size} from here on")
     return size
 
 
@@ -191,8 +141,6 @@ def attempt(call: Callable[[], R]) -> R | str:
     try:
         return call()
     except (RuntimeError, ValueError, MemoryError) as error:
-        if explained := explain_nondeterminism(error):
-            raise explained from error
         if not is_out_of_memory(error):
             raise
         reason = str(error) or "out of memory"
@@ -214,16 +162,14 @@ def _two_steps(
     config: Config, objective: Objective, tokenize: Tokenize, accelerator: Accelerator, size: int
 ) -> StepCost:
     device = accelerator.device
-    clear_device_cache(garbage_collection=True)
     optimizer, _ = build_optimizer(objective, config, total_steps=2)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # DistributedDataParallel holds a second copy of the gradients.
-    held: list[Tensor] = [torch.empty_like(parameter) for parameter in learning] if world_size() > 1 else []
+    copies = [torch.empty_like(parameter) for parameter in learning] if world_size() > 1 else []
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     batch, pairs = blank_batch(config, objective.retriever, tokenize, size)
-    held.append(batch.to(device).videos.frames)  # the next batch, copied ahead
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -254,6 +200,7 @@ def _two_steps(
     kept_bytes = sum(count for storage, count in kept.items() if storage not in weights)
     on_cpu = psutil.Process().memory_info().rss + gradients + kept_bytes
     peak = on_cpu if device.type == "cpu" else int(peak_memory_mib(device) * 2**20)
+    del copies
     return StepCost(size, (computed - started) / batches, updated - computed, kept_bytes, peak)
 
 
@@ -262,41 +209,3 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.monotonic()
-
-
-# ---- words ----
-
-
-def _changes(config: Config, device: torch.device, batch_size: int, k: int, encoded: int) -> Iterator[tuple[str, str]]:
-    """Yield flags that save memory, and their effects."""
-    if config.precision == "fp32":
-        yield "--precision bf16", "activations of half the size"
-    if not config.gradient_checkpointing:
-        yield "--gradient_checkpointing", "about a third more time"
-    if config.use_policy and k > config.top_k:
-        yield "--warmup_epochs 0", f"K begins at top_k {config.top_k}, not at {k}"
-    if config.use_policy and encoded == k and config.top_k > 1:
-        yield f"--top_k {config.top_k // 2}", "fewer frames in a video's embedding"
-    if config.num_frm > 1:
-        frames = config.num_frm // 2
-        fewer = f" --top_k {frames}" if config.use_policy and config.top_k > frames else ""
-        yield f"--num_frm {frames}{fewer}", "fewer frames to choose from"
-    if batch_size > 2:
-        own = getattr(config.peft.config, "pre_batch_size", None)
-        name = "peft.config.pre_batch_size" if own == batch_size != config.batch_size else "batch_size"
-        yield f"--{name} {batch_size // 2}", "each video is contrasted with fewer others"
-    if has_memory_limit(device) and not config.auto_batch_size:
-        yield "--auto_batch_size", "halves the batch size until it fits"
-
-
-def _reason(error: BaseException) -> str:
-    """Return an error's message in one line, with a size in GiB where the message holds one."""
-    message = str(error).strip()
-    if found := re.search(r"tried to allocate (\d+) bytes", message):
-        return f"{int(found[1]) / 2**30:,.1f} GiB could not be allocated"
-    lines = message.splitlines() or [type(error).__name__]
-    return next((line for line in lines if any(known in line for known in _MESSAGES)), lines[0])[:200]
-
-
-def _name(device: torch.device) -> str:
-    return f"{describe_device(device)}, {total_memory_gib(device):.1f} GiB"

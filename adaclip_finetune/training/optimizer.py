@@ -19,8 +19,6 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives.base import Objective
 
-NOTHING_LEARNS = "nothing is left to train: drop freeze_clip, or use a frame selector (use_policy) or frame_agg"
-
 _EPS = 1e-6
 _MAX_TENSOR_NORM = 1.0
 _MAX_LOGIT_SCALE = math.log(100)
@@ -31,13 +29,11 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
 
     The parameter groups are clip_decay, clip_no_decay, other_decay and other_no_decay; empty ones are left out. The
     learning rate of CLIP is learning_rate x coef_lr, and parameters with `bias` in their name have no weight decay.
-    Raise UserError if nothing learns or there are no updates.
+    Raise UserError if there are no updates.
     """
     if total_steps < 1:
         raise UserError("nothing to train on: train_annot yields no batches")
     groups = _parameter_groups(objective, config)
-    if not groups:
-        raise UserError(NOTHING_LEARNS)
     optimizer: Optimizer
     if config.optim == "adamw":
         optimizer = AdamW(groups, config.learning_rate, config.betas)
@@ -59,35 +55,20 @@ def schedule(x: float, warmup_proportion: float, no_warmup: bool) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(x, 1.0)))
 
 
-def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Return the learning rate of the next update by the name of the parameter group."""
-    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the optimizer's tensors, named `<number of the parameter>/<key>`, and its parameter groups."""
+    state = optimizer.state_dict()
+    tensors = {f"{number}/{key}": tensor for number, kept in state["state"].items() for key, tensor in kept.items()}
+    return tensors, state["param_groups"]
 
 
-def advance(schedule: LambdaLR, updates: int) -> None:
-    """Set a new schedule to where it is after `updates` updates."""
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates - 1, "_step_count": updates + 2})
-    schedule.step()
-
-
-def optimizer_tensors(optimizer: Optimizer, objective: Objective) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>/<key>`: moments, and for AdamW the step count."""
-    return {
-        f"{name.removeprefix('retriever.')}/{key}": value
-        for name, parameter in objective.named_parameters()
-        if parameter in optimizer.state
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer(optimizer: Optimizer, objective: Objective, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned. Raise KeyError for a parameter that the objective does not have."""
-    parameters = {name.removeprefix("retriever."): parameter for name, parameter in objective.named_parameters()}
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    """Load what `optimizer_state` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
     for place, tensor in tensors.items():
-        name, key = place.rsplit("/", 1)
-        # AdamW keeps its step count on the CPU; moments belong to the device of the parameter.
-        device = tensor.device if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device, copy=True)
+        number, key = place.split("/")
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 @torch.no_grad()
@@ -112,8 +93,8 @@ class BertAdam(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one update with the gradients that are there."""
         for group in self.param_groups:
-            if parameters := [parameter for parameter in group["params"] if parameter.grad is not None]:
-                self._update(parameters, group["lr"], group["betas"], group["weight_decay"])
+            if learning := [parameter for parameter in group["params"] if parameter.grad is not None]:
+                self._update(learning, group["lr"], group["betas"], group["weight_decay"])
 
     def _update(self, parameters: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         for new in [parameter for parameter in parameters if not self.state[parameter]]:

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from adaclip_finetune import __version__
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.readable import listing
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
-from adaclip_finetune.processes import explain_lost_process, is_main, world_size
+from adaclip_finetune.processes import is_main, world_size
 from adaclip_finetune.training.signals import Interrupted
 
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]+@")  # in the URL of a database
@@ -44,27 +45,40 @@ _PACKAGES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "
 class RunFolder:
     """Print, log and write for one run. Processes other than the main one print and write nothing.
 
-    `path` is None in those processes, with `no_output`, and until `open`, so that a run that is refused leaves no
-    folder. What is said and written before `open` is kept in memory and written then.
+    Within `with`, the folder is closed at the end however the run ends. `path` is None in other processes, with
+    `no_output`, and until `open`, so that a run that is refused leaves no folder; what is written before is kept.
     """
 
     def __init__(self, config: Config, stream: TextIO | None = None, trial: Path | None = None) -> None:
         """Print to `stream` (default: stdout). `trial` is the folder of a tuning trial, without TensorBoard files."""
         self.path: Path | None = None
-        self._trial = trial
-        self.resumed_from: Path | None = None  # the folder of the earlier run that this one continues
         self.events: list[dict[str, Any]] = []
-        self._no_output, self._tensorboard_dir = config.no_output, config.tensorboard_dir
-        self._stream: TextIO | None = stream or sys.stdout
-        self._waiting: dict[str, str] | None = {}  # what was written before there was a folder
+        self._config, self._stream, self._trial = config, stream or sys.stdout, trial
+        self._earlier: Path | None = None  # the folder of the run that this one resumes
+        self._waiting: dict[str, str] = {}  # what was written before there was a folder
         self._started = time.monotonic()
         self._writer: SummaryWriter | None = None
         self._lock: FolderLock | None = None
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Close the TensorBoard files and release the lock. After an interruption, say how to resume."""
+        if isinstance(error, Interrupted) and self._trial is None:
+            folder = self.path or self._earlier
+            self.say("stopped. " + (f"To resume: python train.py --resume {folder}" if folder else "Nothing was saved"))
+        try:
+            if self._writer is not None:
+                with suppress(OSError):  # a full disk
+                    self._writer.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
     def open(self, config: Config, device: str) -> None:
         """Make the folder for a run with these settings on this device (a description). Raise UserError if it fails."""
-        if self._no_output or not is_main():
-            self._waiting = None
+        if self._config.no_output or not is_main():
             return
         try:
             if self._trial is None:
@@ -84,7 +98,7 @@ class RunFolder:
 
     def lock(self, path: Path) -> None:
         """Lock the folder of an earlier run. Raise UserError if another run holds the lock or that run is finished."""
-        self.resumed_from = path
+        self._earlier = path
         if is_main():
             self._lock = FolderLock(path)
             self._lock.take()
@@ -99,7 +113,6 @@ class RunFolder:
         Later events are dropped, since the run will repeat them. Raise UserError if the file is shorter.
         """
         if not is_main():
-            self._waiting = None
             return
         with (path / _EVENTS).open("ab+") as file:
             if file.tell() < size:
@@ -118,31 +131,29 @@ class RunFolder:
             self._lock = FolderLock(path)
             self._lock.take()
         if self._trial is None:
-            self._writer = SummaryWriter(self._tensorboard_dir or path / "tensorboard", purge_step=step + 1)
-        waiting, self._waiting = self._waiting or {}, None
-        for name, text in waiting.items():
+            folder = self._config.tensorboard_dir or path / "tensorboard"
+            self._writer = SummaryWriter(folder, purge_step=step + 1)
+        for name, text in self._waiting.items():
             self.append_text(name, text)
 
     def say(self, text: str = "") -> None:
         """Print a text, without tearing a progress bar, and append it to train.log.
 
-        It never fails: no run is lost because its terminal, the program that it is piped to or the disk of its log is
-        gone.
+        It never fails: no run is lost because its terminal, or the disk of its log, is gone.
         """
-        if not is_main():
-            return
-        with suppress(UserError):
-            self.append_text(_LOG, f"{text}\n")
-        if self._stream is None:  # Python was started with a closed stdout
-            return
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        with suppress(OSError, ValueError):  # ValueError: a closed stream
-            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)
-            self._stream.flush()
+        if is_main():
+            with suppress(UserError):
+                self.append_text(_LOG, f"{text}\n")
+            # AttributeError: Python was started with a closed stdout. ValueError: the stream was closed since.
+            with suppress(OSError, ValueError, AttributeError):
+                tqdm.write(text, file=self._stream)
+                self._stream.flush()
 
-    def note_missing(self, reasons: Mapping[str, str]) -> None:
-        """Append videos that cannot be read, each with the reason, to missing_videos.txt."""
-        self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
+    def note_missing(self, what: str, reasons: Mapping[str, str]) -> None:
+        """Print `what` and the videos that cannot be read, if any, and note them with reasons in missing_videos.txt."""
+        if reasons:
+            self.say(f"{what}:\n{listing(reasons)}")
+            self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl, and its numbers to TensorBoard. `step` counts updates."""
@@ -161,8 +172,7 @@ class RunFolder:
     def append_text(self, name: str, text: str) -> None:
         """Append to a text file (UTF-8) in the folder. Raise UserError if that fails."""
         if self.path is None:
-            if self._waiting is not None:
-                self._waiting[name] = self._waiting.get(name, "") + text
+            self._waiting[name] = self._waiting.get(name, "") + text
             return
         try:
             with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -187,40 +197,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path / name} could not be written: {error}") from error
 
-    def drop(self, name: str) -> None:
-        """Delete a folder in the run folder that is no longer needed."""
+    def drop_unfinished(self) -> None:
+        """Delete what only an unfinished run needs: snapshots, and finished batches of an evaluation."""
         if self.path is not None:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-
-    def close(self) -> None:
-        """Close the TensorBoard files and release the lock."""
-        try:
-            if self._writer is not None:
-                with suppress(OSError):  # a full disk
-                    self._writer.close()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-
-
-@contextmanager
-def closing_run(run: RunFolder) -> Iterator[None]:
-    """Close the run folder however the run ends; if it was interrupted or lost a process, say how to resume it."""
-    try:
-        yield
-    except (Interrupted, RuntimeError) as error:
-        explained = explain_lost_process(error) if isinstance(error, RuntimeError) else None
-        if explained is None and not isinstance(error, Interrupted):
-            raise
-        if folder := run.path or run.resumed_from:
-            run.say(f"stopped. To resume: python train.py --resume {folder}")
-        else:
-            run.say("stopped. Nothing was saved, so this run cannot be resumed")
-        if explained is not None:
-            raise explained from error
-        raise
-    finally:
-        run.close()
+            for path in [*self.path.glob("last-*"), *self.path.glob(".last-*"), self.path / "embeddings"]:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def new_folder(parent: Path, name: str) -> Path:

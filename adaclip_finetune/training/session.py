@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +28,7 @@ from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
-from adaclip_finetune.training.memory import sizes_explained
-from adaclip_finetune.training.optimizer import NOTHING_LEARNS
+from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.weights.checkpoints import (
     Checkpoint,
     Kind,
@@ -63,11 +62,22 @@ class Session:
     parameters: TrainableReport = field(init=False)
 
     def __post_init__(self) -> None:
+        self.choose()
+
+    def choose(self) -> None:
+        """Choose what learns, as the method and the objective want it, and count it."""
+        choose_what_learns(self.method, self.model, self.config)
+        self.objective.choose()
         self.recount()
 
     def recount(self) -> None:
         """Count again what learns, after the method changed it."""
         self.parameters = trainable_report(self.model)
+
+    def use(self, config: Config) -> None:
+        """Continue with other settings that concern nothing attached to CLIP, and choose again what learns."""
+        self.config, self.method = config, build_method(config)
+        self.choose()
 
     @property
     def device(self) -> torch.device:
@@ -76,15 +86,16 @@ class Session:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which to call the model: the precision of the run."""
-        context: AbstractContextManager[Any] = (
-            nullcontext() if self.accelerator is None else self.accelerator.autocast()
-        )
-        return context
+        return nullcontext() if self.accelerator is None else cast(Any, self.accelerator.autocast())
 
     @cached_property
     def gflops(self) -> Gflops:
         """What a video costs, counted without computing anything."""
         return count_gflops(self.model, self.config.num_frm)
+
+    def where(self) -> str:
+        """Return a description of the device and of the number of processes."""
+        return describe_device(self.device) + (f", {world_size()} processes" if world_size() > 1 else "")
 
     def describe(self) -> str:
         """Return a text for the screen: checkpoint, device, CLIP, what learns and what a video costs."""
@@ -94,16 +105,6 @@ class Session:
             f"{origin}device {self.where()}, {c.precision}   CLIP {self.loaded.source}   seed {c.seed}\n"
             f"method {c.peft.method}\n{self.parameters}\n{self.gflops}"
         )
-
-    def where(self) -> str:
-        """Return a description of the device and of the number of processes."""
-        return describe_device(self.device) + (f", {world_size()} processes" if world_size() > 1 else "")
-
-    def use(self, config: Config) -> None:
-        """Continue with other settings that concern nothing attached to CLIP, and choose again what learns."""
-        self.config = config
-        self.method = build_method(config)
-        _choose(self)
 
     def pretrained(self) -> LoadedClip:
         """Return CLIP before anything learned: the session's own at its start, a new one for a checkpoint.
@@ -122,7 +123,6 @@ class Session:
         return about if self.method.mergeable else {**about, "method": self.config.peft.method}
 
 
-@sizes_explained
 def open_model(
     config: Config,
     checkpoint: Checkpoint | None = None,
@@ -137,18 +137,18 @@ def open_model(
     checkpoint needs it, and `parameters` tells what once learned. Raise UserError, the same for every command.
     """
     checkpoint = checkpoint or (read_checkpoint(Path(config.resume)) if config.resume else None)
+    kept = None if checkpoint is None else checkpoint.towers()
     if checkpoint is not None:
         config = with_its_clip(checkpoint, config)
-    at_hand = config.clip_weights is not None or (checkpoint is not None and checkpoint.towers() is not None)
-    towers: Values = "real" if at_hand else values
-    with torch.device("meta") if towers == "meta" else nullcontext():
-        loaded = _load(config, checkpoint, towers)
+    towers = "real" if config.clip_weights is not None or kept is not None else values
+    with memory_explained(config), torch.device("meta") if towers == "meta" else nullcontext():
+        loaded = load_clip(config, towers == "real", kept, "meta" if towers == "meta" else "cpu")
         # Only a run that writes checkpoints needs the digest of the pretrained weights.
         digest = weights_digest(loaded.module) if checkpoint is None and learn and values == "real" else None
         method = build_method(config)
         state = None
         if checkpoint is not None:
-            if towers == "real":
+            if checkpoint.kind is Kind.ADAPTER and towers == "real":
                 _check_pretrained(checkpoint, loaded)
             state = _tensors(checkpoint, loaded, config, method)
         if learn or not method.mergeable:
@@ -170,9 +170,8 @@ def open_model(
     if accelerator is not None:
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
-    _choose(session)
     if learn and not any(parameter.requires_grad for parameter in objective.parameters()):
-        raise UserError(NOTHING_LEARNS)
+        raise UserError("nothing is left to train: drop freeze_clip, or use a frame selector (use_policy) or frame_agg")
     if not learn and checkpoint is not None and (noted := checkpoint.metadata.get("parameters")):
         session.parameters = TrainableReport.from_dict(json.loads(noted))
     return session
@@ -196,18 +195,13 @@ def find_checkpoint(
     path = Path(source)
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
-        what = "Not a run folder: best.safetensors not found" if path.is_dir() else "There is no such file or folder"
+        what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
     if settings is not None or checkpoint.is_foreign:
         return checkpoint, load_config(settings, dict(overrides))
     own = checkpoint.own_settings(path if path.is_dir() else None)
     return checkpoint, load_config(None, {**own, **overrides})
-
-
-def _load(config: Config, checkpoint: Checkpoint | None, values: Values) -> LoadedClip:
-    towers = None if checkpoint is None else checkpoint.towers()
-    return load_clip(config, values == "real", towers, "meta" if values == "meta" else "cpu")
 
 
 def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method: PeftMethod) -> dict[str, Tensor]:
@@ -252,16 +246,10 @@ def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoin
 
 def _check_pretrained(checkpoint: Checkpoint, loaded: LoadedClip) -> None:
     """Raise UserError if an adapter belongs to other pretrained weights than these."""
-    wanted = checkpoint.description.get("digest") if checkpoint.kind is Kind.ADAPTER else None
+    wanted = checkpoint.description.get("digest")
     if wanted is not None and wanted != weights_digest(loaded.module):
         raise UserError(
             f"resume: {checkpoint.path} is an adapter for the pretrained weights "
             f"{checkpoint.description.get('source')} (SHA-256 {wanted[:12]}…), but {loaded.source} holds other "
             "weights; give the right ones with --clip_weights or --clip_backbone"
         )
-
-
-def _choose(session: Session) -> None:
-    choose_what_learns(session.method, session.model, session.config)
-    session.objective.choose()
-    session.recount()

@@ -31,11 +31,11 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """A context in which Ctrl-C and SIGTERM raise Interrupted at once, or within `deferred` at the end of that block.
 
-    It does nothing outside the main thread. `received` is the signal that waits, for a loop to look at.
+    It does nothing outside the main thread. `received` is the signal that waits, for a loop to look at. Set `saving` to
+    False if nothing is saved at the end of `deferred`; the message then does not promise it.
     """
 
     def __init__(self, saving: bool = True) -> None:
-        """Set `saving` to False if nothing is saved at the end of `deferred`; the message then does not promise it."""
         self._then = ", then saving" if saving else ""
         self.received: int | None = None
         self._received_at = 0.0
@@ -66,15 +66,13 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        if not self._is_deferred:
-            self.received = signum  # Python drops what is raised while a generator ends; then the loop looks here.
+        first, self.received = self.received is None, self.received or signum
+        if not self._is_deferred:  # Python drops what is raised while a generator ends; the loop looks at `received`.
             raise Interrupted(signum)
-        if self.received is not None:
-            if signum == signal.SIGINT and time.monotonic() - self._received_at > _ONE_SIGNAL:
-                raise Interrupted(signum)
-            return
-        self.received, self._received_at = signum, time.monotonic()
-        if is_main():
-            name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-            with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or never was there
-                tqdm.write(f"{name}: finishing this update{self._then}; press Ctrl-C again to stop at once")
+        if first:
+            self._received_at = time.monotonic()
+            if is_main():
+                with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or never was there
+                    tqdm.write(f"finishing this update{self._then}; press Ctrl-C again to stop at once")
+        elif signum == signal.SIGINT and time.monotonic() - self._received_at > _ONE_SIGNAL:
+            raise Interrupted(signum)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.optuna import OptunaSettings
-from adaclip_finetune.config.roles import names_with, rounding
+from adaclip_finetune.config.roles import names_with, on_resume
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import value
@@ -170,7 +170,7 @@ def _create_study(config: Config, name: str, storage: BaseStorage, attributes: d
 def _in_common(config: Config) -> dict[str, Any]:
     """Return the settings on which the value of every trial depends, and a digest of each annotation."""
     assert config.optuna_cfg is not None and config.train_annot is not None and config.val_annot is not None
-    free = names_with("run") - {"resume"} | names_with("machine") - rounding() | {"test_annot"}
+    free = names_with("run") - {"resume"} | names_with("machine") - on_resume("same") | {"test_annot"}
     common: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
     tuned = config.optuna_cfg.model_dump(mode="json", include=set(names_with("optimisation", of=OptunaSettings)))
     common |= {f"optuna_cfg.{name}": chosen for name, chosen in tuned.items()}

@@ -1,5 +1,6 @@
 """BertAdam against published trajectories and its formula; parameter groups, schedule and resuming."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,11 +13,10 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.optimizer import (
     BertAdam,
-    advance,
     build_optimizer,
     clamp_logit_scale,
     load_optimizer,
-    optimizer_tensors,
+    optimizer_state,
     schedule,
 )
 
@@ -121,23 +121,21 @@ def test_state_is_saved_and_loaded(optim):
     first = build_optimizer(half, config, 10)
     train(half, *first, range(5))
     second = build_optimizer(half, config, 10)
-    # As a snapshot keeps them: tensors by name, and how many updates the schedule has seen.
-    kept = {name: tensor.clone() for name, tensor in optimizer_tensors(first[0], half).items()}
-    assert {"clip.proj.bias/exp_avg", "head.weight/exp_avg_sq"} < kept.keys()
-    load_optimizer(second[0], half, kept)
-    advance(second[1], 5)
+    # As a snapshot keeps them: tensors by name, and JSON.
+    tensors, groups = optimizer_state(first[0])
+    assert {"0/exp_avg", "4/exp_avg_sq"} < tensors.keys()
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    groups, updates = json.loads(json.dumps([groups, first[1].state_dict()]))
+    load_optimizer(second[0], kept, groups)
+    second[1].load_state_dict(updates)
     train(half, *second, range(5, 10))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, half.state_dict()[name]), name
 
 
-def test_nothing_to_learn_or_no_updates_is_refused():
-    objective = Objective()
+def test_no_updates_are_refused():
     with pytest.raises(UserError, match="train_annot yields no batches"):
-        build_optimizer(objective, make_config(), 0)
-    objective.requires_grad_(False)
-    with pytest.raises(UserError, match="nothing is left to train"):
-        build_optimizer(objective, make_config(), 10)
+        build_optimizer(Objective(), make_config(), 0)
 
 
 def test_clamp_logit_scale():

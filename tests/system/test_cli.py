@@ -30,9 +30,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def record(name: str) -> Callable[..., None]:
         return lambda config, *given, **options: made.append((name, config, given, options))
 
-    for stand_in, name in {"trainer": "fit", "evaluate_only": "evaluate_only", "dry_run": "dry_run"}.items():
+    for stand_in, names in {"trainer": ["fit"], "evaluate_only": ["evaluate_only", "dry_run"]}.items():
         module = types.ModuleType(f"adaclip_finetune.training.{stand_in}")
-        setattr(module, name, record(name))
+        for name in names:
+            setattr(module, name, record(name))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(train_command, "check_paths", lambda config: None)
     return made

@@ -21,12 +21,10 @@ from adaclip_finetune.data.loader import epoch_batches
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
-from adaclip_finetune.training.dry_run import dry_run
-from adaclip_finetune.training.evaluate_only import evaluate_only
-from adaclip_finetune.training.measure import FitResult
+from adaclip_finetune.training.evaluate_only import dry_run, evaluate_only
 from adaclip_finetune.training.optimizer import schedule
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.trainer import FullRun, Trainer, fit, run_trial
+from adaclip_finetune.training.trainer import FitResult, Trainer, fit, run_trial
 
 Project = dict[str, Any]
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}
@@ -79,13 +77,11 @@ def clip_changes(folder: Path | None, project: Project) -> set[str]:
 
 @pytest.fixture(scope="module")
 def trained(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A BitFit run of three epochs in a terminal that knows only ASCII: its result, folder and output."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with redirect_stdout(terminal):
+    """A BitFit run of three epochs: its result, folder and output."""
+    with redirect_stdout(io.StringIO()) as terminal:
         result = run(project, tmp_path_factory.mktemp("trained"), peft=BITFIT, num_epochs=3, save_last=True)
-    terminal.flush()
     assert result.folder is not None
-    return result, result.folder, terminal.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    return result, result.folder, terminal.getvalue()
 
 
 def test_a_run_leaves_everything_behind(trained: Trained, tmp_path: Path) -> None:
@@ -102,7 +98,6 @@ def test_a_run_leaves_everything_behind(trained: Trained, tmp_path: Path) -> Non
     assert printed.index("zero-shot on test") < printed.index("finetuned") < printed.index("run folder")
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert log.index("epoch 1/3  validation") < log.index("finetuned")
-    assert "← best so far" in log and r"\u2190 best so far" in printed
 
 
 def test_every_update_is_recorded_with_the_scheduled_learning_rate(trained: Trained) -> None:
@@ -118,8 +113,9 @@ def test_every_update_is_recorded_with_the_scheduled_learning_rate(trained: Trai
 def test_the_best_epoch_is_chosen_on_validation_and_tested_once(trained: Trained) -> None:
     result, folder, _ = trained
     scores = [event["metrics"]["t2v"]["R@1"] for event in events(folder, "validation")]
-    assert result.best_epoch == 1 + scores.index(max(scores)), "ties go to the earlier epoch"
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert metrics["best_epoch"] == 1 + scores.index(max(scores)), "ties go to the earlier epoch"
     assert metrics["best_validation"]["t2v"]["R@1"] == max(scores)
     assert (metrics["selected_on"], metrics["evaluated_on"]) == ("validation", "test")
     assert metrics["finetuned"]["t2v"]["videos_evaluated"] == metrics["finetuned"]["v2t"]["videos_listed"] == 8
@@ -151,8 +147,7 @@ def test_training_can_start_from_the_weights_of_a_run(trained: Trained, project:
     assert evaluated(project, best) == result.final.as_dict()
     still = run(project, tmp_path, resume=str(best), learning_rate=1e-30, weight_decay=0)
     assert still.final.as_dict() == result.final.as_dict()
-    assert still.zero_shot and result.zero_shot
-    assert still.zero_shot.as_dict() == result.zero_shot.as_dict(), "the baseline is CLIP, not what was resumed"
+    assert still.metrics["zero_shot"] == result.metrics["zero_shot"], "the baseline is CLIP, not what was resumed"
     assert still.folder is not None and not (still.folder / "adapter.safetensors").exists()
 
 
@@ -170,7 +165,7 @@ def test_ibs_differs_from_clip_only_where_it_should(project: Project, tmp_path: 
     changed = clip_changes(result.folder, project)
     assert changed <= retained | {"visual.ln_post.weight", "visual.ln_post.bias"} and changed & retained
     assert (result.folder / "ibs_parameters.png").stat().st_size > 0
-    assert result.best_epoch > 1, "an epoch in which everything learned is never the result"
+    assert result.metrics["best_epoch"] > 1, "an epoch in which everything learned is never the result"
     updates = events(result.folder, "train")
     epochs = [event["epoch"] for event in updates]
     assert epochs.count(1) == 2 and epochs.count(2) == 3, "pre_batch_size 6, then batch_size 4, of 12 videos"
@@ -254,31 +249,16 @@ def test_divergence_is_told_alike_wherever_it_shows_first(
 # ---- interruptions and failures ----
 
 
-class Gone(io.StringIO):
-    """A terminal that is gone after a number of writes."""
-
-    def __init__(self, error: Exception, writes: int) -> None:
-        super().__init__()
-        self._error, self._left = error, writes
-
-    def write(self, text: str) -> int:
-        self._left -= 1
-        if self._left < 0:
-            raise self._error
-        return len(text)
-
-
-@pytest.mark.parametrize("error", [None, BrokenPipeError(), ValueError("closed file")])
 def test_no_run_is_lost_with_its_terminal_or_log(
-    error: Exception | None, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a terminal from the start, or with one and a disk of the log that fail in the middle."""
-    monkeypatch.setattr(sys, "stdout", Gone(error, 8) if error else None)
-
     def full_disk(folder: Path) -> None:
         (folder / "train.log").unlink()
         (folder / "train.log").mkdir()
 
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
     result = fit(load_config(None, {**project, "output_dir": str(tmp_path)}), opened=full_disk)
     assert result.folder is not None and (result.folder / "metrics.json").exists()
 
@@ -293,7 +273,7 @@ def test_training_ends_if_nothing_of_a_batch_can_be_read_any_more(
         for path in frames.glob("*/*.jpg"):
             path.write_bytes(b"")
 
-    monkeypatch.setattr(FullRun, "keep_best", unplug)
+    monkeypatch.setattr(Trainer, "keep_best", unplug)
     with pytest.raises(UnreadableVideos, match=r"nothing of a training batch could be read(.|\n)*image_0000"):
         run(project, tmp_path, frames_dir=str(frames), num_epochs=2)
 
@@ -331,11 +311,9 @@ def test_figures_of_captions_that_chose_the_epoch_say_so(
     copy = tmp_path / "another name.json"
     copy.write_text(Path(project["val_annot"]).read_text())
     result = run(project, tmp_path, test_annot={"none": None, "val": project["val_annot"], "copy": str(copy)}[test])
-    assert result.selected_on_test == (test != "none")
-    assert (result.evaluated_on, result.as_dict()["selected_on"]) == (
-        ("validation", "validation") if test == "none" else ("test", "test")
-    )
-    assert f"{told}" in capsys.readouterr().out.lower().split("best epoch", 1)[1]
+    split = "validation" if test == "none" else "test"
+    assert (result.evaluated_on, result.metrics["selected_on"]) == (split, split)
+    assert told in capsys.readouterr().out.lower().split("best epoch", 1)[1]
 
 
 def test_inference_needs_no_training_annotation_and_saves_the_similarity(project: Project, tmp_path: Path) -> None:
@@ -367,7 +345,7 @@ def test_a_dry_run_counts_and_writes_nothing(
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"parameters", "gflops", "steps"}
     assert found["steps"] == 3 * len(epoch_batches(12, 4, 0, 0)) == len(events(trained[1], "train"))
-    assert found["parameters"] == trained[0].parameters.as_dict()
+    assert found["parameters"] == trained[0].metrics["parameters"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,9 @@ def read_json(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, not UTF-8, a NUL in the name
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return parse_json(text, str(path))
 
@@ -26,7 +28,9 @@ def parse_json(text: str, source: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError(f"{source}: nested too deeply") from error
+    except ValueError as error:
         raise UserError(f"{source}: {error}") from error
 
 

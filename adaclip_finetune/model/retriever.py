@@ -142,16 +142,6 @@ class VideoRetriever(nn.Module):
             return {"k": self.num_frm}
         return {"tau": self.selector.temperature, "k": self.selector.k}
 
-    @property
-    def frames_with_gradients(self) -> int:
-        """The number of frames of a video that go through CLIP with gradients in a training step."""
-        if self.selector is None:
-            return self.num_frm
-        if self.selector.backbone is not None:
-            return self.selector.k
-        # The selector needs the embeddings of all frames; in an independent tower these are also the tokens.
-        return self.num_frm + (0 if self.tower.independent else self.selector.k)
-
     def checkpoint_gradients(self) -> None:
         """Recompute CLIP's activations in the backward pass instead of keeping them: less memory, more time."""
         self.clip.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build_tiny_clip
 from tiny import SPEC, VOCABULARY, build_retriever, random_tokens, random_videos
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaclip_finetune.config import PerFrameSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
@@ -349,18 +349,3 @@ def test_reused_scores_are_refused_for_a_mixing_tower(monkeypatch: pytest.Monkey
     monkeypatch.setattr(PerFrame, "frame_shares", MixingTower.frame_shares)
     with pytest.raises(UserError, match="reuse_scores"):
         build_retriever(reuse_scores=True)
-
-
-def test_frames_with_gradients_are_counted() -> None:
-    """The number is compared with what goes through CLIP's image tower in a training step."""
-    for policy, settings in (("raw", {}), ("clip", {}), ("raw", {"use_policy": False})):
-        for model in (build_retriever(policy_backbone=policy, **settings), mixing(policy_backbone=policy, **settings)):
-            count = 0
-
-            def note(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-                nonlocal count
-                count += len(args[0]) * out.requires_grad
-
-            model.clip.visual.register_forward_hook(note)
-            model.train().encode_video(make_batch(policy=policy)[0])
-            assert model.frames_with_gradients == count / 4, (policy, settings, model.tower)

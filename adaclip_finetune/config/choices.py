@@ -52,7 +52,17 @@ def implementation(table: Mapping[str, Choice], section: Chosen) -> Any:
 # ---- parameter-efficient finetuning ----
 
 LoraTargets = Annotated[tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)]
+SsfPlaces = Annotated[
+    tuple[Literal["patch", "norm", "linear", "q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)
+]
+Towers = Literal["image", "text", "both"]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST["block"])], ...], Field(strict=False)]
+
+
+def _inside_clip(method: str, config: Any) -> Iterator[Problem]:
+    """Yield freeze_clip, which would freeze what a method adds inside CLIP."""
+    if config.freeze_clip:
+        yield f"freeze_clip also freezes what peft.method {method} adds to CLIP", ("freeze_clip", "peft.method")
 
 
 class FullSettings(ChoiceSettings):
@@ -110,7 +120,7 @@ class LoraSettings(ChoiceSettings):
         "layers of a block that get matrices: attention (q, k, v, out), MLP (fc, proj)",
         min_length=1,
     )
-    towers: Literal["image", "text", "both"] = setting("both", "towers that get matrices")
+    towers: Towers = setting("both", "towers that get matrices")
     layers: LayerNumbers = setting((), "blocks that get matrices, counted from 0 in each tower; empty: all")
     dora: bool = setting(False, "train the norm of each weight row separately from its direction (DoRA)")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
@@ -118,8 +128,29 @@ class LoraSettings(ChoiceSettings):
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
         """Yield freeze_clip, since the matrices are part of CLIP."""
-        if config.freeze_clip:
-            yield "freeze_clip also freezes the matrices of peft.method lora", ("freeze_clip", "peft.method")
+        yield from _inside_clip("lora", config)
+
+
+class SsfSettings(ChoiceSettings):
+    """Scale and shift the outputs of CLIP's frozen layers (Lian et al. 2022)."""
+
+    where: SsfPlaces = setting(
+        ("patch", "linear", "norm"),
+        "layers that are scaled and shifted: patch embedding, norms, linear projections (all or some of q … proj)",
+        min_length=1,
+    )
+    towers: Towers = setting("both", "towers whose layers are scaled and shifted")
+    layers: LayerNumbers = setting(
+        (), "blocks to which it is limited, counted from 0 in each tower; empty: all of CLIP"
+    )
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield freeze_clip, and a choice without layers."""
+        yield from _inside_clip("ssf", config)
+        if set(self.where) == {"patch"} and (self.layers or self.towers == "text"):
+            what = "the patch embedding, which peft.config.where names alone, is in no block and not in the text tower"
+            yield what, ("peft.config.where", "peft.config.layers", "peft.config.towers")
 
 
 PEFT: dict[str, Choice] = {
@@ -127,6 +158,7 @@ PEFT: dict[str, Choice] = {
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
     "ibs": Choice(IbsSettings, "peft.ibs:ImportanceSelection"),
     "lora": Choice(LoraSettings, "peft.lora:Lora"),
+    "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
 }
 
 

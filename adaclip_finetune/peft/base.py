@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaclip_finetune.config import ChoiceSettings
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.vit import TOWER_NAMES, Block, TowerName, tower_blocks
 from adaclip_finetune.peft.importance import TensorImportance
 from adaclip_finetune.weights.plain import plain_state
 
@@ -128,6 +130,43 @@ def warn_of_idle_keywords(clip: nn.Module, keywords: Iterable[str]) -> None:
     idle = [keyword for keyword in keywords if not any(keyword in name for name in names)]
     if idle:
         _log.warning("keep_module_keywords: no parameter of this CLIP has %s in its name", " or ".join(map(repr, idle)))
+
+
+def train_added(
+    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...], keywords: Iterable[str]
+) -> None:
+    """Let only the parameters of CLIP's modules of these classes learn, and those that `keywords` name."""
+    clip = clip_of(model)
+    warn_of_idle_keywords(clip, keywords)
+    added = {id(own) for module in clip.modules() if isinstance(module, kinds) for own in module.parameters()}
+    for name, parameter in learning(clip):
+        parameter.requires_grad_(id(parameter) in added or holds_keyword(name, keywords))
+
+
+def chosen_blocks(clip: nn.Module, method: str, towers: str, layers: Iterable[int]) -> dict[TowerName, list[Block]]:
+    """Return the blocks of the chosen towers (image, text or both); those numbered in `layers`, or all if it is empty.
+
+    Raise UserError for a tower that cannot be opened, or a number that no tower has.
+    """
+    found: dict[TowerName, list[Block]] = {}
+    for name in TOWER_NAMES:
+        if towers in (name, "both"):
+            try:
+                found[name] = tower_blocks(clip, name)
+            except UserError as error:
+                other = "text" if name == "image" else "image"
+                raise UserError(
+                    f"peft {method}: {error}; set peft.config.towers to {other}, or take peft bitfit or full"
+                ) from error
+    for number in layers:
+        if all(number >= len(blocks) for blocks in found.values()):
+            depths = " and ".join(f"the {name} tower {len(blocks)}" for name, blocks in found.items())
+            raise UserError(f"peft.config.layers names block {number}, counted from 0, but there are fewer: {depths}")
+    wanted = set(layers)
+    return {
+        name: [block for number, block in enumerate(blocks) if not wanted or number in wanted]
+        for name, blocks in found.items()
+    }
 
 
 def _frozen_tower_copies(model: nn.Module) -> list[str]:

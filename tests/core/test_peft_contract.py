@@ -1,0 +1,174 @@
+"""What every method promises, in one table: methods, and methods that are joined, on two kinds of CLIP."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from tiny import VOCABULARY, build_timm_clip, random_tokens
+from torch import Tensor, nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.config.choices import PEFT
+from adaclip_finetune.model.vit import vision_view
+from adaclip_finetune.peft import PeftMethod, build_method, choose_what_learns, trainable_report
+from adaclip_finetune.weights.plain import plain_copy
+
+Section = dict[str, Any]
+
+METHODS: dict[str, Section] = {
+    "full": {"method": "full"},
+    "bitfit": {"method": "bitfit", "config": {"include_qkv_bias": True}},
+    "ibs": {"method": "ibs"},
+    "lora": {"method": "lora", "config": {"rank": 2}},
+    "dora": {"method": "lora", "config": {"rank": 2, "dora": True}},
+    "ssf": {"method": "ssf"},
+    "ssf of q and v in block 1": {"method": "ssf", "config": {"where": ["q", "v", "norm"], "layers": [1]}},
+}
+CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm and Hugging Face": build_timm_clip}
+every_method = pytest.mark.parametrize(("case", "kind"), [(case, kind) for case in METHODS for kind in CLIPS])
+
+
+class Model(nn.Module):
+    """A model with CLIP inside, in float64, and a head that always learns."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.clip: Any = CLIPS[kind]().double()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.head = nn.Linear(64, 64).double()
+
+    def forward(self) -> Tensor:
+        image, text = outputs(self)
+        return (self.clip.logit_scale.exp() * self.head(image) @ text.T).square().mean()
+
+
+def outputs(model: Model) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of three images and three texts."""
+    pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return model.clip.visual(pixels), model.clip.encode_text(random_tokens(3))
+
+
+def config_of(case: str, kind: str) -> Any:
+    """Return the settings of a case. A method that opens towers gets the image tower alone beside Hugging Face's."""
+    section = copy.deepcopy(METHODS[case])
+    if kind != "open_clip" and "towers" in PEFT[section["method"]].settings.model_fields:
+        section["config"] = section.get("config", {}) | {"towers": "image"}
+    return load_config(None, {"peft": section, "freeze_layer_num": -1})
+
+
+def attached(case: str, kind: str) -> tuple[Model, PeftMethod]:
+    """Return a pretrained model with the method attached, and the method, which has chosen what learns."""
+    config, model = config_of(case, kind), Model(kind)
+    method = build_method(config)
+    method.attach(model.clip)
+    choose_what_learns(method, model, config)
+    return model, method
+
+
+def trained(case: str, kind: str) -> tuple[Model, PeftMethod]:
+    """Return the model after three steps, an epoch each."""
+    model, method = attached(case, kind)
+    for epoch in range(3):
+        method.on_epoch_start(epoch)
+        model.zero_grad()
+        model().backward()
+        method.after_backward(epoch)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad.sign()
+    return model, method
+
+
+def assert_same(own: Model, other: Model) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(outputs(own), outputs(other), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_the_outputs_at_the_start_are_those_of_the_pretrained_model(case: str, kind: str) -> None:
+    model, _ = attached(case, kind)
+    assert_same(model, Model(kind))
+
+
+@every_method
+def test_only_declared_parameters_change_and_are_counted(case: str, kind: str) -> None:
+    before, _ = attached(case, kind)
+    model, method = trained(case, kind)
+    start = before.state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    declared = method.changed_parameters(model)
+    assert {name.removeprefix("clip.") for name in moved if name.startswith("clip.")} == declared
+    report, sizes = trainable_report(model), {name: own.numel() for name, own in model.clip.named_parameters()}
+    assert report.clip.trainable == sum(sizes[name] for name in declared)
+    assert report.clip.total == sum(sizes.values())
+
+
+@every_method
+def test_own_state_restores_a_pretrained_model_and_holds_nothing_else(case: str, kind: str) -> None:
+    model, method = trained(case, kind)
+    state = {name: tensor.clone() for name, tensor in method.own_state(model).items()}
+    parameters = dict(model.named_parameters())
+    assert {name.removeprefix("clip.") for name in state if name.startswith("clip.") and name in parameters} == (
+        method.changed_parameters(model)
+    )
+    fresh, _ = attached(case, kind)
+    assert not fresh.load_state_dict(state, strict=False).unexpected_keys
+    assert_same(fresh, model)
+
+
+@every_method
+def test_merged_weights_compute_the_same_under_plain_names(case: str, kind: str) -> None:
+    model, method = trained(case, kind)
+    plain = Model(kind) if method.mergeable else attached(case, kind)[0]
+    merged = method.merged_state(model)
+    assert merged.keys() == plain.state_dict().keys()
+    plain.load_state_dict(merged)
+    assert_same(plain, model)
+
+
+@every_method
+def test_a_tower_that_runs_block_by_block_computes_the_same(case: str, kind: str) -> None:
+    model, _ = trained(case, kind)
+    view = vision_view(model.clip)
+    with torch.no_grad():
+        pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        tokens = view.embed(pixels)
+        for block in view.blocks:
+            tokens = block(tokens)
+        torch.testing.assert_close(view.pool(tokens), model.clip.visual(pixels), rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_a_copy_is_independent_and_a_plain_copy_is_the_pretrained_tower(case: str, kind: str) -> None:
+    model, _ = attached(case, kind)
+    plain = Model(kind)
+    plain.clip.visual = plain_copy(model.clip.visual)
+    assert plain.state_dict().keys() == Model(kind).state_dict().keys()
+    assert_same(plain, Model(kind))
+    model, _ = trained(case, kind)
+    twin, before = copy.deepcopy(model), outputs(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(outputs(twin), before, rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_gradient_checkpointing_gives_the_same_gradients(case: str, kind: str) -> None:
+    model, _ = trained(case, kind)
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.clip.set_grad_checkpointing(checkpointing)
+        model().backward()
+        gradients.append({name: own.grad for name, own in model.named_parameters() if own.requires_grad})
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert {section["method"] for section in METHODS.values()} == set(PEFT)

@@ -1,0 +1,81 @@
+"""Every method but LoRA, which has a file of its own, from training to evaluation, in one process and in two."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import killed
+import pytest
+import torch
+from safetensors.torch import load_file
+from spread import spread
+
+from adaclip_finetune import load_retriever
+from adaclip_finetune.cli import main
+from adaclip_finetune.config import load_config
+from adaclip_finetune.training.trainer import fit
+
+Project = dict[str, Any]
+
+METHODS: dict[str, Any] = {
+    "full": {"method": "full"},
+    "ssf": {"method": "ssf"},
+}
+every_method = pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+
+
+def trained(name: str, project: Project, output: Path, **more: Any) -> Path:
+    """Train, and return the folder of the run."""
+    fit(load_config(None, {**given(name, project, output), **more}))
+    return next((output / "tiny").iterdir())
+
+
+def given(name: str, project: Project, output: Path) -> Project:
+    return {**project, "peft": METHODS[name], "coef_lr": 1.0, "output_dir": str(output)}
+
+
+def vectors(path: Path) -> torch.Tensor:
+    return load_retriever(path).encode_text(["a red thing", "it is blue"])
+
+
+@every_method
+def test_a_run_evaluates_to_its_own_figures_from_its_weights_and_its_adapter(
+    name: str, project: Project, tmp_path: Path
+) -> None:
+    run, table = trained(name, project, tmp_path / "out"), tmp_path / "t.json"
+    noted = json.loads((run / "metrics.json").read_text())
+    for source in (run, run / "adapter.safetensors"):
+        assert main(["evaluate", str(source), "--annot", str(project["test_annot"]), "--json", str(table)]) == 0
+        row = json.loads(table.read_text())["rows"][-1]
+        assert row["t2v"]["MeanR"] == noted["finetuned"]["t2v"]["MeanR"]
+    torch.testing.assert_close(vectors(run), vectors(run / "adapter.safetensors"), rtol=0, atol=1e-5)
+    plain = trained("full", project, tmp_path / "plain", num_epochs=1)
+    assert noted["zero_shot"] == json.loads((plain / "metrics.json").read_text())["zero_shot"]
+
+
+def _train(name: str, project: Project, output: Path) -> None:
+    trained(name, project, output, learning_rate=1e-4, num_epochs=1)
+
+
+@every_method
+def test_two_processes_learn_what_one_does(name: str, project: Project, tmp_path: Path) -> None:
+    assert spread(_train, 2, tmp_path / "log", name, project, tmp_path / "two") == [0, 0]
+    _train(name, project, tmp_path / "one")
+    one, two = (load_file(next((tmp_path / where / "tiny").iterdir()) / "best.safetensors") for where in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_a_killed_run_resumes_bit_for_bit(name: str, project: Project, tmp_path: Path) -> None:
+    states = []
+    for which in ("whole", "killed"):
+        settings = {**given(name, project, tmp_path / which), "save_every_steps": 1}
+        if which == "killed":
+            assert killed.run(settings, tmp_path / "log", "update", 4) == -signal.SIGKILL
+            settings = {"resume": str(next((tmp_path / which / "tiny").iterdir()))}
+        assert killed.run(settings, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        folder = next((tmp_path / which / "tiny").iterdir())
+        states.append(load_file(folder / "best.safetensors") | load_file(folder / "adapter.safetensors"))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -153,12 +153,32 @@ class SsfSettings(ChoiceSettings):
             yield what, ("peft.config.where", "peft.config.layers", "peft.config.towers")
 
 
+class AdapterSettings(ChoiceSettings):
+    """Add small bottleneck networks to CLIP's frozen blocks (Houlsby et al. 2019, Chen et al. 2022)."""
+
+    dim: int = setting(64, "width of the bottleneck", unit="channels", ge=1)
+    position: Literal["sequential", "parallel"] = setting(
+        "parallel", "an adapter follows the MLP of its block (Houlsby), or stands beside it (AdaptFormer)"
+    )
+    scale: float | None = setting(
+        None, "factor of the adapter's output; null: as published, 1 if sequential and 0.1 if parallel", gt=0
+    )
+    towers: Towers = setting("both", "towers that get adapters")
+    layers: LayerNumbers = setting((), "blocks that get adapters, counted from 0 in each tower; empty: all")
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield freeze_clip, since the adapters are part of CLIP."""
+        yield from _inside_clip("adapter", config)
+
+
 PEFT: dict[str, Choice] = {
     "full": Choice(FullSettings, "peft.full:FullFinetuning"),
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
     "ibs": Choice(IbsSettings, "peft.ibs:ImportanceSelection"),
     "lora": Choice(LoraSettings, "peft.lora:Lora"),
     "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
+    "adapter": Choice(AdapterSettings, "peft.adapter:Adapters"),
 }
 
 

@@ -19,6 +19,13 @@ from adaclip_finetune.errors import UserError
 _ORIGINAL = re.compile(r"(?P<module>.*\.|)parametrizations\.(?P<tensor>[^.]+)\.original$")
 
 
+class Added(nn.Module):
+    """Base class of modules that a method adds to CLIP and that act through hooks, which must be their own methods.
+
+    They cannot be merged into weights. A copy of CLIP has copies of them, and `plain_copy` leaves them out.
+    """
+
+
 def plain_name(name: str) -> str | None:
     """Return the plain name of an entry of a state dict; None for a tensor that a parametrization added."""
     if "parametrizations." not in name:
@@ -39,12 +46,19 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of the module without parametrizations, with the effective values as its weights.
+    """Return a copy of the module without parametrizations, with the effective values as its weights, and without
+    `Added` modules.
 
     A deep copy alone shares the parametrized classes, and with them torch's cache, with the original.
     """
     twin = copy.deepcopy(module)
-    for part in twin.modules():
+    for part in list(twin.modules()):
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Added)]:
+                del hooks[key]
+        for name, child in list(part.named_children()):
+            if isinstance(child, Added):
+                delattr(part, name)
         if parametrize.is_parametrized(part):
             names = [name for name, _ in part.get_submodule("parametrizations").named_children()]
             values = {name: getattr(part, name).detach() for name in names}

@@ -25,6 +25,8 @@ METHODS: dict[str, Section] = {
     "dora": {"method": "lora", "config": {"rank": 2, "dora": True}},
     "ssf": {"method": "ssf"},
     "ssf of q and v in block 1": {"method": "ssf", "config": {"where": ["q", "v", "norm"], "layers": [1]}},
+    "adapter": {"method": "adapter", "config": {"dim": 4}},
+    "adapter behind the MLP": {"method": "adapter", "config": {"dim": 4, "position": "sequential", "layers": [0]}},
 }
 CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm and Hugging Face": build_timm_clip}
 every_method = pytest.mark.parametrize(("case", "kind"), [(case, kind) for case in METHODS for kind in CLIPS])
@@ -63,7 +65,9 @@ def attached(case: str, kind: str) -> tuple[Model, PeftMethod]:
     """Return a pretrained model with the method attached, and the method, which has chosen what learns."""
     config, model = config_of(case, kind), Model(kind)
     method = build_method(config)
-    method.attach(model.clip)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        method.attach(model.clip)
     choose_what_learns(method, model, config)
     return model, method
 
@@ -79,7 +83,7 @@ def trained(case: str, kind: str) -> tuple[Model, PeftMethod]:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter -= 0.01 * parameter.grad.sign()
+                    parameter -= 0.01 / (epoch + 1) * parameter.grad.sign()
     return model, method
 
 

@@ -21,6 +21,7 @@ Project = dict[str, Any]
 METHODS: dict[str, Any] = {
     "full": {"method": "full"},
     "ssf": {"method": "ssf"},
+    "adapter": {"method": "adapter", "config": {"dim": 4}},
 }
 every_method = pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 

@@ -172,6 +172,37 @@ class AdapterSettings(ChoiceSettings):
         yield from _inside_clip("adapter", config)
 
 
+class PromptSettings(ChoiceSettings):
+    """Add trainable tokens to the inputs of CLIP's frozen blocks (VPT, Jia et al. 2022; CoOp, Zhou et al. 2022)."""
+
+    num_visual_prompts: int = setting(8, "prompts before the patches of each image", unit="tokens", ge=0)
+    num_text_prompts: int = setting(4, "prompts before the words of each text, beyond max_txt_len", unit="tokens", ge=0)
+    depth: int = setting(
+        1,
+        "blocks with prompts of their own, from the first; the later ones see what became of them",
+        unit="blocks",
+        ge=1,
+    )
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield freeze_clip, no prompts, and towers that act on the tokens between the blocks."""
+        yield from _inside_clip("prompt", config)
+        names = ("peft.config.num_visual_prompts", "peft.config.num_text_prompts")
+        if not self.num_visual_prompts and not self.num_text_prompts:
+            yield "peft.method prompt has no prompts: raise one of the two numbers", names
+        if config.freeze_layer_num >= self.depth:
+            what = (
+                f"freeze_layer_num {config.freeze_layer_num} freezes all blocks with prompts: lower it to 0, or raise "
+            )
+            yield f"{what}peft.config.depth", ("freeze_layer_num", "peft.config.depth")
+        if self.num_visual_prompts and config.tower.method != "per_frame":
+            what = (
+                f"tower {config.tower.method} acts on the tokens between the blocks, which are not all of the frames' "
+            )
+            yield f"{what}with num_visual_prompts: set it to 0, or take tower per_frame", (names[0], "tower.method")
+
+
 PEFT: dict[str, Choice] = {
     "full": Choice(FullSettings, "peft.full:FullFinetuning"),
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
@@ -179,6 +210,7 @@ PEFT: dict[str, Choice] = {
     "lora": Choice(LoraSettings, "peft.lora:Lora"),
     "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
     "adapter": Choice(AdapterSettings, "peft.adapter:Adapters"),
+    "prompt": Choice(PromptSettings, "peft.prompt:Prompting"),
 }
 
 

@@ -157,6 +157,31 @@ def tower_norms(clip: nn.Module, tower: TowerName) -> list[nn.LayerNorm]:
     return layer_norms(owner, without="visual.")
 
 
+def tokens_before(clip: nn.Module, tower: TowerName) -> int:
+    """Return how many tokens precede the patches of an image (class token, registers) or the words of a text."""
+    if tower == "image":
+        return vision_view(clip).prefix
+    # Only causal towers have a start token.
+    return int(isinstance(getattr(text_tower(clip), "attn_mask", None), Tensor))
+
+
+def make_room(arguments: dict[str, Any], at: int, count: int) -> None:
+    """Extend the attention mask and the rotary embedding among the arguments of a block for `count` tokens more.
+
+    They stand at position `at`, behind all tokens of the prefix. Every token sees them; they see each other and what
+    the token before them sees. They are not rotated.
+    """
+    mask, rope = arguments.get("attn_mask"), arguments.get("rope")
+    if mask is not None:
+        old = torch.arange(mask.shape[-1], device=mask.device)
+        order = torch.cat([old[:at], torch.full_like(old[:1], max(at - 1, 0)).expand(count), old[at:]])
+        arguments["attn_mask"] = mask[..., order, :][..., order]
+    if rope is not None:
+        half = rope.shape[1] // 2  # sines, then cosines
+        still = torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], dim=1)
+        arguments["rope"] = torch.cat([still, rope])
+
+
 def layer_norms(module: nn.Module, without: str = "\0") -> list[nn.LayerNorm]:
     """Return the layer norms in a module that have a weight, but not those whose name starts with `without`."""
     return [

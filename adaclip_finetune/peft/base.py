@@ -50,11 +50,17 @@ class PeftMethod:
     mergeable = True
     """Whether what the method adds can be merged into CLIP's own weights, which leaves a plain CLIP."""
 
+    keeps_outputs = True
+    """Whether the outputs of CLIP are the pretrained ones until something is trained."""
+
     def __init__(self, settings: ChoiceSettings) -> None:
         self.settings = settings
 
     def attach(self, clip: nn.Module) -> None:
-        """Add modules to CLIP without changing its outputs. Called once, before a checkpoint is loaded."""
+        """Add modules to CLIP, without changing its outputs if `keeps_outputs`. Called before a checkpoint is loaded.
+
+        Modules that act through hooks are of a subclass of `Added`.
+        """
 
     def reset(self, model: nn.Module) -> None:
         """Reset what `attach` added, so that it changes nothing. Called after plain weights were loaded."""

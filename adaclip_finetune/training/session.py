@@ -42,7 +42,7 @@ from adaclip_finetune.weights.checkpoints import (
 from adaclip_finetune.weights.clip_weights import build_towers, find_towers, load_clip, load_pretrained
 from adaclip_finetune.weights.digest import weights_digest
 from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_new_logit_bias
-from adaclip_finetune.weights.plain import plain_state, strict_load
+from adaclip_finetune.weights.plain import plain_copy, plain_state, strict_load
 
 Values = Literal["real", "random", "meta"]
 
@@ -113,7 +113,11 @@ class Session:
 
         Raise UserError if it is not available.
         """
-        return self.loaded if self.checkpoint is None else load_pretrained(self.config, self.loaded)
+        if self.checkpoint is not None:
+            return load_pretrained(self.config, self.loaded)
+        if self.method.keeps_outputs:
+            return self.loaded
+        return replace(self.loaded, module=plain_copy(self.loaded.module))
 
     def description(self) -> dict[str, str]:
         """Return the metadata that a checkpoint of this session holds beside its tensors."""

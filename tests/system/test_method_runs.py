@@ -22,6 +22,7 @@ METHODS: dict[str, Any] = {
     "full": {"method": "full"},
     "ssf": {"method": "ssf"},
     "adapter": {"method": "adapter", "config": {"dim": 4}},
+    "prompt": {"method": "prompt", "config": {"depth": 2}},
 }
 every_method = pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 

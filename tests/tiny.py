@@ -69,7 +69,12 @@ def build_timm_clip() -> nn.Module:
     bert = BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=VOCABULARY
     )
-    vision = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "", "timm_proj": "none", "image_size": 32}
+    vision = {
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 32,
+    }
     with (
         torch.random.fork_rng(),
         patch("timm.create_model", lambda name, **options: create(name, **{**options, **small})),

@@ -203,6 +203,21 @@ class PromptSettings(ChoiceSettings):
             yield f"{what}with num_visual_prompts: set it to 0, or take tower per_frame", (names[0], "tower.method")
 
 
+class AdabnSettings(ChoiceSettings):
+    """Re-estimate the statistics of batch norms on the training frames, and train nothing of CLIP (Li et al. 2017)."""
+
+    num_batches: int = setting(0, "batches of frames; 0: one pass over the training videos", unit="batches", ge=0)
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield models that are known to have no batch norm: neither in the selector nor in CLIP."""
+        cnn = config.use_policy and config.policy_backbone not in ("raw", "clip", "frozen_clip")
+        if not cnn and config.clip_weights is None and config.clip_backbone.startswith("ViT-"):
+            what = (
+                f"peft.method adabn: neither {config.clip_backbone} nor the frame selector has batch norms; take a CNN"
+            )
+            yield f"{what} as policy_backbone, or another method", ("peft.method", "policy_backbone", "clip_backbone")
+
+
 PEFT: dict[str, Choice] = {
     "full": Choice(FullSettings, "peft.full:FullFinetuning"),
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
@@ -211,6 +226,7 @@ PEFT: dict[str, Choice] = {
     "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
     "adapter": Choice(AdapterSettings, "peft.adapter:Adapters"),
     "prompt": Choice(PromptSettings, "peft.prompt:Prompting"),
+    "adabn": Choice(AdabnSettings, "peft.adabn:AdaptiveBatchNorm"),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaclip_finetune.config import ChoiceSettings
+from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import TOWER_NAMES, Block, TowerName, tower_blocks
 from adaclip_finetune.peft.importance import TensorImportance
@@ -67,6 +68,12 @@ class PeftMethod:
 
     def choose(self, model: nn.Module) -> None:
         """Set `requires_grad`. Called after `apply_freezing`, with all weights loaded, before an optimizer is built."""
+
+    def before_training(self, model: nn.Module, batches: Iterator[TrainBatch]) -> None:
+        """Prepare the model. Called once, before the first update; `batches` are those of the first epoch.
+
+        With several processes, each has its share of every batch, which may be without videos.
+        """
 
     def phases(self, num_epochs: int, batch_size: int) -> list[Phase]:
         """Return the phases in order; their epochs add up to `num_epochs`."""

@@ -206,6 +206,8 @@ class Trainer:
 
         After a signal, finish and save the current update and raise Interrupted.
         """
+        if not self.position.step:
+            self.session.method.before_training(self.model, self.data.epoch(0, self.config.batch_size))
         first_epoch = 0
         for phase in self.session.method.phases(self.config.num_epochs, self.config.batch_size):
             epochs = range(first_epoch, first_epoch + phase.num_epochs)

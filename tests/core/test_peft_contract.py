@@ -1,6 +1,7 @@
 """What every method promises, in one table: methods, and methods that are joined, on two kinds of CLIP."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -29,20 +30,26 @@ METHODS: dict[str, Section] = {
     "adapter behind the MLP": {"method": "adapter", "config": {"dim": 4, "position": "sequential", "layers": [0]}},
     "prompt": {"method": "prompt"},
     "deep prompts": {"method": "prompt", "config": {"depth": 2, "num_visual_prompts": 3}},
+    "adabn": {"method": "adabn"},
 }
 CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm and Hugging Face": build_timm_clip}
 every_method = pytest.mark.parametrize(("case", "kind"), [(case, kind) for case in METHODS for kind in CLIPS])
 
 
+@functools.cache
+def pretrained(kind: str) -> nn.Module:
+    return CLIPS[kind]().double()
+
+
 class Model(nn.Module):
-    """A model with CLIP inside, in float64, and a head that always learns."""
+    """A model with CLIP inside, in float64, and a head with a batch norm that always learns."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.clip: Any = CLIPS[kind]().double()
+        self.clip: Any = copy.deepcopy(pretrained(kind))
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.head = nn.Linear(64, 64).double()
+            self.head = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 64)).double()
 
     def forward(self) -> Tensor:
         image, text = outputs(self)

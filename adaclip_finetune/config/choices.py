@@ -51,6 +51,7 @@ def implementation(table: Mapping[str, Choice], section: Chosen) -> Any:
 
 # ---- parameter-efficient finetuning ----
 
+_NUMBER = r"\d{1,4}(\.\d{1,6})?"
 LoraTargets = Annotated[tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)]
 SsfPlaces = Annotated[
     tuple[Literal["patch", "norm", "linear", "q", "k", "v", "out", "fc", "proj"], ...], Field(strict=False)
@@ -218,6 +219,42 @@ class AdabnSettings(ChoiceSettings):
             yield f"{what} as policy_backbone, or another method", ("peft.method", "policy_backbone", "clip_backbone")
 
 
+class LisaSettings(ChoiceSettings):
+    """Train a changing sample of CLIP's tensors, drawn by importance (after LISA, Pan et al. 2024)."""
+
+    sampling_interval: int = setting(10, "optimizer steps between two drawings", unit="steps", ge=1)
+    active_ratio: float = setting(0.1, "fraction of the candidate tensors that is trained at a time", gt=0, le=1)
+    importance: Literal["update", "gradient"] = setting(
+        "update", "importance of a tensor: norm of its change since the start, or of its gradient, over sqrt(size)"
+    )
+    warmup_steps: int = setting(0, "optimizer steps at the start in which everything is trained", unit="steps", ge=0)
+    warmup_decay: int = setting(
+        0, "optimizer steps after the warm-up in which the fraction falls from 1 to active_ratio", unit="steps", ge=0
+    )
+    schedule: str = setting(
+        "const_1",
+        "weight of importance in the probabilities, the rest being uniform: x throughout (const_x), or from 0 in the "
+        "first epoch to x in the last (linear_x, sin_x, square_x)",
+        pattern=r"^(const|linear|sin|square)_(0(\.\d+)?|1(\.0+)?)$",
+        allowed="const_x, linear_x, sin_x or square_x with x from 0 to 1",
+    )
+    transform: str = setting(
+        "none",
+        "importance v (largest: 1) in the probabilities: v, v^p, exp(s v), v limited to a … b, or the k largest alike",
+        pattern=rf"^(none|power_{_NUMBER}|exp_{_NUMBER}|sat_{_NUMBER}_{_NUMBER}|uniform_[1-9]\d{{0,5}})$",
+        allowed="none, power_p, exp_s, sat_a_b or uniform_k with numbers",
+    )
+    keep_module_keywords: Names = setting((), "always train parameters whose name contains one of these")
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield freeze_clip, and limits in the wrong order."""
+        if config.freeze_clip:
+            yield "freeze_clip leaves peft.method lisa no parameters to draw from", ("freeze_clip", "peft.method")
+        kind, *numbers = self.transform.split("_")
+        if kind == "sat" and float(numbers[0]) >= float(numbers[1]):
+            yield f"peft.config.transform {self.transform}: a must be below b", ("peft.config.transform",)
+
+
 PEFT: dict[str, Choice] = {
     "full": Choice(FullSettings, "peft.full:FullFinetuning"),
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
@@ -226,6 +263,7 @@ PEFT: dict[str, Choice] = {
     "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
     "adapter": Choice(AdapterSettings, "peft.adapter:Adapters"),
     "prompt": Choice(PromptSettings, "peft.prompt:Prompting"),
+    "lisa": Choice(LisaSettings, "peft.lisa:Lisa"),
     "adabn": Choice(AdabnSettings, "peft.adabn:AdaptiveBatchNorm"),
 }
 

@@ -45,6 +45,16 @@ class MethodState:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SamplingHistory:
+    """The probabilities with which a method drew tensors: a row for each drawing, after `steps` updates."""
+
+    names: list[str]
+    steps: list[int]
+    probabilities: Tensor  # (drawings, tensors)
+    drawn: Tensor  # bool (drawings, tensors)
+
+
 class PeftMethod:
     """A way to finetune CLIP. This base adds nothing, and trains everything that `apply_freezing` did not freeze."""
 
@@ -53,6 +63,9 @@ class PeftMethod:
 
     keeps_outputs = True
     """Whether the outputs of CLIP are the pretrained ones until something is trained."""
+
+    seed = 0
+    """The seed of the run, for methods that draw."""
 
     def __init__(self, settings: ChoiceSettings) -> None:
         self.settings = settings
@@ -113,6 +126,10 @@ class PeftMethod:
     def parameter_rows(self) -> list[TensorImportance]:
         """Return the candidate tensors and whether each was retained, for methods that select by importance."""
         return []
+
+    def sampling_history(self) -> SamplingHistory | None:
+        """Return with which probabilities tensors were drawn so far, for methods that draw them."""
+        return None
 
     def state_dict(self) -> MethodState:
         """Return the state from which `load_state_dict` continues."""

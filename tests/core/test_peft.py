@@ -68,7 +68,7 @@ class TinyRetriever(nn.Module):
 def chosen(model, settings, freeze_layer_num, freeze_clip=False):
     """Return the method of these settings, after it chose what learns in the model."""
     section = section_of(settings)
-    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=section)
+    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=freeze_clip, peft=section, seed=0)
     method = build_method(config)
     method.attach(model.clip)
     choose_what_learns(method, model, config)

@@ -30,6 +30,8 @@ METHODS: dict[str, Section] = {
     "adapter behind the MLP": {"method": "adapter", "config": {"dim": 4, "position": "sequential", "layers": [0]}},
     "prompt": {"method": "prompt"},
     "deep prompts": {"method": "prompt", "config": {"depth": 2, "num_visual_prompts": 3}},
+    "lisa": {"method": "lisa", "config": {"sampling_interval": 2, "active_ratio": 0.3}},
+    "lisa by gradients": {"method": "lisa", "config": {"importance": "gradient", "active_ratio": 0.3}},
     "adabn": {"method": "adabn"},
 }
 CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm and Hugging Face": build_timm_clip}
@@ -122,7 +124,9 @@ def test_only_declared_parameters_change_and_are_counted(case: str, kind: str) -
     declared = method.changed_parameters(model)
     assert {name.removeprefix("clip.") for name in moved if name.startswith("clip.")} == declared
     report, sizes = trainable_report(model), {name: own.numel() for name, own in model.clip.named_parameters()}
-    assert report.clip.trainable == sum(sizes[name] for name in declared)
+    learning = {name for name, parameter in model.clip.named_parameters() if parameter.requires_grad}
+    assert declared < learning if "lisa" in case else declared == learning
+    assert report.clip.trainable == sum(sizes[name] for name in learning)
     assert report.clip.total == sum(sizes.values())
 
 

@@ -1,5 +1,6 @@
 """Every method but LoRA, which has a file of its own, from training to evaluation, in one process and in two."""
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -23,6 +24,7 @@ METHODS: dict[str, Any] = {
     "ssf": {"method": "ssf"},
     "adapter": {"method": "adapter", "config": {"dim": 4}},
     "prompt": {"method": "prompt", "config": {"depth": 2}},
+    "lisa": {"method": "lisa", "config": {"sampling_interval": 2, "active_ratio": 0.3}},
     "adabn": {"method": "adabn"},
 }
 MORE: dict[str, Project] = {
@@ -66,6 +68,14 @@ def test_a_run_evaluates_to_its_own_figures_from_its_weights_and_its_adapter(
     torch.testing.assert_close(vectors(run), vectors(run / "adapter.safetensors"), rtol=0, atol=1e-5)
     plain = trained("full", {**project, **MORE.get(name, {})}, tmp_path / "plain", num_epochs=1)
     assert noted["zero_shot"] == json.loads((plain / "metrics.json").read_text())["zero_shot"]
+
+
+def test_lisa_shows_its_probabilities(project: Project, tmp_path: Path) -> None:
+    run = trained("lisa", project, tmp_path, num_epochs=1)
+    with (run / "lisa_probabilities.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["step"] for row in rows} == {"0", "2"} and (run / "lisa_probabilities.png").stat().st_size
+    assert sum(float(row["probability"]) for row in rows if row["step"] == "2") == pytest.approx(1)
 
 
 def _train(name: str, project: Project, output: Path) -> None:

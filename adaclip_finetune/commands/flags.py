@@ -102,7 +102,7 @@ def _metavar(kinds: set[str | None], path: str, nodes: list[Node], schema: Schem
         return "JSON" if "." in path else "FILE"
     if kinds == {"array"}:
         items = [option.get("prefixItems", [option.get("items")])[0] for option in schema.alternatives(nodes[0])]
-        kinds = {item["type"] for item in items}
+        kinds = {item.get("type") for item in items}
     unit = str(nodes[0].get("unit", ""))
     if unit.startswith(("file", "folder")):
         return {"file": "FILE", "folder": "DIR"}.get(unit, "PATH")

@@ -49,6 +49,21 @@ def implementation(table: Mapping[str, Choice], section: Chosen) -> Any:
     return getattr(import_module(f"adaclip_finetune.{module}"), name)
 
 
+def _section(table: Mapping[str, Choice], kind: str, help: str) -> Any:
+    """Return the type of a section: a union of one class per choice of the table, discriminated by `method`."""
+    options = []
+    for name, choice in table.items():
+        fields: Any = {
+            "method": (Literal[name], setting(..., help)),
+            "config": (choice.settings, setting({}, "settings of the method")),
+        }
+        title = choice.settings.__name__.removesuffix("Settings").removesuffix(kind) + kind
+        section = create_model(title, __base__=Chosen, __module__=__name__, __doc__=choice.settings.__doc__, **fields)
+        globals()[title] = section  # where pickle looks for it when a config is sent to a data loader process
+        options.append(section)
+    return Annotated[reduce(or_, options), Field(discriminator="method")] if len(options) > 1 else options[0]
+
+
 # ---- parameter-efficient finetuning ----
 
 _NUMBER = r"\d{1,4}(\.\d{1,6})?"
@@ -121,8 +136,8 @@ class LoraSettings(ChoiceSettings):
         "layers of a block that get matrices: attention (q, k, v, out), MLP (fc, proj)",
         min_length=1,
     )
-    towers: Towers = setting("both", "towers that get matrices")
-    layers: LayerNumbers = setting((), "blocks that get matrices, counted from 0 in each tower; empty: all")
+    towers: Towers = setting("both", "towers to which the method is applied")
+    layers: LayerNumbers = setting((), "blocks to which it is applied, counted from 0 in each tower; empty: all")
     dora: bool = setting(False, "train the norm of each weight row separately from its direction (DoRA)")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
@@ -140,10 +155,8 @@ class SsfSettings(ChoiceSettings):
         "layers that are scaled and shifted: patch embedding, norms, linear projections (all or some of q … proj)",
         min_length=1,
     )
-    towers: Towers = setting("both", "towers whose layers are scaled and shifted")
-    layers: LayerNumbers = setting(
-        (), "blocks to which it is limited, counted from 0 in each tower; empty: all of CLIP"
-    )
+    towers: Towers = setting("both", "towers to which the method is applied")
+    layers: LayerNumbers = setting((), "blocks to which it is applied, counted from 0 in each tower; empty: all")
     keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
@@ -164,8 +177,8 @@ class AdapterSettings(ChoiceSettings):
     scale: float | None = setting(
         None, "factor of the adapter's output; null: as published, 1 if sequential and 0.1 if parallel", gt=0
     )
-    towers: Towers = setting("both", "towers that get adapters")
-    layers: LayerNumbers = setting((), "blocks that get adapters, counted from 0 in each tower; empty: all")
+    towers: Towers = setting("both", "towers to which the method is applied")
+    layers: LayerNumbers = setting((), "blocks to which it is applied, counted from 0 in each tower; empty: all")
     keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
@@ -233,18 +246,17 @@ class LisaSettings(ChoiceSettings):
     )
     schedule: str = setting(
         "const_1",
-        "weight of importance in the probabilities, the rest being uniform: x throughout (const_x), or from 0 in the "
-        "first epoch to x in the last (linear_x, sin_x, square_x)",
+        "weight x of importance in the probabilities: constant, or rising over the epochs; the rest is uniform",
         pattern=r"^(const|linear|sin|square)_(0(\.\d+)?|1(\.0+)?)$",
         allowed="const_x, linear_x, sin_x or square_x with x from 0 to 1",
     )
     transform: str = setting(
         "none",
-        "importance v (largest: 1) in the probabilities: v, v^p, exp(s v), v limited to a … b, or the k largest alike",
+        "importance v (at most 1) as a probability: v, v^p, exp(s v), v clipped to a … b, or the k largest alike",
         pattern=rf"^(none|power_{_NUMBER}|exp_{_NUMBER}|sat_{_NUMBER}_{_NUMBER}|uniform_[1-9]\d{{0,5}})$",
         allowed="none, power_p, exp_s, sat_a_b or uniform_k with numbers",
     )
-    keep_module_keywords: Names = setting((), "always train parameters whose name contains one of these")
+    keep_module_keywords: Names = setting((), "also train parameters whose name contains one of these")
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
         """Yield freeze_clip, and limits in the wrong order."""
@@ -255,16 +267,48 @@ class LisaSettings(ChoiceSettings):
             yield f"peft.config.transform {self.transform}: a must be below b", ("peft.config.transform",)
 
 
-PEFT: dict[str, Choice] = {
-    "full": Choice(FullSettings, "peft.full:FullFinetuning"),
+_JOINABLE: dict[str, Choice] = {
     "bitfit": Choice(BitFitSettings, "peft.bitfit:BitFit"),
-    "ibs": Choice(IbsSettings, "peft.ibs:ImportanceSelection"),
     "lora": Choice(LoraSettings, "peft.lora:Lora"),
     "ssf": Choice(SsfSettings, "peft.ssf:ScaleAndShift"),
     "adapter": Choice(AdapterSettings, "peft.adapter:Adapters"),
     "prompt": Choice(PromptSettings, "peft.prompt:Prompting"),
-    "lisa": Choice(LisaSettings, "peft.lisa:Lisa"),
     "adabn": Choice(AdabnSettings, "peft.adabn:AdaptiveBatchNorm"),
+}
+if TYPE_CHECKING:
+    PartSection: TypeAlias = Chosen
+else:
+    PartSection = _section(_JOINABLE, "Part", "finetuning method that is joined with others")
+
+
+class JoinedSettings(ChoiceSettings):
+    """Apply several methods together: what any of them trains is trained."""
+
+    methods: Annotated[tuple[PartSection, ...], Field(strict=False)] = setting(
+        ..., "methods that are joined, each with its config; a list in place of peft means the same", min_length=2
+    )
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield a method that is named twice, and what the methods themselves refuse."""
+        names = [part.method for part in self.methods]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"peft.config.methods names {name} more than once", ("peft.config.methods",)
+        for part in self.methods:
+            for problem, _ in part.config.contradictions(config):
+                yield problem, ("peft.config.methods",)
+
+
+PEFT: dict[str, Choice] = {
+    "full": Choice(FullSettings, "peft.full:FullFinetuning"),
+    "bitfit": _JOINABLE["bitfit"],
+    "ibs": Choice(IbsSettings, "peft.ibs:ImportanceSelection"),
+    "lora": _JOINABLE["lora"],
+    "ssf": _JOINABLE["ssf"],
+    "adapter": _JOINABLE["adapter"],
+    "prompt": _JOINABLE["prompt"],
+    "lisa": Choice(LisaSettings, "peft.lisa:Lisa"),
+    "adabn": _JOINABLE["adabn"],
+    "joined": Choice(JoinedSettings, "peft.joined:Joined"),
 }
 
 
@@ -339,21 +383,6 @@ ADAPTATIONS: dict[str, Choice] = {
 
 
 # ---- the sections of the config ----
-
-
-def _section(table: Mapping[str, Choice], kind: str, help: str) -> Any:
-    """Return the type of a section: a union of one class per choice of the table, discriminated by `method`."""
-    options = []
-    for name, choice in table.items():
-        fields: Any = {
-            "method": (Literal[name], setting(..., help)),
-            "config": (choice.settings, setting({}, "settings of the method")),
-        }
-        title = choice.settings.__name__.removesuffix("Settings").removesuffix(kind) + kind
-        section = create_model(title, __base__=Chosen, __module__=__name__, __doc__=choice.settings.__doc__, **fields)
-        globals()[title] = section  # where pickle looks for it when a config is sent to a data loader process
-        options.append(section)
-    return Annotated[reduce(or_, options), Field(discriminator="method")] if len(options) > 1 else options[0]
 
 
 if TYPE_CHECKING:

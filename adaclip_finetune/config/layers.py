@@ -54,7 +54,7 @@ class Layers:
         self.data: dict[str, Any] = {}
         self._origins: dict[tuple[str | int, ...], str] = {}
         if path is not None:
-            self.data = read_object(path)
+            self.data = {name: as_section(value) for name, value in read_object(path).items()}
             self._origins = {(name,): str(path) for name in self.data}
 
     def lay_all(self, overrides: Mapping[str, Any]) -> None:
@@ -73,8 +73,10 @@ class Layers:
         if not nodes:
             steps = [name]  # an unknown setting: kept under its full name, which validation refuses
         elif len(steps) == 1 and isinstance(value, str) and self.schema.is_section(nodes[0]):
-            self.data[name], self._origins[name,] = read_section(value, name), value
+            self.data[name], self._origins[name,] = as_section(read_section(value, name)), value
             return
+        if len(steps) == 1:
+            value = as_section(value)
         if self._chooses(steps):
             self._set_aside(steps, value)
         part = self.data
@@ -114,6 +116,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: contains {show(data)}, but must contain a JSON object of settings: {{...}}")
     return {name: value for name, value in data.items() if name != "$schema"}
+
+
+def as_section(value: Any) -> Any:
+    """Return the section that a list of methods stands for: `[{"method": …}, …]` means that they are joined."""
+    is_list = isinstance(value, list) and value and all(isinstance(part, dict) and "method" in part for part in value)
+    return {"method": "joined", "config": {"methods": value}} if is_list else value
 
 
 def read_section(path: str, name: str) -> Any:

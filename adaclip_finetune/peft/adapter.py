@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,13 +61,6 @@ class Adapters(PeftMethod):
         for blocks in chosen_blocks(clip, "adapter", self.settings.towers, self.settings.layers).values():
             for block in blocks:
                 Adapter(block.linears()["proj"][0].rows(), self.settings).attach(block)
-
-    @torch.no_grad()
-    def reset(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, Adapter):
-                module.up.weight.zero_()
-                module.up.bias.zero_()
 
     def choose(self, model: nn.Module) -> None:
         train_added(model, Adapter, self.settings.keep_module_keywords)

@@ -77,7 +77,10 @@ class PeftMethod:
         """
 
     def reset(self, model: nn.Module) -> None:
-        """Reset what `attach` added, so that it changes nothing. Called after plain weights were loaded."""
+        """Reset the parametrizations that `attach` added, so that they change nothing.
+
+        Called after weights were loaded into which they had been merged.
+        """
 
     def choose(self, model: nn.Module) -> None:
         """Set `requires_grad`. Called after `apply_freezing`, with all weights loaded, before an optimizer is built."""
@@ -100,8 +103,11 @@ class PeftMethod:
         """Change gradients before they are clipped."""
 
     def merged_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return all weights of the model for best.safetensors, with CLIP's plain names if `mergeable`."""
-        return plain_state(model) if self.mergeable else dict(model.state_dict())
+        """Return all weights of the model for best.safetensors, parametrizations merged into them.
+
+        They are those of a plain CLIP if the method is `mergeable`; otherwise those of `Added` modules are among them.
+        """
+        return plain_state(model)
 
     def own_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors for adapter.safetensors, by the names of the model's state dict.

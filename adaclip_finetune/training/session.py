@@ -175,8 +175,7 @@ def open_model(
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
         _fill(model, state, checkpoint)
-        if method.mergeable:
-            method.reset(model)
+        method.reset(model)
     if accelerator is not None:
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)

@@ -485,8 +485,7 @@ class FullRun(Trainer):
         path = self.run.file(BEST)
         if state := self.best_state if path is None else read_checkpoint(path).state:
             strict_load(self.model, state, BEST)
-            if self.session.method.mergeable:
-                self.session.method.reset(self.model)
+            self.session.method.reset(self.model)
         copy_from_main(self.model.state_dict().values())
 
     def _save_weights(self, name: str, tensors: dict[str, Tensor], epoch: int, content: str = "model") -> None:

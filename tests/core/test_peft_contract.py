@@ -2,21 +2,30 @@
 
 import copy
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import build_tiny_clip
-from tiny import VOCABULARY, build_timm_clip, random_tokens
+from tiny import VOCABULARY, build_timm_clip, on_meta, random_tokens
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import PEFT
+from adaclip_finetune.config.choices import PEFT, BitFitSettings
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import vision_view
 from adaclip_finetune.peft import PeftMethod, build_method, choose_what_learns, trainable_report
-from adaclip_finetune.weights.plain import plain_copy
+from adaclip_finetune.peft.bitfit import BitFit
+from adaclip_finetune.weights.plain import plain_copy, strict_load
 
 Section = dict[str, Any]
+
+
+def joined(*parts: Section) -> Section:
+    return {"method": "joined", "config": {"methods": list(parts)}}
+
 
 METHODS: dict[str, Section] = {
     "full": {"method": "full"},
@@ -33,6 +42,9 @@ METHODS: dict[str, Section] = {
     "lisa": {"method": "lisa", "config": {"sampling_interval": 2, "active_ratio": 0.3}},
     "lisa by gradients": {"method": "lisa", "config": {"importance": "gradient", "active_ratio": 0.3}},
     "adabn": {"method": "adabn"},
+    "lora and bitfit": joined({"method": "lora", "config": {"rank": 2}}, {"method": "bitfit"}),
+    "all weights": joined({"method": "ssf"}, {"method": "bitfit"}, {"method": "lora", "config": {"rank": 2}}),
+    "all": joined(*({"method": name} for name in ("prompt", "adapter", "lora", "ssf", "bitfit", "adabn"))),
 }
 CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm and Hugging Face": build_timm_clip}
 every_method = pytest.mark.parametrize(("case", "kind"), [(case, kind) for case in METHODS for kind in CLIPS])
@@ -67,10 +79,11 @@ def outputs(model: Model) -> tuple[Tensor, Tensor]:
 def config_of(case: str, kind: str) -> Any:
     """Return the settings of a case. A method that opens towers gets the image tower alone beside Hugging Face's."""
     section = copy.deepcopy(METHODS[case])
-    if kind != "open_clip":
-        known = PEFT[section["method"]].settings.model_fields
-        less = {name: value for name, value in {"towers": "image", "num_text_prompts": 0}.items() if name in known}
-        section["config"] = section.get("config", {}) | less
+    for part in section["config"]["methods"] if section["method"] == "joined" else [section]:
+        if kind != "open_clip":
+            known = PEFT[part["method"]].settings.model_fields
+            less = {name: value for name, value in {"towers": "image", "num_text_prompts": 0}.items() if name in known}
+            part["config"] = part.get("config", {}) | less
     return load_config(None, {"peft": section, "freeze_layer_num": -1})
 
 
@@ -146,11 +159,14 @@ def test_own_state_restores_a_pretrained_model_and_holds_nothing_else(case: str,
 @every_method
 def test_merged_weights_compute_the_same_under_plain_names(case: str, kind: str) -> None:
     model, method = trained(case, kind)
-    plain = Model(kind) if method.mergeable else attached(case, kind)[0]
     merged = method.merged_state(model)
-    assert merged.keys() == plain.state_dict().keys()
-    plain.load_state_dict(merged)
-    assert_same(plain, model)
+    assert not any("parametrizations" in name for name in merged)
+    if method.mergeable:
+        assert merged.keys() == Model(kind).state_dict().keys()
+    for plain in [Model(kind), attached(case, kind)[0]] if method.mergeable else [attached(case, kind)[0]]:
+        strict_load(plain, merged, "this test")
+        method.reset(plain)
+        assert_same(plain, model)
 
 
 @every_method
@@ -190,6 +206,47 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: str, kind: str) -
         model().backward()
         gradients.append({name: own.grad for name, own in model.named_parameters() if own.requires_grad})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+LORA, PROMPT = {"method": "lora"}, {"method": "prompt"}
+
+
+def test_a_list_of_methods_means_that_they_are_joined(tmp_path: Path) -> None:
+    file, section = tmp_path / "config.json", tmp_path / "section.json"
+    file.write_text(json.dumps({"peft": [LORA, PROMPT]}))
+    section.write_text(json.dumps({"peft": [LORA, PROMPT]}))
+    expected = load_config(None, {"peft": joined(LORA, PROMPT)}).peft
+    for config in (
+        load_config(file),
+        load_config(None, {"peft": [LORA, PROMPT]}),
+        load_config(None, {"peft": str(section)}),
+    ):
+        assert config.peft == expected and config.peft.method == "joined"
+    assert load_config(file, {"peft.method": "ibs"}).peft.method == "ibs"
+    method = build_method(load_config(file))
+    assert not method.mergeable and not method.keeps_outputs
+
+
+@pytest.mark.parametrize(
+    ("methods", "fact"),
+    [
+        ([LORA], r"peft\.config\.methods"),
+        ([LORA, LORA], "lora more than once"),
+        ([LORA, {"method": "full"}], "full"),
+        ([LORA, {"method": "prompt", "config": {"num_visual_prompts": 0, "num_text_prompts": 0}}], "no prompts"),
+    ],
+)
+def test_joins_without_a_meaning_are_refused(methods: list[Section], fact: str) -> None:
+    with pytest.raises(UserError, match=fact):
+        load_config(None, {"peft": methods})
+
+
+@pytest.mark.parametrize(("name", "says"), [("ViT-B-32-quickgelu", False), ("ViT-B-16-SigLIP2", True)])
+def test_bitfit_says_if_a_tower_has_few_biases(name: str, says: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Module()
+    model.clip = on_meta(name)
+    BitFit(BitFitSettings()).choose(model)
+    assert ("0.057 %" in caplog.text) == says
 
 
 def test_every_method_is_in_the_table() -> None:

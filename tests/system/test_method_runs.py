@@ -26,6 +26,8 @@ METHODS: dict[str, Any] = {
     "prompt": {"method": "prompt", "config": {"depth": 2}},
     "lisa": {"method": "lisa", "config": {"sampling_interval": 2, "active_ratio": 0.3}},
     "adabn": {"method": "adabn"},
+    "lora and bitfit": [{"method": "lora", "config": {"rank": 2}}, {"method": "bitfit"}],
+    "lora and prompt": [{"method": "lora", "config": {"rank": 2}}, {"method": "prompt"}],
 }
 MORE: dict[str, Project] = {
     "prompt": {"policy_backbone": "frozen_clip"},

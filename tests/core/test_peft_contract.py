@@ -65,14 +65,14 @@ class Model(nn.Module):
             torch.manual_seed(0)
             self.head = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 64)).double()
 
-    def forward(self) -> Tensor:
-        image, text = outputs(self)
+    def forward(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        image, text = outputs(self, dtype)
         return (self.clip.logit_scale.exp() * self.head(image) @ text.T).square().mean()
 
 
-def outputs(model: Model) -> tuple[Tensor, Tensor]:
+def outputs(model: Model, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return the embeddings of three images and three texts."""
-    pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     return model.clip.visual(pixels), model.clip.encode_text(random_tokens(3))
 
 
@@ -206,6 +206,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: str, kind: str) -
         model().backward()
         gradients.append({name: own.grad for name, own in model.named_parameters() if own.requires_grad})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_what_learns_gets_finite_gradients_in_bf16(case: str, kind: str) -> None:
+    model, _ = attached(case, kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.float()(torch.float32)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or bool(parameter.grad.isfinite().all()), name
 
 
 LORA, PROMPT = {"method": "lora"}, {"method": "prompt"}

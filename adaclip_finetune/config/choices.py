@@ -285,7 +285,9 @@ class JoinedSettings(ChoiceSettings):
     """Apply several methods together: what any of them trains is trained."""
 
     methods: Annotated[tuple[PartSection, ...], Field(strict=False)] = setting(
-        ..., "methods that are joined, each with its config; a list in place of peft means the same", min_length=2
+        [{"method": "lora"}, {"method": "bitfit"}],
+        "methods that are joined, each with its config; a list in place of peft means the same",
+        min_length=2,
     )
 
     def contradictions(self, config: Any) -> Iterator[Problem]:

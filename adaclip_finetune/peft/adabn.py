@@ -59,7 +59,7 @@ class AdaptiveBatchNorm(PeftMethod):
 
 
 class _Sums:
-    """The number of values of each channel that a batch norm has seen, their sums and sums of squares, in float64."""
+    """The number of values of each channel that a batch norm has seen, their sums and sums of squares, float64."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         zeros = torch.zeros(norm.num_features, dtype=torch.float64)
@@ -67,9 +67,11 @@ class _Sums:
         self.hook = norm.register_forward_pre_hook(self.add)
 
     def add(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1).double()  # (channels, values)
+        x = inputs[0].transpose(0, 1).flatten(1)  # (channels, values)
+        variance, mean = (part.cpu().double() for part in torch.var_mean(x, dim=1, correction=0))
         count, total, squares = self.values
-        self.values = (count + x.shape[1], total + x.sum(dim=1).cpu(), squares + x.square().sum(dim=1).cpu())
+        size = x.shape[1]
+        self.values = (count + size, total + size * mean, squares + size * (variance + mean**2))
 
 
 def batch_norms(model: nn.Module) -> list[Any]:

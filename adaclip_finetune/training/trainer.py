@@ -436,11 +436,11 @@ class FullRun(Trainer):
             final, task = measure_once(self.session, self.test, self.test_name, run)
             run.record("finetuned", self.position.step, metrics=final.as_dict(), split=self.test_name)
         finally:
-            if (history := self.session.method.sampling_history()) and (folder := self.run.path):
-                report.write_sampling(folder / "lisa_probabilities.csv", folder / "lisa_probabilities.png", history)
-            if path := run.file("curves.png"):
-                with suppress(OSError):  # a full disk
+            with suppress(OSError):  # a full disk
+                if path := run.file("curves.png"):
                     report.draw_curves(path, run.events, self.task.curves)
+                if (history := self.session.method.sampling_history()) and (folder := run.path):
+                    report.write_sampling(folder / "lisa_probabilities.csv", folder / "lisa_probabilities.png", history)
         result = FitResult(
             zero_shot=self.zero_shot,
             final=final,

@@ -63,7 +63,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
             names = [name for name, _ in part.get_submodule("parametrizations").named_children()]
             values = {name: getattr(part, name).detach() for name in names}
             del part.parametrizations
-            part.__class__ = part.__class__.__bases__[0]
+            # The class that torch made has the tensors as properties; a subclass of it may have been made since.
+            made = next(kind for kind in type(part).__mro__ if names[0] in vars(kind))
+            part.__class__ = made.__bases__[0]
             for name, value in values.items():
                 part.register_parameter(name, nn.Parameter(value))
     return twin

@@ -11,7 +11,9 @@ from torch import nn
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices import SsfSettings
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.peft.ssf import Scale, ScaleAndShift, Shift
+from adaclip_finetune.weights.plain import plain_copy
 
 
 def attached(**settings: Any) -> Any:
@@ -52,6 +54,14 @@ def test_inside_a_fused_projection_only_the_named_rows_change() -> None:
     for name in ("in_proj_weight", "in_proj_bias"):
         moved = (getattr(own, name) != getattr(layer, name)).reshape(192, -1).any(dim=1)
         assert moved[128:].all() and not moved[:128].any()
+
+
+def test_a_plain_copy_has_the_classes_of_the_pretrained_tower() -> None:
+    clip = attached()
+    split_frozen_norms(clip)
+    copied = plain_copy(clip)
+    for name, part in build_tiny_clip(vocabulary=VOCABULARY).named_modules():
+        assert isinstance(copied.get_submodule(name), type(part)), name
 
 
 @pytest.mark.parametrize(

@@ -261,3 +261,11 @@ def test_bitfit_says_if_a_tower_has_few_biases(name: str, says: bool, caplog: py
 
 def test_every_method_is_in_the_table() -> None:
     assert {section["method"] for section in METHODS.values()} == set(PEFT)
+
+
+def test_the_page_of_methods_describes_every_setting() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
+    assert sections.keys() == PEFT.keys()
+    for name, choice in PEFT.items():
+        assert all(f"`{setting}`" in sections[name] for setting in choice.settings.model_fields), name

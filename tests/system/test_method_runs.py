@@ -72,6 +72,20 @@ def test_a_run_evaluates_to_its_own_figures_from_its_weights_and_its_adapter(
     assert noted["zero_shot"] == json.loads((plain / "metrics.json").read_text())["zero_shot"]
 
 
+@every_method
+def test_it_learns_in_bf16_with_accumulation_and_checkpointing(name: str, project: Project, tmp_path: Path) -> None:
+    more = {"precision": "bf16", "gradient_accumulation_steps": 2, "batch_size": 2, "gradient_checkpointing": True}
+    run = trained(name, project, tmp_path, **{**more, "num_epochs": 1})
+    state, pretrained = (
+        load_file(run / "adapter.safetensors"),
+        load_file(Path(project["clip_weights"]) / "open_clip_model.safetensors"),
+    )
+    inside = {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert bool(inside) == (name != "adabn")
+    assert all(not torch.equal(tensor, pretrained[key]) for key, tensor in inside.items() if key in pretrained)
+
+
 def test_lisa_shows_its_probabilities(project: Project, tmp_path: Path) -> None:
     run = trained("lisa", project, tmp_path, num_epochs=1)
     with (run / "lisa_probabilities.csv").open() as file:

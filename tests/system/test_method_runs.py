@@ -9,10 +9,11 @@ from typing import Any
 import killed
 import pytest
 import torch
+from media import write_video
 from safetensors.torch import load_file
 from spread import spread
 
-from adaclip_finetune import load_retriever
+from adaclip_finetune import VideoIndex, load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.training.trainer import fit
@@ -84,6 +85,22 @@ def test_it_learns_in_bf16_with_accumulation_and_checkpointing(name: str, projec
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
     assert bool(inside) == (name != "adabn")
     assert all(not torch.equal(tensor, pretrained[key]) for key, tensor in inside.items() if key in pretrained)
+
+
+def test_a_run_that_cannot_be_merged_is_searched_and_not_exported(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("lora and prompt", project, tmp_path / "out", num_epochs=1)
+    for number in range(3):
+        write_video(tmp_path / "videos" / f"v{number}.mp4", 20)
+    index = ["index", str(run), str(tmp_path / "videos"), "-o", str(tmp_path / "i"), "--num_workers", "0"]
+    assert main(index) == 0
+    assert main(["search", str(tmp_path / "i"), "a red thing", "-k", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = VideoIndex.load(tmp_path / "i").search(load_retriever(run).encode_text(["a red thing"]), 2)[0]
+    assert [hit["id"] for hit in found["hits"]] == [hit.video.id for hit in expected]
+    assert main(["export", str(run), "--format", "open_clip", "-o", str(tmp_path / "exported")]) == 2
+    assert "joined" in capsys.readouterr().err
 
 
 def test_lisa_shows_its_probabilities(project: Project, tmp_path: Path) -> None:

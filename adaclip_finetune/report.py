@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from adaclip_finetune.evaluation.tasks.base import value
+from adaclip_finetune.peft.base import SamplingHistory
 from adaclip_finetune.peft.importance import TensorImportance
 
 _Events = Sequence[Mapping[str, Any]]
@@ -125,6 +126,22 @@ def write_importance(csv_path: Path, picture: Path, rows: Sequence[TensorImporta
     axes.set_title("tensors chosen by importance (IBS)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def write_sampling(csv_path: Path, picture: Path, history: SamplingHistory) -> None:
+    """Write the probabilities of tensors in each drawing of LISA, and which were drawn, as a table and a picture."""
+    probabilities, drawn = history.probabilities.tolist(), history.drawn.tolist()
+    with csv_path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "name", "probability", "drawn"])
+        for step, shares, flags in zip(history.steps, probabilities, drawn, strict=True):
+            writer.writerows([step, *row] for row in zip(history.names, shares, flags, strict=True))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(history.probabilities.T.numpy(), aspect="auto", interpolation="nearest")
+    figure.colorbar(image, label="probability")
+    axes.set(xlabel="drawing", ylabel="tensor, by name", title="tensors drawn by importance (LISA)")
     figure.savefig(picture, dpi=120)
 
 

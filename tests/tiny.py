@@ -1,11 +1,15 @@
 """A small retriever in place of a real one, and random frames and token ids for it."""
 
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
+import timm
 import torch
 from conftest import build_tiny_clip
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
+from transformers import BertConfig
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoBatch
@@ -56,3 +60,27 @@ def on_meta(name: str) -> nn.Module:
     kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
     with torch.device("meta"):
         return kind(**settings)
+
+
+def build_timm_clip() -> nn.Module:
+    """Return a CustomTextCLIP of a trunk of timm and a text tower of Hugging Face, two blocks each, random weights."""
+    create = timm.create_model
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32}
+    bert = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=VOCABULARY
+    )
+    vision = {
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 32,
+    }
+    with (
+        torch.random.fork_rng(),
+        patch("timm.create_model", lambda name, **options: create(name, **{**options, **small})),
+    ):
+        torch.manual_seed(0)
+        text = {"vocab_size": VOCABULARY, "layers": 1, "width": 32, "heads": 2}
+        clip = open_clip.CustomTextCLIP(64, vision, text)
+        clip.text = HFTextEncoder("", 64, bert, "cls_pooler", "linear", pretrained=False)
+    return clip.eval()

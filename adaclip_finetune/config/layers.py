@@ -41,12 +41,14 @@ def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any
 
 def merged(settings: type[Settings], data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested data with overrides (dotted name → value) merged over it, not validated yet. Raises UserError."""
-    known, nested = described(settings), copy.deepcopy(dict(data))
+    known, nested = described(settings), {name: as_section(value) for name, value in copy.deepcopy(dict(data)).items()}
     # Sections first, then the choice of a method, then nested settings.
     for name in sorted(overrides, key=lambda name: (name.count("."), not name.endswith(".method"))):
         value = copy.deepcopy(overrides[name])
         if isinstance(value, str) and "." not in name and name in known and known[name].kinds == {"object"}:
             value = read_section(value, name)
+        if "." not in name:
+            value = as_section(value)
         # An unknown setting keeps its full name, which validation refuses.
         _override(nested, name.split(".") if name in known else [name], value)
     return nested
@@ -65,6 +67,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: contains {show(data)}, but must contain a JSON object of settings: {{...}}")
     return {name: value for name, value in data.items() if name != "$schema"}
+
+
+def as_section(value: Any) -> Any:
+    """Return the section that a list of methods stands for: `[{"method": …}, …]` means that they are joined."""
+    is_list = isinstance(value, list) and value and all(isinstance(part, dict) and "method" in part for part in value)
+    return {"method": "joined", "config": {"methods": value}} if is_list else value
 
 
 def read_section(path: str, name: str) -> Any:
@@ -141,9 +149,9 @@ class _Explainer:
         return str(self.path) if self.path is not None and name.split(".")[0] in self.data else ""
 
     def _source(self, name: str) -> str:
-        """Return a setting with the place where it was given: `--top_k`, `top_k in my.json`, `top_k by default`."""
+        """Return a setting and where it was given: `--top_k`, `top_k in my.json`, `top_k by default`."""
         origin = self._origin(name)
-        return origin if origin.startswith("--") else f"{name} {f'in {origin}' if origin else 'by default'}"
+        return origin if origin == f"--{name}" else f"{name} {f'in {origin}' if origin else 'by default'}"
 
     def _instead(self, name: str, method: str | None) -> str:
         """Suggest what to write instead of an unknown name."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor, nn
 
+from adaclip_finetune.weights.plain import plain_copy
+
 _HEAD_WIDTH = 64
 
 
@@ -36,7 +38,7 @@ def start_small(module: nn.Module) -> None:
 def start_from(blocks: Transformer, pretrained: Sequence[nn.Module]) -> None:
     """Copy pretrained blocks into new ones, one by one, if their shapes are equal."""
     for own, other in zip(blocks.resblocks, pretrained, strict=False):
-        state = other.state_dict()
+        state = plain_copy(other).state_dict()  # without what a finetuning method added
         if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.state_dict().items()}:
             own.load_state_dict(state)
 

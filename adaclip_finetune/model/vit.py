@@ -1,8 +1,8 @@
 """Access to the blocks of CLIP's transformers, and to the linear maps inside a block.
 
-This is the only file that depends on the insides of open_clip's and timm's modules. Weight-space methods such as LoRA
-find weights by `vision_linears` and `text_linears`; video towers that run CLIP's image tower block by block use
-`vision_view`. Nothing here adds or changes modules, and parameters keep their names.
+This is the only file that depends on the insides of open_clip's and timm's modules. Finetuning methods such as LoRA
+find blocks by `tower_blocks`, and their weights by `vision_linears` and `text_linears`; video towers that run CLIP's
+image tower block by block use `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
 """
 
 # Modules of open_clip and timm are Any here: what they return has no type.
@@ -23,7 +23,10 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.weights.loaded import text_tower
 
+TowerName = Literal["image", "text"]
+TOWER_NAMES: tuple[TowerName, ...] = ("image", "text")
 Role = Literal["q", "k", "v", "out", "fc", "proj"]
 ROLES: tuple[Role, ...] = ("q", "k", "v", "out", "fc", "proj")
 
@@ -129,16 +132,69 @@ def vision_view(clip: nn.Module) -> VisionView:
 
 def vision_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
     """Return the linear maps of each block of an open_clip model's image tower. Raise UserError if it is not a ViT."""
-    return [block.linears() for block in _vision_blocks(clip)]
+    return [block.linears() for block in tower_blocks(clip, "image")]
 
 
 def text_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
     """Return the linear maps of each block of the text tower. Raise UserError for Hugging Face text towers."""
-    tower: Any = getattr(clip, "text", clip)
-    transformer = getattr(tower, "transformer", None)
+    return [block.linears() for block in tower_blocks(clip, "text")]
+
+
+def tower_blocks(clip: nn.Module, tower: TowerName) -> list[Block]:
+    """Return the blocks of a tower. Raise UserError for image towers that are no ViT, and Hugging Face text towers."""
+    if tower == "image":
+        return _vision_blocks(clip)
+    text = text_tower(clip)
+    transformer = getattr(text, "transformer", None)
     if not isinstance(transformer, oc.Transformer):
-        raise _refusal("text", tower, "its blocks are not open_clip's own")
-    return [_block("text", tower, module).linears() for module in transformer.resblocks]
+        raise _refusal("text", text, "its blocks are not open_clip's own")
+    return [_block("text", text, module) for module in transformer.resblocks]
+
+
+def tower_norms(clip: nn.Module, tower: TowerName) -> list[nn.LayerNorm]:
+    """Return all layer norms of a tower that have a weight, inside its blocks and outside of them."""
+    owner: nn.Module = clip.get_submodule("visual") if tower == "image" else text_tower(clip)
+    return layer_norms(owner, without="visual.")
+
+
+def tokens_before(clip: nn.Module, tower: TowerName) -> int:
+    """Return how many tokens precede the patches of an image (class token, registers) or the words of a text."""
+    if tower == "image":
+        return vision_view(clip).prefix
+    # Only causal towers have a start token.
+    return int(isinstance(getattr(text_tower(clip), "attn_mask", None), Tensor))
+
+
+def make_room(arguments: dict[str, Any], at: int, count: int) -> None:
+    """Extend the attention mask and the rotary embedding among the arguments of a block for `count` tokens more.
+
+    They stand at position `at`, behind all tokens of the prefix. Every token sees them; they see each other and what
+    the token before them sees. They are not rotated.
+    """
+    mask, rope = arguments.get("attn_mask"), arguments.get("rope")
+    if mask is not None:
+        old = torch.arange(mask.shape[-1], device=mask.device)
+        order = torch.cat([old[:at], torch.full_like(old[:1], max(at - 1, 0)).expand(count), old[at:]])
+        arguments["attn_mask"] = mask[..., order, :][..., order]
+    if rope is not None:
+        half = rope.shape[1] // 2  # sines, then cosines
+        still = torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], dim=1)
+        arguments["rope"] = torch.cat([still, rope])
+
+
+def layer_norms(module: nn.Module, without: str = "\0") -> list[nn.LayerNorm]:
+    """Return the layer norms in a module that have a weight, but not those whose name starts with `without`."""
+    return [
+        part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.LayerNorm) and part.weight is not None and not name.startswith(without)
+    ]
+
+
+def patch_embedding(clip: nn.Module) -> nn.Module:
+    """Return the convolution of an image tower's patches, a module with `weight` and `bias` (which may be None)."""
+    visual: Any = clip.visual
+    return visual.trunk.patch_embed.proj if isinstance(visual, TimmModel) else visual.conv1
 
 
 # Blocks

@@ -17,6 +17,7 @@ __all__ = ["PeftMethod", "TrainableReport", "build_method", "choose_what_learns"
 def build_method(config: Config) -> PeftMethod:
     """Return the method that the config names, not attached to a model yet."""
     method: PeftMethod = implementation(PEFT, config.peft)(config.peft.config)
+    method.seed = config.seed
     return method
 
 

@@ -22,7 +22,7 @@ from adaclip_finetune.peft.base import (
     learning,
     warn_of_idle_keywords,
 )
-from adaclip_finetune.peft.importance import TensorImportance, importance, select_tensors
+from adaclip_finetune.peft.importance import TensorImportance, importance, select_tensors, snapshot
 
 
 class ImportanceSelection(PeftMethod):
@@ -55,7 +55,7 @@ class ImportanceSelection(PeftMethod):
                 "all tensors of CLIP; change one of them"
             )
         self._candidates = [name for name, _ in candidates]
-        self._pretrained = {name: _snapshot(parameter) for name, parameter in candidates}
+        self._pretrained = {name: snapshot(parameter) for name, parameter in candidates}
 
     def on_epoch_start(self, epoch: int) -> bool:
         if epoch < self.settings.num_pre_epochs or self._rows:
@@ -98,9 +98,3 @@ class ImportanceSelection(PeftMethod):
         for row in self._rows:
             if not row.retained:
                 parameters[row.name].requires_grad_(False).grad = None
-
-
-def _snapshot(parameter: Tensor) -> Tensor:
-    # On the CPU, to save the accelerator's memory. The meta tensors of a dry run have no values to copy.
-    parameter = parameter.detach()
-    return parameter if parameter.is_meta else parameter.to("cpu", copy=True)

@@ -40,6 +40,15 @@ class TensorImportance:
     retained: bool
 
 
+def snapshot(parameter: Tensor) -> Tensor:
+    """Return a copy of a parameter on the CPU, which saves the accelerator's memory.
+
+    The meta tensors of a dry run have no values to copy and are returned as they are.
+    """
+    parameter = parameter.detach()
+    return parameter if parameter.is_meta else parameter.to("cpu", copy=True)
+
+
 def importance(before: Tensor, after: Tensor, metric: str) -> float:
     """Return how much a tensor changed. `l2norm`: ‖w - w₀‖/√dim. `angle`: degrees between w and w₀; 0 for a scalar.
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adaclip_finetune.config.choices import LoraSettings
-from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.vit import Linear, text_linears, vision_linears
-from adaclip_finetune.peft.base import PeftMethod, clip_of, holds_keyword, learning, warn_of_idle_keywords
+from adaclip_finetune.model.vit import Linear
+from adaclip_finetune.peft.base import PeftMethod, chosen_blocks, train_added
 
 _SHORTEST = 1e-12  # the least length of a row, so that a row of zeros stays zero
 
@@ -100,41 +99,15 @@ class Lora(PeftMethod):
                         update.reset(weight)
 
     def choose(self, model: nn.Module) -> None:
-        clip = clip_of(model)
-        keywords = self.settings.keep_module_keywords
-        warn_of_idle_keywords(clip, keywords)
-        added = {
-            id(parameter)
-            for module in clip.modules()
-            if isinstance(module, LowRank)
-            for parameter in module.parameters()
-        }
-        for name, parameter in learning(clip):
-            parameter.requires_grad_(id(parameter) in added or holds_keyword(name, keywords))
+        train_added(model, LowRank, self.settings.keep_module_keywords)
 
     def _targets(self, clip: nn.Module) -> list[Linear]:
         """Return the linear maps to update. Raise UserError for a tower or a block that does not exist."""
-        settings, towers = self.settings, {"image": vision_linears, "text": text_linears}
-        blocks = {}
-        for name in towers if settings.towers == "both" else [settings.towers]:
-            try:
-                blocks[name] = towers[name](clip)
-            except UserError as error:
-                other = "text" if name == "image" else "image"
-                raise UserError(
-                    f"peft lora: {error}; set peft.config.towers to {other}, or take peft bitfit or full"
-                ) from error
-        for number in settings.layers:
-            if all(number >= len(found) for found in blocks.values()):
-                depths = " and ".join(f"the {name} tower {len(found)}" for name, found in blocks.items())
-                raise UserError(
-                    f"peft.config.layers names block {number}, counted from 0, but there are fewer: {depths}"
-                )
+        blocks = chosen_blocks(clip, "lora", self.settings.towers, self.settings.layers)
         return [
             linear
             for found in blocks.values()
-            for number, block in enumerate(found)
-            if not settings.layers or number in settings.layers
-            for role in dict.fromkeys(settings.targets)
-            for linear in block[role]
+            for block in found
+            for role in dict.fromkeys(self.settings.targets)
+            for linear in block.linears()[role]
         ]

@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,7 +38,7 @@ from adaclip_finetune.weights.checkpoints import (
 )
 from adaclip_finetune.weights.clip_weights import load_clip, load_pretrained
 from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_new_logit_bias
-from adaclip_finetune.weights.plain import plain_state, strict_load, weights_digest
+from adaclip_finetune.weights.plain import plain_copy, plain_state, strict_load, weights_digest
 
 Values = Literal["real", "random", "meta"]
 
@@ -111,7 +111,11 @@ class Session:
 
         Raise UserError if it is not available.
         """
-        return self.loaded if self.checkpoint is None else load_pretrained(self.config, self.loaded)
+        if self.checkpoint is not None:
+            return load_pretrained(self.config, self.loaded)
+        if self.method.keeps_outputs:
+            return self.loaded
+        return replace(self.loaded, module=plain_copy(self.loaded.module))
 
     def description(self) -> dict[str, str]:
         """Return the metadata that a checkpoint of this session holds beside its tensors."""
@@ -165,8 +169,7 @@ def open_model(
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:
         _fill(model, state, checkpoint, config)
-        if method.mergeable:
-            method.reset(model)
+        method.reset(model)
     if accelerator is not None:
         model.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)

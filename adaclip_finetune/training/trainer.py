@@ -222,6 +222,8 @@ class Trainer:
 
         After a signal, finish and save the current update and raise Interrupted.
         """
+        if not self.step:
+            self.session.method.before_training(self.model, self.data.epoch(0, self.config.batch_size))
         first_epoch = 0
         for phase in self.session.method.phases(self.config.num_epochs, self.config.batch_size):
             epochs = range(first_epoch, first_epoch + phase.num_epochs)
@@ -400,9 +402,13 @@ class Trainer:
             final, task = measure.measure_once(self.session, self.test, self.test_name, run)
             run.record("finetuned", self.step, metrics=final.as_dict(), split=self.test_name)
         finally:
-            if path := run.file("curves.png"):
-                with suppress(OSError):  # a full disk
+            with suppress(OSError):  # a full disk
+                if path := run.file("curves.png"):
                     report.draw_curves(path, run.events, self.task.curves)
+                if (history := self.session.method.sampling_history()) and run.path:
+                    report.write_sampling(
+                        run.path / "lisa_probabilities.csv", run.path / "lisa_probabilities.png", history
+                    )
         assert self.best is not None, "the last phase of every method may be the best"
         metrics = {
             "evaluated_on": self.test_name,
@@ -422,8 +428,7 @@ class Trainer:
         path = self.run.file(BEST)
         if state := self.best_state if path is None else read_checkpoint(path).state:
             strict_load(self.model, state, BEST)
-            if self.session.method.mergeable:
-                self.session.method.reset(self.model)
+            self.session.method.reset(self.model)
         copy_from_main(self.model.state_dict().values())
 
     # ---- snapshots: what decides how the run continues ----

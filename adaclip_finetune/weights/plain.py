@@ -21,6 +21,13 @@ _LISTED = 20
 _ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original$")
 
 
+class Added(nn.Module):
+    """Base class of modules that a method adds to CLIP and that act through hooks, which must be their own methods.
+
+    They cannot be merged into weights. A copy of CLIP has copies of them, and `plain_copy` leaves them out.
+    """
+
+
 def plain_name(name: str) -> str | None:
     """Return the plain name of an entry of a state dict; None for a tensor that a parametrization added."""
     plain = _ORIGINAL.sub(r"\1", name)
@@ -39,17 +46,26 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of the module without parametrizations, with the effective values as its weights.
+    """Return a copy of the module without parametrizations, with the effective values as its weights, and without
+    `Added` modules.
 
     A deep copy alone shares the parametrized classes, and with them torch's cache, with the original.
     """
     twin = copy.deepcopy(module)
-    for part in twin.modules():
+    for part in list(twin.modules()):
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Added)]:
+                del hooks[key]
+        for name, child in list(part.named_children()):
+            if isinstance(child, Added):
+                delattr(part, name)
         if parametrize.is_parametrized(part):
             names = [name for name, _ in part.get_submodule("parametrizations").named_children()]
             values = {name: getattr(part, name).detach() for name in names}
             del part.parametrizations
-            part.__class__ = part.__class__.__bases__[0]
+            # The class that torch made has the tensors as properties; a subclass of it may have been made since.
+            made = next(kind for kind in type(part).__mro__ if names[0] in vars(kind))
+            part.__class__ = made.__bases__[0]
             for name, value in values.items():
                 part.register_parameter(name, nn.Parameter(value))
     return twin

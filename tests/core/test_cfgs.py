@@ -41,7 +41,8 @@ def test_every_peft_part_overrides_the_method_of_every_recipe(path: Path) -> Non
     for part in PARTS:
         config = load_config(path, {"peft": str(part)})
         assert config.peft.method == part.stem
-        assert config.peft.config.keep_module_keywords == KEYWORDS  # type: ignore[union-attr]
+        if part.stem in ("bitfit", "ibs"):
+            assert config.peft.config.keep_module_keywords == KEYWORDS  # type: ignore[union-attr]
         assert config.model_dump(exclude={"peft"}) == below.model_dump(exclude={"peft"})
 
 

@@ -146,7 +146,7 @@ def prepare(clip, freeze_layer_num=0, **settings):
     model.clip = clip
     model.aggregator = nn.Linear(4, 4)
     peft = SimpleNamespace(method="ibs", config=IbsSettings(**settings))
-    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft)
+    config = SimpleNamespace(freeze_layer_num=freeze_layer_num, freeze_clip=False, peft=peft, seed=0)
     method = build_method(config)
     choose_what_learns(method, model, config)
     return model, method

@@ -245,7 +245,7 @@ class LisaSettings(ChoiceSettings):
         0, "optimizer steps after the warm-up in which the fraction falls from 1 to active_ratio", unit="steps", ge=0
     )
     schedule: str = setting(
-        "const_1",
+        "const_0.5",
         "weight x of importance in the probabilities: constant, or rising over the epochs; the rest is uniform",
         pattern=r"^(const|linear|sin|square)_(0(\.\d+)?|1(\.0+)?)$",
         allowed="const_x, linear_x, sin_x or square_x with x from 0 to 1",

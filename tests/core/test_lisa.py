@@ -61,7 +61,7 @@ def test_the_draw_depends_on_seed_and_step_alone() -> None:
 
 @pytest.mark.parametrize("importance", ["update", "gradient"])
 def test_what_changes_more_is_drawn_more_often(importance: Any) -> None:
-    model, method = built(sampling_interval=1, active_ratio=0.2, importance=importance, transform="power_2")
+    model, method = built(active_ratio=0.2, importance=importance, transform="power_2", schedule="const_1")
     with torch.no_grad():
         model.clip.w4 += 5
         model.clip.w7 += 4

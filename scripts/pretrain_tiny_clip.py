@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 MODEL = {
     "embed_dim": 96,
-    "vision_cfg": {"image_size": world.SIZE, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32},
+    "vision_cfg": {"image_size": world.SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
     "quick_gelu": True,
 }

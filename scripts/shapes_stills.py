@@ -16,7 +16,6 @@ from shapes_world import Scene, Sprite
 SINGLE = 0.3  # share of stills that show one thing alone
 TOLD = 0.35  # share of the others that are told as a clip would be
 SIZED = 0.8  # share of captions that give sizes
-ALL_ACTIONS = world.PLAIN_ACTIONS + world.ORDERED_ACTIONS
 
 
 class Stills:
@@ -54,7 +53,7 @@ class Stills:
             other = replace(other, shape=str(rng.choice(world.SHAPES)))
         if change != 1:
             rng.random()  # not used: the committed weights were trained with the numbers that follow it
-        action = scene.action if rng.random() < 0.5 else str(rng.choice(ALL_ACTIONS))
+        action = scene.action if rng.random() < 0.5 else str(rng.choice(world.STILL_ACTIONS))
         return Scene(action, actor, other)
 
     def _still(self, scene: Scene) -> tuple[list[Sprite], str]:

@@ -9,6 +9,7 @@ are a function of the generators passed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,9 +53,11 @@ REVERSED = {
     "becomes": "was",
 }
 REVERSED |= {backward: forward for forward, backward in REVERSED.items()}
+STILL_ACTIONS = PLAIN_ACTIONS + tuple(REVERSED)
+REVERSED |= {"before": "after", "after": "before"}  # told of clips alone
 ORDERED_ACTIONS = tuple(REVERSED)
 
-# {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing, of whatever size.
+# The words of stills. {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing without its size.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "bumps": ("{a} bumps into {b}", "{b} is bumped by {a}", "{a} knocks against {b}"),
     "jumps": ("{a} jumps over {b}", "{a} leaps across {b}", "{a} flies over {b}"),
@@ -95,7 +98,7 @@ class Thing:
 
     def plural(self) -> str:
         """`large red circles`."""
-        return f"{self.size} {self.colour} {self.shape}{'es' if self.shape == 'cross' else 's'}"
+        return f"{self.size} {self.colour} {self.shape}{'es' if self.shape.endswith(('s', 'x')) else 's'}"
 
 
 @dataclass(frozen=True)
@@ -116,14 +119,13 @@ class Scene:
         return replace(self, action=REVERSED[self.action])
 
     def sentences(self) -> list[str]:
-        """Every sentence that tells this scene."""
-        values = {
-            "a": self.actor.words(),
-            "A": self.actor.words(with_size=False),
-            "b": self.other.words(),
-            "bs": self.other.plural(),
-        }
-        return [template.format(**values) for template in TEMPLATES[self.action]]
+        """Return every sentence that tells this scene in words of stills."""
+        return [tell(template, self.actor, self.other) for template in TEMPLATES[self.action]]
+
+
+def tell(template: str, actor: Thing, other: Thing) -> str:
+    """Return the sentence with both things in it."""
+    return template.format(a=actor.words(), A=actor.words(with_size=False), b=other.words(), bs=other.plural())
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Sprite:
 
 def random_scene(
     rng: np.random.Generator,
-    actions: tuple[str, ...] = PLAIN_ACTIONS + ORDERED_ACTIONS,
+    actions: tuple[str, ...] = STILL_ACTIONS,
     colours: tuple[str, str] | None = None,
 ) -> Scene:
     """One of `actions`, two things of `colours` (default: any two), shapes and sizes as they come."""
@@ -180,7 +182,7 @@ def random_layout(scene: Scene, rng: np.random.Generator) -> Layout:
 
 def sprites(scene: Scene, layout: Layout, t: float) -> list[Sprite]:
     """What stands where at the moment `t` in [0, 1] of the scene, back to front."""
-    if scene.action in ("right", "shrinks", "disappears", "leaves", "was"):
+    if scene.action in ("right", "shrinks", "disappears", "leaves", "was", "after"):
         return sprites(scene.backwards(), layout, 1 - t)
     x, y, side, up, p = layout.x, layout.y, layout.side, layout.up, layout
     ra, rb = p.actor_radius, p.other_radius
@@ -240,6 +242,9 @@ def sprites(scene: Scene, layout: Layout, t: float) -> list[Sprite]:
             a = p.angle
             d = ra + rb - 1 + gap
             return [other((x, y)), actor((x + d * math.cos(a), y + d * math.sin(a)))]
+        case "before":
+            heights = [20 * max(0.0, sign * math.sin(2 * math.pi * t)) for sign in (1, -1)]
+            return [other((there[0], y + 8 - heights[1])), actor((here[0], y + 8 - heights[0]))]
         case "becomes":
             return [actor((x, y))] if t < 0.5 else [other((x, y))]
     raise ValueError(f"no such action: {scene.action}")
@@ -247,14 +252,19 @@ def sprites(scene: Scene, layout: Layout, t: float) -> list[Sprite]:
 
 def render(images: list[list[Sprite]], backgrounds: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw one list of sprites an image over `backgrounds` (n, SIZE, SIZE, 3) in 0…255; returns (n, SIZE, SIZE, 3)."""
-    canvas = backgrounds.astype(np.float32).copy()
+    canvas = backgrounds.astype(np.float32)
+    draw(canvas, images, {name: np.array(colour, np.float32) for name, colour in COLOURS.items()})
+    canvas += rng.normal(0, 2.0, (*canvas.shape[:3], 1)).astype(np.float32)
+    return canvas.clip(0, 255).round().astype(np.uint8)
+
+
+def draw(canvas: NDArray[np.float32], images: list[list[Sprite]], colours: Mapping[str, NDArray[np.float32]]) -> None:
+    """Draw one list of sprites an image onto `canvas` (n, SIZE, SIZE, 3), in `colours` (3) by their names."""
     for slot in range(MAX_SPRITES):
         for shape in SHAPES:
             rows = [i for i, s in enumerate(images) if len(s) > slot and s[slot].thing.shape == shape]
             if rows:
-                _draw(canvas, rows, shape, [images[i][slot] for i in rows])
-    canvas += rng.normal(0, 2.0, (*canvas.shape[:3], 1)).astype(np.float32)
-    return canvas.clip(0, 255).round().astype(np.uint8)
+                _draw(canvas, rows, shape, [images[i][slot] for i in rows], colours)
 
 
 def lights(n: int, on_stage: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -273,12 +283,18 @@ def lights(n: int, on_stage: NDArray[np.bool_], rng: np.random.Generator) -> NDA
     return (rng.uniform(75, 130, (n, 1, 1, 1)) + level[..., None] + tint).astype(np.float32)
 
 
-def _draw(canvas: NDArray[np.float32], rows: list[int], shape: str, batch: list[Sprite]) -> None:
+def _draw(
+    canvas: NDArray[np.float32],
+    rows: list[int],
+    shape: str,
+    batch: list[Sprite],
+    colours: Mapping[str, NDArray[np.float32]],
+) -> None:
     x, y, radius, rotation = (
         np.array([getattr(s, name) for s in batch], np.float32)[:, None, None]
         for name in ("x", "y", "radius", "rotation")
     )
-    colour = np.array([COLOURS[s.thing.colour] for s in batch], np.float32)[:, None, None, :]
+    colour = np.stack([colours[s.thing.colour] for s in batch])[:, None, None, :]
     grid = np.arange(SIZE, dtype=np.float32)
     dx, dy = (grid[None, None, :] - x) / radius, (grid[None, :, None] - y) / radius
     cos, sin = np.cos(rotation), np.sin(rotation)

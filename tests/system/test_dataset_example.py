@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 import leaks
 import make_dataset_example as maker
 import pretrain_tiny_clip as pretraining
+import shapes_clips
 import shapes_world as world
 from shapes_stills import Stills
 
@@ -45,7 +46,7 @@ def test_no_caption_belongs_to_two_videos(annotations):
     videos = [video for split in annotations.values() for video in split]
     captions = Counter(sentence for video in videos for sentence in set(video.sentences))
     assert max(captions.values()) == 1
-    assert {len(video.sentences) for video in videos} == {1, 2, 3}
+    assert {len(video.sentences) for video in videos} == {1, 2, 3, 4, 5}
 
 
 def test_events_take_a_quarter_of_the_frames_at_all_places():
@@ -56,11 +57,14 @@ def test_events_take_a_quarter_of_the_frames_at_all_places():
     assert all(n >= 200 for n in np.histogram(starts, bins=(0, 1, 18, 36, 49))[0]), "each slot about as often"
 
 
-def test_a_fifth_needs_order_in_reversed_pairs_within_a_split(annotations):
+def test_more_than_a_quarter_needs_order_in_reversed_pairs_within_a_split(annotations):
     for videos in annotations.values():
         tags = {video.video_id: EVENTS["videos"][video.video_id] for video in videos}
         ordered = [name for name, tag in tags.items() if tag["needs_order"]]
-        assert len(ordered) == round(0.2 * len(videos))
+        assert 0.27 < len(ordered) / len(videos) < 0.3
+        assert sum(len(v.sentences) for v in videos if tags[v.video_id]["needs_order"]) >= 0.25 * sum(
+            len(v.sentences) for v in videos
+        )
         for name in ordered:
             partner = tags[name]["reversed_of"]
             assert tags[partner]["reversed_of"] == name
@@ -133,9 +137,24 @@ def test_an_ordered_scene_backwards_is_its_partner_frame_by_frame():
         scene = world.random_scene(rng, (action,))
         layout = world.random_layout(scene, rng)
         assert scene.backwards().backwards() == scene
-        assert not set(scene.sentences()) & set(scene.backwards().sentences())
+        forward, backward = (set(told(one)) for one in (scene, scene.backwards()))
+        assert len(forward) >= 3 and not forward & backward
         for t in (0.0, 0.25, 0.75, 1.0):
             assert world.sprites(scene, layout, t) == world.sprites(scene.backwards(), layout, 1 - t)
+
+
+def told(scene: world.Scene) -> list[str]:
+    """Return every sentence of clips and of stills that tells the scene, in the words of stills."""
+    templates = shapes_clips.TEMPLATES[scene.action] + world.TEMPLATES.get(scene.action, ())
+    return [world.tell(template, scene.actor, scene.other) for template in templates]
+
+
+def test_clips_use_words_that_stills_never_use() -> None:
+    rng = np.random.default_rng(0)
+    seen = {word for caption in Stills(rng, 8).batch(4000)[1] for word in caption.split()}
+    for old, new in shapes_clips.OTHER_WORDS.items():
+        assert old in seen and new not in seen
+    assert not seen & {"before", "after", "then", "collides", "orbits"}
 
 
 def test_all_actions_can_be_drawn_and_told():
@@ -143,7 +162,8 @@ def test_all_actions_can_be_drawn_and_told():
     for action in world.PLAIN_ACTIONS + world.ORDERED_ACTIONS:
         scene = world.random_scene(rng, (action,), ("orange", "blue"))
         assert action != "spins" or scene.actor.shape in world.SPINNABLE
-        assert len(set(scene.sentences())) == 3
+        assert len(set(told(scene))) >= 3
+        assert len(set(shapes_clips.sentences(scene, rng, 3))) == 3
         layout = world.random_layout(scene, rng)
         for t in np.linspace(0, 1, 12):
             drawn = world.sprites(scene, layout, t)
@@ -201,14 +221,15 @@ def test_the_tiny_clip_is_small_and_an_openai_clip_in_float16(tiny):
     assert everything <= 20e6
 
 
-def test_captions_fit_the_tower_also_when_joined(annotations, tiny):
+def test_captions_fit_the_tower(annotations, tiny):
     tokenizer = open_clip.SimpleTokenizer(context_length=77)
     longest = max(
-        int((tokenizer([" ".join(video.sentences)])[0] != 0).sum())
+        int((tokenizer([sentence])[0] != 0).sum())
         for videos in annotations.values()
         for video in videos
+        for sentence in video.sentences
     )
-    assert longest <= tiny.context_length
+    assert longest <= 32 <= tiny.context_length, "max_txt_len of the demo"
 
 
 def test_zero_shot_is_above_chance_and_the_events_own_frames_far_above_it(annotations, tiny):
@@ -222,7 +243,7 @@ def test_zero_shot_is_above_chance_and_the_events_own_frames_far_above_it(annota
             similarity = F.normalize(tiny.encode_text(tokens), dim=-1) @ F.normalize(image, dim=-1).T
         hits[name] = float((similarity.argmax(dim=1) == torch.arange(len(videos))).float().mean())
     assert hits["uniform"] >= 3 / len(videos), "three times chance"
-    assert hits["event"] >= 0.6
+    assert 0.2 <= hits["event"] <= 0.35, "the gap that finetuning has to close"
 
 
 def _four_frames(name: str, kind: str) -> list[int]:

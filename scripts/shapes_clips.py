@@ -1,8 +1,8 @@
 """How clips show and tell the world of shapes: otherwise than the stills that the tiny CLIP learned from.
 
-A still has a plain grey background, pure colours and few words. A clip has moving textures, coloured light, blur, noise,
-something in front of the scene, and other sizes and shades, and many of its words occur in no caption of a still. The
-gap between both is what finetuning has to close. All numbers are a function of the generators passed in.
+A still has a plain grey background, pure colours and few words. A clip has moving textures, coloured light, blur,
+noise, something in front of the scene, and other sizes and shades, and many of its words occur in no caption of a
+still. The gap between both is what finetuning has to close. All numbers are a function of the generators passed in.
 """
 
 from __future__ import annotations

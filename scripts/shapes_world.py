@@ -57,7 +57,8 @@ STILL_ACTIONS = PLAIN_ACTIONS + tuple(REVERSED)
 REVERSED |= {"before": "after", "after": "before"}  # told of clips alone
 ORDERED_ACTIONS = tuple(REVERSED)
 
-# The words of stills. {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing without its size.
+# The words of stills. {a}: the acting thing, {b}: the other, {bs}: several of the other; {A}: the acting thing without
+# its size.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "bumps": ("{a} bumps into {b}", "{b} is bumped by {a}", "{a} knocks against {b}"),
     "jumps": ("{a} jumps over {b}", "{a} leaps across {b}", "{a} flies over {b}"),

@@ -77,7 +77,7 @@ def test_the_demo_needs_nothing_but_the_repository() -> None:
     config = recipe("demo")
     named = [config.train_annot, config.val_annot, config.test_annot, config.video_dir, config.clip_weights]
     assert all(Path(str(path)).parts[0] == "dataset_example" for path in named)
-    assert config.peft.method == "bitfit"
+    assert config.peft.method == "lora"
     assert config.policy_backbone == "raw"
 
 

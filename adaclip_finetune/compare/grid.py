@@ -134,7 +134,8 @@ class Grid:
         self.path, self.settings = path, load(GridSettings, path, {})
         self.folder = Path(self.settings.output_dir)
         self.methods = list(self.settings.methods)
-        self.setting, self.values = next(iter(self.settings.search.items()), ("", [None]))
+        self.setting: str = next(iter(self.settings.search), "")
+        self.values: list[Any] = self.settings.search.get(self.setting, [None])
         if len({name.casefold() for name in self.methods}) < len(self.methods):
             raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
         self.cells = {cell.label: cell for cell in self._cells()}
@@ -177,8 +178,8 @@ class Grid:
                 one, other = getattr(first, name), getattr(cell.config, name)
                 if one != other:
                     raise UserError(
-                        f"{self.path}: {name} is {show(one)} for {self.methods[0]} and {show(other)} for {cell.method}; "
-                        "methods are compared with the same data and the same updates, so set it in the recipe only"
+                        f"{self.path}: {name} is {show(one)} for {self.methods[0]}, but {show(other)} for {cell.method}"
+                        "; methods are compared with the same data and the same updates, so set it in the recipe only"
                     )
         if "t2v.R@1" not in first.figures:
             raise UserError(f"{self.path}: task {first.task.method} has no R@1; methods are compared by task retrieval")
@@ -277,13 +278,11 @@ def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
     """
     if launched_processes() > 1:
         raise UserError(
-            "adaclip compare: a cell is trained in one process. To use several, start the command several times without "
+            "compare: a cell is trained in one process. To use several, start the command several times without "
             "torchrun or accelerate launch (docs/comparing.md)"
         )
     say, failures = partial(print, flush=True), list[str]()
-    say(
-        f"{grid.path}: {len(grid.methods)} methods, {grid.size} cells, {len(grid.finished())} finished, in {grid.folder}"
-    )
+    say(f"{grid.path}: {len(grid.methods)} methods, {len(grid.finished())} of {grid.size} cells in {grid.folder}")
     with StopSignals(saving=False):
         try:
             if grid.left():
@@ -369,7 +368,7 @@ def train_cell(config: Config, folder: Path, settings: dict[str, Any], keep_weig
             raise
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
-        content = {"settings": settings, "failed": reason}
+        content: dict[str, Any] = {"settings": settings, "failed": reason}
     else:
         content = {"settings": settings, "failed": None, **measured(found, run, config)}
     write_result(folder, content | {"seconds": round(time.monotonic() - began, 1)}, keep_weights)

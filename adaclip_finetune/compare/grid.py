@@ -304,7 +304,7 @@ def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
             raise
         say(f"\n{report(grid)}")
         if left := grid.left():
-            say(f"{len(left)} cells are left, which other workers are training; the last worker completes the report:")
+            say(f"left to other workers: {len(left)} cells. The last worker completes the report")
             say("\n".join(f"  {cell.label}: {cell.folder}" for cell in left))
     return all(not grid.is_searched(method) or grid.chosen(method) for method in grid.methods)
 

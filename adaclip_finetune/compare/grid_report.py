@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -290,12 +291,22 @@ def draw(rows: Sequence[Summary], grid: Grid) -> Figure:
     if 0 in sizes:  # a logarithmic axis has no 0
         parameters.set_xscale("symlog", linthresh=smallest / 2, linscale=0.5)
         parameters.set_xlim(-smallest / 8, 3 * max(largest, smallest))
+        decades = range(math.ceil(math.log10(smallest)), math.ceil(math.log10(3 * max(largest, smallest))))
+        parameters.set_xticks([0, *(10**decade for decade in decades)])
     else:
         parameters.set_xscale("log")
         parameters.set_xlim(smallest / 3, 3 * largest)
     parameters.set(xlabel="trained parameters of CLIP", ylabel="T2V R@1 in %, with 95 % interval")
     seconds.set_xlabel("seconds of a training step")
     memory.set_xlabel("peak memory in MiB")
+    for axes, places in (
+        (seconds, [row.seconds_per_step for row in methods if row.seconds_per_step]),
+        (memory, [row.memory_mib for row in methods if row.memory_mib]),
+    ):
+        # A span of at least a fifth of the highest cost, so that small differences look small.
+        low, high = min(places, default=0.0), max(places, default=1.0)
+        margin = max(0.06 * (high - low), 0.1 * high - (high - low) / 2)
+        axes.set_xlim(max(0, low - margin), high + margin)
     handles, labels = parameters.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)

@@ -166,7 +166,7 @@ def test_a_killed_cell_is_resumed_and_a_locked_one_is_left_to_its_worker(
     lock = cell.lock()
     lock.take()  # as another worker would
     assert main(["compare", str(path)]) == 0
-    assert "1 cells are left" in capsys.readouterr().out and not cell.is_finished
+    assert "left to other workers: 1" in capsys.readouterr().out and not cell.is_finished
     lock.release()
     other.write_text(held)  # the lock of the process that was killed
 
@@ -197,7 +197,7 @@ def test_a_cell_that_diverges_is_the_worst_of_its_search(project: Project, tmp_p
     ({"seeds": 0}, {}, r"grid\.json: seeds is 0"),
     ({"methods": {}}, {}, r"methods is \{\}"),
     ({"methods": {"a": {}, "A": {}}}, {}, "upper and lower case"),
-    ({"methods": {"a": {"peft": {"method": "lora", "config": {"rnk": 1}}}}}, {}, r"methods\.a.*rnk.*did you mean rank"),
+    ({"methods": {"a": {"peft": {"method": "lora", "config": {"rnk": 1}}}}}, {}, r"methods\.a.*rnk.*did you mean peft.config.rank"),
     ({"methods": {"a": {"peft": {"method": "loora"}}}}, {}, r"methods\.a.*peft\.method is \"loora\""),
     ({"methods": {"a": {"seed": 1}}}, {}, r"methods\.a cannot set seed"),
     ({"methods": {"a": {}, "b": {"num_epochs": 7}}}, {}, "num_epochs is 2 for a, but 7 for b"),
@@ -224,6 +224,15 @@ def test_a_method_that_the_model_does_not_allow_is_refused_before_any_cell(proje
     with pytest.raises(UserError, match=r"methods\.far: .*block 7"):
         grids.run_grid(Grid(path), lambda _: "")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    grid = Grid(Path("cfgs/compare-demo.json"))
+    assert len(grid.methods) == 10 and grid.size == 10 * (4 + 4)
+    full, heads = grid.searching("full")[0].config, grid.searching("heads only")[0].config
+    assert (full.peft.method, full.freeze_layer_num, full.freeze_clip) == ("full", -1, False)
+    assert heads.freeze_clip and grid.searching("lora+bitfit")[0].config.peft.method == "joined"
 
 
 def test_cells_of_other_settings_are_not_mixed_in(whole: Path, project: Project) -> None:

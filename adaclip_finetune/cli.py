@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 COMMANDS = {
     "train": "finetune a retriever, or evaluate one (also: python train.py)",
     "evaluate": "compare checkpoints and zero-shot CLIP in one table",
+    "compare": "train several methods under one recipe and compare them in one table",
     "predict": "write the best videos of each query to a file",
     "export": "convert a checkpoint for the published AdaCLIP, open_clip or transformers",
     "convert": "convert annotations of published data sets, or tables, to JSON",

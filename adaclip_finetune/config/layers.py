@@ -31,10 +31,18 @@ def load(settings: type[S], path: str | Path | None, overrides: Mapping[str, Any
     the path of a file that contains this section alone.
     """
     data = merged(settings, {} if path is None else read_object(path), overrides)
+    return validated(settings, data, path, overrides)
+
+
+def validated(settings: type[S], data: Mapping[str, Any], source: object, flags: Iterable[str] = ()) -> S:
+    """Return nested data as settings. Raises UserError that lists every problem, and names `source` (a file) or a flag.
+
+    `flags` are the dotted names of the settings that flags gave.
+    """
     try:
         return settings.model_validate(data)
     except ValidationError as error:
-        explainer = _Explainer(described(settings), data, path, overrides)
+        explainer = _Explainer(described(settings), data, source, flags)
         problems = [line for problem in error.errors(include_url=False) for line in explainer.explain(problem)]
         raise UserError(together(list(dict.fromkeys(problems)))) from error
 

@@ -55,23 +55,31 @@ OnEpoch = Callable[[int, Figures], None]
 class FitResult(NamedTuple):
     """What a run found: the report of its best epoch on the split `evaluated_on`, and the content of metrics.json.
 
-    `folder` is None with no_output.
+    `folder` is None with no_output, and `zero_shot` if the pretrained CLIP is not available.
     """
 
     folder: Path | None
     evaluated_on: str
     final: Report
+    zero_shot: Figures | None
     metrics: dict[str, Any]
 
 
-def fit(config: Config, folder: Path | None = None, opened: Callable[[Path], None] | None = None) -> FitResult:
+def fit(
+    config: Config,
+    folder: Path | None = None,
+    opened: Callable[[Path], None] | None = None,
+    run: RunFolder | None = None,
+) -> FitResult:
     """Finetune as `config` says and return what was found.
 
     `folder` is the folder of an interrupted run to resume, whose own settings `config` must be (`continued_config`).
-    `opened` is called with the folder of a new run as soon as it exists. Raise UserError for what the user can fix, and
-    Interrupted after Ctrl-C or SIGTERM, when everything is saved.
+    `opened` is called with the folder of a new run as soon as it exists. `run` prints and writes, and is closed at the
+    end (default: one that makes its folder in output_dir). Raise UserError for what the user can fix, and Interrupted
+    after Ctrl-C or SIGTERM, when everything is saved.
     """
-    with memory_explained(config), StopSignals() as signals, RunFolder(config) as run, ExitStack() as stack:
+    run = run or RunFolder(config)
+    with memory_explained(config), StopSignals() as signals, run, ExitStack() as stack:
         if folder is not None:
             run.lock(folder)
         trainer = Trainer(config, run, signals, stack)
@@ -422,7 +430,7 @@ class Trainer:
         }
         measure.finish(self.session, metrics, task, self.zero_shot, final, run)
         run.drop_unfinished()
-        return FitResult(run.path, self.test_name, final, metrics)
+        return FitResult(run.path, self.test_name, final, self.zero_shot, metrics)
 
     def _load_best(self) -> None:
         path = self.run.file(BEST)

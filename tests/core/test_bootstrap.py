@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from adaclip_finetune.evaluation import bootstrap
-from adaclip_finetune.evaluation.bootstrap import intervals, paired_difference
+from adaclip_finetune.evaluation.bootstrap import difference_over_seeds, intervals, paired_difference, recall_over_seeds
 
 FIGURES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
@@ -113,3 +113,40 @@ def test_a_model_does_not_differ_from_itself() -> None:
 def test_wrong_ranks_are_refused(given: tuple[np.ndarray, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(*given)
+
+
+def over_seeds(hits: np.ndarray, videos: np.ndarray, draws: int = 3000) -> np.ndarray:
+    """Return the percentiles of draws of runs and videos, one at a time."""
+    random, (runs, _) = np.random.default_rng(5), hits.shape
+    of_video = [hits[:, videos == video] for video in np.unique(videos)]
+    found = []
+    for _ in range(draws):
+        captions = np.concatenate([of_video[video] for video in random.integers(len(of_video), size=len(of_video))], 1)
+        found.append(100 * np.mean([captions[run].mean() for run in random.integers(runs, size=runs)]))
+    return np.percentile(found, [2.5, 97.5])
+
+
+def test_intervals_over_seeds_are_those_of_runs_and_videos_drawn_one_by_one() -> None:
+    """Videos differ in difficulty and in their number of captions, and runs differ in quality."""
+    videos, random = videos_of(0, 60, 180), np.random.default_rng(1)
+    easy = random.uniform(0.1, 0.8, 60)[videos]
+    one = random.geometric(np.clip(easy + random.normal(0, 0.15, (5, 1)), 0.02, 0.98))
+    other = random.geometric(easy * 0.7, (5, 180))
+    mean, interval = recall_over_seeds(one, 3 * videos + 2)
+    assert mean == pytest.approx(100 * (one <= 1).mean())
+    assert interval == pytest.approx(over_seeds(one <= 1, videos), abs=0.9)
+    assert interval[1] - interval[0] > 1.2 * np.ptp(recall_over_seeds(one.reshape(1, -1), np.tile(videos, 5))[1])
+    for baseline in (other, other[:1]):
+        difference = (one <= 1).astype(int) - (baseline <= 1)
+        points, interval = difference_over_seeds(one, baseline, videos)
+        assert points == pytest.approx(100 * difference.mean())
+        assert interval == pytest.approx(over_seeds(difference, videos), abs=0.9)
+
+
+def test_with_one_run_the_intervals_over_seeds_are_those_over_videos() -> None:
+    videos, one, other = videos_of(0, 80, 300), ranks(0, 300), ranks(1, 300)
+    assert recall_over_seeds(one[None], videos)[1] == pytest.approx(intervals(one, videos)["R@1"], abs=0.4)
+    paired = paired_difference(one, other, videos)
+    points, interval = difference_over_seeds(one[None], other[None], videos)
+    assert points == pytest.approx(paired.points) and interval == pytest.approx(paired.interval, abs=0.4)
+    assert recall_over_seeds(np.full((3, 300), 9), videos) == (0, intervals(np.full(300, 9), videos)["R@1"])

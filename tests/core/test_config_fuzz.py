@@ -19,7 +19,9 @@ from adaclip_finetune.errors import UserError
 ROOT = Path(__file__).parents[2]
 NAMES = list(described(Config))
 RECIPES = [
-    json.loads(path.read_text()) for path in sorted((ROOT / "cfgs").glob("*.json")) if path.name != "schema.json"
+    json.loads(path.read_text())
+    for path in sorted((ROOT / "cfgs").glob("*.json"))
+    if path.name not in ("schema.json", "compare-demo.json")
 ]
 FAST = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 

@@ -1,0 +1,485 @@
+"""`adaclip compare`: train a grid of methods under one recipe, cell by cell, in any number of worker processes.
+
+A cell is one method with one value of the searched setting and one seed. All values are tried with seed 0; the one that
+is best on validation is then trained with the other seeds. A cell is an ordinary run, in a process and a folder of its
+own, and is finished when its result.json exists. That file is all that the report reads (`grid_report.py`).
+
+<output_dir>/compare.md  compare.csv  compare.json  compare.png
+<output_dir>/cells/<method>/<setting>=<value>/seed<k>/    a run folder with result.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.base import Settings, setting
+from adaclip_finetune.config.layers import load, merged, read_object, validated
+from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.resume import continued_config
+from adaclip_finetune.config.roles import names_with, on_resume
+from adaclip_finetune.config.schema import show
+from adaclip_finetune.config.settings import PathText
+from adaclip_finetune.durable import write_durably
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.tasks.base import value
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalFigures, RetrievalReport
+from adaclip_finetune.lock import Lock
+from adaclip_finetune.strict_json import read_json
+from adaclip_finetune.training.device import launched_processes
+from adaclip_finetune.training.run_folder import RunFolder
+from adaclip_finetune.training.session import open_model
+from adaclip_finetune.training.signals import EXIT_CODES, Interrupted, StopSignals
+from adaclip_finetune.training.trainer import FitResult, chosen_on_test, fit
+
+RESULT = "result.json"
+FAILURES = 5
+"""So many failed cells in a row end the command."""
+
+# What makes the methods comparable: the same data and the same number of updates of the same number of videos.
+_SAME = names_with("data") | {"num_epochs", "batch_size", "gradient_accumulation_steps", "data_subset", "primary"}
+# What a cell cannot have, and what its folder makes pointless.
+_UNUSED = ("optuna_cfg", "do_inference", "resume", "auto_batch_size")
+_SINGLE = {"no_output": False, "tensorboard_dir": None, "save_last": False, "save_similarity": None}
+
+MethodName = Annotated[str, Field(pattern=r"^\w[\w+. -]{0,99}$")]
+
+
+class GridSettings(Settings):
+    """The config file of `adaclip compare`."""
+
+    recipe: dict[str, Any] | PathText = setting(
+        ..., "settings that all methods share", allowed="an object of settings, or the path of a config file"
+    )
+    methods: dict[MethodName, dict[str, Any]] = setting(
+        ..., "name of each method -> the settings in which it differs from the recipe", min_length=1
+    )
+    seeds: int = setting(5, "seeds of each method: 0, 1, …", ge=1, le=1000)
+    search: dict[str, list[Any]] = setting(
+        {}, "setting -> the values that are tried for each method, with seed 0", max_length=1
+    )
+    output_dir: PathText = setting(..., "folder of the cells and of the report", unit="folder")
+    keep_weights: bool = setting(False, "keep best.safetensors and adapter.safetensors of each cell")
+
+    @field_validator("search")
+    @classmethod
+    def _has_values(cls, search: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in search.items():
+            if not values or len({folder_name(name, one) for one in values}) < len(values):
+                raise ValueError(f"{name} needs a list of different values")
+        return search
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `searched` is the value of the searched setting, None without a search."""
+
+    method: str
+    searched: Any
+    seed: int
+    label: str
+    folder: Path
+    config: Config
+
+    @property
+    def lock_path(self) -> Path:
+        """The lock file, beside the folder, of the worker that trains the cell."""
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    def lock(self) -> Lock:
+        """Return a lock of the cell, not taken yet."""
+        return Lock(self.lock_path, self.folder)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / RESULT).is_file()
+
+    def result(self) -> dict[str, Any]:
+        """Return the content of result.json."""
+        return dict(read_json(self.folder / RESULT))
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings on which the figures of the cell depend, and a digest of each annotation."""
+        return deciding_settings(self.config)
+
+
+class Grid:
+    """All cells that a config file may need, and which of them are needed so far. Making it refuses what cannot work.
+
+    `methods` are the names; `primary` is the figure that chooses epochs and values.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.settings = path, load(GridSettings, path, {})
+        self.folder = Path(self.settings.output_dir)
+        self.methods = list(self.settings.methods)
+        self.setting: str = next(iter(self.settings.search), "")
+        self.values: list[Any] = self.settings.search.get(self.setting, [None])
+        if len({name.casefold() for name in self.methods}) < len(self.methods):
+            raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
+        self.cells = {cell.label: cell for cell in self._cells()}
+        self.check()
+        any_config = next(iter(self.cells.values())).config
+        self.primary = any_config.primary_figure
+        self.greater_is_better = any_config.figures[self.primary]
+
+    def _cells(self) -> Iterator[Cell]:
+        recipe = self.settings.recipe
+        below = recipe if isinstance(recipe, dict) else read_object(recipe)
+        place = f"{self.path}: recipe" if isinstance(recipe, dict) else recipe
+        validated(Config, merged(Config, below, {}), place)
+        for method, searched in product(self.methods, self.values):
+            given = self.settings.methods[method]
+            value_of = {self.setting: searched} if self.setting else {}
+            if twice := {"seed", self.setting} & given.keys() | {"seed"} & value_of.keys():
+                raise UserError(f"{self.path}: methods.{method} cannot set {twice.pop()}, which the grid sets itself")
+            where = f"{self.path}: methods.{method}" + (f" with search.{self.setting}" if self.setting else "")
+            for seed in range(self.settings.seeds):
+                data = merged(Config, below, given | value_of | {"seed": seed})
+                config = validated(Config, data, where).model_copy(update=_SINGLE)
+                label = ", ".join(
+                    [method, *([f"{self.setting} {show(searched)}"] if self.setting else []), f"seed {seed}"]
+                )
+                parts = [folder_name(self.setting, searched)] if self.setting else []
+                folder = self.folder.joinpath("cells", method, *parts, f"seed{seed}")
+                yield Cell(method, searched, seed, label, folder, config)
+
+    def check(self) -> None:
+        """Raise UserError for methods that cannot be compared, and for cells that were trained with other settings."""
+        first = next(iter(self.cells.values())).config
+        for cell in self.cells.values():
+            if used := [name for name in _UNUSED if getattr(cell.config, name)]:
+                raise UserError(
+                    f"{self.path}: methods.{cell.method} has {used[0]}; leave it out, since each cell is one training "
+                    "from the pretrained CLIP with the same batch size"
+                )
+            for name in sorted(_SAME):
+                one, other = getattr(first, name), getattr(cell.config, name)
+                if one != other:
+                    raise UserError(
+                        f"{self.path}: {name} is {show(one)} for {self.methods[0]}, but {show(other)} for {cell.method}"
+                        "; methods are compared with the same data and the same updates, so set it in the recipe only"
+                    )
+        if "t2v.R@1" not in first.figures:
+            raise UserError(f"{self.path}: task {first.task.method} has no R@1; methods are compared by task retrieval")
+        check_paths(first)
+        if first.test_annot is None:
+            raise UserError(f"{self.path}: recipe.test_annot is missing: the captions on which methods are compared")
+        if chosen_on_test(first):
+            raise UserError(
+                f"{self.path}: val_annot and test_annot hold the same captions. Validation chooses the values and "
+                "epochs, so take other captions"
+            )
+        for cell in self.cells.values():
+            self._refuse_other_settings(cell)
+
+    def _refuse_other_settings(self, cell: Cell) -> None:
+        here = cell.deciding()
+        if cell.is_finished:
+            there = cell.result()["settings"]
+        elif (path := cell.folder / "config.json").is_file():
+            there = here | deciding_settings(load_config(path), annotations=False)
+        else:
+            return
+        differ = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+        if differ:
+            lines = [f"\n  {name} is {show(here.get(name))} here, but {show(there.get(name))} there" for name in differ]
+            raise UserError(
+                f"{self.path}: {cell.folder} was trained with other settings:{''.join(lines[:5])}\n"
+                f"Take another output_dir, or delete {cell.folder} to train it again"
+            )
+
+    def of(self, method: str, searched: Any) -> list[Cell]:
+        """Return the cells of a method with one value, by seed."""
+        return [cell for cell in self.cells.values() if cell.method == method and cell.searched == searched]
+
+    def searching(self, method: str) -> list[Cell]:
+        """Return the cells of seed 0, one for each value."""
+        return [self.of(method, searched)[0] for searched in self.values]
+
+    def validation(self, cell: Cell) -> float | None:
+        """Return the primary figure of a finished cell on validation, None if the cell failed."""
+        result = cell.result()
+        return None if result["failed"] else value(result["validation"], self.primary)
+
+    def chosen(self, method: str) -> Cell | None:
+        """Return the cell of seed 0 that is best on validation, of equal ones the first; None if all of them failed.
+
+        All cells of the search must be finished.
+        """
+        figures = {cell.label: self.validation(cell) for cell in self.searching(method)}
+        sign = 1 if self.greater_is_better else -1
+        found = [cell for cell in self.searching(method) if figures[cell.label] is not None]
+        return max(found, key=lambda cell: sign * (figures[cell.label] or 0.0), default=None)
+
+    def is_searched(self, method: str) -> bool:
+        """Return whether all values of a method are finished."""
+        return all(cell.is_finished for cell in self.searching(method))
+
+    def needed(self) -> list[Cell]:
+        """Return the cells that are known to be needed: each search, and the other seeds of each chosen value."""
+        cells = []
+        for method in self.methods:
+            cells += self.searching(method)
+            if self.is_searched(method) and (best := self.chosen(method)):
+                cells += self.of(method, best.searched)[1:]
+        return cells
+
+    def left(self) -> list[Cell]:
+        """Return the needed cells that are not finished, those in training included."""
+        return [cell for cell in self.needed() if not cell.is_finished]
+
+    def finished(self) -> list[Cell]:
+        """Return the needed cells that are finished."""
+        return [cell for cell in self.needed() if cell.is_finished]
+
+    @property
+    def size(self) -> int:
+        """The number of cells of the whole grid; those of methods whose search failed altogether are not trained."""
+        failed = [method for method in self.methods if self.is_searched(method) and not self.chosen(method)]
+        return len(self.methods) * len(self.values) + (len(self.methods) - len(failed)) * (self.settings.seeds - 1)
+
+    def progress(self) -> str:
+        """Return how many cells are finished, and how long the others take if all workers go on."""
+        done = self.finished()
+        seconds = statistics.mean(cell.result().get("seconds", 0.0) for cell in done)
+        workers = 1 + sum(cell.lock_path.exists() for cell in self.left())
+        left = seconds * (self.size - len(done)) / workers / 60
+        about = f", about {max(left, 1):.0f} min left" if len(done) < self.size else ""
+        return f"   [{len(done)} of {self.size}{about}]"
+
+
+def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
+    """Train the cells that are left and that no other worker trains, with a report after each one.
+
+    `report` writes the tables and returns them as text, which is printed at the end. Return False if a method has no
+    result, since all of its cells failed. Raise UserError, Interrupted.
+    """
+    if launched_processes() > 1:
+        raise UserError(
+            "compare: a cell is trained in one process. To use several, start the command several times without "
+            "torchrun or accelerate launch (docs/comparing.md)"
+        )
+    say, failures = partial(print, flush=True), list[str]()
+    say(f"{grid.path}: {len(grid.methods)} methods, {len(grid.finished())} of {grid.size} cells in {grid.folder}")
+    with StopSignals(saving=False):
+        try:
+            if grid.left():
+                in_process(open_models, {name: grid.searching(name)[0].config for name in grid.methods})
+            while taken := take_cell(grid):
+                cell, lock = taken
+                try:
+                    say(f"{cell.label}: {'resumed' if has_snapshot(cell.folder) else 'begun'}")
+                    result = train_in_process(cell, grid.settings.keep_weights)
+                finally:
+                    lock.release()
+                failures = [*failures, f"{cell.label}: {result['failed']}"] if result["failed"] else []
+                say(f"{cell.label}: {told(grid, result)}{grid.progress()}")
+                report(grid)
+                if len(failures) == FAILURES:
+                    raise UserError(f"{FAILURES} cells in a row failed:\n  " + "\n  ".join(failures))
+        except KeyboardInterrupt:
+            say("Interrupted. The same command goes on where it stopped.")
+            raise
+        say(f"\n{report(grid)}")
+        if left := grid.left():
+            say(f"left to other workers: {len(left)} cells. The last worker completes the report")
+            say("\n".join(f"  {cell.label}: {cell.folder}" for cell in left))
+    return all(not grid.is_searched(method) or grid.chosen(method) for method in grid.methods)
+
+
+def take_cell(grid: Grid) -> tuple[Cell, Lock] | None:
+    """Return the next cell that is left and its lock, which is taken; None if there is none, or others train them."""
+    for cell in grid.left():
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = cell.lock()
+        try:
+            lock.take()
+        except UserError:
+            continue
+        if not cell.is_finished:  # another worker may have finished it before the lock was taken
+            return cell, lock
+        lock.release()
+    return None
+
+
+def told(grid: Grid, result: Mapping[str, Any]) -> str:
+    """Return in a few words what became of a cell."""
+    if result["failed"]:
+        return f"FAILED: {result['failed'].splitlines()[0]}"
+    figure, test = value(result["validation"], grid.primary), value(result["test"], "t2v.R@1")
+    return f"{grid.primary} {figure:.1f} on validation, epoch {result['best_epoch']}; test T2V R@1 {test:.1f}"
+
+
+# ---- a cell, in a process of its own: its peak memory is measured, and what kills it kills nothing else ----
+
+
+def train_in_process(cell: Cell, keep_weights: bool) -> dict[str, Any]:
+    """Train a cell and return its result. Raise UserError if it was refused before its folder was made."""
+    if cell.folder.exists() and not has_snapshot(cell.folder):
+        shutil.rmtree(cell.folder)  # it ended before anything was saved
+    code = in_process(train_cell, cell.config, cell.folder, cell.deciding(), keep_weights)
+    if not cell.is_finished:
+        if not cell.folder.exists():
+            raise UserError(f"{cell.label}: the process ended with code {code} before it began")
+        reason = f"the process was killed by signal {-code}: too little memory?" if code < 0 else f"exit code {code}"
+        write_result(cell.folder, {"settings": cell.deciding(), "failed": reason}, keep_weights)
+    return cell.result()
+
+
+def has_snapshot(folder: Path) -> bool:
+    """Return whether the run in a folder was interrupted after something was saved, so that it can be resumed."""
+    return any(folder.glob("last-*")) and not (folder / "metrics.json").exists()
+
+
+def train_cell(config: Config, folder: Path, settings: dict[str, Any], keep_weights: bool) -> None:
+    """Train one cell, or resume it from its snapshot, and write its result.json."""
+    run = RunFolder(config, stream=io.StringIO(), trial=folder)
+    began = time.monotonic()
+    try:
+        if has_snapshot(folder):
+            config = continued_config(load_config(None, {"resume": str(folder)}))
+            found = fit(config, folder=folder, run=run)
+        else:
+            found = fit(config, run=run)
+    except Exception as error:
+        if not folder.exists():
+            raise
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        run.append_text("train.log", f"FAILED: {reason}\n{traceback.format_exc()}")
+        content: dict[str, Any] = {"settings": settings, "failed": reason}
+    else:
+        content = {"settings": settings, "failed": None, **measured(found, run, config)}
+    write_result(folder, content | {"seconds": round(time.monotonic() - began, 1)}, keep_weights)
+
+
+def measured(found: FitResult, run: RunFolder, config: Config) -> dict[str, Any]:
+    """Return what the report needs of a finished run: figures, the rank of each query, and costs.
+
+    A step is an update of a full batch in the last epoch, reading included, by the median over its steps. Peak memory
+    is that of the device, on a CPU that of the process. `adapter_bytes` is None if the run wrote no adapter.
+    """
+    final, before = found.final, found.zero_shot
+    assert isinstance(final, RetrievalReport) and run.path is not None
+    steps = [event for event in run.events if event["event"] == "train"]
+    last = [event["videos_per_second"] for event in steps if event["epoch"] == steps[-1]["epoch"]]
+    videos = json.loads((run.path / "config.json").read_text())["batch_size"] * config.gradient_accumulation_steps
+    adapter = run.path / "adapter.safetensors"
+    kept = {"validation": "best_validation", "best_epoch": "best_epoch", "test": "finetuned", "zero_shot": "zero_shot"}
+    return {
+        **{name: found.metrics[one] for name, one in kept.items()},
+        "parameters": found.metrics["parameters"],
+        "adapter_bytes": adapter.stat().st_size if adapter.is_file() else None,
+        "seconds_per_step": round(videos / statistics.median(last), 5),
+        "memory_mib": max(event["memory_mib"] for event in steps),
+        "ranks": {"t2v": final.metrics.t2v.ranks.tolist(), "v2t": final.metrics.v2t.ranks.tolist()},
+        "zero_shot_ranks": before.metrics.t2v.ranks.tolist() if isinstance(before, RetrievalFigures) else None,
+        "video_of_query": [final.queries.video_ids[video] for video in final.queries.video_of_text],
+    }
+
+
+def write_result(folder: Path, content: Mapping[str, Any], keep_weights: bool) -> None:
+    """Write result.json, which makes the cell a finished one, after what is large was deleted."""
+    large = [*folder.glob("last-*"), *folder.glob(".last-*"), folder / "embeddings"]
+    if not keep_weights:
+        large += [*folder.glob("*.safetensors"), folder / "tokenizer"]
+    for path in large:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_durably(folder / RESULT, (json.dumps(content, ensure_ascii=False) + "\n").encode())
+
+
+def open_models(configs: Mapping[str, Config]) -> None:
+    """Build the model of each method, without loading anything that is large, so that it is refused now if ever."""
+    for method, config in configs.items():
+        try:
+            open_model(config, values="meta")
+        except UserError as error:
+            raise UserError(f"methods.{method}: {error}") from error
+
+
+def in_process(target: Callable[..., None], *arguments: Any) -> int:
+    """Run `target(*arguments)` in a process of its own and return the exit code, negative for a signal.
+
+    The process ends with this one, even if this one is killed. Raise UserError if `target` does, and Interrupted, after
+    the process has saved its work, if either of the two gets a signal.
+    """
+    context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":  # importing torch takes seconds, and is done once
+        context.set_forkserver_preload(["adaclip_finetune.training.trainer"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_guarded, args=(target, sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.join()
+        raise
+    code = process.exitcode or 0
+    if signum := next((signum for signum, known in EXIT_CODES.items() if code == known), None):
+        raise Interrupted(signum)
+    if receiver.poll():
+        with suppress(EOFError):
+            raise UserError(receiver.recv())
+    return code
+
+
+def _guarded(target: Callable[..., None], sender: Connection, *arguments: Any) -> None:
+    """Run `target` as the main function of a process that ends with its parent, and send the message of UserError."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        target(*arguments)
+    except UserError as error:
+        sender.send(str(error))
+    except KeyboardInterrupt as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+# ---- names and settings ----
+
+
+def folder_name(name: str, searched: Any) -> str:
+    """Return the name of the folder for a value of a setting, such as `coef_lr=0.1`."""
+    return re.sub(r"[^\w.=+-]", "_", f"{name}={searched if isinstance(searched, str) else json.dumps(searched)}")
+
+
+def deciding_settings(config: Config, annotations: bool = True) -> dict[str, Any]:
+    """Return the settings on which the figures of a run depend, with a digest of each annotation if asked for."""
+    free = names_with("run") - {"resume"} | names_with("machine") - on_resume("same")
+    found: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
+    for name in ("train_annot", "val_annot", "test_annot") if annotations else ():
+        content = Path(found[name]).read_bytes()
+        found[f"the content of {name}"] = hashlib.sha256(content).hexdigest()[:12]
+    return found

@@ -8,14 +8,15 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from adaclip_finetune.compare.grid import Cell, Grid
+from adaclip_finetune.compare.grid import Grid
+from adaclip_finetune.compare.grid_cell import Cell
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.durable import replacing, write_durably
 from adaclip_finetune.errors import UserError
@@ -126,13 +127,11 @@ def summaries(grid: Grid) -> list[Summary]:
             baseline = baselines.setdefault(tuple(baseline.ranks[0].tolist()), baseline)
         rows.append((row, baseline))
     full = next((row for row, _ in rows if row.is_full and row.figures), None)
-    if len(baselines) == 1:  # otherwise the methods differ in frames or weights, and each name says whose it is
-        (only,) = baselines.values()
-        vars(only)["name"] = "zero-shot"
     lines = [*baselines.values()]
+    if len(lines) == 1:  # otherwise the methods differ in frames or weights, and each name says whose it is
+        lines = [replace(lines[0], name="zero-shot")]
     for row, baseline in rows:
-        changes = {"minus_zero_shot": difference(row, baseline), "minus_full": difference(row, full)}
-        lines.append(Summary(**{**vars(row), **changes}))
+        lines.append(replace(row, minus_zero_shot=difference(row, baseline), minus_full=difference(row, full)))
     return lines
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.config.base import OnResume, Role, Settings
@@ -35,6 +38,19 @@ def deciding_vectors() -> frozenset[str]:
     Paths are not included, because files are identified by their content.
     """
     return names_with("view", "model", paths=False)
+
+
+def deciding_values(config: Config, annotations: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the settings on which the figures of a run depend, for JSON.
+
+    A digest of the content of each annotation that is named (`train_annot`, …) is added.
+    """
+    free = names_with("run") - {"resume"} | names_with("machine") - on_resume("same")
+    found: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
+    for name in annotations:
+        content = Path(found[name]).read_bytes()
+        found[f"the content of {name}"] = hashlib.sha256(content).hexdigest()[:12]
+    return found
 
 
 def _facts(name: str, of: type[Settings]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -22,7 +21,7 @@ from sqlalchemy.exc import ArgumentError
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.optuna import OptunaSettings
-from adaclip_finetune.config.roles import names_with, on_resume
+from adaclip_finetune.config.roles import deciding_values, names_with
 from adaclip_finetune.config.schema import show
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import value
@@ -170,11 +169,8 @@ def _create_study(config: Config, name: str, storage: BaseStorage, attributes: d
 def _in_common(config: Config) -> dict[str, Any]:
     """Return the settings on which the value of every trial depends, and a digest of each annotation."""
     assert config.optuna_cfg is not None and config.train_annot is not None and config.val_annot is not None
-    free = names_with("run") - {"resume"} | names_with("machine") - on_resume("same") | {"test_annot"}
-    common: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
+    common = deciding_values(config, ("train_annot", "val_annot"))
+    del common["test_annot"]
     tuned = config.optuna_cfg.model_dump(mode="json", include=set(names_with("optimisation", of=OptunaSettings)))
     common |= {f"optuna_cfg.{name}": chosen for name, chosen in tuned.items()}
-    for name in ("train_annot", "val_annot"):
-        content = Path(common[name]).read_bytes()
-        common[f"the content of {name}"] = hashlib.sha256(content).hexdigest()[:12]
     return common

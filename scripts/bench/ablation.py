@@ -42,9 +42,13 @@ class Row:
     frames: str
     flags: tuple[str, ...] = ()
 
+    def seeds(self, count: int) -> range:
+        """Return the seeds of the row. Zero-shot has one, since it draws nothing."""
+        return range(1 if "--do_inference" in self.flags else count)
+
 
 def rows(top_k: int) -> list[Row]:
-    """Return all rows: selection times learning, and probes with the event's own frames. The first two have no seed."""
+    """Return all rows: selection times learning, and probes with the event's own frames."""
     fixed, mean = ("--no_policy", "--num_frm", str(top_k)), ("--frame_agg", "none")
     heads = (*FULL, "--freeze_layer_num", "4")  # all blocks of both towers are frozen
     return [
@@ -71,11 +75,13 @@ def main() -> None:
     table = rows(config.top_k)
     (arguments.work / "results").mkdir(parents=True, exist_ok=True)
     extract(arguments.work, config.num_frm, config.top_k)
-    jobs = [(row, seed) for seed in range(arguments.seeds) for row in table if seed == 0 or row not in table[:2]]
+    jobs = [(row, seed) for row in table for seed in row.seeds(arguments.seeds)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(tqdm(pool.map(lambda job: run(arguments.work, *job), jobs), "runs", len(jobs)))
-    ranks = {row.name: np.stack([read_ranks(path(arguments.work, row, seed)) for seed in range(arguments.seeds)
-                                 if row not in table[:2] or seed == 0]) for row in table}  # fmt: skip
+    ranks = {
+        row.name: np.stack([read_ranks(path(arguments.work, row, seed)) for seed in row.seeds(arguments.seeds)])
+        for row in table
+    }
     matrix = path(arguments.work, table[0], 0)
     print(report(table, ranks, needs_order(matrix), videos(matrix), arguments.seeds))
 
@@ -175,7 +181,7 @@ def report(
     whole = np.arange(len(reference))
     lines += [
         "",
-        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seeds; intervals by bootstrap over videos, each "
+        f"{len(whole)} queries ({ordered.sum()} need order), {seeds} seed(s); intervals by bootstrap over videos, each "
         f"with all its captions, {RESAMPLES} resamples.",
         f"Hard-Top-k minus uniform: {(reference - uniform).mean():.1f} points "
         f"{interval(lambda i: (reference[i] - uniform[i]).mean(), videos)}. "

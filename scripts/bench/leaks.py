@@ -4,7 +4,8 @@
 
 Ridge regression fitted on train predicts the words of a caption from features of its clip; test captions then retrieve
 the clip whose predicted words are most similar (cosine). The same probe on the frames of the event alone shows that it
-finds the answer where the features contain it. Prints Markdown for dataset_example/README.md.
+finds the answer where the features contain it. Then zero-shot retrieval by the tiny CLIP with frames chosen in several
+ways. Prints Markdown for dataset_example/README.md.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.folder import VideoFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pretrain_tiny_clip as pretraining
 import shapes_world as world
 
 DATA = Path(__file__).resolve().parents[2] / "dataset_example"
@@ -27,6 +32,12 @@ LEVELS = 6  # of each of red, green and blue in a histogram
 NEAR = 45  # how far a pixel's red, green and blue may be from a colour to count as that colour
 THUMBNAIL = 16  # pixels a side of an average frame
 PENALTIES = 10.0 ** np.arange(0, 6)
+FRAMES = {  # from the first frame of a clip, the one after its last, and the same of its event
+    "4 uniform frames, mean": lambda first, end, *event: np.linspace(first, end, 4, endpoint=False),
+    "16 uniform frames, mean": lambda first, end, *event: np.linspace(first, end, 16, endpoint=False),
+    "one frame of the event": lambda first, end, *event: np.array([sum(event) / 2]),
+    "4 frames of the event, mean": lambda first, end, *event: np.linspace(*event, 4, endpoint=False),
+}
 
 Features = NDArray[np.float64]
 
@@ -44,6 +55,24 @@ def main() -> None:
     for kind in kinds["train"]:
         rank = probe({split: kinds[split][kind] for split in kinds}, captions)
         print(f"| {kind} | {100 * (rank == 1).mean():.1f} | {100 * (rank <= 10).mean():.1f} | {np.median(rank):.0f} |")
+    print("\n| frames | R@1 | R@10 |\n|---|---|---|")
+    for kind in FRAMES:
+        rank = zero_shot(data, kind)
+        print(f"| {kind} | {100 * (rank == 1).mean():.1f} | {100 * (rank <= 10).mean():.1f} |")
+
+
+def zero_shot(data: Path, kind: str) -> NDArray[np.int64]:
+    """Return ranks of the clips of the test captions by the mean of unit vectors of the frames that FRAMES names."""
+    events = json.loads((data / "events.json").read_text())
+    names, store = list(json.loads((data / "test.json").read_text())), VideoFolder(data / "videos", {})
+    clip = open_clip.create_model(f"local-dir:{data / 'tiny_clip'}").eval()
+    tokens = open_clip.SimpleTokenizer(context_length=clip.context_length)(first_sentences(data, "test"))
+    whole = [0, events["frames"]]
+    chosen = [FRAMES[kind](*whole, *events["videos"][name]["event"]).astype(int).tolist() for name in names]
+    frames = np.concatenate([store.read(name, indices) for name, indices in zip(names, chosen, strict=True)])
+    with torch.no_grad():
+        image = F.normalize(clip.visual(pretraining.pixels(frames)), dim=-1).unflatten(0, (len(names), -1)).mean(dim=1)
+        return _ranks(clip.encode_text(tokens).double().numpy(), image.double().numpy())
 
 
 def features(data: Path, split: str, every: int = 1) -> dict[str, Features]:

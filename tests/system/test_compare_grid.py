@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.compare import grid as grids
-from adaclip_finetune.compare.grid import Cell, Grid
+from adaclip_finetune.compare import grid_cell
+from adaclip_finetune.compare.grid import Grid, run_grid
+from adaclip_finetune.compare.grid_cell import Cell
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import difference_over_seeds, recall_over_seeds
 from adaclip_finetune.training import optimizer
@@ -38,7 +40,7 @@ def work(words: list[str], log: Path, dies: bool = False) -> None:
     """Run the command in a process of its own. With `dies`, each cell kills its worker in its fourth update."""
     forked.begin(log)
     if dies:
-        grids.train_cell = killing  # type: ignore[assignment]
+        grid_cell.train_cell = killing  # type: ignore[assignment]
     raise SystemExit(main(words))
 
 
@@ -49,7 +51,7 @@ def killing(*arguments: Any) -> None:
     def clamp(*given: Any) -> None:
         calls.append(1)
         if len(calls) == 4:
-            worker = grids.multiprocessing.parent_process()
+            worker = multiprocessing.parent_process()
             assert worker is not None and worker.pid is not None
             os.kill(worker.pid, signal.SIGKILL)
             threading.Event().wait()
@@ -59,7 +61,7 @@ def killing(*arguments: Any) -> None:
     real_train(*arguments)
 
 
-real_train = grids.train_cell
+real_train = grid_cell.train_cell
 
 
 def start(path: Path, log: Path, dies: bool = False) -> Any:
@@ -222,7 +224,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused_before_any_cell(proje
     idle = {"peft": {"method": "lora", "config": {"layers": [7]}}}
     path = write(tmp_path, project, methods={"full": METHODS["full"], "far": idle})
     with pytest.raises(UserError, match=r"methods\.far: .*block 7"):
-        grids.run_grid(Grid(path), lambda _: "")
+        run_grid(Grid(path), lambda _: "")
     assert not (tmp_path / "out").exists()
 
 

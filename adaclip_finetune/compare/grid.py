@@ -16,7 +16,6 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +60,7 @@ class GridSettings(Settings):
     )
     seeds: int = setting(5, "seeds of each method: 0, 1, …", ge=1, le=1000)
     search: dict[str, list[Any]] = setting(
-        {}, "setting -> the values that are tried for each method, with seed 0", max_length=1
+        {}, "setting -> the values that are tried, with seed 0, for each method that does not set it", max_length=1
     )
     output_dir: PathText = setting(..., "folder of the cells and of the report", unit="folder")
     keep_weights: bool = setting(False, "keep best.safetensors and adapter.safetensors of each cell")
@@ -86,7 +85,6 @@ class Grid:
         self.folder = Path(self.settings.output_dir)
         self.methods = list(self.settings.methods)
         self.setting: str = next(iter(self.settings.search), "")
-        self.values: list[Any] = self.settings.search.get(self.setting, [None])
         if len({name.casefold() for name in self.methods}) < len(self.methods):
             raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
         self.cells = {cell.label: cell for cell in self._cells()}
@@ -100,11 +98,11 @@ class Grid:
         below = recipe if isinstance(recipe, dict) else read_object(recipe)
         place = f"{self.path}: recipe" if isinstance(recipe, dict) else recipe
         validated(Config, merged(Config, below, {}), place)
-        for method, searched in product(self.methods, self.values):
+        for method, searched in ((name, one) for name in self.methods for one in self.values(name)):
             given = self.settings.methods[method]
             value_of = {self.setting: searched} if self.setting else {}
-            if twice := {"seed", self.setting} & given.keys() | {"seed"} & value_of.keys():
-                raise UserError(f"{self.path}: methods.{method} cannot set {twice.pop()}, which the grid sets itself")
+            if "seed" in given.keys() | value_of.keys():
+                raise UserError(f"{self.path}: methods.{method} cannot set seed, which the grid sets itself")
             where = f"{self.path}: methods.{method}" + (f" with search.{self.setting}" if self.setting else "")
             for seed in range(self.settings.seeds):
                 data = merged(Config, below, given | value_of | {"seed": seed})
@@ -161,13 +159,18 @@ class Grid:
                 f"Take another output_dir, or delete {cell.folder} to train it again"
             )
 
+    def values(self, method: str) -> list[Any]:
+        """Return the values of the searched setting that are tried for a method: one if the method sets it itself."""
+        own = self.settings.methods[method]
+        return [own[self.setting]] if self.setting in own else self.settings.search.get(self.setting, [None])
+
     def of(self, method: str, searched: Any) -> list[Cell]:
         """Return the cells of a method with one value, by seed."""
         return [cell for cell in self.cells.values() if cell.method == method and cell.searched == searched]
 
     def searching(self, method: str) -> list[Cell]:
         """Return the cells of seed 0, one for each value."""
-        return [self.of(method, searched)[0] for searched in self.values]
+        return [self.of(method, searched)[0] for searched in self.values(method)]
 
     def validation(self, cell: Cell) -> float | None:
         """Return the primary figure of a finished cell on validation, None if the cell failed."""
@@ -209,7 +212,8 @@ class Grid:
     def size(self) -> int:
         """The number of cells of the whole grid; those of methods whose search failed altogether are not trained."""
         failed = [method for method in self.methods if self.is_searched(method) and not self.chosen(method)]
-        return len(self.methods) * len(self.values) + (len(self.methods) - len(failed)) * (self.settings.seeds - 1)
+        searched = sum(len(self.values(method)) for method in self.methods)
+        return searched + (len(self.methods) - len(failed)) * (self.settings.seeds - 1)
 
     def progress(self) -> str:
         """Return how many cells are finished, and how long the others take if all workers go on."""

@@ -139,7 +139,7 @@ def summary(grid: Grid, method: str) -> tuple[Summary, Summary | None]:
     """Return the line of a method without differences, and its zero-shot line if it was measured."""
     finished = [cell for cell in grid.searching(method) if cell.is_finished]
     if not grid.is_searched(method):
-        return Summary(method, note=f"{len(finished)} of {len(grid.values)} values tried"), None
+        return Summary(method, note=f"{len(finished)} of {len(grid.values(method))} values tried"), None
     best = grid.chosen(method)
     if best is None:
         reason = finished[0].result()["failed"].splitlines()[0]
@@ -174,12 +174,15 @@ def summary(grid: Grid, method: str) -> tuple[Summary, Summary | None]:
 
 
 def mark(grid: Grid, method: str, best: Cell) -> str:
-    """Return " (edge)" if the chosen value is the lowest or highest, " (all equal)" if all values did equally well."""
-    figures = {grid.validation(cell) for cell in grid.searching(method)}
-    if len(figures) == 1 and len(grid.values) > 1:
+    """Return " (edge)" if the chosen value is the lowest or highest, " (all equal)" if all values did
+    equally well, " (given)" if there was only one."""
+    figures, values = {grid.validation(cell) for cell in grid.searching(method)}, grid.values(method)
+    if len(values) == 1:
+        return " (given)"
+    if len(figures) == 1:
         return " (all equal)"
-    numbers = [one for one in grid.values if isinstance(one, int | float) and not isinstance(one, bool)]
-    is_edge = len(numbers) == len(grid.values) > 1 and best.searched in (min(numbers), max(numbers))
+    numbers = [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+    is_edge = len(numbers) == len(values) and best.searched in (min(numbers), max(numbers))
     return " (edge)" if is_edge else ""
 
 
@@ -258,7 +261,7 @@ def _remarks(grid: Grid, rows: Sequence[Summary]) -> Iterator[str]:
     if equal := [row.name for row in rows if row.searched.endswith("(all equal)")]:
         yield f"all equal: {grid.setting} makes no difference on validation for {', '.join(equal)}; the first is taken"
     if grid.setting:
-        values = ", ".join(map(show, grid.values))
+        values = ", ".join(map(show, grid.settings.search[grid.setting]))
         yield f"{grid.setting}: of {values}, the best {grid.primary} on validation with seed 0, the same search for all"
     seeds = f"{grid.settings.seeds} seeds" if grid.settings.seeds > 1 else "one seed, whose luck the intervals omit"
     yield f"figures: means over {seeds}, on the test split, each run at its best epoch on validation"

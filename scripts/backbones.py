@@ -39,7 +39,7 @@ from adaclip_finetune import load_retriever
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.export import export
-from adaclip_finetune.model.vit import text_linears, vision_view
+from adaclip_finetune.model.vit import tower_blocks, vision_view
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
 from adaclip_finetune.weights.clip_weights import resolve_backbone
@@ -187,7 +187,7 @@ def _name_and_tag(backbone: str) -> tuple[str, str]:
 
 def _methods(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Return the methods to try. LoRA is put into the towers that have transformer blocks."""
-    where = {"image": _works(lambda: vision_view(module)), "text": _works(lambda: text_linears(module))}
+    where = {"image": _works(lambda: vision_view(module)), "text": _works(lambda: tower_blocks(module, "text"))}
     towers = [tower for tower, works in where.items() if works == "yes"]
     lora: dict[str, Any] = {"rank": 2} | ({} if len(towers) == 2 else {"towers": towers[0]})
     return {

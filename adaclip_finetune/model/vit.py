@@ -1,8 +1,8 @@
 """Access to the blocks of CLIP's transformers, and to the linear maps inside a block.
 
-This is the only file that depends on the insides of open_clip's and timm's modules. Finetuning methods such as LoRA
-find blocks by `tower_blocks`, and their weights by `vision_linears` and `text_linears`; video towers that run CLIP's
-image tower block by block use `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
+This is the only file that depends on the insides of open_clip's, timm's and Hugging Face's modules. Finetuning methods
+such as LoRA find blocks by `tower_blocks`, and their weights by `Block.linears`; video towers that run CLIP's image
+tower block by block use `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
 """
 
 # Modules of open_clip and timm are Any here: what they return has no type.
@@ -11,11 +11,14 @@ image tower block by block use `vision_view`. Nothing here adds or changes modul
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import open_clip.transformer as oc
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat
@@ -53,7 +56,25 @@ class Linear(NamedTuple):
 
 
 class Block(ABC):
-    """A transformer block: x + attention, then + MLP.
+    """A transformer block, the module `module`: attention, then an MLP."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @abstractmethod
+    def linears(self) -> dict[Role, list[Linear]]:
+        """Return the block's linear maps by role: one a role, but two for the `fc` of an MLP with a separate gate."""
+
+    @abstractmethod
+    def add_to_mlp(self, network: nn.Module, parallel: bool) -> None:
+        """Add network(x) to the output of the MLP from now on: x is that output, or the MLP's input if `parallel`.
+
+        The caller makes the network a part of some module, or it would not be trained.
+        """
+
+
+class OpenBlock(Block):
+    """A block that can also be computed in pieces: x + attention, then + MLP.
 
     The pieces together equal the whole block (except for dropout inside attention, which no CLIP uses):
 
@@ -70,13 +91,12 @@ class Block(ABC):
     """
 
     def __init__(self, module: Any, rotary_trunk: Any = None) -> None:
-        self.module = module
+        super().__init__(module)
         self.heads: int = module.attn.num_heads
         self._rotary_trunk = rotary_trunk  # timm's trunk, where it has rotary position embeddings
 
-    @abstractmethod
-    def linears(self) -> dict[Role, list[Linear]]:
-        """Return the block's linear maps by role: one a role, but two for the `fc` of an MLP with a separate gate."""
+    def add_to_mlp(self, network: nn.Module, parallel: bool) -> None:
+        self.module.mlp.register_forward_hook(partial(_plus, network, parallel))
 
     @abstractmethod
     def qkv(self, x: Tensor, positions: Tensor | None = None) -> QKV:
@@ -105,7 +125,7 @@ class VisionView(ABC):
     Gradient checkpointing is up to the caller: `set_grad_checkpointing` of the tower has no effect here.
     """
 
-    blocks: list[Block]
+    blocks: list[OpenBlock]
     prefix: int
     grid: tuple[int, int]
     width: int
@@ -130,25 +150,21 @@ def vision_view(clip: nn.Module) -> VisionView:
     return view
 
 
-def vision_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
-    """Return the linear maps of each block of an open_clip model's image tower. Raise UserError if it is not a ViT."""
-    return [block.linears() for block in tower_blocks(clip, "image")]
+def tower_blocks(clip: nn.Module, tower: TowerName) -> Sequence[Block]:
+    """Return the blocks of a tower. Raise UserError for image towers that are no ViT, and unknown text towers.
 
-
-def text_linears(clip: nn.Module) -> list[dict[Role, list[Linear]]]:
-    """Return the linear maps of each block of the text tower. Raise UserError for Hugging Face text towers."""
-    return [block.linears() for block in tower_blocks(clip, "text")]
-
-
-def tower_blocks(clip: nn.Module, tower: TowerName) -> list[Block]:
-    """Return the blocks of a tower. Raise UserError for image towers that are no ViT, and Hugging Face text towers."""
+    Of Hugging Face's text towers, those built like BERT are known, such as RoBERTa's.
+    """
     if tower == "image":
         return _vision_blocks(clip)
     text = text_tower(clip)
     transformer = getattr(text, "transformer", None)
-    if not isinstance(transformer, oc.Transformer):
-        raise _refusal("text", text, "its blocks are not open_clip's own")
-    return [_block("text", text, module) for module in transformer.resblocks]
+    if isinstance(transformer, oc.Transformer):
+        return [_block("text", text, module) for module in transformer.resblocks]
+    layers = getattr(getattr(transformer, "encoder", None), "layer", None)
+    if layers is None or not all(hasattr(one, "intermediate") and hasattr(one.attention, "self") for one in layers):
+        raise _refusal("text", text, "its blocks are neither open_clip's own nor those of a BERT")
+    return [_BertBlock(module) for module in layers]
 
 
 def tower_norms(clip: nn.Module, tower: TowerName) -> list[nn.LayerNorm]:
@@ -161,8 +177,8 @@ def tokens_before(clip: nn.Module, tower: TowerName) -> int:
     """Return how many tokens precede the patches of an image (class token, registers) or the words of a text."""
     if tower == "image":
         return vision_view(clip).prefix
-    # Only causal towers have a start token.
-    return int(isinstance(getattr(text_tower(clip), "attn_mask", None), Tensor))
+    text = text_tower(clip)  # open_clip's own has a start token if it is causal
+    return int(isinstance(text, HFTextEncoder) or isinstance(getattr(text, "attn_mask", None), Tensor))
 
 
 def make_room(arguments: dict[str, Any], at: int, count: int) -> None:
@@ -171,11 +187,12 @@ def make_room(arguments: dict[str, Any], at: int, count: int) -> None:
     They stand at position `at`, behind all tokens of the prefix. Every token sees them; they see each other and what
     the token before them sees. They are not rotated.
     """
-    mask, rope = arguments.get("attn_mask"), arguments.get("rope")
-    if mask is not None:
+    name, rope = "attention_mask" if "attention_mask" in arguments else "attn_mask", arguments.get("rope")
+    if (mask := arguments.get(name)) is not None:
         old = torch.arange(mask.shape[-1], device=mask.device)
         order = torch.cat([old[:at], torch.full_like(old[:1], max(at - 1, 0)).expand(count), old[at:]])
-        arguments["attn_mask"] = mask[..., order, :][..., order]
+        rows = mask if mask.shape[-2] == 1 else mask[..., order, :]  # one row may stand for all
+        arguments[name] = rows[..., order]
     if rope is not None:
         half = rope.shape[1] // 2  # sines, then cosines
         still = torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], dim=1)
@@ -200,7 +217,36 @@ def patch_embedding(clip: nn.Module) -> nn.Module:
 # Blocks
 
 
-class _OpenClipBlock(Block):
+def _plus(network: nn.Module, parallel: bool, mlp: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    """Return the output of an MLP with that of the network: a forward hook of the MLP, or of its last layer."""
+    return out + network(inputs[0] if parallel else out)
+
+
+def _plus_residual(network: nn.Module, module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the arguments of BERT's `output`, a hidden state and the MLP's input, which it adds: a hook before it."""
+    hidden, x = inputs
+    return hidden, x + network(x)
+
+
+class _BertBlock(Block):
+    """A layer of Hugging Face's BERT, or of a model built alike. It normalises the sums of input and branch."""
+
+    def linears(self) -> dict[Role, list[Linear]]:
+        attention = self.module.attention
+        own = attention.self
+        maps: dict[Role, Any] = {"q": own.query, "k": own.key, "v": own.value, "out": attention.output.dense}
+        maps |= {"fc": self.module.intermediate.dense, "proj": self.module.output.dense}
+        return {role: [_whole(linear)] for role, linear in maps.items()}
+
+    def add_to_mlp(self, network: nn.Module, parallel: bool) -> None:
+        output = self.module.output
+        if parallel:
+            output.register_forward_pre_hook(partial(_plus_residual, network))
+        else:
+            output.dense.register_forward_hook(partial(_plus, network, False))
+
+
+class _OpenClipBlock(OpenBlock):
     """A block of open_clip's own transformers; its attention is PyTorch's, or open_clip's `Attention`."""
 
     def linears(self) -> dict[Role, list[Linear]]:
@@ -237,7 +283,7 @@ class _OpenClipBlock(Block):
         return self.module(x, attn_mask=mask)
 
 
-class _TimmBlock(Block):
+class _TimmBlock(OpenBlock):
     """A pre-norm block of timm."""
 
     def linears(self) -> dict[Role, list[Linear]]:
@@ -326,7 +372,7 @@ class _PostNormBlock(_TimmBlock):
         return drop(norm(out))
 
 
-_BLOCKS: dict[type[nn.Module], type[Block]] = {
+_BLOCKS: dict[type[nn.Module], type[OpenBlock]] = {
     oc.ResidualAttentionBlock: _OpenClipBlock,
     oc.CustomResidualAttentionBlock: _OpenClipBlock,
     vision_transformer.Block: _TimmBlock,
@@ -339,7 +385,7 @@ _ATTENTIONS = (nn.MultiheadAttention, oc.Attention, Attention, AttentionRope, ev
 _MLPS = ((("c_fc",), "c_proj"), (("fc1",), "fc2"), (("fc1_g", "fc1_x"), "fc2"), (("w0", "w1"), "w2"))
 
 
-def _vision_blocks(clip: nn.Module) -> list[Block]:
+def _vision_blocks(clip: nn.Module) -> list[OpenBlock]:
     visual: Any = clip.visual
     if isinstance(visual, oc.VisionTransformer):
         return [_block("image", visual, module) for module in visual.transformer.resblocks]
@@ -352,8 +398,8 @@ def _vision_blocks(clip: nn.Module) -> list[Block]:
     return [_block("image", visual, module, None if rope is None else trunk) for module in trunk.blocks]
 
 
-def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -> Block:
-    """Return the module as a `Block`. Raise UserError for a module that computes something else than `Block` says."""
+def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -> OpenBlock:
+    """Return the module as an `OpenBlock`. Raise UserError for one that computes something else than its class says."""
     opened = next((opened for known, opened in _BLOCKS.items() if isinstance(module, known)), None)
     if opened is None:
         raise _refusal(kind, tower, f"its blocks, {type(module).__name__}, are not supported")
@@ -400,7 +446,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 class _OpenClipView(VisionView):
     """The view of open_clip's own `VisionTransformer`."""
 
-    def __init__(self, visual: Any, blocks: list[Block]) -> None:
+    def __init__(self, visual: Any, blocks: list[OpenBlock]) -> None:
         self._visual = visual
         self.blocks, self.prefix, self.grid, self.width = blocks, 1, visual.grid_size, visual.transformer.width
 
@@ -415,7 +461,7 @@ class _OpenClipView(VisionView):
 class _TimmView(VisionView):
     """The view of open_clip's `TimmModel` around timm's `VisionTransformer` or `Eva`."""
 
-    def __init__(self, visual: Any, blocks: list[Block]) -> None:
+    def __init__(self, visual: Any, blocks: list[OpenBlock]) -> None:
         self._visual, trunk = visual, visual.trunk
         self.blocks, self.prefix = blocks, trunk.num_prefix_tokens
         self.grid, self.width = tuple(trunk.patch_embed.grid_size), trunk.embed_dim

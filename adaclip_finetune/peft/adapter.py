@@ -8,28 +8,25 @@ merged into CLIP's weights.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaclip_finetune.config.choices import AdapterSettings
-from adaclip_finetune.model.vit import Block
 from adaclip_finetune.peft.base import PeftMethod, chosen_blocks, train_added
 from adaclip_finetune.weights.plain import Added
 
 
 class Adapter(Added):
-    """Adds scale · up(gelu(down(x))) to the output of an MLP; x is that output, or the MLP's input if `parallel`.
+    """Computes scale · up(gelu(down(x))), which is 0 at the start.
 
-    The output of the MLP includes the adapter wherever a block is called, as a whole or in parts.
+    The output of the MLP includes it wherever a block is called, as a whole or in parts.
     """
 
     def __init__(self, weight: Tensor, settings: AdapterSettings) -> None:
         """`weight` is that of the MLP's last layer, (width, …), whose device and precision the adapter gets."""
         super().__init__()
-        self.parallel = settings.position == "parallel"
-        self.scale = settings.scale or (0.1 if self.parallel else 1.0)
+        self.scale = settings.scale or (0.1 if settings.position == "parallel" else 1.0)
         self.down = nn.Linear(len(weight), settings.dim).to(weight)
         self.up = nn.Linear(settings.dim, len(weight)).to(weight)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
@@ -39,16 +36,6 @@ class Adapter(Added):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.up(F.gelu(self.down(x)))
         return self.scale * out
-
-    def add(self, mlp: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
-        """Return the output of the MLP with the adapter's: a forward hook."""
-        added: Tensor = self(inputs[0] if self.parallel else out)
-        return out + added
-
-    def attach(self, block: Block) -> None:
-        """Become a part of the block. An MLP may be a Sequential, which would call a child of its own."""
-        block.module.add_module("adapter", self)
-        block.module.mlp.register_forward_hook(self.add)
 
 
 class Adapters(PeftMethod):
@@ -60,7 +47,10 @@ class Adapters(PeftMethod):
     def attach(self, clip: nn.Module) -> None:
         for blocks in chosen_blocks(clip, "adapter", self.settings.towers, self.settings.layers).values():
             for block in blocks:
-                Adapter(block.linears()["proj"][0].rows(), self.settings).attach(block)
+                adapter = Adapter(block.linears()["proj"][0].rows(), self.settings)
+                # Not a part of the MLP, which may be a Sequential and would call it.
+                block.module.add_module("adapter", adapter)
+                block.add_to_mlp(adapter, self.settings.position == "parallel")
 
     def choose(self, model: nn.Module) -> None:
         train_added(model, Adapter, self.settings.keep_module_keywords)

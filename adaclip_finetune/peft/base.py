@@ -8,7 +8,7 @@ Everything outside CLIP (frame selector, header, pooling) is new and always lear
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,7 +184,7 @@ def chosen_blocks(clip: nn.Module, method: str, towers: str, layers: Iterable[in
 
     Raise UserError for a tower that cannot be opened, or a number that no tower has.
     """
-    found: dict[TowerName, list[Block]] = {}
+    found: dict[TowerName, Sequence[Block]] = {}
     for name in TOWER_NAMES:
         if towers in (name, "both"):
             try:

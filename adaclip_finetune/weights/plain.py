@@ -41,7 +41,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
         for prefix, part in module.named_modules():
             if parametrize.is_parametrized(part):
                 for tensor in part.parametrizations:
-                    state[f"{prefix}.{tensor}" if prefix else tensor] = getattr(part, tensor).detach()
+                    state[f"{prefix}.{tensor}" if prefix else tensor] = _effective(part, tensor)
     return state
 
 
@@ -61,7 +61,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
                 delattr(part, name)
         if parametrize.is_parametrized(part):
             names = [name for name, _ in part.get_submodule("parametrizations").named_children()]
-            values = {name: getattr(part, name).detach() for name in names}
+            values = {name: _effective(part, name) for name in names}
             del part.parametrizations
             # The class that torch made has the tensors as properties; a subclass of it may have been made since.
             made = next(kind for kind in type(part).__mro__ if names[0] in vars(kind))
@@ -69,6 +69,16 @@ def plain_copy(module: nn.Module) -> nn.Module:
             for name, value in values.items():
                 part.register_parameter(name, nn.Parameter(value))
     return twin
+
+
+def _effective(module: nn.Module, name: str) -> Tensor:
+    """Return a parametrized tensor as it is in evaluation, without dropout, whatever mode the module is in."""
+    parametrizations: nn.Module = module.get_submodule(f"parametrizations.{name}")
+    training = parametrizations.training
+    parametrizations.eval()
+    value: Tensor = getattr(module, name).detach()
+    parametrizations.train(training)
+    return value
 
 
 def weights_digest(model: nn.Module) -> str:

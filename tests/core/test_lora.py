@@ -14,7 +14,7 @@ from adaclip_finetune.config.choices import LoraSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.peft.lora import Lora, LowRank
-from adaclip_finetune.weights.plain import plain_name, plain_state
+from adaclip_finetune.weights.plain import plain_copy, plain_name, plain_state
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 build_clip = partial(build_tiny_clip, vocabulary=VOCABULARY)
@@ -123,6 +123,10 @@ def test_dropout_drops_inputs_of_the_update_in_training_only() -> None:
     zero = (dropped == 0).all(dim=0)
     assert 16 <= int(zero.sum()) <= 48  # of 64 inputs
     torch.testing.assert_close(dropped[:, ~zero], 2 * still[:, ~zero])
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    for plain in (plain_state(model.clip), plain_copy(model.clip).state_dict()):
+        torch.testing.assert_close(plain[name], original + still, rtol=0, atol=0)  # what is saved has no dropout
+    assert layer.parametrizations.weight[0].training
 
 
 def test_a_repeated_target_counts_once_and_a_row_of_zeros_stays_zero() -> None:

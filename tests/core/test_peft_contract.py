@@ -76,20 +76,13 @@ def outputs(model: Model, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     return model.clip.visual(pixels), model.clip.encode_text(random_tokens(3))
 
 
-def config_of(case: str, kind: str) -> Any:
-    """Return the settings of a case. A method that opens towers gets the image tower alone beside Hugging Face's."""
-    section = copy.deepcopy(METHODS[case])
-    for part in section["config"]["methods"] if section["method"] == "joined" else [section]:
-        if kind != "open_clip":
-            known = PEFT[part["method"]].settings.model_fields
-            less = {name: value for name, value in {"towers": "image", "num_text_prompts": 0}.items() if name in known}
-            part["config"] = part.get("config", {}) | less
-    return load_config(None, {"peft": section, "freeze_layer_num": -1})
+def config_of(case: str) -> Any:
+    return load_config(None, {"peft": copy.deepcopy(METHODS[case]), "freeze_layer_num": -1})
 
 
 def attached(case: str, kind: str) -> tuple[Model, PeftMethod]:
     """Return a pretrained model with the method attached, and the method, which has chosen what learns."""
-    config, model = config_of(case, kind), Model(kind)
+    config, model = config_of(case), Model(kind)
     method = build_method(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)

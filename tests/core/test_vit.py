@@ -16,10 +16,10 @@ from open_clip.transformer import CustomResidualAttentionBlock
 from tiny import on_meta
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import BertConfig
+from transformers import MT5Config
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.vit import ROLES, Block, Linear, text_linears, vision_linears, vision_view
+from adaclip_finetune.model.vit import ROLES, Linear, OpenBlock, TowerName, tower_blocks, vision_view
 
 # A configuration of open_clip, and what to change in its vision_cfg and in timm's trunk, to be fast: all models have
 # two blocks a tower and narrow text towers. All else, the width of a head included, is as published.
@@ -162,7 +162,7 @@ def test_the_pieces_of_a_block_compute_its_output(clip: Any) -> None:
         assert block(tokens[:, :3], positions=standing[:3]).shape == tokens[:, :3].shape
 
 
-def in_pieces(block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def in_pieces(block: OpenBlock, x: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = block.qkv(x)
     assert q.shape[:3] == (x.shape[0], block.heads, x.shape[1])
     x = x + block.attention_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -195,8 +195,8 @@ def test_each_linear_map_has_the_role_that_it_is_listed_under(clip: Any) -> None
 def test_the_maps_cover_all_matrices_of_the_blocks(clip: Any) -> None:
     named = {id(parameter): name for name, parameter in clip.named_parameters()}
     for linears, blocks in (
-        (vision_linears(clip), [block.module for block in vision_view(clip).blocks]),
-        (text_linears(clip), list(getattr(clip, "text", clip).transformer.resblocks)),
+        (linears_of(clip, "image"), [block.module for block in vision_view(clip).blocks]),
+        (linears_of(clip, "text"), list(getattr(clip, "text", clip).transformer.resblocks)),
     ):
         assert len(linears) == len(blocks) == 2
         covered = parameters_of(linears)
@@ -222,9 +222,9 @@ def test_weights_can_be_parametrized(clip: nn.Module) -> None:
         return own
 
     before = outputs()
-    for module, name in parameters_of(vision_linears(clip) + text_linears(clip)):
+    for module, name in parameters_of(linears_of(clip, "image") + linears_of(clip, "text")):
         parametrize.register_parametrization(module, name, Same())
-    assert len(vision_linears(clip)) == 2  # modules are still recognised, though parametrization changed their classes
+    assert len(linears_of(clip, "image")) == 2, "parametrization changes their classes"
     # Not bit for bit: without gradients, PyTorch multiplies by a parameter in another order than by its copy.
     for own, other in zip(outputs(), before, strict=True):
         assert_close(own, other, 1e-5 if own.dtype == torch.float32 else 1e-2)
@@ -251,10 +251,14 @@ def test_gradients_reach_low_rank_updates_with_and_without_checkpointing(clip: A
         assert_close(own, other)
 
 
+def linears_of(clip: nn.Module, tower: TowerName) -> list[dict[Any, list[Linear]]]:
+    return [block.linears() for block in tower_blocks(clip, tower)]
+
+
 def add_low_rank(clip: nn.Module) -> list[LowRank]:
     clip.requires_grad_(False)
     updates = []
-    for (module, name), linears in parameters_of(vision_linears(clip) + text_linears(clip)).items():
+    for (module, name), linears in parameters_of(linears_of(clip, "image") + linears_of(clip, "text")).items():
         for linear in linears:
             updates.append(LowRank(getattr(module, name), linear))
             parametrize.register_parametrization(module, name, updates[-1])
@@ -273,18 +277,19 @@ def add_low_rank(clip: nn.Module) -> list[LowRank]:
 )
 def test_image_towers_other_than_vits_are_refused(config: str, tower: str) -> None:
     clip = on_meta(config)
-    for opened in (vision_view, vision_linears):
-        with pytest.raises(UserError, match=rf"image tower \({tower}\)"):
-            opened(clip)
-    assert len(text_linears(clip)) == 12
+    with pytest.raises(UserError, match=rf"image tower \({tower}\)"):
+        vision_view(clip)
+    with pytest.raises(UserError, match=rf"image tower \({tower}\)"):
+        tower_blocks(clip, "image")
+    assert len(tower_blocks(clip, "text")) == 12
 
 
-def test_hugging_face_text_towers_are_refused() -> None:
+def test_text_towers_of_hugging_face_that_are_no_bert_are_refused() -> None:
     clip = nn.Module()
-    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=9)
-    clip.text = HFTextEncoder("", 16, config, "cls_pooler", "linear", pretrained=False)
+    config = MT5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, vocab_size=9)
+    clip.text = HFTextEncoder("", 16, config, "mean_pooler", "linear", pretrained=False)
     with pytest.raises(UserError, match=r"text tower \(HFTextEncoder\)"):
-        text_linears(clip)
+        tower_blocks(clip, "text")
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,17 @@
-"""LoRA in every command, from training to tuning its rank."""
+"""LoRA: what only it has. `test_method_runs.py` has what all methods have."""
 
 import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
-import killed
-import open_clip
 import optuna
 import pytest
 import torch
-from media import write_video
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spread import spread
-from transformers import CLIPModel
 
-from adaclip_finetune import VideoIndex, load_retriever
+from adaclip_finetune import load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.errors import UserError
@@ -73,17 +67,6 @@ def test_gradient_checkpointing_learns_the_same(run: Path, project: Project, tmp
     torch.testing.assert_close(load_file(folder / "best.safetensors"), load_file(run / "best.safetensors"))
 
 
-def _train(settings: Project, output: Path) -> None:
-    trained(settings, output, learning_rate=1e-4, num_epochs=1)
-
-
-def test_two_processes_learn_what_one_does(project: Project, tmp_path: Path) -> None:
-    assert spread(_train, 2, tmp_path / "log", project, tmp_path / "two") == [0, 0]
-    _train(project, tmp_path / "one")
-    one, two = (load_file(next((tmp_path / name / "tiny").iterdir()) / "best.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
 def test_the_command_that_a_run_prints_evaluates_it(
     run: Path, project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,27 +80,6 @@ def test_the_command_that_a_run_prints_evaluates_it(
     assert f"best.safetensors  {figures['R@1']:7.1f}" in capsys.readouterr().out
 
 
-def test_evaluate_tells_the_same_figures_and_what_learned(run: Path, project: Project, tmp_path: Path) -> None:
-    table, noted = tmp_path / "t.json", json.loads((run / "metrics.json").read_text())
-    for given in (run, run / "adapter.safetensors"):
-        assert main(["evaluate", str(given), "--annot", str(project["test_annot"]), "--json", str(table)]) == 0
-        row = json.loads(table.read_text())["rows"][-1]
-        assert row["t2v"]["MeanR"] == noted["finetuned"]["t2v"]["MeanR"]
-        learned = noted["parameters"]["clip"]
-        assert row["cost"]["percent_of_clip"] == pytest.approx(100 * learned["trainable"] / learned["total"])
-
-
-def test_its_videos_are_indexed_and_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in range(3):
-        write_video(tmp_path / "videos" / f"v{number}.mp4", 20 + 10 * number)
-    assert main(["index", str(run), str(tmp_path / "videos"), "-o", str(tmp_path / "i"), "--num_workers", "0"]) == 0
-    assert main(["search", str(tmp_path / "i"), "a red thing", "-k", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    index, model = VideoIndex.load(tmp_path / "i"), load_retriever(run / "adapter.safetensors")
-    hits = index.search(model.encode_text(["a red thing"]), 2)[0]
-    assert [hit["id"] for hit in found["hits"]] == [hit.video.id for hit in hits]
-
-
 def test_adapter_and_merged_weights_are_one_model(run: Path) -> None:
     one, other = load_retriever(run), load_retriever(run / "adapter.safetensors")
     words = ["a red thing", "it is blue"]
@@ -126,38 +88,6 @@ def test_adapter_and_merged_weights_are_one_model(run: Path) -> None:
         inside = {name for name in file.keys() if name.startswith("clip.")}  # noqa: SIM118
     assert inside and all(".parametrizations." in name and re.search(r"\.(up|down)\.\d$", name) for name in inside)
     assert (run / "adapter.safetensors").stat().st_size < (run / "best.safetensors").stat().st_size / 5
-
-
-@pytest.mark.parametrize("form", ["open_clip", "huggingface"])
-def test_exported_it_loads_elsewhere_with_the_same_vectors(
-    form: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["export", str(run), "--format", form, "-o", str(tmp_path / "out")]) == 0
-    clip, pixels = load_retriever(run).model.clip, torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        if form == "open_clip":
-            module, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
-            found = module.eval().encode_image(pixels)
-        else:
-            theirs = CLIPModel.from_pretrained(tmp_path / "out").eval()
-            found = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
-        torch.testing.assert_close(found, clip.encode_image(pixels), rtol=1e-5, atol=1e-5)
-
-
-def test_a_killed_run_resumes_bit_for_bit(project: Project, tmp_path: Path) -> None:
-    given = {**project, **LORA, "peft": {"method": "lora", "config": {"rank": 2, "dropout": 0.2}}}
-    states = []
-    for name in ("whole", "killed"):
-        settings = {**given, "output_dir": str(tmp_path / name), "save_every_steps": 1}
-        if name == "killed":
-            assert killed.run(settings, tmp_path / "log", "update", 4) == -signal.SIGKILL
-            settings = {"resume": str(next((tmp_path / name / "tiny").iterdir()))}
-        assert killed.run(settings, tmp_path / "log") == 0, (tmp_path / "log").read_text()
-        folder = next((tmp_path / name / "tiny").iterdir())
-        states.append(load_file(folder / "best.safetensors") | load_file(folder / "adapter.safetensors"))
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_only_an_adapter_may_lack_the_frozen_copy_of_the_tower(project: Project, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaclip_finetune.config import ChoiceSettings
 from adaclip_finetune.model.text import ClipTextTower, TextTower
-from adaclip_finetune.model.vit import Block, VisionView, vision_view
+from adaclip_finetune.model.vit import OpenBlock, VisionView, vision_view
 
 
 class FrameTower(nn.Module, ABC):
@@ -83,7 +83,7 @@ class BlockwiseTower(FrameTower):
         """Return the input of the first block from embedded patches (B, T, L, W)."""
         return tokens.flatten(0, 1)
 
-    def block(self, number: int, block: Block, tokens: Tensor, state: dict[str, Any]) -> Tensor:
+    def block(self, number: int, block: OpenBlock, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """Run one block of the transformer."""
         return block(tokens)
 

@@ -231,7 +231,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused_before_any_cell(proje
 def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     grid = Grid(Path("cfgs/compare-demo.json"))
-    assert len(grid.methods) == 10 and grid.size == 9 * (4 + 4) + 5
+    assert len(grid.methods) == 10 and grid.size == 9 * (6 + 4) + 5
     full, heads = grid.searching("full")[0].config, grid.searching("heads only")[0].config
     assert (full.peft.method, full.freeze_layer_num, full.freeze_clip) == ("full", -1, False)
     assert heads.freeze_clip and len(grid.searching("heads only")) == 1, "it sets coef_lr, which nothing uses"

@@ -86,7 +86,7 @@ class OpenBlock(Block):
     token may attend; its shape is (L, L), or one that broadcasts to (n, heads, L, L).
 
     `positions`, (L) or (n, L), are the places of the tokens in the grid of patches, row by row from 0; −1 is a token
-    without a place, such as a class token. Pass them if tokens were added, dropped or merged after `VisionView.embed`.
+    without a place, such as a class token. Pass them if tokens were added, dropped or merged after `VisionView.place`.
     Only blocks with rotary position embeddings use them.
     """
 
@@ -119,7 +119,7 @@ class OpenBlock(Block):
 
 
 class VisionView(ABC):
-    """The parts of a vision transformer. `embed`, then all `blocks`, then `pool` give the tower's own output.
+    """The parts of a vision transformer. `place`, `norm`, all `blocks`, then `pool` give the tower's own output.
 
     `prefix` tokens (class token, registers) stand before the `grid` = (rows, columns) of patches; `width` is W.
     Gradient checkpointing is up to the caller: `set_grad_checkpointing` of the tower has no effect here.
@@ -131,8 +131,16 @@ class VisionView(ABC):
     width: int
 
     @abstractmethod
+    def place(self, pixels: Tensor) -> Tensor:
+        """Return embedded tokens with their positions: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
+
+    @abstractmethod
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Return placed tokens normalised as the first block gets them; unchanged by towers without such a norm."""
+
     def embed(self, pixels: Tensor) -> Tensor:
-        """Return the tokens that enter the first block: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
+        """Return the tokens that enter the first block: (n, 3, S, S) → (n, L, W)."""
+        return self.norm(self.place(pixels))
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
@@ -450,8 +458,14 @@ class _OpenClipView(VisionView):
         self._visual = visual
         self.blocks, self.prefix, self.grid, self.width = blocks, 1, visual.grid_size, visual.transformer.width
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        return self._visual._embeds(pixels)
+    def place(self, pixels: Tensor) -> Tensor:
+        visual = self._visual
+        patches = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self._visual.ln_pre(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
         pooled = self._visual._pool(tokens)[0]
@@ -466,10 +480,13 @@ class _TimmView(VisionView):
         self.blocks, self.prefix = blocks, trunk.num_prefix_tokens
         self.grid, self.width = tuple(trunk.patch_embed.grid_size), trunk.embed_dim
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def place(self, pixels: Tensor) -> Tensor:
         trunk = self._visual.trunk
         placed = trunk._pos_embed(trunk.patch_embed(pixels))
-        return trunk.norm_pre(placed[0] if isinstance(placed, tuple) else placed)
+        return placed[0] if isinstance(placed, tuple) else placed
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self._visual.trunk.norm_pre(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
         trunk = self._visual.trunk

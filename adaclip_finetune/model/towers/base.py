@@ -70,7 +70,7 @@ class BlockwiseTower(FrameTower):
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         state: dict[str, Any] = {"mask": mask, "shape": pixels.shape[:2]}
-        tokens: Tensor = self.view.embed(pixels.flatten(0, 1))
+        tokens: Tensor = self.view.place(pixels.flatten(0, 1))
         tokens = self.enter(tokens.reshape(*pixels.shape[:2], *tokens.shape[1:]), state)  # (B, T, L, W)
         for number, block in enumerate(self.view.blocks):
             if self.checkpointing and torch.is_grad_enabled():
@@ -80,8 +80,8 @@ class BlockwiseTower(FrameTower):
         return self.leave(tokens, state)
 
     def enter(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
-        """Return the input of the first block from embedded patches (B, T, L, W)."""
-        return tokens.flatten(0, 1)
+        """Return the input of the first block from placed tokens (B, T, L, W), which are not normalised yet."""
+        return self.view.norm(tokens.flatten(0, 1))
 
     def block(self, number: int, block: OpenBlock, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """Run one block of the transformer."""

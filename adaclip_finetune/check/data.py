@@ -162,7 +162,8 @@ def _unreadable(
 def _look_through(split: CheckedSplit, config: Config) -> dict[str, tuple[FrameError, bool]]:
     """Decode all frames of all videos. Return the first error of each damaged video, and whether it hurts a run."""
     # A run that draws its frames at random meets any of them.
-    draws = split.trains and config.sampling == "random" and not config.segment_sampling
+    drawn = ("segments", "ends") if config.segment_sampling else ("random", "segments", "ends")
+    draws = split.trains and config.sampling in drawn
     store, stop = split.store, threading.Event()
 
     def look(video_id: str) -> tuple[FrameError, bool] | None:

@@ -33,8 +33,8 @@ from adaclip_finetune.weights.loaded import LoadedClip
 from adaclip_finetune.weights.plain import weights_digest
 
 # Settings that two checkpoints must share for one zero-shot row to serve both, beside the weights of CLIP.
-_DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "max_txt_len", "concat_captions", "precision", "task",
-                       "frames_dir", "video_dir", "img_tmpl", "skip_missing")  # fmt: skip
+_DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "to_last_frame", "resize", "max_txt_len", "concat_captions",
+                       "precision", "task", "frames_dir", "video_dir", "img_tmpl", "skip_missing")  # fmt: skip
 
 
 @dataclass

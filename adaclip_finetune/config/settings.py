@@ -89,13 +89,19 @@ class Config(Settings):
     # Frames
     num_frm: int = view(16, "frames sampled from each video", unit="frames", ge=1)
     num_frm_subset: int = view(0, "keep this many sampled frames and blank the rest; 0: all", unit="frames", ge=0)
-    sampling: Literal["uniform", "random"] = optimisation("uniform", "sample training frames evenly or at random")
+    sampling: Literal["uniform", "random", "segments", "ends"] = optimisation(
+        "uniform", "training frames: evenly, drawn, one drawn in each of num_frm segments, or evenly between drawn ends"
+    )
     segment_sampling: bool = view(False, "split a video into num_frm equal segments and sample the middle of each")
+    to_last_frame: bool = view(False, "sample evenly from the first to the last frame, as CLIP-ViP")
     img_tmpl: str = data(
         "image_{:05d}.jpg",
         "file name of frame n in frames_dir/<video>/, counted from 1",
         pattern=r"^[^{}/\\]*\{(:0?[0-9]{0,2}d)?\}[^{}/\\]*$",
         allowed="a file name with one place for the number, as in image_{:05d}.jpg",
+    )
+    resize: Literal["shortest", "stretch"] | None = view(
+        None, "resize the shorter side of a frame and crop the centre, or stretch both sides; null: as CLIP was trained"
     )
     max_img_size: int | None = view(None, "input resolution of CLIP; null: that of its training", unit="pixels", ge=1)
 
@@ -165,13 +171,21 @@ class Config(Settings):
     batch_size: int = optimisation(32, "videos in a batch, all processes together", unit="videos", ge=1)
     auto_batch_size: bool = optimisation(False, "halve batch_size until a step fits into memory", on_resume="ignored")
     gradient_accumulation_steps: int = optimisation(1, "batches per optimizer step", unit="batches", ge=1)
-    optim: Literal["bertadam", "adamw"] = optimisation("bertadam", "optimizer")
+    optim: Literal["bertadam", "adamw", "clip_vip_adamw"] = optimisation(
+        "bertadam", "optimizer: that of AdaCLIP, torch's AdamW, or CLIP-ViP's AdamW"
+    )
+    adam_epsilon: float = optimisation(1e-8, "number that keeps AdamW from dividing by 0; bertadam has 1e-6", gt=0)
     learning_rate: float = optimisation(1e-4, "peak learning rate of everything outside of CLIP", gt=0)
     coef_lr: float = optimisation(1e-3, "CLIP's peak learning rate is learning_rate * coef_lr", ge=0)
     no_warmup: bool = optimisation(False, "keep the learning rate constant: no warm-up, no decay")
+    lr_schedule: Literal["bert", "clip4clip", "clip_vip"] = optimisation(
+        "bert", "warm-up and cosine decay, as AdaCLIP, CLIP4Clip (also CenterCLIP and DGL) or CLIP-ViP compute them"
+    )
     warmup_proportion: float = optimisation(0.1, "fraction of steps in which the learning rate warms up", ge=0, lt=1)
     betas: Betas = optimisation((0.9, 0.98), "Adam's decay rates of the two moments")
-    weight_decay: float = optimisation(0.2, "weight decay; biases and norms have none", ge=0)
+    weight_decay: float = optimisation(
+        0.2, "weight decay; biases have none, nor has the logit scale with clip_vip_adamw", ge=0
+    )
     grad_norm: float = optimisation(
         1.0, "maximum norm of the gradient (clipping); -1: none", allowed="a number > 0, or -1"
     )
@@ -275,6 +289,8 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "frames_dir and video_dir are both given: frames come from one of them"
     if c.num_frm_subset > c.num_frm:
         yield f"num_frm_subset {c.num_frm_subset} is larger than num_frm {c.num_frm}"
+    if c.segment_sampling and c.to_last_frame:
+        yield "segment_sampling and to_last_frame are both given: frames are chosen in one of these ways"
     if c.use_policy and c.top_k > c.num_frm:
         larger = f"top_k {c.top_k} is larger than num_frm {c.num_frm}"
         yield f"{larger}: lower top_k, raise num_frm, or use all frames with --no_policy"

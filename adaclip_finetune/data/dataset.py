@@ -130,7 +130,7 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
     def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
         epoch, index = key
         entry = self.entries[index]
-        random_frames = self.reader.config.sampling == "random"
+        random_frames = self.reader.config.sampling != "uniform"
         random = generator("frames", self.seed, epoch, index) if random_frames else None
         try:
             item = self.reader.read(entry.video_id, random)
@@ -164,8 +164,10 @@ def frames_to_read(
         store.count(video_id),
         config.num_frm,
         segment=config.segment_sampling,
+        to_last=config.to_last_frame,
         subset=config.num_frm_subset,
         random=random,
+        draw=config.sampling,
         times=store.times(video_id),
     )
 

@@ -22,21 +22,34 @@ def frame_indices(
     num_frm: int,
     *,
     segment: bool = False,
+    to_last: bool = False,
     subset: int = 0,
     random: np.random.Generator | None = None,
+    draw: str = "random",
     times: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int64]:
     """Return the indices (from 0, ascending) of the frames to read from a video of `num_frames`.
 
-    segment: take the middle of each of num_frm equal segments. Otherwise take num_frm frames evenly from the first on
-    or, with a generator, at random. subset > 0 keeps that many of them, evenly or at random. times: when each frame is
-    shown, in seconds, ascending. Where the rate is not constant, frames are chosen evenly in time, at random with
-    probabilities proportional to how long they are shown, and a frame that is shown long may be chosen several times.
-    A video shorter than num_frm repeats frames. Length: num_frm, or min(subset, num_frm).
+    segment: take the middle of each of num_frm equal segments. to_last: take num_frm frames evenly from the first to
+    the last. Otherwise take them evenly from the first on. With a generator, `draw` says what is drawn: num_frm frames
+    (`random`, without effect if segment), one in each segment (`segments`), or the first and the last of evenly spaced
+    ones (`ends`, each at most the distance of two frames from the ends of the video). subset > 0 keeps that many of the
+    frames, evenly or at random. times: when each frame is shown, in seconds, ascending. Where the rate is not constant,
+    frames are chosen evenly in time, at random with probabilities proportional to how long they are shown, and a frame
+    that is shown long may be chosen several times. A video shorter than num_frm repeats frames. Length: num_frm, or
+    min(subset, num_frm).
     """
     if times is not None and is_constant_rate(times):
         times = None
-    if segment:
+    if random is not None and draw == "segments":
+        indices = _at((np.arange(num_frm) + random.random(num_frm)) / num_frm * num_frames, times)
+    elif random is not None and draw == "ends":
+        interval = min(num_frames // max(num_frm - 1, 1), num_frames - 1)
+        start, end = random.integers(interval + 1), num_frames - 1 - random.integers(interval + 1)
+        indices = _at(np.linspace(start, max(start, end), num_frm), times)
+    elif to_last and random is None:
+        indices = _at(np.linspace(0, num_frames - 1, num_frm), times)
+    elif segment:
         edges = np.linspace(0, num_frames, num_frm + 1).astype(np.int64)
         middles = (np.arange(num_frm) + 0.5) / num_frm
         indices = (edges[:-1] + edges[1:]) // 2 if times is None else _shown_at(middles, times)
@@ -56,6 +69,12 @@ def is_constant_rate(times: NDArray[np.float64]) -> bool:
     """
     even = np.linspace(times[0], times[-1], len(times))
     return bool((np.abs(times - even) <= (times[-1] - times[0]) / max(len(times) - 1, 1) / 2).all())
+
+
+def _at(places: NDArray[np.float64], times: NDArray[np.float64] | None) -> NDArray[np.int64]:
+    """Return the frames at these places among the frames, numbers from 0 on; at these shares of the time if given."""
+    whole = places.astype(np.int64)
+    return whole if times is None else _shown_at((whole + 0.5) / len(times), times)
 
 
 def _shown_at(shares: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.int64]:

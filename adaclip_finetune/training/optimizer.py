@@ -1,4 +1,7 @@
-"""BertAdam (the optimizer of Devlin et al. 2019), AdamW, and the learning rate schedule of both.
+"""Optimizers and learning rate schedules of the published systems.
+
+BertAdam (Devlin et al. 2019) is AdaCLIP's, AdamW that of CLIP4Clip, CenterCLIP and DGL; CLIP-ViP (Xue et al. 2023) has
+an AdamW of its own.
 
 The schedule is a `LambdaLR` that is stepped after the optimizer, so the `lr` of a parameter group is always the
 learning rate of the next update.
@@ -7,7 +10,7 @@ learning rate of the next update.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives.base import Objective
 
 _EPS = 1e-6
+_LOWEST_RATE = 1e-8  # of the published schedules that have one
 _MAX_TENSOR_NORM = 1.0
 _MAX_LOGIT_SCALE = math.log(100)
 
@@ -28,31 +32,56 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
     """Return the optimizer for what learns in `objective` (not wrapped), and its schedule over `total_steps` updates.
 
     The parameter groups are clip_decay, clip_no_decay, other_decay and other_no_decay; empty ones are left out. The
-    learning rate of CLIP is learning_rate x coef_lr, and parameters with `bias` in their name have no weight decay.
-    Raise UserError if there are no updates.
+    learning rate of CLIP is learning_rate x coef_lr. Parameters with `bias` in their name have no weight decay; with
+    CLIP-ViP's AdamW the logit scale has none either. Raise UserError if there are no updates.
     """
     if total_steps < 1:
         raise UserError("nothing to train on: train_annot yields no batches")
     groups = _parameter_groups(objective, config)
     optimizer: Optimizer
-    if config.optim == "adamw":
-        optimizer = AdamW(groups, config.learning_rate, config.betas)
-    else:
+    if config.optim == "bertadam":
         optimizer = BertAdam(groups, config.learning_rate, config.betas, config.weight_decay)
-    warmup, constant = config.warmup_proportion, config.no_warmup
-    return optimizer, LambdaLR(optimizer, lambda step: schedule(step / total_steps, warmup, constant))
+    else:
+        kind = AdamW if config.optim == "adamw" else ClipVipAdamW
+        optimizer = kind(groups, config.learning_rate, config.betas, config.adam_epsilon)
+    if config.no_warmup:
+        return optimizer, LambdaLR(optimizer, lambda step: 1.0)
+    follow, lowest = SCHEDULES[config.lr_schedule], _LOWEST_RATE / config.learning_rate
+    return optimizer, LambdaLR(optimizer, lambda step: follow(step, total_steps, config.warmup_proportion, lowest))
 
 
-def schedule(x: float, warmup_proportion: float, no_warmup: bool) -> float:
-    """Return the learning rate factor after a share x (0 to 1) of all updates.
+def bert_schedule(step: int, total: int, warmup: float, lowest: float = 0) -> float:
+    """Return the learning rate factor of the update after `step` of `total` updates.
 
-    It rises linearly from 0 over `warmup_proportion` and is 0.5·(1 + cos(π·x)) from there; with `no_warmup` it is 1.
+    It rises linearly from 0 over the share `warmup` of the updates and is 0.5·(1 + cos(π·step / total)) from there.
     """
-    if no_warmup:
-        return 1.0
-    if x < warmup_proportion:
-        return x / warmup_proportion
-    return 0.5 * (1 + math.cos(math.pi * min(x, 1.0)))
+    x = min(step / total, 1.0)
+    return x / warmup if x < warmup else _cosine(x)
+
+
+def clip4clip_schedule(step: int, total: int, warmup: float, lowest: float) -> float:
+    """Return the factor that rises from `lowest` to 1 over the warm-up, and falls like a cosine over the rest."""
+    steps = warmup * total
+    if step <= steps:
+        return step / steps * (1 - lowest) + lowest if steps else 1.0
+    return max(_cosine(min((step - steps) / (total - steps), 1.0)), lowest)
+
+
+def clip_vip_schedule(step: int, total: int, warmup: float, lowest: float) -> float:
+    """Return the factor that reaches 1 with the last update of the warm-up, and `lowest` with the last one of all."""
+    update, steps = step + 1, int(warmup * total)
+    return update / steps if update < steps else max(_cosine(min((update - steps) / (total - steps), 1.0)), lowest)
+
+
+def _cosine(x: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * x))
+
+
+SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {
+    "bert": bert_schedule,
+    "clip4clip": clip4clip_schedule,
+    "clip_vip": clip_vip_schedule,
+}
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -116,13 +145,41 @@ class BertAdam(Optimizer):
         torch._foreach_addcdiv_(parameters, means, roots, -lr)
 
 
+class ClipVipAdamW(Optimizer):
+    """AdamW as CLIP-ViP has it: ε is added before the bias correction, and the updated weights decay."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make one update with the gradients that are there."""
+        for group in self.param_groups:
+            (first, second), eps, rate = group["betas"], group["eps"], group["lr"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float64)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+                count = float(state["step"])
+                size = rate * math.sqrt(1 - second**count) / (1 - first**count)
+                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(eps), value=-size)
+                parameter.mul_(1 - rate * group["weight_decay"])
+
+
 def _parameter_groups(objective: Objective, config: Config) -> list[dict[str, Any]]:
     clip = {id(parameter) for parameter in objective.retriever.clip.parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             part = "clip" if id(parameter) in clip else "other"
-            groups.setdefault(f"{part}_no_decay" if "bias" in name else f"{part}_decay", []).append(parameter)
+            undecayed = "bias" in name or (config.optim == "clip_vip_adamw" and "logit_scale" in name)
+            groups.setdefault(f"{part}_no_decay" if undecayed else f"{part}_decay", []).append(parameter)
     return [
         {
             "name": name,

@@ -82,6 +82,8 @@ def load_clip(
     try:
         module = _build(weights, "cpu" if with_weights else device)
         preprocess = open_clip.get_model_preprocess_cfg(module)
+        if config.resize is not None:
+            preprocess |= {"resize_mode": "squash" if config.resize == "stretch" else "shortest"}
         image, encode = _image_spec(preprocess), _encoder(weights)
     except Exception as error:  # whatever a config, or a library behind a tower or a tokenizer, can lead to
         raise UserError(f"{weights.source}: open_clip cannot build it: {type(error).__name__}: {error}") from error

@@ -173,6 +173,8 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_fetched(monkeyp
     with pytest.raises(UserError, match=r"max_txt_len: 78.* 77 tokens"):
         load_clip(config(max_txt_len=78))
     assert load_clip(config(max_img_size=32, max_txt_len=77), with_weights=False).image.size == 32
+    stretched = load_clip(config(resize="stretch"), with_weights=False)
+    assert stretched.image.resize_mode == stretched.description["preprocess"]["resize_mode"] == "squash"
 
 
 def test_a_backbone_that_contradicts_the_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""BertAdam against published trajectories and its formula; parameter groups, schedule and resuming."""
+"""Optimizers and schedules against published trajectories; parameter groups and resuming."""
 
 import json
 import math
@@ -13,11 +13,14 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.optimizer import (
     BertAdam,
+    ClipVipAdamW,
+    bert_schedule,
     build_optimizer,
     clamp_logit_scale,
+    clip4clip_schedule,
+    clip_vip_schedule,
     load_optimizer,
     optimizer_state,
-    schedule,
 )
 
 
@@ -47,6 +50,7 @@ class Objective(nn.Module):
 
 def make_config(**changes):
     fields = ("optim", "learning_rate", "coef_lr", "betas", "weight_decay", "warmup_proportion", "no_warmup")
+    fields += ("adam_epsilon", "lr_schedule")
     defaults = {name: Config.model_fields[name].get_default() for name in fields}
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -63,7 +67,8 @@ def test_golden_trajectories(case):
     ]
     optimizer = BertAdam(groups, settings["lr"], settings["betas"], settings["weight_decay"])
     constant, warmup, total = settings["t_total"] == -1, settings.get("warmup", 0.1), 20
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / total, warmup, constant))
+    factor = (lambda step: 1.0) if constant else (lambda step: bert_schedule(step, total, warmup))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for step in range(20):
         optimizer.zero_grad()
         loss = 0.5 * p1 @ golden["A"] @ p1 - golden["b"] @ p1 + ((p2.flatten() - p1) ** 2).sum()
@@ -77,13 +82,53 @@ def test_golden_trajectories(case):
     assert torch.equal(unused, torch.ones(2))
 
 
-def test_schedule():
-    assert [schedule(x, 0.1, False) for x in (0, 0.05, 0.1, 0.5, 1)] == pytest.approx(
+def test_schedule_of_bert():
+    assert [bert_schedule(step, 100, 0.1) for step in (0, 5, 10, 50, 100)] == pytest.approx(
         [0, 0.5, 0.5 * (1 + math.cos(0.1 * math.pi)), 0.5, 0]
     )
-    assert schedule(1.2, 0.1, False) == 0  # never up again
-    assert schedule(0, 0.0, False) == 1
-    assert all(schedule(x, 0.1, True) == 1 for x in (0, 0.05, 1))
+    assert bert_schedule(120, 100, 0.1) == 0  # never up again
+    assert bert_schedule(0, 100, 0.0) == 1
+
+
+@pytest.mark.parametrize("case", ["50/0.01", "10/0.1", "1000/0.01"])
+def test_golden_schedule_of_clip_vip(case):
+    total, warmup = int(case.split("/")[0]), float(case.split("/")[1])
+    found = [clip_vip_schedule(step, total, warmup, 1e-8) for step in range(total)]
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), load_golden("op_clip_vip")["lr " + case.replace("/", "|")]
+    )
+
+
+def test_golden_schedule_of_clip4clip():
+    golden = load_golden("op_clip4clip_schedule")
+    rate, warmup, total = golden["init_lr"], golden["warmup_proportion"], golden["steps"]
+    for step, expected in enumerate(golden["lr_before_step_t"]):
+        factor = clip4clip_schedule(step, total, warmup, 1e-8 / rate)
+        assert [rate * part * factor for part in golden["lr_mult"]] == pytest.approx(expected, rel=1e-12)
+    assert clip4clip_schedule(0, 10, 0.0, 1e-8) == 1
+
+
+def test_golden_trajectory_of_clip_vips_adamw():
+    golden = load_golden("op_clip_vip")
+    parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in golden["start"].items()}
+    groups = [
+        {"params": [parameters[name] for name in group["params"]], "lr": group["lr"], "initial_lr": group["lr"]}
+        | {"weight_decay": group["weight_decay"]}
+        for group in golden["groups"]
+        if group["params"]
+    ]
+    optimizer = ClipVipAdamW(groups, golden["learning_rate"], tuple(golden["betas"]), golden["eps"])
+    for step in range(golden["steps"]):
+        for name, parameter in parameters.items():
+            parameter.grad = golden[f"gradients {step}"][name].clone()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), golden["grad_norm"])
+        assert norm.item() == pytest.approx(golden["gradient_norm_before_clipping"][step])
+        for group in optimizer.param_groups:
+            factor = clip_vip_schedule(step, golden["steps"], golden["warmup_ratio"], 1e-8 / golden["learning_rate"])
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach(), golden[f"updated {step}"][name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("optim", ["bertadam", "adamw"])
@@ -98,12 +143,14 @@ def test_groups_hold_what_learns_and_none_is_empty(optim):
         "other_no_decay": (1, 1e-4, 0.0),
     }
     assert optimizer.defaults["betas"] == (0.9, 0.98)
+    ours, _ = build_optimizer(objective, make_config(optim="clip_vip_adamw"), 10)
+    assert any(objective.clip.logit_scale is one for one in ours.param_groups[1]["params"]), "in clip_no_decay"
     objective.clip.requires_grad_(False)
     optimizer, _ = build_optimizer(objective, make_config(optim=optim), 10)
     assert [group["name"] for group in optimizer.param_groups] == ["other_decay", "other_no_decay"]
 
 
-@pytest.mark.parametrize("optim", ["bertadam", "adamw"])
+@pytest.mark.parametrize("optim", ["bertadam", "adamw", "clip_vip_adamw"])
 def test_state_is_saved_and_loaded(optim):
     def train(objective, optimizer, scheduler, steps):
         for step in steps:

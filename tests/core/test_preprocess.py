@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from golden import load_golden
 from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms as T
@@ -50,3 +51,11 @@ def test_frames_of_several_sizes_are_prepared_one_by_one() -> None:
     frames = [random_frames(height, width)[0] for height, width in SIZES]
     spec = ImageSpec(32, MEAN, STD)
     assert np.array_equal(to_square(frames, spec), np.concatenate([to_square(frame[None], spec) for frame in frames]))
+
+
+def test_stretched_frames_are_those_of_clip_vip_but_for_rounding() -> None:
+    """Its torchvision resizes floating point numbers; ours stay whole, so that a pixel differs by a step of 255."""
+    for case in load_golden("op_clip_vip_pixels").values():
+        found = to_square([case["frame"].numpy()], ImageSpec(56, MEAN, STD, resize_mode="squash"))
+        apart = normalise(torch.from_numpy(found), MEAN, STD)[0] - case["pixels"]
+        assert float((apart * torch.tensor(STD)[:, None, None]).abs().max()) < 1.1 / 255

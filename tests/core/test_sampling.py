@@ -39,24 +39,50 @@ def test_published_indices() -> None:
     assert held == 475  # the other 12 are draws
 
 
+def test_frames_of_clip_vip_in_evaluation() -> None:
+    for n, num_frm, expected in load_golden("op_clip_vip_frames")["test"]:
+        assert frame_indices(n, num_frm, to_last=True).tolist() == expected, (n, num_frm)
+
+
+def test_the_ends_of_clip_vip_in_training() -> None:
+    for case, expected in load_golden("op_clip_vip_frames")["ends"].items():
+        n, num_frm = map(int, case.split("/"))
+        draws = [frame_indices(n, num_frm, random=generator("frames", 0, 0, i), draw="ends") for i in range(1000)]
+        for name, place in (("starts", 0), ("ends", -1)):
+            found = {int(draw[place]) for draw in draws}
+            assert [min(found), max(found)] == expected[name] and len(found) == expected[f"n_{name}"]
+    assert frame_indices(7, 1, random=generator("frames", 0, 0, 0), draw="ends").shape == (1,)
+
+
+def test_a_frame_is_drawn_in_each_segment() -> None:
+    draws = [frame_indices(30, 3, random=generator("frames", 0, 0, i), draw="segments") for i in range(1000)]
+    for number in range(3):
+        assert {int(draw[number]) for draw in draws} == set(range(10 * number, 10 * number + 10))
+
+
 TIMES = [None, np.array([0.0, 0.1, 5.0]), SLOWING, np.cumsum(np.random.default_rng(0).exponential(size=300))]
 
 
 @settings(deadline=None)
 @given(
     n=st.integers(1, 500), num_frm=st.integers(1, 70), subset=st.integers(0, 80), segment=st.booleans(),
+    to_last=st.booleans(), draw=st.sampled_from(["random", "segments", "ends"]),
     seed=st.integers(0, 2**40), randomly=st.booleans(), times=st.sampled_from(range(len(TIMES))),
 )  # fmt: skip
 def test_always_sorted_in_range_and_counted(
-    n: int, num_frm: int, subset: int, segment: bool, seed: int, randomly: bool, times: int
+    n: int, num_frm: int, subset: int, segment: bool, to_last: bool, draw: str, seed: int, randomly: bool, times: int
 ) -> None:
     random = generator("frames", seed, 1, 2) if randomly else None
     shown = TIMES[times]
     n = n if shown is None else len(shown)
-    indices = frame_indices(n, num_frm, segment=segment, subset=subset, random=random, times=shown)
+    indices = frame_indices(
+        n, num_frm, segment=segment, to_last=to_last, subset=subset, random=random, draw=draw, times=shown
+    )
     assert indices.dtype == np.int64
     assert len(indices) == (min(subset, num_frm) if subset else num_frm)
     assert (np.diff(indices) >= 0).all() and indices[0] >= 0 and indices[-1] < n
+    if to_last or (randomly and draw != "random"):
+        return
     if n >= num_frm and (shown is None or (randomly and not segment)):
         assert len(set(indices.tolist())) == len(indices)
     elif shown is None and not segment and not subset:  # a short video repeats its frames equally often

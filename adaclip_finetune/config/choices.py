@@ -317,7 +317,14 @@ PEFT: dict[str, Choice] = {
 # ---- towers ----
 
 
-class PerFrameSettings(ChoiceSettings):
+class TowerSettings(ChoiceSettings):
+    """Base class of the settings of a tower."""
+
+    learns: ClassVar[bool] = False
+    """Whether the tower has parameters of its own, which are trained even if CLIP is frozen."""
+
+
+class PerFrameSettings(TowerSettings):
     """Encode each frame independently with CLIP's image tower."""
 
 

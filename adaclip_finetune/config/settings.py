@@ -25,6 +25,7 @@ from adaclip_finetune.config.choices import (
     TaskSection,
     TaskSettings,
     TowerSection,
+    TowerSettings,
 )
 from adaclip_finetune.config.layers import load
 from adaclip_finetune.config.optuna import OptunaSettings
@@ -316,9 +317,10 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "do_training_af_optuna requires optuna_cfg: without it nothing is tuned"
     if c.optuna_cfg is not None and c.do_inference:
         yield "optuna_cfg and do_inference are both given, but tuning trains: give one"
-    selector_learns = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
-    if c.freeze_clip and not selector_learns and not c.do_inference:
-        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg and word_agg add nothing"
+    added = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
+    added = added or (isinstance(c.tower.config, TowerSettings) and c.tower.config.learns)
+    if c.freeze_clip and not added and not c.do_inference:
+        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

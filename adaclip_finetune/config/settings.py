@@ -320,7 +320,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     added = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
     added = added or (isinstance(c.tower.config, TowerSettings) and c.tower.config.learns)
     if c.freeze_clip and not added and not c.do_inference:
-        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg, word_agg and tower add nothing"
+        yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

@@ -201,7 +201,7 @@ def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> N
         ({"precision": "fp16", "device": "cpu"}, "precision device"),
         ({"do_training_af_optuna": True}, "do_training_af_optuna optuna_cfg"),
         ({"optuna_cfg": TUNING, "do_inference": True}, "optuna_cfg do_inference"),
-        ({"freeze_clip": True, "use_policy": False}, "freeze_clip use_policy sim_header frame_agg word_agg"),
+        ({"freeze_clip": True, "use_policy": False}, "freeze_clip use_policy sim_header frame_agg word_agg tower"),
         ({"freeze_clip": True, "peft.method": "ibs"}, "freeze_clip peft.method"),
         ({"freeze_clip": True, "peft.method": "lora"}, "freeze_clip peft.method"),
         ({"num_epochs": 1, "peft.method": "ibs"}, "peft.config.num_pre_epochs num_epochs"),

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.session import Session, find_checkpoint, open_model
-from adaclip_finetune.weights.checkpoints import to_published_names
 from adaclip_finetune.weights.clip_weights import (
     architecture_of,
     same_architecture,
@@ -29,6 +28,7 @@ from adaclip_finetune.weights.clip_weights import (
 )
 from adaclip_finetune.weights.huggingface import folder_files, to_huggingface_names, to_model_cfg
 from adaclip_finetune.weights.loaded import LOGIT_BIAS
+from adaclip_finetune.weights.published import to_published_names
 
 
 class _Exported(NamedTuple):
@@ -79,7 +79,9 @@ def export(run: Path, form: str, target: Path, clip_weights: str | None = None) 
 def _read(run: Path, overrides: Mapping[str, Any]) -> _Exported:
     checkpoint, config = find_checkpoint(run, overrides)
     if checkpoint.is_foreign:
-        raise UserError(f"{checkpoint.path} is {checkpoint.kind.value}; only the weights of a run of ours are exported")
+        raise UserError(
+            f"{checkpoint.path} is {checkpoint.kind_in_words}; only the weights of a run of ours are exported"
+        )
     session = open_model(config, checkpoint, learn=False)
     if not session.method.mergeable:
         raise UserError(

@@ -317,8 +317,9 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "do_training_af_optuna requires optuna_cfg: without it nothing is tuned"
     if c.optuna_cfg is not None and c.do_inference:
         yield "optuna_cfg and do_inference are both given, but tuning trains: give one"
-    added = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
-    added = added or (isinstance(c.tower.config, TowerSettings) and c.tower.config.learns)
+    tower_learns = isinstance(c.tower.config, TowerSettings) and c.tower.config.learns
+    pooling_learns = c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
+    added = c.use_policy or pooling_learns or tower_learns
     if c.freeze_clip and not added and not c.do_inference:
         yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:

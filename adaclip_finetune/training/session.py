@@ -193,7 +193,7 @@ def find_checkpoint(
     """Return the checkpoint in a run folder or weights file, and its settings with `overrides` (flags) over them.
 
     The settings are those of the run folder or of the checkpoint itself; for a checkpoint without any they come from
-    the file `settings`. Raise UserError.
+    the file `settings`, and if another system wrote it, from what its tensors say. Raise UserError.
     """
     path = Path(source)
     weights = path / "best.safetensors" if path.is_dir() else path
@@ -201,7 +201,7 @@ def find_checkpoint(
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
-    if settings is not None or checkpoint.is_foreign:
+    if settings is not None or (checkpoint.system == "AdaCLIP" and checkpoint.is_foreign):
         return checkpoint, load_config(settings, dict(overrides))
     own = checkpoint.own_settings(path if path.is_dir() else None)
     return checkpoint, load_config(None, {**own, **overrides})

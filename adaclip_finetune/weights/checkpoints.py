@@ -1,13 +1,11 @@
 """Checkpoints of whole retrievers, ours and others', under our names and as plain data.
 
-Known are our own weights and adapters (safetensors), and published AdaCLIP checkpoints (Hu et al. 2023: a pickle of
-{arch, epoch, state_dict, config, optimizer}). A state dict of CLIP4Clip (Luo et al. 2022) has the same names as these.
+Known are our own weights and adapters (safetensors), and those of the systems in `published.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,33 +18,14 @@ from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
-from adaclip_finetune.weights.clip_weights import NO_WEIGHTS, Weights
-from adaclip_finetune.weights.safe import named_tensors, read_untrusted
+from adaclip_finetune.weights.clip_weights import Weights
+from adaclip_finetune.weights.published import read_published
+from adaclip_finetune.weights.safe import read_untrusted
 
 OWN_FORMAT = "adaclip-finetune/"
 """What the format of our files begins with; the number of the version follows."""
 FORMAT = f"{OWN_FORMAT}1"
 """The format that this version reads and writes."""
-
-# Published prefix → ours.
-_PREFIXES = {
-    "sampler.cnn_model.": "selector.backbone.cnn.",
-    "sampler.projection.0.": "selector.encoder.projection.",
-    "sampler.frame_position_embeddings.": "selector.encoder.positions.",
-    "sampler.transformer.": "selector.encoder.transformer.",
-    "sampler.rnn.": "selector.encoder.rnn.",
-    "sampler.linear.": "selector.scorer.",
-    "frame_position_embeddings.": "header.positions.",
-    "transformerClip.": "header.transformer.",
-    "transformer.": "header.transformer.",
-    "frame_agg_mlp.": "aggregator.scorer.",
-    "frame_agg_transformer.": "aggregator.transformer.",
-    "frame_agg_proj.": "aggregator.scorer.",
-    "word_agg_mlp.": "word_aggregator.scorer.",
-    "word_agg_transformer.": "word_aggregator.transformer.",
-    "word_agg_proj.": "word_aggregator.scorer.",
-    "clip.": "clip.",
-}
 
 
 class Kind(Enum):
@@ -54,7 +33,7 @@ class Kind(Enum):
 
     OURS = "a checkpoint of ours"
     ADAPTER = "an adapter of ours"
-    PUBLISHED = "a published AdaCLIP checkpoint"
+    PUBLISHED = "a published checkpoint"
 
 
 @dataclass(frozen=True)
@@ -70,11 +49,17 @@ class Checkpoint:
     settings: dict[str, Any] = field(default_factory=dict)
     epoch: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    system: str | None = None  # that wrote a published checkpoint
 
     @property
     def is_foreign(self) -> bool:
         """Whether another system wrote the checkpoint."""
         return self.kind is Kind.PUBLISHED
+
+    @property
+    def kind_in_words(self) -> str:
+        """What the checkpoint is, for messages."""
+        return f"a published {self.system or 'AdaCLIP'} checkpoint" if self.is_foreign else self.kind.value
 
     @property
     def description(self) -> dict[str, Any]:
@@ -152,7 +137,7 @@ def with_its_clip(checkpoint: Checkpoint, config: Config) -> Config:
 def describe(checkpoint: Checkpoint, config: Config) -> str:
     """Return what the checkpoint is, which settings of its model differ from the config, and flags that keep them."""
     epoch = "" if checkpoint.epoch in (None, "None") else f" of epoch {checkpoint.epoch}"
-    what = f"resume: {checkpoint.path} is {checkpoint.kind.value}{epoch}"
+    what = f"resume: {checkpoint.path} is {checkpoint.kind_in_words}{epoch}"
     if not (found := _differences(checkpoint, config)):
         return f"{what}; {'its settings are those given' if checkpoint.settings else 'it holds no settings'}"
     lines = [f"  {name} is {here}, there {there}" for name, (there, here) in found.items()]
@@ -161,49 +146,16 @@ def describe(checkpoint: Checkpoint, config: Config) -> str:
     return "\n".join([f"{what}; these settings of its model are different here:", *lines, keep])
 
 
-def to_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a published state dict under our names. Raise UserError listing names that neither system has."""
-    return _renamed(state, _PREFIXES, "neither AdaCLIP nor CLIP4Clip has tensors of these names")
-
-
-def to_published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our state dict under the published names. Raise UserError listing tensors that have no place there."""
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in state)
-
-    # Where two published prefixes mean the same place, what else is in that place decides.
-    unused = {"transformer." if has("header.transformer.resblocks.3.") else "transformerClip."}
-    for part in ("frame_agg", "word_agg"):
-        unused.add(f"{part}_mlp." if has(_PREFIXES[f"{part}_transformer."]) else f"{part}_proj.")
-    prefixes = {ours: theirs for theirs, ours in _PREFIXES.items() if theirs not in unused}
-    return _renamed(state, prefixes, "the published system has no place for these tensors")
-
-
-def _renamed(state: Mapping[str, Tensor], prefixes: Mapping[str, str], problem: str) -> dict[str, Tensor]:
-    found = {name: next((p for p in prefixes if name.startswith(p)), None) for name in state}
-    if unknown := [name for name, prefix in found.items() if prefix is None]:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{problem}: {', '.join(unknown[:5])}{more}")
-    return {prefixes[p] + name.removeprefix(p): state[name] for name, p in found.items() if p is not None}
-
-
 def _foreign(path: Path, content: Any) -> Checkpoint:
-    state = {n: t for n, t in named_tensors(content).items() if n.removeprefix("clip.") not in NO_WEIGHTS}
     try:
-        if "clip.logit_scale" not in state:
-            alone = "; CLIP weights alone belong into clip_weights" if "logit_scale" in state else ""
-            raise UserError(f"it holds no clip.logit_scale{alone}" if state else "it holds no tensors by name")
-        ours = to_our_names(state)
+        found = read_published(path, content)
     except UserError as error:
         raise UserError(
-            f"resume: {path} was not written by adaclip, nor is it a published AdaCLIP checkpoint: {error}. Known are "
-            "best.safetensors, last.safetensors and adapter.safetensors of a run of ours, and published checkpoints (a "
-            "torch file of arch, epoch, state_dict, config, optimizer)"
+            f"resume: {path} was not written by adaclip, nor is it a published checkpoint: {error}. Known are "
+            "best.safetensors, last.safetensors and adapter.safetensors of a run of ours, and torch files of AdaCLIP, "
+            "CLIP4Clip, CLIP-ViP, CenterCLIP and DGL"
         ) from error
-    settings, epoch = content.get("config"), content.get("epoch")
-    settings = dict(settings) if isinstance(settings, dict) else {}
-    return Checkpoint(path, Kind.PUBLISHED, ours, settings, None if epoch is None else str(epoch))
+    return Checkpoint(path, Kind.PUBLISHED, found.state, found.settings, found.epoch, system=found.system)
 
 
 def _object(metadata: dict[str, str], name: str, path: Path) -> dict[str, Any]:
@@ -227,8 +179,12 @@ def _differences(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[str,
     for name in (name for name in given if name in compared and name in checkpoint.settings):
         there, here = checkpoint.settings[name], given[name]
         if isinstance(here, dict):
-            chosen = there.get("method") if isinstance(there, dict) else None
-            name, there, here = f"{name}.method", chosen or here["method"], here["method"]
+            there = there if isinstance(there, dict) else {}
+            same = there.get("method", here["method"]) == here["method"]
+            for key, value in there.get("config", {}).items() if same and isinstance(there.get("config"), dict) else ():
+                if key in here["config"] and value != here["config"][key]:
+                    found[f"{name}.config.{key}"] = _as_flag(value), _as_flag(here["config"][key])
+            name, there, here = f"{name}.method", there.get("method", here["method"]), here["method"]
         if there != here and _as_flag(there) != _as_flag(here):
             found[name] = _as_flag(there), _as_flag(here)
     return found

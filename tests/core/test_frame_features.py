@@ -18,8 +18,8 @@ from adaclip_finetune.data.preprocess import IMAGENET, Views
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone, RawBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.weights.checkpoints import to_our_names
 from adaclip_finetune.weights.clip_weights import load_clip
+from adaclip_finetune.weights.published import to_our_names
 
 CNNS = ["mobilenet_v3_large", "mobilenet_v2", "resnet50"]
 

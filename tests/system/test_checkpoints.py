@@ -26,12 +26,11 @@ from adaclip_finetune.weights.checkpoints import (
     Kind,
     describe,
     read_checkpoint,
-    to_our_names,
-    to_published_names,
     with_its_clip,
 )
 from adaclip_finetune.weights.clip_weights import Weights, load_clip, load_pretrained
 from adaclip_finetune.weights.plain import weights_digest
+from adaclip_finetune.weights.published import to_our_names, to_published_names
 
 # The settings of the small models below, as a published config has them.
 SETTINGS: dict[str, Any] = {"num_frm": 6, "top_k": 2, "policy_backbone": "raw", "rescale_size": 8, "frame_agg": "mlp"}
@@ -187,7 +186,7 @@ def test_a_file_of_no_known_kind_is_told_the_known_ones(tmp_path: Path, content:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(UserError, match=facts) as refused:
         read_checkpoint(tmp_path / "file.pth")
-    for kind in ("adapter.safetensors", "published checkpoints"):
+    for kind in ("adapter.safetensors", "CLIP4Clip", "CLIP-ViP", "CenterCLIP", "DGL"):
         assert kind in str(refused.value)
 
 

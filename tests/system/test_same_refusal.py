@@ -12,7 +12,7 @@ from foreign import write_published
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.training.session import open_model
-from adaclip_finetune.weights.checkpoints import to_published_names
+from adaclip_finetune.weights.published import to_published_names
 
 COMMANDS = {
     "train": "train --config SETTINGS --resume WEIGHTS",

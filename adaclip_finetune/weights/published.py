@@ -6,6 +6,7 @@ al. 2023); CenterCLIP (Zhao et al. 2022), a CLIP4Clip with settings beside it; a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +123,63 @@ def _clip_vip(path: Path, state: State) -> Published:
 # ---- CenterCLIP ----
 
 
+_HPARAMS = "hparams_train.json"
+_CLUSTER_EMBEDDING = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.tokencluster_inter\.cluster_embed")
+_CENTER_CLIP_UNUSED = ("clip.visual.position_ids", "tokencluster_inter.spg", "tokencluster_inter.cluster_frame_embed")
+# CenterCLIP's option → ours, under tower.config.
+_CLUSTERING = {
+    "cluster_distance": "distance",
+    "minkowski_norm_p": "norm_p",
+    "cluster_threshold": "threshold",
+    "cluster_iter_limit": "iterations",
+    "spectral_sigma": "sigma",
+}
+
+
 def _center_clip(path: Path, state: State) -> Published | None:
-    return None
+    """Return CenterCLIP's checkpoint, or None for another one. Its settings are in the file `_HPARAMS` beside it."""
+    beside = path.parent / _HPARAMS
+    embeddings = sorted((int(m[1]), name) for name in state if (m := _CLUSTER_EMBEDDING.fullmatch(name)))
+    if not beside.is_file() and not embeddings and _CENTER_CLIP_UNUSED[0] not in state:
+        return None
+    named = [name for _, name in embeddings]
+    kept = {n: t for n, t in state.items() if not n.endswith(_CENTER_CLIP_UNUSED) and n not in named}
+    found = to_our_names(kept) | {f"tower.embeddings.{number}": state[name] for number, name in enumerate(named)}
+    settings: dict[str, Any] = {}
+    if beside.is_file():
+        try:
+            settings = _center_clip_settings(dict(read_json(beside)))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{beside}: not the settings of a CenterCLIP run ({error!r})") from error
+    return Published("CenterCLIP", found, settings)
+
+
+def _center_clip_settings(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of ours from CenterCLIP's options. A reduction is where either of its lists falls."""
+    settings = {**_PLAIN, "sim_header": theirs.get("sim_header", "meanP"), "segment_sampling": True}
+    settings |= {"num_frm": theirs["max_frames"], "max_txt_len": theirs["max_words"]}
+    if not theirs.get("cluster_inter", 1):
+        return settings
+    segments, tokens = list(theirs["target_frames_blocks"]), list(theirs["cluster_num_blocks"])
+    before = [(theirs["max_frames"], tokens[0]), *zip(segments, tokens, strict=True)]
+    stages = [
+        {"block": number, "segments": segments[number], "tokens": tokens[number]}
+        for number, (frames, many) in enumerate(before[:-1])
+        if tokens[number] > 1 and (frames > segments[number] or many > tokens[number])
+    ]
+    neighbours = int(theirs.get("spectral_knn_k", 1))
+    config = {
+        "stages": stages,
+        "algorithm": {"kmediods++": "kmedoids"}.get(theirs["cluster_algo"], theirs["cluster_algo"]),
+        "aggregation": theirs.get("aggregation") or "none",
+        "cluster_embedding": "normal" if theirs.get("cluster_embedding") else "off",
+        "pre_norm": bool(theirs.get("pre_norm", 0)),
+        "graph": {"HeatKernel": "heat"}.get(theirs.get("spectral_graph", "HeatKernel"), "knn"),
+        "neighbours": neighbours if neighbours >= 5 else 0,
+        "window": bool(theirs.get("spectral_spg", 0)),
+        **{ours: theirs[name] for name, ours in _CLUSTERING.items() if name in theirs},
+    }
+    return {**settings, "tower": {"method": "clustering", "config": config}}
 
 
 # ---- DGL ----

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import read_json
 from adaclip_finetune.weights.clip_weights import NO_WEIGHTS
 from adaclip_finetune.weights.huggingface import to_openai_names
 from adaclip_finetune.weights.safe import named_tensors

@@ -1,0 +1,119 @@
+"""Every tower with every selector, pooling and finetuning method: it learns, and gradients reach what should learn."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from tiny import SMALL, VOCABULARY, build_timm_clip, build_retriever, random_tokens, random_videos
+from torch import nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.config.choices import TOWERS
+from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.objectives.contrastive import contrastive_loss
+from adaclip_finetune.peft import build_method, choose_what_learns
+
+Section = dict[str, Any]
+
+CASES: dict[str, Section] = {
+    "per_frame": {"method": "per_frame"},
+    "proxy_tokens": {"method": "proxy_tokens", "config": {"num_proxies": 3, "temporal_size": 4}},
+    "clustering": {"method": "clustering", "config": {"stages": [{"block": 1, "segments": 2, "tokens": 3}]}},
+    "spectral clustering": {
+        "method": "clustering",
+        "config": {"algorithm": "spectral", "stages": [{"block": 1, "segments": 2, "tokens": 3}]},
+    },
+    "global_local": {"method": "global_local"},
+    "global_local by a transformer": {"method": "global_local", "config": {"generator": "transformer", "frames": 4}},
+}
+SELECTORS: dict[str, Section] = {"all frames": {"use_policy": False}, "Hard-Top-k": {"use_policy": True}}
+POOLINGS: dict[str, Section] = {
+    "mean": {"frame_agg": None},
+    "MLP-Score": {"frame_agg": "mlp"},
+    "seqTransf": {"frame_agg": None, "sim_header": "seqTransf"},
+}
+METHODS: dict[str, Section] = {
+    "bitfit": {"method": "bitfit", "config": {"include_qkv_bias": True}},
+    "lora": {"method": "lora", "config": {"rank": 2}},
+    "full": {"method": "full"},
+}
+CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm": build_timm_clip}
+
+
+def test_every_tower_is_in_the_table() -> None:
+    assert {case["method"] for case in CASES.values()} == set(TOWERS)
+
+
+@pytest.mark.parametrize(
+    ("tower", "selector", "pooling", "method"), list(itertools.product(CASES, SELECTORS, POOLINGS, METHODS))
+)
+def test_all_parts_learn_together(tower: str, selector: str, pooling: str, method: str) -> None:
+    settings = {"tower": CASES[tower], "peft": METHODS[method], **SELECTORS[selector], **POOLINGS[pooling]}
+    settings |= {"freeze_layer_num": -1}
+    config, clip = load_config(None, SMALL | settings), CLIPS["open_clip"]()
+    peft = build_method(config)
+    peft.attach(clip)
+    model = build_retriever(clip, **settings).train()
+    choose_what_learns(peft, model, config)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        noise = torch.zeros(4, 6)
+        text, video = model(TrainBatch(random_videos(), random_tokens(), noise))
+        assert video.frame_weights.shape == (4, 6)
+        torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
+        loss = contrastive_loss(model.similarity(text, video))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    idle = [n for n, own in model.named_parameters() if own.requires_grad and own.grad is None]
+    assert not idle, "several processes require a gradient of everything that learns"
+    parts: list[nn.Module | None] = [model.selector, model.header, model.aggregator, model.tower]
+    for part in parts:
+        moved = [own.grad is not None and bool(own.grad.any()) for own in part.parameters()] if part else [True]
+        assert any(moved) or not moved
+
+
+@pytest.mark.parametrize(("tower", "kind"), list(itertools.product(CASES, CLIPS)))
+def test_a_video_does_not_depend_on_the_others_of_its_batch_or_on_masked_frames(tower: str, kind: str) -> None:
+    model = build_retriever(CLIPS[kind](), tower=CASES[tower], use_policy=False).double().eval()
+    batch = random_videos()
+    batch.frame_mask[0, 4:] = False
+    other = copy.deepcopy(batch)
+    other.frames[0, 4:] = 255 - other.frames[0, 4:]
+    with torch.no_grad():
+        found, again = model.encode_video(batch).vector, model.encode_video(other).vector
+        torch.testing.assert_close(found, again, rtol=1e-9, atol=1e-9)
+        for number in range(4):
+            alone = model.encode_video(random_videos_at(batch, number)).vector
+            torch.testing.assert_close(alone, found[number : number + 1], rtol=1e-7, atol=1e-9)
+
+
+def random_videos_at(batch: Any, number: int) -> Any:
+    one = slice(number, number + 1)
+    return type(batch)(
+        batch.frames[one],
+        batch.frame_mask[one],
+        None if batch.policy_frames is None else batch.policy_frames[one],
+        batch.frame_indices[one],
+        batch.video_ids[one],
+    )
+
+
+@pytest.mark.parametrize(("tower", "kind"), list(itertools.product(CASES, CLIPS)))
+def test_checkpointed_gradients_and_still_images(tower: str, kind: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_retriever(CLIPS[kind](), tower=CASES[tower], use_policy=False).double().train()
+        if checkpointing:
+            model.checkpoint_gradients()
+        model.encode_video(random_videos()).vector.square().sum().backward()
+        gradients.append({n: own.grad for n, own in model.named_parameters() if own.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        assert bool(model.eval().encode_image(random_videos(1, 1).frames[:, 0]).isfinite().all())

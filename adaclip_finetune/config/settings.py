@@ -301,8 +301,9 @@ def _contradictions(c: Config) -> Iterator[str]:
     if c.optuna_cfg is not None and c.do_inference:
         yield "optuna_cfg and do_inference are both given, but tuning trains: give one"
     selector_learns = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
-    if c.freeze_clip and not selector_learns and not c.do_inference:
-        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg and word_agg add nothing"
+    learns = selector_learns or c.tower.method != "per_frame"
+    if c.freeze_clip and not learns and not c.do_inference:
+        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

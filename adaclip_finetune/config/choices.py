@@ -333,9 +333,14 @@ class GlobalLocalSettings(ChoiceSettings):
     )
     global_prompts: int = setting(4, "prompts that see all frames", unit="tokens", ge=1)
     local_prompts: int = setting(4, "prompts in each frame", unit="tokens", ge=1)
-    text_prompts: int = setting(4, "prompts in each text; generator linear has as many as local_prompts", unit="tokens", ge=1)
+    text_prompts: int = setting(
+        4, "prompts in each text; generator linear has as many as local_prompts", unit="tokens", ge=1
+    )
     frames: int = setting(
-        12, "frames for which generator transformer has prompts; they are interpolated for other numbers", unit="frames", ge=1
+        12,
+        "frames for which generator transformer has prompts; they are interpolated for other numbers",
+        unit="frames",
+        ge=1,
     )
     postfix_prompts: bool = setting(
         False, "keep prompts behind the words, which no word sees: only for checkpoints of the published system"
@@ -350,8 +355,8 @@ class GlobalLocalSettings(ChoiceSettings):
             yield f"{what}set both to one number, or take generator transformer", names
         methods = getattr(config.peft.config, "methods", (config.peft,))
         if any(isinstance(part.config, PromptSettings) and part.config.num_text_prompts for part in methods):
-            what = "tower global_local has text prompts of its own: set num_text_prompts of peft.method prompt to 0"
-            yield f"{what}, or take tower per_frame", ("tower.method", "peft.method")
+            what = "tower global_local has its own text prompts, and those of peft.method prompt would have no effect"
+            yield f"{what}: take another method, or tower per_frame", ("tower.method", "peft.method")
 
 
 TOWERS: dict[str, Choice] = {

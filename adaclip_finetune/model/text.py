@@ -99,17 +99,17 @@ def embed_tokens(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """Return what enters the first block of open_clip's own text tower: (T, L) → (T, L, width)."""
     tower: Any = text_tower(clip)
     dtype = tower.transformer.get_cast_dtype()
-    embedded: Tensor = tower.token_embedding(token_ids).to(dtype)
-    return embedded + tower.positional_embedding[: token_ids.shape[1]].to(dtype)
+    places = tower.positional_embedding[: token_ids.shape[1]].to(dtype)
+    embedded: Tensor = tower.token_embedding(token_ids).to(dtype) + places
+    return embedded
 
 
 def finish_text(clip: nn.Module, hidden: Tensor) -> Tensor:
     """Return embeddings (…, D) of what leaves the last block of open_clip's own text tower, (…, width)."""
     tower: Any = text_tower(clip)
-    projection, normalised = tower.text_projection, tower.ln_final(hidden)
-    if projection is None:
-        return normalised
-    out: Tensor = projection(normalised) if isinstance(projection, nn.Linear) else normalised @ projection
+    out: Tensor = tower.ln_final(hidden)
+    if (projection := tower.text_projection) is not None:
+        out = projection(out) if isinstance(projection, nn.Linear) else out @ projection
     return out
 
 

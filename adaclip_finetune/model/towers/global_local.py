@@ -25,7 +25,7 @@ from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.text import TextTower, embed_tokens, end_positions, finish_text, rows_at, trim_padding
 from adaclip_finetune.model.towers.base import BlockwiseTower
 from adaclip_finetune.model.towers.prompt_sources import LinearPrompts, TransformerPrompts
-from adaclip_finetune.model.vit import OpenBlock, patch_embedding, tower_blocks
+from adaclip_finetune.model.vit import OpenBlock, tower_blocks
 from adaclip_finetune.weights.loaded import text_setting, text_tower
 
 
@@ -39,9 +39,8 @@ class GlobalLocal(BlockwiseTower):
         self._text_blocks = tuple(_open_text_blocks(clip))  # no modules, so not registered here either
         image_blocks, width = self.view.blocks, self.view.width
         text_width = len(self._text_blocks[0].linears()["out"][0].rows())
-        weight = patch_embedding(clip).weight
-        assert isinstance(weight, Tensor)
-        bound = math.sqrt(6 / (weight[0].numel() + width))
+        image: Any = clip.visual
+        bound = math.sqrt(6 / (3 * math.prod(image.image_size) / math.prod(self.view.grid) + width))  # 3: the colours
         depth = max(len(image_blocks), len(self._text_blocks))
         self.prompts: LinearPrompts | TransformerPrompts
         if settings.generator == "linear":
@@ -59,7 +58,7 @@ class GlobalLocal(BlockwiseTower):
     def enter(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         count, frames, length = tokens.shape[:3]
         state["local"] = self.prompts.local(frames)  # (blocks, T or 1, P, W)
-        state["global", 0] = self.global_prompts.expand(count, -1, -1)  # input of block 0; each block adds the next
+        state["global"] = {0: self.global_prompts.expand(count, -1, -1)}  # those before block 0; a block adds the next
         # What the global prompts see: in each frame its P + L tokens, if it is real, and in one frame themselves, whose
         # keys the keys of every frame include.
         seen = state["mask"][:, :, None].repeat(1, 1, len(self.global_prompts) + self.settings.local_prompts + length)
@@ -69,8 +68,7 @@ class GlobalLocal(BlockwiseTower):
 
     def block(self, number: int, block: OpenBlock, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """Run one block on the frames' tokens (B · T, L, W) and on the global prompts (B, G, W) in `state`."""
-        shape, prompts = state["shape"], state["global", number]
-        local = state["local"][number]
+        shape, prompts, local = state["shape"], state["global"][number], state["local"][number]
         global_q, *of_global = block.qkv(prompts, _no_places(prompts))
         of_local = block.qkv(local, _no_places(local))[1:]
         q, *of_tokens = block.qkv(tokens)
@@ -79,10 +77,10 @@ class GlobalLocal(BlockwiseTower):
             torch.cat([_for_frames(a[:, None], shape), _for_frames(b[None], shape), c], dim=2)
             for a, b, c in zip(of_global, of_local, of_tokens, strict=True)
         )
-        all_k, all_v = (part.unflatten(0, shape).transpose(1, 2).flatten(2, 3) for part in (k, v))
+        all_k, all_v = (part.reshape(*shape, *part.shape[1:]).transpose(1, 2).flatten(2, 3) for part in (k, v))
         values = F.scaled_dot_product_attention(global_q, all_k, all_v, attn_mask=state["seen"])
         prompts = prompts + block.attention_out(values)
-        state["global", number + 1] = prompts + block.mlp(prompts)
+        state["global"][number + 1] = prompts + block.mlp(prompts)
         if number + 1 == len(self.view.blocks) and self.settings.output.startswith("global"):
             return tokens  # nothing reads what the last block makes of the frames
         tokens = tokens + block.attention_out(F.scaled_dot_product_attention(q, k, v))
@@ -90,17 +88,19 @@ class GlobalLocal(BlockwiseTower):
 
     def leave(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """Return the mean of the vectors that `output` names, (B, 1, D)."""
-        prompts, output = state["global", len(self.view.blocks)], self.settings.output
+        prompts, output = state["global"][len(self.view.blocks)], self.settings.output
         if output == "global_prompt0":
             return self._embed(prompts[:, :1])
-        if output == "global_mean":
-            return self._embed(prompts).mean(dim=1, keepdim=True)
-        vectors, counts = self.view.pool(tokens).unflatten(0, state["shape"]), state["mask"]
-        if output == "all_mean":
-            vectors = torch.cat([self._embed(prompts), vectors], dim=1)
-            counts = torch.cat([counts.new_ones(prompts.shape[:2]), counts], dim=1)
-        weights = counts[..., None].to(vectors.dtype)
-        return (vectors * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        vectors, counts = [], []
+        if output != "class_mean":
+            vectors.append(self._embed(prompts))
+            counts.append(state["mask"].new_ones(prompts.shape[:2]))
+        if output != "global_mean":
+            vectors.append(self.view.pool(tokens).reshape(*state["shape"], -1))
+            counts.append(state["mask"])
+        weights = torch.cat(counts, dim=1)[..., None].to(vectors[0].dtype)
+        total = (torch.cat(vectors, dim=1) * weights).sum(dim=1, keepdim=True)
+        return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _embed(self, prompts: Tensor) -> Tensor:
         """Return prompts (B, k, W) in the embedding space, (B, k, D).
@@ -108,7 +108,8 @@ class GlobalLocal(BlockwiseTower):
         Each is pooled like an image all of whose tokens are that prompt, which any pooling reduces to one of them.
         """
         images = prompts.flatten(0, 1)[:, None].expand(-1, self.view.prefix + 1, -1)
-        return self.view.pool(images).unflatten(0, prompts.shape[:2])
+        vectors: Tensor = self.view.pool(images).reshape(*prompts.shape[:2], -1)
+        return vectors
 
 
 class PromptedTextTower(TextTower):

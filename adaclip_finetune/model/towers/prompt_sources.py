@@ -32,7 +32,7 @@ class LinearPrompts(nn.Module):
         return prompts if self.postfix is None else prompts + 0 * self.postfix(self.table)
 
     def local(self, frames: int) -> Tensor:
-        """Return the prompts of the frames in every block, (blocks, 1, local_prompts, width): the same in all frames."""
+        """Return the prompts of every frame in every block, (blocks, 1, local_prompts, width)."""
         return self.table[:, None]
 
 
@@ -61,7 +61,8 @@ class TransformerPrompts(nn.Module):
 
         They are interpolated linearly if there are more or fewer frames than the setting `frames` says.
         """
-        made: Tensor = self.mixer(self.table)[:, self.text_rows :].unflatten(1, (-1, self.local_prompts))
+        rows: Tensor = self.mixer(self.table)[:, self.text_rows :]
+        made = rows.reshape(len(rows), -1, self.local_prompts, rows.shape[-1])
         known = made.shape[1]
         if frames == known:
             return made

@@ -303,8 +303,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     selector_learns = c.use_policy or c.sim_header != "meanP" or c.frame_agg in ("mlp", "transformer") or c.word_agg
     learns = selector_learns or c.tower.method != "per_frame"
     if c.freeze_clip and not learns and not c.do_inference:
-        idle = "use_policy, sim_header, frame_agg, word_agg and tower add nothing"
-        yield f"nothing to train: freeze_clip is set, and {idle}"
+        yield "nothing to train: freeze_clip is set, and use_policy, sim_header, frame_agg and word_agg add nothing"
     if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

@@ -318,6 +318,15 @@ def test_checkpointing_gives_the_same_gradients_and_no_step_depends_on_the_last(
     assert not any(torch.allclose(*pair) for pair in zip(before, after, strict=True))
 
 
+def test_prompts_are_made_once_a_batch_in_each_tower() -> None:
+    tower, calls = tiny_tower(), []
+    tower.checkpointing = True
+    assert isinstance(tower.prompts, TransformerPrompts)
+    tower.prompts.mixer.register_forward_hook(lambda *_: calls.append(1))
+    loss_of(tower, tower.text_tower()).backward()
+    assert len(calls) == 2
+
+
 def test_a_copy_is_independent() -> None:
     model = retriever()
     other = copy.deepcopy(model)
@@ -455,3 +464,10 @@ def test_prompts_alone_can_be_trained() -> None:
     load_config(None, {"tower": {"method": "global_local"}, "freeze_clip": True, "use_policy": False})
     with pytest.raises(UserError, match="nothing to train"):
         load_config(None, {"freeze_clip": True, "use_policy": False})
+
+
+def test_the_page_of_towers_describes_every_setting_and_the_numbers_of_parameters() -> None:
+    page = (Path(__file__).parents[2] / "docs/towers.md").read_text()
+    section = page.split("## global_local\n")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in section for name in GlobalLocalSettings.model_fields)
+    assert all(number in section for number in ("433,664", "827,392", "9,538,304", "9,575,168"))

@@ -325,11 +325,11 @@ class GlobalLocalSettings(ChoiceSettings):
     """Add prompts to both towers; global ones see all frames, and one is the video's vector (DGL, Yang et al. 2024)."""
 
     generator: Literal["linear", "transformer"] = setting(
-        "linear", "what makes text prompts and local prompts: a linear map, or a transformer block (other ones a frame)"
+        "linear", "what makes the prompts: a linear map, or a transformer block, which gives each frame its own"
     )
     output: Literal["global_prompt0", "global_mean", "class_mean", "all_mean"] = setting(
         "global_prompt0",
-        "the video's vector: the first global prompt, or the mean of these, of the frames' class tokens or of all",
+        "the video's vector: the first global prompt, or the mean of these, of the frames' class tokens, or of both",
     )
     global_prompts: int = setting(4, "prompts that see all frames", unit="tokens", ge=1)
     local_prompts: int = setting(4, "prompts in each frame", unit="tokens", ge=1)
@@ -338,7 +338,7 @@ class GlobalLocalSettings(ChoiceSettings):
     )
     frames: int = setting(
         12,
-        "frames for which generator transformer has prompts; they are interpolated for other numbers",
+        "frames for which generator transformer has prompts, which are interpolated for other numbers",
         unit="frames",
         ge=1,
     )
@@ -347,7 +347,7 @@ class GlobalLocalSettings(ChoiceSettings):
     )
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Yield different numbers of prompts that are made of each other, and peft prompt in the text tower."""
+        """Yield numbers of prompts that generator linear cannot make, and text prompts of peft.method prompt."""
         if self.generator == "linear" and self.text_prompts != self.local_prompts:
             numbers = f"text_prompts {self.text_prompts} and local_prompts {self.local_prompts}"
             what = f"tower.config.generator linear makes the text prompts of the local ones, but {numbers} differ: "

@@ -1,12 +1,12 @@
 """`tower: global_local`: prompts in both towers, some of which see all frames (DGL, Yang et al. 2024, "DGL: Dynamic
 Global-Local Prompt Tuning for Text-Video Retrieval").
 
-Local prompts stand in each frame, text prompts behind the start token of each text. Both come from one source and are
-other ones in each block. Global prompts enter before the first block; they see the tokens of all frames, and each frame
-sees its own tokens and them. One of them is the video's vector at the end.
+Local prompts stand in each frame, and text prompts behind the start token of each text. Both come from one source, and
+each block has its own. Global prompts enter before the first block and go through all blocks: they see the tokens of
+all frames, and each frame sees its own tokens and the global prompts. At the end, one of them is the video's vector.
 
-What comes out of a block for local prompts and text prompts is replaced by those of the next block. So they are never
-queries here: a block only computes their keys and values, once for the whole batch.
+A block's outputs for local prompts and text prompts are not used, since the next block has prompts of its own. So these
+prompts are never queries here: a block only computes their keys and values, once for the whole batch.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class GlobalLocal(BlockwiseTower):
 
     def __init__(self, settings: GlobalLocalSettings, clip: nn.Module) -> None:
         super().__init__(settings, clip)
-        self._text_blocks = tuple(_open_text_blocks(clip))  # no modules, so not registered here either
+        self.text_blocks = tuple(_open_text_blocks(clip))  # views of modules, which are not registered here
         image_blocks, width = self.view.blocks, self.view.width
-        text_width = len(self._text_blocks[0].linears()["out"][0].rows())
+        text_width = len(self.text_blocks[0].linears()["out"][0].rows())
         image: Any = clip.visual
         bound = math.sqrt(6 / (3 * math.prod(image.image_size) / math.prod(self.view.grid) + width))  # 3: the colours
-        depth = max(len(image_blocks), len(self._text_blocks))
+        depth = max(len(image_blocks), len(self.text_blocks))
         self.prompts: LinearPrompts | TransformerPrompts
         if settings.generator == "linear":
             self.prompts = LinearPrompts(settings, depth, width, text_width, bound)
@@ -58,9 +58,9 @@ class GlobalLocal(BlockwiseTower):
     def enter(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         count, frames, length = tokens.shape[:3]
         state["local"] = self.prompts.local(frames)  # (blocks, T or 1, P, W)
-        state["global"] = {0: self.global_prompts.expand(count, -1, -1)}  # those before block 0; a block adds the next
-        # What the global prompts see: in each frame its P + L tokens, if it is real, and in one frame themselves, whose
-        # keys the keys of every frame include.
+        state["global"] = {0: self.global_prompts.expand(count, -1, -1)}  # input of block 0; each block adds the next
+        # What the global prompts see, (B, 1, 1, T · (G + P + L)): the P + L tokens of each real frame. The keys of each
+        # frame include those of the G global prompts, which count in the first frame only.
         seen = state["mask"][:, :, None].repeat(1, 1, len(self.global_prompts) + self.settings.local_prompts + length)
         seen[:, :, : len(self.global_prompts)] = torch.arange(frames, device=seen.device)[:, None] == 0
         state["seen"] = seen.flatten(1)[:, None, None]
@@ -80,7 +80,8 @@ class GlobalLocal(BlockwiseTower):
         all_k, all_v = (part.reshape(*shape, *part.shape[1:]).transpose(1, 2).flatten(2, 3) for part in (k, v))
         values = F.scaled_dot_product_attention(global_q, all_k, all_v, attn_mask=state["seen"])
         prompts = prompts + block.attention_out(values)
-        state["global"][number + 1] = prompts + block.mlp(prompts)
+        # If the block runs again in the backward pass, the first result stays: the new one would hold its activations.
+        state["global"].setdefault(number + 1, prompts + block.mlp(prompts))
         if number + 1 == len(self.view.blocks) and self.settings.output.startswith("global"):
             return tokens  # nothing reads what the last block makes of the frames
         tokens = tokens + block.attention_out(F.scaled_dot_product_attention(q, k, v))
@@ -117,7 +118,7 @@ class PromptedTextTower(TextTower):
 
     def __init__(self, tower: GlobalLocal) -> None:
         super().__init__(tower.clip)
-        self._tower = (tower,)  # in a tuple, like CLIP, which is not a submodule here either
+        self._tower = (tower,)  # in a tuple, like CLIP: the retriever registers both elsewhere
 
     def forward(self, token_ids: Tensor, words: bool = False) -> TextFeatures:
         (tower,) = self._tower
@@ -126,12 +127,12 @@ class PromptedTextTower(TextTower):
         prompts = tower.prompts.text()
         causal = text_tower(self.clip).attn_mask
         mask = None
-        if isinstance(causal, Tensor):  # the start token, which comes before the prompts, does not see them
+        if isinstance(causal, Tensor):  # the start token stands before the prompts and does not see them
             length = token_ids.shape[1]
             places = torch.arange(length, device=token_ids.device)
             seen = (places > 0)[:, None].expand(-1, prompts.shape[1])
             mask = torch.cat([seen, causal[:length, :length] == 0], dim=1)
-        for number, block in enumerate(tower._text_blocks):
+        for number, block in enumerate(tower.text_blocks):
             if tower.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(self.block, block, tokens, prompts[number], mask, use_reentrant=False)
             else:
@@ -153,7 +154,7 @@ class PromptedTextTower(TextTower):
 
 
 def _open_text_blocks(clip: nn.Module) -> list[OpenBlock]:
-    """Return the blocks of the text tower. Raise UserError if they cannot be opened, or one token is not the output."""
+    """Return the blocks of the text tower. Raise UserError if it cannot have prompts."""
     way_out = "take tower per_frame, or a CLIP whose text tower is open_clip's own"
     try:
         blocks = [block for block in tower_blocks(clip, "text") if isinstance(block, OpenBlock)]

@@ -14,9 +14,9 @@ from adaclip_finetune.config.choices import GlobalLocalSettings
 
 
 class LinearPrompts(nn.Module):
-    """The rows are the prompts of every frame; a linear map, shared by all blocks, makes text prompts of them.
+    """The rows of the table are the local prompts, the same in all frames. A linear map makes text prompts of them.
 
-    The rows start uniformly in (−bound, bound).
+    The table starts with uniform values from −bound to bound.
     """
 
     def __init__(self, settings: GlobalLocalSettings, depth: int, width: int, text_width: int, bound: float) -> None:
@@ -28,7 +28,7 @@ class LinearPrompts(nn.Module):
     def text(self) -> Tensor:
         """Return the text prompts of every block, (blocks, text_prompts, text width)."""
         prompts: Tensor = self.prefix(self.table)
-        # No word sees the prompts behind it. The zero keeps their map in the graph, as several processes require.
+        # No word sees the prompts behind the words. The factor 0 keeps their map in the graph, as DDP requires.
         return prompts if self.postfix is None else prompts + 0 * self.postfix(self.table)
 
     def local(self, frames: int) -> Tensor:
@@ -37,10 +37,11 @@ class LinearPrompts(nn.Module):
 
 
 class TransformerPrompts(nn.Module):
-    """One transformer block, shared by all blocks of the towers, mixes the rows of each of them, and the prompts are
-    what comes out: a network makes text prompts of the first rows, and the others are those of frame 0, frame 1, ….
+    """A transformer block, the same for all blocks of the towers, mixes the table's rows of one block.
 
-    The rows start from a normal distribution of variance 1.
+    Of what comes out, a small network makes text prompts from the first rows; the others are local prompts, frame by
+    frame.
+    The table starts with normal values of variance 1.
     """
 
     def __init__(self, settings: GlobalLocalSettings, depth: int, width: int, text_width: int, heads: int) -> None:
@@ -66,7 +67,7 @@ class TransformerPrompts(nn.Module):
         known = made.shape[1]
         if frames == known:
             return made
-        places = torch.arange(frames, device=made.device, dtype=made.dtype)
+        places = torch.arange(frames, device=made.device, dtype=self.table.dtype)
         places = ((places + 0.5) * known / frames - 0.5).clamp(0, known - 1)
         shares = 1 - (places[:, None] - torch.arange(known, device=made.device)).abs()  # of known frames in each frame
-        return torch.einsum("tk,lkpw->ltpw", shares.clamp(min=0), made)
+        return torch.einsum("tk,lkpw->ltpw", shares.clamp(min=0).to(made.dtype), made)

@@ -328,8 +328,49 @@ class PerFrameSettings(TowerSettings):
     """Encode each frame independently with CLIP's image tower."""
 
 
+class GlobalLocalSettings(TowerSettings):
+    """Add prompts to both towers; global ones see all frames, and one is the video's vector (DGL, Yang et al. 2024)."""
+
+    learns: ClassVar[bool] = True
+
+    generator: Literal["linear", "transformer"] = setting(
+        "linear", "what makes the prompts: a linear map, or a transformer block, which gives each frame its own"
+    )
+    output: Literal["global_prompt0", "global_mean", "class_mean", "all_mean"] = setting(
+        "global_prompt0",
+        "the video's vector: the first global prompt, or the mean of these, of the frames' class tokens, or of both",
+    )
+    global_prompts: int = setting(4, "prompts that see all frames", unit="tokens", ge=1)
+    local_prompts: int = setting(4, "prompts in each frame", unit="tokens", ge=1)
+    text_prompts: int = setting(
+        4, "prompts in each text; generator linear has as many as local_prompts", unit="tokens", ge=1
+    )
+    frames: int = setting(
+        12,
+        "frames for which generator transformer has prompts, which are interpolated for other numbers",
+        unit="frames",
+        ge=1,
+    )
+    postfix_prompts: bool = setting(
+        False, "keep prompts behind the words, which no word sees: only for checkpoints of the published system"
+    )
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield numbers of prompts that generator linear cannot make, and text prompts of peft.method prompt."""
+        if self.generator == "linear" and self.text_prompts != self.local_prompts:
+            numbers = f"text_prompts {self.text_prompts} and local_prompts {self.local_prompts}"
+            what = f"tower.config.generator linear makes the text prompts of the local ones, but {numbers} differ: "
+            names = ("tower.config.generator", "tower.config.text_prompts", "tower.config.local_prompts")
+            yield f"{what}set both to one number, or take generator transformer", names
+        methods = getattr(config.peft.config, "methods", (config.peft,))
+        if any(isinstance(part.config, PromptSettings) and part.config.num_text_prompts for part in methods):
+            what = "tower global_local has its own text prompts, and those of peft.method prompt would have no effect"
+            yield f"{what}: take another method, or tower per_frame", ("tower.method", "peft.method")
+
+
 TOWERS: dict[str, Choice] = {
     "per_frame": Choice(PerFrameSettings, "model.towers.per_frame:PerFrame"),
+    "global_local": Choice(GlobalLocalSettings, "model.towers.global_local:GlobalLocal"),
 }
 
 

@@ -42,12 +42,18 @@ class ClipTextTower(TextTower):
         if not words:
             return TextFeatures(encode_sentences(self.clip, token_ids))
         embedded, is_word = encode_words(self.clip, token_ids)
-        return TextFeatures(_at(embedded, end_positions(self.clip, token_ids)), embedded, is_word)
+        return TextFeatures(rows_at(embedded, end_positions(self.clip, token_ids)), embedded, is_word)
 
 
 def end_positions(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Return the position of the end token in each row of token_ids (T, L): int64 (T,)."""
-    if text_setting(clip, "pool_type") == "eos":
+    """Return the position of the end token in each row of token_ids (T, L): int64 (T,).
+
+    For a tower that pools at the first or the last token of all, it is the position of that one.
+    """
+    pooling = text_setting(clip, "pool_type")
+    if pooling in ("first", "last"):
+        return token_ids.new_full(token_ids.shape[:1], token_ids.shape[1] - 1 if pooling == "last" else 0)
+    if pooling == "eos":
         is_end: Tensor = token_ids == text_setting(clip, "eos_id")
         return is_end.int().argmax(dim=-1)
     # In CLIP's vocabulary the end token has the highest number.
@@ -70,7 +76,7 @@ def encode_sentences(clip: nn.Module, token_ids: Tensor) -> Tensor:
         any_clip: Any = clip
         sentences: Tensor = any_clip.encode_text(token_ids)
         return sentences
-    return _project_text(clip, _at(_text_hidden(clip, token_ids), end_positions(clip, token_ids)))
+    return finish_text(clip, rows_at(_text_hidden(clip, token_ids), end_positions(clip, token_ids)))
 
 
 def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +86,7 @@ def encode_words(clip: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     is_word = positions <= end_positions(clip, token_ids)[:, None]
-    return _project_text(clip, _text_hidden(clip, token_ids)), is_word
+    return finish_text(clip, _text_hidden(clip, token_ids)), is_word
 
 
 def check_words(clip: nn.Module) -> None:
@@ -89,25 +95,32 @@ def check_words(clip: nn.Module) -> None:
         raise UserError("word_agg: this text tower does not pool at an end token; leave word_agg unset for it")
 
 
-def _at(rows: Tensor, positions: Tensor) -> Tensor:
+def embed_tokens(clip: nn.Module, token_ids: Tensor) -> Tensor:
+    """Return what enters the first block of open_clip's own text tower: (T, L) → (T, L, width)."""
+    tower: Any = text_tower(clip)
+    dtype = tower.transformer.get_cast_dtype()
+    places = tower.positional_embedding[: token_ids.shape[1]].to(dtype)
+    embedded: Tensor = tower.token_embedding(token_ids).to(dtype) + places
+    return embedded
+
+
+def finish_text(clip: nn.Module, hidden: Tensor) -> Tensor:
+    """Return embeddings (…, D) of what leaves the last block of open_clip's own text tower, (…, width)."""
+    tower: Any = text_tower(clip)
+    out: Tensor = tower.ln_final(hidden)
+    if (projection := tower.text_projection) is not None:
+        out = projection(out) if isinstance(projection, nn.Linear) else out @ projection
+    return out
+
+
+def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
     """Return row positions[t] of each rows[t]: (T, L, W) → (T, W)."""
     return rows[torch.arange(len(rows), device=rows.device), positions]
 
 
 def _text_hidden(clip: nn.Module, token_ids: Tensor) -> Tensor:
-    """Return the hidden states (T, L, width) of a causal tower, after ln_final."""
+    """Return what leaves the last block of a causal tower, (T, L, width)."""
     tower: Any = text_tower(clip)
     length = token_ids.shape[1]
-    dtype = tower.transformer.get_cast_dtype()
-    hidden = tower.token_embedding(token_ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
-    out: Tensor = tower.ln_final(hidden)
-    return out
-
-
-def _project_text(clip: nn.Module, hidden: Tensor) -> Tensor:
-    projection: Any = text_tower(clip).text_projection
-    if projection is None:
-        return hidden
-    out: Tensor = projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
-    return out
+    hidden: Tensor = tower.transformer(embed_tokens(clip, token_ids), attn_mask=tower.attn_mask[:length, :length])
+    return hidden

@@ -62,8 +62,11 @@ def on_meta(name: str) -> nn.Module:
         return kind(**settings)
 
 
-def build_timm_clip() -> nn.Module:
-    """Return a CustomTextCLIP of a trunk of timm and a text tower of Hugging Face, two blocks each, random weights."""
+def build_timm_clip(hugging_face: bool = True) -> nn.Module:
+    """Return a CustomTextCLIP of a trunk of timm and a text tower of Hugging Face or open_clip, with random weights.
+
+    They have two blocks each, open_clip's text tower one.
+    """
     create = timm.create_model
     small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32}
     bert = BertConfig(
@@ -82,5 +85,6 @@ def build_timm_clip() -> nn.Module:
         torch.manual_seed(0)
         text = {"vocab_size": VOCABULARY, "layers": 1, "width": 32, "heads": 2}
         clip = open_clip.CustomTextCLIP(64, vision, text)
-        clip.text = HFTextEncoder("", 64, bert, "cls_pooler", "linear", pretrained=False)
+        if hugging_face:
+            clip.text = HFTextEncoder("", 64, bert, "cls_pooler", "linear", pretrained=False)
     return clip.eval()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_clip
-from tiny import SMALL, VOCABULARY, build_timm_clip, build_retriever, random_tokens, random_videos
+from tiny import SMALL, VOCABULARY, build_retriever, build_timm_clip, random_tokens, random_videos
 from torch import nn
 
 from adaclip_finetune.config import load_config
@@ -40,7 +40,10 @@ METHODS: dict[str, Section] = {
     "lora": {"method": "lora", "config": {"rank": 2}},
     "full": {"method": "full"},
 }
-CLIPS = {"open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY), "timm": build_timm_clip}
+CLIPS = {
+    "open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY),
+    "timm": lambda: build_timm_clip(hugging_face=False),
+}
 
 
 def test_every_tower_is_in_the_table() -> None:
@@ -58,7 +61,7 @@ def test_all_parts_learn_together(tower: str, selector: str, pooling: str, metho
     peft.attach(clip)
     model = build_retriever(clip, **settings).train()
     choose_what_learns(peft, model, config)
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=3e-4)
     losses = []
     for _ in range(3):
         noise = torch.zeros(4, 6)
@@ -73,9 +76,11 @@ def test_all_parts_learn_together(tower: str, selector: str, pooling: str, metho
     assert losses[-1] < losses[0]
     idle = [n for n, own in model.named_parameters() if own.requires_grad and own.grad is None]
     assert not idle, "several processes require a gradient of everything that learns"
-    parts: list[nn.Module | None] = [model.selector, model.header, model.aggregator, model.tower]
+    parts: list[nn.Module | None] = [model.selector, model.tower]
+    if video.tokens.shape[1] > 1:  # of one token, nothing is to be weighed
+        parts += [model.header, model.aggregator]
     for part in parts:
-        moved = [own.grad is not None and bool(own.grad.any()) for own in part.parameters()] if part else [True]
+        moved = [bool(own.grad.any()) for own in part.parameters() if own.grad is not None] if part else []
         assert any(moved) or not moved
 
 

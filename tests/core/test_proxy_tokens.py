@@ -256,7 +256,7 @@ def test_attention_in_two_parts_equals_a_mask(shared_tokens: int) -> None:
     is_proxy = frame_of == -1
     allowed = is_proxy | (frame_of[:, None] == frame_of) | (is_proxy[:, None] & seen[:, None])
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
-    assert_close(proxy_attention(q, k, v, count, shared_tokens, seen), expected)
+    assert_close(proxy_attention(q, k, v, shared_tokens, real), expected)
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 4), (4, 6), (12, 1), (12, 7), (1, 3)])
@@ -369,7 +369,9 @@ LORA = {"method": "lora", "config": {"rank": 2}}
 TOWER = {"method": "proxy_tokens", "config": {"num_proxies": 3, "temporal_size": 5}}
 
 
-@pytest.mark.parametrize("peft", [{"method": "full"}, LORA, {"method": "bitfit"}, {"method": "ssf"}, {"method": "adapter"}])
+@pytest.mark.parametrize(
+    "peft", [{"method": "full"}, LORA, {"method": "bitfit"}, {"method": "ssf"}, {"method": "adapter"}]
+)
 @pytest.mark.parametrize("policy", [True, False])
 def test_proxies_learn_with_every_method_and_with_selection(kind: str, peft: dict[str, Any], policy: bool) -> None:
     settings: dict[str, Any] = {"tower": TOWER, "peft": peft, "use_policy": policy, "frame_agg": None, "top_k": 3}

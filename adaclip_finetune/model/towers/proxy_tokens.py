@@ -8,6 +8,7 @@ class token is the first proxy, and the video's vector is what becomes of it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,12 +57,11 @@ class ProxyTokens(BlockwiseTower):
         per_frame = patches.shape[2]
         places = torch.arange(per_frame, device=tokens.device).repeat(patches.shape[1])
         state["positions"] = F.pad(places, (self._shared, 0), value=-1)
-        state["seen"] = F.pad(real.repeat_interleave(per_frame, dim=1), (self._shared, 0), value=True)
         return self.view.norm(torch.cat([*shared, patches.flatten(1, 2)], dim=1))
 
     def block(self, number: int, block: OpenBlock, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         q, k, v = block.qkv(tokens, state["positions"])
-        tokens = tokens + block.attention_out(proxy_attention(q, k, v, state["shape"][1], self._shared, state["seen"]))
+        tokens = tokens + block.attention_out(proxy_attention(q, k, v, self._shared, state["real"]))
         return tokens + block.mlp(tokens)
 
     def leave(self, tokens: Tensor, state: dict[str, Any]) -> Tensor:
@@ -69,10 +69,10 @@ class ProxyTokens(BlockwiseTower):
 
         Where CLIP takes the class token alone, this is the class token of the video.
         """
-        real = state["real"]
-        frames = tokens[:, self._shared :].unflatten(1, (real.shape[1], -1))
+        real: Tensor = state["real"]
+        frames = tokens[:, self._shared :].reshape(*real.shape, -1, tokens.shape[2])
         own = tokens[:, None, : self.view.prefix].expand(-1, real.shape[1], -1, -1)
-        pooled = self.view.pool(torch.cat([own, frames], dim=2).flatten(0, 1)).unflatten(0, real.shape)
+        pooled = self.view.pool(torch.cat([own, frames], dim=2).flatten(0, 1)).reshape(*real.shape, -1)
         shares = real.to(pooled.dtype) / real.sum(dim=1, keepdim=True)
         return (shares[..., None] * pooled).sum(dim=1, keepdim=True)
 
@@ -87,8 +87,9 @@ class ProxyTokens(BlockwiseTower):
             return values
         own = self.view.class_token()
         if own is None:  # the scale of CLIP's class token before training
-            return values * self.view.width**-0.5
-        return own[0].to(values) + _NOISE * own[0].to(values).std() * values
+            return values / math.sqrt(self.view.width)
+        token = own[0].to(values)
+        return token + _NOISE * token.std() * values
 
 
 def temporal_rows(embedding: Tensor, real: Tensor) -> Tensor:
@@ -105,19 +106,34 @@ def temporal_rows(embedding: Tensor, real: Tensor) -> Tensor:
     return weights @ embedding
 
 
-def proxy_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, shared: int, seen: Tensor) -> Tensor:
-    """Return attended values (B, heads, S, d) of q, k and v of that shape: `shared` proxies, then equally long frames.
+def proxy_attention(q: Tensor, k: Tensor, v: Tensor, shared: int, real: Tensor) -> Tensor:
+    """Return attended values (B, heads, S, d) of q, k and v of that shape: `shared` proxies, then the frames' patches.
 
-    The proxies attend to the tokens that are True in `seen` (B, S). Each frame attends to the proxies and itself: the
-    two parts take S · (shared + S / frames) products instead of S².
+    The proxies attend to themselves and to the frames that are True in `real` (B, T). The patches of a frame attend to
+    the proxies and to their own frame. These two parts take about S · (2 · shared + S / T) products instead of S².
     """
-    own_q, own_k, own_v = (x[:, :, shared:].unflatten(2, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-    if shared:
-        every_k, every_v = (x[:, None, :, :shared].expand(-1, frames, -1, -1, -1) for x in (k, v))
-        own_k, own_v = torch.cat([every_k, own_k], dim=3), torch.cat([every_v, own_v], dim=3)
-    patches = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (own_q, own_k, own_v)))
-    values = patches.transpose(1, 2).reshape(len(q), -1, *patches.shape[1::2])  # (B, frames · patches, heads, d)
-    if shared:
-        first = F.scaled_dot_product_attention(q[:, :, :shared], k, v, attn_mask=seen[:, None, None])
-        values = torch.cat([first.transpose(1, 2), values], dim=1)
-    return values.transpose(1, 2)
+    frames = real.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, S, heads, d)
+    own_q = q[:, shared:].reshape(len(q) * frames, -1, *q.shape[2:])
+    own_k, own_v = (_by_frame(x, shared, frames) for x in (k, v))  # (B, T, proxies and patches, heads, d)
+    patches = _attend(own_q, own_k.flatten(0, 1), own_v.flatten(0, 1)).reshape(len(q), -1, *q.shape[2:])
+    if not shared:
+        return patches.transpose(1, 2)
+    seen = real[:, :, None].repeat(1, 1, own_k.shape[2])
+    seen[:, :, :shared] = False  # each frame has a copy of the proxies, of which the first is enough
+    seen[:, 0, :shared] = True
+    # A copy of q, because a slice would keep the q, k and v of all tokens in memory for the backward pass.
+    proxies = _attend(q[:, :shared].clone(), own_k.flatten(1, 2), own_v.flatten(1, 2), seen.flatten(1)[:, None, None])
+    return torch.cat([proxies, patches], dim=1).transpose(1, 2)
+
+
+def _by_frame(x: Tensor, shared: int, frames: int) -> Tensor:
+    """Return the shared tokens and each frame's own, (B, T, shared + L, …), of tokens (B, shared + T · L, …)."""
+    every = x[:, None, :shared].expand(-1, frames, *x[:, :shared].shape[1:])
+    return torch.cat([every, x[:, shared:].reshape(len(x), frames, -1, *x.shape[2:])], dim=2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return attended values (n, L, heads, d) of q of that shape, and k and v (n, M, heads, d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

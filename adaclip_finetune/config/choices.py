@@ -368,8 +368,26 @@ class GlobalLocalSettings(TowerSettings):
             yield f"{what}: take another method, or tower per_frame", ("tower.method", "peft.method")
 
 
+class ProxyTokensSettings(TowerSettings):
+    """Let the frames meet in proxy tokens, which attend to all frames (CLIP-ViP, Xue et al. 2023)."""
+
+    learns: ClassVar[bool] = True
+
+    num_proxies: int = setting(
+        4, "tokens that attend to all frames; the class token is the first, the others are new", unit="tokens", ge=1
+    )
+    temporal_embedding: bool = setting(True, "add a learned embedding of a frame's time to its patches")
+    temporal_size: int = setting(
+        12, "rows of the temporal embedding, interpolated linearly to other numbers of frames", unit="frames", ge=1
+    )
+    proxy_init: Literal["published", "clip"] = setting(
+        "published", "initial values of new proxies: N(0, 1) as published, or the class token with a little noise"
+    )
+
+
 TOWERS: dict[str, Choice] = {
     "per_frame": Choice(PerFrameSettings, "model.towers.per_frame:PerFrame"),
+    "proxy_tokens": Choice(ProxyTokensSettings, "model.towers.proxy_tokens:ProxyTokens"),
     "global_local": Choice(GlobalLocalSettings, "model.towers.global_local:GlobalLocal"),
 }
 

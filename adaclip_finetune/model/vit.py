@@ -135,6 +135,10 @@ class VisionView(ABC):
         """Return embedded tokens with their positions: (n, 3, S, S) → (n, L, W), L = prefix + rows · columns."""
 
     @abstractmethod
+    def class_token(self) -> tuple[Tensor, Tensor] | None:
+        """Return the class token and its position embedding, each (W); `place` adds them. None if a tower has none."""
+
+    @abstractmethod
     def norm(self, tokens: Tensor) -> Tensor:
         """Return placed tokens normalised as the first block gets them; unchanged by towers without such a norm."""
 
@@ -464,6 +468,9 @@ class _OpenClipView(VisionView):
         first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
 
+    def class_token(self) -> tuple[Tensor, Tensor]:
+        return self._visual.class_embedding, self._visual.positional_embedding[0]
+
     def norm(self, tokens: Tensor) -> Tensor:
         return self._visual.ln_pre(tokens)
 
@@ -484,6 +491,14 @@ class _TimmView(VisionView):
         trunk = self._visual.trunk
         placed = trunk._pos_embed(trunk.patch_embed(pixels))
         return placed[0] if isinstance(placed, tuple) else placed
+
+    def class_token(self) -> tuple[Tensor, Tensor] | None:
+        trunk = self._visual.trunk
+        if trunk.cls_token is None:
+            return None
+        token = trunk.cls_token[0, 0]
+        has_position = trunk.pos_embed is not None and not trunk.no_embed_class
+        return token, trunk.pos_embed[0, 0] if has_position else torch.zeros_like(token)
 
     def norm(self, tokens: Tensor) -> Tensor:
         return self._visual.trunk.norm_pre(tokens)

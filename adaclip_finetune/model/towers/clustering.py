@@ -6,6 +6,7 @@ of clusters go on, behind the mean of the class tokens: from there on, a segment
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ class Clustering(BlockwiseTower):
         if self.settings.aggregation == "mean":
             valid = taken.repeat_interleave(length - prefix, dim=2).flatten(0, 1)
             weights = token_weights(clusters, stage.tokens, valid).to(tokens.dtype)
-            with torch.autocast(tokens.device.type, enabled=False):
+            with _without_autocast(tokens):
                 centres = weights @ everything[:, at].flatten(0, 1)
         else:
             centres = everything.gather(1, where[..., None].expand(-1, -1, tokens.shape[2]))
@@ -193,7 +194,7 @@ class Clustering(BlockwiseTower):
         if settings.algorithm == "sparse_sampling":
             return self._sample(valid, rows, count).reshape(*rows, -1), everything
         rule = MedoidRule(settings.distance, settings.norm_p, settings.threshold, settings.iterations)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with _without_autocast(tokens):
             x = at_least_float32(tokens[:, at].flatten(0, 1))
             if settings.algorithm == "spectral":
                 graph = self._graph(x, places[:, at].flatten(0, 1), valid, patches)
@@ -228,6 +229,10 @@ class Clustering(BlockwiseTower):
             for values, most in ((frames, 3), (places // columns, reach), (places % columns, reach)):
                 near = near & ((values[..., None] - values[:, None, :]).abs() <= most)
         return affinity(x, settings.sigma, neighbours if settings.graph == "knn" else None, valid, near)
+
+
+def _without_autocast(tokens: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
 
 
 def _segments(units: int, segments: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

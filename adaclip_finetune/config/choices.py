@@ -337,7 +337,12 @@ _CLUSTERS = ("kmedoids", "spectral")
 class ClusteringSettings(ChoiceSettings):
     """Cluster patches of neighbouring frames inside CLIP, and keep only the centres (CenterCLIP, Zhao et al. 2022)."""
 
-    stages: ClusteringStages = setting([{"block": 6}], "reductions, in the order of their blocks", min_length=1)
+    stages: ClusteringStages = setting(
+        [{"block": 6}],
+        "reductions, in the order of their blocks",
+        allowed="a JSON list of objects with block, segments (default 4) and tokens (default 49)",
+        min_length=1,
+    )
     algorithm: Literal["kmedoids", "spectral", "pooling", "sparse_sampling", "token_shift", "temporal_shift"] = setting(
         "kmedoids", "how the tokens of a segment are reduced; the two shifts reduce nothing and mix neighbouring frames"
     )

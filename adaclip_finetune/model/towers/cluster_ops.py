@@ -120,12 +120,13 @@ def spectral_embedding(weights: Tensor, count: int, valid: Tensor | None = None)
     laplacian = (torch.diag_embed(degrees) - weights) * scale[:, :, None] * scale[:, None, :]
     if valid is not None:  # the eigenvalues of the others are at most 2
         laplacian = laplacian + torch.diag_embed(3.0 * ~valid)
-    return normalised(torch.linalg.eigh(laplacian).eigenvectors[:, :, :count])
+    # NaN would be an error here; it is better noticed in the loss.
+    return normalised(torch.linalg.eigh(laplacian.nan_to_num()).eigenvectors[:, :, :count])
 
 
-def token_weights(clusters: Tensor, count: int, valid: Tensor) -> Tensor:
-    """Return the matrix (R, count, N) that gives the mean of each cluster's tokens, as float32."""
-    members = F.one_hot(clusters, count).mT * valid[:, None, :]
+def token_weights(clusters: Tensor, count: int, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (R, count, N) that gives the mean of each cluster's valid tokens."""
+    members = (F.one_hot(clusters, count).mT * valid[:, None, :]).to(dtype)
     return members / members.sum(dim=2, keepdim=True).clamp(min=1)
 
 

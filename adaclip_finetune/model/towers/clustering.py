@@ -95,10 +95,9 @@ class Clustering(BlockwiseTower):
         stages = 0 if self.settings.algorithm in _SHIFTS else len(self.settings.stages)
         real = state["units"][stages].real[..., None]
         vectors = self.view.pool(tokens).reshape(*real.shape[:2], -1)
-        weights = real / real.sum(dim=1, keepdim=True)
-        exact = at_least_float32(vectors)
-        mean = F.normalize((F.normalize(exact, dim=-1) * weights).sum(dim=1, keepdim=True), dim=-1)
-        length = (exact.norm(dim=-1, keepdim=True) * weights).sum(dim=1, keepdim=True)
+        exact = at_least_float32(vectors) * real
+        mean = F.normalize(F.normalize(exact, dim=-1).sum(dim=1, keepdim=True), dim=-1)
+        length = exact.norm(dim=-1, keepdim=True).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
         return torch.where(real, vectors, (mean * length).to(vectors.dtype))
 
     def frame_shares(self, frames: int) -> Tensor | None:
@@ -147,12 +146,11 @@ class Clustering(BlockwiseTower):
         some = real.any(dim=2)
         # A segment without a real frame is computed like the others, and replaced at the end.
         taken = torch.where(some[..., None], real, exists)
-        share = taken / taken.sum(dim=2, keepdim=True)
         units = tokens.reshape(*before.real.shape, *tokens.shape[1:])
         if self.settings.algorithm == "pooling":
             state["units"][number + 1] = Units(some, before.places[:, : len(members)])
-            return _mean_over_units(units, members, share).flatten(0, 1)
-        first = _mean_over_units(units[:, :, :prefix], members, share)
+            return _mean_over_units(units, members, taken).flatten(0, 1)
+        first = _mean_over_units(units[:, :, :prefix], members, taken)
         # Where the patch tokens of each segment are among all tokens of the video: (S, N).
         length = tokens.shape[1]
         at = (members[..., None] * length + torch.arange(prefix, length, device=tokens.device)).flatten(1)
@@ -163,7 +161,7 @@ class Clustering(BlockwiseTower):
         where = at.expand(len(units), -1, -1).gather(2, chosen).flatten(1)  # (B, S · tokens)
         if self.settings.aggregation == "mean":
             valid = taken.repeat_interleave(length - prefix, dim=2).flatten(0, 1)
-            weights = token_weights(clusters, stage.tokens, valid).to(tokens.dtype)
+            weights = token_weights(clusters, stage.tokens, valid, tokens.dtype)
             with _without_autocast(tokens):
                 centres = weights @ everything[:, at].flatten(0, 1)
         else:
@@ -246,9 +244,9 @@ def _segments(units: int, segments: int, device: torch.device | None = None) -> 
     return members.clamp(max=units - 1), members < bounds[1:, None]
 
 
-def _mean_over_units(tokens: Tensor, members: Tensor, share: Tensor) -> Tensor:
-    """Return weighted means of units (B, U, L, W): those of `members` (S, d) by `share` (B, S, d), to (B, S, L, W)."""
-    return (tokens[:, members] * share[..., None, None]).sum(dim=2).to(tokens.dtype)
+def _mean_over_units(tokens: Tensor, members: Tensor, taken: Tensor) -> Tensor:
+    """Return means of units (B, U, L, W): for each segment, of its `members` (S, d) that are `taken` (B, S, d)."""
+    return (tokens[:, members] * taken[..., None, None]).sum(dim=2) / taken.sum(dim=2)[..., None, None]
 
 
 def _from_neighbours(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -35,22 +35,25 @@ def distances(x: Tensor, rule: MedoidRule) -> Tensor:
     if rule.distance == "cosine":
         unit = normalised(x)
         half = unit.square().sum(dim=-1) / 2
-        # 1 − u·v, written with ‖u − v‖².
+        # 1 − u·v, written with ‖u − v‖². From a token to itself it is not quite 0, since `normalised` adds 1e-6: of two
+        # tokens, the longer one is the medoid.
         return 1 - (half[:, :, None] + half[:, None, :]) + _direct(unit, 2.0).square() / 2
     return _direct(x, rule.p)
 
 
-def farthest_first(apart: Tensor, first: Tensor, count: int) -> Tensor:
+def farthest_first(between: Tensor, first: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
     """Return `count` tokens of each row, (R, count), as KKZ chooses them (Katsavounidis et al. 1994).
 
-    After `first` (R), each is the token farthest from its nearest chosen one. `apart` (R, N, N) are the distances, with
-    −1 on the diagonal and −2 for tokens that must not be chosen. If all tokens are chosen, the first one is repeated.
+    After `first` (R), each is the token farthest from its nearest chosen one, by the distances `between` (R, N, N). If
+    all tokens are chosen, the one with the lowest index is repeated.
     """
-    rows = torch.arange(len(apart), device=apart.device)
-    chosen, nearest = [first], apart[rows, first]
+    rows, chosen = torch.arange(len(between), device=between.device), [first]
+    nearest = torch.full_like(between[:, 0], torch.inf)
+    if valid is not None:
+        nearest = nearest.masked_fill(~valid, _INVALID)
     for _ in range(count - 1):
+        nearest = torch.minimum(nearest, between[rows, chosen[-1]]).scatter(1, chosen[-1][:, None], _CHOSEN)
         chosen.append(nearest.argmax(dim=1))
-        nearest = torch.minimum(nearest, apart[rows, chosen[-1]])
     return torch.stack(chosen, dim=1)
 
 
@@ -62,18 +65,15 @@ def kmedoids(
     The first medoid of the start is the token of the largest norm; `farthest_first` chooses the others. With more
     medoids than tokens, the index 0 is repeated.
     """
-    rule = rule or MedoidRule()
-    between = distances(x, rule)
-    apart = between.diagonal_scatter(x.new_full(x.shape[:2], _CHOSEN), dim1=1, dim2=2)  # each is nearest to itself
-    norms = x.norm(dim=-1)
+    rule, norms = rule or MedoidRule(), x.norm(dim=-1)
     if valid is None:
         valid = torch.ones_like(norms, dtype=torch.bool)
-    candidates = apart.masked_fill(~valid[:, None, :], _INVALID)
-    medoids = farthest_first(candidates, norms.masked_fill(~valid, _CHOSEN).argmax(dim=1), count)
+    between = distances(x, rule)
+    medoids = farthest_first(between, norms.masked_fill(~valid, _INVALID).argmax(dim=1), count, valid)
     moving = torch.ones_like(medoids[:, :1], dtype=torch.bool)
     slots = torch.arange(count, device=x.device)[:, None]
     for _ in range(rule.iterations):
-        clusters = torch.where(valid, _nearest(apart, medoids), -1)
+        clusters = torch.where(valid, _nearest(between, medoids), -1)
         # The sum of the distances from each token to those of its own cluster: the medoid has the smallest one.
         sums = torch.where(clusters[:, :, None] == clusters[:, None, :], between, 0).sum(dim=2)
         within = torch.where(clusters[:, None, :] == slots, sums[:, None, :], torch.inf)
@@ -83,7 +83,7 @@ def kmedoids(
         if not moving.any():
             break
     medoids = medoids.sort(dim=1).values
-    return medoids, _nearest(apart, medoids)
+    return medoids, _nearest(between, medoids)
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -139,6 +139,6 @@ def _take(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _nearest(apart: Tensor, medoids: Tensor) -> Tensor:
-    """Return which of the medoids (R, K) is nearest to each token: (R, N)."""
-    return _take(apart, medoids).argmin(dim=1)
+def _nearest(between: Tensor, medoids: Tensor) -> Tensor:
+    """Return which of the medoids (R, K) is nearest to each token: (R, N). A medoid is nearest to itself."""
+    return _take(between, medoids).scatter(2, medoids[..., None], _CHOSEN).argmin(dim=1)

@@ -132,7 +132,8 @@ def _metavar(path: str, one: Described) -> str:
         return "JSON" if "." in path else "FILE"
     if kinds == {"array"}:
         kinds = _item_kinds(one)
-    return {"boolean": "true|false", "integer": "N", "number": "X"}.get(next(iter(kinds)), "NAME")
+    names = {"boolean": "true|false", "integer": "N", "number": "X", "None": "JSON"}  # None: a list of sections
+    return names.get(next(iter(kinds)), "NAME")
 
 
 def _help(path: str, one: Described) -> str:
@@ -145,8 +146,9 @@ def _help(path: str, one: Described) -> str:
     elif one.kinds != {"boolean"} and not unit.startswith(("file", "folder")):
         facts += [re.sub(r" from (-?\d+) to \d{4,}", r" >= \1", one.words)] + ([f"unit: {unit}"] if unit else [])
     if "default" in one.facts and ("." not in path or one.kinds != {"object"}):
-        shown = " ".join(map(str, default)) or "[]" if isinstance(default, list) else json.dumps(default)
-        facts += [f"default: {default if isinstance(default, str) else shown}"]
+        items = default if isinstance(default, list) else [default]
+        shown = " ".join(item if isinstance(item, str) else json.dumps(item) for item in items) or "[]"
+        facts += [f"default: {shown}"]
     return f"{one.facts.get('description', '')} [{'; '.join(facts)}]".replace("%", "%%")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from importlib import import_module
+from itertools import pairwise
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -385,9 +386,80 @@ class ProxyTokensSettings(TowerSettings):
     )
 
 
+class ClusteringStage(Settings):
+    """One reduction of the tokens of a video."""
+
+    block: int = setting(..., "block before which tokens are reduced, counted from 0", unit="block", ge=0)
+    segments: int = setting(4, "segments a video is divided into; not used by the shifts", unit="frames", ge=1)
+    tokens: int = setting(49, "patch tokens kept of each segment; not used by pooling and shifts", unit="tokens", ge=1)
+
+
+ClusteringStages = Annotated[tuple[ClusteringStage, ...], Field(strict=False)]
+_CLUSTERS = ("kmedoids", "spectral")
+
+
+class ClusteringSettings(TowerSettings):
+    """Cluster patches of neighbouring frames inside CLIP, and keep only the centres (CenterCLIP, Zhao et al. 2022)."""
+
+    learns: ClassVar[bool] = True  # with a cluster embedding
+
+    stages: ClusteringStages = setting(
+        [{"block": 6}],
+        "reductions, in the order of their blocks",
+        allowed="a JSON list of objects with block, segments (default 4) and tokens (default 49)",
+        min_length=1,
+    )
+    algorithm: Literal["kmedoids", "spectral", "pooling", "sparse_sampling", "token_shift", "temporal_shift"] = setting(
+        "kmedoids", "how the tokens of a segment are reduced; the two shifts reduce nothing and mix neighbouring frames"
+    )
+    aggregation: Literal["none", "mean"] = setting(
+        "none", "what stands for a cluster: its central token, or the mean of its tokens"
+    )
+    cluster_embedding: Literal["off", "normal", "positions"] = setting(
+        "off", "embedding added to the centres and trained, from random values or CLIP's positional embedding"
+    )
+    distance: Literal["euclidean", "cosine"] = setting("euclidean", "distance between tokens")
+    norm_p: float = setting(2.0, "exponent of the euclidean distance (Minkowski); 1: sum of differences", ge=1)
+    threshold: float = setting(1e-6, "k-medoids stops when the centres of a segment together move less", gt=0)
+    iterations: int = setting(100, "most updates of the centres by k-medoids", unit="steps", ge=1)
+    pre_norm: bool = setting(False, "kmedoids clusters tokens divided by their norms")
+    graph: Literal["knn", "heat"] = setting("knn", "graph of spectral: nearest neighbours, or all pairs of tokens")
+    neighbours: int = setting(
+        0,
+        "neighbours of a token in the graph knn, itself included; 0: 5 a frame, and 5 more from 100 tokens a frame",
+        unit="tokens",
+        ge=0,
+    )
+    sigma: float = setting(2.0, "distance at which the similarity of two tokens in spectral's graph is e^-0.5", gt=0)
+    window: bool = setting(
+        False, "spectral's graph connects only tokens near in time (3 frames) and space (4 patches; 9 from 100 tokens)"
+    )
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield stages that do not follow from each other, and settings of another algorithm."""
+        name = "tower.config.stages"
+        for first, second in pairwise(self.stages):
+            if second.block <= first.block:
+                order = f"block {second.block} follows block {first.block}: name each block once, in ascending order"
+                yield f"{name}: {order}", (name,)
+            for what in ("segments", "tokens"):
+                before, after = getattr(first, what), getattr(second, what)
+                used = self.algorithm in _CLUSTERS or self.algorithm == "sparse_sampling"
+                if after > before and (used or (what, self.algorithm) == ("segments", "pooling")):
+                    yield (
+                        f"{name}: {after} {what} at block {second.block} are more than the {before} before it",
+                        (name,),
+                    )
+        for setting_name, off in (("aggregation", "none"), ("cluster_embedding", "off")):
+            if getattr(self, setting_name) != off and self.algorithm not in _CLUSTERS:
+                where = f"tower.config.{setting_name}"
+                yield f"{where} needs the algorithm kmedoids or spectral", (where, "tower.config.algorithm")
+
+
 TOWERS: dict[str, Choice] = {
     "per_frame": Choice(PerFrameSettings, "model.towers.per_frame:PerFrame"),
     "proxy_tokens": Choice(ProxyTokensSettings, "model.towers.proxy_tokens:ProxyTokens"),
+    "clustering": Choice(ClusteringSettings, "model.towers.clustering:Clustering"),
     "global_local": Choice(GlobalLocalSettings, "model.towers.global_local:GlobalLocal"),
 }
 

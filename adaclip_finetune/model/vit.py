@@ -147,6 +147,10 @@ class VisionView(ABC):
         return self.norm(self.place(pixels))
 
     @abstractmethod
+    def patch_positions(self) -> Tensor | None:
+        """Return the learned positional embedding of the patches, (rows · columns, W), or None if there is none."""
+
+    @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """Return the image embeddings from the tokens that leave the last block: (n, L, W) → (n, D)."""
 
@@ -474,6 +478,9 @@ class _OpenClipView(VisionView):
     def norm(self, tokens: Tensor) -> Tensor:
         return self._visual.ln_pre(tokens)
 
+    def patch_positions(self) -> Tensor:
+        return self._visual.positional_embedding[1:]
+
     def pool(self, tokens: Tensor) -> Tensor:
         pooled = self._visual._pool(tokens)[0]
         return pooled if self._visual.proj is None else pooled @ self._visual.proj
@@ -502,6 +509,10 @@ class _TimmView(VisionView):
 
     def norm(self, tokens: Tensor) -> Tensor:
         return self._visual.trunk.norm_pre(tokens)
+
+    def patch_positions(self) -> Tensor | None:
+        positions = self._visual.trunk.pos_embed
+        return None if positions is None else positions[0, -self.grid[0] * self.grid[1] :]
 
     def pool(self, tokens: Tensor) -> Tensor:
         trunk = self._visual.trunk

@@ -11,6 +11,15 @@ from adaclip_finetune.config import Config, load_config
 
 CFGS = Path(__file__).resolve().parents[2] / "cfgs"
 RECIPES = sorted(path for path in CFGS.glob("*.json") if path.name not in ("schema.json", "compare-demo.json"))
+ADACLIP = [path for path in RECIPES if json.loads(path.read_text()).get("use_policy", True)]
+OTHERS = {  # recipe → frames, batch, tower
+    "clip-vip-msrvtt": (12, 128, "proxy_tokens"),
+    "clip-vip-activitynet": (32, 128, "proxy_tokens"),
+    "center-clip-msvd": (12, 128, "clustering"),
+    "center-clip-activitynet": (60, 128, "clustering"),
+    "dgl-msrvtt": (12, 128, "global_local"),
+    "dgl-activitynet": (64, 16, "global_local"),
+}
 PARTS = sorted((CFGS / "peft").glob("*.json"))
 KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scale")
 FRAMES_TOPK_BATCH = {
@@ -35,7 +44,15 @@ def test_every_named_file_exists_loads_and_sets_freeze_layer_num_itself() -> Non
         assert "freeze_layer_num" in load_config(path).model_fields_set
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize(("name", "expected"), OTHERS.items())
+def test_recipes_of_other_systems(name: str, expected: tuple[int, int, str]) -> None:
+    config = recipe(name)
+    assert (config.num_frm, config.batch_size, config.tower.method) == expected
+    assert not config.use_policy and config.frame_agg is None
+    assert config.optim == ("clip_vip_adamw" if "vip" in name else "adamw")
+
+
+@pytest.mark.parametrize("path", ADACLIP, ids=lambda path: path.name)
 def test_every_peft_part_overrides_the_method_of_every_recipe(path: Path) -> None:
     below = load_config(path)
     for part in PARTS:
@@ -100,4 +117,4 @@ def test_the_readme_tells_of_every_file_and_gives_its_true_values() -> None:
         c = recipe(name)
         told = [c.num_frm, c.top_k, c.batch_size, c.concat_captions, c.max_txt_len, c.freeze_layer_num, c.peft.method]
         assert cells == list(map(str, told)), name
-    assert len(re.findall(r"^\| `[\w-]+\.json` \| \d+ / ", text, re.M)) == len(RECIPES)
+    assert len(re.findall(r"^\| `[\w-]+\.json` \| \d+ / ", text, re.M)) == len(ADACLIP)

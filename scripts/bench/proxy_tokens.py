@@ -96,10 +96,10 @@ def trained(forward: Callable[[Attention], Tensor]) -> Callable[[Attention], Non
 
 
 def timed(step: Callable[[Attention], object], kind: Attention) -> float:
-    """Return the seconds that a step takes with this kind of attention."""
-    started = time.perf_counter()
+    """Return the CPU seconds that a step takes with this kind of attention; other programs do not count."""
+    started = time.process_time()
     step(kind)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def measured_memory(kind: str, frames: int) -> float:

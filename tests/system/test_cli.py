@@ -102,7 +102,7 @@ def test_every_setting_is_a_flag_in_its_group(capsys: pytest.CaptureFixture[str]
     assert all(f"\n  --{name} " in text for name in described(Config))
     for words in (
         "[a whole number >= 1; unit: frames; default: 16]",
-        "[one of uniform, random; default: uniform]",
+        "[one of bertadam, adamw, clip_vip_adamw; default: bertadam]",
         "--no_policy the same as --use_policy false",
         "[for ibs; a number > 0 and <= 1; default: 0.1]",
     ):

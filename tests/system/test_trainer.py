@@ -22,7 +22,7 @@ from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
 from adaclip_finetune.training.evaluate_only import dry_run, evaluate_only
-from adaclip_finetune.training.optimizer import schedule
+from adaclip_finetune.training.optimizer import bert_schedule
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import FitResult, Trainer, fit, run_trial
 
@@ -105,7 +105,7 @@ def test_every_update_is_recorded_with_the_scheduled_learning_rate(trained: Trai
     assert [event["step"] for event in updates] == list(range(1, 10))
     for done, event in enumerate(updates):
         assert {"loss", "tau", "k", "videos_per_second", "memory_mib"} <= event.keys()
-        share = schedule(done / 9, 0.1, False)
+        share = bert_schedule(done, 9, 0.1)
         rates = {"clip_decay": 1e-4, "clip_no_decay": 1e-4, "other_decay": 1e-3, "other_no_decay": 1e-3}
         assert event["lr"] == pytest.approx({name: rate * share for name, rate in rates.items()})
 

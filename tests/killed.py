@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import forked
+from safetensors.torch import load_file
+from torch import Tensor
 
 from adaclip_finetune import report
 from adaclip_finetune.config import load_config
@@ -40,6 +42,25 @@ def run(settings: dict[str, Any], log: Path, place: str = "", call: int = 0, sig
     process.join(120)
     assert process.exitcode is not None, f"still running: {log.read_text()}"
     return process.exitcode
+
+
+def whole_and_resumed(settings: dict[str, Any], output: Path) -> list[dict[str, Tensor]]:
+    """Train twice, with a snapshot per update, and return the weights that each run leaves by name.
+
+    The second run is killed in its fourth update and resumed. `output` is the folder of both.
+    """
+    states = []
+    for which in ("whole", "killed"):
+        given = {**settings, "save_every_steps": 1, "output_dir": str(output / which)}
+        if which == "killed":
+            assert run(given, output / "log", "update", 4) == -signal.SIGKILL
+            given = {"resume": str(next((output / which / str(settings["dataset"])).iterdir()))}
+        assert run(given, output / "log") == 0, (output / "log").read_text()
+        folder = next((output / which / str(settings["dataset"])).iterdir())
+        states.append(
+            {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        )
+    return states
 
 
 def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,14 +186,5 @@ def test_two_processes_learn_what_one_does(name: str, project: Project, tmp_path
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "adabn"])
 def test_a_killed_run_resumes_bit_for_bit(name: str, project: Project, tmp_path: Path) -> None:
-    states = []
-    for which in ("whole", "killed"):
-        settings = {**given(name, project, tmp_path / which), "save_every_steps": 1}
-        if which == "killed":
-            assert killed.run(settings, tmp_path / "log", "update", 4) == -signal.SIGKILL
-            settings = {"resume": str(next((tmp_path / which / "tiny").iterdir()))}
-        assert killed.run(settings, tmp_path / "log") == 0, (tmp_path / "log").read_text()
-        folder = next((tmp_path / which / "tiny").iterdir())
-        states.append({key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()})
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    one, other = killed.whole_and_resumed(given(name, project, tmp_path), tmp_path)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

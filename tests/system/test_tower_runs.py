@@ -1,7 +1,6 @@
 """Every tower from training with Hard-Top-k to search, in one process and in two, killed and resumed."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,5 @@ def test_two_processes_learn_what_one_does(name: str, project: Project, tmp_path
 
 @every_tower
 def test_a_killed_run_resumes_bit_for_bit(name: str, project: Project, tmp_path: Path) -> None:
-    states = []
-    for which in ("whole", "killed"):
-        settings = {**given(name, project, tmp_path / which), "save_every_steps": 1}
-        if which == "killed":
-            assert killed.run(settings, tmp_path / "log", "update", 4) == -signal.SIGKILL
-            settings = {"resume": str(next((tmp_path / which / "tiny").iterdir()))}
-        assert killed.run(settings, tmp_path / "log") == 0, (tmp_path / "log").read_text()
-        states.append(load_file(next((tmp_path / which / "tiny").iterdir()) / "best.safetensors"))
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    one, other = killed.whole_and_resumed(given(name, project, tmp_path), tmp_path)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

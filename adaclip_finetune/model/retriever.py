@@ -171,7 +171,7 @@ class VideoRetriever(nn.Module):
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:
-            return self._tokens_of_mixed_input(videos, noise)
+            return self._tokens_of_mixed_frames(videos, noise)
         if self.selector.backbone is None:
             everything = self._encode(videos.frames, videos.frame_mask)
             selection = self.selector(everything, noise)
@@ -187,20 +187,31 @@ class VideoRetriever(nn.Module):
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
 
-    def _tokens_of_mixed_input(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
-        """Return the tokens of a tower that mixes frames. Straight-through weights mix pixels, so that scores learn."""
+    def _tokens_of_mixed_frames(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
+        """Return the tokens of a tower that mixes frames.
+
+        What another choice of frames would have changed is not known without encoding every choice. For the gradient of
+        the scores, each token is taken to change as the embedding that CLIP gives to a frame alone, in the share that
+        the frame has in the token. With `per_frame` this would be exact.
+        """
         assert self.selector is not None
         if self.selector.backbone is None:
             features = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
         else:
             features = self._selector_features(videos)
         selection = _in_time(self.selector(features, noise))
+        tokens = self._encode(*_take_frames(videos, selection.indices))
         if not self.training:
-            return self._encode(*_take_frames(videos, selection.indices)), selection
-        pixels = self._pixels(videos.frames, videos.frame_mask)
-        mixed = _mix(selection.weights, pixels.flatten(2)).reshape(len(pixels), -1, *pixels.shape[2:]).to(pixels.dtype)
-        mask = videos.frame_mask.gather(1, selection.indices)
-        return at_least_float32(self.tower(mixed, mask)), selection
+            return tokens, selection
+        if self.selector.backbone is None:
+            alone = features.detach()
+        else:
+            with torch.no_grad():
+                alone = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
+        chosen = _mix(selection.weights, alone)
+        change = chosen - chosen.detach()  # zero, with a gradient
+        shares = self.tower.frame_shares(chosen.shape[1])
+        return tokens + (change if shares is None else _mix(shares.to(change.device), change)), selection
 
     def _selector_features(self, videos: VideoBatch) -> Tensor:
         assert self.selector is not None and self.selector.backbone is not None

@@ -277,7 +277,7 @@ def mixing(**settings: Any) -> VideoRetriever:
 @pytest.mark.parametrize("policy", ["raw", "clip", "frozen_clip"])
 @pytest.mark.parametrize("frame_agg", ["mlp", None])
 def test_scores_learn_in_front_of_a_mixing_tower(policy: str, frame_agg: str | None) -> None:
-    """The straight-through weights mix the input of the tower; the oracle encodes all frames."""
+    """The scores get the gradient of mixing what CLIP makes of each frame alone; the oracle encodes all frames."""
     model = mixing(policy_backbone=policy, frame_agg=frame_agg).train()
     assert model.selector is not None
     model.selector.k, model.selector.temperature = 3, 0.7
@@ -292,8 +292,12 @@ def test_scores_learn_in_front_of_a_mixing_tower(policy: str, frame_agg: str | N
     selection = oracle.selector(features, noise)
     indices, order = selection.indices.sort(dim=1)
     weights = torch.stack([row[places] for row, places in zip(selection.weights, order, strict=True)])
-    mixed = torch.einsum("bkn,bnchw->bkchw", weights, pixels_of(batch))
-    vector = oracle.aggregator(oracle.tower(mixed, torch.ones(4, 3, dtype=torch.bool)))[0]
+    chosen = pixels_of(batch)[torch.arange(4)[:, None], indices]
+    alone = torch.einsum("bkn,bnd->bkd", weights, embed_all(oracle, batch).detach())
+    shares = oracle.tower.frame_shares(3)
+    assert shares is not None
+    tokens = oracle.tower(chosen, torch.ones(4, 3, dtype=torch.bool)) + shares.double() @ (alone - alone.detach())
+    vector = oracle.aggregator(tokens)[0]
     expected = video._replace(vector=vector)
     contrastive_loss(oracle.similarity(oracle.encode_text(ids), expected)).backward()
 
@@ -326,8 +330,9 @@ def test_a_mixing_tower_gets_frames_in_the_order_of_time(policy: str, training: 
     assert torch.equal(selection.indices, selection.indices.sort(dim=1).values)
     assert torch.equal(selection.weights.argmax(dim=-1), selection.indices)
     chosen = pixels_of(batch)[torch.arange(4)[:, None], selection.indices]
-    torch.testing.assert_close(seen[-1].unflatten(0, (4, 3)), chosen, atol=1e-9, rtol=1e-9)
-    assert [len(pixels) for pixels in seen] == [4 * 6, 4 * 3] if policy == "clip" else [4 * 3]
+    sizes = [len(pixels) for pixels in seen]
+    torch.testing.assert_close(seen[sizes.index(12)].unflatten(0, (4, 3)), chosen, atol=1e-9, rtol=1e-9)
+    assert sizes == ([24, 12] if policy == "clip" else [12, 24] if training else [12])
     assert isinstance(model.tower, MixingTower)
     assert torch.equal(model.tower.mask, batch.frame_mask.gather(1, selection.indices))
 

@@ -16,6 +16,7 @@ from adaclip_finetune.compare.options import AS_IT_IS
 from adaclip_finetune.compare.table import COSTS, DataSetRows, RowKind, TableRow
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.data.annotations import folded, load_annotations
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import UserError
@@ -33,8 +34,8 @@ from adaclip_finetune.weights.loaded import LoadedClip
 from adaclip_finetune.weights.plain import weights_digest
 
 # Settings that two checkpoints must share for one zero-shot row to serve both, beside the weights of CLIP.
-_DECIDING_ZERO_SHOT = ("num_frm", "segment_sampling", "to_last_frame", "resize", "max_txt_len", "concat_captions",
-                       "precision", "task", "frames_dir", "video_dir", "img_tmpl", "skip_missing")  # fmt: skip
+_DECIDING_ZERO_SHOT = (*sorted(names_with("view")), "concat_captions", "precision", "task", "frames_dir", "video_dir",
+                       "img_tmpl", "skip_missing")  # fmt: skip
 
 
 @dataclass

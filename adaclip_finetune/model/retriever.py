@@ -195,19 +195,15 @@ class VideoRetriever(nn.Module):
         the frame has in the token. With `per_frame` this would be exact.
         """
         assert self.selector is not None
-        if self.selector.backbone is None:
-            features = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
-        else:
-            features = self._selector_features(videos)
+        scores_clip = self.selector.backbone is None
+        features = self._encode_alone(videos) if scores_clip else self._selector_features(videos)
         selection = _in_time(self.selector(features, noise))
         tokens = self._encode(*_take_frames(videos, selection.indices))
         if not self.training:
             return tokens, selection
-        if self.selector.backbone is None:
-            alone = features.detach()
-        else:
-            with torch.no_grad():
-                alone = at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
+        # Only now, since weights that are computed once (LoRA's) must be computed with gradients first.
+        with torch.no_grad():
+            alone = features.detach() if scores_clip else self._encode_alone(videos)
         chosen = _mix(selection.weights, alone)
         change = chosen - chosen.detach()  # zero, with a gradient
         shares = self.tower.frame_shares(chosen.shape[1])
@@ -231,6 +227,10 @@ class VideoRetriever(nn.Module):
             width = embedding_width(self.clip)
             return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
         return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
+
+    def _encode_alone(self, videos: VideoBatch) -> Tensor:
+        """Return CLIP's embedding of each frame by itself, (B, N, D), whatever the tower."""
+        return at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
 
     def _frame_weights(self, shares: Tensor, selection: Selection | None, frames: int) -> Tensor:
         """Return the weights of the candidate frames (B, N), rows of sum 1, from those of the tokens (B, K)."""

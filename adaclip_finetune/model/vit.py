@@ -142,10 +142,6 @@ class VisionView(ABC):
     def norm(self, tokens: Tensor) -> Tensor:
         """Return placed tokens normalised as the first block gets them; unchanged by towers without such a norm."""
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Return the tokens that enter the first block: (n, 3, S, S) → (n, L, W)."""
-        return self.norm(self.place(pixels))
-
     @abstractmethod
     def patch_positions(self) -> Tensor | None:
         """Return the learned positional embedding of the patches, (rows · columns, W), or None if there is none."""

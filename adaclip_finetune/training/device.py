@@ -71,7 +71,7 @@ def make_accelerator(config: Config) -> Accelerator:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step instead of returning it to the system; do nothing without glibc.
 
-    Otherwise each large tensor is new memory, which Linux fills with zeros first: a quarter of a step's time on a CPU.
+    Otherwise each large tensor is new memory, which Linux fills with zeros first: a fifth of a step's time in the demo.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -201,7 +201,7 @@ def find_checkpoint(
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
-    if settings is not None or (checkpoint.system == "AdaCLIP" and checkpoint.is_foreign):
+    if settings is not None or checkpoint.system == "AdaCLIP":  # whose settings have other names and meanings
         return checkpoint, load_config(settings, dict(overrides))
     own = checkpoint.own_settings(path if path.is_dir() else None)
     return checkpoint, load_config(None, {**own, **overrides})

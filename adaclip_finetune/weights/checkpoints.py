@@ -180,11 +180,12 @@ def _differences(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[str,
         there, here = checkpoint.settings[name], given[name]
         if isinstance(here, dict):
             there = there if isinstance(there, dict) else {}
-            same = there.get("method", here["method"]) == here["method"]
-            for key, value in there.get("config", {}).items() if same and isinstance(there.get("config"), dict) else ():
-                if key in here["config"] and value != here["config"][key]:
-                    found[f"{name}.config.{key}"] = _as_flag(value), _as_flag(here["config"][key])
-            name, there, here = f"{name}.method", there.get("method", here["method"]), here["method"]
+            method, config_there = there.get("method", here["method"]), there.get("config")
+            if method == here["method"] and isinstance(config_there, dict):
+                for key, value in here["config"].items():
+                    if key in config_there and config_there[key] != value:
+                        found[f"{name}.config.{key}"] = _as_flag(config_there[key]), _as_flag(value)
+            name, there, here = f"{name}.method", method, here["method"]
         if there != here and _as_flag(there) != _as_flag(here):
             found[name] = _as_flag(there), _as_flag(here)
     return found

@@ -364,7 +364,7 @@ def test_tokens_keep_their_places_in_rotary_towers() -> None:
     clip = rotary_clip()
     tower = tiny_tower(clip, algorithm="sparse_sampling", stages=[{"block": 1, "segments": 1, "tokens": 4}])
     view, images = tower.view, pixels(2, 1)
-    tokens = view.blocks[0](view.embed(images[:, 0]))[:, [0, 3, 7, 11, 15]]
+    tokens = view.blocks[0](view.norm(view.place(images[:, 0])))[:, [0, 3, 7, 11, 15]]
     expected = view.pool(view.blocks[1](tokens, positions=torch.tensor([-1, 2, 6, 10, 14])))
     torch.testing.assert_close(tower(images, all_real(images))[:, 0], expected, atol=1e-12, rtol=1e-12)
 

@@ -172,7 +172,7 @@ def literal_video(tower: GlobalLocal, pixels: Tensor, mask: Tensor) -> tuple[Ten
     """Return the global prompts and the frames' own tokens after the last block: whole blocks, under one big mask."""
     view, (count, frames) = tower.view, mask.shape
     g, p = tower.settings.global_prompts, tower.settings.local_prompts
-    tokens = view.embed(pixels.flatten(0, 1)).unflatten(0, (count, frames))
+    tokens = view.norm(view.place(pixels.flatten(0, 1))).unflatten(0, (count, frames))
     length = tokens.shape[2]
     in_frame = torch.cat([torch.full((p + view.prefix,), -1), torch.arange(length - view.prefix)])
     places = torch.cat([torch.full((g,), -1), in_frame.repeat(frames)])

@@ -168,7 +168,7 @@ def test_a_tower_that_runs_block_by_block_computes_the_same(case: str, kind: str
     view = vision_view(model.clip)
     with torch.no_grad():
         pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-        tokens = view.embed(pixels)
+        tokens = view.norm(view.place(pixels))
         for block in view.blocks:
             tokens = block(tokens)
         torch.testing.assert_close(view.pool(tokens), model.clip.visual(pixels), rtol=1e-9, atol=1e-9)

@@ -31,7 +31,7 @@ def test_prompts_stand_behind_the_class_token_and_have_no_place_in_the_grid(name
     view = vision_view(plain)
     prompted(clip, depth=depth, num_visual_prompts=3)
     images, at = pixels(clip), view.prefix
-    tokens = view.embed(images)
+    tokens = view.norm(view.place(images))
     places = torch.cat([torch.full((at + 3,), -1), torch.arange(view.grid[0] * view.grid[1])])
     for number, (block, opened) in enumerate(zip(view.blocks, vision_view(clip).blocks, strict=True)):
         if number < depth:

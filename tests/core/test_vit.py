@@ -136,7 +136,7 @@ class LowRank(nn.Module):
 @torch.no_grad()
 def test_the_pieces_of_an_image_tower_compute_its_output(clip: Any) -> None:
     view, images = vision_view(clip), pixels(clip)
-    tokens = view.embed(images)
+    tokens = view.norm(view.place(images))
     assert tokens.shape == (2, view.prefix + view.grid[0] * view.grid[1], view.width)
     for block in view.blocks:
         tokens = block(tokens)
@@ -146,7 +146,7 @@ def test_the_pieces_of_an_image_tower_compute_its_output(clip: Any) -> None:
 @torch.no_grad()
 def test_the_pieces_of_a_block_compute_its_output(clip: Any) -> None:
     view = vision_view(clip)
-    tokens = torch.randn_like(view.embed(pixels(clip)))
+    tokens = torch.randn_like(view.place(pixels(clip)))
     patches = torch.arange(view.grid[0] * view.grid[1])
     standing = torch.cat([torch.full((view.prefix,), -1), patches])
     mask = torch.rand(len(tokens), 1, *[tokens.shape[1]] * 2) < 0.5
@@ -173,7 +173,7 @@ def in_pieces(block: OpenBlock, x: Tensor, mask: Tensor | None = None) -> Tensor
 def test_each_linear_map_has_the_role_that_it_is_listed_under(clip: Any) -> None:
     """Noise in the rows of a map changes the output of that map, and nothing else."""
     block = vision_view(clip).blocks[1]
-    x = torch.randn_like(vision_view(clip).embed(pixels(clip, 1)))
+    x = torch.randn_like(vision_view(clip).place(pixels(clip, 1)))
 
     def made() -> dict[str, Tensor]:
         q, k, v = block.qkv(x)

@@ -98,7 +98,7 @@ def affinity(
     """Return exp(−d² / 2σ²) of all pairs of tokens: (R, N, C) → (R, N, N).
 
     With `neighbours` (R), pairs are kept where one token is among that many most similar tokens of the other, itself
-    included, and all others are 0. So are pairs of an invalid token, and pairs where `near` (N, N) is False.
+    included, and all others are 0. So are pairs of an invalid token, and pairs where `near` (R, N, N) is False.
     """
     weights = torch.exp(-_direct(x, 2.0).square() / (2 * sigma**2))
     if valid is not None:

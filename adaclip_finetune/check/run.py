@@ -99,7 +99,8 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
         explained = explain_out_of_memory(MemoryError(step), config.model_copy(update={"batch_size": tried}))
         yield Finding("warning" if config.auto_batch_size else "fails", "memory", "run", str(explained))
         return
-    needed = step.peak_bytes + step.kept_bytes * (size - tried) // tried + (ahead if on_cpu else 0)
+    together = min(size, config.grad_cache_chunk or size)
+    needed = step.peak_bytes + step.kept_bytes * (together - min(tried, together)) // tried + (ahead if on_cpu else 0)
     total = free + held if on_cpu else int(total_memory_gib(device) * 2**30)
     message = f"memory of {describe_device(device)}: about {_size(needed)} of {_size(total)}"
     yield _within(needed, total, "memory", message, "lower batch_size or num_frm, or give --precision bf16")
@@ -109,7 +110,8 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
 def _time(session: Session, split: CheckedSplit, step: StepCost, size: int, entries: int) -> Finding:
     """Return the finding about the time to compute a batch and the whole run, and to read a batch in one process."""
     config = session.config
-    compute = step.seconds * size / step.videos + step.update_seconds
+    twice = 4 / 3 if step.videos <= config.grad_cache_chunk < size else 1  # a second forward pass
+    compute = twice * step.seconds * size / step.videos + step.update_seconds
     batches = config.num_epochs * -(-entries // size)
     reader = VideoReader(split.store, config, session.model.views())
     chosen = split.good[:: -(-len(split.good) // _READ_VIDEOS)]  # from the whole list

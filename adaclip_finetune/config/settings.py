@@ -228,6 +228,13 @@ class Config(Settings):
     )
     tf32: bool = machine(False, "on CUDA, multiply float32 matrices in TF32 (fast, 10-bit mantissa)", on_resume="same")
     deterministic: bool = machine(False, "use deterministic algorithms only (slower on a GPU)", on_resume="same")
+    grad_cache_chunk: int = machine(
+        0,
+        "pairs that a process computes at a time, with the gradients of the whole batch; 0: all",
+        on_resume="same",
+        unit="pairs",
+        ge=0,
+    )
     gradient_checkpointing: bool = machine(
         False, "recompute activations in the backward pass: less memory, about a third more time", on_resume="same"
     )

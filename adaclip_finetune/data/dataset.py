@@ -41,6 +41,10 @@ class VideoBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def rows(self, start: int, end: int) -> VideoBatch:
+        """Return the videos from `start` up to `end`."""
+        return replace(self._mapped(lambda tensor: tensor[start:end]), video_ids=self.video_ids[start:end])
+
     def pin_memory(self) -> VideoBatch:
         """Copy the tensors to page-locked memory; the data loader calls this."""
         return self._mapped(Tensor.pin_memory)
@@ -54,12 +58,13 @@ class VideoBatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """This process's share of a training batch; row i of token_ids and of noise belongs to video i.
+    """This process's share of a training batch; row i of everything belongs to video i.
 
-    If the share is empty, there is one blank row, and no name in `videos.video_ids`.
+    If the share is empty, there is one blank row, and no name in `videos.video_ids` and no caption.
     """
 
     videos: VideoBatch
+    captions: list[str]
     token_ids: Tensor  # int64 (B, L)
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
 
@@ -69,6 +74,15 @@ class TrainBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
         """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
         return replace(self, videos=self.videos.to(device, non_blocking))
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the video and the caption of each row."""
+        return list(zip(self.videos.video_ids, self.captions, strict=True))
+
+    def rows(self, start: int, end: int) -> TrainBatch:
+        """Return the rows from `start` up to `end`."""
+        videos = self.videos.rows(start, end)
+        return TrainBatch(videos, self.captions[start:end], self.token_ids[start:end], self.noise[start:end])
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,9 @@ class TrainLoader:
         if collated.videos is None or collated.noise is None:
             blank = blank_videos(self.config.num_frm, self.dataset.reader.views, 1)
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
-            return TrainBatch(replace(blank, video_ids=[]), tokens, noise)
-        return TrainBatch(collated.videos, self.tokenize(collated.texts, self.config.max_txt_len), collated.noise)
+            return TrainBatch(replace(blank, video_ids=[]), [], tokens, noise)
+        tokens = self.tokenize(collated.texts, self.config.max_txt_len)
+        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise)
 
 
 def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:

@@ -16,26 +16,32 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from adaclip_finetune.config import ChoiceSettings
+from adaclip_finetune.data.annotations import folded
 from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import rank, world_size
+
+Rows = dict[str, Tensor]
+"""Tensors by name, each with one row for every pair of a batch or of a part of it."""
 
 
 class Group:
     """The processes that share a batch.
 
-    `video_ids` lists the videos of each process's share. Gathered rows are in the order of the processes.
+    `shares` lists the videos and captions of each process's share. Gathered rows are in the order of the processes.
     """
 
-    def __init__(self, video_ids: Sequence[Sequence[str]]) -> None:
-        self.shares = video_ids
-        self.sizes = [len(ids) for ids in video_ids]
-        numbers = {name: number for number, name in enumerate(name for ids in video_ids for name in ids)}
-        self._videos = [numbers[name] for ids in video_ids for name in ids]
+    def __init__(self, shares: Sequence[Sequence[tuple[str, str]]]) -> None:
+        self.sizes = [len(pairs) for pairs in shares]
+        pairs = [pair for share in shares for pair in share]
+        self.video_ids = [video for video, _ in pairs]
+        self._videos = _numbered(self.video_ids)
+        self._captions = _numbered([folded(caption) for _, caption in pairs])
 
     def __len__(self) -> int:
         """Return B, the number of pairs of the batch in all processes together."""
-        return len(self._videos)
+        return len(self.video_ids)
 
     @property
     def here(self) -> slice:
@@ -48,9 +54,15 @@ class Group:
         """The number of pairs of this process. If it is 0, the process's batch has one blank row."""
         return self.sizes[rank() if len(self.sizes) > 1 else 0]
 
-    def videos(self, device: torch.device) -> Tensor:
-        """Return a number for each pair's video, equal for captions of one video: int64 (B,)."""
-        return torch.tensor(self._videos, device=device)
+    def same(self, device: torch.device) -> Tensor:
+        """Return which pairs have the same video or the same caption, and are no negatives of each other: bool (B, B).
+
+        Differences of case and spaces do not make another caption.
+        """
+        same = torch.zeros(len(self), len(self), dtype=torch.bool)
+        for numbers in (torch.tensor(self._videos), torch.tensor(self._captions)):
+            same |= numbers[:, None] == numbers[None, :]
+        return same.to(device)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes (B, …), given this process's rows (n, …).
@@ -101,12 +113,51 @@ class Objective(nn.Module, ABC):
         """Load what `own_state` returned."""
         self.load_state_dict(dict(state), strict=False)
 
-    @abstractmethod
-    def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
+    def forward(
+        self, batch: TrainBatch, group: Group, before: Rows | None = None, gradients: Rows | None = None
+    ) -> dict[str, Tensor]:
         """Return named terms whose sum is the loss of the whole batch in all processes.
 
-        `batch` is this process's share. The terms are float32 even under autocast.
+        `batch` is this process's share. For gradient caching it is a part of the share: the last part is given with the
+        rows `before` it, and every other with the `gradients` of the loss with respect to its rows; the term of such a
+        part has the gradients that the part contributes to those of the loss.
         """
+        rows = self.embed(batch)
+        if gradients is not None:
+            return {"part": sum((rows[name] * gradients[name]).sum() for name in gradients)}  # type: ignore[dict-item]
+        if before is None:
+            return self.loss(rows | self.embed_fixed(batch), group)
+        joined = {name: torch.cat([before[name], rows[name]]) for name in rows}
+        return self.loss(before | joined, group)
+
+    def embed(self, batch: TrainBatch) -> Rows:
+        """Return what the loss needs of each pair, with gradients, in float32 or float64.
+
+        A row depends on its own pair alone. By default these are the vector of the text, `text`, and what the scorer
+        keeps of the video, `video`.
+        """
+        text, videos = self.retriever(batch)
+        return {"text": at_least_float32(text.sentence), "video": self.retriever.scorer.keep(videos)}
+
+    def embed_fixed(self, batch: TrainBatch) -> Rows:
+        """Return what the loss needs of each pair without gradients, such as a teacher's vectors; by default nothing.
+
+        Gradient caching computes these rows once, and those of `embed` twice.
+        """
+        return {}
+
+    @abstractmethod
+    def loss(self, rows: Rows, group: Group) -> dict[str, Tensor]:
+        """Return named terms, whose sum is the loss of the whole batch, from all rows of this process's share.
+
+        The terms are float32 (float64 for float64 rows) even under autocast.
+        """
+
+
+def _numbered(names: Sequence[str]) -> list[int]:
+    """Return a number for each name, equal for equal names."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 class _GatherRows(Function):

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import ContrastiveSettings
-from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.model.features import at_least_float32
-from adaclip_finetune.objectives.base import Group, Objective
+from adaclip_finetune.model.features import TextFeatures, at_least_float32
+from adaclip_finetune.objectives.base import Group, Objective, Rows
 
 
 class Contrastive(Objective):
@@ -17,24 +16,22 @@ class Contrastive(Objective):
 
     settings_class = ContrastiveSettings
 
-    def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
-        text, videos = self.retriever(batch)
-        scorer = self.retriever.scorer
-        text = text._replace(sentence=group.gather(text.sentence))
-        logits = scorer(text, group.gather(scorer.keep(videos)))
-        return {"contrastive": contrastive_loss(logits, group.videos(logits.device))}
+    def loss(self, rows: Rows, group: Group) -> dict[str, Tensor]:
+        text = TextFeatures(group.gather(rows["text"]))
+        logits = self.retriever.scorer(text, group.gather(rows["video"]))
+        return {"contrastive": contrastive_loss(logits, group.same(logits.device))}
 
 
-def contrastive_loss(logits: Tensor, videos: Tensor | None = None) -> Tensor:
+def contrastive_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
     """Return the mean of the cross-entropies over rows and columns of `logits` (B, B), whose diagonal is right.
 
-    `videos` (B,) numbers the videos. If two pairs of the batch have the same video, the other pair is left out of the
-    softmax instead of counting as wrong. The loss is float32 even under autocast, and float64 for float64 logits.
+    `same` (B, B) is True for pairs that are no negatives of each other (`Group.same`): they are left out of the softmax
+    instead of counting as wrong. The loss is float32 even under autocast, and float64 for float64 logits.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = at_least_float32(logits)
         targets = torch.arange(len(logits), device=logits.device)
-        if videos is not None:
+        if same is not None:
             itself = targets[:, None] == targets[None, :]
-            logits = logits.masked_fill((videos[:, None] == videos[None, :]) & ~itself, float("-inf"))
+            logits = logits.masked_fill(same & ~itself, float("-inf"))
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, SigmoidSettings
-from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.model.features import TextFeatures, at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.objectives.base import Group, Objective
+from adaclip_finetune.objectives.base import Group, Objective, Rows
 from adaclip_finetune.weights.loaded import ensure_logit_bias, has_new_logit_bias
 
 
@@ -31,33 +30,31 @@ class Sigmoid(Objective):
         if has_new_logit_bias(self.retriever.clip):
             self.retriever.clip.get_parameter("logit_bias").requires_grad_(True)
 
-    def forward(self, batch: TrainBatch, group: Group) -> dict[str, Tensor]:
-        text, videos = self.retriever(batch)
+    def loss(self, rows: Rows, group: Group) -> dict[str, Tensor]:
         scorer, own = self.retriever.scorer, group.here
-        kept = group.gather(scorer.keep(videos))
-        numbers = group.videos(kept.device)
-        mine = TextFeatures(text.sentence[: group.own])
+        kept = group.gather(rows["video"])
+        same = group.same(kept.device)
+        mine = TextFeatures(rows["text"][: group.own])
         # This process's captions are compared with one process's videos at a time, so no process holds all pairs.
         total = kept.new_zeros(())
         start = 0
         for size in group.sizes:
             columns = slice(start, start + size)
-            total = total + sigmoid_loss(scorer(mine, kept[columns]), own.start - start, numbers[own], numbers[columns])
+            total = total + sigmoid_loss(scorer(mine, kept[columns]), own.start - start, same[own, columns])
             start += size
         return {"sigmoid": group.share_of_sum(total / len(group))}
 
 
-def sigmoid_loss(logits: Tensor, offset: int, text_videos: Tensor, videos: Tensor) -> Tensor:
+def sigmoid_loss(logits: Tensor, offset: int, same: Tensor) -> Tensor:
     """Return the sum over pairs of −log sigmoid(±logits) for `logits` (t, v); + if text i belongs to video i + offset.
 
-    Other pairs of the same video (equal numbers in `text_videos` (t,) and `videos` (v,)) are neither right nor wrong,
-    and are left out.
+    Other pairs for which `same` (t, v) is True (`Group.same`) are neither right nor wrong, and are left out.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = at_least_float32(logits)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         columns = torch.arange(logits.shape[1], device=logits.device)[None, :]
         right = columns == rows + offset
-        counted = right | (text_videos[:, None] != videos[None, :])
+        counted = right | ~same
         losses = -F.logsigmoid(torch.where(right, logits, -logits))
         return (losses * counted).sum()

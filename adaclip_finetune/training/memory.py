@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
+from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.device import peak_memory_mib
 from adaclip_finetune.training.optimizer import build_optimizer
 
@@ -50,8 +51,9 @@ def explain_out_of_memory(error: BaseException, config: Config) -> UserError:
     sizes = ("batch_size", "num_frm", "val_batch_size", "hidden_dim", "precision")
     return UserError(
         f"out of memory: {reason}. The settings are {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}.\n"
-        "Try --precision bf16, --gradient_checkpointing, a smaller num_frm or top_k, or a smaller batch_size (IBS: "
-        "pre_batch_size too), which contrasts each video with fewer others; in an evaluation a smaller --val_batch_size"
+        "Try --precision bf16, --gradient_checkpointing, --grad_cache_chunk, a smaller num_frm or top_k, or a smaller "
+        "batch_size (IBS: pre_batch_size too), which contrasts each video with fewer others; in an evaluation a "
+        "smaller --val_batch_size"
     )
 
 
@@ -152,10 +154,11 @@ def blank_batch(config: Config, retriever: VideoRetriever, tokenize: Tokenize, s
     """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
     batch = TrainBatch(
         blank_videos(config.num_frm, retriever.views(), size),
+        [f"video {number}" for number in range(size)],
         tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
         torch.zeros(size, config.num_frm),
     )
-    return batch, Group([batch.videos.video_ids])
+    return batch, Group([batch.pairs()])
 
 
 def _two_steps(
@@ -176,17 +179,20 @@ def _two_steps(
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # the tensor itself would refer to its own graph, which is then never freed
 
+    def call(*arguments: Any, **named: Any) -> dict[str, Tensor]:
+        kept.clear()
+        hooks = saved_tensors_hooks(note, lambda tensor: tensor) if device.type == "cpu" else nullcontext()
+        with accelerator.autocast(), hooks:
+            return dict(objective(*arguments, **named))
+
+    backward = Backward(accelerator, objective, call, config.grad_cache_chunk)
     # Gradients of an earlier batch are there while a later one is computed.
     batches = min(config.gradient_accumulation_steps, 2)
     objective.train()
     for _ in range(2):  # the first step allocates what the second finds
         started = _now(device)
         for _ in range(batches):
-            kept.clear()
-            hooks = saved_tensors_hooks(note, lambda tensor: tensor) if device.type == "cpu" else nullcontext()
-            with accelerator.autocast(), hooks:
-                terms = list(objective(batch.to(device), pairs).values())
-            sum(terms[1:], terms[0]).backward()
+            backward(batch, pairs, int)
         computed = _now(device)
         if config.grad_norm != -1:
             torch.nn.utils.clip_grad_norm_(learning, config.grad_norm)

@@ -10,7 +10,6 @@ the number of processes changes nothing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -40,6 +39,7 @@ from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.peft.base import MethodState, Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main, rank
 from adaclip_finetune.training import checkpoint, device, measure, optimizer
+from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.checkpoint import ADAPTER, BEST, Snapshot, save_tensors
 from adaclip_finetune.training.memory import fitting_batch_size, memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
@@ -163,6 +163,7 @@ class Trainer:
     wrapped: torch.nn.Module  # the objective, wrapped for mixed precision and several processes
     optimizer: AcceleratedOptimizer
     schedule: LambdaLR
+    backward: Backward
 
     # ---- set-up, in the order in which something can be wrong ----
 
@@ -270,11 +271,13 @@ class Trainer:
         The wrapper must be new, since `requires_grad` may not change under a live one.
         """
         self.total_updates = updates
-        for name in ("wrapped", "optimizer", "schedule"):
+        for name in ("wrapped", "optimizer", "schedule", "backward"):
             vars(self).pop(name, None)  # Free the old ones first; moments are twice as large as what learns.
         self.accelerator.free_memory()
         built, self.schedule = optimizer.build_optimizer(self.objective, self.config, updates)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, built)
+        chunk, pinned = self.config.grad_cache_chunk, self.config.pin_mem
+        self.backward = Backward(self.accelerator, self.objective, self.wrapped, chunk, pinned)
         self._prepared = True
 
     # ---- steps ----
@@ -308,45 +311,35 @@ class Trainer:
 
     def _exchange(self, window: list[TrainBatch]) -> list[Group]:
         """Tell the other processes which videos are in this update's batches; stop if any process got a signal."""
-        told = gather_objects((self.signals.received, [batch.videos.video_ids for batch in window]))
+        told = gather_objects((self.signals.received, [batch.pairs() for batch in window]))
         stop = next((signum for signum, _ in told if signum is not None), None)
         if stop is not None:
             self.save()
             gather_objects(None)  # A launcher ends the main process, which saves, as soon as another one ends.
             raise Interrupted(stop)
-        groups = [Group([ids[number] for _, ids in told]) for number in range(len(window))]
+        groups = [Group([pairs[number] for _, pairs in told]) for number in range(len(window))]
         if not all(map(len, groups)):
             raise nothing_readable(self.data.take_failed())
         return groups
 
     def _step(self, window: list[TrainBatch], groups: list[Group]) -> float:
         """Make one update and return its loss, the mean over all pairs in the window."""
-        # What a tower draws by itself (dropout) depends on the place in the run too.
-        torch.manual_seed(int(generator("dropout", self.config.seed, self.step, rank()).integers(2**63)))
-        ids = [name for group in groups for share in group.shares for name in share]
+        ids = [name for group in groups for name in group.video_ids]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        loss = 0.0
         with divergence_explained(f"at update {self.step + 1}, on the videos {shown}"):
-            loss = sum(
-                self._backward(batch, group, len(group) / len(ids), last=batch is window[-1])
-                for batch, group in zip(window, groups, strict=True)
-            )
+            for number, (batch, group) in enumerate(zip(window, groups, strict=True)):
+                # Processes exchange gradients with the last batch only.
+                last = batch is window[-1]
+                with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    loss += self.backward(batch, group, partial(self._dropout_seed, number), len(group) / len(ids))
             self._update()
         return loss
 
-    def _backward(self, batch: TrainBatch, group: Group, share: float, last: bool) -> float:
-        """Add the gradients of a batch, weighted with its share of the pairs, and return its part of the loss.
-
-        Processes exchange gradients with the last batch only.
-        """
-        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-            there = batch.to(self.accelerator.device, non_blocking=self.config.pin_mem)
-            terms = list(self.wrapped(there, group).values())
-            loss = sum(terms[1:], terms[0])
-            value = float(loss.item())
-            if not math.isfinite(value):
-                raise NotFinite(f"the loss became {value}")
-            self.accelerator.backward(loss * share)
-        return value * share
+    def _dropout_seed(self, batch: int, part: int) -> int:
+        """Return the seed of what towers draw by themselves, which depends on the place in the run too."""
+        first = int(generator("dropout", self.config.seed, self.step, rank()).integers(2**62))
+        return first + 1_000_003 * batch + part
 
     def _update(self) -> None:
         self.session.method.after_backward(self.step)

@@ -17,6 +17,7 @@ import torch
 
 from adaclip_finetune.commands.flags import Parser, add_flags, given
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.device import describe_device, make_accelerator, peak_memory_mib
 from adaclip_finetune.training.memory import blank_batch
 from adaclip_finetune.training.optimizer import build_optimizer
@@ -40,11 +41,13 @@ def main() -> None:
     pixels = torch.randint(0, 256, videos.frames.shape, dtype=torch.uint8)
     batch = replace(batch, videos=replace(videos, frames=pixels, frame_mask=torch.ones_like(videos.frame_mask)))
     batch, seconds = batch.to(session.device), []
+    accelerator = session.accelerator
+    assert accelerator is not None
+    call = accelerator.autocast()(session.objective)
+    backward = Backward(accelerator, session.objective, call, config.grad_cache_chunk)
     for _ in range(_WARMUP + _STEPS):
         started = time.perf_counter()
-        with session.autocast():
-            terms = list(session.objective(batch, group).values())
-        sum(terms[1:], terms[0]).backward()
+        backward(batch, group, int)
         optimizer.step()
         optimizer.zero_grad()
         if session.device.type != "cpu":

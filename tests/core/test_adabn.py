@@ -20,7 +20,7 @@ def batches() -> Iterator[TrainBatch]:
         videos = random_videos(2, view=(3, 64, 64))
         assert videos.policy_frames is not None
         darker = replace(videos, policy_frames=videos.policy_frames // (number + 1))
-        yield TrainBatch(darker, random_tokens(2), torch.zeros(2, 6))
+        yield TrainBatch(darker, [], random_tokens(2), torch.zeros(2, 6))
 
 
 def test_the_statistics_are_those_of_all_frames_together() -> None:

@@ -416,7 +416,7 @@ def test_it_trains_behind_a_frame_selector(algorithm: str, header: str) -> None:
     model = build_retriever(tower=tower, top_k=3, sim_header=header, frame_agg="mlp").train()
     videos, ids = random_videos(), random_tokens()
     videos.frame_mask[1, 4:] = False
-    text, video = model(TrainBatch(videos, ids, torch.rand(4, 6)))
+    text, video = model(TrainBatch(videos, [], ids, torch.rand(4, 6)))
     F.cross_entropy(model.similarity(text, video), torch.arange(4)).backward()
     assert model.selector is not None
     gradient = next(model.selector.scorer.parameters()).grad

@@ -37,7 +37,7 @@ DEFAULTS = {
     # ours
     "video_dir": None, "clip_weights": None, "gradient_checkpointing": False, "skip_missing": False,
     "save_similarity": None, "save_every_steps": 0, "auto_batch_size": False, "tf32": False, "deterministic": False,
-    "objective": None, "primary": None, "adam_epsilon": 1e-8, "lr_schedule": "bert",
+    "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}

@@ -440,7 +440,7 @@ def test_all_that_learns_gets_gradients_and_the_selector_too(method: str, output
     model = build_retriever(clip, tower=section)
     choose_what_learns(attached, model, config)
     with torch.autocast("cpu", torch.bfloat16):
-        text, video = model.train()(TrainBatch(random_videos(), random_tokens(), torch.rand(4, 6)))
+        text, video = model.train()(TrainBatch(random_videos(), [], random_tokens(), torch.rand(4, 6)))
         model.similarity(text, video).log_softmax(dim=1).diagonal().mean().backward()
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     unused = {name for name, parameter in learning.items() if parameter.grad is None}

@@ -19,6 +19,11 @@ from adaclip_finetune.objectives.sigmoid import sigmoid_loss
 from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
 
+def same(numbers, others=None):
+    """Return which of `numbers` equal which of `others`, by default of themselves."""
+    return torch.tensor(list(numbers))[:, None] == torch.tensor(list(others or numbers))[None, :]
+
+
 def numpy_loss(similarity, groups):
     def one_way(s):
         total = 0.0
@@ -33,7 +38,7 @@ def numpy_loss(similarity, groups):
 @pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [3, 0, 3, 1, 3], [7, 7, 7, 7, 7]])
 def test_contrastive_loss_equals_its_formula(groups):
     similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
-    loss = contrastive_loss(similarity, torch.tensor(groups))
+    loss = contrastive_loss(similarity, same(groups))
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(numpy_loss(similarity.numpy(), groups), rel=1e-12, abs=1e-12)
 
@@ -41,7 +46,7 @@ def test_contrastive_loss_equals_its_formula(groups):
 def test_a_batch_of_one_and_of_one_video_have_zero_loss_and_gradients():
     for size in (1, 3):
         similarity = torch.randn(size, size, requires_grad=True)
-        loss = contrastive_loss(similarity, torch.zeros(size, dtype=torch.int64))
+        loss = contrastive_loss(similarity, same([0] * size))
         loss.backward()
         assert loss.item() == pytest.approx(0, abs=1e-6)
         assert similarity.grad.isfinite().all()
@@ -67,7 +72,7 @@ def test_sigmoid_loss_is_the_sum_over_pairs(numbers, rows, columns):
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
     part, offset = logits[rows.start : rows.stop, columns.start : columns.stop], rows.start - columns.start
     text_videos, videos = [numbers[i] for i in rows], [numbers[j] for j in columns]
-    loss = sigmoid_loss(part, offset, torch.tensor(text_videos), torch.tensor(videos))
+    loss = sigmoid_loss(part, offset, same(text_videos, videos))
     assert loss.dtype == torch.float64
     expected = slow_sigmoid_loss(part.tolist(), offset, text_videos, videos)
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
@@ -75,16 +80,16 @@ def test_sigmoid_loss_is_the_sum_over_pairs(numbers, rows, columns):
 
 def test_sigmoid_loss_is_finite_for_large_logits():
     logits = torch.tensor([[-1000.0, 1000.0], [-1000.0, 1000.0]], requires_grad=True)
-    loss = sigmoid_loss(logits, 0, torch.arange(2), torch.arange(2))
+    loss = sigmoid_loss(logits, 0, same(range(2)))
     loss.backward()
     assert loss.item() == 2000
     assert logits.grad.tolist() == [[-1, 1], [0, 0]]
 
 
 def test_half_precision_is_computed_in_float32_even_under_autocast():
-    logits, numbers = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).bfloat16() * 10, torch.arange(6)
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).bfloat16() * 10
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        contrastive, sigmoid = contrastive_loss(logits), sigmoid_loss(logits, 0, numbers, numbers)
+        contrastive, sigmoid = contrastive_loss(logits), sigmoid_loss(logits, 0, same(range(6)))
     assert contrastive.dtype == sigmoid.dtype == torch.float32
     assert contrastive.item() == pytest.approx(numpy_loss(logits.double().numpy(), range(6)), rel=1e-6)
     assert sigmoid.item() == pytest.approx(slow_sigmoid_loss(logits.double().tolist(), 0, range(6), range(6)), rel=1e-5)
@@ -99,31 +104,33 @@ def build(logit_bias=None, **settings):
     return retriever.double(), build_objective(load_config(None, settings), retriever)
 
 
-def make_batch(video_ids):
+def make_batch(video_ids, captions=None):
     count = len(video_ids)
     videos = dataclasses.replace(random_videos(count, view=None), video_ids=video_ids)
-    return TrainBatch(videos, random_tokens(count), torch.zeros(count, 6))
+    return TrainBatch(
+        videos, captions or [f"caption {n}" for n in range(count)], random_tokens(count), torch.zeros(count, 6)
+    )
 
 
 @pytest.mark.parametrize("frame_agg", [None, "qscore"])
 @pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
 def test_objectives_are_the_losses_of_the_similarity(name, frame_agg):
-    batch, numbers = make_batch(["a", "b", "a", "c"]), torch.tensor([0, 1, 0, 2])
+    captions = ["a dog", "a cat", "a bird", "A  dog"]  # the last video is another one with the caption of the first
+    batch = make_batch(["a", "b", "a", "c"], captions)
+    alike = same([0, 1, 0, 2]) | same([0, 1, 2, 0])
     retriever, objective = build(objective={"method": name}, frame_agg=frame_agg)
-    terms = objective(batch, Group([batch.videos.video_ids]))
+    terms = objective(batch, Group([batch.pairs()]))
     assert list(terms) == [name] and terms[name].dtype == torch.float64
     logits = retriever.similarity(*retriever(batch))
-    if name == "contrastive":
-        expected = contrastive_loss(logits, numbers)
-    else:
-        expected = sigmoid_loss(logits, 0, numbers, numbers) / 4
+    expected = contrastive_loss(logits, alike) if name == "contrastive" else sigmoid_loss(logits, 0, alike) / 4
     torch.testing.assert_close(terms[name], expected)
 
 
 def test_the_objective_without_a_setting_is_what_the_clip_was_trained_with():
     for logit_bias, name in ((None, "contrastive"), (-12.0, "sigmoid")):
         _, objective = build(logit_bias)
-        assert list(objective(make_batch(["a", "b"]), Group([["a", "b"]]))) == [name]
+        batch = make_batch(["a", "b"])
+        assert list(objective(batch, Group([batch.pairs()]))) == [name]
 
 
 def test_sigmoid_uses_the_bias_of_the_tower_or_a_new_one_that_learns():

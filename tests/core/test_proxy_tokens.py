@@ -381,7 +381,7 @@ def test_proxies_learn_with_every_method_and_with_selection(kind: str, peft: dic
     model = build_retriever(clip, **settings).train()
     choose_what_learns(method, model, config)
     tokens = torch.randint(1, VOCABULARY - 1, (4, 32)) if kind == "rotary" else random_tokens(4)
-    text, video = model(TrainBatch(random_videos(), tokens, torch.rand(4, 6)))
+    text, video = model(TrainBatch(random_videos(), [], tokens, torch.rand(4, 6)))
     F.cross_entropy(model.similarity(text, video), torch.arange(4)).backward()
     assert video.tokens.shape[1] == 1
     torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))

@@ -19,6 +19,7 @@ from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.objectives.contrastive import Contrastive
 from adaclip_finetune.objectives.sigmoid import Sigmoid
 from adaclip_finetune.processes import is_main, rank, world_size
+from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
@@ -113,8 +114,11 @@ def test_a_named_backbone_with_a_new_bias_is_found_again(project: Project, tmp_p
     assert load_retriever(run, clip_weights=None).model.scorer.logit_bias() is not None
 
 
-def _gradients(settings: Project, shares: list[int], result: Path) -> None:
-    """Write loss and gradients, in float64, of one batch of sum(shares) videos that the processes share."""
+def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -> None:
+    """Write loss and gradients, in float64, of one batch of sum(shares) videos that the processes share.
+
+    A process computes at most `chunk` of them at a time, all if it is 0.
+    """
     config = load_config(None, settings)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
@@ -129,25 +133,26 @@ def _gradients(settings: Project, shares: list[int], result: Path) -> None:
     indices = torch.arange(config.num_frm).expand(len(frames), -1)
     texts = session.loaded.tokenize([f"a thing of number {number}" for number in range(count)], config.max_txt_len)
     videos = VideoBatch(frames, indices >= 0, None, indices, ids[rows])
-    batch = TrainBatch(videos, texts[rows], torch.zeros(indices.shape))
-    group = Group([ids[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))])
+    captions = [f"thing {number % 3}" for number in range(count)]  # and some captions
+    batch = TrainBatch(videos, captions[rows], texts[rows], torch.zeros(indices.shape))
+    pairs = list(zip(ids, captions, strict=True))
+    group = Group([pairs[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))])
     wrapped = accelerator.prepare(objective).train()  # which the backward pass needs as well
-    terms = wrapped(batch, group)
-    loss = sum(terms.values(), torch.zeros(()))
-    loss.backward()
+    loss = Backward(accelerator, objective, wrapped, chunk)(batch, group, int)
     if is_main():
         gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-        torch.save({"loss": loss.detach(), "gradients": gradients}, result)
+        torch.save({"loss": loss, "gradients": gradients}, result)
 
 
+@pytest.mark.parametrize("chunk", [0, 2, 1])
 @pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
 def test_processes_that_share_a_batch_have_the_gradients_of_one(
-    objective: str, project: Project, tmp_path: Path
+    objective: str, chunk: int, project: Project, tmp_path: Path
 ) -> None:
     given = {**project, "objective": {"method": objective}, "warmup_epochs": 0, "use_policy": False, "num_frm": 2}
     shares = [3, 2, 1]
-    _gradients(given, shares, tmp_path / "one.pt")
-    assert spread(_gradients, 3, tmp_path / "log", given, shares, tmp_path / "three.pt") == [0, 0, 0]
+    _gradients(given, shares, 0, tmp_path / "one.pt")
+    assert spread(_gradients, 3, tmp_path / "log", given, shares, chunk, tmp_path / "three.pt") == [0, 0, 0]
     one, three = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "three"))
     torch.testing.assert_close(three["loss"], one["loss"], rtol=1e-9, atol=1e-9)
     assert one["gradients"].keys() == three["gradients"].keys() and one["gradients"]

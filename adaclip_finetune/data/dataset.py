@@ -67,13 +67,15 @@ class TrainBatch:
     captions: list[str]
     token_ids: Tensor  # int64 (B, L)
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
+    second: VideoBatch | None = None  # the videos as the objective sees them once more (`Objective.second_view`)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
         """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
-        return replace(self, videos=self.videos.to(device, non_blocking))
+        second = self.second and self.second.to(device, non_blocking)
+        return replace(self, videos=self.videos.to(device, non_blocking), second=second)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return the video and the caption of each row."""
@@ -81,8 +83,14 @@ class TrainBatch:
 
     def rows(self, start: int, end: int) -> TrainBatch:
         """Return the rows from `start` up to `end`."""
-        videos = self.videos.rows(start, end)
-        return TrainBatch(videos, self.captions[start:end], self.token_ids[start:end], self.noise[start:end])
+        return replace(
+            self,
+            videos=self.videos.rows(start, end),
+            captions=self.captions[start:end],
+            token_ids=self.token_ids[start:end],
+            noise=self.noise[start:end],
+            second=self.second and self.second.rows(start, end),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class VideoItem:
     indices: NDArray[np.int64]  # (N,)
     text: str = ""
     noise: NDArray[np.float32] | None = None
+    second: VideoItem | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,11 @@ class Collated:
     texts: list[str]
     noise: Tensor | None
     failures: list[FrameError]
+    second: VideoBatch | None = None
 
     def pin_memory(self) -> Collated:
-        return replace(self, videos=self.videos.pin_memory() if self.videos else None)
+        videos, second = self.videos and self.videos.pin_memory(), self.second and self.second.pin_memory()
+        return replace(self, videos=videos, second=second)
 
 
 class VideoReader:
@@ -133,10 +144,13 @@ class VideoReader:
 
 
 class TrainDataset(Dataset[VideoItem | FrameError]):
-    """Training items by (epoch, index), so that random draws do not depend on the worker that makes them."""
+    """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
 
-    def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader) -> None:
-        self.entries, self.reader, self.seed = entries, reader, reader.config.seed
+    With a `second` reader each video is read once more by it, with draws of its own.
+    """
+
+    def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader, second: VideoReader | None = None) -> None:
+        self.entries, self.reader, self.second, self.seed = entries, reader, second, reader.config.seed
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -144,14 +158,19 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
     def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
         epoch, index = key
         entry = self.entries[index]
-        random_frames = self.reader.config.sampling != "uniform"
-        random = generator("frames", self.seed, epoch, index) if random_frames else None
         try:
-            item = self.reader.read(entry.video_id, random)
+            item = self._read("frames", self.reader, epoch, index)
+            if self.second is not None:
+                item = replace(item, second=self._read("second", self.second, epoch, index))
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
         return replace(item, text=entry.sentence(self.seed, epoch, index), noise=noise.astype(np.float32))
+
+    def _read(self, stream: str, reader: VideoReader, epoch: int, index: int) -> VideoItem:
+        drawn = reader.config.sampling != "uniform"
+        random = generator(stream, self.seed, epoch, index) if drawn else None
+        return reader.read(self.entries[index].video_id, random)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -192,18 +211,26 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
         return Collated(None, [], None, failures)
-    indices = torch.from_numpy(np.stack([item.indices for item in good]))
-    policy_frames = [item.policy_frames for item in good if item.policy_frames is not None]
-    videos = VideoBatch(
-        frames=torch.from_numpy(np.stack([item.frames for item in good])),
+    noise = [item.noise for item in good if item.noise is not None]
+    seconds = [item.second for item in good if item.second is not None]
+    return Collated(
+        _stacked(good),
+        [item.text for item in good],
+        torch.from_numpy(np.stack(noise)) if noise else None,
+        failures,
+        _stacked(seconds) if seconds else None,
+    )
+
+
+def _stacked(items: Sequence[VideoItem]) -> VideoBatch:
+    indices = torch.from_numpy(np.stack([item.indices for item in items]))
+    policy_frames = [item.policy_frames for item in items if item.policy_frames is not None]
+    return VideoBatch(
+        frames=torch.from_numpy(np.stack([item.frames for item in items])),
         frame_mask=indices >= 0,
         policy_frames=torch.from_numpy(np.stack(policy_frames)) if policy_frames else None,
         frame_indices=indices,
-        video_ids=[item.video_id for item in good],
-    )
-    noise = [item.noise for item in good if item.noise is not None]
-    return Collated(
-        videos, [item.text for item in good], torch.from_numpy(np.stack(noise)) if noise else None, failures
+        video_ids=[item.video_id for item in items],
     )
 
 

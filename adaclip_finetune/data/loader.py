@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
-from adaclip_finetune.data.dataset import Collated, GalleryDataset, TrainBatch, TrainDataset, collate
+from adaclip_finetune.data.dataset import (
+    Collated,
+    GalleryDataset,
+    TrainBatch,
+    TrainDataset,
+    VideoBatch,
+    VideoReader,
+    collate,
+)
 from adaclip_finetune.data.readable import UnreadableVideos, listing
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.processes import gather_objects, rank, world_size
@@ -80,11 +88,16 @@ class TrainLoader:
 
     def _batch(self, collated: Collated) -> TrainBatch:
         if collated.videos is None or collated.noise is None:
-            blank = blank_videos(self.config.num_frm, self.dataset.reader.views, 1)
+            reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
-            return TrainBatch(replace(blank, video_ids=[]), [], tokens, noise)
+            return TrainBatch(_no_video(reader), [], tokens, noise, again and _no_video(again))
         tokens = self.tokenize(collated.texts, self.config.max_txt_len)
-        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise)
+        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second)
+
+
+def _no_video(reader: VideoReader) -> VideoBatch:
+    """Return a blank row as `reader` would read it, without a name."""
+    return replace(blank_videos(reader.config.num_frm, reader.views, 1), video_ids=[])
 
 
 def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from adaclip_finetune.config import ChoiceSettings
+from adaclip_finetune.config import ChoiceSettings, Config
 from adaclip_finetune.data.annotations import folded
 from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import rank, world_size
@@ -104,6 +105,13 @@ class Objective(nn.Module, ABC):
 
     def choose(self) -> None:
         """Set `requires_grad` of what the objective created within CLIP. Called after the finetuning method chose."""
+
+    def second_view(self, config: Config) -> tuple[Config, Views] | None:
+        """Return with which settings and how prepared each training video is read once more, as `TrainBatch.second`.
+
+        By default, and if None is returned, it is not.
+        """
+        return None
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the objective's own tensors, without those of the retriever."""

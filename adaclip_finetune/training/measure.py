@@ -11,7 +11,6 @@ from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
-from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
@@ -25,10 +24,13 @@ from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
-def train_loader(config: Config, loaded: LoadedClip, views: Views, run: RunFolder) -> TrainLoader:
-    """Return the loader of training batches."""
-    split = readable_train_split(config, run)
-    return TrainLoader(TrainDataset(split.entries, VideoReader(split.store, config, views)), config, loaded.tokenize)
+def train_loader(session: Session, run: RunFolder) -> TrainLoader:
+    """Return the loader of training batches for the model and the objective of a session."""
+    config, split = session.config, readable_train_split(session.config, run)
+    again = session.objective.second_view(config)
+    reader = VideoReader(split.store, config, session.model.views())
+    dataset = TrainDataset(split.entries, reader, again and VideoReader(split.store, *again))
+    return TrainLoader(dataset, config, session.loaded.tokenize)
 
 
 def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:

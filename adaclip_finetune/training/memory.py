@@ -18,7 +18,6 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Group, Objective
 from adaclip_finetune.processes import gather_objects, world_size
 from adaclip_finetune.training.backward import Backward
@@ -150,13 +149,15 @@ def attempt(call: Callable[[], R]) -> R | str:
     return reason
 
 
-def blank_batch(config: Config, retriever: VideoRetriever, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
+def blank_batch(config: Config, objective: Objective, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
     """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
+    again = objective.second_view(config)
     batch = TrainBatch(
-        blank_videos(config.num_frm, retriever.views(), size),
+        blank_videos(config.num_frm, objective.retriever.views(), size),
         [f"video {number}" for number in range(size)],
         tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
         torch.zeros(size, config.num_frm),
+        again and blank_videos(again[0].num_frm, again[1], size),
     )
     return batch, Group([batch.pairs()])
 
@@ -172,7 +173,7 @@ def _two_steps(
     # DistributedDataParallel holds a second copy of the gradients.
     copies = [torch.empty_like(parameter) for parameter in learning] if world_size() > 1 else []
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    batch, pairs = blank_batch(config, objective.retriever, tokenize, size)
+    batch, pairs = blank_batch(config, objective, tokenize, size)
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Trainer:
             self._settle_batch_sizes()
         self.config = config = session.config
         self.model, self.objective = session.model, session.objective
-        self.data = measure.train_loader(config, session.loaded, self.model.views(), run)
+        self.data = measure.train_loader(session, run)
         stack.callback(self.data.close)
         self.task = measure.build_task(config, self.validation, session.loaded, self.model, "validation")
         stack.callback(self.task.close)

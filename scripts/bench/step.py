@@ -36,7 +36,7 @@ def main() -> None:
     session = open_model(config, values="random", accelerator=make_accelerator(config))
     optimizer, _ = build_optimizer(session.objective, config, _WARMUP + _STEPS)
     session.objective.train()
-    batch, group = blank_batch(config, session.model, session.loaded.tokenize, config.batch_size)
+    batch, group = blank_batch(config, session.objective, session.loaded.tokenize, config.batch_size)
     videos = batch.videos
     pixels = torch.randint(0, 256, videos.frames.shape, dtype=torch.uint8)
     batch = replace(batch, videos=replace(videos, frames=pixels, frame_mask=torch.ones_like(videos.frame_mask)))

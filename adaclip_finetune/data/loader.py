@@ -90,7 +90,7 @@ class TrainLoader:
         if collated.videos is None or collated.noise is None:
             reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
-            return TrainBatch(_no_video(reader), [], tokens, noise, again and _no_video(again))
+            return TrainBatch(_no_video(reader), [], tokens, noise, _no_video(again) if again else None)
         tokens = self.tokenize(collated.texts, self.config.max_txt_len)
         return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second)
 

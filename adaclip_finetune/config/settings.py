@@ -190,6 +190,9 @@ class Config(Settings):
     grad_norm: float = optimisation(
         1.0, "maximum norm of the gradient (clipping); -1: none", allowed="a number > 0, or -1"
     )
+    ema_decay: float = optimisation(
+        0.0, "validate and save an average of the weights, which decays by this, such as 0.999; 0: none", ge=0, lt=1
+    )
 
     # Evaluation
     task: TaskSection = data({"method": "retrieval"}, "task that is evaluated")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from spread import spread
 
-from adaclip_finetune import report
+from adaclip_finetune import load_retriever, report
 from adaclip_finetune.config import load_config
 from adaclip_finetune.training import checkpoint
-from adaclip_finetune.training.checkpoint import Snapshot
+from adaclip_finetune.training.checkpoint import ADAPTER, Snapshot
 from adaclip_finetune.training.evaluate_only import evaluate_only
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import fit, run_trial
@@ -77,13 +78,29 @@ def test_the_saved_weights_are_the_average_of_the_live_ones(
 
 
 def test_a_trial_returns_the_averaged_weights(project: Project, tmp_path: Path) -> None:
-    given = load_config(None, {**project, **EMA, "num_epochs": 1, "save_last": True, "output_dir": str(tmp_path)})
-    trial = run_trial(given.model_copy(update={"no_output": True}), RunFolder(given), lambda *_: None)
-    folder = fit(given).folder
+    given = {**project, **EMA, "num_epochs": 1, "output_dir": str(tmp_path)}
+    quiet = load_config(None, {**given, "no_output": True})
+    trial, folder = run_trial(quiet, RunFolder(quiet), lambda *_: None), fit(load_config(None, given)).folder
     assert folder is not None
     saved = load_file(folder / "best.safetensors")
     assert saved.keys() == trial.weights.keys()
     assert all(tensor.equal(trial.weights[name]) for name, tensor in saved.items())
+
+
+def train(settings: Project) -> None:
+    fit(load_config(None, settings))
+
+
+def test_two_processes_average_what_one_does_also_in_the_adapter(project: Project, tmp_path: Path) -> None:
+    given = {**project, **EMA, "peft": LORA}
+    assert spread(train, 2, tmp_path / "log", {**given, "output_dir": str(tmp_path / "two")}) == [0, 0]
+    train({**given, "output_dir": str(tmp_path / "one")})
+    one, two = (next((tmp_path / where / "tiny").iterdir()) for where in ("one", "two"))
+    torch.testing.assert_close(
+        load_file(one / "best.safetensors"), load_file(two / "best.safetensors"), rtol=1e-4, atol=1e-5
+    )
+    vectors = [load_retriever(one / name).encode_text(["a red thing"]) for name in ("best.safetensors", ADAPTER)]
+    torch.testing.assert_close(*vectors, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

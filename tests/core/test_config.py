@@ -28,7 +28,7 @@ DEFAULTS = {
     "frame_agg_temp": 1, "freeze_layer_num": 0, "top_k": 8, "max_txt_len": 20, "num_frm": 16, "num_frm_subset": 0,
     "img_tmpl": "image_{:05d}.jpg", "batch_size": 32, "val_batch_size": 500, "num_epochs": 30, "warmup_epochs": 0,
     "learning_rate": 1e-4, "coef_lr": 1e-3, "warmup_proportion": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.2,
-    "grad_norm": 1.0, "ema_decay": 0.0, "init_tau": 5.0, "min_tau": 0.5, "exp_decay_factor": 0.045, "seed": 0, "data_subset": 0,
+    "grad_norm": 1.0, "init_tau": 5.0, "min_tau": 0.5, "exp_decay_factor": 0.045, "seed": 0, "data_subset": 0,
     "gradient_accumulation_steps": 1, "n_display": 20, "max_img_size": None, "word_agg": None, "frame_agg": None,
     "use_policy": True, "use_rnn": True, "no_warmup": False, "policy_weights": "imagenet", "device": "auto",
     "precision": "fp32", "reuse_scores": False, "segment_sampling": False, "freeze_cnn": False, "freeze_clip": False,
@@ -38,7 +38,7 @@ DEFAULTS = {
     "video_dir": None, "clip_weights": None, "gradient_checkpointing": False, "skip_missing": False,
     "save_similarity": None, "save_every_steps": 0, "auto_batch_size": False, "tf32": False, "deterministic": False,
     "objective": None, "primary": None, "adam_epsilon": 1e-8, "lr_schedule": "bert",
-    "to_last_frame": False, "resize": None,
+    "to_last_frame": False, "resize": None, "ema_decay": 0,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
 WHOLE = "a whole number from 1 to 4096"

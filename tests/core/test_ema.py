@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: its formula, what it covers, and its exchange with the live weights."""
+"""The exponential moving average of the weights: its formula, what it covers, and how it replaces the live weights."""
 
 import pytest
 import torch

@@ -182,9 +182,7 @@ class Trainer:
         self.session = session = open_model(config, accelerator=self.accelerator)
         run.say(session.describe())
         if config.ema_decay:
-            run.say(
-                f"ema_decay {config.ema_decay:g}: what is validated, saved and tested is the average of the weights"
-            )
+            run.say(f"ema_decay {config.ema_decay:g}: figures and saved weights are those of the averaged weights")
         device.forget_peak_memory(self.accelerator.device)
         if session.config.auto_batch_size:
             self._settle_batch_sizes()

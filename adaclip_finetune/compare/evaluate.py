@@ -144,7 +144,7 @@ def _scores(model: OpenCandidate, annotation: str, task: Any, report: Any, reran
 class SharePoint(NamedTuple):
     """The figures on validation with the share `alpha` of the finetuned weights, and the same as a line of text.
 
-    `label` is that of the finetuned model; `score` is the primary figure, negative if lower is better.
+    `label` names the finetuned model. `score` is the primary figure, with its sign changed if lower is better.
     """
 
     label: str
@@ -163,10 +163,11 @@ def interpolate(
     overrides: Mapping[str, Any],
     save: Path | None = None,
 ) -> tuple[list[list[SharePoint]], list[DataSetRows]]:
-    """Return the curve of each model on `validation`, and the rows of each annotation: a mix for each share `alphas`.
+    """Return the curve of each model on `validation`, and for each annotation the rows of zero-shot, models and mixes.
 
-    With `validation` only the share that is best there is measured on the annotations; without, there are no curves.
-    `save` is the new folder for the model of the last mix. Raise UserError, before anything is measured where possible.
+    `alphas` are the shares of the finetuned weights in the mixes. With `validation` only the best one there is measured
+    on the annotations; without, all are, and there are no curves. `save` is a new folder for the model of the last mix.
+    Raise UserError, before anything is measured where possible.
     """
     read = [*annotations, *([] if validation is None else [validation])]
     found, curves = [DataSetRows(annotation) for annotation in annotations], []
@@ -200,7 +201,10 @@ def interpolate(
 
 
 def _ends(model: OpenCandidate) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return CLIP's tensors before and after finetuning, under the same names. Raise UserError if there are none."""
+    """Return CLIP's tensors before and after finetuning, by the same names.
+
+    Raise UserError if the method cannot be merged, or if the pretrained CLIP is not available.
+    """
     session, clip = model.session, model.session.model.clip
     if not session.method.mergeable:
         raise UserError(

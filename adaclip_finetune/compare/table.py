@@ -97,8 +97,8 @@ class DataSetRows:
     def differences(self) -> list[tuple[str, str, dict[str, Difference]]]:
         """R@1 of each model minus its zero-shot row, then minus every model before it, on the same queries.
 
-        Each is the labels of the two rows, and the difference by direction. Nothing is compared with an interpolated
-        row, which has the finetuned one before it.
+        Each is the labels of the two rows, and the difference by direction. Nothing is compared with interpolated rows,
+        but they are with the finetuned model before them.
         """
         of = {row.label: row for row in self.rows}
         models = [row for row in self.models if row.kind in ("model", "interpolated") and row.ranks]

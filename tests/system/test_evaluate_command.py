@@ -138,7 +138,9 @@ def test_data_that_moved_is_given_by_a_flag(
     words = [moved, "--annot", project["test_annot"]]
     told = refused(*words)
     assert "video_dir /nowhere/videos" in told and "--frames_dir" in told
-    found = evaluated(*words, "--frames_dir", project["frames_dir"], "--val_batch_size", 3, folder=tmp_path)
+    there = ["--frames_dir", project["frames_dir"]]
+    assert "clip_weights" in refused(*words, *there, "--interpolate", "0.5")
+    found = evaluated(*words, *there, "--val_batch_size", 3, folder=tmp_path)
     (model,) = found["rows"]
     assert any("zero-shot of moved is NOT measured" in said["remark"] for said in found["remarks"])
     assert model["cost"]["percent_of_clip"] is None and not found["differences_in_R@1"]

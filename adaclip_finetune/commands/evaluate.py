@@ -62,7 +62,7 @@ def _parser() -> Parser:
         "Evaluate checkpoints on data sets, in one table: zero-shot first, with 95 % intervals, paired p-values and "
         "costs.",
         "adaclip evaluate RUN_OR_CHECKPOINT [MORE ...] --annot FILE [--annot FILE ...] [--SETTING VALUE ...]\n"
-        "       adaclip evaluate RUN_OR_CHECKPOINT --annot FILE --interpolate A[,A...] [--val-annot FILE] [--save FOLDER]",
+        "       adaclip evaluate RUN_OR_CHECKPOINT --annot FILE --interpolate A[,A...] [--val-annot FILE]",
         "Each checkpoint is evaluated with its own settings and the task of its run. Reranking adds marked rows below "
         "those of the model, because it uses other queries than the one that is asked.",
     )

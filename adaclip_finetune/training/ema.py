@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is validated and saved in place of the weights that learn."""
+"""An exponential moving average of the weights, which is validated and saved in place of the weights themselves."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def _two_steps(
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # DistributedDataParallel holds a second copy of the gradients, ema_decay one of the weights.
     copied = (world_size() > 1) + (config.ema_decay > 0)
-    copies = [torch.empty_like(parameter) for parameter in learning for _ in range(copied)]
+    copies = [parameter.detach().clone() for parameter in learning for _ in range(copied)]
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     batch, pairs = blank_batch(config, objective.retriever, tokenize, size)
     kept: dict[int, int] = {}

@@ -197,13 +197,13 @@ def check_inputs(inputs: Mapping[str, Iterable[Path | str | None]]) -> None:
 def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str], inputs: Iterable[object]) -> None:
     """Raise UserError, before hours of work, for an output (flag → file) that cannot or must not be written.
 
-    That is one with another suffix than its flag has in `suffixes` (separated by spaces), one without a folder to
-    write into, and one that would replace an input or a file in a run folder that is an input.
+    That is one with another suffix than its flag has in `suffixes` (separated by spaces), if any, one without a folder
+    to write into, and one that would replace an input or a file in a run folder that is an input.
     """
     read = [Path(str(path)).resolve() for path in inputs if path is not None]
     for flag, path in ((flag, path) for flag, path in outputs.items() if path is not None):
         place = path.resolve()
-        if path.suffix not in suffixes[flag].split():
+        if flag in suffixes and path.suffix not in suffixes[flag].split():
             raise UserError(f"{flag} {path}: must end in {suffixes[flag].replace(' ', ' or ')}")
         if not os.access(place.parent, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {path}: {place.parent} is not a folder that you can write into")

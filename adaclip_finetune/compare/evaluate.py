@@ -1,7 +1,8 @@
 """`adaclip evaluate`: checkpoints on data sets, zero-shot first, with reranked and interpolated rows.
 
-Interpolation is WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"): CLIP's parameters are mixed
-with the finetuned ones, the selector and the aggregator stay those of the finetuned model.
+Interpolation is WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"): CLIP's parameters and running
+statistics are mixed with the finetuned ones; the selector, the aggregator and what a tower added to CLIP stay those of
+the finetuned model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, lerp
 
-from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates, seen_by, tell
+from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates, tell
 from adaclip_finetune.compare.error_page import error_page
 from adaclip_finetune.compare.table import DataSetRows, TableRow
 from adaclip_finetune.data.annotations import load_annotations
@@ -22,8 +23,10 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 from adaclip_finetune.evaluation.rerank import DEFAULT_TEMPERATURES, dual_softmax_metrics, qb_norm_metrics
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
-from adaclip_finetune.evaluation.tasks.base import value
+from adaclip_finetune.evaluation.tasks.base import Report, Task, value
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
+from adaclip_finetune.training.checkpoint import BEST, save_tensors
+from adaclip_finetune.weights.clip_weights import save_tokenizer
 from adaclip_finetune.weights.plain import strict_load
 
 # The temperatures that validation chooses from.
@@ -141,9 +144,10 @@ def _scores(model: OpenCandidate, annotation: str, task: Any, report: Any, reran
 class SharePoint(NamedTuple):
     """The figures on validation with the share `alpha` of the finetuned weights, and the same as a line of text.
 
-    `score` is the primary figure, negative if lower is better.
+    `label` names the finetuned model. `score` is the primary figure, with its sign changed if lower is better.
     """
 
+    label: str
     alpha: float
     figures: Mapping[str, Any]
     line: str
@@ -151,48 +155,89 @@ class SharePoint(NamedTuple):
 
 
 def interpolate(
-    finetuned: Path,
+    checkpoints: Sequence[Path],
     alphas: Sequence[float],
-    validation: str,
+    validation: str | None,
     annotations: Sequence[str],
     settings: Path | None,
     overrides: Mapping[str, Any],
-) -> tuple[list[SharePoint], list[DataSetRows]]:
-    """Return the curve on validation, and for each annotation the rows of zero-shot, finetuned and the best mix.
+    save: Path | None = None,
+) -> tuple[list[list[SharePoint]], list[DataSetRows]]:
+    """Return the curve of each model on `validation`, and for each annotation the rows of zero-shot, models and mixes.
 
-    Validation chooses the share of the finetuned weights, and each annotation is evaluated with that share alone.
-    Raise UserError.
+    `alphas` are the shares of the finetuned weights in the mixes. With `validation` only the best one there is measured
+    on the annotations; without, all are, and there are no curves. `save` is a new folder for the model of the last mix.
+    Raise UserError, before anything is measured where possible.
     """
-    (candidate,) = find_candidates([finetuned], settings, overrides, [validation, *annotations])
-    model = OpenCandidate(candidate)
-    clip, pretrained = model.session.model.clip, model.session.pretrained()
+    read = [*annotations, *([] if validation is None else [validation])]
+    found, curves = [DataSetRows(annotation) for annotation in annotations], []
+    for candidate in find_candidates(checkpoints, settings, overrides, read):
+        model = OpenCandidate(candidate)
+        start, end = _ends(model)
+        clip, chosen, choice = model.session.model.clip, list(alphas), ""
+        splits = [model.read(annotation) for annotation in annotations]
+        if validation is not None:
+            split, curve = model.read(validation), []
+            for alpha in alphas:
+                clip.load_state_dict(mixed(start, end, alpha))
+                curve.append(_point(model, alpha, *model.measure(split, "validation")))
+                tell(f"α {alpha:g} of {model.label} on {validation}: {curve[-1].line}")
+            chosen, choice = [best_point(curve).alpha], f", the best of {len(curve)} shares on {validation}"
+            curves.append(curve)
+        for data_set, split in zip(found, splits, strict=True):
+            clip.load_state_dict(end)
+            model.add_rows(data_set, split)
+            finetuned = data_set.models[-1]
+            note = "; ".join(filter(None, (f"WiSE-FT{choice}", finetuned.note)))
+            for alpha in chosen:
+                label = f"{model.label}, α = {alpha:g}"
+                tell(f"{label} on {data_set.name}")
+                clip.load_state_dict(mixed(start, end, alpha))
+                row = model.row(label, *model.measure(split, label), finetuned.baseline, note)
+                data_set.models.append(replace(row, kind="interpolated"))
+        if save is not None:
+            _save(model, chosen[-1], save)
+    return curves, found
+
+
+def _ends(model: OpenCandidate) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return CLIP's tensors before and after finetuning, by the same names.
+
+    Raise UserError if the method cannot be merged, or if the pretrained CLIP is not available.
+    """
+    session, clip = model.session, model.session.model.clip
+    if not session.method.mergeable:
+        raise UserError(
+            f"--interpolate: what peft.method {session.config.peft.method} of {model.label} added to CLIP cannot be "
+            "merged into its weights, so they cannot be mixed with the pretrained ones; leave this checkpoint out"
+        )
+    pretrained = session.pretrained()
     end = {name: tensor.detach().clone() for name, tensor in clip.state_dict().items()}
-    start = {name: tensor.to(model.session.device) for name, tensor in pretrained.module.state_dict().items()}
+    start = {name: tensor.to(session.device) for name, tensor in pretrained.module.state_dict().items()}
     if "logit_bias" in end:  # changes no rank; finetuning with the sigmoid loss adds it to a CLIP that has none
         start.setdefault("logit_bias", end["logit_bias"])
     strict_load(clip, start, f"--interpolate: {pretrained.source}")
-    splits = {annotation: model.read(annotation) for annotation in annotations}
-    curve, validation_split = [], model.read(validation)
-    for alpha in alphas:
-        clip.load_state_dict(mixed(start, end, alpha))
-        task, report = model.measure(validation_split, "validation")
-        figures, line = report.as_dict(), task.one_line(report.figures)
-        score = value(figures, task.primary) * (1 if task.greater_is_better else -1)
-        curve.append(SharePoint(alpha, figures, line, score))
-        tell(f"α {alpha:g} on {validation}: {line}")
-    best, data_sets = best_point(curve), []
-    for annotation, split in splits.items():
-        data_set = DataSetRows(annotation)
-        clip.load_state_dict(end)
-        model.add_rows(data_set, split)
-        clip.load_state_dict(mixed(start, end, best.alpha))
-        task, report = model.measure(split, "interpolated")
-        note = f"WiSE-FT from {pretrained.source} to {model.label}: the best of {len(curve)} shares on {validation}"
-        note += f"; of the finetuned: {seen}" if (seen := seen_by(model.config, annotation)) else ""
-        baseline, label = data_set.models[0].baseline, f"interpolated, α = {best.alpha:g}"
-        data_set.models.append(model.row(label, task, report, baseline, note))
-        data_sets.append(data_set)
-    return curve, data_sets
+    return start, end
+
+
+def _point(model: OpenCandidate, alpha: float, task: Task, report: Report) -> SharePoint:
+    figures = report.as_dict()
+    score = value(figures, task.primary) * (1 if task.greater_is_better else -1)
+    return SharePoint(model.label, alpha, figures, task.one_line(report.figures), score)
+
+
+def _save(model: OpenCandidate, alpha: float, folder: Path) -> None:
+    """Write the model as it is, with the settings of the finetuned one, to a folder that is read like a run's."""
+    session = model.session
+    known = (session.checkpoint and session.checkpoint.metadata) or session.description()
+    try:
+        folder.mkdir()
+        save_tokenizer(session.loaded, folder / "tokenizer")
+    except OSError as error:
+        raise UserError(f"--save {folder}: could not be written ({error})") from error
+    state = session.method.merged_state(session.model)
+    save_tensors(folder / BEST, state, {**known, "content": "model", "alpha": f"{alpha:g}"})
+    tell(f"{folder / BEST}: {model.label}, α = {alpha:g}")
 
 
 def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ COSTS = {
 _INTERVAL = "95 %"
 _NOTHING = "–"
 
-RowKind = Literal["zero-shot", "model", "reranked"]
+RowKind = Literal["zero-shot", "model", "reranked", "interpolated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +97,15 @@ class DataSetRows:
     def differences(self) -> list[tuple[str, str, dict[str, Difference]]]:
         """R@1 of each model minus its zero-shot row, then minus every model before it, on the same queries.
 
-        Each is the labels of the two rows, and the difference by direction.
+        Each is the labels of the two rows, and the difference by direction. Nothing is compared with interpolated rows,
+        but they are with the finetuned model before them.
         """
         of = {row.label: row for row in self.rows}
-        models = [row for row in self.models if row.kind == "model" and row.ranks]
+        models = [row for row in self.models if row.kind in ("model", "interpolated") and row.ranks]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
-        pairs += [(row, other) for number, row in enumerate(models) for other in models[:number]]
+        pairs += [
+            (row, other) for number, row in enumerate(models) for other in models[:number] if other.kind == "model"
+        ]
         found = []
         for row, other in pairs:
             if (row.queries.texts, row.queries.video_ids) == (other.queries.texts, other.queries.video_ids):

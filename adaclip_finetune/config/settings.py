@@ -190,6 +190,12 @@ class Config(Settings):
     grad_norm: float = optimisation(
         1.0, "maximum norm of the gradient (clipping); -1: none", allowed="a number > 0, or -1"
     )
+    ema_decay: float = optimisation(
+        0.0,
+        "decay of the average that is validated and saved in place of the weights, such as 0.999; 0: no average",
+        ge=0,
+        lt=1,
+    )
 
     # Evaluation
     task: TaskSection = data({"method": "retrieval"}, "task that is evaluated")

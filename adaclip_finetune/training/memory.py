@@ -170,8 +170,9 @@ def _two_steps(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    # DistributedDataParallel holds a second copy of the gradients.
-    copies = [torch.empty_like(parameter) for parameter in learning] if world_size() > 1 else []
+    # DistributedDataParallel holds a second copy of the gradients, ema_decay one of the weights.
+    copied = (world_size() > 1) + (config.ema_decay > 0)
+    copies = [parameter.detach().clone() for parameter in learning for _ in range(copied)]
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     batch, pairs = blank_batch(config, objective, tokenize, size)
     kept: dict[int, int] = {}

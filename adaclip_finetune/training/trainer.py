@@ -41,6 +41,7 @@ from adaclip_finetune.processes import copy_from_main, gather_objects, is_main, 
 from adaclip_finetune.training import checkpoint, device, measure, optimizer
 from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.checkpoint import ADAPTER, BEST, Snapshot, save_tensors
+from adaclip_finetune.training.ema import Ema
 from adaclip_finetune.training.memory import fitting_batch_size, memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import open_model
@@ -164,6 +165,7 @@ class Trainer:
     optimizer: AcceleratedOptimizer
     schedule: LambdaLR
     backward: Backward
+    ema: Ema
 
     # ---- set-up, in the order in which something can be wrong ----
 
@@ -180,6 +182,8 @@ class Trainer:
         set_seed(config.seed)
         self.session = session = open_model(config, accelerator=self.accelerator)
         run.say(session.describe())
+        if config.ema_decay:
+            run.say(f"ema_decay {config.ema_decay:g}: figures and saved weights are those of the averaged weights")
         device.forget_peak_memory(self.accelerator.device)
         if session.config.auto_batch_size:
             self._settle_batch_sizes()
@@ -252,7 +256,8 @@ class Trainer:
                     self._train_epoch(epoch, phase, updates)
                     self.save()
                 self.run.note_missing("left out of their batches: they could not be read", self.data.take_failed())
-                self._validate(epoch + 1, phase)
+                with self.ema.in_place():
+                    self._validate(epoch + 1, phase)
                 self.epoch, self.batch = epoch + 1, 0
             first_epoch = epochs.stop
 
@@ -266,18 +271,19 @@ class Trainer:
             report.write_importance(folder / "ibs_parameters.csv", folder / "ibs_parameters.png", rows)
 
     def prepare(self, updates: int) -> None:
-        """Make a new wrapper, optimizer and schedule of `updates` updates for the parameters that learn now.
+        """Make a new wrapper, optimizer, schedule of `updates` updates and average for the parameters that learn now.
 
         The wrapper must be new, since `requires_grad` may not change under a live one.
         """
         self.total_updates = updates
-        for name in ("wrapped", "optimizer", "schedule", "backward"):
+        for name in ("wrapped", "optimizer", "schedule", "backward", "ema"):
             vars(self).pop(name, None)  # Free the old ones first; moments are twice as large as what learns.
         self.accelerator.free_memory()
         built, self.schedule = optimizer.build_optimizer(self.objective, self.config, updates)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, built)
         chunk, pinned = self.config.grad_cache_chunk, self.config.pin_mem
         self.backward = Backward(self.accelerator, self.objective, self.wrapped, chunk, pinned)
+        self.ema = Ema(self.objective, self.config.ema_decay)
         self._prepared = True
 
     # ---- steps ----
@@ -347,11 +353,12 @@ class Trainer:
             self.accelerator.unscale_gradients()
             torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.grad_norm)
         self.optimizer.step()
+        optimizer.clamp_logit_scale(self.model.clip)
         # The schedule counts real updates; the gradient scaler of fp16 may have skipped this one.
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+            self.ema.update(self.schedule.last_epoch)
         self.optimizer.zero_grad()
-        optimizer.clamp_logit_scale(self.model.clip)
 
     # ---- validation and the best epoch ----
 
@@ -445,6 +452,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "objective": self.objective.own_state(),
             "optimizer": moments,
+            "ema": self.ema.state_dict(),
             "method": method.tensors,
         }
         values: dict[str, Any] = {
@@ -487,6 +495,7 @@ class Trainer:
         moments, parameter_groups = snapshot.group("optimizer"), values["parameter_groups"]
         optimizer.load_optimizer(self.optimizer.optimizer, moments, parameter_groups)
         self.schedule.load_state_dict(values["schedule"])
+        self.ema.load_state_dict(snapshot.group("ema"))
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.session.recount()

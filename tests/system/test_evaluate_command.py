@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from comparing import Project, evaluated, figures, matrix_of, trained_run
+from golden import load_golden
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from adaclip_finetune import load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.compare.checkpoints import overlap_of_files
 from adaclip_finetune.compare.evaluate import SharePoint, best_point, mixed
@@ -135,7 +138,9 @@ def test_data_that_moved_is_given_by_a_flag(
     words = [moved, "--annot", project["test_annot"]]
     told = refused(*words)
     assert "video_dir /nowhere/videos" in told and "--frames_dir" in told
-    found = evaluated(*words, "--frames_dir", project["frames_dir"], "--val_batch_size", 3, folder=tmp_path)
+    there = ["--frames_dir", project["frames_dir"]]
+    assert "clip_weights" in refused(*words, *there, "--interpolate", "0.5")
+    found = evaluated(*words, *there, "--val_batch_size", 3, folder=tmp_path)
     (model,) = found["rows"]
     assert any("zero-shot of moved is NOT measured" in said["remark"] for said in found["remarks"])
     assert model["cost"]["percent_of_clip"] is None and not found["differences_in_R@1"]
@@ -176,12 +181,29 @@ def test_reranked_rows_stand_below_their_model_and_are_marked(
     assert figures(again[1]) == figures(model) and "temperature 1, the default" in again[2]["note"]
 
 
+def test_each_share_is_a_row_that_is_compared_with_its_ends(run: Path, project: Project, tmp_path: Path) -> None:
+    words = [run, run / "best.safetensors", "--annot", project["test_annot"]]
+    found = evaluated(*words, "--interpolate", "0,0.5,1", folder=tmp_path)
+    baseline, *rows = found["rows"]
+    labels = [row["label"] for row in rows]
+    assert [row["kind"] for row in rows] == [*["model", *["interpolated"] * 3] * 2] and found["validation"] == []
+    assert labels[:4] == [run.name, *(f"{run.name}, α = {alpha}" for alpha in ("0", "0.5", "1"))]
+    assert figures(rows[3]) == figures(rows[0]) != figures(rows[1])
+    assert rows[1]["note"] == "WiSE-FT; " + rows[0]["note"] and rows[1]["cost"]["gflops"] == rows[0]["cost"]["gflops"]
+    pairs = [(pair["label"], pair["minus"]) for pair in found["differences_in_R@1"]]
+    with_zero_shot = {(label, baseline["label"]) for label in labels}
+    before = {(label, labels[0]) for label in labels[1:]} | {(label, labels[4]) for label in labels[5:]}
+    assert len(pairs) == len(set(pairs)) and set(pairs) == with_zero_shot | before
+
+
 def test_interpolation_chooses_on_validation_and_tests_once(
     run: Path, noted: Any, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations = ["--val-annot", project["val_annot"], "--annot", project["test_annot"]]
-    found = evaluated("--interpolate", "zero-shot", run, "--alpha", "0:1:0.5", *annotations, folder=tmp_path)
-    assert [point["alpha"] for point in found["validation"]] == [0, 0.5, 1]
+    found = evaluated(run, "--interpolate", "0,0.5,1", *annotations, folder=tmp_path)
+    assert [(point["label"], point["alpha"]) for point in found["validation"]] == [
+        (run.name, alpha) for alpha in (0, 0.5, 1)
+    ]
     for name in ("R@1", "MeanR"):
         assert found["validation"][2]["t2v"][name] == noted["best_validation"]["t2v"][name]
     baseline, model, mix = found["rows"]
@@ -189,22 +211,57 @@ def test_interpolation_chooses_on_validation_and_tests_once(
     best = max(point["t2v"]["R@1"] for point in found["validation"])
     alpha = float(mix["label"].rpartition("= ")[2])
     assert next(point for point in found["validation"] if point["alpha"] == alpha)["t2v"]["R@1"] == best
-    assert f"the best of 3 shares on {project['val_annot']}" in mix["note"]
-    assert "of the finetuned: it learned from these very captions" in mix["note"]
+    assert f"the best of 3 shares on {project['val_annot']}; it learned from these very captions" in mix["note"]
     assert "← chosen" in capsys.readouterr().out
-    pairs = {(pair["label"], pair["minus"]) for pair in found["differences_in_R@1"]}
-    assert pairs == {(row["label"], baseline["label"]) for row in (model, mix)} | {(mix["label"], model["label"])}
 
 
-def test_weights_are_mixed_linearly_and_ties_go_to_the_lower_mean_rank() -> None:
-    start = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-    end = {"w": torch.tensor([3.0, -2.0]), "n": torch.tensor(5)}
-    assert mixed(start, end, 0.25)["w"].tolist() == [1.5, 1.0]
-    assert mixed(start, end, 0)["w"].equal(start["w"]) and mixed(start, end, 1)["w"].equal(end["w"])
-    assert mixed(start, end, 0.25)["n"] == 5
+def test_the_mixed_model_is_kept_and_measured_like_any_other(
+    run: Path, noted: Any, project: Project, tmp_path: Path, refused: Any
+) -> None:
+    """What lies outside of CLIP stays as finetuned."""
+    kept, test = tmp_path / "kept", ["--annot", project["test_annot"]]
+    words = [run, *test, "--interpolate", "0.4", "--save", kept]
+    mix = evaluated(*words, folder=tmp_path)["rows"][-1]
+    baseline, again = evaluated(kept, *test, folder=tmp_path)["rows"]
+    assert again["label"] == "kept" and figures(again) == figures(mix) != figures(noted["finetuned"])
+    assert figures(baseline) == figures(noted["zero_shot"]) and again["cost"]["gflops"] == mix["cost"]["gflops"]
+    end, state = load_file(run / "best.safetensors"), load_file(kept / "best.safetensors")
+    start = load_file(Path(project["clip_weights"]) / "open_clip_model.safetensors")
+    assert state.keys() == end.keys()
+    for name, tensor in state.items():
+        inside = start.get(name.removeprefix("clip."), end[name])
+        torch.testing.assert_close(tensor, 0.6 * inside + 0.4 * end[name])
+    assert load_retriever(kept).encode_text(["a red thing"]).shape == (1, 64)
+    assert "already exists" in refused(*words)
+
+
+def test_weights_are_mixed_as_published_and_ties_go_to_the_lower_mean_rank() -> None:
+    golden = load_golden("wise")
+    start, end, model = (
+        golden["model1"],
+        golden["model2"],
+        nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4)),
+    )
+    for number, alpha in enumerate(golden["weights"].tolist()):
+        state = mixed(start, end, alpha)
+        for name, tensor in golden["mixed"][number].items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-12)
+        model.double().load_state_dict(state)
+        torch.testing.assert_close(model(golden["x"]), golden["outputs"][str(number)], rtol=0, atol=1e-12)
+    assert all(tensor.equal(start[name]) for name, tensor in mixed(start, end, 0).items())
+    assert all(tensor.equal(end[name]) for name, tensor in mixed(start, end, 1).items())
     points = [(0, 50, 5.0), (0.3, 50, 2.5), (0.6, 50, 2.5), (1, 0, 2.0)]
-    curve = [SharePoint(alpha, {"t2v": {"MeanR": mean_rank}}, "", score) for alpha, score, mean_rank in points]
+    curve = [SharePoint("run", alpha, {"t2v": {"MeanR": mean_rank}}, "", score) for alpha, score, mean_rank in points]
     assert best_point(curve).alpha == 0.3
+
+
+def test_statistics_of_batch_norms_are_mixed_and_counters_are_the_finetuned_ones() -> None:
+    start, end = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    end(torch.tensor([[1.0, 2.0], [5.0, 2.0]]))  # running mean 0.3 and 0.2, variance 1.7 and 0.9
+    state = mixed(start.state_dict(), end.state_dict(), 0.5)
+    torch.testing.assert_close(state["running_mean"], torch.tensor([0.15, 0.1]))
+    torch.testing.assert_close(state["running_var"], torch.tensor([1.35, 0.95]))
+    assert state["num_batches_tracked"] == 1
 
 
 def test_the_figures_of_any_task_make_a_table() -> None:
@@ -245,7 +302,7 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--annot TEST", "give either RUN_OR_CHECKPOINT or"),
+        ("--annot TEST", "RUN_OR_CHECKPOINT"),
         ("RUN", "--annot"),
         ("RUN --annot none.json", "--annot none.json: no such file"),
         ("EMPTY --annot TEST", "best.safetensors not found"),
@@ -255,9 +312,11 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
         ("RUN --annot TEST --rerank dual_softmax --temperature 0", "above 0"),
         ("RUN --annot TEST --val-annot TEST", "--val-annot belongs to"),
         ("RUN --annot TEST --val-annot TEST --rerank dual_softmax --temperature 2", "--val-annot would choose"),
-        ("--interpolate zero-shot RUN --annot TEST", "needs --val-annot"),
-        ("--interpolate zeroshot RUN --annot TEST --val-annot TEST", "must be zero-shot"),
-        ("--interpolate zero-shot RUN --annot TEST --errors x.html", "goes without --rerank and --errors"),
+        ("RUN --interpolate 0.5 --annot TEST --errors x.html", "goes without --rerank and --errors"),
+        ("RUN --annot TEST --save x", "--save needs one mix"),
+        ("RUN --interpolate 0,1 --annot TEST --save x", "--save needs one mix"),
+        ("RUN RUN --interpolate 0,1 --val-annot TEST --annot TEST --save x", "--save needs one mix"),
+        ("RUN --interpolate 1 --annot TEST --save no/such/x", "is not a folder that you can write into"),
         ("RUN RUN --annot TEST --errors x.html", "--errors needs one"),
         ("RUN --annot TEST --json no/such/folder/x.json", "is not a folder that you can write into"),
         ("RUN --annot TEST --json METRICS", "is a run folder"),
@@ -265,8 +324,8 @@ def test_overlap_counts_videos_groups_and_captions(tmp_path: Path) -> None:
         ("RUN --annot TEST --annot BROKEN", "broken.json: video 'video4'"),
         ("RUN --annot TEST --top_k 3", "--top_k"),
         *(
-            (f"--interpolate zero-shot RUN --val-annot TEST --annot TEST --alpha {alpha}", f"--alpha {alpha}")
-            for alpha in ("0:1", "1:0:0.1", "0:1:0", "0:1:nan", "0:1:0.001")
+            (f"RUN --interpolate {shares} --annot TEST", f"--interpolate {shares}: must be numbers from 0 to 1")
+            for shares in ("zero-shot", "0,1.1", "0;1", "nan", "0,,1")
         ),
     ],
 )

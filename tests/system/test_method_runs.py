@@ -91,6 +91,21 @@ def test_it_evaluates_to_its_own_figures_from_its_weights_and_its_adapter(
             torch.testing.assert_close(vectors(source), vectors(run.folder), rtol=0, atol=1e-5)
 
 
+def test_interpolated_it_ends_at_its_own_figures_or_is_refused(
+    run: Run, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, noted = tmp_path / "t.json", json.loads((run.folder / "metrics.json").read_text())
+    words = ["--annot", str(project["test_annot"]), "--interpolate", "0.5,1", "--json", str(table)]
+    code = main(["evaluate", str(run.folder), *words])
+    if run.name in STAYS:
+        assert code == 2 and f"peft.method {STAYS[run.name]} of" in capsys.readouterr().err
+        return
+    *_, half, end = json.loads(table.read_text())["rows"]
+    assert code == 0 and end["t2v"]["MeanR"] == noted["finetuned"]["t2v"]["MeanR"]
+    if run.name == "adabn":  # only the selector changes
+        assert half["t2v"]["MeanR"] == end["t2v"]["MeanR"]
+
+
 @pytest.mark.parametrize("name", ["adabn", "adapter", "prompt"])
 def test_zero_shot_is_that_of_the_pretrained_model(name: str, project: Project, tmp_path: Path) -> None:
     folders = [trained(one, {**project, **MORE.get(name, {})}, tmp_path / one, num_epochs=1) for one in (name, "full")]

@@ -66,7 +66,7 @@ def test_a_new_bias_learns_and_is_kept_and_interpolated(project: Project, tmp_pa
         bias = load_retriever(folder / name).model.scorer.logit_bias()
         assert bias is not None and bias.item() == learned
     annotations = ["--annot", project["test_annot"], "--val-annot", project["val_annot"]]
-    assert main(["evaluate", "--interpolate", "zero-shot", str(folder), *annotations, "--alpha", "0:1:0.5"]) == 0
+    assert main(["evaluate", str(folder), *annotations, "--interpolate", "0,0.5,1"]) == 0
     # A contrastive run may start from it as well.
     given |= {"objective": {"method": "contrastive"}, "resume": str(folder / "best.safetensors")}
     assert fit(load_config(None, given)).folder is not None

@@ -22,7 +22,7 @@ COMMANDS = {
     "check": "check --config SETTINGS --resume WEIGHTS",
     "check of an evaluation": "check --config SETTINGS --resume WEIGHTS --do_inference",
     "evaluate": "evaluate WEIGHTS --config SETTINGS --annot TEST",
-    "interpolate": "evaluate --interpolate zero-shot WEIGHTS --config SETTINGS --annot TEST --val-annot TEST",
+    "interpolate": "evaluate WEIGHTS --config SETTINGS --annot TEST --val-annot TEST --interpolate 0,1",
     "predict": "predict WEIGHTS --config SETTINGS --annot TEST --output OUTPUT/p.jsonl",
     "index": "index WEIGHTS TEST --config SETTINGS -o OUTPUT/i",
 }

@@ -8,6 +8,7 @@ Video names become paths below `frames_dir` or `video_dir`, so a name that could
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import fields
 from pathlib import Path
@@ -54,8 +55,14 @@ def _extension(value: str) -> str:
     return extension
 
 
+def _tag(value: str) -> str:
+    if not re.fullmatch(r"\w[\w -]{0,39}", value):
+        raise ValueError("must be a name of at most 40 letters, digits, spaces, - and _")
+    return value
+
+
 Text = Annotated[StrictStr, AfterValidator(_text)]
-Tag = Annotated[StrictStr, Field(pattern=r"^\w[\w -]{0,39}$")]
+Tag = Annotated[StrictStr, AfterValidator(_tag)]
 Number = StrictFloat  # whole numbers, too, but not true and false
 Seconds = Annotated[Number, Field(ge=0)]
 

@@ -277,7 +277,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused_before_any_cell(proje
     assert not (tmp_path / "out").exists()
 
 
-def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_grids_need_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     grid = Grid(Path("cfgs/compare-demo.json"))
     assert len(grid.methods) == 10 and grid.size == 9 * (6 + 4) + 5
@@ -285,6 +285,10 @@ def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypat
     assert (full.peft.method, full.freeze_layer_num, full.freeze_clip) == ("full", -1, False)
     assert heads.freeze_clip and len(grid.searching("heads only")) == 1, "it sets coef_lr, which nothing uses"
     assert grid.searching("lora+bitfit")[0].config.peft.method == "joined"
+    assert grid.reference == "full"
+    towers = Grid(Path("cfgs/compare-towers.json"))
+    assert len(towers.methods) == 8 and len({cell.config.tower.method for cell in towers.cells.values()}) == 4
+    assert sum(cell.config.use_policy for cell in map(lambda name: towers.searching(name)[0], towers.methods)) == 4
 
 
 def test_cells_of_other_settings_are_not_mixed_in(whole: Path, recipe: Project) -> None:

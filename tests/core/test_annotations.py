@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations, sound_entries
+from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations, same_captions, sound_entries
 from adaclip_finetune.errors import UserError
 
 
@@ -46,6 +46,15 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
         ),
         VideoAnnotation("deep/er", ("b",)),
     ]
+
+
+def test_the_same_captions_are_recognised_under_another_name_and_with_tags(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"a": {"sentences": ["x", "y"]}, "b": {"sentences": ["z"]}}
+    plain = write(tmp_path, entries).rename(tmp_path / "plain.json")
+    entries["a"]["tags"] = [["order"], []]
+    assert same_captions(plain, write(tmp_path, entries))
+    entries["b"]["sentences"] = ["other"]
+    assert not same_captions(plain, write(tmp_path, entries))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Every clip is four shots of two coloured shapes each. One shot, the event, is li
 tells; the three others are filler. `dataset_example/README.md` says why it is built this way and how well it works.
 
     python scripts/make_dataset_example.py --out dataset_example --seed 0
-
 The same seed gives the same captions everywhere, and the same frames with the same version of numpy. Which bytes they
 become is the encoder's choice; `encode` says what keeps that choice the same.
 """
@@ -122,14 +121,15 @@ def encode(path: Path, frames: NDArray[np.uint8]) -> None:
 
 
 def annotation(clip: Clip) -> dict[str, object]:
-    """The entry of `clip` in an annotation file."""
-    return {"sentences": clip.sentences, "duration": FRAMES / FRAMES_A_SECOND}
+    """The entry of `clip` in an annotation file. All its sentences have the tag "order" if they need that of frames."""
+    tags = {"tags": [["order"]] * len(clip.sentences)} if clip.event.needs_order else {}
+    return {"sentences": clip.sentences, "duration": FRAMES / FRAMES_A_SECOND, **tags}
 
 
 def format_example(clips: list[Clip]) -> dict[str, dict[str, object]]:
     """A few entries with all the keys that describe a whole video."""
     one = next(c for c in clips if len(c.sentences) == 1)
-    two = next(c for c in clips if len(c.sentences) == 2)
+    two = next(c for c in clips if len(c.sentences) == 2 and c.event.needs_order)
     several = next(c for c in clips if len(c.sentences) == 3)
     start = two.event_start / FRAMES_A_SECOND
     span = [start, start + EVENT_FRAMES / FRAMES_A_SECOND]

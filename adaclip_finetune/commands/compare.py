@@ -14,7 +14,8 @@ def run(words: Sequence[str]) -> int:
         "Train several finetuning methods under one recipe, with the same updates, several seeds and the same small "
         "search of one setting, and write one table with intervals and costs, and a picture.",
         epilog="The config file has recipe (settings, or the path of a config file), methods (name -> settings that "
-        "differ), seeds, search (setting -> values), output_dir and keep_weights; cfgs/compare-demo.json is one. "
+        "differ), seeds, search (setting -> values), reference (a method), output_dir and keep_weights; "
+        "cfgs/compare-demo.json is one. "
         "The same command goes on after an interruption, and several of them at the same time share the work. "
         "docs/comparing.md tells more.",
     )

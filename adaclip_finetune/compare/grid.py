@@ -2,8 +2,8 @@
 
 A cell is one method with one value of the searched setting and one seed. All values are tried with seed 0; the one that
 is best on validation is then trained with the other seeds. A cell is an ordinary run, in a process and a folder of its
-own (`grid_cell.py`), and is finished when its result.json exists. That file is all that the report reads
-(`grid_report.py`).
+own (`grid_cell.py`), and is finished when its result.json exists. These files, and the tags of the test annotation, are
+all that the report reads (`grid_report.py`).
 
 <output_dir>/compare.md  compare.csv  compare.json  compare.png
 <output_dir>/cells/<method>/<setting>=<value>/seed<k>/    a run folder with result.json
@@ -62,6 +62,9 @@ class GridSettings(Settings):
     search: dict[str, list[Any]] = setting(
         {}, "setting -> the values that are tried, with seed 0, for each method that does not set it", max_length=1
     )
+    reference: str | None = setting(
+        None, "method that the others are compared with; null: the first that finetunes all of CLIP"
+    )
     output_dir: PathText = setting(..., "folder of the cells and of the report", unit="folder")
     keep_weights: bool = setting(False, "keep best.safetensors and adapter.safetensors of each cell")
 
@@ -87,6 +90,8 @@ class Grid:
         self.setting: str = next(iter(self.settings.search), "")
         if len({name.casefold() for name in self.methods}) < len(self.methods):
             raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
+        if (reference := self.settings.reference) not in (None, *self.methods):
+            raise UserError(f"{path}: reference is {show(reference)}; it must be one of {', '.join(self.methods)}")
         self.cells = {cell.label: cell for cell in self._cells()}
         self.check()
         any_config = next(iter(self.cells.values())).config
@@ -163,6 +168,13 @@ class Grid:
         """Return the values of the searched setting that are tried for a method: one if the method sets it itself."""
         own = self.settings.methods[method]
         return [own[self.setting]] if self.setting in own else self.settings.search.get(self.setting, [None])
+
+    @property
+    def reference(self) -> str | None:
+        """The method that the others are compared with."""
+        configs = {cell.method: cell.config for cell in reversed(self.cells.values())}  # the first cell of each
+        full = (name for name in self.methods if configs[name].peft.method == "full" and not configs[name].freeze_clip)
+        return self.settings.reference or next(full, None)
 
     def of(self, method: str, searched: Any) -> list[Cell]:
         """Return the cells of a method with one value, by seed."""

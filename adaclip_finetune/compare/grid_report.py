@@ -1,4 +1,7 @@
-"""The report of a grid: compare.md, compare.csv, compare.json and compare.png, from the result.json of its cells."""
+"""The report of a grid: compare.md, compare.csv, compare.json and compare.png, from the result.json of its cells.
+
+If the test annotation has tags, the queries of each tag have a table of their own, with the whole gallery.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from adaclip_finetune.compare.grid import Grid
 from adaclip_finetune.compare.grid_cell import Cell
 from adaclip_finetune.config.schema import show
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.durable import replacing, write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Interval, difference_over_seeds, recall_over_seeds
-from adaclip_finetune.evaluation.metrics import IntArray
+from adaclip_finetune.evaluation.metrics import DirectionMetrics, IntArray
 from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.peft.report import TrainableReport
 
@@ -34,7 +40,8 @@ class Summary:
     """A line of the table: a method with its chosen value over its seeds, or zero-shot CLIP.
 
     `figures` (those of `FIGURES`) are means over the runs; `ranks` (S, Q) are text to video. A method without any
-    finished run has no figures, and `note` says why. Costs are None for zero-shot.
+    finished run has no figures, and `note` says why. Costs are None for zero-shot. Lines of a tag have no figures of
+    video to text. `baseline` is the zero-shot line with the frames of the method.
     """
 
     name: str
@@ -49,26 +56,27 @@ class Summary:
     memory_mib: float | None = None
     searched: str = _NOTHING
     note: str = ""
-    is_full: bool = False
-    minus_full: tuple[float, Interval] | None = None
+    baseline: Summary | None = None
+    minus_reference: tuple[float, Interval] | None = None
     minus_zero_shot: tuple[float, Interval] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line for JSON and CSV."""
         parts = self.parameters
-        full, zero = (found or (None, (None, None)) for found in (self.minus_full, self.minus_zero_shot))
+        first, zero = (found or (None, (None, None)) for found in (self.minus_reference, self.minus_zero_shot))
         low, high = self.interval or (None, None)
         return {
             "method": self.name,
             "seeds": len(self.seeds),
+            "queries": None if self.ranks is None else self.ranks.shape[1],
             "trainable": parts and parts.all.trainable,
             "trainable_percent": parts and parts.all.percent,
             "trainable_of_clip": parts and parts.clip.trainable,
             "trainable_of_clip_percent": parts and parts.clip.percent,
             "adapter_bytes": self.adapter_bytes,
-            **{name: self.figures and self.figures[name] for name in FIGURES},
+            **{name: self.figures and self.figures.get(name) for name in FIGURES},
             **{"t2v.R@1 low": low, "t2v.R@1 high": high},
-            **{"minus_full": full[0], "minus_full low": full[1][0], "minus_full high": full[1][1]},
+            **{"minus_reference": first[0], "minus_reference low": first[1][0], "minus_reference high": first[1][1]},
             **{"minus_zero_shot": zero[0], "minus_zero_shot low": zero[1][0], "minus_zero_shot high": zero[1][1]},
             "seconds_per_step": self.seconds_per_step,
             "memory_mib": self.memory_mib,
@@ -81,12 +89,16 @@ def write_report(grid: Grid) -> str:
     """Write the four files of the report and return the tables as text. Raise UserError if that fails."""
     rows = summaries(grid)
     cells = [cell_line(grid, cell) for cell in grid.finished()]
-    text = as_markdown(grid, rows)
-    content = {"primary": grid.primary, "rows": [row.as_dict() for row in rows], "cells": cells}
+    of_tags = {tag: of_queries(grid, rows, mask) for tag, mask in tagged(grid, rows).items()}
+    text = as_markdown(grid, rows, of_tags)
+    lines = {tag: [row.as_dict() for row in found] for tag, found in {"": rows, **of_tags}.items()}
+    content: dict[str, Any] = {"primary": grid.primary, "reference": grid.reference, "rows": lines[""], "cells": cells}
+    if of_tags:
+        content["tags"] = {tag: lines[tag] for tag in of_tags}
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0].as_dict()), lineterminator="\n")
+    writer = csv.DictWriter(table, ["tag", *lines[""][0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.as_dict() for row in rows)
+    writer.writerows({"tag": tag, **row} for tag, found in lines.items() for row in found)
     files = {
         "compare.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
         "compare.csv": table.getvalue(),
@@ -121,29 +133,61 @@ def summaries(grid: Grid) -> list[Summary]:
     baselines: dict[tuple[int, ...], Summary] = {}
     rows = []
     for method in grid.methods:
-        row, baseline = summary(grid, method)
-        if baseline is not None:
-            assert baseline.ranks is not None
-            baseline = baselines.setdefault(tuple(baseline.ranks[0].tolist()), baseline)
-        rows.append((row, baseline))
-    full = next((row for row, _ in rows if row.is_full and row.figures), None)
+        row = summary(grid, method)
+        if row.baseline is not None:
+            assert row.baseline.ranks is not None
+            row = replace(row, baseline=baselines.setdefault(tuple(row.baseline.ranks[0].tolist()), row.baseline))
+        rows.append(row)
     lines = [*baselines.values()]
     if len(lines) == 1:  # otherwise the methods differ in frames or weights, and each name says whose it is
         lines = [replace(lines[0], name="zero-shot")]
-    for row, baseline in rows:
-        lines.append(replace(row, minus_zero_shot=difference(row, baseline), minus_full=difference(row, full)))
-    return lines
+    return with_differences(grid, [*lines, *rows])
 
 
-def summary(grid: Grid, method: str) -> tuple[Summary, Summary | None]:
-    """Return the line of a method without differences, and its zero-shot line if it was measured."""
+def with_differences(grid: Grid, rows: Sequence[Summary]) -> list[Summary]:
+    """Return the lines with their differences to the reference and to zero-shot."""
+    reference = next((row for row in rows if row.name == grid.reference and row.seeds), None)
+    return [
+        replace(row, minus_reference=difference(row, reference), minus_zero_shot=difference(row, row.baseline))
+        for row in rows
+    ]
+
+
+def tagged(grid: Grid, rows: Sequence[Summary]) -> dict[str, NDArray[np.bool_]]:
+    """Return which test queries (Q,) have each tag; {} if they have none, or no line has figures yet."""
+    config = next(iter(grid.cells.values())).config
+    if config.test_annot is None or not any(row.figures for row in rows):
+        return {}
+    result = next(result for result in map(Cell.result, grid.finished()) if not result["failed"])
+    queries = evaluation_queries(load_annotations(config.test_annot), config.concat_captions)
+    return queries.within(list(dict.fromkeys(result["video_of_query"]))).by_tag()
+
+
+def of_queries(grid: Grid, rows: Sequence[Summary], mask: NDArray[np.bool_]) -> list[Summary]:
+    """Return the lines `rows` for some of the queries (Q,) alone, text to video."""
+
+    def only(row: Summary) -> Summary:
+        if row.ranks is None or row.videos is None:
+            return row
+        ranks, videos = row.ranks[:, mask], row.videos[mask]
+        runs = [DirectionMetrics(of_run).as_dict() for of_run in ranks]
+        figures = {f"t2v.{name}": statistics.mean(run[name] for run in runs) for name in ("R@1", "R@5", "R@10", "MedR")}
+        interval = recall_over_seeds(ranks, videos)[1]
+        baseline = row.baseline and only(row.baseline)
+        return replace(row, figures=figures, ranks=ranks, videos=videos, interval=interval, baseline=baseline)
+
+    return with_differences(grid, [only(row) for row in rows])
+
+
+def summary(grid: Grid, method: str) -> Summary:
+    """Return the line of a method without differences."""
     finished = [cell for cell in grid.searching(method) if cell.is_finished]
     if not grid.is_searched(method):
-        return Summary(method, note=f"{len(finished)} of {len(grid.values(method))} values tried"), None
+        return Summary(method, note=f"{len(finished)} of {len(grid.values(method))} values tried")
     best = grid.chosen(method)
     if best is None:
         reason = finished[0].result()["failed"].splitlines()[0]
-        return Summary(method, note=f"FAILED with every value: {reason}"), None
+        return Summary(method, note=f"FAILED with every value: {reason}")
     cells = [cell for cell in grid.of(method, best.searched) if cell.is_finished]
     good = [(cell.seed, cell.result()) for cell in cells if not cell.result()["failed"]]
     results = [result for _, result in good]
@@ -155,7 +199,7 @@ def summary(grid: Grid, method: str) -> tuple[Summary, Summary | None]:
         notes.append(f"{len(cells)} of {grid.settings.seeds} seeds so far")
     if failed := [show(cell.searched) for cell in finished if cell.result()["failed"]]:
         notes.append(f"{grid.setting} {', '.join(failed)} failed")
-    row = Summary(
+    return Summary(
         method,
         [seed for seed, _ in good],
         {name: statistics.mean(value(result["test"], name) for result in results) for name in FIGURES},
@@ -168,9 +212,8 @@ def summary(grid: Grid, method: str) -> tuple[Summary, Summary | None]:
         max(result["memory_mib"] for result in results),
         show(best.searched) + mark(grid, method, best) if grid.setting else _NOTHING,
         "; ".join(notes),
-        best.config.peft.method == "full" and not best.config.freeze_clip,
+        zero_shot_summary(method, first, videos),
     )
-    return row, zero_shot_summary(method, first, videos)
 
 
 def mark(grid: Grid, method: str, best: Cell) -> str:
@@ -213,17 +256,11 @@ def difference(row: Summary, other: Summary | None) -> tuple[float, Interval] | 
 # ---- the tables ----
 
 
-def as_markdown(grid: Grid, rows: Sequence[Summary]) -> str:
-    """Return the figures and the costs as two tables, and what they mean."""
+def as_markdown(grid: Grid, rows: Sequence[Summary], of_tags: Mapping[str, Sequence[Summary]]) -> str:
+    """Return the figures and the costs as two tables, the figures of each tag, and what all of them mean."""
     settings = next(iter(grid.cells.values())).config
-    head = ["", "T2V R@1", "95 %", "R@5", "R@10", "MedR", "V2T R@1", "R@5", "R@10", "MedR", "minus full"]
-    figures = [[*head, "minus zero-shot", "seeds"]]
     costs = [["", "trained", "of all", "of CLIP", "adapter", "s/step", "peak MiB", grid.setting or "searched"]]
     for row in rows:
-        shown = [f"{row.figures[name]:.1f}" if row.figures else _NOTHING for name in FIGURES]
-        interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]" if row.interval else _NOTHING
-        apart = [points(found) for found in (row.minus_full, row.minus_zero_shot)]
-        figures.append([row.name, shown[0], interval, *shown[1:], *apart, str(len(row.seeds) or _NOTHING)])
         if (parts := row.parameters) is not None:
             shares = [f"{parts.all.trainable:,}", f"{parts.all.percent:.2f} %", f"{parts.clip.percent:.2f} %"]
             adapter = _NOTHING if row.adapter_bytes is None else f"{row.adapter_bytes / 1e6:.2f} MB"
@@ -231,9 +268,27 @@ def as_markdown(grid: Grid, rows: Sequence[Summary]) -> str:
             costs.append([row.name, *shares, adapter, step, memory, row.searched])
     done = f"{len(grid.finished())} of {grid.size} cells"
     budget = f"num_epochs {settings.num_epochs}, batch size {settings.batch_size}, data set {settings.dataset}"
-    lines = [f"# {len(grid.methods)} methods under one recipe", "", f"{done}; {budget}", "", *_aligned(figures), ""]
+    lines = [f"# {len(grid.methods)} methods under one recipe", "", f"{done}; {budget}", ""]
+    lines += [*_aligned(_figures(grid, rows, FIGURES)), ""]
     lines += [*_aligned(costs), ""] if len(costs) > 1 else []
+    for tag, found in of_tags.items():
+        videos = next(row.videos for row in found if row.videos is not None)
+        counts = f"{len(videos):,} captions of {len(np.unique(videos)):,} videos"
+        lines += [f"## {tag}: {counts}", "", *_aligned(_figures(grid, found, FIGURES[:4])), ""]
     return "\n".join([*lines, *(f"- {line}" for line in _remarks(grid, rows)), ""])
+
+
+def _figures(grid: Grid, rows: Sequence[Summary], names: Sequence[str]) -> list[list[str]]:
+    """Return the head and the cells of a table of the figures `names`, of which T2V R@1 is the first."""
+    titles = [name.upper().replace(".", " ") if name.endswith("R@1") else name[4:] for name in names]
+    apart = [f"minus {grid.reference or 'reference'}", "minus zero-shot"]
+    cells = [["", titles[0], "95 %", *titles[1:], *apart, "seeds"]]
+    for row in rows:
+        shown = [f"{row.figures[name]:.1f}" if row.figures else _NOTHING for name in names]
+        interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]" if row.interval else _NOTHING
+        differences = [points(found) for found in (row.minus_reference, row.minus_zero_shot)]
+        cells.append([row.name, shown[0], interval, *shown[1:], *differences, str(len(row.seeds) or _NOTHING)])
+    return cells
 
 
 def points(found: tuple[float, Interval] | None) -> str:

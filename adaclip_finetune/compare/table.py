@@ -6,12 +6,13 @@ Columns are the figures that the task shows. A task that gives ranks gets an int
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.evaluation.bootstrap import RESAMPLES, Difference, Interval, intervals, paired_difference
+from adaclip_finetune.evaluation.metrics import DirectionMetrics
 from adaclip_finetune.evaluation.tasks.base import QueryRanks, value
 from adaclip_finetune.printable import printable
 
@@ -54,6 +55,17 @@ class TableRow:
         """The 95 % intervals of R@K, MedR and MeanR in each direction that has ranks."""
         return {direction: intervals(*found) for direction, found in self.ranks.items()}
 
+    def by_tag(self) -> dict[str, TableRow]:
+        """Return a row for each tag: the same model, with the text-to-video figures of the queries that have it."""
+        if (found := self.ranks.get("t2v")) is None:
+            return {}
+        rows, whole = {}, replace(self.queries, tags=[])
+        for tag, mask in self.queries.by_tag().items():
+            own = found.of(mask)
+            label, figures = f"  {tag}, {len(own.ranks):,} captions", {"t2v": DirectionMetrics(own.ranks).as_dict()}
+            rows[tag] = replace(self, label=label, figures=figures, ranks={"t2v": own}, queries=whole, cost={})
+        return rows
+
     def cell(self, name: str) -> str:
         """Return the figure with this name, such as `t2v.R@5`, or the interval `t2v.95 %` of R@1, as it is shown."""
         direction, _, last = name.rpartition(".")
@@ -75,6 +87,8 @@ class TableRow:
         figures = dict(self.figures)
         for direction, found in self.intervals.items():
             figures[direction] = {**figures[direction], **{f"{name} 95%": ends for name, ends in found.items()}}
+        if rows := self.by_tag():
+            figures["tags"] = {tag: row.as_dict()["t2v"] for tag, row in rows.items()}
         return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": self.cost or None}
 
 
@@ -97,8 +111,8 @@ class DataSetRows:
     def differences(self) -> list[tuple[str, str, dict[str, Difference]]]:
         """R@1 of each model minus its zero-shot row, then minus every model before it, on the same queries.
 
-        Each is the labels of the two rows, and the difference by direction. Nothing is compared with interpolated rows,
-        but they are with the finetuned model before them.
+        Each is the labels of the two rows, and the difference by direction, then text to video by tag. Nothing is
+        compared with interpolated rows, but they are with the finetuned model before them.
         """
         of = {row.label: row for row in self.rows}
         models = [row for row in self.models if row.kind in ("model", "interpolated") and row.ranks]
@@ -109,9 +123,12 @@ class DataSetRows:
         found = []
         for row, other in pairs:
             if (row.queries.texts, row.queries.video_ids) == (other.queries.texts, other.queries.video_ids):
+                pairs_of_ranks = {name: (own, other.ranks[name]) for name, own in row.ranks.items()}
+                for tag, mask in row.queries.by_tag().items() if "t2v" in row.ranks else ():
+                    pairs_of_ranks[f"t2v of {tag}"] = row.ranks["t2v"].of(mask), other.ranks["t2v"].of(mask)
                 directions = {
-                    name: paired_difference(own.ranks, other.ranks[name].ranks, own.videos)
-                    for name, own in row.ranks.items()
+                    name: paired_difference(own.ranks, before.ranks, own.videos)
+                    for name, (own, before) in pairs_of_ranks.items()
                 }
                 found.append((row.label, other.label, directions))
         return found
@@ -130,7 +147,7 @@ class DataSetRows:
             for name, found in directions.items():
                 p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
                 low, high = found.interval
-                parts.append(f"{name.upper()} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
+                parts.append(f"{name[:3].upper()}{name[3:]} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
             yield f"R@1 of {label} minus {other}: {', '.join(parts)}"
         yield from self.remarks
 
@@ -176,7 +193,9 @@ def _cells(data_sets: Sequence[DataSetRows]) -> list[list[str]]:
         if figure == "R@1" and direction in first.ranks:
             columns[f"{direction}.{_INTERVAL}"] = _INTERVAL
         before = direction
-    rows = [(data_set.name, row) for data_set in data_sets for row in data_set.rows]
+    rows = [
+        (data_set.name, one) for data_set in data_sets for row in data_set.rows for one in (row, *row.by_tag().values())
+    ]
     head = ["data set", "", *columns.values(), *(title for title, _ in COSTS.values())]
     return [head, *([name, row.label, *map(row.cell, columns), *row.costs()] for name, row in rows)]
 

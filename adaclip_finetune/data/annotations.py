@@ -1,12 +1,14 @@
 """The annotation file, which lists videos and what is said about each.
 
-    {"video_name": {"sentences": ["…", …], "extension"?, "timestamps"?, "duration"?, "start"?, "end"?, "group"?}, …}
+    {"video_name": {"sentences": ["…", …], "tags"?, "extension"?, "timestamps"?, "duration"?, "start"?, "end"?,
+     "group"?}, …}
 
 Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import fields
 from pathlib import Path
@@ -53,7 +55,14 @@ def _extension(value: str) -> str:
     return extension
 
 
+def _tag(value: str) -> str:
+    if not re.fullmatch(r"\w[\w -]{0,39}", value):
+        raise ValueError("must be a name of at most 40 letters, digits, spaces, - and _")
+    return value
+
+
 Text = Annotated[StrictStr, AfterValidator(_text)]
+Tag = Annotated[StrictStr, AfterValidator(_tag)]
 Number = StrictFloat  # whole numbers, too, but not true and false
 Seconds = Annotated[Number, Field(ge=0)]
 
@@ -62,7 +71,8 @@ Seconds = Annotated[Number, Field(ge=0)]
 class VideoAnnotation:
     """One video. Times are in seconds; `start` and `end` cut a clip out of the file that `group` names.
 
-    `group` is the source video: two clips of one group in different splits are leakage.
+    `group` is the source video: two clips of one group in different splits are leakage. `tags` has a list of names for
+    each sentence: what kind of sentence it is.
     """
 
     video_id: str
@@ -73,6 +83,7 @@ class VideoAnnotation:
     start: Seconds | None = None
     end: Seconds | None = None
     group: Text | None = None
+    tags: tuple[tuple[Tag, ...], ...] | None = None
 
 
 KEYS = tuple(field.name for field in fields(VideoAnnotation) if field.name != "video_id")
@@ -132,9 +143,12 @@ def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
     if "sentences" not in entry:
         raise UserError(f'{where}: has no "sentences"')
     try:
-        return VideoAnnotation(video_id=name, **entry)
+        video = VideoAnnotation(video_id=name, **entry)
     except ValidationError as error:
         raise UserError(explain(where, error)) from None
+    if video.tags is not None and (got := len(video.tags)) != (needed := len(video.sentences)):
+        raise UserError(f'{where}: "tags" needs a list for each of the {needed} sentences, [] for none, but has {got}')
+    return video
 
 
 def explain(where: str, error: ValidationError) -> str:
@@ -180,8 +194,11 @@ def check_name(where: str, name: str) -> None:
 
 
 def same_captions(one: Path, other: Path) -> bool:
-    """Return whether two annotations are the same file, or have the same content under two names."""
-    return one.resolve() == other.resolve() or load_annotations(one) == load_annotations(other)
+    """Return whether two annotations are the same file, or have the same videos and captions under two names."""
+    if one.resolve() == other.resolve():
+        return True
+    ours, theirs = ([(video.video_id, video.sentences) for video in load_annotations(path)] for path in (one, other))
+    return ours == theirs
 
 
 def shown(value: Any) -> str:

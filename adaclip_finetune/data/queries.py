@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.sampling import generator
+
+UNTAGGED = "(no tag)"
+"""What queries without a tag are called among tagged ones; no tag has parentheses."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +39,31 @@ class TrainEntry:
 
 @dataclass(frozen=True)
 class Queries:
-    """The texts of an evaluation, the gallery of videos in which they are searched, and the video of each text."""
+    """The texts of an evaluation, the gallery of videos in which they are searched, and the video of each text.
+
+    `tags` has the names of the kinds of each text; it is empty if the annotation has none.
+    """
 
     texts: list[str]
     video_of_text: NDArray[np.int64]  # (T,), an index into video_ids
     video_ids: list[str]  # (V,), each video once
+    tags: list[tuple[str, ...]] = field(default_factory=list)  # (T,) or (0,)
 
     def within(self, video_ids: Sequence[str]) -> Queries:
         """Return the queries of a smaller gallery: these videos in the order given, their texts in the old order."""
         place = {video_id: i for i, video_id in enumerate(video_ids)}
-        kept = [
-            (text, place[self.video_ids[video]])
-            for text, video in zip(self.texts, self.video_of_text, strict=True)
-            if self.video_ids[video] in place
-        ]
-        return Queries([text for text, _ in kept], np.array([video for _, video in kept], np.int64), list(video_ids))
+        kept = [number for number, video in enumerate(self.video_of_text) if self.video_ids[video] in place]
+        videos = np.array([place[self.video_ids[self.video_of_text[number]]] for number in kept], np.int64)
+        tags = [self.tags[number] for number in kept] if self.tags else []
+        return Queries([self.texts[number] for number in kept], videos, list(video_ids), tags)
+
+    def by_tag(self) -> dict[str, NDArray[np.bool_]]:
+        """Return which texts (T,) have each tag, by name, and at last which have none; {} if no text has a tag."""
+        names = sorted({tag for tags in self.tags for tag in tags})
+        masks = {name: np.array([name in tags for tags in self.tags]) for name in names}
+        if names and not all(self.tags):
+            masks[UNTAGGED] = np.array([not tags for tags in self.tags])
+        return masks
 
 
 def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> list[TrainEntry]:
@@ -60,16 +74,21 @@ def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> li
 
 
 def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) -> Queries:
-    """Return every text of every video, and the gallery, in which each video occurs once."""
+    """Return every text of every video, and the gallery, in which each video occurs once.
+
+    Joined sentences have the tags of all of them.
+    """
     texts: list[str] = []
+    tags: list[tuple[str, ...]] = []
     video_of_text: list[int] = []
     video_ids: list[str] = []
     for video in videos:
-        of_video = _texts(video, concat_captions)
+        of_video, of_sentences = _texts(video, concat_captions), video.tags or ((),) * len(video.sentences)
         texts += of_video
+        tags += [tuple(chain(*of_sentences))] if concat_captions == "concat" else of_sentences
         video_of_text += [len(video_ids)] * len(of_video)
         video_ids.append(video.video_id)
-    return Queries(texts, np.array(video_of_text, np.int64), video_ids)
+    return Queries(texts, np.array(video_of_text, np.int64), video_ids, tags if any(tags) else [])
 
 
 def fingerprint(entries: Sequence[TrainEntry], **evaluated: Queries) -> dict[str, str]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations, sound_entries
+from adaclip_finetune.data.annotations import KEYS, VideoAnnotation, load_annotations, same_captions, sound_entries
 from adaclip_finetune.errors import UserError
 
 
@@ -29,6 +29,7 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
         "start": 10.5,
         "end": 13.5,
         "group": "source-1",
+        "tags": [["order", "two things"], []],
     }
     path = write(tmp_path, {"v_x-1.2": entry, "deep/er": {"sentences": ["b"]}})
     assert load_annotations(path) == [
@@ -41,9 +42,19 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
             start=10.5,
             end=13.5,
             group="source-1",
+            tags=(("order", "two things"), ()),
         ),
         VideoAnnotation("deep/er", ("b",)),
     ]
+
+
+def test_the_same_captions_are_recognised_under_another_name_and_with_tags(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"a": {"sentences": ["x", "y"]}, "b": {"sentences": ["z"]}}
+    plain = write(tmp_path, entries).rename(tmp_path / "plain.json")
+    entries["a"]["tags"] = [["order"], []]
+    assert same_captions(plain, write(tmp_path, entries))
+    entries["b"]["sentences"] = ["other"]
+    assert not same_captions(plain, write(tmp_path, entries))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +101,9 @@ def test_two_names_of_one_video_are_refused_with_both(tmp_path: Path, one: str, 
         ({"sentences": ["a"], "end": "3"}, ['"end"', "number", "got '3'"]),
         ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2, entry 2']),
         ({"sentences": ["a"], "extension": "../mp4"}, ['"extension"', "'../mp4'"]),
+        ({"sentences": ["a", "b"], "tags": [["order"]]}, ['"tags"', "each of the 2 sentences", "has 1"]),
+        ({"sentences": ["a"], "tags": ["order"]}, ['"tags", entry 1', "'order'"]),
+        ({"sentences": ["a"], "tags": [["(no tag)"]]}, ['"tags", entry 1, entry 1', "'(no tag)'"]),
     ],
 )
 def test_wrong_entries_name_file_video_and_value(tmp_path: Path, entry: Any, facts: list[str]) -> None:

@@ -10,7 +10,8 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import Config, load_config
 
 CFGS = Path(__file__).resolve().parents[2] / "cfgs"
-RECIPES = sorted(path for path in CFGS.glob("*.json") if path.name not in ("schema.json", "compare-demo.json"))
+GRIDS = sorted(CFGS.glob("compare-*.json"))
+RECIPES = sorted({*CFGS.glob("*.json")} - {CFGS / "schema.json", *GRIDS})
 ADACLIP = [path for path in RECIPES if json.loads(path.read_text()).get("use_policy", True)]
 OTHERS = {  # recipe → frames, batch, tower
     "clip-vip-msrvtt": (12, 128, "proxy_tokens"),
@@ -109,7 +110,7 @@ def test_every_file_points_to_the_schema_which_is_up_to_date(capsys: pytest.Capt
 
 def test_the_readme_tells_of_every_file_and_gives_its_true_values() -> None:
     text = (CFGS / "README.md").read_text()
-    for path in [*RECIPES, *PARTS, CFGS / "compare-demo.json"]:
+    for path in [*RECIPES, *PARTS, *GRIDS]:
         assert f"`{path.relative_to(CFGS)}`" in text
     for name, *cells in re.findall(
         r"^\| `([\w-]+)\.json` \| (\d+) / (\d+) \| (\d+) \| `([\w-]+)` \| (\d+) \| (-?\d+) \| `(\w+)`", text, re.M

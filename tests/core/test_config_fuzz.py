@@ -21,7 +21,7 @@ NAMES = list(described(Config))
 RECIPES = [
     json.loads(path.read_text())
     for path in sorted((ROOT / "cfgs").glob("*.json"))
-    if path.name not in ("schema.json", "compare-demo.json")
+    if path.name != "schema.json" and not path.name.startswith("compare-")
 ]
 FAST = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 

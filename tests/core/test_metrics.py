@@ -10,9 +10,9 @@ from scorers import clip_with, cosine_scorer, features
 
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.evaluation import similarity
-from adaclip_finetune.evaluation.metrics import retrieval_metrics
+from adaclip_finetune.evaluation.metrics import DirectionMetrics, retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
-from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalFigures, RetrievalReport
+from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer, Scorer
 
 
@@ -94,10 +94,15 @@ def test_captions_of_two_videos_give_both_figures():
 
 def test_figures_survive_json_exactly():
     metrics = retrieval_metrics([SCORES], [0, 2, 1], ["a", "a", "b"])
-    figures = RetrievalFigures(metrics, videos_evaluated=3, videos_listed=5)
+    queries = Queries(["a", "a", "b"], np.array([0, 2, 1]), ["x", "y", "z"], [("order",), (), ("order", "b")])
+    figures = RetrievalReport(metrics, queries, None, None, 5, 0.0).figures
     again = Retrieval.figures_from_state(json.loads(json.dumps(figures.as_state())))
     assert again.as_dict() == figures.as_dict() and "excused" in again.as_dict()["shared_captions"]
     assert again.as_dict()["v2t"]["videos_evaluated"] == 3 and again.as_dict()["t2v"]["videos_listed"] == 5
+    tags = {"order": metrics.t2v.ranks[[0, 2]], "b": metrics.t2v.ranks[[2]], "(no tag)": metrics.t2v.ranks[[1]]}
+    assert again.as_dict()["tags"] == {tag: DirectionMetrics(ranks).as_dict() for tag, ranks in tags.items()}
+    old = {name: part for name, part in figures.as_state().items() if name != "by_tag"}
+    assert "tags" not in Retrieval.figures_from_state(old).as_dict()
     for direction in ("t2v", "v2t"):
         one, other = getattr(figures.metrics, direction), getattr(again.metrics, direction)
         assert one.ranks.tolist() == other.ranks.tolist() and other.ranks.dtype == np.int64

@@ -1,5 +1,7 @@
 """Training entries and evaluation queries of the three ways to use several sentences of a video."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,3 +46,23 @@ def test_a_smaller_gallery_keeps_its_texts() -> None:
     assert queries.texts == ["one", "two", "x", "y", "z"]
     assert queries.video_of_text.tolist() == [1, 1, 0, 0, 0]
     assert evaluation_queries(VIDEOS, "concat").within([]).video_of_text.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("mode", "masks"),
+    [
+        ("indep-all", {"order": "010000", "sound": "011000", "(no tag)": "100111"}),
+        ("concat", {"order": "100", "sound": "110", "(no tag)": "001"}),
+    ],
+)
+def test_tags_select_queries(mode: str, masks: dict[str, str]) -> None:
+    """Joined sentences have the tags of all of them."""
+    tags = [((), ("sound", "order")), (("sound",),), None]
+    queries = evaluation_queries([replace(video, tags=one) for video, one in zip(VIDEOS, tags, strict=True)], mode)
+    found = {tag: "".join(str(int(has)) for has in mask) for tag, mask in queries.by_tag().items()}
+    assert found == masks and list(found) == list(masks)
+    smaller = queries.within(["c", "b"]).by_tag()  # "order" has no query left
+    assert list(smaller) == ["sound", "(no tag)"] and smaller["sound"].tolist() == [True] + [False] * (
+        len(smaller["sound"]) - 1
+    )
+    assert evaluation_queries(VIDEOS, mode).by_tag() == {}

@@ -20,6 +20,7 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.compare import grid_cell
 from adaclip_finetune.compare.grid import Grid, run_grid
 from adaclip_finetune.compare.grid_cell import Cell
+from adaclip_finetune.compare.grid_report import summaries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import difference_over_seeds, recall_over_seeds
 from adaclip_finetune.training import optimizer
@@ -71,10 +72,21 @@ def start(path: Path, log: Path, dies: bool = False) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Return the project with a tag on the captions of the first three of its eight test videos."""
+    entries = json.loads(Path(project["test_annot"]).read_text())
+    for entry in list(entries.values())[:3]:
+        entry["tags"] = [["first"], []]
+    tagged = tmp_path_factory.mktemp("tagged") / "test.json"
+    tagged.write_text(json.dumps(entries))
+    return project | {"test_annot": str(tagged)}
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the config file of a grid that two workers have trained at the same time."""
     folder = tmp_path_factory.mktemp("grid")
-    path = write(folder, project)
+    path = write(folder, recipe)
     workers = [start(path, folder / f"{number}.log") for number in range(2)]
     for worker in workers:
         worker.join(300)
@@ -140,17 +152,53 @@ def test_the_table_follows_from_the_results_of_the_cells(whole: Path) -> None:
         points, (low, high) = difference_over_seeds(ranks, before, videos)
         assert [row[f"minus_zero_shot{end}"] for end in ("", " low", " high")] == pytest.approx([points, low, high])
         if method == "full":
-            assert row["minus_full"] is None
+            assert row["minus_reference"] is None
         else:
-            assert row["minus_full"] == pytest.approx(100 * ((ranks <= 1).mean() - (full <= 1).mean()))
+            assert row["minus_reference"] == pytest.approx(100 * ((ranks <= 1).mean() - (full <= 1).mean()))
         assert row["trainable"] == sum(part["trainable"] for part in runs[0]["parameters"].values())
         assert row["adapter_bytes"] >= 4 * row["trainable"] and row["memory_mib"] > 0 and row["seconds_per_step"] > 0
     assert found["heads only"]["trainable_of_clip"] == 0 < found["full"]["trainable_of_clip"]
     assert found["heads only"]["searched"].endswith("(all equal)"), "nothing of CLIP learns, so its rate is idle"
     with (whole.parent / "out" / "compare.csv").open() as file:
-        assert [row["method"] for row in csv.DictReader(file)] == list(found)
+        lines = [(row["tag"], row["method"]) for row in csv.DictReader(file)]
+    assert lines == [(tag, method) for tag in ("", "first", "(no tag)") for method in found]
     text = (whole.parent / "out" / "compare.md").read_text()
     assert all(re.search(rf"^\| {name} +\|.*{found[name]['t2v.R@1']:.1f}", text, re.M) for name in found)
+
+
+def test_the_queries_of_a_tag_have_a_table_of_their_own(whole: Path) -> None:
+    """It has the figures of these queries alone; the gallery, and so each rank, is that of the main table."""
+    grid, text = Grid(whole), (whole.parent / "out" / "compare.md").read_text()
+    content = json.loads((whole.parent / "out" / "compare.json").read_text())
+    for tag, part in {"first": slice(0, 3), "(no tag)": slice(3, 8)}.items():
+        found = {row["method"]: row for row in content["tags"][tag]}
+        assert list(found) == list(rows(whole)) and f"## {tag}: {len(range(8)[part])} captions" in text
+        ranks = {}
+        for method in METHODS:
+            best = grid.chosen(method)
+            assert best is not None
+            runs = [cell.result() for cell in grid.of(method, best.searched)]
+            ranks[method] = np.array([run["ranks"]["t2v"][part] for run in runs])
+            row, videos = found[method], np.arange(len(range(8)[part]))
+            assert (row["queries"], row["t2v.R@1"]) == (len(videos), pytest.approx(100 * (ranks[method] <= 1).mean()))
+            assert row["t2v.MedR"] == pytest.approx(np.median(ranks[method], axis=1).mean())
+            assert row["v2t.R@1"] is None and row["trainable"] is not None
+            interval = recall_over_seeds(ranks[method], videos)[1]
+            assert (row["t2v.R@1 low"], row["t2v.R@1 high"]) == pytest.approx(interval)
+            before = np.array([runs[0]["zero_shot_ranks"][part]])
+            points, (low, high) = difference_over_seeds(ranks[method], before, videos)
+            assert [row[f"minus_zero_shot{end}"] for end in ("", " low", " high")] == pytest.approx([points, low, high])
+        points, (low, high) = difference_over_seeds(ranks["heads only"], ranks["full"], videos)
+        apart = [found["heads only"][f"minus_reference{end}"] for end in ("", " low", " high")]
+        assert apart == pytest.approx([points, low, high])
+
+
+def test_the_reference_is_chosen_by_name(whole: Path, recipe: Project, tmp_path: Path) -> None:
+    path = write(tmp_path, recipe, output_dir=str(whole.parent / "out"), reference="heads only")
+    apart = {row.name: row.minus_reference for row in summaries(Grid(path))}
+    ours = rows(whole)["heads only"]["minus_reference"]
+    assert apart["full"] is not None and apart["full"][0] == pytest.approx(-ours)
+    assert apart["heads only"] is None and apart["zero-shot"] is None
 
 
 def test_a_killed_cell_is_resumed_and_a_locked_one_is_left_to_its_worker(
@@ -203,6 +251,7 @@ def test_a_cell_that_diverges_is_the_worst_of_its_search(project: Project, tmp_p
     ({"methods": {"a": {"peft": {"method": "loora"}}}}, {}, r"methods\.a.*peft\.method is \"loora\""),
     ({"methods": {"a": {"seed": 1}}}, {}, r"methods\.a cannot set seed"),
     ({"methods": {"a": {}, "b": {"num_epochs": 7}}}, {}, "num_epochs is 2 for a, but 7 for b"),
+    ({"reference": "lora"}, {}, r'reference is "lora"; it must be one of full, heads only'),
     ({"search": {"coef_lr": [1, 1]}}, {}, "a list of different values"),
     ({"search": {"coef_lt": [1]}}, {}, r"search\.coef_lt.*unknown setting coef_lt; did you mean coef_lr"),
     ({}, {"top_q": 1}, r"grid\.json: recipe: unknown setting top_q"),
@@ -228,7 +277,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused_before_any_cell(proje
     assert not (tmp_path / "out").exists()
 
 
-def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_grids_need_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     grid = Grid(Path("cfgs/compare-demo.json"))
     assert len(grid.methods) == 10 and grid.size == 9 * (6 + 4) + 5
@@ -236,13 +285,17 @@ def test_the_shipped_grid_names_ten_methods_and_nothing_else_is_needed(monkeypat
     assert (full.peft.method, full.freeze_layer_num, full.freeze_clip) == ("full", -1, False)
     assert heads.freeze_clip and len(grid.searching("heads only")) == 1, "it sets coef_lr, which nothing uses"
     assert grid.searching("lora+bitfit")[0].config.peft.method == "joined"
+    assert grid.reference == "full"
+    towers = Grid(Path("cfgs/compare-towers.json"))
+    assert len(towers.methods) == 8 and len({cell.config.tower.method for cell in towers.cells.values()}) == 4
+    assert sum(cell.config.use_policy for cell in (towers.searching(name)[0] for name in towers.methods)) == 4
 
 
-def test_cells_of_other_settings_are_not_mixed_in(whole: Path, project: Project) -> None:
-    path = write(whole.parent, project | {"top_k": 3})
+def test_cells_of_other_settings_are_not_mixed_in(whole: Path, recipe: Project) -> None:
+    path = write(whole.parent, recipe | {"top_k": 3})
     try:
         with pytest.raises(UserError, match=r"top_k is 3 here, but 2 there\n.*another output_dir, or delete"):
             Grid(path)
     finally:
-        write(whole.parent, project)
+        write(whole.parent, recipe)
     assert len(Grid(whole).finished()) == 6

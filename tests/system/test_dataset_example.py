@@ -64,6 +64,8 @@ def test_more_than_a_quarter_needs_order_in_reversed_pairs_within_a_split(annota
         assert sum(len(v.sentences) for v in videos if tags[v.video_id]["needs_order"]) >= 0.25 * sum(
             len(v.sentences) for v in videos
         )
+        tag = ("order",)
+        assert all(v.tags == ((tag,) * len(v.sentences) if v.video_id in ordered else None) for v in videos)
         for name in ordered:
             partner = tags[name]["reversed_of"]
             assert tags[partner]["reversed_of"] == name
@@ -80,19 +82,27 @@ def test_clips_are_h264_of_the_stated_size():
 def test_the_format_example_shows_the_keys_and_names_real_videos():
     videos = load_annotations(DATA / "dataset.json")
     entries = json.loads((DATA / "dataset.json").read_text())
-    assert {key for entry in entries.values() for key in entry} == {"sentences", "extension", "timestamps", "duration"}
+    assert {key for entry in entries.values() for key in entry} == {
+        "sentences",
+        "tags",
+        "extension",
+        "timestamps",
+        "duration",
+    }
     assert all((DATA / "videos" / f"{video.video_id}.mp4").is_file() for video in videos)
     timed = next(video for video in videos if video.timestamps)
     seconds = [frame / EVENTS["frames_a_second"] for frame in EVENTS["videos"][timed.video_id]["event"]]
     assert timed.timestamps[0] == pytest.approx(seconds)
 
 
-def test_the_committed_data_is_what_the_script_makes(annotations, tmp_path):
+def test_the_committed_data_is_what_the_script_makes(tmp_path):
     splits = maker.plan(EVENTS["seed"])
     maker.write_json(tmp_path / "events.json", maker.events(splits), seed=0, frames=48, frames_a_second=12)
     assert (tmp_path / "events.json").read_text() == (DATA / "events.json").read_text()
+    for split, planned in splits.items():
+        maker.write_json(tmp_path / split, {clip.name: maker.annotation(clip) for clip in planned})
+        assert (tmp_path / split).read_text() == (DATA / f"{split}.json").read_text()
     clips = [clip for split in splits.values() for clip in split]
-    assert [clip.sentences for clip in clips] == [list(v.sentences) for vs in annotations.values() for v in vs]
     for number in (0, 999):
         name, seed = clips[number].name, [EVENTS["seed"], 1, number]
         frames, again = (maker.draw(clips[number], np.random.default_rng(seed)) for _ in range(2))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,28 @@ def test_a_run_has_its_own_figures_and_zero_shot_comes_first(
     assert printed.index("zero-shot, 2 frames") < printed.index(run.name)
     # "it is red" and the like are captions of several videos.
     assert f"{noted['finetuned']['shared_captions']['captions']} captions have the same text" in printed
+
+
+def test_queries_of_a_tag_have_figures_intervals_and_differences_of_their_own(
+    run: Path, noted: Any, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = json.loads(Path(project["test_annot"]).read_text())
+    for entry in entries.values():
+        entry["tags"] = [[], ["colour"]]
+    path = tmp_path / "tagged.json"
+    path.write_text(json.dumps(entries))
+    table = evaluated(run, "--annot", path, "--rerank", "dual_softmax", folder=tmp_path)
+    for row in table["rows"]:
+        assert list(row["tags"]) == ["colour", "(no tag)"] and {tag["queries"] for tag in row["tags"].values()} == {8}
+        for name in ("R@1", "R@5", "MeanR"):
+            assert statistics.mean(tag[name] for tag in row["tags"].values()) == pytest.approx(row["t2v"][name])
+        assert all(tag["R@1 95%"][0] <= tag["R@1"] <= tag["R@1 95%"][1] for tag in row["tags"].values())
+    assert figures(table["rows"][1]) == figures(noted["finetuned"]), "the gallery and the other queries stay"
+    (difference,) = table["differences_in_R@1"]
+    zero_shot, model = (row["tags"]["colour"]["R@1"] for row in table["rows"][:2])
+    assert difference["t2v of colour"]["points"] == pytest.approx(model - zero_shot)
+    printed = capsys.readouterr().out
+    assert printed.count("  colour, 8 captions ") == 3 and "T2V of colour" in printed
 
 
 def test_checkpoints_of_one_run_are_equal_rows_on_each_data_set(

@@ -60,14 +60,24 @@ def test_a_run_is_evaluated_searched_and_exported(
     assert f"no place for tower {TOWERS[name]['method']}" in capsys.readouterr().out
 
 
-def _train(name: str, project: Project, output: Path) -> None:
-    trained(name, project, output, learning_rate=1e-4, num_epochs=1)
+def _train(name: str, peft: str, project: Project, output: Path) -> None:
+    trained(name, project, output, learning_rate=1e-4, num_epochs=1, peft={"method": peft})
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERS if name != "sampling"])  # which each process draws by itself
-def test_two_processes_learn_what_one_does(name: str, project: Project, tmp_path: Path) -> None:
-    assert spread(_train, 2, tmp_path / "log", name, project, tmp_path / "two") == [0, 0]
-    _train(name, project, tmp_path / "one")
+@pytest.mark.parametrize(
+    ("name", "peft"),  # without sampling, which each process draws by itself
+    [
+        ("proxy_tokens", "bitfit"),
+        ("proxy_tokens", "lora"),
+        ("clustering", "bitfit"),
+        ("clustering", "full"),
+        ("global_local", "bitfit"),
+        ("global_local", "lora"),
+    ],
+)
+def test_two_processes_learn_what_one_does(name: str, peft: str, project: Project, tmp_path: Path) -> None:
+    assert spread(_train, 2, tmp_path / "log", name, peft, project, tmp_path / "two") == [0, 0]
+    _train(name, peft, project, tmp_path / "one")
     one, two = (load_file(next((tmp_path / where / "tiny").iterdir()) / "best.safetensors") for where in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

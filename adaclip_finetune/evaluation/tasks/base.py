@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.splits import EvaluationSplit
@@ -50,6 +53,10 @@ class QueryRanks(NamedTuple):
 
     ranks: IntArray
     videos: IntArray | None
+
+    def of(self, queries: NDArray[np.bool_]) -> QueryRanks:
+        """Return the ranks of some of the queries (Q,) alone; the gallery is the same."""
+        return QueryRanks(self.ranks[queries], None if self.videos is None else self.videos[queries])
 
 
 class Task(ABC):

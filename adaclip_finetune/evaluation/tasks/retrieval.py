@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ from adaclip_finetune.data.splits import EvaluationSplit, unreadable_in_evaluati
 from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
-from adaclip_finetune.evaluation.metrics import FIGURES, Metrics, one_line, results_table, retrieval_metrics
+from adaclip_finetune.evaluation.metrics import (
+    FIGURES,
+    DirectionMetrics,
+    Metrics,
+    one_line,
+    results_table,
+    retrieval_metrics,
+)
 from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
@@ -42,22 +49,28 @@ COLUMNS = (*(f"t2v.{name}" for name in FIGURES), *(f"v2t.{name}" for name in FIG
 
 @dataclass(frozen=True, eq=False)
 class RetrievalFigures:
-    """The ranks, and how many videos of the annotation were evaluated."""
+    """The ranks, how many videos of the annotation were evaluated, and text to video by tag."""
 
     metrics: Metrics
     videos_evaluated: int
     videos_listed: int
+    by_tag: Mapping[str, DirectionMetrics] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures of both directions, each beside the number of videos that it was measured on."""
+        """Return the figures of both directions, each beside the number of videos that it was measured on.
+
+        `tags` has the text-to-video figures of each tag, and is present only if there are any.
+        """
         of = {"videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
         found = self.metrics.as_dict()
-        return {**found, "t2v": found["t2v"] | of, "v2t": found["v2t"] | of}
+        tags = {"tags": {tag: own.as_dict() for tag, own in self.by_tag.items()}} if self.by_tag else {}
+        return {**found, "t2v": found["t2v"] | of, "v2t": found["v2t"] | of, **tags}
 
     def as_state(self) -> dict[str, Any]:
         """Return everything, exactly, as JSON can hold it."""
         of = {"videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
-        return {"metrics": self.metrics.as_state(), **of}
+        by_tag = {tag: own.ranks.tolist() for tag, own in self.by_tag.items()}
+        return {"metrics": self.metrics.as_state(), **of, "by_tag": by_tag}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +92,9 @@ class RetrievalReport:
 
     @property
     def figures(self) -> RetrievalFigures:
-        return RetrievalFigures(self.metrics, len(self.queries.video_ids), self.num_listed)
+        ranks, masks = self.metrics.t2v.ranks, self.queries.by_tag()
+        by_tag = {tag: DirectionMetrics(ranks[mask]) for tag, mask in masks.items()}
+        return RetrievalFigures(self.metrics, len(self.queries.video_ids), self.num_listed, by_tag)
 
     @property
     def missing(self) -> int:
@@ -135,7 +150,9 @@ class Retrieval(Task):
 
     @staticmethod
     def figures_from_state(state: Mapping[str, Any]) -> RetrievalFigures:
-        return RetrievalFigures(**{**state, "metrics": Metrics.from_state(state["metrics"])})
+        ranks = state.get("by_tag", {})  # snapshots before there were tags have none
+        by_tag = {tag: DirectionMetrics(np.array(own, np.int64)) for tag, own in ranks.items()}
+        return RetrievalFigures(**{**state, "metrics": Metrics.from_state(state["metrics"]), "by_tag": by_tag})
 
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> RetrievalReport:
         """Rank the gallery. Batches that an earlier call kept, with the same weights and settings, are not embedded

@@ -32,9 +32,10 @@ class DataPart(Settings):
         return self.per_batch or self.weight or 1.0
 
     @property
-    def folder(self) -> str | None:
-        """Where the videos of the part are, if it says so itself."""
-        return self.frames_dir or self.video_dir
+    def place(self) -> str:
+        """The folder of the part's videos; "" for that of the run. Tar shards that give the captions hold them too."""
+        own = self.frames_dir or self.video_dir
+        return own or (self.annotation if os.path.isdir(self.annotation) else "")
 
 
 def _kind(value: Any) -> str:
@@ -88,9 +89,12 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     elif any(weights) and not all(weights):
         yield "train_annot: give weight to every part, or to none (equal parts)", (name,)
     elif any(counts) and config.auto_batch_size:
-        yield "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch", (
-            "auto_batch_size",
-            name,
+        yield (
+            "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch",
+            (
+                "auto_batch_size",
+                name,
+            ),
         )
     elif any(counts) and (total := sum(filter(None, counts))) != config.batch_size:
         message = f"per_batch of the parts of train_annot sums to {total}, but batch_size is {config.batch_size}"

@@ -62,12 +62,13 @@ class TrainBatch:
     videos: VideoBatch
     token_ids: Tensor  # int64 (B, L)
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
+    labelled: Tensor | None = None  # bool (B,), whether the text belongs to the video; None: it does in every row
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
+        """Move the videos. The other tensors, a few kilobytes, stay on the CPU."""
         return replace(self, videos=self.videos.to(device, non_blocking))
 
 
@@ -81,17 +82,19 @@ class VideoItem:
     indices: NDArray[np.int64]  # (N,)
     text: str = ""
     noise: NDArray[np.float32] | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
 class Collated:
     """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
-    captions and noise, and the errors of the others."""
+    captions, noise and labels, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
     noise: Tensor | None
     failures: list[FrameError]
+    labelled: list[bool]
 
     def pin_memory(self) -> Collated:
         return replace(self, videos=self.videos.pin_memory() if self.videos else None)
@@ -119,7 +122,10 @@ class VideoReader:
 
 
 class TrainDataset(Dataset[VideoItem | FrameError]):
-    """Training items by (epoch, index), so that random draws do not depend on the worker that makes them."""
+    """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
+
+    An index beyond the last entry starts again with the first one, with other draws.
+    """
 
     def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader) -> None:
         self.entries, self.reader, self.seed = entries, reader, reader.config.seed
@@ -129,15 +135,16 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
 
     def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
         epoch, index = key
-        entry = self.entries[index]
         random_frames = self.reader.config.sampling != "uniform"
         random = generator("frames", self.seed, epoch, index) if random_frames else None
         try:
+            entry = self.entries[index % len(self.entries)]
             item = self.reader.read(entry.video_id, random)
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
-        return replace(item, text=entry.sentence(self.seed, epoch, index), noise=noise.astype(np.float32))
+        text = entry.sentence(self.seed, epoch, index)
+        return replace(item, text=text, noise=noise.astype(np.float32), labelled=entry.labelled)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -177,7 +184,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], None, failures)
+        return Collated(None, [], None, failures, [])
     indices = torch.from_numpy(np.stack([item.indices for item in good]))
     policy_frames = [item.policy_frames for item in good if item.policy_frames is not None]
     videos = VideoBatch(
@@ -188,9 +195,8 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
         video_ids=[item.video_id for item in good],
     )
     noise = [item.noise for item in good if item.noise is not None]
-    return Collated(
-        videos, [item.text for item in good], torch.from_numpy(np.stack(noise)) if noise else None, failures
-    )
+    stacked = torch.from_numpy(np.stack(noise)) if noise else None
+    return Collated(videos, [item.text for item in good], stacked, failures, [item.labelled for item in good])
 
 
 def _padded(rows: NDArray[Number], length: int, value: int) -> NDArray[Number]:

@@ -25,10 +25,10 @@ from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
-def train_loader(config: Config, loaded: LoadedClip, views: Views, run: RunFolder) -> TrainLoader:
+def train_loader(config: Config, split: TrainSplit, loaded: LoadedClip, views: Views) -> TrainLoader:
     """Return the loader of training batches."""
-    split = readable_train_split(config, run)
-    return TrainLoader(TrainDataset(split.entries, VideoReader(split.store, config, views)), config, loaded.tokenize)
+    dataset = TrainDataset(split.entries, VideoReader(split.store, config, views))
+    return TrainLoader(dataset, config, loaded.tokenize, split.plan)
 
 
 def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:

@@ -63,7 +63,10 @@ class JsonLines(Sequence[VideoAnnotation]):
             text = line.decode("utf-8-sig" if index == 0 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-        entry = parse_json(text, where) if text.strip() else None
+        try:
+            entry = parse_json(text, where) if text.strip() else None
+        except UserError as error:
+            raise UserError(str(error).replace(" in line 1, column ", " in column ")) from error
         if not isinstance(entry, dict):
             found = shown(entry) if text.strip() else "a blank line"
             raise UserError(f'{where}: expected an object {{"video": name, "sentences": [...]}}, got {found}')

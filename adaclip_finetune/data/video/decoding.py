@@ -57,6 +57,8 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     """
     url, protocols = f"file:{source}", "file"
     if isinstance(source, Member):  # FFmpeg reads these bytes alone, without a call into Python
+        if not source.size:
+            raise BrokenVideo("the file is empty")
         end = source.start + source.size
         url, protocols = f"subfile,,start,{source.start},end,{end},,:file:{source.path}", "file,subfile"
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": protocols}
@@ -71,7 +73,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = reason_of(error)
         if isinstance(error, av.InvalidDataError | av.EOFError):
-            empty = (source.size if isinstance(source, Member) else source.stat().st_size) == 0
+            empty = isinstance(source, Path) and source.stat().st_size == 0
             reason = "the file is empty" if empty else f"it is no video of a known kind, or was cut off ({reason})"
         raise BrokenVideo(reason) from None
 

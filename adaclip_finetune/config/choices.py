@@ -467,11 +467,18 @@ TOWERS: dict[str, Choice] = {
 # ---- objectives ----
 
 
-class ContrastiveSettings(ChoiceSettings):
+class ObjectiveSettings(ChoiceSettings):
+    """Base class of the settings of an objective."""
+
+    uses_unlabelled: ClassVar[bool] = False
+    """Whether the objective learns from rows of which `TrainBatch.labelled` is False."""
+
+
+class ContrastiveSettings(ObjectiveSettings):
     """Contrast each text with all videos of the batch, and each video with all texts (InfoNCE)."""
 
 
-class SigmoidSettings(ChoiceSettings):
+class SigmoidSettings(ObjectiveSettings):
     """Classify each pair of the batch as matching or not with a sigmoid (SigLIP, Zhai et al. 2023)."""
 
 

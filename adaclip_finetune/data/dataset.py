@@ -68,12 +68,13 @@ class TrainBatch:
     token_ids: Tensor  # int64 (B, L)
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
     second: VideoBatch | None = None  # the videos as the objective sees them once more (`Objective.second_view`)
+    labelled: Tensor | None = None  # bool (B,), whether the text belongs to the video; None: it does in every row
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
+        """Move the videos. The other tensors, a few kilobytes, stay on the CPU."""
         second = self.second and self.second.to(device, non_blocking)
         return replace(self, videos=self.videos.to(device, non_blocking), second=second)
 
@@ -90,6 +91,7 @@ class TrainBatch:
             token_ids=self.token_ids[start:end],
             noise=self.noise[start:end],
             second=self.second and self.second.rows(start, end),
+            labelled=None if self.labelled is None else self.labelled[start:end],
         )
 
 
@@ -104,17 +106,19 @@ class VideoItem:
     text: str = ""
     noise: NDArray[np.float32] | None = None
     second: VideoItem | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
 class Collated:
     """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
-    captions and noise, and the errors of the others."""
+    captions, noise and labels, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
     noise: Tensor | None
     failures: list[FrameError]
+    labelled: list[bool]
     second: VideoBatch | None = None
 
     def pin_memory(self) -> Collated:
@@ -146,7 +150,8 @@ class VideoReader:
 class TrainDataset(Dataset[VideoItem | FrameError]):
     """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
 
-    With a `second` reader each video is read once more by it, with draws of its own.
+    An index beyond the last entry starts again with the first one, with other draws. With a `second` reader each video
+    is read once more by it, with draws of its own.
     """
 
     def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader, second: VideoReader | None = None) -> None:
@@ -157,20 +162,20 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
 
     def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
         epoch, index = key
-        entry = self.entries[index]
         try:
-            item = self._read("frames", self.reader, epoch, index)
+            entry = self.entries[index % len(self.entries)]
+            item = self._read("frames", self.reader, entry.video_id, key)
             if self.second is not None:
-                item = replace(item, second=self._read("second", self.second, epoch, index))
+                item = replace(item, second=self._read("second", self.second, entry.video_id, key))
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
-        return replace(item, text=entry.sentence(self.seed, epoch, index), noise=noise.astype(np.float32))
+        text = entry.sentence(self.seed, epoch, index)
+        return replace(item, text=text, noise=noise.astype(np.float32), labelled=entry.labelled)
 
-    def _read(self, stream: str, reader: VideoReader, epoch: int, index: int) -> VideoItem:
+    def _read(self, stream: str, reader: VideoReader, video_id: str, key: tuple[int, int]) -> VideoItem:
         drawn = reader.config.sampling != "uniform"
-        random = generator(stream, self.seed, epoch, index) if drawn else None
-        return reader.read(self.entries[index].video_id, random)
+        return reader.read(video_id, generator(stream, self.seed, *key) if drawn else None)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -210,7 +215,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], None, failures)
+        return Collated(None, [], None, failures, [])
     noise = [item.noise for item in good if item.noise is not None]
     seconds = [item.second for item in good if item.second is not None]
     return Collated(
@@ -218,6 +223,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
         [item.text for item in good],
         torch.from_numpy(np.stack(noise)) if noise else None,
         failures,
+        [item.labelled for item in good],
         _stacked(seconds) if seconds else None,
     )
 

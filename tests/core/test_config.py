@@ -116,7 +116,7 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
         *[("use_policy", value, "true or false") for value in (1, "false")],
         ("rnn", "gru", "one of transformer, lstm, bilstm"),
         ("frame_agg", "none", "one of mlp, transformer, qscore, or null"),
-        *[("train_annot", value, "the path of a file, or null") for value in ("", 3)],
+        *[("val_annot", value, "the path of a file, or null") for value in ("", 3)],
         ("dataset", "../elsewhere", "a name of letters, digits, dots, dashes and underscores"),
         *[
             ("img_tmpl", value, "a file name with one place for the number, as in image_{:05d}.jpg")

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from loading import (
     COUNTS,
     GREY,
@@ -25,7 +23,6 @@ from media import index_of
 from adaclip_finetune.config import ADAPTATIONS, OBJECTIVES, PEFT, TASKS, TOWERS
 from adaclip_finetune.data.dataset import collate
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.loader import epoch_batches, updates_per_epoch
 from adaclip_finetune.data.preprocess import to_square
 
 
@@ -88,21 +85,6 @@ def test_every_config_reaches_worker_processes() -> None:
         for method in table:
             config = make_config(num_epochs=3, **{section: {"method": method}})
             assert pickle.loads(pickle.dumps(config)) == config, method
-
-
-@settings(deadline=None, max_examples=50)
-@given(num_entries=st.integers(1, 200), batch_size=st.integers(1, 60), epoch=st.integers(0, 3))
-def test_epoch_batches(num_entries: int, batch_size: int, epoch: int) -> None:
-    batches = epoch_batches(num_entries, batch_size, seed=3, epoch=epoch)
-    assert sorted(index for batch in batches for index in batch) == list(range(num_entries))
-    sizes = [len(batch) for batch in batches]
-    if num_entries > 1 and batch_size > 1:
-        assert min(sizes) >= 2
-    assert max(sizes) <= (batch_size if batch_size != 2 else 3)
-    if batch_size != 2:
-        assert len(batches) == updates_per_epoch(num_entries, batch_size, 1) == -(-num_entries // batch_size)
-    if num_entries > 50:
-        assert len({tuple(epoch_batches(num_entries, 500, seed, epoch)[0]) for seed in range(3)}) == 3
 
 
 def test_a_batch_without_a_readable_video_is_blank(tmp_path: Path) -> None:

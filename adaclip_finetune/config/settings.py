@@ -99,6 +99,9 @@ class Config(Settings):
     sampling: Literal["uniform", "random", "segments", "ends"] = optimisation(
         "uniform", "training frames: evenly, drawn, one drawn in each of num_frm segments, or evenly between drawn ends"
     )
+    augmentation: Literal["crop_flip"] | None = optimisation(
+        None, "training frames as they are, or one random part of all frames of a video, half of the time mirrored"
+    )
     segment_sampling: bool = view(False, "split a video into num_frm equal segments and sample the middle of each")
     to_last_frame: bool = view(False, "sample evenly from the first to the last frame, as CLIP-ViP")
     img_tmpl: str = data(

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
-from adaclip_finetune.data.preprocess import Views, to_square
+from adaclip_finetune.data.preprocess import Views, draw_crop_flip, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.sampling import frame_indices, generator
 
@@ -133,15 +133,22 @@ class VideoReader:
         self.store, self.config, self.views = store, config, views
 
     def read(self, video_id: str, random: np.random.Generator | None = None) -> VideoItem:
-        """Read the frames that `frames_to_read` chooses. Raises FrameError."""
+        """Read the frames that `frames_to_read` chooses. Raises FrameError.
+
+        With a generator, frames are drawn and augmented as in training, if the config says so.
+        """
         config = self.config
-        indices = frames_to_read(self.store, config, video_id, random)
+        indices = frames_to_read(self.store, config, video_id, random if config.sampling != "uniform" else None)
         different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
         pixels = self.store.read(video_id, different.tolist())
-        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector)
+        part = None
+        if random is not None and config.augmentation is not None:
+            height, width, _ = pixels[0].shape
+            part = draw_crop_flip(height, width, random)
+        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector, part)
         return VideoItem(
             video_id,
-            _padded(to_square(pixels, self.views.clip)[place], config.num_frm, 0),
+            _padded(to_square(pixels, self.views.clip, part)[place], config.num_frm, 0),
             None if policy_frames is None else _padded(policy_frames[place], config.num_frm, 0),
             _padded(indices, config.num_frm, -1),
         )
@@ -164,18 +171,14 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
         epoch, index = key
         try:
             entry = self.entries[index % len(self.entries)]
-            item = self._read("frames", self.reader, entry.video_id, key)
+            item = self.reader.read(entry.video_id, generator("frames", self.seed, *key))
             if self.second is not None:
-                item = replace(item, second=self._read("second", self.second, entry.video_id, key))
+                item = replace(item, second=self.second.read(entry.video_id, generator("second", self.seed, *key)))
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
         text = entry.sentence(self.seed, epoch, index)
         return replace(item, text=text, noise=noise.astype(np.float32), labelled=entry.labelled)
-
-    def _read(self, stream: str, reader: VideoReader, video_id: str, key: tuple[int, int]) -> VideoItem:
-        drawn = reader.config.sampling != "uniform"
-        return reader.read(video_id, generator(stream, self.seed, *key) if drawn else None)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):

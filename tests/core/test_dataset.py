@@ -23,7 +23,8 @@ from media import index_of
 from adaclip_finetune.config import ADAPTATIONS, OBJECTIVES, PEFT, TASKS, TOWERS
 from adaclip_finetune.data.dataset import collate
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.preprocess import to_square
+from adaclip_finetune.data.preprocess import draw_crop_flip, to_square
+from adaclip_finetune.data.sampling import generator
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,24 @@ def test_draws_of_an_entry_depend_on_seed_and_epoch_but_not_on_its_batch(store: 
 
     assert rows(4, 2) == rows(4, 3) == rows(4, 5)
     assert rows(4, 2) != rows(3, 2) and rows(4, 2) != rows(4, 2, seed=1)
+
+
+def test_a_clip_is_augmented_in_training_only_and_anew_in_each_epoch(store: FrameFolder) -> None:
+    given = {"augmentation": "crop_flip", "sampling": "uniform", "num_frm": 2}
+    plain, reader = make_reader(store, sampling="uniform", num_frm=2), make_reader(store, **given)
+    whole = plain.read("c")
+    assert np.array_equal(reader.read("c").frames, whole.frames)
+    seen = set()
+    for epoch in range(8):
+        drawn, again = (reader.read("c", generator("frames", 0, epoch)) for _ in range(2))
+        assert np.array_equal(drawn.frames, again.frames) and drawn.indices.tolist() == whole.indices.tolist()
+        part = draw_crop_flip(66, 130, generator("frames", 0, epoch))
+        pixels = store.read("c", drawn.indices.tolist())
+        assert drawn.policy_frames is not None
+        assert np.array_equal(drawn.frames, to_square(pixels, IMAGE, part))  # one part for all frames and views
+        assert np.array_equal(drawn.policy_frames, to_square(pixels, GREY, part))
+        seen.add(drawn.frames.tobytes())
+    assert len(seen) == 8
 
 
 def test_an_epoch_goes_on_in_the_middle(store: FrameFolder) -> None:

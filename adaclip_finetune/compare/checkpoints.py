@@ -24,9 +24,9 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.tasks.base import Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
-from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.training.device import launched_processes, make_accelerator
 from adaclip_finetune.training.measure import build_task, measure, read_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder

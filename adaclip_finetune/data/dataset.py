@@ -41,6 +41,11 @@ class VideoBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def at(self, places: Sequence[int]) -> VideoBatch:
+        """Return the videos at these places."""
+        chosen = self._mapped(lambda tensor: tensor[places])
+        return replace(chosen, video_ids=[self.video_ids[place] for place in places if self.video_ids])
+
     def rows(self, start: int, end: int) -> VideoBatch:
         """Return the videos from `start` up to `end`."""
         return replace(self._mapped(lambda tensor: tensor[start:end]), video_ids=self.video_ids[start:end])

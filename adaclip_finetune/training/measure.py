@@ -15,8 +15,8 @@ from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
-from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder

@@ -1,5 +1,5 @@
-"""The zero-shot baseline that every finetune has to beat: the pretrained towers, as many uniform frames as the run
-encodes, and their mean."""
+"""The zero-shot baseline that every finetune has to beat, and the teacher of `objective: distillation`: the pretrained
+towers, as many uniform frames as the run encodes, and their mean."""
 
 from __future__ import annotations
 

@@ -180,13 +180,12 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
-        return sum(
-            (
-                F.kl_div(s.log_softmax(dim=1), t.log_softmax(dim=1), reduction="batchmean", log_target=True)
-                for s, t in ((student, teacher), (student.T, teacher.T))
-            ),
-            student.new_zeros(()),
-        )
+        return _divergence(student, teacher) + _divergence(student.T, teacher.T)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    logs = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+    return F.kl_div(*logs, reduction="batchmean", log_target=True)
 
 
 def _lines(path: Path) -> list[str]:

@@ -54,7 +54,7 @@ class CheckedSplit:
     videos: list[VideoAnnotation]
     refused: list[str]
     store: FrameStore
-    listed: int
+    listed: int = 0
     good: list[str] = field(default_factory=list)
 
 

@@ -117,7 +117,8 @@ class ShardCaptions(Sequence[VideoAnnotation]):
     def __init__(self, shards: TarShards, at_most: int = 0) -> None:
         """Raise UserError if no sample has a caption, or the first caption is wrong."""
         self.path, self._shards = shards.folder, shards.shards
-        self._samples = shards.samples[shards.samples["caption"] >= 0][: at_most or None][["shard", "caption"]].copy()
+        samples = shards.samples[shards.samples["caption"] >= 0][: at_most or None]
+        self._places = np.stack([samples["shard"].astype(np.int64), samples["caption"]], axis=1)  # (captions, 2)
         if not len(self):
             raise UserError(f"{self.path}: no tar shard in this folder holds a caption (KEY.txt or KEY.json)")
         self[0]
@@ -126,10 +127,10 @@ class ShardCaptions(Sequence[VideoAnnotation]):
     def digest(self) -> str:
         """A digest of the names of the shards and the places of the captions."""
         names = json.dumps([path.name for path in self._shards])
-        return hashlib.sha256(names.encode() + self._samples.tobytes()).hexdigest()
+        return hashlib.sha256(names.encode() + self._places.tobytes()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> VideoAnnotation: ...
@@ -138,7 +139,7 @@ class ShardCaptions(Sequence[VideoAnnotation]):
     def __getitem__(self, index: int | slice) -> VideoAnnotation | list[VideoAnnotation]:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        shard, place = self._samples[index]
+        shard, place = self._places[index].tolist()
         path = self._shards[shard]
         try:
             with tarfile.open(path, "r:") as tar:

@@ -1,11 +1,15 @@
 """The settings of mixtures: what is accepted, and what is refused with the reason."""
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adaclip_finetune.config import load_config
+from adaclip_finetune.commands.flags import Parser, add_some_flags, given
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.roles import deciding_values
 from adaclip_finetune.errors import UserError
 
 A, B = {"annotation": "a.json"}, {"annotation": "b.json"}
@@ -52,3 +56,28 @@ def test_missing_files_of_parts_are_named() -> None:
         check_paths(config)
     for name in ("[0].annotation a.json", "[0].video_dir nowhere", "[1].annotation b.json", "[1].frames_dir gone"):
         assert f"train_annot{name}: " in str(refused.value)
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    (['[{"annotation": "a.json"}]'], [A]),
+    (["a.json"], "a.json"),
+    (["null"], None),
+])  # fmt: skip
+def test_a_flag_gives_a_file_or_parts(words: list[str], value: Any) -> None:
+    parser = Parser("train", "")
+    add_some_flags(parser, Config, ["train_annot"], "Data")
+    assert given(parser.read(["--train_annot", *words])) == {"train_annot": value}
+
+
+def test_the_content_of_every_part_decides_the_figures(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("a.json", "b.jsonl", "shards/0.tar"):
+        (tmp_path / name).write_text(name)
+    parts = [{"annotation": str(tmp_path / name)} for name in ("a.json", "b.jsonl", "shards")]
+    config = load_config(None, {"train_annot": parts})
+    found = [deciding_values(config, ["train_annot"])]
+    for name in ("a.json", "b.jsonl", "shards/0.tar"):
+        (tmp_path / name).write_text("changed")
+        found.append(deciding_values(config, ["train_annot"]))
+    assert all(one != other for one, other in pairwise(found))

@@ -156,7 +156,7 @@ def test_the_check_reads_each_part_and_a_sample_of_a_large_one(
     _, found = checked(capsys, "--config", str(tmp_path / "config.json"))
     assert [name for name in found["splits"] if found["splits"][name]["trains"]] == ["train 1", "train 2", "train 3"]
     assert finding(found, "sample", "train 2").items == {"read": 5, "listed": 40}
-    assert list(finding(found, "annotation", "train 2").items)[0].startswith("line 40: ")
+    assert next(iter(finding(found, "annotation", "train 2").items)).startswith("line 40: ")
     assert ("videos", "train 3") in kinds(found, "fine")
     assert ("shared_videos", "train 1, val") in kinds(found, "warning")
     assert "80 batches" in finding(found, "time", "run").message  # one of the 40 rows in each, 2 epochs

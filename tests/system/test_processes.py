@@ -72,7 +72,15 @@ def test_processes_share_every_part_of_a_mixture(project: Project, tmp_path: Pat
     for name, videos in {"a": list(listed)[:8], "b": list(listed)[8:11]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({video: listed[video] for video in videos}))
     parts = [{"annotation": str(tmp_path / f"{name}.json"), "per_batch": rows} for name, rows in (("a", 3), ("b", 2))]
-    given = {**project, "no_output": True, "seed": 3, "train_annot": parts, "batch_size": 5, "num_epochs": 1, "coef_lr": 1.0}
+    given = {
+        **project,
+        "no_output": True,
+        "seed": 3,
+        "train_annot": parts,
+        "batch_size": 5,
+        "num_epochs": 1,
+        "coef_lr": 1.0,
+    }
     compare_with_one_process(given | {"sampling": "random", "concat_captions": "indep-one"}, 2, tmp_path)
 
 

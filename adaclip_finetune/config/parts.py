@@ -86,6 +86,9 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     for number, part in enumerate(parts):
         if part.frames_dir and part.video_dir:
             yield f"train_annot[{number}] has both frames_dir and video_dir: its frames come from one of them", (name,)
+        for key in ("frames_dir", "video_dir"):
+            if getattr(part, key) and getattr(part, key) == getattr(config, key):  # its videos would have other names
+                yield f"train_annot[{number}].{key} is {key} itself: leave it out", (name, key)
         if not part.labelled and not uses_unlabelled:
             what = f"train_annot[{number}] is not labelled, but the objective trains on captions only"
             yield f"{what}: take an objective that uses unlabelled videos", (name, "objective")
@@ -95,13 +98,8 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     elif any(weights) and not all(weights):
         yield "train_annot: give weight to every part, or to none (equal parts)", (name,)
     elif any(counts) and config.auto_batch_size:
-        yield (
-            "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch",
-            (
-                "auto_batch_size",
-                name,
-            ),
-        )
+        message = "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch"
+        yield message, ("auto_batch_size", name)
     elif any(counts) and (total := sum(filter(None, counts))) != config.batch_size:
         message = f"per_batch of the parts of train_annot sums to {total}, but batch_size is {config.batch_size}"
         yield f"{message}: make them equal, or give weight instead", (name, "batch_size")

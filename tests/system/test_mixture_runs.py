@@ -20,6 +20,7 @@ from adaclip_finetune.compare.checkpoints import overlap_of_files
 from adaclip_finetune.config import ContrastiveSettings, load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
+from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.splits import train_split
@@ -143,6 +144,26 @@ def test_what_is_wrong_in_a_large_corpus_is_left_out_and_reported(project: Proje
     gone, wrong = sorted((found.folder / "missing_videos.txt").read_text().splitlines())
     assert gone.startswith("gone\t") and "No such file" in gone
     assert wrong == f'row 6 of rows.jsonl\t{path}: line 6: has no "sentences"'
+
+
+def test_a_video_of_a_part_that_cannot_be_read_is_named_with_its_folder(
+    project: Project, parts: Parts, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "frames" / "video1")
+    config = load_config(None, settings_of(project, parts, tmp_path))
+    assert config.train_annot is not None
+    split = train_split(config, config.train_annot)
+    name = f"{tmp_path}/frames//video1"
+    assert name in [entry.video_id for entry in split.entries] and not split.left_out, "it is not tried beforehand"
+    for ask in (split.store.count, lambda name: list(split.store.scan(name))):
+        with pytest.raises(FrameError, match="No such file") as caught:
+            ask(name)
+        assert caught.value.video_id == name and caught.value.kind == "missing"
+    listed = {f"video{number}": {"sentences": ["x"]} for number in range(3)}
+    (tmp_path / "b.json").write_text(json.dumps(listed))
+    parts[1]["annotation"] = str(tmp_path / "b.json")
+    split = train_split(config := load_config(None, settings_of(project, parts, tmp_path)), config.train_annot or "")
+    assert list(split.left_out) == [name] and len(split.entries) == 7 + 2 + 4
 
 
 def test_the_check_reads_each_part_and_a_sample_of_a_large_one(

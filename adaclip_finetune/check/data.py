@@ -54,7 +54,7 @@ class CheckedSplit:
     videos: list[VideoAnnotation]
     refused: list[str]
     store: FrameStore
-    listed: int
+    listed: int = 0
     good: list[str] = field(default_factory=list)
 
 
@@ -63,14 +63,13 @@ class CheckedSplit:
 
 def splits_of_config(config: Config) -> list[CheckedSplit]:
     """Return the splits that a run reads."""
-    named = {"val": config.val_annot, "test": config.test_annot}
-    if config.do_inference or config.train_annot is None:
-        del named["val"]
-        return [_read(name, DataPart(annotation=path), False, config) for name, path in named.items() if path]
-    parts = parts_of(config.train_annot)
-    names = ["train"] if isinstance(config.train_annot, str) else [f"train {n + 1}" for n in range(len(parts))]
-    trained = [_read(name, part, True, config) for name, part in zip(names, parts, strict=True)]
-    return trained + [_read(name, DataPart(annotation=path), False, config) for name, path in named.items() if path]
+    evaluated = {"val": config.val_annot, "test": config.test_annot}
+    parts = parts_of(config.train_annot or [])
+    if config.do_inference:
+        parts, evaluated = [], {"test": config.test_annot}
+    names = ["train" if isinstance(config.train_annot, str) else f"train {n + 1}" for n in range(len(parts))]
+    splits = [_read(name, part, True, config) for name, part in zip(names, parts, strict=True)]
+    return splits + [_read(n, DataPart(annotation=path), False, config) for n, path in evaluated.items() if path]
 
 
 def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
@@ -273,8 +272,8 @@ def check_overlap(splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
     """Yield what splits share that they should not, which makes figures look better than they are."""
     found: list[Finding] = []
     for one, other in itertools.combinations([split for split in splits if split.videos], 2):
-        if one.name.startswith("train ") and other.name.startswith("train "):
-            continue  # parts of one mixture
+        if one.trains and other.trains:
+            continue  # what is learned twice makes no figure better
         found += _shared(one, other, f"{one.name}, {other.name}")
     if not found and len(splits) > 1:
         message = "no video, source video (group) or caption is shared"

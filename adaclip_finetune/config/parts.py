@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
@@ -34,8 +34,7 @@ class DataPart(Settings):
     @property
     def place(self) -> str:
         """The folder of the part's videos; "" for that of the run. Tar shards that give the captions hold them too."""
-        own = self.frames_dir or self.video_dir
-        return own or (self.annotation if os.path.isdir(self.annotation) else "")
+        return self.frames_dir or self.video_dir or (self.annotation if _is_folder(self.annotation) else "")
 
 
 def _kind(value: Any) -> str:
@@ -55,7 +54,14 @@ def parts_of(annotation: str | Sequence[DataPart]) -> Sequence[DataPart]:
 
 def is_lazy(annotation: str) -> bool:
     """Return whether an annotation is JSON Lines or tar shards, whose rows are read one by one when they are needed."""
-    return annotation.endswith(".jsonl") or os.path.isdir(annotation)
+    return annotation.endswith(".jsonl") or _is_folder(annotation)
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def rows_in_batch(shares: Sequence[float], batch_size: int) -> list[int]:
@@ -74,12 +80,15 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     if not parts:
         yield "train_annot is an empty list: give at least one part", (name,)
         return
-    files = Counter(os.path.abspath(part.annotation) for part in parts)
+    files = Counter(Path(part.annotation) for part in parts)
     for path in [path for path, count in files.items() if count > 1]:
         yield f"train_annot names {path} {files[path]} times: name each annotation once", (name,)
     for number, part in enumerate(parts):
         if part.frames_dir and part.video_dir:
             yield f"train_annot[{number}] has both frames_dir and video_dir: its frames come from one of them", (name,)
+        for key in ("frames_dir", "video_dir"):
+            if getattr(part, key) and getattr(part, key) == getattr(config, key):  # its videos would have other names
+                yield f"train_annot[{number}].{key} is {key} itself: leave it out", (name, key)
         if not part.labelled and not uses_unlabelled:
             what = f"train_annot[{number}] is not labelled, but the objective trains on captions only"
             yield f"{what}: take an objective that uses unlabelled videos", (name, "objective")
@@ -89,13 +98,8 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     elif any(weights) and not all(weights):
         yield "train_annot: give weight to every part, or to none (equal parts)", (name,)
     elif any(counts) and config.auto_batch_size:
-        yield (
-            "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch",
-            (
-                "auto_batch_size",
-                name,
-            ),
-        )
+        message = "auto_batch_size changes batch_size: give the parts of train_annot weight instead of per_batch"
+        yield message, ("auto_batch_size", name)
     elif any(counts) and (total := sum(filter(None, counts))) != config.batch_size:
         message = f"per_batch of the parts of train_annot sums to {total}, but batch_size is {config.batch_size}"
         yield f"{message}: make them equal, or give weight instead", (name, "batch_size")

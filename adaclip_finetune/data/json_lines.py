@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
 from adaclip_finetune.data.other_forms import describe_other_form
+from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
 
 _BLOCK = 2**22  # bytes
 
 
-class JsonLines(Sequence[VideoAnnotation]):
+class JsonLines(Rows[VideoAnnotation]):
     """The videos of a JSON Lines file, one a line, each parsed when it is asked for; UserError if it is wrong.
 
     Only the first `at_most` lines count if that is above 0. `digest` is the SHA-256 of these lines.
@@ -44,14 +43,7 @@ class JsonLines(Sequence[VideoAnnotation]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> VideoAnnotation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[VideoAnnotation]: ...
-    def __getitem__(self, index: int | slice) -> VideoAnnotation | list[VideoAnnotation]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        index = range(len(self))[index]
+    def _row(self, index: int) -> VideoAnnotation:
         where = f"{self.path}: line {index + 1}"
         try:
             with self.path.open("rb") as file:

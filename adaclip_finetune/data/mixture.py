@@ -7,10 +7,10 @@ Two parts can have different videos of one name. In a mixture a video of a part 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,13 @@ from adaclip_finetune.data.frame_store import FrameError, Frames, FrameStore, Sc
 from adaclip_finetune.data.json_lines import JsonLines
 from adaclip_finetune.data.names import split_extension
 from adaclip_finetune.data.queries import TrainEntry, train_entries
+from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.data.tar_shards import ShardCaptions
 from adaclip_finetune.data.video.decoding import Stopped, never
 from adaclip_finetune.errors import UserError
 
 
-class LazyEntries(Sequence[TrainEntry]):
+class LazyEntries(Rows[TrainEntry]):
     """The training entries of videos that are read one by one. Asking for one that is wrong raises FrameError."""
 
     def __init__(self, videos: JsonLines | ShardCaptions, concat_captions: str) -> None:
@@ -34,13 +35,7 @@ class LazyEntries(Sequence[TrainEntry]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    @overload
-    def __getitem__(self, index: int) -> TrainEntry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainEntry]: ...
-    def __getitem__(self, index: int | slice) -> TrainEntry | list[TrainEntry]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+    def _row(self, index: int) -> TrainEntry:
         try:
             video = self.videos[index]
         except UserError as error:
@@ -52,7 +47,7 @@ class LazyEntries(Sequence[TrainEntry]):
         return entry
 
 
-class MixedEntries(Sequence[TrainEntry]):
+class MixedEntries(Rows[TrainEntry]):
     """The entries of all parts of a mixture, part after part; `places` and `labelled` as the parts say."""
 
     def __init__(self, parts: Sequence[Sequence[TrainEntry]], places: Sequence[str], labelled: Sequence[bool]) -> None:
@@ -62,13 +57,7 @@ class MixedEntries(Sequence[TrainEntry]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> TrainEntry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainEntry]: ...
-    def __getitem__(self, index: int | slice) -> TrainEntry | list[TrainEntry]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+    def _row(self, index: int) -> TrainEntry:
         part = bisect_right(self._ends, index)
         entry = self.parts[part][index - self._ends[part] + len(self.parts[part])]
         return replace(entry, video_id=name_in(self.places[part], entry.video_id), labelled=self.labelled[part])
@@ -81,24 +70,29 @@ class MixedStore:
         self.stores = stores
 
     def count(self, video_id: str) -> int:
-        store, name = self._find(video_id)
-        return store.count(name)
+        with self._found(video_id) as (store, name):
+            return store.count(name)
 
     def times(self, video_id: str) -> NDArray[np.float64] | None:
-        store, name = self._find(video_id)
-        return store.times(name)
+        with self._found(video_id) as (store, name):
+            return store.times(name)
 
     def read(self, video_id: str, indices: Sequence[int]) -> Frames:
-        store, name = self._find(video_id)
-        return store.read(name, indices)
+        with self._found(video_id) as (store, name):
+            return store.read(name, indices)
 
     def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        store, name = self._find(video_id)
-        return store.scan(name, stopped)
+        with self._found(video_id) as (store, name):
+            yield from store.scan(name, stopped)
 
-    def _find(self, video_id: str) -> tuple[FrameStore, str]:
+    @contextmanager
+    def _found(self, video_id: str) -> Iterator[tuple[FrameStore, str]]:
+        """Give the store of a video and its name there; a FrameError of the body gets the name in the mixture."""
         place, _, name = video_id.rpartition("//")
-        return self.stores[place], name
+        try:
+            yield self.stores[place], name
+        except FrameError as error:
+            raise FrameError(video_id, error.path, error.reason, error.kind) from None
 
 
 def name_in(place: str, video_id: str) -> str:

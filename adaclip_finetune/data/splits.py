@@ -106,11 +106,15 @@ def open_stores(
     """Return the stores of the parts by their `place`. Raises UserError."""
     stores: dict[str, FrameStore] = {}
     for part in parts:
-        if part.place not in stores:
-            there = [each for one, each in zip(parts, listed, strict=True) if one.place == part.place]
-            videos = [video for each in there if isinstance(each, list) for video in each]
-            own = {"frames_dir": part.frames_dir, "video_dir": None if part.frames_dir else part.place}
-            stores[part.place] = open_store(config.model_copy(update=own) if part.place else config, videos)
+        if part.place in stores:
+            continue
+        if part.place == part.annotation:
+            stores[part.place] = TarShards(Path(part.annotation))
+            continue
+        there = [each for one, each in zip(parts, listed, strict=True) if one.place == part.place]
+        videos = [video for each in there if isinstance(each, list) for video in each]
+        own = {"frames_dir": part.frames_dir, "video_dir": part.video_dir}
+        stores[part.place] = open_store(config.model_copy(update=own) if part.place else config, videos)
     return stores
 
 

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
 from adaclip_finetune.data.frame_store import FrameError, Frames, Scan
 from adaclip_finetune.data.names import canonical, split_extension
+from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.data.video.decoding import BrokenVideo, Member, Stopped, never
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.index import FrameIndex, cache_folder, index_video, pack_index, unpack_index
@@ -108,7 +109,7 @@ class TarShards:
             raise FrameError(video_id, member.path, error.strerror or str(error)) from None
 
 
-class ShardCaptions(Sequence[VideoAnnotation]):
+class ShardCaptions(Rows[VideoAnnotation]):
     """The samples of tar shards that have a caption, in the order of the shards, each read when it is asked for.
 
     Only the first `at_most` count if that is above 0. Asking for one that is wrong raises UserError.
@@ -117,7 +118,8 @@ class ShardCaptions(Sequence[VideoAnnotation]):
     def __init__(self, shards: TarShards, at_most: int = 0) -> None:
         """Raise UserError if no sample has a caption, or the first caption is wrong."""
         self.path, self._shards = shards.folder, shards.shards
-        self._samples = shards.samples[shards.samples["caption"] >= 0][: at_most or None][["shard", "caption"]].copy()
+        samples = shards.samples[shards.samples["caption"] >= 0][: at_most or None]
+        self._places = np.stack([samples["shard"].astype(np.int64), samples["caption"]], axis=1)  # (captions, 2)
         if not len(self):
             raise UserError(f"{self.path}: no tar shard in this folder holds a caption (KEY.txt or KEY.json)")
         self[0]
@@ -126,19 +128,13 @@ class ShardCaptions(Sequence[VideoAnnotation]):
     def digest(self) -> str:
         """A digest of the names of the shards and the places of the captions."""
         names = json.dumps([path.name for path in self._shards])
-        return hashlib.sha256(names.encode() + self._samples.tobytes()).hexdigest()
+        return hashlib.sha256(names.encode() + self._places.tobytes()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> VideoAnnotation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[VideoAnnotation]: ...
-    def __getitem__(self, index: int | slice) -> VideoAnnotation | list[VideoAnnotation]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        shard, place = self._samples[index]
+    def _row(self, index: int) -> VideoAnnotation:
+        shard, place = self._places[index].tolist()
         path = self._shards[shard]
         try:
             with tarfile.open(path, "r:") as tar:

@@ -1,11 +1,15 @@
 """The settings of mixtures: what is accepted, and what is refused with the reason."""
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adaclip_finetune.config import load_config
+from adaclip_finetune.commands.flags import Parser, add_some_flags, given
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
+from adaclip_finetune.config.roles import deciding_values
 from adaclip_finetune.errors import UserError
 
 A, B = {"annotation": "a.json"}, {"annotation": "b.json"}
@@ -26,6 +30,7 @@ def test_a_mixture_is_read_back_as_it_was_written() -> None:
     ([{**A, "weights": 1}], {}, r"unknown setting train_annot\[0\].weights"),
     ([A, A], {}, r"a\.json 2 times"),
     ([A, {**B, "frames_dir": "f", "video_dir": "v"}], {}, r"train_annot\[1\] has both"),
+    ([A, {**B, "video_dir": "v"}], {"video_dir": "v"}, r"train_annot\[1\]\.video_dir is video_dir itself"),
     ([A, {**B, "labelled": False}], {}, r"train_annot\[1\] is not labelled.*objective"),
     ([{**A, "per_batch": 8}, {**B, "weight": 1.0}], {}, "to every part"),
     ([{**A, "per_batch": 8}, B], {}, "to every part"),
@@ -52,3 +57,28 @@ def test_missing_files_of_parts_are_named() -> None:
         check_paths(config)
     for name in ("[0].annotation a.json", "[0].video_dir nowhere", "[1].annotation b.json", "[1].frames_dir gone"):
         assert f"train_annot{name}: " in str(refused.value)
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    (['[{"annotation": "a.json"}]'], [A]),
+    (["a.json"], "a.json"),
+    (["null"], None),
+])  # fmt: skip
+def test_a_flag_gives_a_file_or_parts(words: list[str], value: Any) -> None:
+    parser = Parser("train", "")
+    add_some_flags(parser, Config, ["train_annot"], "Data")
+    assert given(parser.read(["--train_annot", *words])) == {"train_annot": value}
+
+
+def test_the_content_of_every_part_decides_the_figures(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("a.json", "b.jsonl", "shards/0.tar"):
+        (tmp_path / name).write_text(name)
+    parts = [{"annotation": str(tmp_path / name)} for name in ("a.json", "b.jsonl", "shards")]
+    config = load_config(None, {"train_annot": parts})
+    found = [deciding_values(config, ["train_annot"])]
+    for name in ("a.json", "b.jsonl", "shards/0.tar"):
+        (tmp_path / name).write_text("changed")
+        found.append(deciding_values(config, ["train_annot"]))
+    assert all(one != other for one, other in pairwise(found))

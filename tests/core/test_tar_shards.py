@@ -78,6 +78,7 @@ def test_captions_come_in_the_order_of_the_shards_and_text_before_json(shards: P
     found = [(video.video_id, video.sentences) for video in captions]
     assert found == [("a", ("the text",)), ("b", ("one", "two")), (LONG, ("x", "y"))]
     assert [(video.video_id, video.sentences) for video in pickle.loads(pickle.dumps(captions))] == found
+    assert ShardCaptions(TarShards(shards)).digest == captions.digest
     first = ShardCaptions(TarShards(shards), at_most=1)
     assert len(first) == 1 and first[0] == captions[0] and first.digest != captions.digest
 

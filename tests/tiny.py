@@ -27,7 +27,12 @@ def build_retriever(clip: nn.Module | None = None, spec: ImageSpec = SPEC, **set
     config = load_config(None, {**SMALL, "policy_weights": "random", **settings})
     clip = clip or build_tiny_clip(vocabulary=VOCABULARY)
     torch.manual_seed(1)
-    return VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "test"))  # type: ignore[arg-type]
+    return VideoRetriever(config, loaded(clip, spec))
+
+
+def loaded(clip: nn.Module, spec: ImageSpec = SPEC) -> LoadedClip:
+    """Return a CLIP as if it had been loaded, without a tokenizer."""
+    return LoadedClip(clip, spec, None, None, 77, "test")  # type: ignore[arg-type]
 
 
 def random_frames(*shape: int) -> Tensor:

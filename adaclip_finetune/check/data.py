@@ -12,20 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from adaclip_finetune.check.report import Finding, Severity, plural
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.parts import DataPart, is_lazy, parts_of
 from adaclip_finetune.data.annotations import VideoAnnotation, folded, sound_entries
 from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
-from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.data.readable import find_errors, short_videos
+from adaclip_finetune.data.splits import open_stores, read_listed
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.weights.loaded import LoadedClip
 
+_SAMPLE = 1000  # entries that are read of JSON Lines and of tar shards
 # Kind of error → name of the finding, what is wrong with the videos, what to do.
 _KINDS: dict[Kind, tuple[str, str, str]] = {
     "missing": ("missing_videos", "missing", "extract or fetch them"),
@@ -38,10 +41,11 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
 
 @dataclass
 class CheckedSplit:
-    """An annotation file, and what the check finds out about its videos.
+    """An annotation, and what the check finds out about its videos.
 
-    `trains` tells whether the run learns from it. `refused` says why entries are refused; `videos` are the others.
-    `good` are the videos that can be opened and in which --deep found nothing wrong.
+    `trains` tells whether the run learns from it. `refused` says why entries are refused; `videos` are the others. Of
+    JSON Lines and tar shards these are a sample of the `listed` videos. `good` are the videos that can be opened and in
+    which --deep found nothing wrong.
     """
 
     name: str
@@ -50,6 +54,7 @@ class CheckedSplit:
     videos: list[VideoAnnotation]
     refused: list[str]
     store: FrameStore
+    listed: int = 0
     good: list[str] = field(default_factory=list)
 
 
@@ -58,10 +63,13 @@ class CheckedSplit:
 
 def splits_of_config(config: Config) -> list[CheckedSplit]:
     """Return the splits that a run reads."""
-    named = {"train": config.train_annot, "val": config.val_annot, "test": config.test_annot}
+    evaluated = {"val": config.val_annot, "test": config.test_annot}
+    parts = parts_of(config.train_annot or [])
     if config.do_inference:
-        named = {"test": config.test_annot}
-    return [_read(name, path, name == "train", config) for name, path in named.items() if path is not None]
+        parts, evaluated = [], {"test": config.test_annot}
+    names = ["train" if isinstance(config.train_annot, str) else f"train {n + 1}" for n in range(len(parts))]
+    splits = [_read(name, part, True, config) for name, part in zip(names, parts, strict=True)]
+    return splits + [_read(n, DataPart(annotation=path), False, config) for n, path in evaluated.items() if path]
 
 
 def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
@@ -75,21 +83,38 @@ def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
     names = next(names for names in (stems, in_folders, paths) if len(set(names)) == len(paths))
     # Whole words: `restrained` is not training data.
     trains = [bool({"train", "training", "trainval"} & set(re.findall("[a-z]+", name.lower()))) for name in names]
-    return [_read(*facts, config) for facts in zip(names, paths, trains, strict=True)]
+    parts = [DataPart(annotation=path) for path in paths]
+    return [_read(*facts, config) for facts in zip(names, parts, trains, strict=True)]
 
 
-def _read(name: str, path: str, trains: bool, config: Config) -> CheckedSplit:
+def _read(name: str, part: DataPart, trains: bool, config: Config) -> CheckedSplit:
+    videos: list[VideoAnnotation] = []
+    refused: list[str] = []
+    listed, subset = 0, config.data_subset if trains else 0
     try:
-        videos, refused = sound_entries(path)
+        if trains and is_lazy(part.annotation):
+            lazy = read_listed(part, subset)
+            listed = len(lazy)
+            for place in np.unique(np.linspace(0, listed - 1, _SAMPLE).astype(np.int64)).tolist():
+                try:
+                    videos.append(lazy[place])
+                except UserError as error:
+                    refused.append(str(error))
+        else:
+            videos, refused = sound_entries(part.annotation)
+            videos = videos[: subset or None]
+            listed = len(videos)
     except UserError as error:
-        videos, refused = [], [str(error)]
-    if trains and config.data_subset:
-        videos = videos[: config.data_subset]
-    return CheckedSplit(name, path, trains, videos, refused, open_store(config, videos))
+        refused = [str(error)]
+    store = open_stores(config, [part], [videos])[part.place]
+    return CheckedSplit(name, part.annotation, trains, videos, refused, store, listed)
 
 
 def check_entries(split: CheckedSplit) -> Iterator[Finding]:
-    """Yield a finding that lists every entry that a run would refuse."""
+    """Yield a finding that lists every entry that a run would refuse, and one if only a sample was read."""
+    if split.trains and is_lazy(split.path) and split.listed > (read := len(split.videos) + len(split.refused)):
+        message = f"{read:,} of {split.listed:,} entries were read, evenly spaced; a run reads the others as it trains"
+        yield Finding("fine", "sample", split.name, message, {"read": read, "listed": split.listed})
     if split.refused:
         items = {reason.removeprefix(f"{split.path}: "): "" for reason in split.refused}
         message = f"{len(items)} {'entry is' if len(items) == 1 else 'entries are'} not in the annotation format"
@@ -247,6 +272,8 @@ def check_overlap(splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
     """Yield what splits share that they should not, which makes figures look better than they are."""
     found: list[Finding] = []
     for one, other in itertools.combinations([split for split in splits if split.videos], 2):
+        if one.trains and other.trains:
+            continue  # what is learned twice makes no figure better
         found += _shared(one, other, f"{one.name}, {other.name}")
     if not found and len(splits) > 1:
         message = "no video, source video (group) or caption is shared"

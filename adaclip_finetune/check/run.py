@@ -18,9 +18,11 @@ from torch import Tensor
 from adaclip_finetune.check.data import CheckedSplit, check_captions, check_entries, check_overlap, check_videos
 from adaclip_finetune.check.report import Finding, plural
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.parts import is_lazy
 from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.queries import train_entries
+from adaclip_finetune.data.splits import batch_plan
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.device import describe_device, make_accelerator, total_memory_gib
 from adaclip_finetune.training.memory import StepCost, explain_out_of_memory, try_steps
@@ -57,21 +59,29 @@ def check_run(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> lis
     try:
         learn = not config.do_inference
         session = open_model(config, values="random", accelerator=make_accelerator(config), learn=learn)
-        if learn and splits[0].good:
+        trained = [split for split in splits if split.trains]
+        if learn and all(split.good for split in trained):
             session.method.on_epoch_start(0)
-            for finding in check_cost(session, splits[0]):  # keep those before an error
+            for finding in check_cost(session, trained):  # keep those before an error
                 findings.append(finding)
     except UserError as error:
         findings.append(Finding("fails", "model", "run", str(error)))
     return findings
 
 
-def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
-    """Yield findings about disk, memory and time of training on `split`, which has readable videos."""
-    config, model, device, good = session.config, session.model, session.device, set(split.good)
-    entries = len(train_entries([video for video in split.videos if video.video_id in good], config.concat_captions))
+def check_cost(session: Session, splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
+    """Yield findings about disk, memory and time of training on `splits`, which have readable videos.
+
+    Raise UserError for a part of a mixture that is too small for its share of a batch.
+    """
+    config, model, device = session.config, session.model, session.device
+    assert config.train_annot is not None, "check_paths refuses this"
+    entries = [_count_entries(split, config) for split in splits]
     phases = session.method.phases(config.num_epochs, config.batch_size)
-    size = min(entries, max(phase.batch_size for phase in phases))
+    size = max(phase.batch_size for phase in phases)
+    if isinstance(config.train_annot, str):
+        size = min(size, sum(entries))
+    batches = config.num_epochs * batch_plan(config.train_annot, entries, config.seed).num_batches(size)
     yield from _disk(session)
 
     # If frames that do not fit were made, Linux would end this process. Reading processes have two batches ready each.
@@ -104,19 +114,30 @@ def check_cost(session: Session, split: CheckedSplit) -> Iterator[Finding]:
     total = free + held if on_cpu else int(total_memory_gib(device) * 2**30)
     message = f"memory of {describe_device(device)}: about {_size(needed)} of {_size(total)}"
     yield _within(needed, total, "memory", message, "lower batch_size or num_frm, or give --precision bf16")
-    yield _time(session, split, step, size, entries)
+    yield _time(session, splits, step, size, batches)
 
 
-def _time(session: Session, split: CheckedSplit, step: StepCost, size: int, entries: int) -> Finding:
+def _count_entries(split: CheckedSplit, config: Config) -> int:
+    """Return the number of training entries, of JSON Lines and tar shards as if all of them could be read."""
+    if is_lazy(split.path):
+        return split.listed
+    good = set(split.good)
+    return len(train_entries([video for video in split.videos if video.video_id in good], config.concat_captions))
+
+
+def _time(session: Session, splits: Sequence[CheckedSplit], step: StepCost, size: int, batches: int) -> Finding:
     """Return the finding about the time to compute a batch and the whole run, and to read a batch in one process."""
     config = session.config
     twice = 4 / 3 if step.videos <= config.grad_cache_chunk < size else 1  # a second forward pass
     compute = twice * step.seconds * size / step.videos + step.update_seconds
-    batches = config.num_epochs * -(-entries // size)
-    reader = VideoReader(split.store, config, session.model.views())
-    chosen = split.good[:: -(-len(split.good) // _READ_VIDEOS)]  # from the whole list
+    readable = [
+        (VideoReader(split.store, config, session.model.views()), video_id)
+        for split in splits
+        for video_id in split.good
+    ]
+    chosen = readable[:: -(-len(readable) // _READ_VIDEOS)]  # from the whole list
     started = time.monotonic()
-    for video_id in chosen:
+    for reader, video_id in chosen:
         with suppress(FrameError):
             reader.read(video_id)
     reading = (time.monotonic() - started) / len(chosen) * size

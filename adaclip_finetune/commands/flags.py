@@ -159,7 +159,7 @@ def _value(words: list[str], one: Described, flag: str) -> Any:
         return None
     if first.startswith(("[", "{")) and one.kinds & {"array", "object"}:
         return parse_json(first, flag)
-    return [_read(word, _item_kinds(one)) for word in words] if "array" in one.kinds else _read(first, one.kinds)
+    return [_read(word, _item_kinds(one)) for word in words] if one.kinds == {"array"} else _read(first, one.kinds)
 
 
 def _item_kinds(one: Described) -> set[str]:

@@ -15,17 +15,18 @@ from tqdm import tqdm
 from adaclip_finetune.compare.options import AS_IT_IS
 from adaclip_finetune.compare.table import COSTS, DataSetRows, RowKind, TableRow
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.parts import DataPart, parts_of
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.data.annotations import folded, load_annotations
-from adaclip_finetune.data.splits import EvaluationSplit
+from adaclip_finetune.data.splits import EvaluationSplit, read_listed
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.tasks.base import Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
-from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.training.device import launched_processes, make_accelerator
 from adaclip_finetune.training.measure import build_task, measure, read_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder
@@ -149,7 +150,8 @@ def seen_by(config: Config, annotation: str) -> str:
     Return "" if nothing is known to overlap.
     """
     told = []
-    for use, path in (("it learned from", config.train_annot), ("its epoch was chosen on", config.val_annot)):
+    learned = [("it learned from", part.annotation) for part in parts_of(config.train_annot or [])]
+    for use, path in [*learned, ("its epoch was chosen on", config.val_annot)]:
         if overlap := overlap_of_files(path, annotation) if path else "":
             told.append(f"{use} {overlap}")
     return "; ".join(told)
@@ -160,13 +162,17 @@ def overlap_of_files(used: str, annotation: str) -> str:
 
     Clips of the same source video (`group`) count as the same video.
     """
+    evaluated = load_annotations(annotation)
+    all_ids, all_groups = {video.video_id for video in evaluated}, {video.group for video in evaluated} - {None}
+    all_texts = {folded(text) for video in evaluated for text in video.sentences}
+    ids, groups, texts = set(), set(), set()
     try:
-        learned = load_annotations(used)
+        for video in read_listed(DataPart(annotation=used)):
+            ids |= all_ids & {video.video_id}
+            groups |= all_groups & {video.group}
+            texts |= all_texts & {folded(text) for text in video.sentences}
     except (UserError, OSError):
         return f"{used}, which cannot be read here, so it is unknown whether that holds these captions"
-    evaluated = load_annotations(annotation)
-    ids, groups = {video.video_id for video in learned}, {video.group for video in learned} - {None}
-    texts = {folded(text) for video in learned for text in video.sentences}
     videos = [video.video_id in ids or video.group in groups for video in evaluated]
     captions = [folded(text) in texts for video in evaluated for text in video.sentences]
     if all(videos) and all(captions):

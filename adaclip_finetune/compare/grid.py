@@ -23,12 +23,11 @@ from pydantic import Field, field_validator
 
 from adaclip_finetune.compare.grid_cell import Cell, has_snapshot, in_process, train_in_process
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.base import Settings, setting
+from adaclip_finetune.config.base import PathText, Settings, setting
 from adaclip_finetune.config.layers import load, merged, read_object, validated
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.roles import deciding_values, names_with
 from adaclip_finetune.config.schema import show
-from adaclip_finetune.config.settings import PathText
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import value
 from adaclip_finetune.lock import Lock

@@ -6,13 +6,16 @@ JSON Schema and error messages are generated from the declaration.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 # JSON lists become tuples, so that a frozen config is immutable all the way down.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 Problem = tuple[str, tuple[str, ...]]
 """An impossible combination of settings: the message, and the dotted names of the settings involved."""

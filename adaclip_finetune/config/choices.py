@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import Field, create_model
 
-from adaclip_finetune.config.base import LARGEST, Names, Problem, Settings, setting
+from adaclip_finetune.config.base import LARGEST, Names, PathText, Problem, Settings, setting
+from adaclip_finetune.config.parts import parts_of
 
 
 class ChoiceSettings(Settings):
@@ -467,17 +468,49 @@ TOWERS: dict[str, Choice] = {
 # ---- objectives ----
 
 
-class ContrastiveSettings(ChoiceSettings):
+class ObjectiveSettings(ChoiceSettings):
+    """Base class of the settings of an objective."""
+
+    uses_unlabelled: ClassVar[bool] = False
+    """Whether the objective learns from rows of which `TrainBatch.labelled` is False."""
+
+
+class ContrastiveSettings(ObjectiveSettings):
     """Contrast each text with all videos of the batch, and each video with all texts (InfoNCE)."""
 
 
-class SigmoidSettings(ChoiceSettings):
+class SigmoidSettings(ObjectiveSettings):
     """Classify each pair of the batch as matching or not with a sigmoid (SigLIP, Zhai et al. 2023)."""
+
+
+class DistillationSettings(ObjectiveSettings):
+    """Contrast labelled pairs, follow a frozen teacher on other videos (FitCLIP, Castro & Caba Heilbron 2022)."""
+
+    uses_unlabelled: ClassVar[bool] = True
+
+    labelled_weight: float = setting(0.9999, "weight of the contrastive loss of the labelled pairs", ge=0)
+    kd_weight: float = setting(0.4444, "weight of the divergence from the teacher on the unlabelled videos", ge=0)
+    temperature: float = setting(0.015, "temperature of the student's similarities in both parts of the loss", ge=0.001)
+    teacher_temperature: float = setting(0.015, "temperature of the teacher's similarities", ge=0.001)
+    fit_temperature: bool = setting(False, "train both temperatures, which stay at 0.001 or above")
+    teacher: PathText | None = setting(
+        None, "run folder or checkpoint of the teacher; null: the CLIP that the run starts from", unit="file or folder"
+    )
+    prompts: PathText | None = setting(
+        None, "texts for the unlabelled videos, one in each line; null: their own captions", unit="file"
+    )
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield training data without an unlabelled part."""
+        if config.train_annot is not None and all(part.labelled for part in parts_of(config.train_annot)):
+            what = "objective distillation has nothing to learn from its teacher, since all of train_annot is labelled"
+            yield f"{what}: give a list of parts, one with labelled false", ("objective.method", "train_annot")
 
 
 OBJECTIVES: dict[str, Choice] = {
     "contrastive": Choice(ContrastiveSettings, "objectives.contrastive:Contrastive"),
     "sigmoid": Choice(SigmoidSettings, "objectives.sigmoid:Sigmoid"),
+    "distillation": Choice(DistillationSettings, "objectives.distillation:Distillation"),
 }
 
 

@@ -130,6 +130,8 @@ class _Explainer:
         chooses = self.known.get(f"{steps[0]}.method") if len(steps) > 1 else None
         # pydantic puts the chosen method after the name of its section.
         method = steps.pop(1) if chooses is not None and len(chooses.types) > 1 else None
+        if chooses is None and len(steps) > 1 and steps[0] in self.known and len(self.known[steps[0]].types) > 1:
+            steps.pop(1)  # which of several types of value was tried
         if kind in ("union_tag_not_found", "union_tag_invalid"):
             steps.append("method")
             kind, value = ("missing", None) if kind == "union_tag_not_found" else (kind, value["method"])
@@ -137,7 +139,7 @@ class _Explainer:
         place, one = dotted(steps), self.known.get(name)
         origin = self._origin(name)
         start = f"{origin}: {place}" if origin not in ("", f"--{place}") else origin or place
-        allowed = one.words if one else problem["msg"]
+        allowed = one.words if one else problem["msg"].removeprefix("Input should be ")
         if one and isinstance(steps[-1], int):  # an item of a list
             allowed = allowed.partition("each ")[2] or allowed
         if kind == "extra_forbidden":

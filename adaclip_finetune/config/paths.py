@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adaclip_finetune.config.layers import together
+from adaclip_finetune.config.parts import parts_of
 from adaclip_finetune.config.settings import Config
 from adaclip_finetune.errors import UserError
 
@@ -32,17 +33,24 @@ def _not_given(c: Config) -> Iterator[str]:
 def _not_there(c: Config) -> Iterator[str]:
     files = {"test_annot": c.test_annot}
     if not c.do_inference:
-        files = {"train_annot": c.train_annot, "val_annot": c.val_annot} | files
+        files = {"val_annot": c.val_annot} | files
     if c.use_policy and c.policy_weights not in ("imagenet", "random"):
         files["policy_weights"] = c.policy_weights
     folders = {"video_dir": c.video_dir}
     either = {"frames_dir": c.frames_dir, "resume": c.resume}
+    if not c.do_inference and isinstance(c.train_annot, str):
+        either["train_annot"] = c.train_annot
+    elif not c.do_inference:
+        for number, part in enumerate(parts_of(c.train_annot or [])):
+            either[f"train_annot[{number}].annotation"] = part.annotation
+            either[f"train_annot[{number}].frames_dir"] = part.frames_dir
+            folders[f"train_annot[{number}].video_dir"] = part.video_dir
     if c.resume is None:  # a checkpoint may contain CLIP itself; one that does not is refused when it is read
         either["clip_weights"] = c.clip_weights
     if c.save_similarity is not None:
         folders["save_similarity"] = str(Path(c.save_similarity).parent)
         ids = Path(c.save_similarity).with_suffix(".json")
-        for name, value in files.items():
+        for name, value in [*files.items(), *either.items()]:
             if value is not None and ids.resolve() == Path(value).resolve():
                 yield f"save_similarity {c.save_similarity} would overwrite {name} with its ids; give another name"
     for kind, paths in {"file": files, "folder": folders, "file or folder": either}.items():

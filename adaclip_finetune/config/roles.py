@@ -48,9 +48,22 @@ def deciding_values(config: Config, annotations: Iterable[str] = ()) -> dict[str
     free = names_with("run") - {"resume"} | names_with("machine") - on_resume("same")
     found: dict[str, Any] = config.model_dump(mode="json", exclude=set(free))
     for name in annotations:
-        content = Path(found[name]).read_bytes()
-        found[f"the content of {name}"] = hashlib.sha256(content).hexdigest()[:12]
+        parts = found[name] if isinstance(found[name], list) else [{"annotation": found[name]}]
+        digests = [_digest(Path(part["annotation"])) for part in parts]
+        found[f"the content of {name}"] = digests[0] if isinstance(found[name], str) else digests
     return found
+
+
+def _digest(path: Path) -> str:
+    """Return a digest of the content of a file, or of the names and sizes of the tar shards in a folder."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        digest.update(repr([(shard.name, shard.stat().st_size) for shard in sorted(path.glob("*.tar"))]).encode())
+    else:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def _facts(name: str, of: type[Settings]) -> dict[str, Any]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -15,12 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from adaclip_finetune.config.base import Contradictions, Problem, Role, Settings, setting
+from adaclip_finetune.config.base import Contradictions, PathText, Problem, Role, Settings, setting
 from adaclip_finetune.config.choices import (
     AdaptationSection,
     ObjectiveSection,
+    ObjectiveSettings,
     PeftSection,
     TaskSection,
     TaskSettings,
@@ -29,10 +29,10 @@ from adaclip_finetune.config.choices import (
 )
 from adaclip_finetune.config.layers import load
 from adaclip_finetune.config.optuna import OptunaSettings
+from adaclip_finetune.config.parts import TrainAnnotation, contradictions_of_parts, is_lazy, parts_of
 
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
 
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
 
 # One function per role: `view(default, help, …)` declares a setting that has the role "view".
@@ -67,7 +67,13 @@ class Config(Settings):
         pattern=r"^\w[\w.-]{0,99}$",
         allowed="a name of letters, digits, dots, dashes and underscores",
     )
-    train_annot: PathText | None = data(None, "annotation (JSON) of the training split, required to train", unit="file")
+    train_annot: TrainAnnotation | None = data(
+        None,
+        "training data, required to train: an annotation (JSON, JSON Lines), tar shards, or a list of parts (mixture)",
+        unit="file or folder",
+        allowed="the path of a file or folder, or a JSON list of parts, each an object with annotation, video_dir or "
+        "frames_dir, per_batch or weight, and labelled",
+    )
     val_annot: PathText | None = data(
         None, "annotation of the validation split, which selects the best epoch; required for training", unit="file"
     )
@@ -92,6 +98,9 @@ class Config(Settings):
     num_frm_subset: int = view(0, "keep this many sampled frames and blank the rest; 0: all", unit="frames", ge=0)
     sampling: Literal["uniform", "random", "segments", "ends"] = optimisation(
         "uniform", "training frames: evenly, drawn, one drawn in each of num_frm segments, or evenly between drawn ends"
+    )
+    augmentation: Literal["crop_flip"] | None = optimisation(
+        None, "training frames as they are, or one random part of all frames of a video, half of the time mirrored"
     )
     segment_sampling: bool = view(False, "split a video into num_frm equal segments and sample the middle of each")
     to_last_frame: bool = view(False, "sample evenly from the first to the last frame, as CLIP-ViP")
@@ -295,12 +304,20 @@ def contradictions(c: Config) -> Iterator[Problem]:
     for chosen in (c.peft, c.tower, c.objective, c.task, c.adaptation):
         if chosen is not None:
             yield from chosen.config.contradictions(c)
+    if c.train_annot is not None and not isinstance(c.train_annot, str):
+        objective = c.objective and c.objective.config
+        uses_unlabelled = isinstance(objective, ObjectiveSettings) and objective.uses_unlabelled
+        yield from contradictions_of_parts(c, c.train_annot, uses_unlabelled)
 
 
 def _contradictions(c: Config) -> Iterator[str]:
     """Yield what is wrong and the way out. A message names all settings that it is about."""
     if c.frames_dir and c.video_dir:
         yield "frames_dir and video_dir are both given: frames come from one of them"
+    lazy = [part.annotation for part in parts_of(c.train_annot or []) if is_lazy(part.annotation)]
+    if lazy and c.concat_captions == "indep-all":
+        what = f"concat_captions indep-all would have to read all of train_annot {lazy[0]} to count its captions"
+        yield f"{what}: give each caption a line of its own, or take indep-one"
     if c.num_frm_subset > c.num_frm:
         yield f"num_frm_subset {c.num_frm_subset} is larger than num_frm {c.num_frm}"
     if c.segment_sampling and c.to_last_frame:

@@ -110,7 +110,7 @@ def sound_entries(path: str | Path) -> tuple[list[VideoAnnotation], list[str]]:
     named: dict[str, str] = {}  # a video's name in one form, with and without extension → as it is written
     for name, entry in _read_entries(Path(path)).items():
         try:
-            video = _parse_video(f"{path}: video {name!r}", name, entry)
+            video = parse_video(f"{path}: video {name!r}", name, entry)
             _note_name(path, name, named)
             videos.append(video)
         except UserError as error:
@@ -134,7 +134,8 @@ def _read_entries(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
+def parse_video(where: str, name: str, entry: Any) -> VideoAnnotation:
+    """Return the entry of a video as an annotation. Raise UserError, beginning with `where`, if it is wrong."""
     check_name(where, name)
     if not isinstance(entry, dict):
         raise UserError(f'{where}: expected an object {{"sentences": [...]}}, got {shown(entry)}')

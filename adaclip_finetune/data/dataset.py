@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
-from adaclip_finetune.data.preprocess import Views, to_square
+from adaclip_finetune.data.preprocess import Views, draw_crop_flip, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.sampling import frame_indices, generator
 
@@ -40,6 +40,11 @@ class VideoBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def at(self, places: Sequence[int]) -> VideoBatch:
+        """Return the videos at these places."""
+        chosen = self._mapped(lambda tensor: tensor[places])
+        return replace(chosen, video_ids=[self.video_ids[place] for place in places if self.video_ids])
 
     def rows(self, start: int, end: int) -> VideoBatch:
         """Return the videos from `start` up to `end`."""
@@ -68,12 +73,13 @@ class TrainBatch:
     token_ids: Tensor  # int64 (B, L)
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
     second: VideoBatch | None = None  # the videos as the objective sees them once more (`Objective.second_view`)
+    labelled: Tensor | None = None  # bool (B,), whether the text belongs to the video; None: it does in every row
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Move the videos. Token ids and noise, a few kilobytes, stay on the CPU."""
+        """Move the videos. The other tensors, a few kilobytes, stay on the CPU."""
         second = self.second and self.second.to(device, non_blocking)
         return replace(self, videos=self.videos.to(device, non_blocking), second=second)
 
@@ -90,6 +96,7 @@ class TrainBatch:
             token_ids=self.token_ids[start:end],
             noise=self.noise[start:end],
             second=self.second and self.second.rows(start, end),
+            labelled=None if self.labelled is None else self.labelled[start:end],
         )
 
 
@@ -104,17 +111,19 @@ class VideoItem:
     text: str = ""
     noise: NDArray[np.float32] | None = None
     second: VideoItem | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
 class Collated:
     """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
-    captions and noise, and the errors of the others."""
+    captions, noise and labels, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
     noise: Tensor | None
     failures: list[FrameError]
+    labelled: list[bool]
     second: VideoBatch | None = None
 
     def pin_memory(self) -> Collated:
@@ -129,15 +138,22 @@ class VideoReader:
         self.store, self.config, self.views = store, config, views
 
     def read(self, video_id: str, random: np.random.Generator | None = None) -> VideoItem:
-        """Read the frames that `frames_to_read` chooses. Raises FrameError."""
+        """Read the frames that `frames_to_read` chooses. Raises FrameError.
+
+        With a generator, frames are drawn and augmented as in training, if the config says so.
+        """
         config = self.config
-        indices = frames_to_read(self.store, config, video_id, random)
+        indices = frames_to_read(self.store, config, video_id, random if config.sampling != "uniform" else None)
         different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
         pixels = self.store.read(video_id, different.tolist())
-        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector)
+        part = None
+        if random is not None and config.augmentation is not None:
+            height, width, _ = pixels[0].shape
+            part = draw_crop_flip(height, width, random)
+        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector, part)
         return VideoItem(
             video_id,
-            _padded(to_square(pixels, self.views.clip)[place], config.num_frm, 0),
+            _padded(to_square(pixels, self.views.clip, part)[place], config.num_frm, 0),
             None if policy_frames is None else _padded(policy_frames[place], config.num_frm, 0),
             _padded(indices, config.num_frm, -1),
         )
@@ -146,7 +162,8 @@ class VideoReader:
 class TrainDataset(Dataset[VideoItem | FrameError]):
     """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
 
-    With a `second` reader each video is read once more by it, with draws of its own.
+    An index beyond the last entry starts again with the first one, with other draws. With a `second` reader each video
+    is read once more by it, with draws of its own.
     """
 
     def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader, second: VideoReader | None = None) -> None:
@@ -157,20 +174,16 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
 
     def __getitem__(self, key: tuple[int, int]) -> VideoItem | FrameError:
         epoch, index = key
-        entry = self.entries[index]
         try:
-            item = self._read("frames", self.reader, epoch, index)
+            entry = self.entries[index % len(self.entries)]
+            item = self.reader.read(entry.video_id, generator("frames", self.seed, *key))
             if self.second is not None:
-                item = replace(item, second=self._read("second", self.second, epoch, index))
+                item = replace(item, second=self.second.read(entry.video_id, generator("second", self.seed, *key)))
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
-        return replace(item, text=entry.sentence(self.seed, epoch, index), noise=noise.astype(np.float32))
-
-    def _read(self, stream: str, reader: VideoReader, epoch: int, index: int) -> VideoItem:
-        drawn = reader.config.sampling != "uniform"
-        random = generator(stream, self.seed, epoch, index) if drawn else None
-        return reader.read(self.entries[index].video_id, random)
+        text = entry.sentence(self.seed, epoch, index)
+        return replace(item, text=text, noise=noise.astype(np.float32), labelled=entry.labelled)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -210,7 +223,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], None, failures)
+        return Collated(None, [], None, failures, [])
     noise = [item.noise for item in good if item.noise is not None]
     seconds = [item.second for item in good if item.second is not None]
     return Collated(
@@ -218,6 +231,7 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
         [item.text for item in good],
         torch.from_numpy(np.stack(noise)) if noise else None,
         failures,
+        [item.labelled for item in good],
         _stacked(seconds) if seconds else None,
     )
 

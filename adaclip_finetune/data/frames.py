@@ -1,4 +1,4 @@
-"""Open the store of frames that a config names: folders of images, a pack of such folders, or video files."""
+"""Open the store of frames that a config names: images in folders or in a pack, video files, or tar shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from adaclip_finetune.data.annotations import VideoAnnotation
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.packed_frames import PackedFrames
+from adaclip_finetune.data.tar_shards import TarShards, holds_shards
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
 
@@ -29,4 +30,6 @@ def open_store(config: Config, videos: Iterable[VideoAnnotation]) -> FrameStore:
         raise UserError(f"{key}: {folder} is not a folder")
     if key == "frames_dir":
         return FrameFolder(Path(folder), config.img_tmpl)
+    if holds_shards(Path(folder)):
+        return TarShards(Path(folder))
     return VideoFolder(Path(folder), {video.video_id: video.extension for video in videos if video.extension})

@@ -1,12 +1,11 @@
-"""Load batches in an order that depends on (seed, epoch) alone, ahead of time in worker processes.
+"""Load batches ahead of time in worker processes, in the order that a `BatchPlan` gives or that is asked for.
 
-`epoch_batches` plans a whole epoch: a run that resumes in the middle of one starts later in the same list, and several
-processes take shares of each batch.
+A run that resumes in the middle of an epoch starts later in the same plan, and several processes take shares of each
+batch.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.batches import BatchPlan
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import (
     Collated,
@@ -28,32 +28,10 @@ from adaclip_finetune.data.dataset import (
     collate,
 )
 from adaclip_finetune.data.readable import UnreadableVideos, listing
-from adaclip_finetune.data.sampling import generator
-from adaclip_finetune.processes import gather_objects, rank, world_size
+from adaclip_finetune.processes import gather_objects
 
 _OUTLIVES_SIGTERM = 30  # seconds
 FRAMES_A_GALLERY_BATCH = 512  # 77 MB of pixels at 224 x 224, of which each worker holds a few batches
-
-
-def epoch_batches(num_entries: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the shuffled entries of an epoch in ceil(num_entries / batch_size) batches, each entry once.
-
-    The last batch may be smaller, but never a single entry, whose contrastive loss has nothing to compare with: such an
-    entry takes one from the batch before it, or joins that batch if it has only two.
-    """
-    order = generator("shuffle", seed, epoch).permutation(num_entries).tolist()
-    starts = list(range(0, num_entries, batch_size))
-    if len(starts) > 1 and num_entries - starts[-1] == 1 and batch_size > 1:
-        if batch_size > 2:
-            starts[-1] -= 1
-        else:
-            starts.pop()
-    return [order[start:end] for start, end in zip(starts, [*starts[1:], num_entries], strict=True)]
-
-
-def updates_per_epoch(num_entries: int, batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Return the optimizer steps per epoch: ceil(batches / gradient_accumulation_steps)."""
-    return math.ceil(len(epoch_batches(num_entries, batch_size, seed=0, epoch=0)) / gradient_accumulation_steps)
 
 
 class TrainLoader:
@@ -62,17 +40,24 @@ class TrainLoader:
     A video that cannot be read is left out of its batch and never replaced by another; `failed` holds the reasons.
     """
 
-    def __init__(self, dataset: TrainDataset, config: Config, tokenize: Callable[[Sequence[str], int], Tensor]) -> None:
-        """tokenize(texts, max_len) returns token ids, int64 (n, max_len)."""
+    def __init__(
+        self,
+        dataset: TrainDataset,
+        config: Config,
+        tokenize: Callable[[Sequence[str], int], Tensor],
+        plan: BatchPlan | None = None,
+    ) -> None:
+        """tokenize(texts, max_len) returns token ids, int64 (n, max_len). `plan`: default each entry once an epoch."""
         self.dataset, self.config, self.tokenize = dataset, config, tokenize
+        self.plan = plan or BatchPlan((len(dataset),), dataset.seed)
         self.failed: dict[str, str] = {}
-        self._plan: list[list[tuple[int, int]]] = []  # the loader reads the list when an iteration starts
-        self._loader = make_loader(dataset, config, self._plan)
+        self._asked = _Asked()
+        self._loader = make_loader(dataset, config, self._asked)
 
     def epoch(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[TrainBatch]:
         """Yield this process's shares of the batches of an epoch, from batch number `start` on."""
-        batches = epoch_batches(len(self.dataset), batch_size, self.dataset.seed, epoch)
-        self._plan[:] = [[(epoch, index) for index in _share(batch)] for batch in batches[start:]]
+        batches = self.plan.epoch(epoch, batch_size, start)
+        self._asked.batches = ([(epoch, index) for index in self.plan.share(batch)] for batch in batches)
         for collated in self._loader:
             self.failed |= {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             yield self._batch(collated)
@@ -90,9 +75,10 @@ class TrainLoader:
         if collated.videos is None or collated.noise is None:
             reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
-            return TrainBatch(_no_video(reader), [], tokens, noise, _no_video(again) if again else None)
-        tokens = self.tokenize(collated.texts, self.config.max_txt_len)
-        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second)
+            videos, second = _no_video(reader), _no_video(again) if again else None
+            return TrainBatch(videos, [], tokens, noise, second, torch.ones(1, dtype=torch.bool))
+        tokens, labelled = self.tokenize(collated.texts, self.config.max_txt_len), torch.tensor(collated.labelled)
+        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, labelled)
 
 
 def _no_video(reader: VideoReader) -> VideoBatch:
@@ -109,14 +95,13 @@ def nothing_readable(failed: Mapping[str, str]) -> UnreadableVideos:
     )
 
 
-def _share(batch: list[int]) -> list[int]:
-    """Return the entries of a batch that this process reads. Shares differ by at most one entry.
+class _Asked:
+    """The batches that a loader reads next: lists of the dataset's keys. It looks here when an iteration starts."""
 
-    The main process's share, whose batch statistics are kept, is never empty.
-    """
-    size, here = len(batch), rank()
-    start, end = (-(-size * number // world_size()) for number in (here, here + 1))
-    return batch[start:end]
+    batches: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
 
 
 class GalleryLoader:
@@ -129,7 +114,7 @@ class GalleryLoader:
         size = max(1, min(config.val_batch_size, FRAMES_A_GALLERY_BATCH // config.num_frm))
         indices = range(len(dataset))
         self._batches = [list(indices[start : start + size]) for start in indices[::size]]
-        self._asked: list[list[int]] = []
+        self._asked = _Asked()
         self._loader = make_loader(dataset, config, self._asked)
 
     def close(self) -> None:
@@ -141,12 +126,12 @@ class GalleryLoader:
 
     def read(self, numbers: Iterable[int]) -> Iterator[Collated]:
         """Yield the batches with these numbers, in this order, each with the errors of its unreadable videos."""
-        self._asked[:] = [self._batches[number] for number in numbers]
-        if self._asked:
+        self._asked.batches = [self._batches[number] for number in numbers]
+        if self._asked.batches:
             yield from self._loader
 
 
-def make_loader(dataset: Any, config: Config, batches: Sequence[Any]) -> DataLoader[Collated]:
+def make_loader(dataset: Any, config: Config, batches: Iterable[list[Any]]) -> DataLoader[Collated]:
     """Return a torch loader of `batches` (lists of the dataset's keys). Its workers live until `stop_workers`."""
     return DataLoader(
         dataset,

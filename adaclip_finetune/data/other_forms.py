@@ -35,7 +35,10 @@ def describe_other_form(path: Path, content: Any = None) -> str | None:
     elif content is None:
         with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8-sig") as lines:
             line = json.loads(next(lines, ""))
-            if isinstance(line, dict) and not all(isinstance(value, dict) for value in line.values()):
+            if isinstance(line, dict) and {"video", "sentences"} <= line.keys():
+                words = "table --video-column video --caption-column sentences --train"
+                form = "JSON Lines, which are read for training only"
+            elif isinstance(line, dict) and not all(isinstance(value, dict) for value in line.values()):
                 form, words = "JSON Lines", "clipvip --train" if {"clip_id", "text"} <= line.keys() else TABLE
     if not form:
         return None

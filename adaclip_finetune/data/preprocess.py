@@ -6,7 +6,8 @@ with images. They stay uint8 until they are on the device, where `normalise` doe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +58,55 @@ class Views(NamedTuple):
     selector: ImageSpec | None = None
 
 
-def to_square(frames: Frames, spec: ImageSpec) -> NDArray[np.uint8]:
+class CropFlip(NamedTuple):
+    """A part of each frame of a clip, whether it is mirrored, and the filter that resizes it to a square.
+
+    Place and size are shares of the sides of a frame, so that frames of several sizes and all views show the same part.
+    """
+
+    top: float
+    left: float
+    height: float
+    width: float
+    mirrored: bool
+    interpolation: str
+
+    def cut(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the part of a frame (H, W, 3)."""
+        high, wide, _ = frame.shape
+        top, left = round(self.top * high), round(self.left * wide)
+        bottom, right = top + max(1, round(self.height * high)), left + max(1, round(self.width * wide))
+        part = frame[top:bottom, left:right]
+        return np.ascontiguousarray(part[:, ::-1] if self.mirrored else part)
+
+
+def draw_crop_flip(height: int, width: int, random: np.random.Generator) -> CropFlip:
+    """Draw a part of frames of this size: 0.5 to 1 of the area, 3:4 to 4:3 wide (Szegedy et al. 2015, FitCLIP).
+
+    The filter is bilinear or bicubic, and half of all clips are mirrored. Very wide or high frames, into which no part
+    of ten fits, give the largest possible part of their middle.
+    """
+    for _ in range(10):
+        area, ratio = height * width * random.uniform(0.5, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
+        high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < high <= height and 0 < wide <= width:
+            top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))
+            break
+    else:
+        high, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        top, left = (height - high) // 2, (width - wide) // 2
+    filter, mirrored = ("bilinear", "bicubic")[random.integers(2)], bool(random.integers(2))
+    return CropFlip(top / height, left / width, high / height, wide / width, mirrored, filter)
+
+
+def to_square(frames: Frames, spec: ImageSpec, part: CropFlip | None = None) -> NDArray[np.uint8]:
     """Resize and crop decoded frames as `spec` says: n arrays (H, W, 3), perhaps of several sizes → (n, C, S, S).
 
-    Pixels stay uint8 and are not normalised.
+    A `part` of the frames is stretched to the square instead. Pixels stay uint8 and are not normalised.
     """
+    if part is not None:
+        frames = [part.cut(frame) for frame in frames]
+        spec = replace(spec, resize_mode="squash", interpolation=part.interpolation)
     out = np.empty((len(frames), spec.channels, spec.size, spec.size), np.uint8)
     for i, frame in enumerate(frames):
         height, width, _ = frame.shape

@@ -25,10 +25,14 @@ UNTAGGED = "(no tag)"
 
 @dataclass(frozen=True)
 class TrainEntry:
-    """One row of the training set: a video, and the sentences from which each epoch takes one."""
+    """One row of the training set: a video, and the sentences from which each epoch takes one.
+
+    The sentences of a row that is not `labelled` do not belong to its video.
+    """
 
     video_id: str
     sentences: tuple[str, ...]
+    labelled: bool = True
 
     def sentence(self, seed: int, epoch: int, index: int) -> str:
         """Return the sentence of this epoch; `index` is the entry's place in the training set."""
@@ -91,12 +95,19 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
     return Queries(texts, np.array(video_of_text, np.int64), video_ids, tags if any(tags) else [])
 
 
-def fingerprint(entries: Sequence[TrainEntry], **evaluated: Queries) -> dict[str, str]:
-    """Return digests of the training set and of each evaluation, by which a resumed run recognises its data."""
-    parts: dict[str, object] = {"training": [(entry.video_id, entry.sentences) for entry in entries]}
-    for name, queries in evaluated.items():
-        parts[name] = (queries.texts, queries.video_of_text.tolist(), queries.video_ids)
-    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+def digest_of_entries(entries: Iterable[TrainEntry]) -> str:
+    """Return a digest of training entries, by which a resumed run recognises its data."""
+    return digest_of([(entry.video_id, entry.sentences) for entry in entries])
+
+
+def digest_of_queries(queries: Queries) -> str:
+    """Return a digest of an evaluation, by which a resumed run recognises its data."""
+    return digest_of((queries.texts, queries.video_of_text.tolist(), queries.video_ids))
+
+
+def digest_of(value: object) -> str:
+    """Return the SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:

@@ -17,6 +17,35 @@ def generator(stream: str, seed: int, epoch: int, index: int = 0) -> np.random.G
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((STREAMS[stream], seed, epoch, index))))
 
 
+class Shuffle:
+    """A random order of `size` things that takes no memory: calling it with places returns what is at them.
+
+    It is a Feistel network (Luby & Rackoff 1988), which permutes the numbers of an even number of bits; what falls
+    outside of `size` is permuted again until it falls inside (cycle walking, Black & Rogaway 2002).
+    """
+
+    def __init__(self, size: int, random: np.random.Generator) -> None:
+        self._size = np.uint64(size)
+        half = max(1, -(-(size - 1).bit_length() // 2))
+        self._half, self._mask = np.uint64(half), np.uint64(2**half - 1)
+        self._keys = random.integers(2**64, size=6, dtype=np.uint64)
+
+    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers, from 0 to size - 1, at these places."""
+        numbers = self._permuted(places.astype(np.uint64))
+        while (outside := numbers >= self._size).any():
+            numbers[outside] = self._permuted(numbers[outside])
+        return numbers.astype(np.int64)
+
+    def _permuted(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = numbers >> self._half, numbers & self._mask
+        for key in self._keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & self._mask)
+        return left << self._half | right
+
+
 def frame_indices(
     num_frames: int,
     num_frm: int,

@@ -1,21 +1,36 @@
-"""From an annotation file to what can be trained on or evaluated: its readable videos, and why others are left out.
+"""From annotations to what can be trained on or evaluated: their readable videos, and why others are left out.
 
 Training leaves unreadable videos out and names them. An evaluation never becomes smaller unless the user says so
-(`skip_missing`).
+(`skip_missing`). Videos of JSON Lines and tar shards, of which there may be millions, are not tried beforehand: those
+that cannot be read are left out of their batches.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.parts import DataPart, is_lazy, parts_of
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
+from adaclip_finetune.data.batches import BatchPlan
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.frames import open_store
-from adaclip_finetune.data.queries import Queries, TrainEntry, evaluation_queries, train_entries
+from adaclip_finetune.data.json_lines import JsonLines
+from adaclip_finetune.data.mixture import LazyEntries, MixedEntries, MixedStore, name_in
+from adaclip_finetune.data.queries import (
+    Queries,
+    TrainEntry,
+    digest_of,
+    digest_of_entries,
+    evaluation_queries,
+    train_entries,
+)
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing
+from adaclip_finetune.data.tar_shards import ShardCaptions, TarShards
 from adaclip_finetune.data.video.discovery import describe_unknown_files
 from adaclip_finetune.data.video.folder import VideoFolder
 
@@ -24,11 +39,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainSplit:
-    """A training set. `left_out`: unreadable video → reason."""
+    """A training set. `left_out`: unreadable video → reason. A resumed run recognises its data by `digest`."""
 
-    entries: list[TrainEntry]
+    entries: Sequence[TrainEntry]
     store: FrameStore
     left_out: dict[str, str]
+    digest: str
+    plan: BatchPlan
 
 
 @dataclass(frozen=True)
@@ -44,16 +61,79 @@ class EvaluationSplit:
     num_listed: int
 
 
-def train_split(config: Config, annotation: str) -> TrainSplit:
-    """Return the training set of an annotation.
+def train_split(config: Config, annotation: str | Sequence[DataPart]) -> TrainSplit:
+    """Return the training set of an annotation, or of the parts of a mixture.
 
-    Raises UserError if the annotation is wrong, and UnreadableVideos if none of its videos can be read.
+    Raises UserError if an annotation is wrong, and UnreadableVideos if none of its videos can be read.
     """
-    listed = load_annotations(annotation, config.data_subset)
-    store, videos, left_out = _readable(config, listed)
+    parts = parts_of(annotation)
+    listed = [read_listed(part, config.data_subset) for part in parts]
+    stores = open_stores(config, parts, listed)
+    read = [_read(config, part, videos, stores[part.place]) for part, videos in zip(parts, listed, strict=True)]
+    plan = batch_plan(annotation, [len(one.entries) for one in read], config.seed)
+    if isinstance(annotation, str):
+        (only,) = read
+        return TrainSplit(only.entries, stores[parts[0].place], only.left_out, only.digest, plan)
+    places, labelled = [part.place for part in parts], [part.labelled for part in parts]
+    left_out = {
+        name_in(place, video_id): reason
+        for place, one in zip(places, read, strict=True)
+        for video_id, reason in one.left_out.items()
+    }
+    digest = digest_of([[one.digest, part.share, part.labelled] for one, part in zip(read, parts, strict=True)])
+    entries = MixedEntries([one.entries for one in read], places, labelled)
+    return TrainSplit(entries, MixedStore(stores), left_out, digest, plan)
+
+
+def batch_plan(annotation: str | Sequence[DataPart], sizes: Sequence[int], seed: int) -> BatchPlan:
+    """Return the batches of a training set whose parts have `sizes` entries."""
+    parts = parts_of(annotation)
+    shares = () if isinstance(annotation, str) else tuple(part.share for part in parts)
+    return BatchPlan(tuple(sizes), seed, tuple(is_lazy(part.annotation) for part in parts), shares)
+
+
+def read_listed(part: DataPart, data_subset: int = 0) -> list[VideoAnnotation] | JsonLines | ShardCaptions:
+    """Return the videos that a part lists; only the first `data_subset` if that is above 0. Raises UserError."""
+    path = Path(part.annotation)
+    if not is_lazy(part.annotation):
+        return load_annotations(path, data_subset)
+    return ShardCaptions(TarShards(path), data_subset) if path.is_dir() else JsonLines(path, data_subset)
+
+
+def open_stores(
+    config: Config, parts: Sequence[DataPart], listed: Sequence[Sequence[VideoAnnotation]]
+) -> dict[str, FrameStore]:
+    """Return the stores of the parts by their `place`. Raises UserError."""
+    stores: dict[str, FrameStore] = {}
+    for part in parts:
+        if part.place in stores:
+            continue
+        if part.place == part.annotation:
+            stores[part.place] = TarShards(Path(part.annotation))
+            continue
+        there = [each for one, each in zip(parts, listed, strict=True) if one.place == part.place]
+        videos = [video for each in there if isinstance(each, list) for video in each]
+        own = {"frames_dir": part.frames_dir, "video_dir": part.video_dir}
+        stores[part.place] = open_store(config.model_copy(update=own) if part.place else config, videos)
+    return stores
+
+
+class _Read(NamedTuple):
+    entries: Sequence[TrainEntry]
+    left_out: dict[str, str]
+    digest: str
+
+
+def _read(
+    config: Config, part: DataPart, listed: list[VideoAnnotation] | JsonLines | ShardCaptions, store: FrameStore
+) -> _Read:
+    if not isinstance(listed, list):
+        return _Read(LazyEntries(listed, config.concat_captions), {}, listed.digest)
+    videos, left_out = _readable(config, store, listed)
     if not videos:
-        raise UnreadableVideos(f"{annotation}: none of its videos can be read:\n{listing(left_out)}", left_out)
-    return TrainSplit(train_entries(videos, config.concat_captions), store, left_out)
+        raise UnreadableVideos(f"{part.annotation}: none of its videos can be read:\n{listing(left_out)}", left_out)
+    entries = train_entries(videos, config.concat_captions)
+    return _Read(entries, left_out, digest_of_entries(entries))
 
 
 def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
@@ -63,7 +143,8 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
     not set.
     """
     listed = load_annotations(annotation)
-    store, videos, left_out = _readable(config, listed)
+    store = open_store(config, listed)
+    videos, left_out = _readable(config, store, listed)
     if left_out and (not videos or not config.skip_missing):
         raise unreadable_in_evaluation(left_out, len(listed))
     return EvaluationSplit(evaluation_queries(videos, config.concat_captions), store, left_out, num_listed=len(listed))
@@ -80,12 +161,11 @@ def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> Unr
 
 
 def _readable(
-    config: Config, listed: list[VideoAnnotation]
-) -> tuple[FrameStore, list[VideoAnnotation], dict[str, str]]:
-    """Return the store, the videos that can be read, and why others cannot."""
-    store = open_store(config, listed)
+    config: Config, store: FrameStore, listed: list[VideoAnnotation]
+) -> tuple[list[VideoAnnotation], dict[str, str]]:
+    """Return the videos that can be read, and why others cannot."""
     left_out = find_unreadable(store, [video.video_id for video in listed], config.num_workers)
     videos = [video for video in listed if video.video_id not in left_out]
     if left_out and isinstance(store, VideoFolder) and (line := describe_unknown_files(store.other_files())):
         _log.warning("%s: %s", store.folder, line)
-    return store, videos, left_out
+    return videos, left_out

@@ -7,8 +7,8 @@ a complete one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.processes import rank, world_size
+from adaclip_finetune.weights.loaded import LoadedClip
 
 Rows = dict[str, Tensor]
 """Tensors by name, each with one row for every pair of a batch or of a part of it."""
@@ -90,6 +91,14 @@ class Group:
         return scaled + (whole - scaled.detach())
 
 
+class Opened(NamedTuple):
+    """A model beside the one that learns: its settings, its CLIP, and the retriever, in evaluation mode."""
+
+    config: Config
+    loaded: LoadedClip
+    retriever: VideoRetriever
+
+
 class Objective(nn.Module, ABC):
     """Computes the loss of a training batch; DistributedDataParallel wraps it.
 
@@ -105,6 +114,13 @@ class Objective(nn.Module, ABC):
 
     def choose(self) -> None:
         """Set `requires_grad` of what the objective created within CLIP. Called after the finetuning method chose."""
+
+    def start(self, config: Config, loaded: LoadedClip, open_other: Callable[[str], Opened]) -> None:
+        """Prepare what training needs besides the retriever, whose weights are those that the run starts from.
+
+        `loaded` is the retriever's CLIP. `open_other(source)` opens a run folder or a checkpoint. By default nothing is
+        prepared. Raise UserError for what the settings name and is not there, or is not what it should be.
+        """
 
     def second_view(self, config: Config) -> tuple[Config, Views] | None:
         """Return with which settings and how prepared each training video is read once more, as `TrainBatch.second`.

@@ -10,7 +10,6 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.data.loader import updates_per_epoch
 from adaclip_finetune.evaluation.tasks.base import Report
 from adaclip_finetune.training import measure
 from adaclip_finetune.training.device import make_accelerator
@@ -69,10 +68,9 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
     session = open_model(config, values="meta", learn=not config.do_inference)
     config, steps = session.config, 0
     if not config.do_inference:
-        entries = len(measure.readable_train_split(config, run).entries)
-        accumulation = config.gradient_accumulation_steps
+        plan = measure.readable_train_split(config, run).plan
         steps = sum(
-            phase.num_epochs * updates_per_epoch(entries, phase.batch_size, accumulation)
+            phase.num_epochs * plan.updates(phase.batch_size, config.gradient_accumulation_steps)
             for phase in session.method.phases(config.num_epochs, config.batch_size)
         )
     for annotation in sorted(filter(None, {config.test_annot, None if config.do_inference else config.val_annot})):

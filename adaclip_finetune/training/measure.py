@@ -15,8 +15,8 @@ from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
-from adaclip_finetune.evaluation.zero_shot import zero_shot_config
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
@@ -24,13 +24,12 @@ from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
-def train_loader(session: Session, run: RunFolder) -> TrainLoader:
+def train_loader(session: Session, split: TrainSplit) -> TrainLoader:
     """Return the loader of training batches for the model and the objective of a session."""
-    config, split = session.config, readable_train_split(session.config, run)
-    again = session.objective.second_view(config)
+    config, again = session.config, session.objective.second_view(session.config)
     reader = VideoReader(split.store, config, session.model.views())
     dataset = TrainDataset(split.entries, reader, again and VideoReader(split.store, *again))
-    return TrainLoader(dataset, config, session.loaded.tokenize)
+    return TrainLoader(dataset, config, session.loaded.tokenize, split.plan)
 
 
 def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:

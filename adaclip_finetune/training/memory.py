@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.config.choices import ObjectiveSettings
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
@@ -151,13 +152,15 @@ def attempt(call: Callable[[], R]) -> R | str:
 
 def blank_batch(config: Config, objective: Objective, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
     """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
-    again = objective.second_view(config)
+    again, settings = objective.second_view(config), objective.settings
+    halves = isinstance(settings, ObjectiveSettings) and settings.uses_unlabelled
     batch = TrainBatch(
         blank_videos(config.num_frm, objective.retriever.views(), size),
         [f"video {number}" for number in range(size)],
         tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
         torch.zeros(size, config.num_frm),
         again and blank_videos(again[0].num_frm, again[1], size),
+        torch.arange(size) % 2 == 0 if halves else None,
     )
     return batch, Group([batch.pairs()])
 

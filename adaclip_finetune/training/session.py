@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +25,7 @@ from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives import Objective, build_objective
+from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.processes import world_size
 from adaclip_finetune.training.device import describe_device, make_accelerator
@@ -170,8 +171,10 @@ def open_model(
     if state is not None and checkpoint is not None:
         _fill(model, state, checkpoint, config)
         method.reset(model)
+    if learn:
+        objective.start(config, loaded, partial(_open_other, values=values))
     if accelerator is not None:
-        model.to(accelerator.device)
+        objective.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
     if learn and not any(parameter.requires_grad for parameter in objective.parameters()):
         raise UserError("nothing is left to train: drop freeze_clip, or use a frame selector (use_policy) or frame_agg")
@@ -185,6 +188,13 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
     session = open_model(config, checkpoint, accelerator=make_accelerator(config), learn=False)
     session.model.eval()
     return session
+
+
+def _open_other(source: str, values: Values) -> Opened:
+    """Return the model in a run folder or weights file, on the CPU, with nothing learning."""
+    checkpoint, config = find_checkpoint(source, {})
+    session = open_model(config, checkpoint, values, learn=False)
+    return Opened(session.config, session.loaded, session.model.requires_grad_(False).eval())
 
 
 def find_checkpoint(

@@ -30,8 +30,8 @@ from adaclip_finetune import report
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import same_captions
 from adaclip_finetune.data.dataset import TrainBatch
-from adaclip_finetune.data.loader import nothing_readable, updates_per_epoch
-from adaclip_finetune.data.queries import fingerprint
+from adaclip_finetune.data.loader import nothing_readable
+from adaclip_finetune.data.queries import digest_of_queries
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report
@@ -189,13 +189,16 @@ class Trainer:
             self._settle_batch_sizes()
         self.config = config = session.config
         self.model, self.objective = session.model, session.objective
-        self.data = measure.train_loader(session, run)
+        split = measure.readable_train_split(config, run)
+        for phase in session.method.phases(config.num_epochs, config.batch_size):
+            split.plan.num_batches(phase.batch_size)  # refuses parts that are too small
+        self.data = measure.train_loader(session, split)
         stack.callback(self.data.close)
         self.task = measure.build_task(config, self.validation, session.loaded, self.model, "validation")
         stack.callback(self.task.close)
         measure.say_cut(session.loaded, self.test.queries.texts, config.max_txt_len, self.test_name, run)
-        entries = self.data.dataset.entries
-        self._digests = fingerprint(entries, validation=self.validation.queries, test=self.test.queries)
+        evaluated = {"validation": self.validation.queries, "test": self.test.queries}
+        self._digests = {"training": split.digest} | {n: digest_of_queries(q) for n, q in evaluated.items()}
         if any(digests != self._digests for digests in gather_objects(self._digests)):
             raise UserError("the processes of this run read different data: other captions, or other readable videos")
         # Updates so far, the epoch (from 0), its finished batches, and the length of the current schedule.
@@ -243,8 +246,7 @@ class Trainer:
             if self.epoch <= epochs.start and not self.batch:
                 self._prepared = False  # Each phase has its own optimizer and schedule.
             for epoch in range(max(epochs.start, self.epoch), epochs.stop):
-                accumulated = self.config.gradient_accumulation_steps
-                updates = updates_per_epoch(len(self.data.dataset), phase.batch_size, accumulated)
+                updates = self.data.plan.updates(phase.batch_size, self.config.gradient_accumulation_steps)
                 # A resumed epoch has already told the method that it began.
                 changed = not self.batch and self.session.method.on_epoch_start(epoch)
                 if changed:

@@ -149,6 +149,11 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
         ("f.json", {"database": {}}, "youcook2 --data"),
         ("f.json", '{"clip_id": "a", "text": "x"}\n{"clip_id": "b", "text": "y"}\n', "clipvip --train"),
         ("f.jsonl", '{"video": "a", "caption": "x"}\n{"video": "b", "caption": "y"}\n', "table --video-column NAME"),
+        (
+            "f.jsonl",
+            '{"video": "a", "sentences": ["x"]}\n{"video": "b", "sentences": []}',
+            "table --video-column video --caption-column sentences",
+        ),
         ("my table.csv", 'key,"video_id",text\n', "table --video-column NAME --caption-column NAME"),
     ],
 )

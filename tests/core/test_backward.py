@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_tiny_clip
-from tiny import SMALL, VOCABULARY, build_retriever, random_tokens, random_videos
+from tiny import SMALL, VOCABULARY, build_retriever, loaded, random_tokens, random_videos
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
@@ -38,13 +39,19 @@ def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
     method = build_method(config)
     method.attach(clip)
     model = build_retriever(clip, **settings)
-    objective = build_objective(config, model).double().train()
+    objective = build_objective(config, model)
+    objective.start(config, loaded(clip), Mock())
+    objective.double().train()
     choose_what_learns(method, model, config)
     objective.choose()
     noise = torch.rand(PAIRS, 6, generator=torch.Generator().manual_seed(5))
     videos = random_videos(PAIRS, view=(1, 8, 8) if model.views().selector else None)
     videos.video_ids[3] = videos.video_ids[0]
-    batch = TrainBatch(videos, [f"caption {n}" for n in range(PAIRS)], random_tokens(PAIRS), noise)
+    again = objective.second_view(config)
+    second = again and random_videos(PAIRS, again[0].num_frm, view=None)
+    labelled = torch.tensor([True, False, False, True, False]) if objective.settings.uses_unlabelled else None
+    captions = [f"caption {n}" for n in range(PAIRS)]
+    batch = TrainBatch(videos, captions, random_tokens(PAIRS), noise, second, labelled)
     return objective, batch, Group([batch.pairs()])
 
 

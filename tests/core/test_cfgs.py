@@ -20,6 +20,7 @@ OTHERS = {  # recipe → frames, batch, tower
     "center-clip-activitynet": (60, 128, "clustering"),
     "dgl-msrvtt": (12, 128, "global_local"),
     "dgl-activitynet": (64, 16, "global_local"),
+    "fitclip-webvid": (4, 128, "per_frame"),
 }
 PARTS = sorted((CFGS / "peft").glob("*.json"))
 KEYWORDS = ("ln_post", "visual.proj", "ln_final", "text_projection", "logit_scale")

@@ -24,6 +24,7 @@ DEFAULTS = {
     "dataset": "videos", "output_dir": "output", "tensorboard_dir": None, "train_annot": None, "val_annot": None,
     "test_annot": None, "frames_dir": None, "clip_backbone": "ViT-B/32", "policy_backbone": "mobilenet_v3_large",
     "rnn": "transformer", "mlp_type": "mlp", "sim_header": "meanP", "concat_captions": "concat", "sampling": "uniform",
+    "augmentation": None,
     "optim": "bertadam", "hidden_dim": 512, "mlp_hidden_dim": 1024, "rescale_size": 56, "word_agg_temp": 1,
     "frame_agg_temp": 1, "freeze_layer_num": 0, "top_k": 8, "max_txt_len": 20, "num_frm": 16, "num_frm_subset": 0,
     "img_tmpl": "image_{:05d}.jpg", "batch_size": 32, "val_batch_size": 500, "num_epochs": 30, "warmup_epochs": 0,
@@ -117,7 +118,7 @@ def test_flags_override_the_file_which_overrides_defaults(write: Write) -> None:
         *[("use_policy", value, "true or false") for value in (1, "false")],
         ("rnn", "gru", "one of transformer, lstm, bilstm"),
         ("frame_agg", "none", "one of mlp, transformer, qscore, or null"),
-        *[("train_annot", value, "the path of a file, or null") for value in ("", 3)],
+        *[("val_annot", value, "the path of a file, or null") for value in ("", 3)],
         ("dataset", "../elsewhere", "a name of letters, digits, dots, dashes and underscores"),
         *[
             ("img_tmpl", value, "a file name with one place for the number, as in image_{:05d}.jpg")

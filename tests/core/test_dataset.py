@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from loading import (
     COUNTS,
     GREY,
@@ -25,8 +23,8 @@ from media import index_of
 from adaclip_finetune.config import ADAPTATIONS, OBJECTIVES, PEFT, TASKS, TOWERS
 from adaclip_finetune.data.dataset import collate
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.loader import epoch_batches, updates_per_epoch
-from adaclip_finetune.data.preprocess import to_square
+from adaclip_finetune.data.preprocess import draw_crop_flip, to_square
+from adaclip_finetune.data.sampling import generator
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +75,24 @@ def test_draws_of_an_entry_depend_on_seed_and_epoch_but_not_on_its_batch(store: 
     assert rows(4, 2) != rows(3, 2) and rows(4, 2) != rows(4, 2, seed=1)
 
 
+def test_a_clip_is_augmented_in_training_only_and_anew_in_each_epoch(store: FrameFolder) -> None:
+    given = {"augmentation": "crop_flip", "sampling": "uniform", "num_frm": 2}
+    plain, reader = make_reader(store, sampling="uniform", num_frm=2), make_reader(store, **given)
+    whole = plain.read("c")
+    assert np.array_equal(reader.read("c").frames, whole.frames)
+    seen = set()
+    for epoch in range(8):
+        drawn, again = (reader.read("c", generator("frames", 0, epoch)) for _ in range(2))
+        assert np.array_equal(drawn.frames, again.frames) and drawn.indices.tolist() == whole.indices.tolist()
+        part = draw_crop_flip(66, 130, generator("frames", 0, epoch))
+        pixels = store.read("c", drawn.indices.tolist())
+        assert drawn.policy_frames is not None
+        assert np.array_equal(drawn.frames, to_square(pixels, IMAGE, part))  # one part for all frames and views
+        assert np.array_equal(drawn.policy_frames, to_square(pixels, GREY, part))
+        seen.add(drawn.frames.tobytes())
+    assert len(seen) == 8
+
+
 def test_an_epoch_goes_on_in_the_middle(store: FrameFolder) -> None:
     whole = as_lists(make_train_loader(store).epoch(1, batch_size=2))
     assert as_lists(make_train_loader(store).epoch(1, batch_size=2, start=1)) == whole[1:]
@@ -88,21 +104,6 @@ def test_every_config_reaches_worker_processes() -> None:
         for method in table:
             config = make_config(num_epochs=3, **{section: {"method": method}})
             assert pickle.loads(pickle.dumps(config)) == config, method
-
-
-@settings(deadline=None, max_examples=50)
-@given(num_entries=st.integers(1, 200), batch_size=st.integers(1, 60), epoch=st.integers(0, 3))
-def test_epoch_batches(num_entries: int, batch_size: int, epoch: int) -> None:
-    batches = epoch_batches(num_entries, batch_size, seed=3, epoch=epoch)
-    assert sorted(index for batch in batches for index in batch) == list(range(num_entries))
-    sizes = [len(batch) for batch in batches]
-    if num_entries > 1 and batch_size > 1:
-        assert min(sizes) >= 2
-    assert max(sizes) <= (batch_size if batch_size != 2 else 3)
-    if batch_size != 2:
-        assert len(batches) == updates_per_epoch(num_entries, batch_size, 1) == -(-num_entries // batch_size)
-    if num_entries > 50:
-        assert len({tuple(epoch_batches(num_entries, 500, seed, epoch)[0]) for seed in range(3)}) == 3
 
 
 def test_a_batch_without_a_readable_video_is_blank(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms as T
 
-from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise, to_square
+from adaclip_finetune.data.preprocess import IMAGENET, CropFlip, ImageSpec, draw_crop_flip, normalise, to_square
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(240, 320), (321, 239), (33, 500), (501, 57), (224, 398), (398, 224), (64, 64), (65, 64), (7, 5), (225, 225)]
@@ -59,3 +59,36 @@ def test_stretched_frames_are_those_of_clip_vip_but_for_rounding() -> None:
         found = to_square([case["frame"].numpy()], ImageSpec(56, MEAN, STD, resize_mode="squash"))
         apart = normalise(torch.from_numpy(found), MEAN, STD)[0] - case["pixels"]
         assert float((apart * torch.tensor(STD)[:, None, None]).abs().max()) < 1.1 / 255
+
+
+def test_a_part_of_frames_is_stretched_and_mirrored_as_torchvision_does() -> None:
+    frames, spec = random_frames(90, 160), ImageSpec(32, MEAN, STD)
+    for mirrored, name in ((False, "bilinear"), (True, "bicubic")):
+        found = to_square(frames, spec, CropFlip(10 / 90, 20 / 160, 60 / 90, 70 / 160, mirrored, name))
+        for frame, ours in zip(frames, found, strict=True):
+            image = T.functional.resized_crop(
+                Image.fromarray(frame), 10, 20, 60, 70, [32, 32], T.InterpolationMode(name)
+            )
+            theirs = np.asarray(T.functional.hflip(image) if mirrored else image)
+            assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1, (
+                "mirrored before, not after, resizing"
+            )
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (360, 640), (320, 240), (500, 33), (1, 1)])
+def test_drawn_parts_are_like_those_of_torchvision(height: int, width: int) -> None:
+    random = np.random.default_rng(0)
+    torch.manual_seed(0)
+    drawn = [draw_crop_flip(height, width, random) for _ in range(400)]
+    theirs = [
+        T.RandomResizedCrop.get_params(torch.empty(3, height, width), [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(400)
+    ]
+    ours = [(part.top * height, part.left * width, part.height * height, part.width * width) for part in drawn]
+    for one, other in zip(np.array(ours).T, np.array(theirs, float).T, strict=True):
+        assert one.mean() == pytest.approx(other.mean(), abs=6 * other.std() / 400**0.5 + 1e-9)
+    for part in drawn:
+        assert part.top + part.height <= 1 + 1e-9 and part.left + part.width <= 1 + 1e-9
+        size = part.cut(random_frames(height, width)[0]).shape[:2]
+        assert size == (round(part.height * height), round(part.width * width))
+    assert 150 < sum(part.mirrored for part in drawn) < 250
+    assert 150 < sum(part.interpolation == "bicubic" for part in drawn) < 250

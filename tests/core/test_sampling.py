@@ -10,7 +10,7 @@ from golden import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaclip_finetune.data.sampling import frame_indices, generator
+from adaclip_finetune.data.sampling import Shuffle, frame_indices, generator
 
 # 2 s at 25 frames a second, then 6 s at 1 frame a second
 SLOWING = np.concatenate([np.arange(50) / 25, 2.0 + np.arange(6)])
@@ -131,3 +131,22 @@ def test_draws_depend_on_stream_seed_epoch_and_index_alone() -> None:
     drawn = {tuple(frame_indices(100, 5, random=generator(*draw)).tolist()) for draw in others}
     assert frame_indices(100, 5, random=generator("frames", 7, 3, 11)).tolist() == [80, 84, 87, 89, 92]
     assert len(drawn) == 4 and (80, 84, 87, 89, 92) not in drawn
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(1, 3000), seed=st.integers(0, 9))
+def test_a_shuffle_gives_each_number_once_and_in_any_pieces(size: int, seed: int) -> None:
+    shuffle = Shuffle(size, generator("shuffle", seed, 0))
+    order = shuffle(np.arange(size))
+    assert sorted(order) == list(range(size))
+    pieces = [shuffle(np.arange(start, min(start + 7, size))) for start in range(0, size, 7)]
+    assert np.array_equal(np.concatenate(pieces), order)
+
+
+def test_a_shuffle_is_near_to_a_random_permutation() -> None:
+    orders = [Shuffle(1000, generator("shuffle", seed, 0))(np.arange(1000)) for seed in range(200)]
+    firsts = Counter(int(order[0]) // 100 for order in orders)
+    assert len(firsts) == 10 and max(firsts.values()) < 50
+    follows = np.mean([np.abs(np.diff(order)).mean() for order in orders])
+    assert abs(follows - 1001 / 3) < 3  # the expected distance of neighbours in a random permutation of 1000
+    assert abs(np.mean([np.corrcoef(order, np.arange(1000))[0, 1] for order in orders])) < 0.01

@@ -134,7 +134,8 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
     texts = session.loaded.tokenize([f"a thing of number {number}" for number in range(count)], config.max_txt_len)
     videos = VideoBatch(frames, indices >= 0, None, indices, ids[rows])
     captions = [f"thing {number % 3}" for number in range(count)]  # and some captions
-    batch = TrainBatch(videos, captions[rows], texts[rows], torch.zeros(indices.shape))
+    second, labelled = objective.second_view(config) and videos, torch.arange(count) % 3 != 0
+    batch = TrainBatch(videos, captions[rows], texts[rows], torch.zeros(indices.shape), second, labelled[rows])
     pairs = list(zip(ids, captions, strict=True))
     group = Group([pairs[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))])
     wrapped = accelerator.prepare(objective).train()  # which the backward pass needs as well
@@ -145,11 +146,14 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
 
 
 @pytest.mark.parametrize("chunk", [0, 2, 1])
-@pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
+@pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation"])
 def test_processes_that_share_a_batch_have_the_gradients_of_one(
     objective: str, chunk: int, project: Project, tmp_path: Path
 ) -> None:
     given = {**project, "objective": {"method": objective}, "warmup_epochs": 0, "use_policy": False, "num_frm": 2}
+    if objective == "distillation":
+        given |= {"train_annot": [{"annotation": "a.json"}, {"annotation": "b.json", "labelled": False}]}
+        given["objective"] = {"method": objective, "config": {"fit_temperature": True}}
     shares = [3, 2, 1]
     _gradients(given, shares, 0, tmp_path / "one.pt")
     assert spread(_gradients, 3, tmp_path / "log", given, shares, chunk, tmp_path / "three.pt") == [0, 0, 0]

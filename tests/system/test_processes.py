@@ -63,7 +63,28 @@ def train_in_float64(settings: Project, result: Path) -> None:
 def test_processes_follow_one_process_on_the_whole_batch(
     settings: Project, processes: int, project: Project, tmp_path: Path
 ) -> None:
-    given = {**project, "no_output": True, "seed": 3, **settings}
+    compare_with_one_process({**project, "no_output": True, "seed": 3, **settings}, processes, tmp_path)
+
+
+def test_processes_share_every_part_of_a_mixture(project: Project, tmp_path: Path) -> None:
+    """The second part starts again in the middle of a batch."""
+    listed = json.loads(Path(project["train_annot"]).read_text())
+    for name, videos in {"a": list(listed)[:8], "b": list(listed)[8:11]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({video: listed[video] for video in videos}))
+    parts = [{"annotation": str(tmp_path / f"{name}.json"), "per_batch": rows} for name, rows in (("a", 3), ("b", 2))]
+    given = {
+        **project,
+        "no_output": True,
+        "seed": 3,
+        "train_annot": parts,
+        "batch_size": 5,
+        "num_epochs": 1,
+        "coef_lr": 1.0,
+    }
+    compare_with_one_process(given | {"sampling": "random", "concat_captions": "indep-one"}, 2, tmp_path)
+
+
+def compare_with_one_process(given: Project, processes: int, tmp_path: Path) -> None:
     log, one, several = (tmp_path / name for name in ("log", "one.pt", "several.pt"))
     train_in_float64(given, one)
     assert spread(train_in_float64, processes, log, given, several) == [0] * processes, log.read_text()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from adaclip_finetune import report
 from adaclip_finetune.config import load_config
-from adaclip_finetune.data.loader import epoch_batches
+from adaclip_finetune.data.batches import BatchPlan
 from adaclip_finetune.data.readable import UnreadableVideos
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.objectives import contrastive
@@ -344,7 +344,7 @@ def test_a_dry_run_counts_and_writes_nothing(
     dry_run(config, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"parameters", "gflops", "steps"}
-    assert found["steps"] == 3 * len(epoch_batches(12, 4, 0, 0)) == len(events(trained[1], "train"))
+    assert found["steps"] == 3 * BatchPlan((12,), 0).num_batches(4) == len(events(trained[1], "train"))
     assert found["parameters"] == trained[0].metrics["parameters"]
     assert list(tmp_path.iterdir()) == []
 

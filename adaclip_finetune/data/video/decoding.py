@@ -1,4 +1,4 @@
-"""Open a video file with PyAV, and decode it in order, from its first frame to its last sound one.
+"""Open a video with PyAV, and decode it in order, from its first frame to its last sound one.
 
 Only plain containers are opened, and only from disk: FFmpeg would follow a playlist or script that is called .mp4 to
 other files and addresses.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,18 @@ Frame = NDArray[np.uint8]
 Stopped = Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class Member:
+    """A video inside another file, such as a tar file: the `size` bytes from `start` on."""
+
+    path: Path
+    start: int
+    size: int
+
+
+Source = Path | Member
+
+
 class BrokenVideo(Exception):
     """A file that cannot give the frames asked for. The message is the reason, without the file's name."""
 
@@ -36,15 +49,21 @@ class BrokenVideo(Exception):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     """Open a file and give its container and video stream. Errors of FFmpeg in the body become BrokenVideo.
 
     The decoder has one thread, because many workers read at once, and it reports damage instead of concealing it, so
     that a damaged file does not silently become other training data.
     """
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    url, protocols = f"file:{source}", "file"
+    if isinstance(source, Member):  # FFmpeg reads these bytes alone, without a call into Python
+        if not source.size:
+            raise BrokenVideo("the file is empty")
+        end = source.start + source.size
+        url, protocols = f"subfile,,start,{source.start},end,{end},,:file:{source.path}", "file,subfile"
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": protocols}
     try:
-        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+        with av.open(url, container_options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise BrokenVideo("it holds no video stream" + ("" if stream is None else ", only a cover picture"))
@@ -54,7 +73,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = reason_of(error)
         if isinstance(error, av.InvalidDataError | av.EOFError):
-            empty = path.stat().st_size == 0
+            empty = isinstance(source, Path) and source.stat().st_size == 0
             reason = "the file is empty" if empty else f"it is no video of a known kind, or was cut off ({reason})"
         raise BrokenVideo(reason) from None
 
@@ -76,13 +95,13 @@ def never() -> bool:
     return False
 
 
-def sound_frames(path: Path, stopped: Stopped = never, num_packets: int | None = None) -> Iterator[Any]:
+def sound_frames(source: Source, stopped: Stopped = never, num_packets: int | None = None) -> Iterator[Any]:
     """Decode every frame in order, up to a broken tail; of the first `num_packets` only, if that is given.
 
     Raises BrokenVideo for damage in the middle.
     """
     decoded, damaged_at, damage, goes_on = 0, 0, "", False
-    with opened(path) as (container, stream):
+    with opened(source) as (container, stream):
         may_start_anywhere = container.format.name == "mpegts"  # recordings begin between key frames
         packets = packets_of(container, stream)
         for at, packet in enumerate(packets if num_packets is None else chain(islice(packets, num_packets), [None])):
@@ -108,7 +127,7 @@ def sound_frames(path: Path, stopped: Stopped = never, num_packets: int | None =
                     yield frame
     if damage and num_packets is None:
         # A decoder that fails may have lost a sound frame that it held back, and would now return the damaged one.
-        for frame in islice(sound_frames(path, stopped, damaged_at), decoded, None):
+        for frame in islice(sound_frames(source, stopped, damaged_at), decoded, None):
             decoded += 1
             yield frame
     if goes_on:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import av
@@ -19,6 +18,7 @@ import numpy as np
 from adaclip_finetune.data.video.decoding import (
     BrokenVideo,
     Frame,
+    Source,
     Stopped,
     never,
     opened,
@@ -29,7 +29,7 @@ from adaclip_finetune.data.video.decoding import (
 from adaclip_finetune.data.video.index import FrameIndex
 
 
-def read_frames(path: Path, index: FrameIndex, indices: Sequence[int]) -> Frame | list[Frame]:
+def read_frames(source: Source, index: FrameIndex, indices: Sequence[int]) -> Frame | list[Frame]:
     """Return the frames with these indices, in any order and repeated at will: RGB (n, H, W, 3).
 
     Where frames differ in size, it is a list of arrays (H, W, 3). Raises BrokenVideo.
@@ -37,27 +37,29 @@ def read_frames(path: Path, index: FrameIndex, indices: Sequence[int]) -> Frame 
     wanted = sorted(set(indices))
     if wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of {index.num_frames}")
-    found = _by_seeking(path, index, wanted)
+    found = _by_seeking(source, index, wanted)
     if rest := [i for i in wanted if i not in found]:
-        found |= dict(_in_order(path, index, rest, never))
+        found |= dict(_in_order(source, index, rest, never))
     frames = [found[i] for i in indices]
     return np.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames
 
 
-def scan_frames(path: Path, index: FrameIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
+def scan_frames(source: Source, index: FrameIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
     """Give every frame with its index, in order, in one pass: RGB (H, W, 3), perhaps of several sizes.
 
     `stopped` is asked before each packet and ends the scan early. Raises BrokenVideo at the first damaged frame.
     """
-    return _in_order(path, index, range(index.num_frames), stopped)
+    return _in_order(source, index, range(index.num_frames), stopped)
 
 
-def _in_order(path: Path, index: FrameIndex, wanted: Sequence[int], stopped: Stopped) -> Iterator[tuple[int, Frame]]:
+def _in_order(
+    source: Source, index: FrameIndex, wanted: Sequence[int], stopped: Stopped
+) -> Iterator[tuple[int, Frame]]:
     """Decode from the start and give the wanted frames (ascending). Raises BrokenVideo if one is not there."""
     waiting, damage = deque(wanted), ""
     number = _numbers(index, range(index.num_frames)) if index.keys is not None else None
     try:
-        for count, frame in enumerate(sound_frames(path, stopped)):
+        for count, frame in enumerate(sound_frames(source, stopped)):
             i = count if number is None else number.get(frame.pts, -1)
             if i > waiting[0]:
                 break
@@ -73,7 +75,7 @@ def _in_order(path: Path, index: FrameIndex, wanted: Sequence[int], stopped: Sto
         raise BrokenVideo(f"frame {waiting[0] + 1} of {index.num_frames} cannot be decoded{damage}", "damaged")
 
 
-def _by_seeking(path: Path, index: FrameIndex, wanted: Sequence[int]) -> dict[int, Frame]:
+def _by_seeking(source: Source, index: FrameIndex, wanted: Sequence[int]) -> dict[int, Frame]:
     """Decode from the nearest key frames. Damaged frames, and all that the container does not seek to, are left out."""
     found: dict[int, Frame] = {}
     if index.keys is None:
@@ -82,7 +84,7 @@ def _by_seeking(path: Path, index: FrameIndex, wanted: Sequence[int]) -> dict[in
     by_key: dict[int, set[int]] = {}
     for pts in number:
         by_key.setdefault(int(np.searchsorted(index.keys, pts, side="right")) - 1, set()).add(pts)
-    with opened(path) as (container, stream):
+    with opened(source) as (container, stream):
         for key, group in sorted(by_key.items()):
             with suppress(av.FFmpegError):  # decoding from the start will tell
                 for frame in _decoded_from(container, stream, index.keys[max(key - 1, 0) : key + 1].tolist(), group):

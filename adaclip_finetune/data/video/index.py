@@ -23,7 +23,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.video.decoding import BrokenVideo, opened, packets_of, sound_frames
+from adaclip_finetune.data.video.decoding import BrokenVideo, Source, opened, packets_of, sound_frames
 from adaclip_finetune.durable import write_durably
 
 # Packets are frames in containers that keep both times of every packet, for codecs that put one frame into each.
@@ -78,9 +78,9 @@ class FrameIndex:
         return ShownTimes(max(length, last), list(shown), True, True)
 
 
-def index_video(path: Path) -> FrameIndex:
+def index_video(source: Source) -> FrameIndex:
     """Count and locate the frames of a video that has at least one. Raises BrokenVideo."""
-    with opened(path) as (container, stream):
+    with opened(source) as (container, stream):
         facts = {
             "tick": float(stream.time_base) if stream.time_base else math.nan,
             "begins": (container.start_time or 0) / av.time_base,
@@ -91,9 +91,9 @@ def index_video(path: Path) -> FrameIndex:
         by_packets = kind in TIMED_CONTAINERS and codec in ONE_FRAME_A_PACKET
         pts, keys = _pts_and_keys(packets_of(container, stream)) if by_packets else (None, None)
     # A stream that starts in the middle loses its first frames: then packets do not tell the frames.
-    if pts is not None and next((frame.pts for frame in sound_frames(path)), None) == pts[0]:
+    if pts is not None and next((frame.pts for frame in sound_frames(source)), None) == pts[0]:
         return FrameIndex(len(pts), pts, keys, **facts)
-    shown: list[int | None] = [frame.pts for frame in sound_frames(path)]
+    shown: list[int | None] = [frame.pts for frame in sound_frames(source)]
     if not shown:
         raise BrokenVideo("it holds no video frame")
     pts = np.array(shown, np.int64) if kind in SHOWN_IN and None not in shown else None
@@ -175,12 +175,16 @@ class IndexCache:
 
     def _file(self) -> Path:
         """Return the file of this folder. Raises RuntimeError for a user without a home."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG Base Directory Specification
-        cache = cache if cache.is_absolute() else Path.home() / ".cache"
         # Another FFmpeg may see other frames in the same video.
         key = f"{FORMAT} {av.ffmpeg_version_info} {os.path.realpath(self._folder)}"
         name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
-        return cache / "adaclip-finetune" / "videos" / f"{name}.json.gz"
+        return cache_folder() / "videos" / f"{name}.json.gz"
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what only saves time. Raises RuntimeError for a user without a home."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG Base Directory Specification
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "adaclip-finetune"
 
 
 def pack_index(index: FrameIndex) -> bytes:

@@ -1,5 +1,7 @@
-"""The zero-shot baseline that every finetune has to beat: the pretrained towers, as many uniform frames as the run
-encodes, and their mean."""
+"""The settings of the pretrained towers alone: as many uniform frames as the run encodes, and their mean.
+
+They are the zero-shot baseline, which every finetune has to beat, and the default teacher of `objective: distillation`.
+"""
 
 from __future__ import annotations
 

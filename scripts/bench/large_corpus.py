@@ -43,11 +43,11 @@ def main() -> None:
 
 def measure(annotation: Path, batch_size: int) -> None:
     """Print the seconds and the peak memory in MiB after each step, as JSON."""
+    found, last = {}, time.perf_counter()
+
     from adaclip_finetune.config import load_config
     from adaclip_finetune.data.splits import train_split
     from adaclip_finetune.training import trainer  # noqa: F401  # what a run imports
-
-    found, last = {}, time.perf_counter()
 
     def note(step: str) -> None:
         nonlocal last

@@ -21,6 +21,7 @@ from adaclip_finetune.config.base import Contradictions, Problem, Role, Settings
 from adaclip_finetune.config.choices import (
     AdaptationSection,
     ObjectiveSection,
+    ObjectiveSettings,
     PeftSection,
     TaskSection,
     TaskSettings,
@@ -258,6 +259,12 @@ class Config(Settings):
     def tuned_figure(self) -> str:
         """The figure that hyperparameter tuning optimises."""
         return (self.optuna_cfg and self.optuna_cfg.objective) or self.primary_figure
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the objective learns from auxiliary captions."""
+        chosen = None if self.objective is None else self.objective.config
+        return isinstance(chosen, ObjectiveSettings) and chosen.uses_auxiliary
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """The annotation file, which lists videos and what is said about each.
 
-    {"video_name": {"sentences": ["…", …], "extension"?, "timestamps"?, "duration"?, "start"?, "end"?, "group"?}, …}
+    {"video_name": {"sentences": ["…", …], "auxiliary"?, "extension"?, "timestamps"?, "duration"?, "start"?, "end"?,
+     "group"?}, …}
 
 Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here.
 """
@@ -62,7 +63,8 @@ Seconds = Annotated[Number, Field(ge=0)]
 class VideoAnnotation:
     """One video. Times are in seconds; `start` and `end` cut a clip out of the file that `group` names.
 
-    `group` is the source video: two clips of one group in different splits are leakage.
+    `group` is the source video: two clips of one group in different splits are leakage. `auxiliary` are captions that
+    are used beside the sentences in training, such as those that a model made of the middle frame.
     """
 
     video_id: str
@@ -73,6 +75,7 @@ class VideoAnnotation:
     start: Seconds | None = None
     end: Seconds | None = None
     group: Text | None = None
+    auxiliary: tuple[Text, ...] = ()
 
 
 KEYS = tuple(field.name for field in fields(VideoAnnotation) if field.name != "video_id")

@@ -90,9 +90,17 @@ class TrainLoader:
         if collated.videos is None or collated.noise is None:
             reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
-            return TrainBatch(_no_video(reader), [], tokens, noise, _no_video(again) if again else None)
+            second = _no_video(again) if again else None
+            return TrainBatch(_no_video(reader), [], tokens, noise, second, *self._auxiliary([""]))
         tokens = self.tokenize(collated.texts, self.config.max_txt_len)
-        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second)
+        auxiliary = self._auxiliary(collated.auxiliary)
+        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, *auxiliary)
+
+    def _auxiliary(self, captions: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Return the token ids of auxiliary captions and which of them are not "", if the objective uses them."""
+        if not self.config.uses_auxiliary:
+            return ()
+        return self.tokenize(captions, self.config.max_txt_len), torch.tensor([text != "" for text in captions])
 
 
 def _no_video(reader: VideoReader) -> VideoBatch:

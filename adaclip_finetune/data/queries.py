@@ -21,16 +21,19 @@ from adaclip_finetune.data.sampling import generator
 
 @dataclass(frozen=True)
 class TrainEntry:
-    """One row of the training set: a video, and the sentences from which each epoch takes one."""
+    """One row of the training set: a video, and the sentences and auxiliary captions of which each epoch takes one."""
 
     video_id: str
     sentences: tuple[str, ...]
+    auxiliary: tuple[str, ...] = ()
 
     def sentence(self, seed: int, epoch: int, index: int) -> str:
         """Return the sentence of this epoch; `index` is the entry's place in the training set."""
-        if len(self.sentences) == 1:
-            return self.sentences[0]
-        return self.sentences[generator("caption", seed, epoch, index).integers(len(self.sentences))]
+        return _drawn("caption", self.sentences, seed, epoch, index)
+
+    def auxiliary_caption(self, seed: int, epoch: int, index: int) -> str:
+        """Return the auxiliary caption of this epoch, "" if the video has none."""
+        return _drawn("auxiliary", self.auxiliary, seed, epoch, index) if self.auxiliary else ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,12 @@ class Queries:
 def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> list[TrainEntry]:
     """Return the training set, in the order of the annotation."""
     if concat_captions == "indep-one":
-        return [TrainEntry(video.video_id, video.sentences) for video in videos]
-    return [TrainEntry(video.video_id, (text,)) for video in videos for text in _texts(video, concat_captions)]
+        return [TrainEntry(video.video_id, video.sentences, video.auxiliary) for video in videos]
+    return [
+        TrainEntry(video.video_id, (text,), video.auxiliary)
+        for video in videos
+        for text in _texts(video, concat_captions)
+    ]
 
 
 def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) -> Queries:
@@ -74,10 +81,14 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
 
 def fingerprint(entries: Sequence[TrainEntry], **evaluated: Queries) -> dict[str, str]:
     """Return digests of the training set and of each evaluation, by which a resumed run recognises its data."""
-    parts: dict[str, object] = {"training": [(entry.video_id, entry.sentences) for entry in entries]}
+    parts: dict[str, object] = {"training": [(entry.video_id, entry.sentences, entry.auxiliary) for entry in entries]}
     for name, queries in evaluated.items():
         parts[name] = (queries.texts, queries.video_of_text.tolist(), queries.video_ids)
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _drawn(stream: str, texts: tuple[str, ...], seed: int, epoch: int, index: int) -> str:
+    return texts[generator(stream, seed, epoch, index).integers(len(texts))] if len(texts) > 1 else texts[0]
 
 
 def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:

@@ -27,6 +27,11 @@ from adaclip_finetune.weights.loaded import LoadedClip
 def train_loader(session: Session, run: RunFolder) -> TrainLoader:
     """Return the loader of training batches for the model and the objective of a session."""
     config, split = session.config, readable_train_split(session.config, run)
+    if config.uses_auxiliary and not any(entry.auxiliary for entry in split.entries):
+        raise UserError(
+            f"objective auxiliary_captions: no training video of {config.train_annot} has an auxiliary caption.\n"
+            'Give captions under the key "auxiliary", or take objective.config.loss v_s, which needs none'
+        )
     again = session.objective.second_view(config)
     reader = VideoReader(split.store, config, session.model.views())
     dataset = TrainDataset(split.entries, reader, again and VideoReader(split.store, *again))

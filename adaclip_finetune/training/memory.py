@@ -152,12 +152,14 @@ def attempt(call: Callable[[], R]) -> R | str:
 def blank_batch(config: Config, objective: Objective, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
     """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
     again = objective.second_view(config)
+    tokens = tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len)
     batch = TrainBatch(
         blank_videos(config.num_frm, objective.retriever.views(), size),
         [f"video {number}" for number in range(size)],
-        tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
+        tokens,
         torch.zeros(size, config.num_frm),
         again and blank_videos(again[0].num_frm, again[1], size),
+        *((tokens, torch.ones(size, dtype=torch.bool)) if config.uses_auxiliary else ()),
     )
     return batch, Group([batch.pairs()])
 

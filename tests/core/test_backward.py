@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
-    """Return an objective in float64 and a batch of five pairs, two of one video."""
+    """Return an objective in float64 and a batch of five pairs, two of one video, one without auxiliary caption."""
     config, clip = load_config(None, SMALL | settings), build_tiny_clip(vocabulary=VOCABULARY)
     method = build_method(config)
     method.attach(clip)
@@ -44,7 +44,15 @@ def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
     noise = torch.rand(PAIRS, 6, generator=torch.Generator().manual_seed(5))
     videos = random_videos(PAIRS, view=(1, 8, 8) if model.views().selector else None)
     videos.video_ids[3] = videos.video_ids[0]
-    batch = TrainBatch(videos, [f"caption {n}" for n in range(PAIRS)], random_tokens(PAIRS), noise)
+    again, tokens = objective.second_view(config), random_tokens(PAIRS)
+    batch = TrainBatch(
+        videos,
+        [f"caption {n}" for n in range(PAIRS)],
+        tokens,
+        noise,
+        again and random_videos(PAIRS, again[0].num_frm, view=None),
+        *((tokens.flip(1), torch.arange(PAIRS) != 1) if config.uses_auxiliary else ()),
+    )
     return objective, batch, Group([batch.pairs()])
 
 

@@ -91,16 +91,17 @@ class TrainLoader:
             reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
             second = _no_video(again) if again else None
-            return TrainBatch(_no_video(reader), [], tokens, noise, second, *self._auxiliary([""]))
+            return self._with_auxiliary(TrainBatch(_no_video(reader), [], tokens, noise, second), [""])
         tokens = self.tokenize(collated.texts, self.config.max_txt_len)
-        auxiliary = self._auxiliary(collated.auxiliary)
-        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, *auxiliary)
+        batch = TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second)
+        return self._with_auxiliary(batch, collated.auxiliary)
 
-    def _auxiliary(self, captions: list[str]) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Return the token ids of auxiliary captions and which of them are not "", if the objective uses them."""
+    def _with_auxiliary(self, batch: TrainBatch, captions: list[str]) -> TrainBatch:
+        """Return the batch with these auxiliary captions, "" for none, if the objective uses them."""
         if not self.config.uses_auxiliary:
-            return ()
-        return self.tokenize(captions, self.config.max_txt_len), torch.tensor([text != "" for text in captions])
+            return batch
+        ids = self.tokenize(captions, self.config.max_txt_len)
+        return replace(batch, auxiliary_ids=ids, has_auxiliary=torch.tensor([caption != "" for caption in captions]))
 
 
 def _no_video(reader: VideoReader) -> VideoBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
@@ -152,15 +153,15 @@ def attempt(call: Callable[[], R]) -> R | str:
 def blank_batch(config: Config, objective: Objective, tokenize: Tokenize, size: int) -> tuple[TrainBatch, Group]:
     """Return one process's batch of `size` blank videos with captions of max_txt_len tokens."""
     again = objective.second_view(config)
-    tokens = tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len)
     batch = TrainBatch(
         blank_videos(config.num_frm, objective.retriever.views(), size),
         [f"video {number}" for number in range(size)],
-        tokens,
+        tokenize([" ".join(["video"] * config.max_txt_len)] * size, config.max_txt_len),
         torch.zeros(size, config.num_frm),
         again and blank_videos(again[0].num_frm, again[1], size),
-        *((tokens, torch.ones(size, dtype=torch.bool)) if config.uses_auxiliary else ()),
     )
+    if config.uses_auxiliary:
+        batch = replace(batch, auxiliary_ids=batch.token_ids, has_auxiliary=torch.ones(size, dtype=torch.bool))
     return batch, Group([batch.pairs()])
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,15 +45,11 @@ def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
     noise = torch.rand(PAIRS, 6, generator=torch.Generator().manual_seed(5))
     videos = random_videos(PAIRS, view=(1, 8, 8) if model.views().selector else None)
     videos.video_ids[3] = videos.video_ids[0]
-    again, tokens = objective.second_view(config), random_tokens(PAIRS)
-    batch = TrainBatch(
-        videos,
-        [f"caption {n}" for n in range(PAIRS)],
-        tokens,
-        noise,
-        again and random_videos(PAIRS, again[0].num_frm, view=None),
-        *((tokens.flip(1), torch.arange(PAIRS) != 1) if config.uses_auxiliary else ()),
-    )
+    batch = TrainBatch(videos, [f"caption {n}" for n in range(PAIRS)], random_tokens(PAIRS), noise)
+    if again := objective.second_view(config):
+        batch = replace(batch, second=random_videos(PAIRS, again[0].num_frm, view=None))
+    if config.uses_auxiliary:
+        batch = replace(batch, auxiliary_ids=batch.token_ids.flip(0), has_auxiliary=torch.arange(PAIRS) != 1)
     return objective, batch, Group([batch.pairs()])
 
 

@@ -36,8 +36,12 @@ def make_reader(store: FrameStore, **values: Any) -> VideoReader:
     return VideoReader(store, make_config(**values), Views(IMAGE, GREY))
 
 
-def make_train_loader(store: FrameStore, **values: Any) -> TrainLoader:
-    entries = [TrainEntry(video_id, tuple(f"{video_id}{i}" for i in range(3))) for video_id in COUNTS]
+def make_train_loader(store: FrameStore, auxiliary: str = "", **values: Any) -> TrainLoader:
+    """Return a loader of all videos, of which those named by letters of `auxiliary` have an auxiliary caption."""
+    entries = [
+        TrainEntry(name, tuple(f"{name}{i}" for i in range(3)), (f"also {name}",) if name in auxiliary else ())
+        for name in COUNTS
+    ]
     reader = make_reader(store, **values)
     return TrainLoader(TrainDataset(entries, reader), reader.config, tokenize)
 

@@ -243,6 +243,8 @@ def check_captions(split: CheckedSplit, config: Config, clip: LoadedClip | None)
         yield Finding("warning", "shared_captions", split.name, message, shared, advice)
     if clip is not None:
         yield _long_captions(split, texts, config, clip)
+    if split.trains and config.uses_auxiliary:
+        yield _auxiliary_captions(split)
 
 
 def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config: Config, clip: LoadedClip) -> Finding:
@@ -263,6 +265,16 @@ def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config
     if left == len(cut):
         advice = f"the text tower takes no more than {clip.context_length} tokens: shorten the captions"
     return Finding("warning", "long_captions", split.name, message, items, advice)
+
+
+def _auxiliary_captions(split: CheckedSplit) -> Finding:
+    having = sum(bool(video.auxiliary) for video in split.videos)
+    message = f"{having} of {plural(len(split.videos), 'video')} have an auxiliary caption"
+    items = {"having": having, "videos": len(split.videos)}
+    if having:
+        return Finding("fine", "auxiliary_captions", split.name, message, items)
+    advice = f'give captions in {split.path} under the key "auxiliary", or take objective.config.loss v_s'
+    return Finding("fails", "auxiliary_captions", split.name, message, items, advice)
 
 
 # ---- overlap ----

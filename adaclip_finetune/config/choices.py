@@ -474,9 +474,24 @@ class ObjectiveSettings(ChoiceSettings):
     uses_unlabelled: ClassVar[bool] = False
     """Whether the objective learns from rows of which `TrainBatch.labelled` is False."""
 
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the objective learns from auxiliary captions."""
+        return False
+
 
 class ContrastiveSettings(ObjectiveSettings):
     """Contrast each text with all videos of the batch, and each video with all texts (InfoNCE)."""
+
+    dual_softmax: bool = setting(
+        False, "multiply each logit by its softmax over the other direction (CAMoE, Cheng et al. 2021)"
+    )
+    label_smoothing: float = setting(
+        0.0, "share of the target that is spread evenly over all texts or videos of a softmax", ge=0, lt=1
+    )
+    hard_negatives: int = setting(
+        0, "negatives of each pair: those whose captions are most similar to its own; 0: all", unit="videos", ge=0
+    )
 
 
 class SigmoidSettings(ObjectiveSettings):
@@ -507,10 +522,24 @@ class DistillationSettings(ObjectiveSettings):
             yield f"{what}: give a list of parts, one with labelled false", ("objective.method", "train_annot")
 
 
+class AuxiliaryCaptionsSettings(ObjectiveSettings):
+    """Contrast videos and their middle frames with sentences and auxiliary captions (CLIP-ViP, Xue et al. 2023)."""
+
+    loss: Literal["v_s", "v_s+v_c", "v_s+v_c+f_c", "v_sc", "v_sc+f_c"] = setting(
+        "v_sc+f_c",
+        "what is contrasted: v video, f middle frame, s sentence, c auxiliary caption, sc both texts at once",
+    )
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        return self.loss != "v_s"
+
+
 OBJECTIVES: dict[str, Choice] = {
     "contrastive": Choice(ContrastiveSettings, "objectives.contrastive:Contrastive"),
     "sigmoid": Choice(SigmoidSettings, "objectives.sigmoid:Sigmoid"),
     "distillation": Choice(DistillationSettings, "objectives.distillation:Distillation"),
+    "auxiliary_captions": Choice(AuxiliaryCaptionsSettings, "objectives.auxiliary_captions:AuxiliaryCaptions"),
 }
 
 

@@ -274,6 +274,12 @@ class Config(Settings):
         """The figure that hyperparameter tuning optimises."""
         return (self.optuna_cfg and self.optuna_cfg.objective) or self.primary_figure
 
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the objective learns from auxiliary captions."""
+        chosen = None if self.objective is None else self.objective.config
+        return isinstance(chosen, ObjectiveSettings) and chosen.uses_auxiliary
+
     @model_validator(mode="before")
     @classmethod
     def _xpu_is_a_device(cls, data: Any) -> Any:

@@ -1,7 +1,7 @@
 """The annotation file, which lists videos and what is said about each.
 
-    {"video_name": {"sentences": ["…", …], "tags"?, "extension"?, "timestamps"?, "duration"?, "start"?, "end"?,
-     "group"?}, …}
+    {"video_name": {"sentences": ["…", …], "tags"?, "auxiliary"?, "extension"?, "timestamps"?, "duration"?, "start"?,
+     "end"?, "group"?}, …}
 
 Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here.
 """
@@ -72,7 +72,8 @@ class VideoAnnotation:
     """One video. Times are in seconds; `start` and `end` cut a clip out of the file that `group` names.
 
     `group` is the source video: two clips of one group in different splits are leakage. `tags` has a list of names for
-    each sentence: what kind of sentence it is.
+    each sentence: what kind of sentence it is. `auxiliary` are captions that are used beside the sentences in training,
+    such as those that a model made of the middle frame.
     """
 
     video_id: str
@@ -84,6 +85,7 @@ class VideoAnnotation:
     end: Seconds | None = None
     group: Text | None = None
     tags: tuple[tuple[Tag, ...], ...] | None = None
+    auxiliary: tuple[Text, ...] = ()
 
 
 KEYS = tuple(field.name for field in fields(VideoAnnotation) if field.name != "video_id")

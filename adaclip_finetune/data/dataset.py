@@ -74,6 +74,9 @@ class TrainBatch:
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
     second: VideoBatch | None = None  # the videos as the objective sees them once more (`Objective.second_view`)
     labelled: Tensor | None = None  # bool (B,), whether the text belongs to the video; None: it does in every row
+    # Of an objective that uses auxiliary captions:
+    auxiliary_ids: Tensor | None = None  # int64 (B, L)
+    has_auxiliary: Tensor | None = None  # bool (B,), False: the video has no such caption, and its ids mean nothing
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -97,18 +100,21 @@ class TrainBatch:
             noise=self.noise[start:end],
             second=self.second and self.second.rows(start, end),
             labelled=None if self.labelled is None else self.labelled[start:end],
+            auxiliary_ids=None if self.auxiliary_ids is None else self.auxiliary_ids[start:end],
+            has_auxiliary=None if self.has_auxiliary is None else self.has_auxiliary[start:end],
         )
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One row of a VideoBatch, as arrays, with its caption and noise (N,) in training."""
+    """One row of a VideoBatch, as arrays; in training with its caption, auxiliary caption ("": none) and noise (N,)."""
 
     video_id: str
     frames: NDArray[np.uint8]  # (N, 3, S, S)
     policy_frames: NDArray[np.uint8] | None
     indices: NDArray[np.int64]  # (N,)
     text: str = ""
+    auxiliary: str = ""
     noise: NDArray[np.float32] | None = None
     second: VideoItem | None = None
     labelled: bool = True
@@ -117,10 +123,11 @@ class VideoItem:
 @dataclass(frozen=True)
 class Collated:
     """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
-    captions, noise and labels, and the errors of the others."""
+    captions, auxiliary captions, noise and labels, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
+    auxiliary: list[str]
     noise: Tensor | None
     failures: list[FrameError]
     labelled: list[bool]
@@ -182,8 +189,8 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
-        text = entry.sentence(self.seed, epoch, index)
-        return replace(item, text=text, noise=noise.astype(np.float32), labelled=entry.labelled)
+        text, auxiliary = (draw(self.seed, epoch, index) for draw in (entry.sentence, entry.auxiliary_caption))
+        return replace(item, text=text, auxiliary=auxiliary, noise=noise.astype(np.float32), labelled=entry.labelled)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -223,12 +230,13 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], None, failures, [])
+        return Collated(None, [], [], None, failures, [])
     noise = [item.noise for item in good if item.noise is not None]
     seconds = [item.second for item in good if item.second is not None]
     return Collated(
         _stacked(good),
         [item.text for item in good],
+        [item.auxiliary for item in good],
         torch.from_numpy(np.stack(noise)) if noise else None,
         failures,
         [item.labelled for item in good],

@@ -76,9 +76,18 @@ class TrainLoader:
             reader, again = self.dataset.reader, self.dataset.second
             tokens, noise = self.tokenize([""], self.config.max_txt_len), torch.zeros(1, self.config.num_frm)
             videos, second = _no_video(reader), _no_video(again) if again else None
-            return TrainBatch(videos, [], tokens, noise, second, torch.ones(1, dtype=torch.bool))
+            blank = TrainBatch(videos, [], tokens, noise, second, torch.ones(1, dtype=torch.bool))
+            return self._with_auxiliary(blank, [""])
         tokens, labelled = self.tokenize(collated.texts, self.config.max_txt_len), torch.tensor(collated.labelled)
-        return TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, labelled)
+        batch = TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, labelled)
+        return self._with_auxiliary(batch, collated.auxiliary)
+
+    def _with_auxiliary(self, batch: TrainBatch, captions: list[str]) -> TrainBatch:
+        """Return the batch with these auxiliary captions, "" for none, if the objective uses them."""
+        if not self.config.uses_auxiliary:
+            return batch
+        ids = self.tokenize(captions, self.config.max_txt_len)
+        return replace(batch, auxiliary_ids=ids, has_auxiliary=torch.tensor([caption != "" for caption in captions]))
 
 
 def _no_video(reader: VideoReader) -> VideoBatch:

@@ -25,20 +25,23 @@ UNTAGGED = "(no tag)"
 
 @dataclass(frozen=True)
 class TrainEntry:
-    """One row of the training set: a video, and the sentences from which each epoch takes one.
+    """One row of the training set: a video, and the sentences and auxiliary captions of which each epoch takes one.
 
     The sentences of a row that is not `labelled` do not belong to its video.
     """
 
     video_id: str
     sentences: tuple[str, ...]
+    auxiliary: tuple[str, ...] = ()
     labelled: bool = True
 
     def sentence(self, seed: int, epoch: int, index: int) -> str:
         """Return the sentence of this epoch; `index` is the entry's place in the training set."""
-        if len(self.sentences) == 1:
-            return self.sentences[0]
-        return self.sentences[generator("caption", seed, epoch, index).integers(len(self.sentences))]
+        return _drawn("caption", self.sentences, seed, epoch, index)
+
+    def auxiliary_caption(self, seed: int, epoch: int, index: int) -> str:
+        """Return the auxiliary caption of this epoch, "" if the video has none."""
+        return _drawn("auxiliary", self.auxiliary, seed, epoch, index) if self.auxiliary else ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ class Queries:
 def train_entries(videos: Iterable[VideoAnnotation], concat_captions: str) -> list[TrainEntry]:
     """Return the training set, in the order of the annotation."""
     if concat_captions == "indep-one":
-        return [TrainEntry(video.video_id, video.sentences) for video in videos]
-    return [TrainEntry(video.video_id, (text,)) for video in videos for text in _texts(video, concat_captions)]
+        return [TrainEntry(video.video_id, video.sentences, video.auxiliary) for video in videos]
+    return [
+        TrainEntry(video.video_id, (text,), video.auxiliary)
+        for video in videos
+        for text in _texts(video, concat_captions)
+    ]
 
 
 def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) -> Queries:
@@ -97,7 +104,7 @@ def evaluation_queries(videos: Iterable[VideoAnnotation], concat_captions: str) 
 
 def digest_of_entries(entries: Iterable[TrainEntry]) -> str:
     """Return a digest of training entries, by which a resumed run recognises its data."""
-    return digest_of([(entry.video_id, entry.sentences) for entry in entries])
+    return digest_of([(entry.video_id, entry.sentences, entry.auxiliary) for entry in entries])
 
 
 def digest_of_queries(queries: Queries) -> str:
@@ -108,6 +115,10 @@ def digest_of_queries(queries: Queries) -> str:
 def digest_of(value: object) -> str:
     """Return the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _drawn(stream: str, texts: tuple[str, ...], seed: int, epoch: int, index: int) -> str:
+    return texts[generator(stream, seed, epoch, index).integers(len(texts))] if len(texts) > 1 else texts[0]
 
 
 def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:

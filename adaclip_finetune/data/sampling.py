@@ -9,7 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-STREAMS = {"caption": 0, "frames": 1, "shuffle": 2, "selection": 3, "dropout": 4, "lisa": 5, "second": 6}
+STREAMS = {
+    "caption": 0,
+    "frames": 1,
+    "shuffle": 2,
+    "selection": 3,
+    "dropout": 4,
+    "lisa": 5,
+    "second": 6,
+    "auxiliary": 7,
+}
 
 
 def generator(stream: str, seed: int, epoch: int, index: int = 0) -> np.random.Generator:

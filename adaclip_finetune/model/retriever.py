@@ -112,10 +112,10 @@ class VideoRetriever(nn.Module):
         weights = self._frame_weights(shares.detach(), selection, videos.frames.shape[1])
         return VideoFeatures(tokens, vector, weights, selection)
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Return the vector (1, D) of an image, uint8 (1, 3, S, S), encoded as a video of one frame."""
-        mask = torch.ones(1, 1, dtype=torch.bool, device=image.device)
-        tokens = self._encode(image[None], mask)
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the vectors (B, D) of images, uint8 (B, 3, S, S), each encoded as a video of one frame."""
+        mask = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
+        tokens = self._encode(images[:, None], mask)
         if self.header is not None:
             tokens = self.header(tokens)
         if tokens.shape[1] == 1:

@@ -39,8 +39,10 @@ class Backward:
         self.accelerator, self.objective, self.wrapped = accelerator, objective, wrapped
         self.chunk, self.pinned = chunk, pinned
 
-    def __call__(self, batch: TrainBatch, group: Group, seeds: Callable[[int], int], share: float = 1.0) -> float:
-        """Add the gradients of `share` times the loss of a batch, and return that part of the loss.
+    def __call__(
+        self, batch: TrainBatch, group: Group, seeds: Callable[[int], int], share: float = 1.0
+    ) -> dict[str, float]:
+        """Add the gradients of `share` times the loss of a batch, and return that part of each term of the loss.
 
         `seeds(number)` is the seed of what the towers draw by themselves (dropout) in part `number`. Processes exchange
         gradients, if at all, with the last part only. Raise NotFinite if the loss is not.
@@ -62,10 +64,9 @@ class Backward:
         before = {name: tensor[: len(batch) - len(parts[-1])] for name, tensor in learned.items()}
         return self._backward(self.wrapped(self._there(parts[-1]), group, before=before | fixed), share)
 
-    def _backward(self, terms: dict[str, Tensor], share: float) -> float:
-        loss = _summed(terms)
-        self.accelerator.backward(loss * share)
-        return float(loss.item()) * share
+    def _backward(self, terms: dict[str, Tensor], share: float) -> dict[str, float]:
+        self.accelerator.backward(_summed(terms) * share)
+        return {name: float(term.item()) * share for name, term in terms.items()}
 
     @torch.no_grad()
     def _rows(self, parts: Sequence[TrainBatch], seeds: Callable[[int], int]) -> tuple[Rows, Rows]:

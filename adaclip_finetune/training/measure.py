@@ -26,7 +26,14 @@ from adaclip_finetune.weights.loaded import LoadedClip
 
 def train_loader(session: Session, split: TrainSplit) -> TrainLoader:
     """Return the loader of training batches for the model and the objective of a session."""
-    config, again = session.config, session.objective.second_view(session.config)
+    config, entries = session.config, split.entries
+    listed = isinstance(entries, list)  # JSON Lines and tar shards are not read as a whole before training
+    if config.uses_auxiliary and listed and not any(entry.auxiliary for entry in entries):
+        raise UserError(
+            f"objective auxiliary_captions: no training video of {config.train_annot} has an auxiliary caption.\n"
+            'Give captions under the key "auxiliary", or take objective.config.loss v_s, which needs none'
+        )
+    again = session.objective.second_view(config)
     reader = VideoReader(split.store, config, session.model.views())
     dataset = TrainDataset(split.entries, reader, again and VideoReader(split.store, *again))
     return TrainLoader(dataset, config, session.loaded.tokenize, split.plan)

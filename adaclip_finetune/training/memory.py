@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
@@ -162,6 +163,8 @@ def blank_batch(config: Config, objective: Objective, tokenize: Tokenize, size: 
         again and blank_videos(again[0].num_frm, again[1], size),
         torch.arange(size) % 2 == 0 if halves else None,
     )
+    if config.uses_auxiliary:
+        batch = replace(batch, auxiliary_ids=batch.token_ids, has_auxiliary=torch.ones(size, dtype=torch.bool))
     return batch, Group([batch.pairs()])
 
 

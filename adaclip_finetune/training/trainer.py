@@ -301,13 +301,15 @@ class Trainer:
             while window := list(islice(batches, per_update)):
                 groups = self._exchange(window)
                 rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-                loss = self._step(window, groups)
+                terms = self._step(window, groups)
+                loss = sum(terms.values())
                 self.step, self.batch = self.step + 1, self.batch + len(window)
                 seconds, last = time.monotonic() - last, time.monotonic()
                 speed = round(sum(map(len, groups)) / max(seconds, 1e-9), 2)
                 memory = round(device.peak_memory_mib(self.accelerator.device), 1)
                 cost = self.model.schedule() | {"videos_per_second": speed, "memory_mib": memory}
-                self.run.record("train", self.step, epoch=epoch + 1, loss=loss, lr=rates, **cost)
+                parts = {"terms": terms} if len(terms) > 1 else {}
+                self.run.record("train", self.step, epoch=epoch + 1, loss=loss, **parts, lr=rates, **cost)
                 if c.save_every_steps and self.step % c.save_every_steps == 0:
                     self.save()
                 bar.update()
@@ -330,19 +332,21 @@ class Trainer:
             raise nothing_readable(self.data.take_failed())
         return groups
 
-    def _step(self, window: list[TrainBatch], groups: list[Group]) -> float:
-        """Make one update and return its loss, the mean over all pairs in the window."""
+    def _step(self, window: list[TrainBatch], groups: list[Group]) -> dict[str, float]:
+        """Make one update and return the terms of its loss, which is the mean over all pairs in the window."""
         ids = [name for group in groups for name in group.video_ids]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        loss = 0.0
+        terms: dict[str, float] = {}
         with divergence_explained(f"at update {self.step + 1}, on the videos {shown}"):
             for number, (batch, group) in enumerate(zip(window, groups, strict=True)):
                 # Processes exchange gradients with the last batch only.
                 last = batch is window[-1]
                 with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                    loss += self.backward(batch, group, partial(self._dropout_seed, number), len(group) / len(ids))
+                    seeds = partial(self._dropout_seed, number)
+                    for name, part in self.backward(batch, group, seeds, len(group) / len(ids)).items():
+                        terms[name] = terms.get(name, 0.0) + part
             self._update()
-        return loss
+        return terms
 
     def _dropout_seed(self, batch: int, part: int) -> int:
         """Return the seed of what towers draw by themselves, which depends on the place in the run too."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -34,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
-    """Return an objective in float64 and a batch of five pairs, two of one video."""
+    """Return an objective in float64 and a batch of five pairs, two of one video, one without auxiliary caption."""
     config, clip = load_config(None, SMALL | settings), build_tiny_clip(vocabulary=VOCABULARY)
     method = build_method(config)
     method.attach(clip)
@@ -52,6 +53,8 @@ def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
     labelled = torch.tensor([True, False, False, True, False]) if objective.settings.uses_unlabelled else None
     captions = [f"caption {n}" for n in range(PAIRS)]
     batch = TrainBatch(videos, captions, random_tokens(PAIRS), noise, second, labelled)
+    if config.uses_auxiliary:
+        batch = replace(batch, auxiliary_ids=batch.token_ids.flip(0), has_auxiliary=torch.arange(PAIRS) != 1)
     return objective, batch, Group([batch.pairs()])
 
 

@@ -16,6 +16,7 @@ ADACLIP = [path for path in RECIPES if json.loads(path.read_text()).get("use_pol
 OTHERS = {  # recipe → frames, batch, tower
     "clip-vip-msrvtt": (12, 128, "proxy_tokens"),
     "clip-vip-activitynet": (32, 128, "proxy_tokens"),
+    "clip-vip-pretrain": (12, 1024, "proxy_tokens"),
     "center-clip-msvd": (12, 128, "clustering"),
     "center-clip-activitynet": (60, 128, "clustering"),
     "dgl-msrvtt": (12, 128, "global_local"),

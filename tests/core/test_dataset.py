@@ -93,6 +93,19 @@ def test_a_clip_is_augmented_in_training_only_and_anew_in_each_epoch(store: Fram
     assert len(seen) == 8
 
 
+def test_auxiliary_captions_reach_the_objective_that_uses_them(store: FrameFolder) -> None:
+    for loss, used in (("v_s", False), ("v_sc", True)):
+        objective = {"method": "auxiliary_captions", "config": {"loss": loss}}
+        (batch,) = make_train_loader(store, "ace", objective=objective).epoch(0, batch_size=5)
+        assert (batch.auxiliary_ids is not None) == (batch.has_auxiliary is not None) == used
+    for part in (batch, batch.rows(2, 4)):
+        names, ids, has = part.videos.video_ids, part.auxiliary_ids, part.has_auxiliary
+        assert ids is not None and has is not None
+        assert {name for name, one in zip(names, has, strict=True) if one} == {*names} & {*"ace"}
+        texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in ids]
+        assert texts == [f"also {name}" if name in "ace" else "" for name in names]
+
+
 def test_an_epoch_goes_on_in_the_middle(store: FrameFolder) -> None:
     whole = as_lists(make_train_loader(store).epoch(1, batch_size=2))
     assert as_lists(make_train_loader(store).epoch(1, batch_size=2, start=1)) == whole[1:]
@@ -108,13 +121,15 @@ def test_every_config_reaches_worker_processes() -> None:
 
 def test_a_batch_without_a_readable_video_is_blank(tmp_path: Path) -> None:
     store = write_store(tmp_path)
-    loader = make_train_loader(store)
+    loader = make_train_loader(store, "a", objective={"method": "auxiliary_captions"})
     list(loader.epoch(0, batch_size=2))
     for path in tmp_path.glob("*/*.jpg"):
         path.write_bytes(b"")
     for batch in loader.epoch(1, batch_size=2):
         assert len(batch) == 0 and batch.videos.frames.shape[0] == len(batch.token_ids) == len(batch.noise) == 1
         assert not batch.videos.frames.any() and not batch.videos.frame_mask.any()
+        assert batch.auxiliary_ids is not None and batch.auxiliary_ids.shape == batch.token_ids.shape
+        assert batch.has_auxiliary is not None and batch.has_auxiliary.tolist() == [False]
     failed = loader.take_failed()
     assert failed.keys() == COUNTS.keys() and all("image_0000" in reason for reason in failed.values())
     assert loader.take_failed() == {}

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build_tiny_clip
+from golden import load_golden
 from tiny import VOCABULARY, build_retriever, random_tokens, random_videos
 from torch import nn
 
@@ -14,7 +16,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.objectives import build_objective
 from adaclip_finetune.objectives.base import Group
-from adaclip_finetune.objectives.contrastive import contrastive_loss
+from adaclip_finetune.objectives.contrastive import all_but_hardest, contrastive_loss, cross_entropy
 from adaclip_finetune.objectives.sigmoid import sigmoid_loss
 from adaclip_finetune.weights.loaded import LOGIT_BIAS
 
@@ -50,6 +52,78 @@ def test_a_batch_of_one_and_of_one_video_have_zero_loss_and_gradients():
         loss.backward()
         assert loss.item() == pytest.approx(0, abs=1e-6)
         assert similarity.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["1", "2", "4"])
+def test_contrastive_losses_are_those_of_the_published_clip_vip(name):
+    """Which adds the directions. Its hard negatives are the largest logits of each row."""
+    golden = load_golden("op_clip_vip_losses")[name]
+    text, video = (torch.tensor(golden[kind], dtype=torch.float64) for kind in ("text", "video"))
+    cosines, nothing = text @ video.T, torch.zeros(len(text), len(text), dtype=torch.bool)
+    logits = math.exp(golden["logit_scale"]) * cosines
+    right = torch.arange(len(text))
+    hard = [way.masked_fill(torch.eye(len(text)) > 0, -math.inf).topk(2).indices for way in (cosines, cosines.T)]
+    left_out = [torch.ones_like(nothing).scatter(1, indices, False) for indices in hard]
+    found = {
+        "NCELearnableTempLoss": 2 * contrastive_loss(logits),
+        "NCELearnableTempDSLLoss": 2 * contrastive_loss(logits, dual_softmax=True),
+        "NCEContrastiveLoss_temp0.05": 2 * contrastive_loss(cosines / 0.05),
+        "HardNegLoss_k2": cross_entropy(cosines, right, left_out[0]) + cross_entropy(cosines.T, right, left_out[1]),
+    }
+    assert {kind: loss.item() for kind, loss in found.items()} == pytest.approx(golden["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [3, 0, 3, 1, 3], [7, 7, 7, 7, 7]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothing_is_spread_over_what_is_contrasted(groups, smoothing):
+    """Each row equals torch's loss of the entries that are not left out."""
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    left_out = same(groups)
+    expected = torch.zeros(())
+    for way in (logits, logits.T):
+        for number, row in enumerate(way):
+            kept = torch.cat([row[number : number + 1], row[~left_out[number]]])
+            own = F.cross_entropy(kept[None], torch.zeros(1, dtype=torch.long), label_smoothing=smoothing)
+            expected = expected + own / 10
+    loss = contrastive_loss(logits, left_out, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected)
+    own, other = (torch.autograd.grad(value, logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(own, other)
+
+
+def test_the_dual_softmax_knows_no_pairs_that_are_left_out():
+    logits, left_out = torch.randn(3, 3, dtype=torch.float64, requires_grad=True), same([0, 1, 0])
+    loss = contrastive_loss(logits, left_out, dual_softmax=True)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all() and not gradient[[0, 2], [2, 0]].any() and gradient[[0, 1], [1, 0]].all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_hard_negatives_have_the_most_similar_captions(count):
+    text = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alike = same([0, 1, 0, 2, 3, 4])
+    left_out = all_but_hardest(text, alike, count)
+    for i, own in enumerate(text):
+        others = [j for j in range(6) if not alike[i, j]]
+        others.sort(key=lambda j: -F.cosine_similarity(own, text[j], dim=0).item())
+        assert [j for j in range(6) if not left_out[i, j]] == sorted(others[:count])
+
+
+def test_settings_of_the_contrastive_objective_reach_its_loss():
+    batch = make_batch(["a", "b", "a", "c"])
+    group = Group([batch.pairs()])
+    found = set()
+    for chosen in ({}, {"dual_softmax": True}, {"label_smoothing": 0.2}, {"hard_negatives": 1}):
+        retriever, objective = build(objective={"method": "contrastive", "config": chosen})
+        rows = objective.embed(batch)
+        logits, left_out = retriever.similarity(*retriever(batch)), group.same(torch.device("cpu"))
+        if "hard_negatives" in chosen:
+            left_out = all_but_hardest(rows["text"], left_out, 1)
+        others = {name: value for name, value in chosen.items() if name != "hard_negatives"}
+        loss = objective.loss(rows, group)["contrastive"]
+        torch.testing.assert_close(loss, contrastive_loss(logits, left_out, **others))
+        found.add(loss.item())
+    assert len(found) == 4
 
 
 def slow_sigmoid_loss(logits, offset, text_videos, videos):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adaclip_finetune.data.annotations import VideoAnnotation
-from adaclip_finetune.data.queries import TrainEntry, evaluation_queries, train_entries
+from adaclip_finetune.data.queries import TrainEntry, digest_of_entries, evaluation_queries, train_entries
 
 VIDEOS = [VideoAnnotation("a", ("one", "two")), VideoAnnotation("b", ("three",)), VideoAnnotation("c", ("x", "y", "z"))]
 SENTENCES = ["one", "two", "three", "x", "y", "z"]
@@ -38,6 +38,21 @@ def test_indep_one_draws_a_sentence_each_epoch() -> None:
     assert drawn != [entry.sentence(seed=1, epoch=epoch, index=2) for epoch in range(300)]
     assert drawn != [entry.sentence(seed=0, epoch=epoch, index=3) for epoch in range(300)]
     assert all(60 < drawn.count(sentence) < 140 for sentence in "xyz")
+
+
+def test_auxiliary_captions_are_drawn_independently_of_sentences() -> None:
+    video = VideoAnnotation("a", ("x", "y"), auxiliary=("1", "2"))
+    for mode, rows in (("concat", 1), ("indep-one", 1), ("indep-all", 2)):
+        assert [entry.auxiliary for entry in train_entries([video], mode)] == [("1", "2")] * rows
+    (entry,) = train_entries([video], "indep-one")
+    drawn = [(entry.sentence(0, epoch, 0), entry.auxiliary_caption(0, epoch, 0)) for epoch in range(400)]
+    assert all(60 < drawn.count((text, auxiliary)) < 140 for text in "xy" for auxiliary in "12")
+    assert TrainEntry("b", ("x",)).auxiliary_caption(0, 0, 0) == ""
+
+
+def test_a_run_recognises_its_auxiliary_captions() -> None:
+    digests = [digest_of_entries([TrainEntry("a", ("x",), auxiliary)]) for auxiliary in ((), ("1",), ("2",))]
+    assert len(set(digests)) == 3
 
 
 def test_a_smaller_gallery_keeps_its_texts() -> None:

@@ -1,6 +1,7 @@
 """Objectives in whole runs: the default, SigLIP's bias, and several processes that share one batch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
     captions = [f"thing {number % 3}" for number in range(count)]  # and some captions
     second, labelled = objective.second_view(config) and videos, torch.arange(count) % 3 != 0
     batch = TrainBatch(videos, captions[rows], texts[rows], torch.zeros(indices.shape), second, labelled[rows])
+    if config.uses_auxiliary:
+        having = torch.tensor([0 < number < count - 1 for number in range(count)])  # the last process has none
+        ids = texts.roll(2, 0)  # of other videos' sentences
+        second = replace(videos, frames=frames[:, -1:], frame_mask=indices[:, :1] >= 0)
+        batch = replace(batch, second=second, auxiliary_ids=ids[rows], has_auxiliary=having[rows])
     pairs = list(zip(ids, captions, strict=True))
     group = Group([pairs[sum(shares[:n]) : sum(shares[: n + 1])] for n in range(len(shares))])
     wrapped = accelerator.prepare(objective).train()  # which the backward pass needs as well
@@ -146,7 +152,7 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
 
 
 @pytest.mark.parametrize("chunk", [0, 2, 1])
-@pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation"])
+@pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation", "auxiliary_captions"])
 def test_processes_that_share_a_batch_have_the_gradients_of_one(
     objective: str, chunk: int, project: Project, tmp_path: Path
 ) -> None:

@@ -181,8 +181,8 @@ def test_accumulation_weighs_each_pair_alike(project: Project, tmp_path: Path, m
     shares: list[tuple[float, int]] = []
     original = contrastive.contrastive_loss
 
-    def spy(logits: torch.Tensor, videos: torch.Tensor) -> torch.Tensor:
-        loss = original(logits, videos)
+    def spy(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        loss = original(logits, *rest)
         loss.register_hook(lambda gradient: shares.append((float(gradient), len(logits))))
         return loss
 
@@ -219,9 +219,9 @@ def test_a_diverged_loss_stops_the_run_and_keeps_what_was_good(
 ) -> None:
     original, calls = contrastive.contrastive_loss, []
 
-    def diverges(logits: torch.Tensor, videos: torch.Tensor) -> torch.Tensor:
+    def diverges(*arguments: Any) -> torch.Tensor:
         calls.append(1)
-        loss = original(logits, videos)
+        loss = original(*arguments)
         return loss * float("nan") if len(calls) == 5 else loss
 
     monkeypatch.setattr(contrastive, "contrastive_loss", diverges)

@@ -1,6 +1,7 @@
 """The objective `auxiliary_captions`: golden values of CLIP-ViP, plain loops, and pairs that are left out."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 

@@ -90,7 +90,7 @@ def splits_of_files(paths: Sequence[str], config: Config) -> list[CheckedSplit]:
 def _read(name: str, part: DataPart, trains: bool, config: Config) -> CheckedSplit:
     videos: list[VideoAnnotation] = []
     refused: list[str] = []
-    listed, subset = 0, config.data_subset if trains else 0
+    listed, subset = 0, (part.subset or config.data_subset) if trains else 0
     try:
         if trains and is_lazy(part.annotation):
             lazy = read_listed(part, subset)

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -45,6 +45,7 @@ _SAME = names_with("data") | {"num_epochs", "batch_size", "gradient_accumulation
 _UNUSED = ("optuna_cfg", "do_inference", "resume", "auto_batch_size")
 _SINGLE = {"no_output": False, "tensorboard_dir": None, "save_last": False, "save_similarity": None}
 
+Budget = Literal["train_annot", "data_subset", "num_epochs", "batch_size", "gradient_accumulation_steps"]
 MethodName = Annotated[str, Field(pattern=r"^\w[\w+. -]{0,99}$")]
 
 
@@ -63,6 +64,9 @@ class GridSettings(Settings):
     )
     reference: str | None = setting(
         None, "method that the others are compared with; null: the first that finetunes all of CLIP"
+    )
+    vary: Annotated[tuple[Budget, ...], Field(strict=False)] = setting(
+        (), "settings of data and budget in which the methods differ on purpose; the report names them"
     )
     output_dir: PathText = setting(..., "folder of the cells and of the report", unit="folder")
     keep_weights: bool = setting(False, "keep best.safetensors and adapter.safetensors of each cell")
@@ -127,12 +131,13 @@ class Grid:
                     f"{self.path}: methods.{cell.method} has {used[0]}; leave it out, since each cell is one training "
                     "from the pretrained CLIP with the same batch size"
                 )
-            for name in sorted(_SAME):
+            for name in sorted(_SAME - {*self.settings.vary}):
                 one, other = getattr(first, name), getattr(cell.config, name)
                 if one != other:
                     raise UserError(
                         f"{self.path}: {name} is {show(one)} for {self.methods[0]}, but {show(other)} for {cell.method}"
                         "; methods are compared with the same data and the same updates, so set it in the recipe only"
+                        + (", or name it in vary if it is what you compare" if name in get_args(Budget) else "")
                     )
         if "t2v.R@1" not in first.figures:
             raise UserError(f"{self.path}: task {first.task.method} has no R@1; methods are compared by task retrieval")

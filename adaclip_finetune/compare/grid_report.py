@@ -267,7 +267,10 @@ def as_markdown(grid: Grid, rows: Sequence[Summary], of_tags: Mapping[str, Seque
             step, memory = f"{row.seconds_per_step:.3f}", f"{row.memory_mib:.0f}"
             costs.append([row.name, *shares, adapter, step, memory, row.searched])
     done = f"{len(grid.finished())} of {grid.size} cells"
-    budget = f"num_epochs {settings.num_epochs}, batch size {settings.batch_size}, data set {settings.dataset}"
+    shared = {"num_epochs": settings.num_epochs, "batch_size": settings.batch_size, "data set": settings.dataset}
+    budget = ", ".join(f"{name} {value}" for name, value in shared.items() if name not in grid.settings.vary)
+    if grid.settings.vary:
+        budget += f"; NOT the same for all: {', '.join(grid.settings.vary)}"
     lines = [f"# {len(grid.methods)} methods under one recipe", "", f"{done}; {budget}", ""]
     lines += [*_aligned(_figures(grid, rows, FIGURES)), ""]
     lines += [*_aligned(costs), ""] if len(costs) > 1 else []

@@ -24,6 +24,7 @@ class DataPart(Settings):
     )
     per_batch: int | None = setting(None, "rows of the part in each batch; all together are batch_size", ge=1)
     weight: float | None = setting(None, "rows of the part in each batch, relative to those of the others", gt=0)
+    subset: int = setting(0, "take only the first videos of the part; 0: data_subset", unit="videos", ge=0)
     labelled: bool = setting(True, "whether the captions belong to the videos; otherwise only some objectives use them")
 
     @property
@@ -80,9 +81,11 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
     if not parts:
         yield "train_annot is an empty list: give at least one part", (name,)
         return
-    files = Counter(Path(part.annotation) for part in parts)
-    for path in [path for path, count in files.items() if count > 1]:
-        yield f"train_annot names {path} {files[path]} times: name each annotation once", (name,)
+    files = Counter((Path(part.annotation), part.subset) for part in parts)
+    for (path, subset), count in files.items():
+        if count > 1:
+            same = f" with subset {subset}" if subset else ""
+            yield f"train_annot names {path}{same} {count} times: name each annotation once", (name,)
     for number, part in enumerate(parts):
         if part.frames_dir and part.video_dir:
             yield f"train_annot[{number}] has both frames_dir and video_dir: its frames come from one of them", (name,)

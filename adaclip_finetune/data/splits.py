@@ -80,7 +80,9 @@ def train_split(config: Config, annotation: str | Sequence[DataPart]) -> TrainSp
         for place, one in zip(places, read, strict=True)
         for video_id, reason in one.left_out.items()
     }
-    digest = digest_of([[one.digest, part.share, part.labelled] for one, part in zip(read, parts, strict=True)])
+    digest = digest_of(
+        [[one.digest, part.share, part.labelled, part.subset] for one, part in zip(read, parts, strict=True)]
+    )
     entries = MixedEntries([one.entries for one in read], places, labelled)
     return TrainSplit(entries, MixedStore(stores), left_out, digest, plan)
 
@@ -93,8 +95,11 @@ def batch_plan(annotation: str | Sequence[DataPart], sizes: Sequence[int], seed:
 
 
 def read_listed(part: DataPart, data_subset: int = 0) -> list[VideoAnnotation] | JsonLines | ShardCaptions:
-    """Return the videos that a part lists; only the first `data_subset` if that is above 0. Raises UserError."""
-    path = Path(part.annotation)
+    """Return the videos that a part lists; only the first `subset` of the part, or `data_subset`, if above 0.
+
+    Raises UserError.
+    """
+    path, data_subset = Path(part.annotation), part.subset or data_subset
     if not is_lazy(part.annotation):
         return load_annotations(path, data_subset)
     return ShardCaptions(TarShards(path), data_subset) if path.is_dir() else JsonLines(path, data_subset)

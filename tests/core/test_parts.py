@@ -29,6 +29,7 @@ def test_a_mixture_is_read_back_as_it_was_written() -> None:
     ([{**A, "weight": 0}], {}, r"train_annot\[0\].weight is 0"),
     ([{**A, "weights": 1}], {}, r"unknown setting train_annot\[0\].weights"),
     ([A, A], {}, r"a\.json 2 times"),
+    ([{**A, "subset": 5}, {**A, "subset": 5}], {}, r"a\.json with subset 5 2 times"),
     ([A, {**B, "frames_dir": "f", "video_dir": "v"}], {}, r"train_annot\[1\] has both"),
     ([A, {**B, "video_dir": "v"}], {"video_dir": "v"}, r"train_annot\[1\]\.video_dir is video_dir itself"),
     ([A, {**B, "labelled": False}], {}, r"train_annot\[1\] is not labelled.*objective"),

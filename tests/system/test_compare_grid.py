@@ -242,6 +242,19 @@ def test_a_cell_that_diverges_is_the_worst_of_its_search(project: Project, tmp_p
     assert "FAILED with every value" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def test_methods_differ_in_data_and_budget_on_purpose(project: Project, tmp_path: Path) -> None:
+    part = {"annotation": project["train_annot"], "subset": 5}
+    methods = {"few": {"train_annot": [part]}, "all": {"num_epochs": 1}}
+    keys = {"methods": methods, "seeds": 1, "search": {}, "vary": ["train_annot", "num_epochs"]}
+    path = write(tmp_path, project, **keys)
+    assert main(["compare", str(path)]) == 0
+    assert "NOT the same for all: train_annot, num_epochs" in (tmp_path / "out" / "compare.md").read_text()
+    logs = (cell.folder / "metrics.jsonl" for cell in Grid(path).finished())
+    updates = [sum('"train"' in line for line in log.read_text().splitlines()) for log in logs]
+    size, videos = project["batch_size"], len(json.loads(Path(project["train_annot"]).read_text()))
+    assert updates == [project["num_epochs"] * (5 // size), -(-videos // size)]
+
+
 @pytest.mark.parametrize(("keys", "recipe", "message"), [
     ({"method": {}}, {}, r"grid\.json: unknown setting method; did you mean methods"),
     ({"seeds": 0}, {}, r"grid\.json: seeds is 0"),
@@ -251,6 +264,8 @@ def test_a_cell_that_diverges_is_the_worst_of_its_search(project: Project, tmp_p
     ({"methods": {"a": {"peft": {"method": "loora"}}}}, {}, r"methods\.a.*peft\.method is \"loora\""),
     ({"methods": {"a": {"seed": 1}}}, {}, r"methods\.a cannot set seed"),
     ({"methods": {"a": {}, "b": {"num_epochs": 7}}}, {}, "num_epochs is 2 for a, but 7 for b"),
+    ({"methods": {"a": {}, "b": {"num_epochs": 7}}, "vary": ["batch_size"]}, {}, "or name it in vary"),
+    ({"vary": ["test_annot"]}, {}, r"vary\[0\] is \"test_annot\""),
     ({"reference": "lora"}, {}, r'reference is "lora"; it must be one of full, heads only'),
     ({"search": {"coef_lr": [1, 1]}}, {}, "a list of different values"),
     ({"search": {"coef_lt": [1]}}, {}, r"search\.coef_lt.*unknown setting coef_lt; did you mean coef_lr"),

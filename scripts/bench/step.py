@@ -55,7 +55,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     step, memory = 1000 * statistics.median(seconds[_WARMUP:]), peak_memory_mib(session.device) / 1024
     what = f"{config.clip_backbone} {config.peft.method} {config.precision}, batch {config.batch_size}"
-    print(f"{what}, {config.top_k} of {config.num_frm} frames: {step:.1f} ms a step, {memory:.2f} GiB at most")
+    print(f"{what}, {session.model.top_k} of {config.num_frm} frames: {step:.1f} ms a step, {memory:.2f} GiB at most")
     print(describe_device(session.device))
 
 

@@ -146,7 +146,8 @@ def summaries(grid: Grid) -> list[Summary]:
 
 def with_differences(grid: Grid, rows: Sequence[Summary]) -> list[Summary]:
     """Return the lines with their differences to the reference and to zero-shot."""
-    reference = next((row for row in rows if row.name == grid.reference and row.seeds), None)
+    name = grid.reference
+    reference = next((row for row in rows if row.name == name and row.seeds), None)
     return [
         replace(row, minus_reference=difference(row, reference), minus_zero_shot=difference(row, row.baseline))
         for row in rows

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
+from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.other_forms import describe_other_form
-from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.strict_json import parse_json
 
 _BLOCK = 2**22  # bytes
 
 
-class JsonLines(Rows[VideoAnnotation]):
+class JsonLines(LazySequence[VideoAnnotation]):
     """The videos of a JSON Lines file, one a line, each parsed when it is asked for; UserError if it is wrong.
 
     Only the first `at_most` lines count if that is above 0. `digest` is the SHA-256 of these lines.

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.frame_store import FrameError, Frames, FrameStore, Scan
 from adaclip_finetune.data.json_lines import JsonLines
+from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.names import split_extension
 from adaclip_finetune.data.queries import TrainEntry, train_entries
-from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.data.tar_shards import ShardCaptions
 from adaclip_finetune.data.video.decoding import Stopped, never
 from adaclip_finetune.errors import UserError
 
 
-class LazyEntries(Rows[TrainEntry]):
+class LazyEntries(LazySequence[TrainEntry]):
     """The training entries of videos that are read one by one. Asking for one that is wrong raises FrameError."""
 
     def __init__(self, videos: JsonLines | ShardCaptions, concat_captions: str) -> None:
@@ -47,7 +47,7 @@ class LazyEntries(Rows[TrainEntry]):
         return entry
 
 
-class MixedEntries(Rows[TrainEntry]):
+class MixedEntries(LazySequence[TrainEntry]):
     """The entries of all parts of a mixture, part after part; `places` and `labelled` as the parts say."""
 
     def __init__(self, parts: Sequence[Sequence[TrainEntry]], places: Sequence[str], labelled: Sequence[bool]) -> None:

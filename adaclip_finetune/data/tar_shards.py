@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
 from adaclip_finetune.data.frame_store import FrameError, Frames, Scan
+from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.names import canonical, split_extension
-from adaclip_finetune.data.rows import Rows
 from adaclip_finetune.data.video.decoding import BrokenVideo, Member, Stopped, never
 from adaclip_finetune.data.video.file import read_frames, scan_frames
 from adaclip_finetune.data.video.index import FrameIndex, cache_folder, index_video, pack_index, unpack_index
@@ -109,7 +109,7 @@ class TarShards:
             raise FrameError(video_id, member.path, error.strerror or str(error)) from None
 
 
-class ShardCaptions(Rows[VideoAnnotation]):
+class ShardCaptions(LazySequence[VideoAnnotation]):
     """The samples of tar shards that have a caption, in the order of the shards, each read when it is asked for.
 
     Only the first `at_most` count if that is above 0. Asking for one that is wrong raises UserError.

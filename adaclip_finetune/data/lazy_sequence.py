@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 T = TypeVar("T")
 
 
-class Rows(Sequence[T], ABC):
+class LazySequence(Sequence[T], ABC):
     """A sequence of which a subclass gives the length and single items; slices are lists."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from adaclip_finetune.check.report import Finding, Severity, plural
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.parts import DataPart, is_lazy, parts_of
+from adaclip_finetune.config.parts import DataPart, is_folder_of_videos, is_lazy, parts_of
 from adaclip_finetune.data.annotations import VideoAnnotation, folded, sound_entries
 from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
@@ -100,6 +100,9 @@ def _read(name: str, part: DataPart, trains: bool, config: Config) -> CheckedSpl
                     videos.append(lazy[place])
                 except UserError as error:
                     refused.append(str(error))
+        elif trains and is_folder_of_videos(part.annotation):
+            videos = list(read_listed(part, config.data_subset))
+            listed = len(videos)
         else:
             videos, refused = sound_entries(part.annotation)
             videos = videos[: subset or None]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 from pydantic import Field, create_model
 
 from adaclip_finetune.config.base import LARGEST, Names, PathText, Problem, Settings, setting
-from adaclip_finetune.config.parts import parts_of
+from adaclip_finetune.config.parts import is_folder_of_videos, parts_of
 
 
 class ChoiceSettings(Settings):
@@ -509,7 +509,7 @@ class DistillationSettings(ObjectiveSettings):
     teacher_temperature: float = setting(0.015, "temperature of the teacher's similarities", ge=0.001)
     fit_temperature: bool = setting(False, "train both temperatures, which stay at 0.001 or above")
     teacher: PathText | None = setting(
-        None, "run folder or checkpoint of the teacher; null: the CLIP that the run starts from", unit="file or folder"
+        None, "run, checkpoint or CLIP that teaches; null: the CLIP that the run starts from", unit="file or folder"
     )
     prompts: PathText | None = setting(
         None, "texts for the unlabelled videos, one in each line; null: their own captions", unit="file"
@@ -520,6 +520,13 @@ class DistillationSettings(ObjectiveSettings):
         if config.train_annot is not None and all(part.labelled for part in parts_of(config.train_annot)):
             what = "objective distillation has nothing to learn from its teacher, since all of train_annot is labelled"
             yield f"{what}: give a list of parts, one with labelled false", ("objective.method", "train_annot")
+        for number, part in enumerate(parts_of(config.train_annot or [])):
+            if self.prompts is None and not part.labelled and is_folder_of_videos(part.annotation):
+                what = f"train_annot[{number}] {part.annotation} is a folder of videos, which have no captions"
+                yield (
+                    f"{what}: give objective.config.prompts, a file of texts",
+                    ("objective.config.prompts", "train_annot"),
+                )
 
 
 class AuxiliaryCaptionsSettings(ObjectiveSettings):

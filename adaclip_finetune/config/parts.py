@@ -15,7 +15,9 @@ from adaclip_finetune.config.base import PathText, Problem, Settings, setting
 class DataPart(Settings):
     """One part of a mixture of training data."""
 
-    annotation: PathText = setting(..., "annotation of the part", unit="file or folder")
+    annotation: PathText = setting(
+        ..., "annotation of the part; of an unlabelled part also a folder of videos", unit="file or folder"
+    )
     frames_dir: PathText | None = setting(
         None, "extracted frames of the part; null: where the run's videos are", unit="folder or file"
     )
@@ -34,7 +36,7 @@ class DataPart(Settings):
 
     @property
     def place(self) -> str:
-        """The folder of the part's videos; "" for that of the run. Tar shards that give the captions hold them too."""
+        """The folder of the part's videos; "" for that of the run. A folder as annotation holds them too."""
         return self.frames_dir or self.video_dir or (self.annotation if _is_folder(self.annotation) else "")
 
 
@@ -55,7 +57,12 @@ def parts_of(annotation: str | Sequence[DataPart]) -> Sequence[DataPart]:
 
 def is_lazy(annotation: str) -> bool:
     """Return whether an annotation is JSON Lines or tar shards, whose rows are read one by one when they are needed."""
-    return annotation.endswith(".jsonl") or _is_folder(annotation)
+    return annotation.endswith(".jsonl") or (_is_folder(annotation) and any(Path(annotation).glob("*.tar")))
+
+
+def is_folder_of_videos(annotation: str) -> bool:
+    """Return whether an annotation is a folder of video files, which have no captions."""
+    return _is_folder(annotation) and not is_lazy(annotation)
 
 
 def _is_folder(path: str) -> bool:
@@ -95,6 +102,8 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
         if not part.labelled and not uses_unlabelled:
             what = f"train_annot[{number}] is not labelled, but the objective trains on captions only"
             yield f"{what}: take an objective that uses unlabelled videos", (name, "objective")
+        if part.labelled and is_folder_of_videos(part.annotation):
+            yield no_captions(f"train_annot[{number}]", part.annotation), (name,)
     counts, weights = [part.per_batch for part in parts], [part.weight for part in parts]
     if any(counts) and (any(weights) or not all(counts)):
         yield "train_annot: give per_batch to every part, or weight to every part", (name,)
@@ -112,6 +121,14 @@ def contradictions_of_parts(config: Any, parts: Sequence[DataPart], uses_unlabel
         pre_batch_size = getattr(config.peft.config, "pre_batch_size", None)
         if pre_batch_size is not None:
             yield from _parts_without_rows(parts, pre_batch_size, "peft.config.pre_batch_size")
+
+
+def no_captions(where: str, folder: str) -> str:
+    """Return why a folder of videos cannot be labelled training data."""
+    return (
+        f"{where} {folder} is a folder without tar shards, so its videos have no captions: give an annotation, or make "
+        "it an unlabelled part (labelled false) for an objective that uses one"
+    )
 
 
 def _parts_without_rows(parts: Sequence[DataPart], batch_size: int, setting_name: str) -> Iterator[Problem]:

@@ -55,10 +55,11 @@ def deciding_values(config: Config, annotations: Iterable[str] = ()) -> dict[str
 
 
 def _digest(path: Path) -> str:
-    """Return a digest of the content of a file, or of the names and sizes of the tar shards in a folder."""
+    """Return a digest of the content of a file, or of the names and sizes of the tar shards or videos in a folder."""
     digest = hashlib.sha256()
     if path.is_dir():
-        digest.update(repr([(shard.name, shard.stat().st_size) for shard in sorted(path.glob("*.tar"))]).encode())
+        files = sorted(path.glob("*.tar")) or sorted(file for file in path.rglob("*") if file.is_file())
+        digest.update(repr([(str(file.relative_to(path)), file.stat().st_size) for file in files]).encode())
     else:
         with path.open("rb") as file:
             while block := file.read(2**20):

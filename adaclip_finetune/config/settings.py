@@ -29,7 +29,14 @@ from adaclip_finetune.config.choices import (
 )
 from adaclip_finetune.config.layers import load
 from adaclip_finetune.config.optuna import OptunaSettings
-from adaclip_finetune.config.parts import TrainAnnotation, contradictions_of_parts, is_lazy, parts_of
+from adaclip_finetune.config.parts import (
+    TrainAnnotation,
+    contradictions_of_parts,
+    is_folder_of_videos,
+    is_lazy,
+    no_captions,
+    parts_of,
+)
 
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
 
@@ -314,6 +321,8 @@ def contradictions(c: Config) -> Iterator[Problem]:
         objective = c.objective and c.objective.config
         uses_unlabelled = isinstance(objective, ObjectiveSettings) and objective.uses_unlabelled
         yield from contradictions_of_parts(c, c.train_annot, uses_unlabelled)
+    elif c.train_annot is not None and is_folder_of_videos(c.train_annot):
+        yield no_captions("train_annot", c.train_annot), ("train_annot",)
 
 
 def _contradictions(c: Config) -> Iterator[str]:

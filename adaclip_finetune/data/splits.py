@@ -8,19 +8,21 @@ that cannot be read are left out of their batches.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.parts import DataPart, is_lazy, parts_of
-from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations
+from adaclip_finetune.config.parts import DataPart, is_folder_of_videos, is_lazy, parts_of
+from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations, parse_video
 from adaclip_finetune.data.batches import BatchPlan
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.json_lines import JsonLines
 from adaclip_finetune.data.mixture import LazyEntries, MixedEntries, MixedStore, name_in
+from adaclip_finetune.data.names import split_extension
 from adaclip_finetune.data.queries import (
     Queries,
     TrainEntry,
@@ -31,8 +33,9 @@ from adaclip_finetune.data.queries import (
 )
 from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing
 from adaclip_finetune.data.tar_shards import ShardCaptions, TarShards
-from adaclip_finetune.data.video.discovery import describe_unknown_files
+from adaclip_finetune.data.video.discovery import describe_unknown_files, find_videos
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +100,28 @@ def batch_plan(annotation: str | Sequence[DataPart], sizes: Sequence[int], seed:
 def read_listed(part: DataPart, data_subset: int = 0) -> list[VideoAnnotation] | JsonLines | ShardCaptions:
     """Return the videos that a part lists; only the first `subset` of the part, or `data_subset`, if above 0.
 
-    Raises UserError.
+    Of a folder of videos these are its files, and their names stand for captions. Raises UserError.
     """
     path, data_subset = Path(part.annotation), part.subset or data_subset
+    if is_folder_of_videos(part.annotation):
+        return _videos_in(path, data_subset)
     if not is_lazy(part.annotation):
         return load_annotations(path, data_subset)
     return ShardCaptions(TarShards(path), data_subset) if path.is_dir() else JsonLines(path, data_subset)
+
+
+def _videos_in(folder: Path, at_most: int) -> list[VideoAnnotation]:
+    try:
+        found, _ = find_videos(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    if not found:
+        raise UserError(f"{folder}: holds neither videos nor tar shards")
+    files = [path.relative_to(folder).as_posix() for path in found]
+    stems = [split_extension(file)[0] for file in files]
+    several = {stem for stem, count in Counter(stems).items() if count > 1}
+    names = [file if stem in several else stem for file, stem in zip(files, stems, strict=True)][: at_most or None]
+    return [parse_video(f"{folder}: video {name!a}", name, {"sentences": [name]}) for name in names]
 
 
 def open_stores(
@@ -114,7 +133,8 @@ def open_stores(
         if part.place in stores:
             continue
         if part.place == part.annotation:
-            stores[part.place] = TarShards(Path(part.annotation))
+            folder = Path(part.annotation)
+            stores[part.place] = TarShards(folder) if is_lazy(part.annotation) else VideoFolder(folder)
             continue
         there = [each for one, each in zip(parts, listed, strict=True) if one.place == part.place]
         videos = [video for each in there if isinstance(each, list) for video in each]

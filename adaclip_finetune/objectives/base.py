@@ -92,11 +92,15 @@ class Group:
 
 
 class Opened(NamedTuple):
-    """A model beside the one that learns: its settings, its CLIP, and the retriever, in evaluation mode."""
+    """A model beside the one that learns: its settings, its CLIP, and the retriever, in evaluation mode.
+
+    `plain`: it is a pretrained CLIP alone, without a selector or a pooling that has learned.
+    """
 
     config: Config
     loaded: LoadedClip
     retriever: VideoRetriever
+    plain: bool = False
 
 
 class Objective(nn.Module, ABC):
@@ -118,8 +122,8 @@ class Objective(nn.Module, ABC):
     def start(self, config: Config, loaded: LoadedClip, open_other: Callable[[str], Opened]) -> None:
         """Prepare what training needs besides the retriever, whose weights are those that the run starts from.
 
-        `loaded` is the retriever's CLIP. `open_other(source)` opens a run folder or a checkpoint. By default nothing is
-        prepared. Raise UserError for what the settings name and is not there, or is not what it should be.
+        `loaded` is the retriever's CLIP. `open_other(source)` opens a run folder, a checkpoint or a CLIP. By default
+        nothing is prepared. Raise UserError for what the settings name and is not there, or is not what it should be.
         """
 
     def second_view(self, config: Config) -> tuple[Config, Views] | None:

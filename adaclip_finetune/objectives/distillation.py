@@ -61,7 +61,8 @@ class Distillation(Objective):
     def start(self, config: Config, loaded: LoadedClip, open_other: Callable[[str], Opened]) -> None:
         if self.settings.teacher is None:
             plain, copied = zero_shot_config(config), replace(loaded, module=plain_copy(loaded.module))
-            teacher = Opened(plain, copied, VideoRetriever(plain, copied).requires_grad_(False).eval())
+            model = VideoRetriever(plain, copied).requires_grad_(False).eval()
+            teacher = Opened(plain, copied, model, plain=True)
         else:
             try:
                 teacher = open_other(self.settings.teacher)
@@ -154,7 +155,7 @@ class Distillation(Objective):
     def _videos_of_teacher(self, batch: TrainBatch, places: list[int]) -> Tensor:
         assert batch.second is not None
         videos = self.teacher.retriever.encode_video(batch.second.at(places))
-        if self.settings.teacher is None:  # as published, the mean of unit vectors is not normalised again
+        if self.teacher.plain:  # as published, the mean of unit vectors is not normalised again
             assert videos.vector is not None
             return at_least_float32(videos.vector)
         return self.teacher.retriever.scorer.keep(videos)

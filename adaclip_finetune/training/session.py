@@ -19,11 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.peft import PeftMethod, TrainableReport, build_method, choose_what_learns, trainable_report
@@ -172,7 +174,7 @@ def open_model(
         _fill(model, state, checkpoint, config)
         method.reset(model)
     if learn:
-        objective.start(config, loaded, partial(_open_other, values=values))
+        objective.start(config, loaded, partial(_open_other, like=config, values=values))
     if accelerator is not None:
         objective.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
@@ -190,11 +192,33 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
     return session
 
 
-def _open_other(source: str, values: Values) -> Opened:
-    """Return the model in a run folder or weights file, on the CPU, with nothing learning."""
-    checkpoint, config = find_checkpoint(source, {})
-    session = open_model(config, checkpoint, values, learn=False)
-    return Opened(session.config, session.loaded, session.model.requires_grad_(False).eval())
+def _open_other(source: str, like: Config, values: Values) -> Opened:
+    """Return the model in a run folder or weights file, or a CLIP, on the CPU, with nothing learning.
+
+    A CLIP takes as many frames and words as `like`.
+    """
+    checkpoint = None
+    try:
+        checkpoint, config = find_checkpoint(source, {})
+        session = open_model(config, checkpoint, values, learn=False)
+    except UserError as error:
+        if checkpoint is not None:
+            raise
+        try:
+            session = open_model(plain_clip(source, like), values=values, learn=False)
+        except UserError as other:
+            raise UserError(f"{error}\nNor is it a CLIP: {other}") from other
+    return Opened(session.config, session.loaded, session.model.requires_grad_(False).eval(), checkpoint is None)
+
+
+def plain_clip(source: str, like: Config) -> Config:
+    """Return the settings of a pretrained CLIP that encodes as many frames, chosen in the same way, as `like`.
+
+    `source` is a file or folder of weights or, if there is none of that name, a CLIP as `clip_backbone` names it.
+    """
+    plain = zero_shot_config(like).model_dump(mode="json", include=set(names_with("view")) - {"max_img_size"})
+    plain |= {"use_policy": False, "frame_agg": None}
+    return load_config(None, plain | {"clip_weights" if Path(source).exists() else "clip_backbone": source})
 
 
 def find_checkpoint(

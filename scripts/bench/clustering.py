@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="kmedoids")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     towers = build(a)
@@ -43,7 +44,7 @@ def main() -> None:
     for _ in range(a.repeat + 1):  # in turn, so that other load meets both; the first round warms up
         for name, tower in towers.items():
             started = {what: clock() for what, clock in clocks.items()}
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(a.device, torch.bfloat16, enabled=a.bf16):
                 tower(pixels, mask).sum().item()
             for what, clock in clocks.items():
                 seconds[what][name].append(clock() - started[what])
@@ -86,7 +87,9 @@ def training_memory(a: Any, name: str) -> float:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
-    tower(pixels, mask).square().mean().backward()
+    with torch.autocast(a.device, torch.bfloat16, enabled=a.bf16):
+        tokens = tower(pixels, mask)
+    tokens.square().mean().backward()
     after = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (after - before) / 2**20 / a.videos
 

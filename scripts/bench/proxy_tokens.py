@@ -1,6 +1,7 @@
 """Time and memory of attention in `tower: proxy_tokens`, in its two parts and by a mask, as ratios within one run.
 
     python scripts/bench/proxy_tokens.py --videos 2 --repeat 5
+    python scripts/bench/proxy_tokens.py --videos 16 --repeat 20 --device cuda --bf16
 
 ViT-B/32 with random weights (time does not depend on them), 4 proxies. "By a mask" is one attention over all S tokens
 of a video, with an (S, S) mask that allows the same pairs; both give the same vectors. Time is printed for attention
@@ -48,15 +49,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("videos", 2), ("frames", 12), ("repeat", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
     a = parser.parse_args()
+    torch.set_default_device(a.device)
+    with torch.autocast(a.device, torch.bfloat16, enabled=a.bf16):
+        compare(a)
+
+
+def compare(a: argparse.Namespace) -> None:
+    """Print the figures of both kinds."""
     tower, pixels = build(), torch.randn(a.videos, a.frames, 3, 224, 224)
     if a.memory:
         print(peak_memory(tower, KINDS[a.memory], pixels))
         return
 
     inputs = qkv(a.videos, a.frames)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(a.device, enabled=False):
         torch.testing.assert_close(proxy_attention(*inputs), masked_attention(*inputs), rtol=1e-4, atol=1e-5)
 
     def attention(kind: Attention) -> Tensor:
@@ -69,12 +79,13 @@ def main() -> None:
             ratio = seconds["mask"] / seconds["two parts"]
             print(f"{name}, {mode}: {', '.join(f'{k} {s:.3f} s' for k, s in seconds.items())}, ratio {ratio:.2f}")
     for frames in (12, 24, 48):
-        sizes = {kind: measured_memory(kind, frames) for kind in KINDS}
+        sizes = {kind: measured_memory(a, kind, frames) for kind in KINDS}
         print(f"{frames} frames, memory of training: {', '.join(f'{k} {s:.0f} MiB' for k, s in sizes.items())}")
 
 
 def build() -> ProxyTokens:
-    return ProxyTokens(ProxyTokensSettings(), open_clip.create_model("ViT-B-32-quickgelu").train())
+    clip = open_clip.create_model("ViT-B-32-quickgelu").to(torch.get_default_device())
+    return ProxyTokens(ProxyTokensSettings(), clip.train())
 
 
 def encode(tower: ProxyTokens, kind: Attention, pixels: Tensor) -> Tensor:
@@ -96,15 +107,20 @@ def trained(forward: Callable[[Attention], Tensor]) -> Callable[[Attention], Non
 
 
 def timed(step: Callable[[Attention], object], kind: Attention) -> float:
-    """Return the CPU seconds that a step takes with this kind of attention; other programs do not count."""
-    started = time.process_time()
+    """Return the seconds that a step takes with this kind of attention: on the CPU, those of this process alone."""
+    on_cpu = torch.get_default_device().type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    started = clock()
     step(kind)
-    return time.process_time() - started
+    if not on_cpu:
+        torch.accelerator.synchronize()
+    return clock() - started
 
 
-def measured_memory(kind: str, frames: int) -> float:
+def measured_memory(a: argparse.Namespace, kind: str, frames: int) -> float:
     """Return `peak_memory` for one video in a new process, since the peak of a process never falls."""
     command = [sys.executable, __file__, "--memory", kind, "--videos", "1", "--frames", str(frames)]
+    command += ["--device", a.device, *["--bf16"] * a.bf16]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -118,6 +134,8 @@ def peak_memory(tower: ProxyTokens, kind: Attention, pixels: Tensor) -> float:
 
 def high_water() -> float:
     """Return the largest memory that this process has had, in MiB (Linux; getrusage also counts its parent's)."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return float(status.split("VmHWM:")[1].split()[0]) / 1024
 

@@ -2,8 +2,9 @@
 
     python scripts/bench/step.py --device cuda --precision bf16 --num_frm 16 --top_k 8 --batch_size 32 \
         --clip_backbone PE-Core-B-16:meta --peft.method lora
+    python scripts/bench/step.py --config cfgs/demo.json --peft cfgs/peft/bitfit.json
 
-Every setting of `adaclip train` is a flag. Nothing is downloaded.
+The flags are those of `adaclip train`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from adaclip_finetune.training.memory import blank_batch
 from adaclip_finetune.training.optimizer import build_optimizer
 from adaclip_finetune.training.session import open_model
 
-_WARMUP, _STEPS = 3, 8
-
 
 def main() -> None:
     """Print the median time of a step."""
     parser = Parser("step.py", f"{(__doc__ or '').splitlines()[0]}")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings")
+    parser.add_argument("--untimed", type=int, default=3, help="steps before the timed ones (default: 3)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps (default: 8)")
     add_flags(parser, Config)
+    words = parser.read(sys.argv[1:])
     defaults = {"frame_agg": "mlp", "freeze_cnn": True, "max_txt_len": 32, "policy_weights": "random"}
-    config = load_config(None, defaults | given(parser.read(sys.argv[1:])))
+    config = load_config(words.config, given(words) if words.config else defaults | given(words))
     torch.manual_seed(config.seed)
     session = open_model(config, values="random", accelerator=make_accelerator(config))
-    optimizer, _ = build_optimizer(session.objective, config, _WARMUP + _STEPS)
+    optimizer, _ = build_optimizer(session.objective, config, words.untimed + words.steps)
     session.objective.train()
     batch, group = blank_batch(config, session.objective, session.loaded.tokenize, config.batch_size)
     videos = batch.videos
@@ -45,7 +48,7 @@ def main() -> None:
     assert accelerator is not None
     call = accelerator.autocast()(session.objective)
     backward = Backward(accelerator, session.objective, call, config.grad_cache_chunk)
-    for _ in range(_WARMUP + _STEPS):
+    for _ in range(words.untimed + words.steps):
         started = time.perf_counter()
         backward(batch, group, int)
         optimizer.step()
@@ -53,7 +56,7 @@ def main() -> None:
         if session.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
-    step, memory = 1000 * statistics.median(seconds[_WARMUP:]), peak_memory_mib(session.device) / 1024
+    step, memory = 1000 * statistics.median(seconds[words.untimed :]), peak_memory_mib(session.device) / 1024
     what = f"{config.clip_backbone} {config.peft.method} {config.precision}, batch {config.batch_size}"
     print(f"{what}, {session.model.top_k} of {config.num_frm} frames: {step:.1f} ms a step, {memory:.2f} GiB at most")
     print(describe_device(session.device))

@@ -31,6 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "QScore": {"use_policy": False, "frame_agg": "qscore"},
     "words": {"use_policy": False, "word_agg": "mlp"},
     "proxy tokens": {"tower": {"method": "proxy_tokens", "config": {"temporal_size": 2}}},
+    "clustering": {"tower": {"method": "clustering", "config": {"stages": [{"block": 1, "segments": 2, "tokens": 2}]}}},
+    "global-local prompts": {"tower": {"method": "global_local"}},
 }
 
 
@@ -58,8 +60,8 @@ def build(**settings: Any) -> tuple[Objective, TrainBatch, Group]:
     return objective, batch, Group([batch.pairs()])
 
 
-def backward(objective: Objective, chunk: int) -> Backward:
-    return Backward(Accelerator(cpu=True), objective, objective, chunk)
+def backward(objective: Objective, chunk: int, device: str = "cpu") -> Backward:
+    return Backward(Mock(wraps=Accelerator(cpu=True), device=torch.device(device)), objective, objective, chunk)
 
 
 def taken(objective: Objective) -> dict[str, Tensor]:
@@ -81,6 +83,19 @@ def test_parts_give_the_gradients_of_the_whole_batch(objective: str, model: str,
     for chunk in (1, 2, 3, PAIRS):
         assert backward(built, chunk)(batch, group, int, share=0.5) == pytest.approx(loss, rel=1e-12)
         torch.testing.assert_close(taken(built), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("objective", "model"), list(itertools.product(OBJECTIVES, MODELS)))
+def test_cuda_gives_the_gradients_of_the_cpu(objective: str, model: str) -> None:
+    built, batch, group = build(objective={"method": objective}, **MODELS[model])
+    loss = backward(built, 0)(batch, group, int)
+    wanted = taken(built)
+    built.to("cuda")
+    for chunk in (0, 2):
+        assert backward(built, chunk, "cuda")(batch, group, int) == pytest.approx(loss, rel=1e-5)
+        found = {name: gradient.cpu() for name, gradient in taken(built).items()}
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:

@@ -67,7 +67,7 @@ class Towers(nn.Module):
 
 def published(student: Any, teacher: Any, **settings: Any) -> Distillation:
     objective = Distillation(DistillationSettings(**settings), student).double()
-    objective._teacher = (Opened(load_config(), None, teacher),)  # type: ignore[arg-type]
+    objective._teacher = (Opened(load_config(), None, teacher, plain=True),)  # type: ignore[arg-type]
     return objective
 
 

@@ -72,8 +72,9 @@ class Model(nn.Module):
 
 def outputs(model: Model, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return the embeddings of three images and three texts."""
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return model.clip.visual(pixels), model.clip.encode_text(random_tokens(3))
+    device = next(model.parameters()).device
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return model.clip.visual(pixels), model.clip.encode_text(random_tokens(3).to(device))
 
 
 def config_of(case: str) -> Any:
@@ -110,6 +111,19 @@ def assert_same(own: Model, other: Model) -> None:
     with torch.no_grad():
         for mine, theirs in zip(outputs(own), outputs(other), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_method
+def test_cuda_gives_the_gradients_of_the_cpu(case: str, kind: str) -> None:
+    model, _ = trained(case, kind)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        model().backward()
+        gradients.append({n: own.grad.clone().cpu() for n, own in model.named_parameters() if own.grad is not None})
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-9)
 
 
 @every_method

@@ -8,6 +8,8 @@ import killed
 import pytest
 import torch
 from checking import checked, finding, kinds
+from conftest import write_clip_folder
+from media import write_video
 from safetensors.torch import load_file
 
 from adaclip_finetune import report
@@ -81,10 +83,49 @@ def test_a_run_that_starts_from_a_checkpoint_is_taught_by_its_clip(given: Projec
         assert not torch.equal(state["visual.proj"], open_model(load_config(None, given)).model.clip.visual.proj)
 
 
+@pytest.mark.parametrize("source", ["", "open_clip_model.safetensors"], ids=["folder", "file"])
+def test_a_clip_can_teach(source: str, given: Project, tmp_path: Path) -> None:
+    write_clip_folder(tmp_path / "clip", seed=1)
+    taught = {"method": "distillation", "config": {"teacher": str(tmp_path / "clip" / source)}}
+    given |= {"objective": taught, "num_frm": 5}
+    if source:  # a file says less than a folder
+        given["tower"] = {"method": "proxy_tokens"}
+    opened: Any = open_model(load_config(None, given)).objective
+    teacher = opened.teacher
+    assert teacher.plain and teacher.config.num_frm == given["top_k"] and teacher.config.tower.method == "per_frame"
+    wanted = load_file(tmp_path / "clip" / "open_clip_model.safetensors")["visual.proj"]
+    assert torch.equal(teacher.retriever.clip.visual.proj, wanted)
+    assert fit(load_config(None, {**given, "num_epochs": 1})).metrics["best_epoch"] == 1
+
+
 def test_a_teacher_that_is_not_there_is_named(given: Project, tmp_path: Path) -> None:
     taught = {"method": "distillation", "config": {"teacher": str(tmp_path / "gone")}}
     with pytest.raises(UserError, match=r"objective\.config\.teacher: .*gone"):
         open_model(load_config(None, {**given, "objective": taught}))
+
+
+def test_unlabelled_videos_need_no_annotation(
+    given: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        write_video(tmp_path / "many" / f"v{number}.mp4", 12 + number)
+    parts = [given["train_annot"][0], {"annotation": str(tmp_path / "many"), "per_batch": 3, "labelled": False}]
+    given |= {"train_annot": parts, "num_epochs": 1}
+    with pytest.raises(UserError, match=r"many is a folder of videos.*objective\.config\.prompts"):
+        load_config(None, given)
+    (tmp_path / "prompts.txt").write_text("a red thing\na blue thing\na tree\n")
+    given["objective"] = {"method": "distillation", "config": {"prompts": str(tmp_path / "prompts.txt")}}
+    found = fit(load_config(None, given))
+    assert found.folder is not None
+    lines = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["terms"]["distillation"] > 0 for line in lines if line["event"] == "train")
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    capsys.readouterr()
+    code, report = checked(capsys, "--config", str(tmp_path / "config.json"))
+    assert code == 0 and kinds(report, "fails") == set()
+    for labelled in (str(tmp_path / "many"), [parts[0], {**parts[1], "labelled": True}]):
+        with pytest.raises(UserError, match="many is a folder without tar shards, so its videos have no captions"):
+            load_config(None, {**given, "train_annot": labelled, "objective": None})
 
 
 def test_the_check_tries_steps_with_the_teacher(

@@ -18,7 +18,7 @@ from torch import Tensor
 from adaclip_finetune.check.data import CheckedSplit, check_captions, check_entries, check_overlap, check_videos
 from adaclip_finetune.check.report import Finding, plural
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.parts import is_lazy
+from adaclip_finetune.config.parts import is_lazy, parts_of
 from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.queries import train_entries
@@ -130,16 +130,18 @@ def _time(session: Session, splits: Sequence[CheckedSplit], step: StepCost, size
     config = session.config
     twice = 4 / 3 if step.videos <= config.grad_cache_chunk < size else 1  # a second forward pass
     compute = twice * step.seconds * size / step.videos + step.update_seconds
-    readable = [
-        (VideoReader(split.store, config, session.model.views()), video_id)
-        for split in splits
-        for video_id in split.good
-    ]
+    again, readable = session.objective.second_view(config), list[tuple[list[VideoReader], str]]()
+    for split, part in zip(splits, parts_of(config.train_annot or []), strict=True):
+        readers = [VideoReader(split.store, config, session.model.views())]
+        if again is not None and (session.objective.second_of_labelled or not part.labelled):
+            readers.append(VideoReader(split.store, *again))
+        readable += [(readers, video_id) for video_id in split.good]
     chosen = readable[:: -(-len(readable) // _READ_VIDEOS)]  # from the whole list
     started = time.monotonic()
-    for reader, video_id in chosen:
+    for readers, video_id in chosen:
         with suppress(FrameError):
-            reader.read(video_id)
+            for reader in readers:
+                reader.read(video_id)
     reading = (time.monotonic() - started) / len(chosen) * size
     message = (
         f"time on {describe_device(session.device)}, from two steps on {plural(step.videos, 'video')}: a batch of "

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
-from adaclip_finetune.data.preprocess import Views, draw_crop_flip, to_square
+from adaclip_finetune.data.preprocess import ImageSpec, Views, draw_crop_flip, to_square
 from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.sampling import frame_indices, generator
 
@@ -165,16 +165,29 @@ class VideoReader:
             _padded(indices, config.num_frm, -1),
         )
 
+    def black(self, video_id: str) -> VideoItem:
+        """Return black frames in place of those of a video, without reading it."""
+        count, (clip, selector) = self.config.num_frm, self.views
+        policy_frames = None if selector is None else _zeros(count, selector)
+        return VideoItem(video_id, _zeros(count, clip), policy_frames, np.zeros(count, np.int64))
+
 
 class TrainDataset(Dataset[VideoItem | FrameError]):
     """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
 
-    An index beyond the last entry starts again with the first one, with other draws. With a `second` reader each video
-    is read once more by it, with draws of its own.
+    An index beyond the last entry starts again with the first one, with other draws. With a `second` reader each video,
+    or each that is not labelled, is read once more by it, with draws of its own.
     """
 
-    def __init__(self, entries: Sequence[TrainEntry], reader: VideoReader, second: VideoReader | None = None) -> None:
-        self.entries, self.reader, self.second, self.seed = entries, reader, second, reader.config.seed
+    def __init__(
+        self,
+        entries: Sequence[TrainEntry],
+        reader: VideoReader,
+        second: VideoReader | None = None,
+        second_of_labelled: bool = True,
+    ) -> None:
+        self.entries, self.reader, self.seed = entries, reader, reader.config.seed
+        self.second, self.second_of_labelled = second, second_of_labelled
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -184,8 +197,10 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
         try:
             entry = self.entries[index % len(self.entries)]
             item = self.reader.read(entry.video_id, generator("frames", self.seed, *key))
-            if self.second is not None:
+            if self.second is not None and (self.second_of_labelled or not entry.labelled):
                 item = replace(item, second=self.second.read(entry.video_id, generator("second", self.seed, *key)))
+            elif self.second is not None:
+                item = replace(item, second=self.second.black(entry.video_id))
         except FrameError as error:
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
@@ -254,6 +269,10 @@ def _stacked(items: Sequence[VideoItem]) -> VideoBatch:
         frame_indices=indices,
         video_ids=[item.video_id for item in items],
     )
+
+
+def _zeros(count: int, view: ImageSpec) -> NDArray[np.uint8]:
+    return np.zeros((count, view.channels, view.size, view.size), np.uint8)
 
 
 def _padded(rows: NDArray[Number], length: int, value: int) -> NDArray[Number]:

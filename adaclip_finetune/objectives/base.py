@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,8 @@ class Objective(nn.Module, ABC):
     """
 
     settings_class: type[ChoiceSettings]
+    second_of_labelled: ClassVar[bool] = True
+    """Whether `second_view` is needed of labelled videos; if not, they are read once."""
 
     def __init__(self, settings: ChoiceSettings, retriever: VideoRetriever) -> None:
         super().__init__()

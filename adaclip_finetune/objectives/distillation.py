@@ -42,6 +42,7 @@ class Distillation(Objective):
 
     settings_class = DistillationSettings
     settings: DistillationSettings
+    second_of_labelled = False  # of which the teacher sees nothing
 
     def __init__(self, settings: ChoiceSettings, retriever: VideoRetriever) -> None:
         super().__init__(settings, retriever)

@@ -35,7 +35,8 @@ def train_loader(session: Session, split: TrainSplit) -> TrainLoader:
         )
     again = session.objective.second_view(config)
     reader = VideoReader(split.store, config, session.model.views())
-    dataset = TrainDataset(split.entries, reader, again and VideoReader(split.store, *again))
+    second = again and VideoReader(split.store, *again)
+    dataset = TrainDataset(split.entries, reader, second, session.objective.second_of_labelled)
     return TrainLoader(dataset, config, session.loaded.tokenize, split.plan)
 
 

@@ -77,7 +77,8 @@ def test_batches_hold_the_rows_of_each_part_with_their_labels(
     assert config.train_annot is not None
     split = train_split(config, config.train_annot)
     assert not split.left_out and len(split.entries) == 7 + 3 + 4
-    dataset = TrainDataset(split.entries, VideoReader(split.store, config, Views(IMAGE, None)))
+    reader = VideoReader(split.store, config, Views(IMAGE, None))
+    dataset = TrainDataset(split.entries, reader, second=reader, second_of_labelled=False)
     drawn: dict[str, set[Any]] = {}
     first = Counter[str]()
     for epoch in range(2):
@@ -88,6 +89,8 @@ def test_batches_hold_the_rows_of_each_part_with_their_labels(
             assert "//" not in one + two and other.rpartition("//")[0] == str(tmp_path / "frames")
             assert coded.rpartition("//")[0] == str(tmp_path / "shards")
             assert batch.labelled is not None and batch.labelled.tolist() == [True, True, False, True]
+            assert batch.second is not None and batch.second.frame_mask.all()
+            assert batch.second.frames.flatten(1).any(dim=1).tolist() == [False, False, True, False], "black: not read"
             draws = zip(batch.videos.video_ids, batch.videos.frame_indices.tolist(), batch.noise.tolist(), strict=True)
             for name, *values in draws:
                 drawn.setdefault(name, set()).add(str(values))

@@ -15,6 +15,10 @@ class NotFinite(UserError, ValueError):
     """Weights or scores have become NaN or infinite, usually because training diverged."""
 
 
+class NotACheckpoint(UserError):
+    """There is no such file or run folder, or no known program wrote it as the checkpoint of a whole retriever."""
+
+
 def debug_requested(words: Sequence[str]) -> bool:
     """Return whether the command line asks for tracebacks (`--debug`), before anything is parsed."""
     following = dict(zip(words, [*words[1:], ""], strict=True))

@@ -41,11 +41,12 @@ def run(words: Sequence[str]) -> int:
     with StopSignals():
         if "video_dir" in places or "frames_dir" in places:
             places = {"video_dir": None, "frames_dir": None} | places
-        model = load_retriever(arguments.run, **settings | places)
+        model = load_retriever(arguments.model, **settings | places)
         model.refuse_query_dependent()
         collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
         count = len(collection.videos) + len(collection.broken)
-        print(f"{arguments.run} → {output}: {count} videos of {printable(collection.name)}")
+        trained = ", which was not finetuned" if model.untrained else ""
+        print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
         given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
@@ -61,19 +62,21 @@ def run(words: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "adaclip index",
-        "Embed videos for `adaclip search` and `adaclip serve`. Videos that are in the index already are kept, new and "
-        "changed ones are added, and the same command continues after an interruption. Exit code 1 if some videos "
-        "cannot be read: they are listed, and the others are indexed.",
+        "Embed videos for `adaclip search` and `adaclip serve`, with a model that was finetuned or with a pretrained "
+        "CLIP, which takes num_frm uniform frames of a video and their mean. Videos that are in the index already are "
+        "kept, new and changed ones are added, and the same command continues after an interruption. Exit code 1 if "
+        "some videos cannot be read: they are listed, and the others are indexed.",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=a_path, help="a run folder or a checkpoint")
+    model = "a run folder or checkpoint, or a pretrained CLIP: an open_clip name[:tag], or a file or folder of weights"
+    add("model", metavar="MODEL", type=a_path, help=model)
     videos = "a folder of videos, with its subfolders, or an annotation (JSON)"
     add("videos", metavar="VIDEOS", type=a_path, help=videos)
     add("-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder of the index")
     add("--sync", action="store_true", help="drop videos that are no longer there")
     dtype = "of the vectors; float16 halves their size. Default: float32"
     add("--dtype", choices=("float32", "float16"), help=dtype)
-    add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_workers", "val_batch_size")
+    add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_frm", "num_workers", "val_batch_size")
     return parser
 
 

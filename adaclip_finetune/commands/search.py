@@ -40,6 +40,8 @@ def run(words: Sequence[str]) -> int:
     if not len(index):
         raise UserError(f"{arguments.index}: is empty; `adaclip index` adds videos")
     model = search_model_of(index, arguments.model, **settings)
+    if model.untrained:
+        print(f"searched with {index.info.model_name}, which was not finetuned", file=sys.stderr)
     if arguments.image is not None:
         _print(str(arguments.image), index.search(model.encode_image(arguments.image)[None], arguments.k)[0], arguments)
         return 0

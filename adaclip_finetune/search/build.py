@@ -230,7 +230,8 @@ def _info(model: SearchModel, collection: VideoCollection, settings: Mapping[str
         kept["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     if collection.img_tmpl is not None:
         kept["img_tmpl"] = collection.img_tmpl
-    return IndexInfo(model.fingerprint, str(model.source.absolute()), kept, str(collection.name))
+    run = model.source if model.untrained and not model.source.exists() else model.source.absolute()
+    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained)
 
 
 def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:

@@ -39,9 +39,20 @@ class IndexInfo:
     """What an index was made with."""
 
     fingerprint: str  # of the model
-    run: str  # absolute path of the run folder or checkpoint
+    run: str  # absolute path of the run folder, checkpoint or CLIP, or the name of a CLIP
     settings: dict[str, Any]  # settings that are needed beside the run to load the model, such as clip_weights
     source: str  # absolute path of the folder or annotation that was indexed
+    untrained: bool = False  # whether the model is a pretrained CLIP
+
+    @property
+    def has_named_clip(self) -> bool:
+        """Whether the model is a pretrained CLIP that open_clip knows by name."""
+        return self.untrained and not Path(self.run).is_absolute()
+
+    @property
+    def model_name(self) -> str:
+        """Return what to call the model: the name of its folder or file, or of the CLIP."""
+        return self.run if self.has_named_clip else Path(self.run).name
 
 
 class EmbeddedVideo(NamedTuple):

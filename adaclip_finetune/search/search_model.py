@@ -1,4 +1,4 @@
-"""`SearchModel`: a trained model that turns texts, pictures and videos into vectors of one space.
+"""`SearchModel`: a model that turns texts, pictures and videos into vectors of one space.
 
     model = load_retriever("output/my/20260101-120000-bitfit")
     vector = model.encode_text(["two dogs run along the water"])  # (1, D)
@@ -30,7 +30,7 @@ from adaclip_finetune.model.features import VideoFeatures
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
-from adaclip_finetune.training.session import Session, find_checkpoint, open_for_use
+from adaclip_finetune.training.session import Session, open_any
 from adaclip_finetune.weights.plain import weights_digest
 
 
@@ -43,14 +43,15 @@ class WeightedFrames(NamedTuple):
 
 
 def load_retriever(source: str | Path, **settings: Any) -> SearchModel:
-    """Load the model of a run folder or a checkpoint.
+    """Load the model of a run folder or a checkpoint, or a pretrained CLIP: `ViT-B/32`, `ViT-SO400M-14-SigLIP:webli`,
+    or a file or folder of weights.
 
     `settings` override those of the run: device, precision, clip_weights and so on. A checkpoint of another system
-    needs the settings that its file does not contain. Raise UserError.
+    needs the settings that its file does not contain. A CLIP takes `num_frm` uniform frames of a video and the mean of
+    their vectors. Raise UserError.
     """
     try:
-        checkpoint, config = find_checkpoint(source, settings)
-        return SearchModel(Path(source), open_for_use(config, checkpoint))
+        return SearchModel(Path(source), open_any(source, settings))
     except UserError as error:
         raise UserError(str(error).removeprefix("resume: ")) from error
 
@@ -60,7 +61,7 @@ def search_model_of(index: VideoIndex, source: str | Path | None = None, **setti
     missing or is another model."""
     info = index.info
     where = Path(info.run if source is None else source)
-    if not where.exists():
+    if not where.exists() and not info.has_named_clip:
         reason = "" if source else f", with which {index.folder} was made,"
         raise UserError(f"the model {where}{reason} is not there; say where it is: --model RUN_OR_CHECKPOINT")
     stored = dict(info.settings)
@@ -77,9 +78,13 @@ def search_model_of(index: VideoIndex, source: str | Path | None = None, **setti
 
 
 class SearchModel:
-    """A trained model in evaluation mode; `fingerprint` distinguishes it from every other model."""
+    """A model in evaluation mode; `fingerprint` distinguishes it from every other model.
+
+    `untrained`: it is a pretrained CLIP, which has not been finetuned.
+    """
 
     def __init__(self, source: Path, session: Session) -> None:
+        self.untrained = session.checkpoint is None
         self.source, self.config, self.loaded, self.model = source, session.config, session.loaded, session.model
         self._autocast = session.autocast
         self.fingerprint = _fingerprint(session)

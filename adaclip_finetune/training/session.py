@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.errors import UserError
+from adaclip_finetune.errors import NotACheckpoint, UserError
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
@@ -44,6 +44,7 @@ from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_n
 from adaclip_finetune.weights.plain import plain_copy, plain_state, strict_load, weights_digest
 
 Values = Literal["real", "random", "meta"]
+_WORDS_OF_A_QUERY = 64  # tokens, as many as every text tower of open_clip takes
 
 
 @dataclass
@@ -185,40 +186,44 @@ def open_model(
     return session
 
 
-def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
-    """Return the session of a trained model, on the device of its config, in evaluation mode, with nothing learning."""
-    session = open_model(config, checkpoint, accelerator=make_accelerator(config), learn=False)
-    session.model.eval()
-    return session
+def open_any(
+    source: str | Path,
+    overrides: Mapping[str, Any],
+    of_clip: Mapping[str, Any] | None = None,
+    values: Values = "real",
+    on_device: bool = True,
+) -> Session:
+    """Return the session of a run folder, a checkpoint or a pretrained CLIP, in evaluation mode, with nothing learning.
+
+    `overrides` replace settings of the run. A CLIP is a file or folder of weights or, if nothing is there, a name as
+    `clip_backbone` has it. Its session has no `checkpoint`; it takes uniform frames and their mean, with the settings
+    `of_clip` (default: `overrides`) over the defaults. Raise UserError.
+    """
+
+    def opened(config: Config, checkpoint: Checkpoint | None) -> Session:
+        accelerator = make_accelerator(config) if on_device else None
+        session = open_model(config, checkpoint, values, accelerator, learn=False)
+        session.model.requires_grad_(False).eval()
+        return session
+
+    try:
+        checkpoint, config = find_checkpoint(source, overrides)
+    except NotACheckpoint as error:
+        plain: dict[str, Any] = {"use_policy": False, "frame_agg": None, "max_txt_len": _WORDS_OF_A_QUERY}
+        plain |= overrides if of_clip is None else of_clip
+        plain |= {"clip_weights" if Path(source).exists() else "clip_backbone": str(source)}
+        try:
+            return opened(load_config(None, plain), None)
+        except UserError as other:
+            raise UserError(f"{error}\nNor is it a CLIP: {other}") from other
+    return opened(config, checkpoint)
 
 
 def _open_other(source: str, like: Config, values: Values) -> Opened:
-    """Return the model in a run folder or weights file, or a CLIP, on the CPU, with nothing learning.
-
-    A CLIP takes as many frames and words as `like`.
-    """
-    checkpoint = None
-    try:
-        checkpoint, config = find_checkpoint(source, {})
-        session = open_model(config, checkpoint, values, learn=False)
-    except UserError as error:
-        if checkpoint is not None:
-            raise
-        try:
-            session = open_model(plain_clip(source, like), values=values, learn=False)
-        except UserError as other:
-            raise UserError(f"{error}\nNor is it a CLIP: {other}") from other
-    return Opened(session.config, session.loaded, session.model.requires_grad_(False).eval(), checkpoint is None)
-
-
-def plain_clip(source: str, like: Config) -> Config:
-    """Return the settings of a pretrained CLIP that encodes as many frames, chosen in the same way, as `like`.
-
-    `source` is a file or folder of weights or, if there is none of that name, a CLIP as `clip_backbone` names it.
-    """
-    plain = zero_shot_config(like).model_dump(mode="json", include=set(names_with("view")) - {"max_img_size"})
-    plain |= {"use_policy": False, "frame_agg": None}
-    return load_config(None, plain | {"clip_weights" if Path(source).exists() else "clip_backbone": source})
+    """Return the model in a run folder or checkpoint, or a CLIP that takes as many frames as `like`, on the CPU."""
+    of_clip = zero_shot_config(like).model_dump(mode="json", include=set(names_with("view")) - {"max_img_size"})
+    session = open_any(source, {}, of_clip, values, on_device=False)
+    return Opened(session.config, session.loaded, session.model, session.checkpoint is None)
 
 
 def find_checkpoint(
@@ -233,7 +238,7 @@ def find_checkpoint(
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
-        raise UserError(f"{source}: {what} (looked for in {Path.cwd()})")
+        raise NotACheckpoint(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
     if settings is not None or checkpoint.system == "AdaCLIP":  # whose settings have other names and meanings
         return checkpoint, load_config(settings, dict(overrides))

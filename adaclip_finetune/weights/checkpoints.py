@@ -16,7 +16,7 @@ from torch import Tensor
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.layers import read_object
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.errors import UserError
+from adaclip_finetune.errors import NotACheckpoint, UserError
 from adaclip_finetune.strict_json import parse_json
 from adaclip_finetune.weights.clip_weights import Weights
 from adaclip_finetune.weights.published import read_published
@@ -150,7 +150,7 @@ def _foreign(path: Path, content: Any) -> Checkpoint:
     try:
         found = read_published(path, content)
     except UserError as error:
-        raise UserError(
+        raise NotACheckpoint(
             f"resume: {path} was not written by adaclip, nor is it a published checkpoint: {error}. Known are "
             "best.safetensors, last.safetensors and adapter.safetensors of a run of ours, and torch files of AdaCLIP, "
             "CLIP4Clip, CLIP-ViP, CenterCLIP and DGL"

@@ -14,25 +14,38 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_tiny_clip, write_clip_folder
 from indexing import write_run
 from media import coded_frame, index_of, write_frames, write_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adaclip_finetune.cli import main
+from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.frame_folder import FRAME_TIMES, FrameFolder
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search import search_model
 from adaclip_finetune.search.build import index_videos
-from adaclip_finetune.search.collection import CollectionVideo, FileStamp, VideoCollection, VideoFiles, collect_folder
+from adaclip_finetune.search.collection import (
+    CollectionVideo,
+    FileStamp,
+    VideoCollection,
+    VideoFiles,
+    collect_annotation,
+    collect_folder,
+)
 from adaclip_finetune.search.index import VideoIndex, read_index
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
 from adaclip_finetune.search.serve.served import ServedVideos
+from adaclip_finetune.weights import clip_weights
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "dataset_example"
 IDS = ["clip 0.mp4", "clip 2.mp4", "clip 4.mp4", "deep/er/clip 1.mp4", "deep/er/clip 3.mp4"]
 
 
@@ -116,6 +129,52 @@ def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, ind
         assert video.frames[video.best].weight == max(frame.weight for frame in video.frames)
         with Image.open(video.thumb) as picture:
             assert index_of(np.asarray(picture)) == video.frames[video.best].index
+
+
+def test_a_pretrained_clip_searches_without_training(clips: Path, tmp_path: Path, capsys: Capsys) -> None:
+    write_clip_folder(tmp_path / "clip")
+    words = [str(tmp_path / "clip"), str(clips), "-o", str(tmp_path / "i"), "--num_frm", "3", "--device", "cpu"]
+    assert main(["index", *words, "--num_workers", "0"]) == 0
+    assert "clip, which was not finetuned" in capsys.readouterr().out
+    index = VideoIndex.load(tmp_path / "i")
+    clip, model = build_tiny_clip(), search_model.search_model_of(index)
+    assert model.untrained and index.info.model_name == "clip" and model.config.num_frm == 3
+    for video in index.videos:
+        reader = VideoReader(VideoFiles(video.path.parent, {"it": video.path.name}), model.config, model.model.views())
+        pixels = (torch.from_numpy(reader.read("it").frames) / 255 - 0.5) / 0.25
+        with torch.no_grad():
+            wanted = F.normalize(F.normalize(clip.encode_image(pixels), dim=1).mean(dim=0), dim=0)
+        torch.testing.assert_close(model.encode_video(video.path)[0], wanted, rtol=0, atol=1e-6)
+        assert [frame.index for frame in video.frames] == reader.read("it").indices.tolist()
+    assert main(["search", str(tmp_path / "i"), "a red thing"]) == 0
+    assert "clip, which was not finetuned" in capsys.readouterr().err
+
+
+def test_an_index_names_a_clip_of_open_clip(
+    clips: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_weights, "_fetch", lambda module, weights: None)
+    monkeypatch.setattr(search_model, "_fingerprint", lambda session: session.loaded.source)  # of random weights
+    words = ["index", "RN50:openai", str(clips), "-o", str(tmp_path / "i"), "--num_frm", "1", "--device", "cpu"]
+    assert main([*words, "--num_workers", "0"]) == 0
+    index = VideoIndex.load(tmp_path / "i")
+    assert index.info.has_named_clip and index.info.model_name == "RN50:openai"
+    assert search_model.search_model_of(index).untrained
+    capsys.readouterr()
+    assert main(["index", "nonesuch", *words[2:]]) == 2
+    told = capsys.readouterr().err
+    assert "nonesuch: there is no such file or folder" in told and "open_clip has no model 'nonesuch'" in told
+
+
+def test_search_without_training_finds_what_zero_shot_finds(tmp_path: Path) -> None:
+    model = load_retriever(EXAMPLE / "tiny_clip", num_frm=4, device="cpu", num_workers=0, max_txt_len=32)
+    config = model.config.model_copy(update={"video_dir": str(EXAMPLE / "videos"), "frames_dir": None})
+    index_videos(model, collect_annotation(EXAMPLE / "test.json", config), tmp_path / "i")
+    index, listed = VideoIndex.load(tmp_path / "i"), json.loads((EXAMPLE / "test.json").read_text())
+    queries = [(name, text) for name, entry in listed.items() for text in entry["sentences"]]
+    found = index.search(model.encode_text([text for _, text in queries]), 1)
+    right = sum(hits[0].video.id == name for (name, _), hits in zip(queries, found, strict=True))
+    assert right == 6, "1.8 % of 340: the zero-shot row of the demo"
 
 
 def test_unchanged_videos_are_kept_and_changed_ones_embedded_again(library: Path, tmp_path: Path, index: Index) -> None:

@@ -58,6 +58,8 @@ class StatusAnswer(BaseModel):
     message: str | None = Field(description="why nothing can be searched, and what to do")
     index: str = Field(description="name of the index")
     videos: int = Field(description="number of videos in the index")
+    model: str = Field(description="name of the run, checkpoint or CLIP that the index was made with")
+    finetuned: bool = Field(description="false for a pretrained CLIP")
 
 
 class FoundFrame(BaseModel):
@@ -136,7 +138,8 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
     async def status() -> StatusAnswer:
         """Return whether the model is ready, and how many videos there are."""
         name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
-        return StatusAnswer(state=model.state, message=model.message, index=name, videos=len(index))
+        about = {"model": index.info.model_name, "finetuned": not index.info.untrained}
+        return StatusAnswer(state=model.state, message=model.message, index=name, videos=len(index), **about)
 
     @app.get("/api/search")
     async def search(q: Text, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:

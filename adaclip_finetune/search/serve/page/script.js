@@ -66,7 +66,8 @@ async function update() {
     const status = await fetched("/api/status", { signal });
     get("name").textContent = status.index;
     document.title = `${status.index} · video search`;
-    get("count").textContent = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
+    const count = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
+    get("count").textContent = `${count} · ${status.model}${status.finetuned ? "" : ", not finetuned"}`;
     if (status.state === "failed") throw new Error(`Nothing can be searched: ${status.message}`);
     if (status.state === "loading") {
       say(words || picture ? "Loading the model; your search starts when it is ready…" : "Loading the model…", true);

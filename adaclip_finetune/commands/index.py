@@ -84,7 +84,8 @@ def _print_report(report: IndexingReport, arguments: Namespace) -> None:
     from adaclip_finetune.data.readable import listing
 
     rate = f" ({report.embedded / report.seconds:.1f} videos/s)" if report.embedded else ""
-    print(f"{report.embedded} embedded{rate}, {report.kept} unchanged; {report.count} in the index")
+    copies = f", {report.copies} with the bytes of another" if report.copies else ""
+    print(f"{report.embedded} embedded{rate}{copies}, {report.kept} unchanged; {report.count} in the index")
     if report.vanished and arguments.sync:
         print(f"{len(report.vanished)} dropped, which are no longer there")
     elif report.vanished:

@@ -98,6 +98,8 @@ def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
+        for copy in hit.copies:
+            print(f"{'':25}also {printable(copy.id)}  {printable(copy.path)}")
         if arguments.explain:
             frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)[:_FRAMES_SHOWN]
             shown = (f"{clock(frame.time)} (frame {frame.index}) {100 * frame.weight:.1f} %" for frame in frames)
@@ -108,6 +110,7 @@ def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
     video = hit.video
     found = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
     found |= {"time": video.best_time, "duration": video.duration}
+    found |= {"copies": [{"id": copy.id, "path": str(copy.path)} for copy in hit.copies]} if hit.copies else {}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 
 

@@ -21,11 +21,12 @@ from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
+from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
 from adaclip_finetune.lock import FolderLock
-from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
+from adaclip_finetune.search.collection import CollectionVideo, VideoCollection, copies_among
 from adaclip_finetune.search.index import (
     FILE,
     PARTS,
@@ -46,6 +47,7 @@ class IndexingReport:
     """What `index_videos` did."""
 
     embedded: int  # videos
+    copies: int  # videos that got the vector of another file with the same bytes
     seconds: float  # that checking and embedding them took
     kept: int  # videos that were in the index and have not changed
     broken: dict[str, str]  # id → why the video cannot be read
@@ -125,9 +127,12 @@ def _update(
     if not (collection.videos or collection.broken):
         raise UserError(f"{collection.name}: holds no video{nothing_dropped}")
     started = time.monotonic()
-    new = [video.id for video in collection.videos if video.id not in unchanged]
+    copies = copies_among(collection.videos) if isinstance(collection.store, VideoFolder) else {}
+    copies = {one: first for one, first in copies.items() if one not in unchanged}
+    new = [video.id for video in collection.videos if video.id not in unchanged and video.id not in copies]
     broken = collection.broken | find_unreadable(collection.store, new, model.config.num_workers)
-    readable = [video for video in collection.videos if video.id not in unchanged and video.id not in broken]
+    broken |= {one: broken[first] for one, first in copies.items() if first in broken}
+    readable = [video for video in collection.videos if video.id in set(new) - broken.keys()]
     if not unchanged and not readable:
         raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
     fresh: dict[str, EmbeddedVideo] = {}
@@ -142,15 +147,18 @@ def _update(
 
     result = {}
     for video in collection.videos:
-        if video.id in fresh or video.id in unchanged:
-            row, vector = fresh.get(video.id) or known[video.id]
+        source = copies.get(video.id, video.id)
+        if source in fresh or source in unchanged:
+            row, vector = fresh.get(source) or known[source]
             # The folder may have moved, and captions may have been added, since the video was embedded.
-            result[video.id] = EmbeddedVideo(row | {"path": str(video.path), "captions": list(video.captions)}, vector)
+            own = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
+            result[video.id] = EmbeddedVideo(row | own | {"captions": list(video.captions)}, vector)
     ids = {video.id for video in collection.videos}
     vanished = [name for name in known if name not in ids]
     if not sync:
         result |= {name: known[name] for name in vanished}
-    report = IndexingReport(len(fresh), seconds, len(unchanged), broken, vanished, len(result))
+    copied = len(copies.keys() & result.keys())
+    report = IndexingReport(len(fresh), copied, seconds, len(unchanged), broken, vanished, len(result))
     return report, list(result.values())
 
 

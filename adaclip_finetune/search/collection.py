@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +92,30 @@ def stamp_of(path: Path) -> FileStamp:
     with os.scandir(path) as entries:
         images = [entry.stat() for entry in entries]
     return FileStamp(sum(one.st_size for one in images), max(one.st_mtime_ns for one in (found, *images)))
+
+
+def copies_among(videos: Sequence[CollectionVideo]) -> dict[str, str]:
+    """Return the id of each file with the bytes of an earlier one → the id of the earliest.
+
+    Only files of the same size are read. One that cannot be read is no copy.
+    """
+    earliest: dict[tuple[int, bytes], str] = {}
+    copies = {}
+    sizes = Counter(video.stamp.size for video in videos)
+    for video in videos:
+        if sizes[video.stamp.size] == 1:
+            continue
+        digest = hashlib.sha256()
+        try:
+            with video.path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError:
+            continue
+        first = earliest.setdefault((video.stamp.size, digest.digest()), video.id)
+        if first != video.id:
+            copies[video.id] = first
+    return copies
 
 
 def collect_folder(folder: Path) -> VideoCollection:

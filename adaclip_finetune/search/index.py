@@ -134,11 +134,15 @@ class IndexedVideo:
 
 @dataclass(frozen=True)
 class Hit:
-    """A video that a search found: `score` is its cosine with the query, `rank` counts from 1."""
+    """A video that a search found: `score` is its cosine with the query, `rank` counts from 1.
+
+    `copies` are the other videos with the same vector: copies of the file, as a rule.
+    """
 
     video: IndexedVideo
     score: float
     rank: int
+    copies: tuple[IndexedVideo, ...] = ()
 
 
 class IndexedVideos:
@@ -177,14 +181,23 @@ class IndexedVideos:
 
 
 class VideoIndex:
-    """The videos of an index in the order of its rows, and their vectors in FAISS (Douze et al. 2024)."""
+    """The videos of an index in the order of its rows, and their vectors in FAISS (Douze et al. 2024).
+
+    Of videos with the same vector a search finds the first, with the others as its copies; `distinct` is the number of
+    different vectors.
+    """
 
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
         self.width = stored.vectors.shape[1]
         kind = "SQfp16" if stored.vectors.dtype == np.float16 else "Flat"  # float16 stays float16 in memory
         self._nearest = faiss.index_factory(self.width, kind, faiss.METRIC_INNER_PRODUCT)
-        self._nearest.add(np.ascontiguousarray(stored.vectors, np.float32))
+        rows_of: dict[bytes, list[int]] = {}
+        for row, vector in enumerate(stored.vectors):
+            rows_of.setdefault(hashlib.blake2b(vector.tobytes(), digest_size=16).digest(), []).append(row)
+        self._rows, self.distinct = list(rows_of.values()), len(rows_of)
+        firsts = stored.vectors if self.distinct == len(self) else stored.vectors[[rows[0] for rows in self._rows]]
+        self._nearest.add(np.ascontiguousarray(firsts, np.float32))
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
@@ -195,7 +208,7 @@ class VideoIndex:
         return len(self.videos)
 
     def search(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
-        """Return the k nearest videos to each query, best first; fewer if the index holds fewer.
+        """Return the k nearest videos to each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
         wanted, for example `slice(10, 20)` for a second page. Raise UserError for vectors of another width and k < 1.
@@ -210,11 +223,15 @@ class VideoIndex:
             raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
         if not len(self):
             return [[] for _ in queries]
-        scores, rows = self._nearest.search(queries / length, min(k, len(self)))
+        scores, places = self._nearest.search(queries / length, min(k, self.distinct))
         return [
-            [Hit(self.videos[row], score, rank) for rank, (score, row) in list(enumerate(found, 1))[ranks]]
-            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), rows.tolist(), strict=True))
+            [self._hit(rank, score, self._rows[place]) for rank, (score, place) in list(enumerate(found, 1))[ranks]]
+            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), places.tolist(), strict=True))
         ]
+
+    def _hit(self, rank: int, score: float, rows: Sequence[int]) -> Hit:
+        first, *copies = (self.videos[row] for row in rows)
+        return Hit(first, score, rank, tuple(copies))
 
 
 def _key(line: bytes) -> str:

@@ -150,6 +150,31 @@ def test_a_pretrained_clip_searches_without_training(clips: Path, tmp_path: Path
     assert "clip, which was not finetuned" in capsys.readouterr().err
 
 
+def test_copies_are_embedded_once_and_found_as_one(
+    library: Path, tmp_path: Path, index: Index, run: Path, load: Callable[..., SearchModel], capsys: Capsys
+) -> None:
+    shutil.copy(library / "clip 2.mp4", library / "deep" / "again.mp4")
+    code, out, _ = index(library)
+    assert code == 0 and "5 embedded" in out and "1 with the bytes of another" in out
+    shutil.copy(library / "clip 2.mp4", library / "z.mp4")
+    code, out, _ = index(library)
+    assert code == 0 and "0 embedded, 1 with the bytes of another, 6 unchanged; 7 in the index" in out
+    loaded = VideoIndex.load(tmp_path / "i")
+    assert (len(loaded), loaded.distinct) == (7, 5)
+    hits = loaded.search(load(run).encode_video(library / "z.mp4")[0][None], 10)[0]
+    assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
+    assert hits[0].video.id == "clip 2.mp4" and not hits[1].copies
+    assert [copy.path for copy in hits[0].copies] == [library / "z.mp4", library / "deep/again.mp4"]
+    assert main(["search", str(tmp_path / "i"), "a red thing", "--json"]) == 0
+    (found,) = [hit for hit in json.loads(capsys.readouterr().out)["hits"] if "copies" in hit]
+    assert [copy["id"] for copy in found["copies"]] == ["z.mp4", "deep/again.mp4"]
+    (library / "clip 2.mp4").write_bytes(b"no video")
+    (library / "y.mp4").write_bytes(b"no video")
+    code, out, err = index(library)
+    assert code == 1 and "clip 2.mp4: " in err and "y.mp4: " in err
+    assert VideoIndex.load(tmp_path / "i").distinct == 5
+
+
 def test_an_index_names_a_clip_of_open_clip(
     clips: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +254,7 @@ def test_which_files_are_videos(library: Path, tmp_path: Path, index: Index) -> 
     (library / "folder.mp4").mkdir()
     (library / "link.mp4").symlink_to(library / "clip 0.mp4")
     code, out, err = index(library)
-    assert (code, counts(out), out.count("1 other file passed over: notes.txt")) == (1, (8, 0, 8), 1)
+    assert (code, counts(out), out.count("1 other file passed over: notes.txt")) == (1, (6, 0, 8), 1)
     assert "pipe.mp4: " in err and "self.mp4: " in err
     assert set(vectors(tmp_path / "i")) == {*IDS, "camera.MTS", "deep/recording.dat", "link.mp4"}
 

@@ -349,7 +349,7 @@ def test_the_command_itself(page: Page, project: dict[str, Any], tmp_path: Path)
     """Trained weights, their index, the server as it is started by hand, a search, and Ctrl-C."""
     run, videos, index = write_run(tmp_path / "run", project), tmp_path / "videos", tmp_path / "my.index"
     for number in range(3):
-        write_video(videos / f"clip{number}.mp4", 30)
+        write_video(videos / f"clip{number}.mp4", 30 + 20 * number)
     assert main(["index", str(run), str(videos), "-o", str(index)]) == 0
     with started(index, tmp_path / "log") as (server, token):
         page.open(server, f"/?token={token}")

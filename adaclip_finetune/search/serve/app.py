@@ -84,6 +84,7 @@ class FoundVideo(BaseModel):
     best: int = Field(description="position in `frames` of the one with the greatest weight")
     poster: str = Field(description="URL of the JPEG of that frame")
     video: str | None = Field(description="URL of the file; null if the index was made of frames")
+    copies: list[str] = Field(description="paths of other videos with the same vector")
 
 
 class SearchAnswer(BaseModel):
@@ -91,7 +92,7 @@ class SearchAnswer(BaseModel):
 
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages")
-    videos: int = Field(description="number of videos in the index")
+    videos: int = Field(description="number of different videos in the index; copies count as one")
     found: list[FoundVideo]
 
 
@@ -131,8 +132,8 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
         # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
         wanted = slice((page - 1) * k, page * k)
         hits = await model.run(lambda loaded: index.search(encode(loaded), k * MAX_PAGE, wanted)[0])
-        pages = min(-(-len(index) // k), MAX_PAGE)
-        return SearchAnswer(page=page, pages=pages, videos=len(index), found=[_found(hit) for hit in hits])
+        pages = min(-(-index.distinct // k), MAX_PAGE)
+        return SearchAnswer(page=page, pages=pages, videos=index.distinct, found=[_found(hit) for hit in hits])
 
     @app.get("/api/status")
     async def status() -> StatusAnswer:
@@ -237,7 +238,7 @@ def _found(hit: Hit) -> FoundVideo:
         rank=hit.rank,
         score=hit.score,
         id=video.id,
-        path=os.fsencode(video.path).decode("utf-8", "replace"),
+        path=_shown(video.path),
         duration=video.duration,
         captions=list(video.captions[:5]),
         frames=[
@@ -247,7 +248,12 @@ def _found(hit: Hit) -> FoundVideo:
         best=video.best,
         poster=f"{urls}/poster",
         video=f"{urls}/file" if has_file(video) else None,
+        copies=[_shown(copy.path) for copy in hit.copies],
     )
+
+
+def _shown(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 async def _server_error(_request: Request, error: Exception) -> Response:

@@ -9,7 +9,8 @@ export function card(video, onClick) {
   const title = element("span", "line"), caption = video.captions[0] ?? "";
   seen.append(image(video.poster));
   if (at) seen.append(element("span", "at", at));
-  title.append(element("span", "name", video.id), element("span", "score", video.score.toFixed(3)));
+  const places = video.copies.length ? ` (${1 + video.copies.length} places)` : "";
+  title.append(element("span", "name", video.id + places), element("span", "score", video.score.toFixed(3)));
   words.append(title, element("span", "caption", caption));
   button.append(seen, timeline(video), words);
   button.type = "button";
@@ -36,7 +37,7 @@ function timeline(video) {
 export function play(video) {
   get("player-title").textContent = video.id;
   get("player-captions").textContent = video.captions.join("\n");
-  get("player-path").textContent = video.path;
+  get("player-path").textContent = [video.path, ...video.copies].join("\n");
   get("download").hidden = !video.video;
   get("download").href = video.video ?? "";
   get("download").download = video.id.split("/").pop();

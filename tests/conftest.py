@@ -104,7 +104,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "frame_agg": "mlp",
         "learning_rate": 1e-3,
         "coef_lr": 0.1,
-        "device": os.environ.get("ADACLIP_TEST_DEVICE", "cpu"),
+        "device": "cpu",
     }
 
 

@@ -132,8 +132,8 @@ class BertAdam(Optimizer):
         means = [self.state[parameter]["exp_avg"] for parameter in parameters]
         squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
 
-        norms = torch._foreach_norm(gradients)
-        torch._foreach_mul_(gradients, [(_MAX_TENSOR_NORM / (norm + _EPS)).clamp(max=1) for norm in norms])
+        norms = torch.stack(torch._foreach_norm(gradients))  # in one tensor, since a GPU waits for many small kernels
+        torch._foreach_mul_(gradients, list((_MAX_TENSOR_NORM / (norms + _EPS)).clamp(max=1)))
         torch._foreach_mul_(means, betas[0])
         torch._foreach_add_(means, gradients, alpha=1 - betas[0])
         torch._foreach_mul_(squares, betas[1])

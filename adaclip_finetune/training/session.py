@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -192,33 +193,50 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
     return session
 
 
+def open_run_or_clip(
+    source: str, like: Config, overrides: Mapping[str, Any], values: Values = "real", on_device: bool = False
+) -> Session:
+    """Return the session of a run folder, a weights file or a pretrained CLIP, to be used and not trained.
+
+    A CLIP takes as many frames and words as `like`. `overrides` are settings that are given. The model is on the device
+    of its settings if `on_device`, else on the CPU. Raise UserError for what is neither.
+    """
+    checkpoint: Checkpoint | None = None
+    problem: UserError | None = None
+    try:
+        checkpoint, config = find_checkpoint(source, overrides)
+    except UserError as error:
+        problem, config = error, plain_clip(source, like, overrides)
+    try:
+        accelerator = make_accelerator(config) if on_device else None
+        session = open_model(config, checkpoint, values, accelerator, learn=False)
+    except UserError as error:
+        if problem is None:
+            raise
+        raise UserError(f"{problem}\nNor is it a CLIP: {error}") from error
+    session.model.requires_grad_(False).eval()
+    return session
+
+
 def _open_other(source: str, like: Config, values: Values) -> Opened:
     """Return the model in a run folder or weights file, or a CLIP, on the CPU, with nothing learning.
 
     A CLIP takes as many frames and words as `like`.
     """
-    checkpoint = None
-    try:
-        checkpoint, config = find_checkpoint(source, {})
-        session = open_model(config, checkpoint, values, learn=False)
-    except UserError as error:
-        if checkpoint is not None:
-            raise
-        try:
-            session = open_model(plain_clip(source, like), values=values, learn=False)
-        except UserError as other:
-            raise UserError(f"{error}\nNor is it a CLIP: {other}") from other
-    return Opened(session.config, session.loaded, session.model.requires_grad_(False).eval(), checkpoint is None)
+    session = open_run_or_clip(source, like, {}, values)
+    return Opened(session.config, session.loaded, session.model, session.checkpoint is None)
 
 
-def plain_clip(source: str, like: Config) -> Config:
+def plain_clip(source: str, like: Config, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """Return the settings of a pretrained CLIP that encodes as many frames, chosen in the same way, as `like`.
 
     `source` is a file or folder of weights or, if there is none of that name, a CLIP as `clip_backbone` names it.
+    `overrides` are settings that are given.
     """
     plain = zero_shot_config(like).model_dump(mode="json", include=set(names_with("view")) - {"max_img_size"})
     plain |= {"use_policy": False, "frame_agg": None}
-    return load_config(None, plain | {"clip_weights" if Path(source).exists() else "clip_backbone": source})
+    name = "clip_weights" if Path(source).exists() else "clip_backbone"
+    return load_config(None, {**plain, **overrides, name: source})
 
 
 def find_checkpoint(

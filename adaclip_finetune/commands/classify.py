@@ -65,7 +65,7 @@ def _parser() -> Parser:
     add("--templates", metavar="NAME", help=templates)
     add("-k", metavar="N", type=int, default=3, help="how many classes to name; default 3")
     add("--json", action="store_true", help="print one JSON object per file and line")
-    add_checkpoint_flags(parser, *MODEL, "num_workers", "val_batch_size")
+    add_checkpoint_flags(parser, *MODEL, "max_txt_len", "num_workers", "val_batch_size")
     return parser
 
 

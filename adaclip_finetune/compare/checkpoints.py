@@ -191,9 +191,11 @@ def tell(text: str) -> None:
 
 
 def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Candidate:
-    # --frames_dir replaces the run's video_dir too, and the reverse; likewise --device and --xpu.
+    # --frames_dir replaces the run's video_dir too, and the reverse; likewise --device and --xpu. Another task
+    # has other figures than the one that chose the epoch of the run.
     rivals: dict[str, dict[str, Any]] = {"frames_dir": {"video_dir": None}, "video_dir": {"frames_dir": None}}
     rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
+    rivals |= {"task": {"primary": None}, "task.method": {"primary": None}}
     off = {name: value for given_name in overrides.keys() & rivals for name, value in rivals[given_name].items()}
     weights = given / "best.safetensors" if given.is_dir() else given
     replaced = {**off, **overrides, **AS_IT_IS, "resume": str(weights), "test_annot": annotation}

@@ -10,6 +10,7 @@ from golden import load_golden
 from scorers import clip_with, features
 
 from adaclip_finetune.config import load_config
+from adaclip_finetune.config.choices import BUILT_IN_TEMPLATES
 from adaclip_finetune.data.class_names import in_templates, read_classes, read_templates
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError
@@ -114,6 +115,7 @@ def test_a_video_has_one_class_however_it_is_spelled() -> None:
     ],
 )  # fmt: skip
 def test_built_in_templates(name: str, count: int, examples: list[str]) -> None:
+    assert name in BUILT_IN_TEMPLATES and len(BUILT_IN_TEMPLATES) == 4
     templates = read_templates(name)
     assert len(templates) == len(set(templates)) == count and set(examples) <= set(templates)
     assert all(template.count("{}") == 1 for template in templates)

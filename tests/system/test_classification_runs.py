@@ -9,6 +9,7 @@ from typing import Any
 
 import killed
 import numpy as np
+import optuna
 import pytest
 import torch
 from comparing import evaluated, trained_run
@@ -18,7 +19,7 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.data.splits import evaluation_split
-from adaclip_finetune.errors import UserError
+from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.tasks.classification import Classification
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -106,8 +107,8 @@ def test_evaluate_has_intervals_differences_and_the_figures_of_the_run(
 
 
 def test_a_run_of_another_task_classifies_when_asked(project: Project, colours: Project, tmp_path: Path) -> None:
-    run = trained_run(project, tmp_path / "work", num_epochs=1, frame_agg="qscore")
-    task = ["--task", json.dumps({"method": "classification", "config": {"templates": "action", "normalize": True}})]
+    run = trained_run(project, tmp_path / "work", num_epochs=1, frame_agg="qscore", primary="v2t.R@5")
+    task = ["--task.method", "classification", "--task.config.templates", "action", "--task.config.normalize"]
     (_, row) = evaluated(run, "--annot", colours["test_annot"], *task, folder=tmp_path)["rows"]
     assert row["classes"] == 4 and row["top5"] == 100
     mixes = ["--interpolate", "0,1"]
@@ -131,6 +132,17 @@ def test_processes_batches_and_kept_parts_change_nothing(colours: Project, tmp_p
     assert together(2, as_json, config, folder=tmp_path / "two") == [expected] * 2
     assert as_json(config, tmp_path / "keep") == as_json(config, tmp_path / "keep") == expected
     assert len(list((tmp_path / "keep").glob("texts-*"))) == -(-4 * 28 // 3)
+
+
+def test_a_diverged_model_is_told_so(colours: Project) -> None:
+    config = load_config(None, colours)
+    loaded = load_clip(config)
+    model = VideoRetriever(config, loaded)
+    torch.nn.init.constant_(loaded.module.text_projection, float("nan"))
+    split = evaluation_split(config, colours["test_annot"])
+    task = Classification(config, split, loaded, model.views(), "test")
+    with closing(task), pytest.raises(NotFinite, match=r"test: .*diverged"):
+        task(model)
 
 
 def test_classes_of_a_file_may_have_no_video_and_skipped_videos_keep_their_class(
@@ -179,3 +191,17 @@ def test_clip_itself_is_measured(colours: Project, tmp_path: Path) -> None:
     report = evaluate_only(config)
     (folder,) = (tmp_path / "tiny").iterdir()
     assert noted(folder)["zero-shot"] == report.as_dict() and (folder / "confusion.png").exists()
+
+
+def test_tuning_optimises_top1(colours: Project, tmp_path: Path) -> None:
+    study = {
+        "n_trials": 1, "storage": f"sqlite:///{tmp_path}/o.db", "opt_params": {"learning_rate": {"range": [1e-4, 1e-3]}}
+    }  # fmt: skip
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({**colours, "output_dir": str(tmp_path / "out"), "num_epochs": 1, "optuna_cfg": study}))
+    assert main(["train", "--config", str(path)]) == 0
+    (trial,) = (tmp_path / "out").rglob("metrics.jsonl")
+    lines = map(json.loads, trial.read_text().splitlines())
+    (validated,) = [line["metrics"]["top1"] for line in lines if line["event"] == "validation"]
+    (storage,) = optuna.get_all_study_summaries(study["storage"])
+    assert storage.best_trial is not None and storage.best_trial.value == validated

@@ -32,7 +32,7 @@ def read_templates(name: str) -> list[str]:
     if name == "kinetics":
         persons = ("", "a person ", *(f"a person {verb}" for verb in _VERBS))
         return [f"a {noun} of {person}{PLACE}." for noun, person in product(_NOUNS, persons)]
-    templates = read_lines(Path(name), "templates")
+    templates = _read_lines(Path(name), "templates")
     for template in templates:
         if template.count(PLACE) != 1:
             raise UserError(f"templates {name}: {template!r} must have one {PLACE}, where the class name goes")
@@ -43,7 +43,7 @@ def read_classes(path: Path) -> list[str]:
     """Return the classes of a file: the lines of a text, or the sentences of an annotation (.json). Raise UserError."""
     if path.suffix.lower() == ".json":
         return distinct(text for video in load_annotations(path) for text in video.sentences)
-    return distinct(read_lines(path, "classes"))
+    return distinct(_read_lines(path, "classes"))
 
 
 def distinct(names: Iterable[str]) -> list[str]:
@@ -59,7 +59,7 @@ def in_templates(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     return [template.replace(PLACE, name) for name, template in product(classes, templates)]
 
 
-def read_lines(path: Path, what: str) -> list[str]:
+def _read_lines(path: Path, what: str) -> list[str]:
     """Return the lines of a text file that are not blank. Raise UserError, in which `what` names the setting."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

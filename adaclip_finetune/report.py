@@ -1,4 +1,4 @@
-"""The pictures of a run, and the table of IBS: curves.png, frame_usage.png, ibs_parameters.png and .csv."""
+"""The pictures of a run (curves.png, frame_usage.png, confusion.png), and pictures and tables of IBS and LISA."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from adaclip_finetune.peft.base import SamplingHistory
 from adaclip_finetune.peft.importance import TensorImportance
 
 _Events = Sequence[Mapping[str, Any]]
+_CLASSES_NAMED = 110
 
 
 def draw_curves(path: Path, events: _Events, figures: Sequence[str]) -> None:
@@ -102,6 +103,24 @@ def draw_frame_usage(path: Path, usage: NDArray[np.int64], videos: int, top_k: i
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     axes.set_title(f"frames that the selector chose, {top_k} of {len(usage)} in each of {videos} videos")
     axes.legend(fontsize=8, loc="lower right", framealpha=1)
+    figure.savefig(path, dpi=120)
+
+
+def draw_confusion(path: Path, counts: NDArray[np.int64], classes: Sequence[str]) -> None:
+    """Draw what share of each class's videos (rows) the model takes for each class (columns): confusion.png.
+
+    Names are left out where they would be too small to read.
+    """
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(18.0, 3 + 0.22 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, label="share of the videos of the class, in %", shrink=0.7)
+    axes.set(xlabel="answer of the model", ylabel="class of the video", title="classes taken for each other")
+    if len(classes) <= _CLASSES_NAMED:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7, parse_math=False)
     figure.savefig(path, dpi=120)
 
 

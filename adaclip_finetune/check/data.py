@@ -19,6 +19,7 @@ from adaclip_finetune.check.report import Finding, Severity, plural
 from adaclip_finetune.config import Config
 from adaclip_finetune.config.parts import DataPart, is_folder_of_videos, is_lazy, parts_of
 from adaclip_finetune.data.annotations import VideoAnnotation, folded, sound_entries
+from adaclip_finetune.data.class_names import distinct
 from adaclip_finetune.data.dataset import frames_to_read
 from adaclip_finetune.data.frame_store import FrameError, FrameStore, Kind
 from adaclip_finetune.data.queries import train_entries
@@ -239,7 +240,10 @@ def check_captions(split: CheckedSplit, config: Config, clip: LoadedClip | None)
     videos: dict[str, dict[str, None]] = defaultdict(dict)
     for video_id, text in texts:
         videos[spelled.setdefault(folded(text), text)][video_id] = None
-    if shared := {text: list(of_text) for text, of_text in videos.items() if len(of_text) > 1}:
+    shared = {text: list(of_text) for text, of_text in videos.items() if len(of_text) > 1}
+    if config.task_settings.of_classes:
+        yield from [] if split.trains else [_classes(split)]
+    elif shared:
         effect = "their videos count as each other's negatives" if split.trains else "no model can tell which is meant"
         message = f"{plural(len(shared), 'caption')} shared by several videos: {effect}"
         advice = "give captions that tell them apart"
@@ -248,6 +252,16 @@ def check_captions(split: CheckedSplit, config: Config, clip: LoadedClip | None)
         yield _long_captions(split, texts, config, clip)
     if split.trains and config.uses_auxiliary:
         yield _auxiliary_captions(split)
+
+
+def _classes(split: CheckedSplit) -> Finding:
+    of_video = {video.video_id: distinct(video.sentences) for video in split.videos}
+    several = {video_id: " | ".join(classes) for video_id, classes in of_video.items() if len(classes) > 1}
+    if several:
+        message = f"{len(several)} of {plural(len(of_video), 'video')} have several classes: an evaluation stops"
+        return Finding("fails", "classes", split.name, message, several, f"give each video one class in {split.path}")
+    classes = distinct(name for (name,) in of_video.values())
+    return Finding("fine", "classes", split.name, f"{len(classes)} classes", {"classes": len(classes)})
 
 
 def _long_captions(split: CheckedSplit, texts: Sequence[tuple[str, str]], config: Config, clip: LoadedClip) -> Finding:
@@ -283,13 +297,17 @@ def _auxiliary_captions(split: CheckedSplit) -> Finding:
 # ---- overlap ----
 
 
-def check_overlap(splits: Sequence[CheckedSplit]) -> Iterator[Finding]:
-    """Yield what splits share that they should not, which makes figures look better than they are."""
+def check_overlap(splits: Sequence[CheckedSplit], of_classes: bool) -> Iterator[Finding]:
+    """Yield what splits share that they should not, which makes figures look better than they are.
+
+    With `of_classes`, sentences name classes, which splits should share.
+    """
     found: list[Finding] = []
     for one, other in itertools.combinations([split for split in splits if split.videos], 2):
         if one.trains and other.trains:
             continue  # what is learned twice makes no figure better
-        found += _shared(one, other, f"{one.name}, {other.name}")
+        shared = _shared(one, other, f"{one.name}, {other.name}")
+        found += [finding for finding in shared if not (of_classes and finding.check == "captions_of_both")]
     if not found and len(splits) > 1:
         message = "no video, source video (group) or caption is shared"
         found = [Finding("fine", "overlap", ", ".join(split.name for split in splits), message)]

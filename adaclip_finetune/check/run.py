@@ -40,7 +40,7 @@ def check_data(config: Config, splits: Sequence[CheckedSplit], deep: bool) -> li
     """Check annotation files by themselves: entries, videos, overlap and captions."""
     findings = [finding for split in splits for finding in check_entries(split)]
     findings += [finding for split in splits for finding in check_videos(split, config, deep)]
-    findings += check_overlap(splits)
+    findings += check_overlap(splits, config.task_settings.of_classes)
     clip: LoadedClip | None = None
     with suppress(UserError):  # without weights or a network, the lengths of captions cannot be checked
         clip = _tokenizer(config)

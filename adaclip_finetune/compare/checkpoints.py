@@ -23,6 +23,7 @@ from adaclip_finetune.data.splits import EvaluationSplit, read_listed
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.tasks.base import Report, Task
+from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -89,7 +90,7 @@ class OpenCandidate:
         """Return the split, and tell on stderr which videos are left out (`skip_missing`). Raise UserError."""
         run = RunFolder(self.config, sys.stderr)
         split = read_split(self.config, annotation, run, annotation)
-        say_cut(self.session.loaded, split.queries.texts, self.config.max_txt_len, annotation, run)
+        say_cut(self.session.loaded, self.config, split, annotation, run)
         return split
 
     def measure(self, split: EvaluationSplit, label: str) -> tuple[Task, Report]:
@@ -152,15 +153,16 @@ def seen_by(config: Config, annotation: str) -> str:
     told = []
     learned = [("it learned from", part.annotation) for part in parts_of(config.train_annot or [])]
     for use, path in [*learned, ("its epoch was chosen on", config.val_annot)]:
-        if overlap := overlap_of_files(path, annotation) if path else "":
+        if overlap := overlap_of_files(path, annotation, not config.task_settings.of_classes) if path else "":
             told.append(f"{use} {overlap}")
     return "; ".join(told)
 
 
-def overlap_of_files(used: str, annotation: str) -> str:
+def overlap_of_files(used: str, annotation: str, with_captions: bool = True) -> str:
     """Return what of `annotation` the annotation file `used` also holds, "" if nothing.
 
-    Clips of the same source video (`group`) count as the same video.
+    Clips of the same source video (`group`) count as the same video. Without `with_captions`, only videos are compared:
+    sentences that name classes are shared by design.
     """
     evaluated = load_annotations(annotation)
     all_ids, all_groups = {video.video_id for video in evaluated}, {video.group for video in evaluated} - {None}
@@ -175,7 +177,9 @@ def overlap_of_files(used: str, annotation: str) -> str:
         return f"{used}, which cannot be read here, so it is unknown whether that holds these captions"
     videos = [video.video_id in ids or video.group in groups for video in evaluated]
     captions = [folded(text) in texts for video in evaluated for text in video.sentences]
-    if all(videos) and all(captions):
+    if not with_captions:
+        captions = []
+    elif all(videos) and all(captions):
         return "these very captions"
     parts = {"videos": videos, "captions": captions}
     return " and ".join(f"{sum(part):,} of these {len(part):,} {name}" for name, part in parts.items() if any(part))
@@ -187,9 +191,11 @@ def tell(text: str) -> None:
 
 
 def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], annotation: str) -> Candidate:
-    # --frames_dir replaces the run's video_dir too, and the reverse; likewise --device and --xpu.
+    # --frames_dir replaces the run's video_dir too, and the reverse; likewise --device and --xpu. Another task
+    # has other figures than the one that chose the epoch of the run.
     rivals: dict[str, dict[str, Any]] = {"frames_dir": {"video_dir": None}, "video_dir": {"frames_dir": None}}
     rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
+    rivals |= {"task": {"primary": None}, "task.method": {"primary": None}}
     off = {name: value for given_name in overrides.keys() & rivals for name, value in rivals[given_name].items()}
     weights = given / "best.safetensors" if given.is_dir() else given
     replaced = {**off, **overrides, **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
@@ -211,9 +217,9 @@ def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], anno
 def _row(
     label: str, kind: RowKind, task: Task, report: Report, gflops: float, learned: Sequence[float | None]
 ) -> TableRow:
-    retrieved = report if isinstance(report, RetrievalReport) else None
-    seconds = retrieved.video_seconds if retrieved else report.seconds
+    measured = report if isinstance(report, RetrievalReport | ClassificationReport) else None
+    seconds = measured.video_seconds if measured else report.seconds
     videos_per_second = len(task.split.queries.video_ids) / max(seconds, 1e-9)
     cost = dict(zip(COSTS, (*learned, gflops, videos_per_second), strict=True))
-    queries, ranks = retrieved.queries if retrieved else task.split.queries, task.ranks(report)
+    queries, ranks = measured.queries if measured else task.split.queries, task.ranks(report)
     return TableRow(label, kind, report.as_dict(), task.columns, ranks, queries, task.gallery(report), cost)

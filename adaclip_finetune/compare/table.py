@@ -1,6 +1,7 @@
 """The table of a comparison: rows of figures for each data set, differences between rows; as text, Markdown and JSON.
 
-Columns are the figures that the task shows. A task that gives ranks gets an interval beside each R@1, and p-values.
+Columns are the figures that the task shows. A task that gives ranks gets an interval beside each R@1, or beside the
+figure in its place, and p-values.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TableRow:
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """The 95 % intervals of R@K, MedR and MeanR in each direction that has ranks."""
-        return {direction: intervals(*found) for direction, found in self.ranks.items()}
+        return {direction: intervals(found.ranks, found.videos) for direction, found in self.ranks.items()}
 
     def by_tag(self) -> dict[str, TableRow]:
         """Return a row for each tag: the same model, with the text-to-video figures of the queries that have it."""
@@ -86,7 +87,10 @@ class TableRow:
         """Return the row for JSON, each interval beside its figure."""
         figures = dict(self.figures)
         for direction, found in self.intervals.items():
-            figures[direction] = {**figures[direction], **{f"{name} 95%": ends for name, ends in found.items()}}
+            if names := self.ranks[direction].names:
+                figures |= {f"{names[name]} 95%": ends for name, ends in found.items() if name in names}
+            else:
+                figures[direction] = {**figures[direction], **{f"{name} 95%": ends for name, ends in found.items()}}
         if rows := self.by_tag():
             figures["tags"] = {tag: row.as_dict()["t2v"] for tag, row in rows.items()}
         return {"label": self.label, "kind": self.kind, "note": self.note, **figures, "cost": self.cost or None}
@@ -143,12 +147,16 @@ class DataSetRows:
             if notes := "; ".join(filter(None, (different, *remarks, row.note))):
                 yield f"{row.label}: {notes}"
         for label, other, directions in self.differences:
-            parts = []
+            parts, of = [], "R@1"
             for name, found in directions.items():
                 p = "p < 0.0001" if found.p < 1e-4 else f"p {found.p:.2g}"
                 low, high = found.interval
-                parts.append(f"{name[:3].upper()}{name[3:]} {found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
-            yield f"R@1 of {label} minus {other}: {', '.join(parts)}"
+                if name in self.rows[0].columns:  # a figure with a name of its own
+                    of, title = name, ""
+                else:
+                    title = f"{name[:3].upper()}{name[3:]} "
+                parts.append(f"{title}{found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
+            yield f"{of} of {label} minus {other}: {', '.join(parts)}"
         yield from self.remarks
 
 
@@ -190,7 +198,9 @@ def _cells(data_sets: Sequence[DataSetRows]) -> list[list[str]]:
     for name in first.columns:
         direction, _, figure = name.rpartition(".")
         columns[name] = figure if direction == before else f"{direction.upper()} {figure}"
-        if figure == "R@1" and direction in first.ranks:
+        if name in first.ranks:  # a figure with a name of its own
+            columns[f"{name}.{_INTERVAL}"] = _INTERVAL
+        elif figure == "R@1" and direction in first.ranks:
             columns[f"{direction}.{_INTERVAL}"] = _INTERVAL
         before = direction
     rows = [
@@ -217,7 +227,8 @@ def _below(data_sets: Sequence[DataSetRows]) -> Iterator[str]:
     rows = [row for data_set in data_sets for row in data_set.rows]
     compared = sum(len(data_set.differences) for data_set in data_sets)
     if any(row.ranks for row in rows):
-        text = f"95 %: bootstrap over videos, each with all its captions, {RESAMPLES:,} draws; exact for R@1 0 and 100"
+        captions = ", each with all its captions" if any("t2v" in row.ranks for row in rows) else ""
+        text = f"95 %: bootstrap over videos{captions}, {RESAMPLES:,} draws; exact for 0 and 100"
         text += "; p: exact permutation of signs by video, two-sided" if compared else ""
         yield text + (", not corrected for the number of comparisons" if compared > 1 else "")
     if any(row.cost for row in rows):

@@ -552,6 +552,8 @@ OBJECTIVES: dict[str, Choice] = {
 
 # ---- tasks ----
 
+BUILT_IN_TEMPLATES = ("none", "imagenet", "action", "kinetics")
+
 
 class TaskSettings(ChoiceSettings):
     """Base class of the settings of a task."""
@@ -561,6 +563,18 @@ class TaskSettings(ChoiceSettings):
 
     has_similarity: ClassVar[bool] = False
     """Whether the task ranks by a similarity matrix, which `save_similarity` can keep."""
+
+    of_classes: ClassVar[bool] = False
+    """Whether a sentence names the class of its video, so that many videos share it."""
+
+    @property
+    def training_templates(self) -> str:
+        """The templates into which the training sentences are put; `none` leaves them as they are."""
+        return "none"
+
+    def files(self) -> dict[str, str]:
+        """Return the files that these settings name, by the name of the setting."""
+        return {}
 
 
 class RetrievalSettings(TaskSettings):
@@ -574,8 +588,47 @@ class RetrievalSettings(TaskSettings):
     }
 
 
+class ClassificationSettings(TaskSettings):
+    """Which class does a video belong to? Each video's only sentence names its class."""
+
+    of_classes: ClassVar[bool] = True
+    figures: ClassVar[Mapping[str, bool]] = {"top1": True, "top5": True, "mean_class": True}
+
+    classes: PathText | None = setting(
+        None, "class names: a text with one a line, or an annotation; null: those that the split has", unit="file"
+    )
+    templates: PathText = setting(
+        "none",
+        "templates of class names, whose vectors are averaged",
+        unit="file",
+        allowed=f"{', '.join(BUILT_IN_TEMPLATES)}, or the path of a file with one template a line, each with one {{}}",
+    )
+    normalize: bool = setting(False, "normalize the mean vector of a class again; FitCLIP does not")
+    train_templates: bool = setting(
+        False, "the training sentences are class names: put each into a template that is drawn anew in each epoch"
+    )
+
+    @property
+    def training_templates(self) -> str:
+        return self.templates if self.train_templates else "none"
+
+    def files(self) -> dict[str, str]:
+        classes = {} if self.classes is None else {"classes": self.classes}
+        return classes | ({} if self.templates in BUILT_IN_TEMPLATES else {"templates": self.templates})
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield an adaptation, which adapts to a caption, and templates for training that are none."""
+        if config.adaptation.method != "none":
+            what = f"adaptation {config.adaptation.method} adapts to captions, which task classification does not ask"
+            yield f"{what}: set adaptation to none", ("adaptation.method", "task.method")
+        if self.train_templates and self.templates == "none":
+            what = "task.config.train_templates has no templates: give task.config.templates"
+            yield what, ("task.config.train_templates", "task.config.templates")
+
+
 TASKS: dict[str, Choice] = {
     "retrieval": Choice(RetrievalSettings, "evaluation.tasks.retrieval:Retrieval"),
+    "classification": Choice(ClassificationSettings, "evaluation.tasks.classification:Classification"),
 }
 
 

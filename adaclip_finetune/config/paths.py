@@ -36,6 +36,7 @@ def _not_there(c: Config) -> Iterator[str]:
         files = {"val_annot": c.val_annot} | files
     if c.use_policy and c.policy_weights not in ("imagenet", "random"):
         files["policy_weights"] = c.policy_weights
+    files |= {f"task.config.{name}": path for name, path in c.task_settings.files().items()}
     folders = {"video_dir": c.video_dir}
     either = {"frames_dir": c.frames_dir, "resume": c.resume}
     if not c.do_inference and isinstance(c.train_annot, str):

@@ -266,10 +266,15 @@ class Config(Settings):
     do_training_af_optuna: bool = run(False, "after tuning, train once with the best values found")
 
     @property
+    def task_settings(self) -> TaskSettings:
+        """The settings of the task."""
+        assert isinstance(self.task.config, TaskSettings)
+        return self.task.config
+
+    @property
     def figures(self) -> Mapping[str, bool]:
         """Name of each figure of the task, and whether higher is better."""
-        assert isinstance(self.task.config, TaskSettings)
-        return self.task.config.figures
+        return self.task_settings.figures
 
     @property
     def primary_figure(self) -> str:
@@ -367,7 +372,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     added = c.use_policy or pooling_learns or tower_learns
     if c.freeze_clip and not added and not c.do_inference:
         yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
-    if c.save_similarity and isinstance(c.task.config, TaskSettings) and not c.task.config.has_similarity:
+    if c.save_similarity and not c.task_settings.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     tuned = c.optuna_cfg and c.optuna_cfg.objective
     for name, figure in {"primary": c.primary, "optuna_cfg.objective": tuned}.items():

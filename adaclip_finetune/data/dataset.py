@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adaclip_finetune.config import Config
+from adaclip_finetune.data.class_names import PLACE, read_templates
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.preprocess import ImageSpec, Views, draw_crop_flip, to_square
-from adaclip_finetune.data.queries import TrainEntry
+from adaclip_finetune.data.queries import TrainEntry, drawn
 from adaclip_finetune.data.sampling import frame_indices, generator
 
 Number = TypeVar("Number", np.uint8, np.int64)
@@ -70,7 +71,7 @@ class TrainBatch:
 
     videos: VideoBatch
     captions: list[str]
-    token_ids: Tensor  # int64 (B, L)
+    token_ids: Tensor  # int64 (B, L), of the captions, or of templates with them inside
     noise: Tensor  # float32 (B, N), Gumbel(0, 1), for the frame selector
     second: VideoBatch | None = None  # the videos as the objective sees them once more (`Objective.second_view`)
     labelled: Tensor | None = None  # bool (B,), whether the text belongs to the video; None: it does in every row
@@ -107,13 +108,17 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One row of a VideoBatch, as arrays; in training with its caption, auxiliary caption ("": none) and noise (N,)."""
+    """One row of a VideoBatch, as arrays; in training with its caption, auxiliary caption ("": none) and noise (N,).
+
+    `prompt` is the caption as the text tower reads it: in a template, if it names a class (`train_templates`).
+    """
 
     video_id: str
     frames: NDArray[np.uint8]  # (N, 3, S, S)
     policy_frames: NDArray[np.uint8] | None
     indices: NDArray[np.int64]  # (N,)
     text: str = ""
+    prompt: str = ""
     auxiliary: str = ""
     noise: NDArray[np.float32] | None = None
     second: VideoItem | None = None
@@ -123,10 +128,11 @@ class VideoItem:
 @dataclass(frozen=True)
 class Collated:
     """What a worker returns for a batch: the rows that could be read (`videos` is None if there are none), their
-    captions, auxiliary captions, noise and labels, and the errors of the others."""
+    captions, prompts, auxiliary captions, noise and labels, and the errors of the others."""
 
     videos: VideoBatch | None
     texts: list[str]
+    prompts: list[str]
     auxiliary: list[str]
     noise: Tensor | None
     failures: list[FrameError]
@@ -188,6 +194,7 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
     ) -> None:
         self.entries, self.reader, self.seed = entries, reader, reader.config.seed
         self.second, self.second_of_labelled = second, second_of_labelled
+        self.templates = read_templates(reader.config.task_settings.training_templates)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -205,7 +212,9 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
             return error
         noise = generator("selection", self.seed, epoch, index).gumbel(size=self.reader.config.num_frm)
         text, auxiliary = (draw(self.seed, epoch, index) for draw in (entry.sentence, entry.auxiliary_caption))
-        return replace(item, text=text, auxiliary=auxiliary, noise=noise.astype(np.float32), labelled=entry.labelled)
+        template = drawn("template", self.templates, self.seed, epoch, index) if entry.labelled else PLACE
+        item = replace(item, text=text, prompt=template.replace(PLACE, text), auxiliary=auxiliary)
+        return replace(item, noise=noise.astype(np.float32), labelled=entry.labelled)
 
 
 class GalleryDataset(Dataset[VideoItem | FrameError]):
@@ -245,12 +254,13 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
     good = [item for item in items if isinstance(item, VideoItem)]
     failures = [item for item in items if isinstance(item, FrameError)]
     if not good:
-        return Collated(None, [], [], None, failures, [])
+        return Collated(None, [], [], [], None, failures, [])
     noise = [item.noise for item in good if item.noise is not None]
     seconds = [item.second for item in good if item.second is not None]
     return Collated(
         _stacked(good),
         [item.text for item in good],
+        [item.prompt for item in good],
         [item.auxiliary for item in good],
         torch.from_numpy(np.stack(noise)) if noise else None,
         failures,

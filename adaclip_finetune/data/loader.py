@@ -78,7 +78,7 @@ class TrainLoader:
             videos, second = _no_video(reader), _no_video(again) if again else None
             blank = TrainBatch(videos, [], tokens, noise, second, torch.ones(1, dtype=torch.bool))
             return self._with_auxiliary(blank, [""])
-        tokens, labelled = self.tokenize(collated.texts, self.config.max_txt_len), torch.tensor(collated.labelled)
+        tokens, labelled = self.tokenize(collated.prompts, self.config.max_txt_len), torch.tensor(collated.labelled)
         batch = TrainBatch(collated.videos, collated.texts, tokens, collated.noise, collated.second, labelled)
         return self._with_auxiliary(batch, collated.auxiliary)
 

@@ -22,6 +22,8 @@ def describe_other_form(path: Path, content: Any = None) -> str | None:
         form, words = "the JSON of VATEX", "vatex --train"
     elif isinstance(first, dict) and {"annotation_id", "description"} <= first.keys():
         form, words = "the JSON of DiDeMo", "didemo --train"
+    elif isinstance(first, dict) and {"template", "placeholders"} <= first.keys():
+        form, words = "the JSON of Something-Something", "something --train"
     elif isinstance(first, dict):
         form, words = "a list of objects", TABLE
     elif isinstance(content, dict) and isinstance(content.get("sentences"), list):

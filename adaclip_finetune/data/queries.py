@@ -37,11 +37,11 @@ class TrainEntry:
 
     def sentence(self, seed: int, epoch: int, index: int) -> str:
         """Return the sentence of this epoch; `index` is the entry's place in the training set."""
-        return _drawn("caption", self.sentences, seed, epoch, index)
+        return drawn("caption", self.sentences, seed, epoch, index)
 
     def auxiliary_caption(self, seed: int, epoch: int, index: int) -> str:
         """Return the auxiliary caption of this epoch, "" if the video has none."""
-        return _drawn("auxiliary", self.auxiliary, seed, epoch, index) if self.auxiliary else ""
+        return drawn("auxiliary", self.auxiliary, seed, epoch, index) if self.auxiliary else ""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,12 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _drawn(stream: str, texts: tuple[str, ...], seed: int, epoch: int, index: int) -> str:
-    return texts[generator(stream, seed, epoch, index).integers(len(texts))] if len(texts) > 1 else texts[0]
+def drawn(stream: str, texts: Sequence[str], seed: int, epoch: int, index: int) -> str:
+    """Return the text of this epoch for the entry at `index`; streams draw independently of each other."""
+    if len(texts) == 1:
+        return texts[0]
+    place = int(generator(stream, seed, epoch, index).integers(len(texts)))
+    return texts[place]
 
 
 def _texts(video: VideoAnnotation, concat_captions: str) -> list[str]:

@@ -18,6 +18,7 @@ STREAMS = {
     "lisa": 5,
     "second": 6,
     "auxiliary": 7,
+    "template": 8,
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.config.parts import DataPart, is_folder_of_videos, is_lazy, parts_of
 from adaclip_finetune.data.annotations import VideoAnnotation, load_annotations, parse_video
 from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.class_names import distinct
 from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.json_lines import JsonLines
@@ -55,13 +56,14 @@ class TrainSplit:
 class EvaluationSplit:
     """The texts and the gallery of an evaluation, whose annotation lists `num_listed` videos.
 
-    `left_out`: unreadable video → reason.
+    `left_out`: unreadable video → reason. `classes` are those of all listed videos, if the task is about classes.
     """
 
     queries: Queries
     store: FrameStore
     left_out: dict[str, str]
     num_listed: int
+    classes: list[str] = field(default_factory=list)
 
 
 def train_split(config: Config, annotation: str | Sequence[DataPart]) -> TrainSplit:
@@ -172,7 +174,11 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
     videos, left_out = _readable(config, store, listed)
     if left_out and (not videos or not config.skip_missing):
         raise unreadable_in_evaluation(left_out, len(listed))
-    return EvaluationSplit(evaluation_queries(videos, config.concat_captions), store, left_out, num_listed=len(listed))
+    if not config.task_settings.of_classes:
+        queries = evaluation_queries(videos, config.concat_captions)
+        return EvaluationSplit(queries, store, left_out, num_listed=len(listed))
+    classes = distinct(sentence for video in listed for sentence in video.sentences)
+    return EvaluationSplit(evaluation_queries(videos, "indep-all"), store, left_out, len(listed), classes)
 
 
 def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> UnreadableVideos:

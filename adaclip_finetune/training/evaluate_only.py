@@ -34,7 +34,7 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
         session = open_model(config, accelerator=accelerator, learn=False)
         config = session.config
         run.say(session.describe())
-        measure.say_cut(session.loaded, split.queries.texts, config.max_txt_len, "test", run)
+        measure.say_cut(session.loaded, config, split, "test", run)
         if folder is None:
             run.open(config, session.where())
         else:
@@ -52,6 +52,7 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
             if adapts and (adapted := measure.zero_shot(session, split, "test", run, adapted=True)):
                 rows[f"zero-shot, {config.adaptation.method}"] = adapted
         report = list(rows.values())[-1]
+        measure.draw_confusion(report, run)
         measure.write_similarity(config, report, run)
         run.write_json("metrics.json", {name: row.as_dict() for name, row in rows.items()})
         run.say(f"\n{task.table({name: row.figures for name, row in rows.items()})}\n{task.gallery(report)}")
@@ -74,8 +75,9 @@ def dry_run(config: Config, as_json: bool) -> dict[str, Any]:
             for phase in session.method.phases(config.num_epochs, config.batch_size)
         )
     for annotation in sorted(filter(None, {config.test_annot, None if config.do_inference else config.val_annot})):
-        queries = measure.read_split(config, annotation, run, annotation).queries
-        run.say(f"{annotation}: {len(queries.texts)} captions, {len(queries.video_ids)} videos")
+        split = measure.read_split(config, annotation, run, annotation)
+        kinds = f"{len(split.classes)} classes" if split.classes else f"{len(split.queries.texts)} captions"
+        run.say(f"{annotation}: {kinds}, {len(split.queries.video_ids)} videos")
     found = {"parameters": session.parameters.as_dict(), "gflops": session.gflops.as_dict(), "steps": steps}
     if as_json:
         print(json.dumps(found))

@@ -14,6 +14,7 @@ from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
@@ -49,18 +50,27 @@ def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:
 
 
 def read_split(config: Config, annotation: str | None, run: RunFolder, name: str) -> EvaluationSplit:
-    """Return the split to evaluate, called `name` in messages. Raise UserError."""
+    """Return the split to evaluate, called `name` in messages. Raise UserError, also if the task cannot measure it."""
     assert annotation is not None, "check_paths refuses this"
     split = evaluation_split(config, annotation)
+    _texts(config, split)
     counts = f"{len(split.left_out)} of {split.num_listed}"
     run.note_missing(f"{name}: evaluated WITHOUT {counts} videos that cannot be read", split.left_out)
     return split
 
 
-def say_cut(loaded: LoadedClip, texts: Sequence[str], max_txt_len: int, name: str, run: RunFolder) -> None:
-    """Print how many captions max_txt_len cuts, if any."""
-    if cut := loaded.count_cut(texts, max_txt_len):
-        run.say(f"{name}: max_txt_len {max_txt_len} cuts {cut} of {len(texts)} captions")
+def say_cut(loaded: LoadedClip, config: Config, split: EvaluationSplit, name: str, run: RunFolder) -> None:
+    """Print how many texts of the task max_txt_len cuts, if any."""
+    texts, limit = _texts(config, split), config.max_txt_len
+    if cut := loaded.count_cut(texts, limit):
+        what = "class names in templates" if config.task_settings.of_classes else "captions"
+        run.say(f"{name}: max_txt_len {limit} cuts {cut} of {len(texts)} {what}")
+
+
+def _texts(config: Config, split: EvaluationSplit) -> Sequence[str]:
+    """Return the texts that the task embeds. Raise UserError for a split that it cannot measure."""
+    texts: Sequence[str] = implementation(TASKS, config.task).texts_of(config, split)
+    return texts
 
 
 def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
@@ -121,9 +131,10 @@ def finish(
 ) -> None:
     """Write what a run found into its folder, metrics.json last since it marks a finished run; then print it."""
     config, parameters = session.config, session.parameters
-    usage = final.frame_usage if isinstance(final, RetrievalReport) else None
+    usage = final.frame_usage if isinstance(final, RetrievalReport | ClassificationReport) else None
     if usage is not None and (path := run.file("frame_usage.png")):
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
+    draw_confusion(final, run)
     write_similarity(config, final, run)
     run.write_json("metrics.json", metrics)
 
@@ -150,6 +161,12 @@ def finish(
             f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
             "--test_annot FILE"
         )
+
+
+def draw_confusion(measured: Report, run: RunFolder) -> None:
+    """Draw which classes are taken for which, if the task is about classes."""
+    if isinstance(measured, ClassificationReport) and (path := run.file("confusion.png")):
+        report.draw_confusion(path, measured.confusion(), measured.classes)
 
 
 def write_similarity(config: Config, measured: Report, run: RunFolder) -> None:

@@ -3,6 +3,7 @@
 output/<dataset>/<time>-<method>/
     config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
     best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
+    [confusion.png]
     while it runs: lock.json  last-<step>/
 """
 

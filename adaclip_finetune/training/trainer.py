@@ -196,7 +196,7 @@ class Trainer:
         stack.callback(self.data.close)
         self.task = measure.build_task(config, self.validation, session.loaded, self.model, "validation")
         stack.callback(self.task.close)
-        measure.say_cut(session.loaded, self.test.queries.texts, config.max_txt_len, self.test_name, run)
+        measure.say_cut(session.loaded, config, self.test, self.test_name, run)
         evaluated = {"validation": self.validation.queries, "test": self.test.queries}
         self._digests = {"training": split.digest} | {n: digest_of_queries(q) for n, q in evaluated.items()}
         if any(digests != self._digests for digests in gather_objects(self._digests)):

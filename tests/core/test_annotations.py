@@ -144,6 +144,7 @@ def test_wrong_files(tmp_path: Path, content: str | bytes | None, fact: str) -> 
         ("f.json", [{"mp4": "a", "caption": "x"}], "table --video-column NAME --caption-column NAME --train"),
         ("f.json", [{"videoID": "a", "enCap": ["x"]}], "vatex --train"),
         ("f.json", [{"annotation_id": 1, "video": "a", "description": "x"}], "didemo --train"),
+        ("f.json", [{"id": "1", "template": "[x] falls", "placeholders": ["a cup"]}], "something --train"),
         ("f.json", {"videos": [], "sentences": []}, "msrvtt --data"),
         ("f.json", {"annotations": [], "images": []}, "msrvtt --train LIST --test LIST --data"),
         ("f.json", {"database": {}}, "youcook2 --data"),

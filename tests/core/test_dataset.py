@@ -1,6 +1,7 @@
 """The content and order of batches. What worker processes could change about them is in system/test_loader_workers."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,35 @@ def test_the_content_of_a_batch(store: FrameFolder) -> None:
         assert chr(batch.token_ids[row, 0]) == video_id
     moved = videos.to("meta")
     assert moved.frames.is_meta and moved.frame_mask.is_meta and moved.video_ids == videos.video_ids
+
+
+def test_class_names_are_put_into_templates_that_each_epoch_draws(store: FrameFolder, tmp_path: Path) -> None:
+    templates = tmp_path / "templates.txt"
+    templates.write_text("\n".join(f"{letter}{{}}" for letter in "pqrs"))
+    settings = {"templates": str(templates), "train_templates": True}
+    named = {"task": {"method": "classification", "config": settings}}
+
+    def texts(epoch: int, start: int = 0, **values: Any) -> dict[str, str]:
+        loader = make_train_loader(store, **values)
+        loader.dataset.entries = [replace(entry, labelled=entry.video_id != "e") for entry in loader.dataset.entries]
+        found = {}
+        for batch in loader.epoch(epoch, batch_size=2, start=start):
+            # Captions stay the class names, by which pairs of one class are no negatives of each other.
+            assert [caption[0] for caption in batch.captions] == batch.videos.video_ids
+            read = [bytes(row).rstrip(b"\0").decode() for row in batch.token_ids.tolist()]
+            assert all(text.endswith(caption) for text, caption in zip(read, batch.captions, strict=True))
+            found |= dict(zip(batch.videos.video_ids, read, strict=True))
+        return found
+
+    epochs = [texts(epoch, **named) for epoch in range(6)]
+    assert {text[0] for found in epochs for name, text in found.items() if name != "e"} == set("pqrs")
+    assert len({tuple(sorted(found.items())) for found in epochs}) == 6
+    assert all(len(found["e"]) == 2 for found in epochs), "what is not labelled names no class"
+    assert texts(3, **named) == epochs[3] and texts(3, start=1, **named).items() < epochs[3].items()
+    assert texts(3, **named, seed=1) != epochs[3]
+    assert {text[1:] for name, text in epochs[3].items() if name != "e"} == {
+        text for name, text in texts(3).items() if name != "e"
+    }, "templates are drawn apart from captions"
 
 
 def test_frames_outside_the_subset_are_blank(store: FrameFolder) -> None:

@@ -33,7 +33,8 @@ def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
 
     def run(words: str, files: Mapping[str, Any] | None = None, code: int = 0) -> str:
         for name, content in (files or {}).items():
-            save(tmp_path / name, content)
+            if content is not None:  # None: the name is that of a folder
+                save(tmp_path / name, content)
         paths = [str(tmp_path / word) if word in (files or {}) else word for word in words.split()]
         assert main(["convert", *paths, "-o", str(tmp_path / "out")]) == code
         out, err = capsys.readouterr()
@@ -53,6 +54,7 @@ def written(tmp_path: Path, split: str) -> Any:
 
 def save(path: Path, content: Any) -> Path:
     """Write bytes, text, or anything else as JSON."""
+    path.parent.mkdir(exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -250,6 +252,76 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
         {"test": {"a.3": {"sentences": ["x", "w"], "extension": "mp4"}, "b": {"sentences": ["y", "z"]}}},
         [2, 4, 0, 0, 0],
     ),
+    "ucf101": (
+        "ucf101 --train trainlist01.txt --test testlist01.txt",
+        {
+            "trainlist01.txt": "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nYoYo/v_YoYo_g25_c05.avi 101\r\n",
+            "testlist01.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi\n\nYoYo/v_YoYo_g01_c01.avi\n",
+        },
+        {
+            "train": {"ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01":
+                      {"sentences": ["Apply Eye Makeup"], "extension": "avi", "group": "ApplyEyeMakeup_g08"},
+                      "YoYo/v_YoYo_g25_c05": {"sentences": ["Yo Yo"], "extension": "avi", "group": "YoYo_g25"}},
+            "test": {"HandstandPushups/v_HandStandPushups_g01_c01":
+                     {"sentences": ["Handstand Pushups"], "extension": "avi", "group": "HandStandPushups_g01"},
+                     "YoYo/v_YoYo_g01_c01": {"sentences": ["Yo Yo"], "extension": "avi", "group": "YoYo_g01"}},
+        },
+        [2, 2, 0, 0, 0],
+    ),
+    "hmdb51, second split": (
+        "hmdb51 --data splits --fold 2",
+        {
+            "splits/brush_hair_test_split2.txt": "April_09_brush_hair_u_0.avi 1 \n#4_hair;&_1.avi 2 \nc.avi 0 \n",
+            "splits/wave_test_split2.txt": "a_wave_0.avi 2\n",
+            "splits/wave_test_split1.txt": "a_wave_0.avi 1\n",
+            "splits": None,
+        },
+        {
+            "train": {"brush_hair/April_09_brush_hair_u_0": {"sentences": ["brush hair"], "extension": "avi"}},
+            "test": {"brush_hair/#4_hair;&_1": {"sentences": ["brush hair"], "extension": "avi"},
+                     "wave/a_wave_0": {"sentences": ["wave"], "extension": "avi"}},
+        },
+        [2, 2, 0, 0, 0],
+    ),
+    "kinetics, a file a split": (
+        "kinetics --train train.csv --test test.csv --nested",
+        {
+            "train.csv": "label,youtube_id,time_start,time_end,split\n\"tai chi\",-4_x,12,22,train\n",
+            "test.csv": "label,youtube_id,time_start,time_end,split,is_cc\nabseiling,b,105,115,test,0\n"
+                        "abseiling,b,105,115,test,0\n,c,1,11,test,0\n",
+        },
+        {
+            "train": {"tai chi/-4_x_000012_000022": {"sentences": ["tai chi"], "duration": 10.0, "group": "-4_x"}},
+            "test": {"abseiling/b_000105_000115": {"sentences": ["abseiling"], "duration": 10.0, "group": "b"}},
+        },
+        [1, 1, 1, 1, 0],
+    ),
+    "kinetics, one file": (
+        "kinetics --data all.csv",
+        {"all.csv": "label,youtube_id,time_start,time_end,split\nyoga,a,0,10,validate\nyoga,b,3,13,test\n"},
+        {
+            "val": {"a_000000_000010": {"sentences": ["yoga"], "duration": 10.0, "group": "a"}},
+            "test": {"b_000003_000013": {"sentences": ["yoga"], "duration": 10.0, "group": "b"}},
+        },
+        [1, 1, 0, 0, 0],
+    ),
+    "something": (
+        "something --test d.json",
+        {"d.json": [{"id": "74225", "label": "spinning cube that quickly stops spinning",
+                     "template": "Spinning [something] that quickly stops spinning", "placeholders": ["cube"]},
+                    {"id": "116154", "label": "holding a cup in front of a tree",
+                     "template": "Holding [something] in front of [something]", "placeholders": ["a cup", "a tree"]}]},
+        {"test": {"74225": {"sentences": ["Spinning something that quickly stops spinning"]},
+                  "116154": {"sentences": ["Holding something in front of something"]}}},
+        [2, 2, 0, 0, 0],
+    ),
+    "moments": (
+        "moments --test d.csv",
+        {"d.csv": "clapping/yt-a_1.mp4,clapping,4,1\nadult+female+singing/b.mp4,adult+female+singing,3,0\n"},
+        {"test": {"clapping/yt-a_1": {"sentences": ["clapping"], "extension": "mp4"},
+                  "adult+female+singing/b": {"sentences": ["adult female singing"], "extension": "mp4"}}},
+        [2, 2, 0, 0, 0],
+    ),
     "table with splits and clips": (
         f"table --data d.tsv {COLUMNS} --start s --end t --split part",
         {"d.tsv": "v\ts\tt\tc\tpart\na.b.mp4\t0\t2.5\tone\ttrain\na.b.mp4\t2.5\t4\ttwo\tTest\n"
@@ -407,6 +479,13 @@ def test_help_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         ("lsmdc --val f", "a\tb\n", ["line 1", "expected 6 columns", "got 2"]),
         ("lsmdc --val f", "a\tb\tc\tx\te\tf\n", ["line 1", "00.01.59.370", "'x'"]),
         ("vatex --language en --test f --data f", {}, ["--language"]),
+        ("ucf101 --test f", "Archery/v_Archery_g01_c01.avi\nArchery\n", ["f: line 2", "'Archery'"]),
+        ("hmdb51 --data f", "", ["f: holds no file <class>_test_split1.txt"]),
+        ("kinetics --test f", "label,youtube_id,time_start,time_end\na,x,10,5\n", ["line 2", "'time_start'"]),
+        ("kinetics --test f", "label,youtube_id,time_start,time_end\na,x,1,5\nB,x,1,5\n", ["line 2", "'a' and 'B'"]),
+        ("something --test f", [{"id": "1"}], ["entry 1", "'template'"]),
+        ("moments --train f", "a.mp4,25,197\n", ["line 1", "several", "25"]),
+        ("moments --train f", "a.mp4,run,3\nb.mp4,run,jump\n", ["line 2", "several", "jump"]),
         ("webvid --train f", "videoid,caption\n", ["line 1", "'name'"]),
         ("webvid --train f", "videoid,name,duration\n1,a,soon\n", ["line 2", "'soon'"]),
         ("table V C --train f.csv", "v,d\n", ["line 1", "'c'", "v, d"]),
@@ -430,7 +509,7 @@ def test_wrong_input_is_told_with_its_place(
 KEYS = [
     "videos", "sentences", "annotations", "database", "video_id", "image_id", "caption", "subset", "recipe_type", "id",
     "segment", "videoID", "enCap", "annotation_id", "video", "description", "times", "timestamps", "duration",
-    "clip_id", "text", "v", "c",
+    "clip_id", "text", "v", "c", "template",
 ]  # fmt: skip
 JUNK = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(["a", "../x", "train", " "]),
@@ -444,7 +523,8 @@ JUNK = st.recursive(
     content=JUNK,
     words=st.sampled_from([
         "msrvtt --data", "activitynet --test", "didemo --test", "youcook2 --data", "vatex --test", "clipvip --test",
-        "msrvtt --test", "lsmdc --test", "webvid --test", f"table {COLUMNS} --split split --data",
+        "msrvtt --test", "lsmdc --test", "webvid --test", "ucf101 --test", "kinetics --test", "something --test",
+        "moments --test", f"table {COLUMNS} --split split --data",
     ]),
 )  # fmt: skip
 def test_junk_is_converted_or_refused_in_words(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from adaclip_finetune.evaluation.metrics import results_table, retrieval_metrics
 from adaclip_finetune.peft.importance import TensorImportance
-from adaclip_finetune.report import draw_curves, draw_frame_usage, write_importance
+from adaclip_finetune.report import draw_confusion, draw_curves, draw_frame_usage, write_importance
 
 NAMES = ["t2v.R@1", "v2t.R@1"]
 
@@ -79,6 +79,20 @@ def test_frame_usage_shows_shares_of_the_videos(drawn: list[Figure], tmp_path: P
     draw_frame_usage(tmp_path / "usage.png", np.array([3, 0, 1, 4]), videos=4, top_k=2)
     (axes,) = drawn[0].axes
     assert [bar.get_height() for bar in axes.patches] == [75, 0, 25, 100]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("count", [2, 111])
+def test_confusion_shows_shares_of_each_class_and_names_where_there_is_room(
+    drawn: list[Figure], tmp_path: Path, count: int
+) -> None:
+    counts = np.eye(count, dtype=np.int64) * 2
+    counts[0] = 0  # a class without videos
+    counts[1, :2] = (3, 1)
+    draw_confusion(tmp_path / "confusion.png", counts, [f"$class {number}" for number in range(count)])
+    axes = drawn[0].axes[0]
+    shares = np.asarray(axes.images[0].get_array())
+    assert shares[:2, :2].tolist() == [[0, 0], [75, 25]]
+    assert ("$class 1" in [label.get_text() for label in axes.get_yticklabels()]) == (count == 2)
 
 
 def test_importance_is_a_table_and_a_picture(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from adaclip_finetune.data.annotations import check_name, explain, shown
+from adaclip_finetune.data.class_names import distinct
 from adaclip_finetune.data.formats.reading import (
     Row,
     checked,
@@ -27,6 +28,7 @@ from adaclip_finetune.data.formats.reading import (
     read_ids,
     read_plain_pickle,
     table_rows,
+    text_lines,
 )
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.errors import UserError
@@ -416,6 +418,102 @@ def _clipvip_clips(path: Path, options: Options) -> Iterator[SourceClip]:
     return (_clip(row.where, row["clip_id"], row["text"]) for row in json_lines(path))
 
 
+# ---- classes of videos (action recognition): the only sentence of a video is the name of its class ----
+
+
+def _one_class(rows: Iterable[SourceClip]) -> SourceSplit:
+    """Return the rows as `merged` does. Raises UserError for a video of several classes."""
+    split = merged(rows)
+    for clip in split.clips:
+        if len(classes := distinct(clip.sentences)) > 1:
+            several = " and ".join(map(shown, classes[:2]))
+            needed = "task classification measures videos with one class each"
+            raise UserError(f"{clip.where}: the video {clip.video!r} has several classes, {several}; {needed}")
+    return split
+
+
+# ---- UCF101 (Soomro et al. 2012): <Class>/v_<Class>_g<group>_c<clip>.avi [number], a video a line ----
+
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_UCF101_NAME = re.compile(r"([^/\s]+)/v_(\w+_g\d+)_c\d+\.avi(?:\s+\d+)?", re.ASCII)
+
+
+def _ucf101_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield videos, named with their folder. Those of a group were cut from one source."""
+    for where, text in _filled_lines(path):
+        if (found := _UCF101_NAME.fullmatch(text)) is None:
+            raise UserError(f"{where}: expected Class/v_Class_g01_c01.avi, got {shown(text)}")
+        yield _clip(where, text.split()[0], _CAMEL.sub(" ", found[1]), group=found[2])
+
+
+# ---- HMDB51 (Kuehne et al., ICCV 2011): a folder of <class>_test_split<n>.txt with lines `name.avi 0|1|2` ----
+
+
+def _read_hmdb51(options: Options) -> Splits:
+    folder, ending = options["data"], f"_test_split{options['fold']}.txt"
+    rows: dict[str, list[SourceClip]] = {"train": [], "test": []}
+    files = sorted(folder.glob(f"*{ending}"))
+    if not files:
+        raise UserError(f"--data {folder}: holds no file <class>{ending}")
+    for path in files:
+        name_of_class = path.name.removesuffix(ending)
+        for where, text in _filled_lines(path):
+            name, _, use = text.rpartition(" ")
+            if not name or use not in ("0", "1", "2"):
+                raise UserError(
+                    f"{where}: expected a name and 0, 1 or 2 (in neither split, train, test), got {shown(text)}"
+                )
+            if use != "0":
+                clip = _clip(where, f"{name_of_class}/{name.strip()}", name_of_class.replace("_", " "))
+                rows["train" if use == "1" else "test"].append(clip)
+    return {split: _one_class(of_split) for split, of_split in rows.items()}
+
+
+# ---- Kinetics (Kay et al. 2017): CSV of label, youtube_id, time_start, time_end, split ----
+
+
+def _kinetics_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield clips named as downloads name their files: <youtube_id>_<start>_<end>, six digits each."""
+    for row in csv_rows(path, ["label", "youtube_id", "time_start", "time_end"]):
+        start, end = checked(f"{row.where}: 'time_start', 'time_end'", (row["time_start"], row["time_end"]), Cut)
+        name, label = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}", row["label"].strip()
+        name = f"{label}/{name}" if options["nested"] and label else name
+        about = {"duration": _length(start, end), "group": row["youtube_id"], "split": row.get("split")}
+        yield _clip(row.where, name, label, **about)
+
+
+# ---- Something-Something V2 (Goyal et al., ICCV 2017): [{id, label, template, placeholders}] ----
+
+_BRACKETS = re.compile(r"\[(.*?)\]")
+
+
+def _something_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    """Yield videos whose class is the template without its brackets, as in the published list of labels."""
+    for row in json_list(path, read_json(path)):
+        template = checked(f"{row.where}: 'template'", row["template"], str)
+        yield _clip(row.where, row["id"], _BRACKETS.sub(r"\1", template))
+
+
+# ---- Moments in Time (Monfort et al., TPAMI 2019): CSV without a header, <class>/<file>, class, and votes ----
+
+
+def _moments_clips(path: Path, options: Options) -> Iterator[SourceClip]:
+    for line, cells in csv_cells(path):
+        where, (name, *classes) = f"{path}: line {line}", map(str.strip, cells)
+        named = [cell for cell in classes if not cell.isdecimal()]  # the others are votes, or numbers of classes
+        if len(named) != 1 or named[0] != classes[0]:
+            got = f"expected a file, its class and numbers of votes, got {shown(cells)}"
+            raise UserError(f"{where}: {got}. Multi-Moments in Time, with several classes a video, is not read")
+        yield _clip(where, name, named[0].replace("+", " "))
+
+
+def _filled_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the place and the content of each line that is not blank."""
+    for line, text in enumerate(text_lines(path), start=1):
+        if text.strip():
+            yield f"{path}: line {line}", text.strip()
+
+
 # ---- any table ----
 
 
@@ -517,6 +615,34 @@ FORMATS = {
         "CLIP-ViP's files: JSON Lines of {clip_id, text}",
         _files("JSON Lines of {clip_id, text}"),
         _reader(_clipvip_clips),
+    ),
+    "ucf101": Format(
+        "UCF101, classes: trainlist01.txt and testlist01.txt, or the lists 02 or 03",
+        _files("list of the split, a video <Class>/v_<Class>_g01_c01.avi in each line"),
+        _reader(_ucf101_clips, merge=_one_class),
+    ),
+    "hmdb51": Format(
+        "HMDB51, classes: the folder testTrainMulti_7030_splits",
+        _files("the folder, with a file <class>_test_split1.txt for each class", "data", required=True, metavar="DIR")
+        | {"--fold": {"type": int, "choices": (1, 2, 3), "default": 1, "help": "which of the three splits; default 1"}},
+        _read_hmdb51,
+    ),
+    "kinetics": Format(
+        "Kinetics-400, -600 and -700, classes: train.csv, validate.csv (or val.csv), test.csv",
+        _files("CSV with the columns label, youtube_id, time_start, time_end")
+        | _files("the same of all splits, with a column split", "data")
+        | _nested("name clips as downloads lay them out: <label>/<youtube_id>_<start>_<end>"),
+        _reader(_kinetics_clips, merge=_one_class),
+    ),
+    "something": Format(
+        "Something-Something V2, classes: something-something-v2-train.json and -validation.json",
+        _files("JSON list of {id, label, template, placeholders}"),
+        _reader(_something_clips, merge=_one_class),
+    ),
+    "moments": Format(
+        "Moments in Time, classes: trainingSet.csv and validationSet.csv",
+        _files("CSV without a header: <class>/<file>, class, votes"),
+        _reader(_moments_clips, merge=_one_class),
     ),
     "table": Format(
         "any table (CSV, TSV, JSON list or JSON Lines) with a video and a caption in each row",

@@ -48,15 +48,17 @@ class Report(Protocol):
 class QueryRanks(NamedTuple):
     """The rank (Q,) of each query's right answer, and the video (Q,) that the query is about.
 
-    Intervals and p-values are computed from these. `videos` is None if each query has a video of its own.
+    Intervals and p-values are computed from these. `videos` is None if each query has a video of its own. `names` says
+    what R@1 and so on are called in the figures; by default they have these names.
     """
 
     ranks: IntArray
     videos: IntArray | None
+    names: Mapping[str, str] = {}
 
     def of(self, queries: NDArray[np.bool_]) -> QueryRanks:
         """Return the ranks of some of the queries (Q,) alone; the gallery is the same."""
-        return QueryRanks(self.ranks[queries], None if self.videos is None else self.videos[queries])
+        return self._replace(ranks=self.ranks[queries], videos=None if self.videos is None else self.videos[queries])
 
 
 class Task(ABC):
@@ -98,8 +100,19 @@ class Task(ABC):
     def figures_from_state(state: Mapping[str, Any]) -> Figures:
         """Make the figures from what `Figures.as_state` returned."""
 
+    @staticmethod
+    def texts_of(config: Config, split: EvaluationSplit) -> Sequence[str]:
+        """Return the texts that the task embeds, by default those of the split.
+
+        Raise UserError for a split that the task cannot measure.
+        """
+        return split.queries.texts
+
     def ranks(self, report: Report) -> Mapping[str, QueryRanks]:
-        """Return the ranks behind the figures R@K, MedR and MeanR, by the part of the name before these; default {}."""
+        """Return the ranks behind the figures R@K, MedR and MeanR, by the part of the name before these; default {}.
+
+        Ranks behind figures with names of their own, which `QueryRanks.names` has, are found by that of R@1.
+        """
         return {}
 
     def is_better(self, figures: Figures, best: Figures | None) -> bool:

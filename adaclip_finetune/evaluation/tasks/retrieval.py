@@ -125,6 +125,7 @@ class Retrieval(Task):
         both = [name for name in ("t2v.R@1", "v2t.R@1") if name in config.figures]
         self.curves = both or self.curves
         self.columns = [name for name in COLUMNS if name in config.figures] or self.columns
+        self._texts = self.texts_of(config, split)
         dataset = GalleryDataset(split.queries.video_ids, VideoReader(split.store, config, views))
         self._loader = GalleryLoader(dataset, config)
         self._adaptation = build_adaptation(config)
@@ -149,29 +150,17 @@ class Retrieval(Task):
         return report.ranks() if isinstance(report, RetrievalReport) else {}
 
     @staticmethod
-    def figures_from_state(state: Mapping[str, Any]) -> RetrievalFigures:
+    def figures_from_state(state: Mapping[str, Any]) -> Figures:
         ranks = state.get("by_tag", {})  # snapshots before there were tags have none
         by_tag = {tag: DirectionMetrics(np.array(own, np.int64)) for tag, own in ranks.items()}
         return RetrievalFigures(**{**state, "metrics": Metrics.from_state(state["metrics"]), "by_tag": by_tag})
 
-    def __call__(self, model: VideoRetriever, keep: Path | None = None) -> RetrievalReport:
+    def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:
         """Rank the gallery. Batches that an earlier call kept, with the same weights and settings, are not embedded
         again; the figures are the same."""
         started = time.monotonic()
-        model.eval()
-        # Each process has the batch statistics of its own share of the training data.
-        copy_from_main(model.buffers())
-        folder = self._part_folder(model, keep) if keep and is_main() else None
-        on_main(folder.open if folder else lambda: None)
-        begun = time.monotonic()
-        videos = self._embed_videos(model, folder)
-        video_seconds = time.monotonic() - begun
-        queries = self.split.queries.within([one for one in self.split.queries.video_ids if one not in videos.failed])
-        gallery = from_main(videos.rows()) if self._adaptation.needs_gallery else None
-        # Texts of unreadable videos too, so that batches do not depend on which videos failed.
-        all_texts = self.split.queries.texts
-        texts, work = Embeddings("texts", len(all_texts), folder), partial(self._embed_texts, model, all_texts, gallery)
-        texts.embed(self._text_batches(all_texts), work, self.label)
+        texts, videos, video_seconds = self._embed(model, keep)
+        queries = self._queries(videos)
         similarity: SimilarityBlocks | None = None
 
         def ranks() -> Metrics:
@@ -186,6 +175,28 @@ class Retrieval(Task):
         usage = None if model.selector is None else videos.usage.numpy()
         seconds = time.monotonic() - started
         return RetrievalReport(metrics, queries, similarity, usage, self.split.num_listed, seconds, video_seconds)
+
+    def _embed(self, model: VideoRetriever, keep: Path | None) -> tuple[Embeddings, Embeddings, float]:
+        """Embed the texts and the gallery, and return both with the seconds that the gallery took."""
+        model.eval()
+        # Each process has the batch statistics of its own share of the training data.
+        copy_from_main(model.buffers())
+        folder = self._part_folder(model, keep) if keep and is_main() else None
+        on_main(folder.open if folder else lambda: None)
+        begun = time.monotonic()
+        videos = self._embed_videos(model, folder)
+        video_seconds = time.monotonic() - begun
+        gallery = from_main(videos.rows()) if self._adaptation.needs_gallery else None
+        # Texts of unreadable videos too, so that batches do not depend on which videos failed.
+        texts = Embeddings("texts", len(self._texts), folder)
+        texts.embed(
+            self._text_batches(self._texts), partial(self._embed_texts, model, self._texts, gallery), self.label
+        )
+        return texts, videos, video_seconds
+
+    def _queries(self, videos: Embeddings) -> Queries:
+        """Return the queries about the videos that could be read."""
+        return self.split.queries.within([one for one in self.split.queries.video_ids if one not in videos.failed])
 
     def similarity_of(self, texts: Sequence[str], model: VideoRetriever, report: RetrievalReport) -> SimilarityBlocks:
         """Return the similarity of other texts to the gallery that `model` was measured on in this one process."""
@@ -243,7 +254,7 @@ class Retrieval(Task):
     def _part_folder(self, model: VideoRetriever, path: Path) -> PartFolder:
         about = {
             "videos": self.split.queries.video_ids,
-            "texts": self.split.queries.texts,
+            "texts": self._texts,
             "weights": weights_digest(model),
             "device": model.device.type,
             "settings": self.config.model_dump(mode="json", include=deciding_settings()),

@@ -174,7 +174,7 @@ def open_model(
         _fill(model, state, checkpoint, config)
         method.reset(model)
     if learn:
-        objective.start(config, loaded, partial(_open_other, like=config, values=values))
+        objective.start(config, loaded, partial(open_other, like=config, values=values))
     if accelerator is not None:
         objective.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
@@ -192,7 +192,7 @@ def open_for_use(config: Config, checkpoint: Checkpoint) -> Session:
     return session
 
 
-def _open_other(source: str, like: Config, values: Values) -> Opened:
+def open_other(source: str, like: Config, values: Values = "real") -> Opened:
     """Return the model in a run folder or weights file, or a CLIP, on the CPU, with nothing learning.
 
     A CLIP takes as many frames and words as `like`.

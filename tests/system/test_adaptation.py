@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparing import evaluated as evaluated_by_command
+from comparing import figures, trained_run
 from conftest import write_clip_folder
 from evaluating import evaluated, killed, outcome, together
+
+from adaclip_finetune.cli import main
 
 Project = dict[str, Any]
 
@@ -72,3 +76,68 @@ def test_a_reward_that_is_not_there_is_named(small: Project, tmp_path: Path) -> 
     missing = {**small, "adaptation": by_reward(tmp_path / "nowhere")}
     told = outcome(lambda: evaluated(missing))["UserError"]
     assert "adaptation.config.reward" in told and "nowhere" in told
+
+
+# ---- adaclip evaluate ----
+
+
+@pytest.fixture(scope="module")
+def run(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(project, tmp_path_factory.mktemp("adapted") / "work", concat_captions="indep-all")
+
+
+ADAPT = ("--adapt", "clip_reward", "--adaptation.config.learns.method", "bitfit", "--adaptation.config.steps", "1")
+
+
+def test_the_baselines_stand_beside_an_adapted_model(run: Path, project: Project, tmp_path: Path) -> None:
+    words = [run, "--annot", project["test_annot"], *ADAPT, "--reward", project["clip_weights"]]
+    table = evaluated_by_command(*words, "--adaptation.config.learning_rate", "0.1", folder=tmp_path)
+    zero_shot, model, alone, _, _, itself, adapted = rows = table["rows"]
+    assert [row["kind"] for row in rows] == ["zero-shot", "model", *["baseline"] * 4, "adapted"]
+    assert figures(model) == figures(json.loads((run / "metrics.json").read_text())["finetuned"])
+    assert all(row["v2t"] is None and row["t2v"]["R@1 95%"] for row in rows[2:])
+    # This CLIP is the one that the run started from.
+    assert alone["t2v"] == {name: zero_shot["t2v"][name] for name in alone["t2v"]}
+    assert itself["t2v"]["MeanR"] != model["t2v"]["MeanR"] != adapted["t2v"]["MeanR"]
+    assert itself["cost"]["t2v_query_seconds"] > 0 and adapted["cost"]["t2v_query_seconds"] > 0
+    assert "adapted to each query" in adapted["note"]
+    pairs = {(pair["label"], pair["minus"]) for pair in table["differences_in_R@1"]}
+    above = [row["label"] for row in rows[:-1]]
+    assert pairs >= {(adapted["label"], label) for label in above} | {(label, above[1]) for label in above[2:]}
+
+
+def test_a_model_is_not_reranked_by_its_own_scores(run: Path, project: Project, tmp_path: Path) -> None:
+    words = [
+        run,
+        "--annot",
+        project["test_annot"],
+        *ADAPT,
+        "--reward",
+        "self",
+        "--adaptation.config.directions",
+        "both",
+    ]
+    _, model, *baselines, adapted = evaluated_by_command(*words, folder=tmp_path)["rows"]
+    assert len(baselines) == 3 and adapted["v2t"] is not None
+    for row in baselines:
+        for direction in ("t2v", "v2t"):
+            assert row[direction] == {name: model[direction][name] for name in row[direction]}, row["label"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((*ADAPT, "--reward", "self", "--rerank", "dual_softmax"), "weights of its own"),
+        ((*ADAPT, "--reward", "self", "--interpolate", "0.5"), "--interpolate"),
+        (ADAPT, "--reward"),
+        (("--reward", "self"), "--adapt"),
+        (("--adaptation.config.steps", "1"), "--adapt"),
+        ((*ADAPT, "--reward", "nowhere"), "nowhere"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    words: tuple[str, ...], named: str, run: Path, project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--annot", str(project["test_annot"]), *words]) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err and "Traceback" not in captured.err and not captured.out

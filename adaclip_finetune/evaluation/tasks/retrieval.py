@@ -206,14 +206,14 @@ class Retrieval(Task):
         return RetrievalReport(
             metrics,
             queries,
-            found.get("t2v", plain),
-            None if model.selector is None else videos.usage.numpy(),
-            self.split.num_listed,
-            time.monotonic() - started,
-            video_seconds,
-            self.config.adaptation.method,
-            query_seconds,
-            others,
+            similarity=found.get("t2v", plain),
+            frame_usage=None if model.selector is None else videos.usage.numpy(),
+            num_listed=self.split.num_listed,
+            seconds=time.monotonic() - started,
+            video_seconds=video_seconds,
+            adaptation=self.config.adaptation.method,
+            query_seconds=query_seconds,
+            others=others,
         )
 
     def _metrics(self, t2v: SimilarityBlocks | None, v2t: SimilarityBlocks | None, queries: Queries) -> Metrics:
@@ -337,10 +337,11 @@ class Retrieval(Task):
                     rows.embed(self._adapted_batches(queries.texts), work, self.label)
                     found[direction] = replace(start, text=rows.rows().to(device)) if is_main() else None
                 else:
-                    rows = Embeddings("adapted-videos", len(names), folder, keep_failures=self.config.skip_missing)
-                    rows.embed(
-                        len(self._loader), partial(self._adapt_to_videos, model, queries, start, others), self.label
-                    )
+                    rows = Embeddings("adapted-videos", len(names), folder)
+                    work = partial(self._adapt_to_videos, model, queries, start, others)
+                    rows.embed(len(self._loader), work, self.label)
+                    if len(rows.failed) > len(names) - len(queries.video_ids):  # one that was read before
+                        raise unreadable_in_evaluation(rows.failed, len(names))
                     found[direction] = replace(start, videos=rows.rows().to(device)) if is_main() else None
                 asked = queries.texts if direction == "t2v" else queries.video_ids
                 seconds[direction] = (time.monotonic() - begun) / len(asked)

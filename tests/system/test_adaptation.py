@@ -106,6 +106,20 @@ def test_the_baselines_stand_beside_an_adapted_model(run: Path, project: Project
     assert pairs >= {(adapted["label"], label) for label in above} | {(label, above[1]) for label in above[2:]}
 
 
+def test_inference_of_a_run_adapts_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = tmp_path / "adaptation.json"
+    own = {"reward": ["self"], "learns": {"method": "bitfit"}, "steps": 1, "learning_rate": 0.1}
+    section.write_text(json.dumps({"method": "clip_reward", "config": own}))
+    words = ["--do_inference", "--resume", f"{run}/best.safetensors", "--output_dir", f"{tmp_path}/out"]
+    assert main(["train", "--config", f"{run}/config.json", *words, "--adaptation", str(section)]) == 0
+    assert "T2V adapted to each query by clip_reward" in capsys.readouterr().out
+    (folder,) = (tmp_path / "out" / "tiny").iterdir()
+    found, plain = (json.loads((one / "metrics.json").read_text()) for one in (folder, run))
+    assert found["zero-shot"]["t2v"] == plain["zero_shot"]["t2v"], "zero-shot stays without adaptation"
+    adapted = found["best.safetensors"]
+    assert adapted["t2v"] != plain["finetuned"]["t2v"] and adapted["v2t"] == plain["finetuned"]["v2t"]
+
+
 def test_a_model_is_not_reranked_by_its_own_scores(run: Path, project: Project, tmp_path: Path) -> None:
     words = [
         run,

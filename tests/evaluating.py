@@ -17,8 +17,9 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import PartFolder
-from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
+from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.training.measure import build_task
 from adaclip_finetune.weights.clip_weights import load_clip
 
 Settings = dict[str, Any]
@@ -34,8 +35,10 @@ def evaluated(settings: Settings, keep: Path | None = None, seed: int = 0, diver
     if diverged:
         torch.nn.init.constant_(next(model.parameters()), float("nan"))
     split = evaluation_split(config, config.test_annot)
-    with closing(Retrieval(config, split, loaded, model.views(), "test")) as task:
-        return summary(task(model, keep))
+    with closing(build_task(config, split, loaded, model, "test")) as task:
+        found = task(model, keep)
+        assert isinstance(found, RetrievalReport)
+        return summary(found)
 
 
 def summary(result: RetrievalReport) -> Settings:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from adaclip_finetune.compare.options import AS_IT_IS
 from adaclip_finetune.compare.table import COSTS, DataSetRows, RowKind, TableRow
 from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config.choices import Chosen
 from adaclip_finetune.config.parts import DataPart, parts_of
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.roles import names_with
@@ -93,9 +94,10 @@ class OpenCandidate:
         say_cut(self.session.loaded, self.config, split, annotation, run)
         return split
 
-    def measure(self, split: EvaluationSplit, label: str) -> tuple[Task, Report]:
-        """Measure the model on a split by the task of its settings."""
-        return self._measure(split, self.config, self.session.loaded, self.session.model, label)
+    def measure(self, split: EvaluationSplit, label: str, adaptation: Chosen | None = None) -> tuple[Task, Report]:
+        """Measure the model on a split by the task of its settings; `adaptation` replaces theirs if it is given."""
+        config = self.config if adaptation is None else self.config.model_copy(update={"adaptation": adaptation})
+        return self._measure(split, config, self.session.loaded, self.session.model, label)
 
     def similarity_of(self, texts: Sequence[str], task: Retrieval, report: RetrievalReport) -> SimilarityBlocks:
         """Return the similarity of other texts to the gallery of `report`."""

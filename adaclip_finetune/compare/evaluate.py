@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, lerp
 
+from adaclip_finetune.compare.adapted import adapted_rows
 from adaclip_finetune.compare.checkpoints import OpenCandidate, find_candidates, tell
 from adaclip_finetune.compare.error_page import error_page
 from adaclip_finetune.compare.table import DataSetRows, TableRow
+from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.errors import UserError
@@ -75,12 +77,16 @@ def evaluate(
 ) -> tuple[list[DataSetRows], str]:
     """Return the rows of each annotation and, with `errors`, the error page of the last model on the last one.
 
-    Raise UserError, before anything is measured where possible.
+    With an adaptation among the `overrides` each model is measured as it is, and then adapted by it. Raise UserError,
+    before anything is measured where possible.
     """
     read = [*annotations, *filter(None, (reranking.bank, reranking.validation))]
     candidates = find_candidates(checkpoints, settings, overrides, read, bool(reranking.methods) or errors)
     found, page = [DataSetRows(annotation) for annotation in annotations], ""
     for candidate in candidates:
+        adaptation, as_it_is = candidate.config.adaptation, {"adaptation": load_config().adaptation}
+        if adaptation.method == "clip_reward":
+            candidate.config = candidate.config.model_copy(update=as_it_is)
         model = OpenCandidate(candidate)
         splits = [model.read(annotation) for annotation in annotations]
         validation = None
@@ -89,6 +95,9 @@ def evaluate(
             validation = _scores(model, reranking.validation, task, report, reranking)
         for data_set, split in zip(found, splits, strict=True):
             task, report = model.add_rows(data_set, split)
+            if adaptation.method == "clip_reward":
+                assert isinstance(report, RetrievalReport), "the settings of clip_reward refuse other tasks"
+                data_set.models += adapted_rows(model, split, report, data_set.models[-1], adaptation)
             if reranking.methods:
                 scores = _scores(model, data_set.name, task, report, reranking)
                 row = data_set.models[-1]

@@ -27,7 +27,7 @@ COSTS = {
 _INTERVAL = "95 %"
 _NOTHING = "–"
 
-RowKind = Literal["zero-shot", "model", "reranked", "interpolated"]
+RowKind = Literal["zero-shot", "model", "reranked", "interpolated", "baseline", "adapted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class TableRow:
     `figures` are those of metrics.json, and `columns` the names of those that are shown; a figure that a method does
     not have is absent. `gallery` describes what was measured on its first line, and has remarks on further ones.
     `cost` has the names of `COSTS`, each None if it is not known; reranked rows have none. `baseline` is the label of
-    the zero-shot row that belongs to a model.
+    the zero-shot row that belongs to a model, and `model` that of the model which an adapted row, or a baseline of it,
+    starts from.
     """
 
     label: str
@@ -50,6 +51,7 @@ class TableRow:
     cost: Mapping[str, float | None] = field(default_factory=dict)
     baseline: str | None = None
     note: str = ""
+    model: str | None = None
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
@@ -116,13 +118,14 @@ class DataSetRows:
         """R@1 of each model minus its zero-shot row, then minus every model before it, on the same queries.
 
         Each is the labels of the two rows, and the difference by direction, then text to video by tag. Nothing is
-        compared with interpolated rows, but they are with the finetuned model before them.
+        compared with interpolated rows, but they are with the finetuned model before them. The baselines of an
+        adapted model are compared with the model as it is, and the adapted model with all of these.
         """
         of = {row.label: row for row in self.rows}
-        models = [row for row in self.models if row.kind in ("model", "interpolated") and row.ranks]
+        models = [row for row in self.models if row.kind != "reranked" and row.ranks]
         pairs = [(row, of[row.baseline]) for row in models if row.baseline in of]
         pairs += [
-            (row, other) for number, row in enumerate(models) for other in models[:number] if other.kind == "model"
+            (row, other) for number, row in enumerate(models) for other in models[:number] if _are_compared(row, other)
         ]
         found = []
         for row, other in pairs:
@@ -158,6 +161,13 @@ class DataSetRows:
                 parts.append(f"{title}{found.points:+.1f} [{low:+.1f}, {high:+.1f}] ({p})")
             yield f"{of} of {label} minus {other}: {', '.join(parts)}"
         yield from self.remarks
+
+
+def _are_compared(row: TableRow, other: TableRow) -> bool:
+    """Return whether the R@1 of a row is compared with that of a row above it."""
+    if other.kind == "model":
+        return row.model in (None, other.label)
+    return row.kind == "adapted" and row.model == other.model
 
 
 def as_text(data_sets: Sequence[DataSetRows]) -> str:

@@ -617,10 +617,7 @@ class ClassificationSettings(TaskSettings):
         return classes | ({} if self.templates in BUILT_IN_TEMPLATES else {"templates": self.templates})
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Yield an adaptation, which adapts to a caption, and templates for training that are none."""
-        if config.adaptation.method != "none":
-            what = f"adaptation {config.adaptation.method} adapts to captions, which task classification does not ask"
-            yield f"{what}: set adaptation to none", ("adaptation.method", "task.method")
+        """Yield templates for training that are none."""
         if self.train_templates and self.templates == "none":
             what = "task.config.train_templates has no templates: give task.config.templates"
             yield what, ("task.config.train_templates", "task.config.templates")
@@ -639,8 +636,56 @@ class NoAdaptationSettings(ChoiceSettings):
     """Evaluate the model as it is."""
 
 
+if TYPE_CHECKING:
+    LearnsSection: TypeAlias = Chosen
+else:
+    _TEMPORARY = {name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")}  # those that can be taken away again
+    LearnsSection = _section(_TEMPORARY, "Learns", "what learns for a query, as in peft")
+Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
+
+
+class ClipRewardSettings(ChoiceSettings):
+    """For each query, learn from the reward that other CLIPs give to what was found (RLCF, Zhao et al. 2024)."""
+
+    reward: Names = setting(
+        ("ViT-L/14",),
+        "CLIPs that reward: names, files or folders of weights, runs, or self (the model before it adapts)",
+        min_length=1,
+    )
+    weights: Weights = setting((), "weight of each CLIP in the reward; empty: all the same, of sum 1")
+    directions: Literal["t2v", "v2t", "both"] = setting(
+        "t2v", "queries: texts, for which the text tower learns, videos (image tower), or both"
+    )
+    learns: LearnsSection = setting({"method": "full"}, "what learns in the tower that encodes the query")
+    candidates: int = setting(12, "videos rewarded for a text: those that the model ranks first", unit="videos", ge=2)
+    caption_candidates: int = setting(20, "texts rewarded for a video", unit="items", ge=2)
+    steps: int = setting(8, "steps of AdamW for a query", unit="steps", ge=0)
+    learning_rate: float = setting(1e-6, "learning rate of the steps", gt=0)
+    weight_decay: float = setting(5e-4, "weight decay of the steps", ge=0)
+    divide_by_std: bool = setting(False, "divide the rewards of a query by their standard deviation")
+    momentum: float = setting(
+        0.0, "decay of a slow average over queries that the next ones start from, as 0.9998; 0: none", ge=0, lt=1
+    )
+    interval: int = setting(64, "queries after which the slow average becomes the new start", unit="items", ge=1)
+    average_share: float = setting(1.0, "share of the slow average in a new start; the rest is the model", gt=0, le=1)
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield an adaptation in training or in fp16, and weights of other CLIPs."""
+        section = "adaptation.config."
+        if self.weights and len(self.weights) != len(self.reward):
+            counts = f"{section}weights has {len(self.weights)} numbers for {len(self.reward)} CLIPs of {section}reward"
+            yield f"{counts}: give one for each, or none", (f"{section}weights", f"{section}reward")
+        if not config.do_inference:
+            what = "adaptation clip_reward is not for training, in which each validation would adapt to each query"
+            yield f"{what}: train without it, and adapt with do_inference", ("adaptation.method", "do_inference")
+        if config.precision == "fp16":
+            what = "adaptation clip_reward computes gradients without scaling, which precision fp16 rounds to 0"
+            yield f"{what}: take bf16 or fp32", ("adaptation.method", "precision")
+
+
 ADAPTATIONS: dict[str, Choice] = {
     "none": Choice(NoAdaptationSettings, "evaluation.adaptation.none:NoAdaptation"),
+    "clip_reward": Choice(ClipRewardSettings, "evaluation.adaptation.clip_reward:ClipReward"),
 }
 
 

@@ -64,7 +64,9 @@ def described(settings: type[Settings]) -> dict[str, Described]:
 
     descend("", root, None)
     for name, one in found.items():
-        chosen = found.get(f"{name.split('.')[0]}.method")
+        parts = name.split(".")
+        around = (f"{'.'.join(parts[:end])}.method" for end in range(len(parts) - 1, 0, -1))
+        chosen = next((found[section] for section in around if section in found), None)
         if chosen is not None and len(one.methods) == len(chosen.types):  # all methods have it
             one.methods = []
     return found

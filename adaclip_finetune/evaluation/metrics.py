@@ -85,6 +85,11 @@ class Metrics:
         t2v, v2t = (DirectionMetrics(np.array(state[direction], np.int64)) for direction in ("t2v", "v2t"))
         return cls(t2v, v2t, state["shared_captions"], state["excused"] and cls.from_state(state["excused"]))
 
+    def with_v2t_of(self, other: Metrics) -> Metrics:
+        """Return these metrics with video to text from `other` metrics of the same captions and videos."""
+        excused = self.excused and other.excused and self.excused.with_v2t_of(other.excused)
+        return replace(self, v2t=other.v2t, excused=excused)
+
     def shared_line(self) -> str:
         """Return one line about the captions that several videos share, or "" if there are none."""
         if self.excused is None:

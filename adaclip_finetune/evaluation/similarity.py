@@ -5,14 +5,15 @@ The size of a block is limited in bytes: 50,000 texts against 50,000 videos take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.features import TextFeatures, at_least_float32
 from adaclip_finetune.model.scoring import Scorer
 
 BLOCK_BYTES = 16 * 2**20  # larger blocks are slower: the allocator requests their memory from the system each time
@@ -41,6 +42,15 @@ class SimilarityBlocks:
             with _float32_products():
                 parts = [self.scorer(text, kept) for kept in torch.split(self.videos, at_once)]
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def cosines(self, texts: Sequence[int] | None = None, videos: Sequence[int] | None = None) -> Tensor:
+        """Return the cosines (t, v) of the texts and videos with these numbers; None: of all."""
+        text = self.text if texts is None else self.text[list(texts)]
+        kept = self.videos if videos is None else self.videos[list(videos)]
+        text = F.normalize(at_least_float32(text), dim=-1).to(kept.device)
+        with _float32_products(), torch.autocast(kept.device.type, enabled=False):
+            return self.scorer.cosines(text, kept)
 
 
 def similarity_blocks(text: Tensor, videos: Tensor, scorer: Scorer, block: int) -> SimilarityBlocks:

@@ -89,14 +89,19 @@ class VideoRetriever(nn.Module):
             return features
         return features._replace(sentence=self.word_aggregator(features.words, features.is_word))
 
-    def encode_video(self, videos: VideoBatch, noise: Tensor | None = None) -> VideoFeatures:
+    def encode_video(
+        self, videos: VideoBatch, noise: Tensor | None = None, selection: Selection | None = None
+    ) -> VideoFeatures:
         """Select frames among the N candidates, encode them and pool them.
 
         In training mode frames are drawn differentiably, and `noise` (B, N) may replace the Gumbel noise; in evaluation
-        mode the top_k frames with the highest scores are taken.
+        mode the top_k frames with the highest scores are taken, or those of a `selection` that was made earlier.
         """
         with self._weights_computed_once():
-            tokens, selection = self._tokens(videos, noise)
+            if selection is None:
+                tokens, selection = self._tokens(videos, noise)
+            else:
+                tokens = self._encode(*_take_frames(videos, selection.indices))
         reused = None
         if self.reuse_scores and selection is not None:
             reused = (selection.logits.gather(1, selection.indices) / self.frame_temperature).softmax(dim=1)

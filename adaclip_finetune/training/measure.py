@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.session import Session
+from adaclip_finetune.training.session import Session, open_other
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
@@ -74,8 +75,9 @@ def _texts(config: Config, split: EvaluationSplit) -> Sequence[str]:
 
 
 def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
-    """Return the task of the config on a split, for models that see frames as `model` does."""
+    """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError."""
     task: Task = implementation(TASKS, config.task)(config, split, loaded, model.views(), label)
+    task.start(partial(open_other, like=config))
     return task
 
 

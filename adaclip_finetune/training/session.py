@@ -175,7 +175,7 @@ def open_model(
         _fill(model, state, checkpoint, config)
         method.reset(model)
     if learn:
-        objective.start(config, loaded, partial(_open_other, like=config, values=values))
+        objective.start(config, loaded, partial(open_other, like=config, values=values))
     if accelerator is not None:
         objective.to(accelerator.device)
     session = Session(config, accelerator, loaded, model, method, objective, checkpoint, digest)
@@ -219,7 +219,7 @@ def open_any(
     return opened(config, checkpoint)
 
 
-def _open_other(source: str, like: Config, values: Values) -> Opened:
+def open_other(source: str, like: Config, values: Values = "real") -> Opened:
     """Return the model in a run folder or checkpoint, or a CLIP that takes as many frames as `like`, on the CPU."""
     of_clip = zero_shot_config(like).model_dump(mode="json", include=set(names_with("view")) - {"max_img_size"})
     session = open_any(source, {}, of_clip, values, on_device=False)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor
-
-from adaclip_finetune.evaluation.adaptation.base import Adaptation
+from adaclip_finetune.evaluation.adaptation.base import Adaptation, QueryBatch
 from adaclip_finetune.model.retriever import VideoRetriever
 
 
 class NoAdaptation(Adaptation):
     """Leave the model unchanged."""
 
-    needs_gallery = False
+    directions = ()
 
-    def __call__(self, model: VideoRetriever, queries: Tensor, gallery: Tensor | None) -> AbstractContextManager[None]:
+    def __call__(self, model: VideoRetriever, queries: QueryBatch) -> AbstractContextManager[None]:
         return nullcontext()

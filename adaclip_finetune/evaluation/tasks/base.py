@@ -7,7 +7,7 @@ complete example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.evaluation.metrics import IntArray
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.weights.loaded import LoadedClip
 
 
@@ -74,6 +75,12 @@ class Task(ABC):
         self.greater_is_better = config.figures[self.primary]
         self.curves: Sequence[str] = (self.primary,)  # the figures that curves.png shows
         self.columns: Sequence[str] = tuple(config.figures)  # the figures that `adaclip evaluate` shows
+
+    def start(self, open_other: Callable[[str], Opened]) -> None:  # noqa: B027 (most tasks need one model only)
+        """Open what is needed besides the model to measure. `open_other(source)` opens a run, a checkpoint or a CLIP.
+
+        Called once, before the task measures. Raise UserError for what the settings name and is not there.
+        """
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, keep: Path | None = None) -> Report:

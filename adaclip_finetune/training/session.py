@@ -44,7 +44,7 @@ from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_n
 from adaclip_finetune.weights.plain import plain_copy, plain_state, strict_load, weights_digest
 
 Values = Literal["real", "random", "meta"]
-_WORDS_OF_A_QUERY = 64  # tokens, as many as every text tower of open_clip takes
+_WORDS_OF_A_QUERY = 32  # tokens, which every text tower takes
 
 
 @dataclass

@@ -100,10 +100,10 @@ def test_lines_name_the_best_classes_and_what_cannot_be_read(project: Settings, 
     assert 100 >= best >= other and 100 / 3 < best + other < 100.1
 
     long = files / "long.txt"
-    long.write_text("grey\n" + "red " * 70)
+    long.write_text("grey\n" + "red " * 40)
     assert main([*map(str, words[:3]), "--classes", str(long), "--templates", "kinetics", "--num_workers", "0"]) == 0
-    assert "max_txt_len 64 cuts 28 of 56" in capsys.readouterr().err
-    more = ["--classes", str(long), "--max_txt_len", "77", "--num_workers", "0"]
+    assert "max_txt_len 32 cuts 28 of 56" in capsys.readouterr().err
+    more = ["--classes", str(long), "--max_txt_len", "64", "--num_workers", "0"]
     assert main([*map(str, words[:3]), *more]) == 0 and "cuts" not in capsys.readouterr().err
 
 

@@ -192,7 +192,7 @@ def test_an_index_names_a_clip_of_open_clip(
 
 
 def test_search_without_training_finds_what_zero_shot_finds(tmp_path: Path) -> None:
-    model = load_retriever(EXAMPLE / "tiny_clip", num_frm=4, device="cpu", num_workers=0, max_txt_len=32)
+    model = load_retriever(EXAMPLE / "tiny_clip", num_frm=4, device="cpu", num_workers=0)
     config = model.config.model_copy(update={"video_dir": str(EXAMPLE / "videos"), "frames_dir": None})
     index_videos(model, collect_annotation(EXAMPLE / "test.json", config), tmp_path / "i")
     index, listed = VideoIndex.load(tmp_path / "i"), json.loads((EXAMPLE / "test.json").read_text())

@@ -641,7 +641,7 @@ if TYPE_CHECKING:
 else:
     _TEMPORARY = {name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")}  # those that can be taken away again
     LearnsSection = _section(_TEMPORARY, "Learns", "what learns for a query, as in peft")
-Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
+RewardWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 
 class ClipRewardSettings(ChoiceSettings):
@@ -652,7 +652,7 @@ class ClipRewardSettings(ChoiceSettings):
         "CLIPs that reward: names, files or folders of weights, runs, or self (the model before it adapts)",
         min_length=1,
     )
-    weights: Weights = setting((), "weight of each CLIP in the reward; empty: all the same, of sum 1")
+    weights: RewardWeights = setting((), "weight of each CLIP in the reward; empty: all the same, of sum 1")
     directions: Literal["t2v", "v2t", "both"] = setting(
         "t2v", "queries: texts, for which the text tower learns, videos (image tower), or both"
     )

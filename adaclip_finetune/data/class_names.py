@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from adaclip_finetune.data.annotations import folded, load_annotations
+from adaclip_finetune.data.formats.reading import text_lines
 from adaclip_finetune.errors import UserError
 
 PLACE = "{}"
@@ -62,11 +63,9 @@ def in_templates(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 def _read_lines(path: Path, what: str) -> list[str]:
     """Return the lines of a text file that are not blank. Raise UserError, in which `what` names the setting."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path}: not UTF-8 text at byte {error.start}") from error
+        lines = [line.strip() for line in text_lines(path) if line.strip()]
+    except UserError as error:
+        raise UserError(f"{what} {error}") from error
     if not lines:
         raise UserError(f"{what} {path}: holds no line")
     return lines

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import ChoiceSettings, Config
 from adaclip_finetune.config.choices import DistillationSettings
 from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.data.formats.reading import text_lines
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.features import TextFeatures, at_least_float32
@@ -192,9 +193,9 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _lines(path: Path) -> list[str]:
     try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"objective.config.prompts {path}: cannot be read as UTF-8 text ({error})") from error
+        texts = [line.strip() for line in text_lines(path) if line.strip()]
+    except UserError as error:
+        raise UserError(f"objective.config.prompts {error}") from error
     if len(texts) < 2:
         raise UserError(f"objective.config.prompts {path}: holds {len(texts)} texts, one in each line; give at least 2")
     return texts

@@ -127,12 +127,13 @@ def _update(
     if not (collection.videos or collection.broken):
         raise UserError(f"{collection.name}: holds no video{nothing_dropped}")
     started = time.monotonic()
-    copies = copies_among(collection.videos) if isinstance(collection.store, VideoFolder) else {}
-    copies = {one: first for one, first in copies.items() if one not in unchanged}
-    new = [video.id for video in collection.videos if video.id not in unchanged and video.id not in copies]
-    broken = collection.broken | find_unreadable(collection.store, new, model.config.num_workers)
-    broken |= {one: broken[first] for one, first in copies.items() if first in broken}
-    readable = [video for video in collection.videos if video.id in set(new) - broken.keys()]
+    new = [video for video in collection.videos if video.id not in unchanged]
+    kept = [video for video in collection.videos if video.id in unchanged]
+    copies = copies_among(new, kept) if isinstance(collection.store, VideoFolder) else {}
+    originals = [video for video in new if video.id not in copies]
+    broken = find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
+    broken |= collection.broken
+    readable = [video for video in originals if video.id not in broken]
     if not unchanged and not readable:
         raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
     fresh: dict[str, EmbeddedVideo] = {}
@@ -143,6 +144,7 @@ def _update(
             rows = [video.row for video in batch]
             parts.write(f"{len(parts.names()):06d}", {"vectors": vectors}, {"rows": rows})
         fresh |= {video.row["id"]: video for video in batch}
+    broken |= {one: broken[first] for one, first in copies.items() if first in broken}
     seconds = time.monotonic() - started
 
     result = {}

@@ -94,16 +94,16 @@ def stamp_of(path: Path) -> FileStamp:
     return FileStamp(sum(one.st_size for one in images), max(one.st_mtime_ns for one in (found, *images)))
 
 
-def copies_among(videos: Sequence[CollectionVideo]) -> dict[str, str]:
-    """Return the id of each file with the bytes of an earlier one → the id of the earliest.
+def copies_among(videos: Sequence[CollectionVideo], known: Sequence[CollectionVideo]) -> dict[str, str]:
+    """Return the id of each of the `videos` with the bytes of a known one, or else of an earlier one → the other's id.
 
-    Only files of the same size are read. One that cannot be read is no copy.
+    Only files of a size that one of the `videos` shares are read. One that cannot be read is no copy.
     """
     earliest: dict[tuple[int, bytes], str] = {}
     copies = {}
-    sizes = Counter(video.stamp.size for video in videos)
-    for video in videos:
-        if sizes[video.stamp.size] == 1:
+    own, sizes = {video.stamp.size for video in videos}, Counter(video.stamp.size for video in (*known, *videos))
+    for number, video in enumerate((*known, *videos)):
+        if sizes[video.stamp.size] == 1 or video.stamp.size not in own:
             continue
         digest = hashlib.sha256()
         try:
@@ -113,7 +113,7 @@ def copies_among(videos: Sequence[CollectionVideo]) -> dict[str, str]:
         except OSError:
             continue
         first = earliest.setdefault((video.stamp.size, digest.digest()), video.id)
-        if first != video.id:
+        if first != video.id and number >= len(known):
             copies[video.id] = first
     return copies
 

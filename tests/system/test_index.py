@@ -27,7 +27,7 @@ from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.frame_folder import FRAME_TIMES, FrameFolder
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
-from adaclip_finetune.search import search_model
+from adaclip_finetune.search import build, search_model
 from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import (
     CollectionVideo,
@@ -151,7 +151,13 @@ def test_a_pretrained_clip_searches_without_training(clips: Path, tmp_path: Path
 
 
 def test_copies_are_embedded_once_and_found_as_one(
-    library: Path, tmp_path: Path, index: Index, run: Path, load: Callable[..., SearchModel], capsys: Capsys
+    library: Path,
+    tmp_path: Path,
+    index: Index,
+    run: Path,
+    load: Callable[..., SearchModel],
+    capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copy(library / "clip 2.mp4", library / "deep" / "again.mp4")
     code, out, _ = index(library)
@@ -168,6 +174,16 @@ def test_copies_are_embedded_once_and_found_as_one(
     assert main(["search", str(tmp_path / "i"), "a red thing", "--json"]) == 0
     (found,) = [hit for hit in json.loads(capsys.readouterr().out)["hits"] if "copies" in hit]
     assert [copy["id"] for copy in found["copies"]] == ["z.mp4", "deep/again.mp4"]
+    shutil.copy(library / "clip 2.mp4", library / "a.mp4")  # listed before the one that is known
+    code, out, _ = index(library)
+    assert code == 0 and "0 embedded, 1 with the bytes of another, 7 unchanged" in out
+    assert VideoIndex.load(tmp_path / "i").distinct == 5
+    with monkeypatch.context() as patched:  # a file that breaks only when it is embedded, and its copy
+        patched.setattr(build, "find_unreadable", lambda *_: {})
+        for name in ("v.mp4", "w.mp4"):
+            (library / name).write_bytes(b"no longer a video")
+        code, _, err = index(library)
+        assert code == 1 and "v.mp4: " in err and "w.mp4: " in err
     (library / "clip 2.mp4").write_bytes(b"no video")
     (library / "y.mp4").write_bytes(b"no video")
     code, out, err = index(library)

@@ -150,7 +150,8 @@ class Retrieval(Task):
         """Open the other models of the adaptation. They embed the same texts and videos, on the same machine."""
         self._adaptation.start(self.config, open_other)
         ours = {name: getattr(self.config, name) for name in names_with("machine") | {"skip_missing"}}
-        ours |= {name: getattr(load_config(), name) for name in ("task", "primary", "adaptation")}
+        defaults = load_config()
+        ours |= {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
         for other in self._adaptation.others:
             if other is None:
                 self._others.append(None)

@@ -192,12 +192,15 @@ class VideoIndex:
         self.width = stored.vectors.shape[1]
         kind = "SQfp16" if stored.vectors.dtype == np.float16 else "Flat"  # float16 stays float16 in memory
         self._nearest = faiss.index_factory(self.width, kind, faiss.METRIC_INNER_PRODUCT)
-        rows_of: dict[bytes, list[int]] = {}
+        firsts: dict[bytes, int] = {}
+        self._copies: dict[int, list[int]] = {}  # of the first row with a vector: the others
         for row, vector in enumerate(stored.vectors):
-            rows_of.setdefault(hashlib.blake2b(vector.tobytes(), digest_size=16).digest(), []).append(row)
-        self._rows, self.distinct = list(rows_of.values()), len(rows_of)
-        firsts = stored.vectors if self.distinct == len(self) else stored.vectors[[rows[0] for rows in self._rows]]
-        self._nearest.add(np.ascontiguousarray(firsts, np.float32))
+            first = firsts.setdefault(hashlib.blake2b(vector.tobytes(), digest_size=16).digest(), row)
+            if first != row:
+                self._copies.setdefault(first, []).append(row)
+        self._rows, self.distinct = np.fromiter(firsts.values(), np.int64), len(firsts)
+        vectors = stored.vectors[self._rows] if self._copies else stored.vectors
+        self._nearest.add(np.ascontiguousarray(vectors, np.float32))
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
@@ -225,13 +228,12 @@ class VideoIndex:
             return [[] for _ in queries]
         scores, places = self._nearest.search(queries / length, min(k, self.distinct))
         return [
-            [self._hit(rank, score, self._rows[place]) for rank, (score, place) in list(enumerate(found, 1))[ranks]]
-            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), places.tolist(), strict=True))
+            [self._hit(rank, score, int(row)) for rank, (score, row) in list(enumerate(found, 1))[ranks]]
+            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), self._rows[places], strict=True))
         ]
 
-    def _hit(self, rank: int, score: float, rows: Sequence[int]) -> Hit:
-        first, *copies = (self.videos[row] for row in rows)
-        return Hit(first, score, rank, tuple(copies))
+    def _hit(self, rank: int, score: float, row: int) -> Hit:
+        return Hit(self.videos[row], score, rank, tuple(self.videos[copy] for copy in self._copies.get(row, ())))
 
 
 def _key(line: bytes) -> str:

@@ -61,6 +61,7 @@ COMMANDS = {
     "serve": "serve a web page that searches an index",
     "classify": "tell which classes videos and pictures belong to",
     "check": "check data and settings before a run, and estimate its cost",
+    "bench": "measure how fast this package is on this machine",
     "extract": "extract frames of videos as images (also: python utils/frame_extraction.py)",
     "pack": "pack extracted frames into one LMDB file, for slow disks",
     "schema": "print the JSON Schema of the settings",

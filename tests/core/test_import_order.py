@@ -15,7 +15,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"commands"},
-    {"check"},
+    {"bench", "check"},
     {"compare", "export", "extract", "search", "tuning"},
     {"training"},
     {"report"},

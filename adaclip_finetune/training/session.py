@@ -26,6 +26,7 @@ from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.vit import compile_blocks
 from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.objectives.base import Opened
@@ -173,6 +174,8 @@ def open_model(
     speed_up_frozen_attention(model.clip)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
+    if config.compile and learn:
+        compile_blocks(model.clip)
     if state is not None and checkpoint is not None:
         _fill(model, state, checkpoint, config)
         method.reset(model)

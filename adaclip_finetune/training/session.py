@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.errors import NotACheckpoint, UserError
+from adaclip_finetune.model.attention import speed_up_frozen_attention
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
@@ -169,6 +170,7 @@ def open_model(
         model = VideoRetriever(config.model_copy(update=policy), loaded)
         objective = build_objective(config, model)
     split_frozen_norms(model.clip)
+    speed_up_frozen_attention(model.clip)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if state is not None and checkpoint is not None:

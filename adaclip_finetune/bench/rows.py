@@ -29,5 +29,7 @@ class BenchmarkRow(NamedTuple):
 ROWS = {
     "policy": BenchmarkRow("the frozen CNN of the frame selector, beside CLIP", "policy:policy"),
     "step": BenchmarkRow("a training step, beside one that encodes all frames", "step:step"),
+    "evaluation": BenchmarkRow("ranks in both directions, beside sorting twice", "evaluation:evaluation"),
+    "search": BenchmarkRow("searching and opening an index, beside NumPy and FAISS", "searching:search"),
     "hard_topk": BenchmarkRow("the frame selection, beside a plain loop", "hard_topk:hard_topk"),
 }

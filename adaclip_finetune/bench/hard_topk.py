@@ -11,8 +11,6 @@ from torch import Tensor
 from adaclip_finetune.bench.measure import Aim, Measured, Setup, check, in_turns
 from adaclip_finetune.model.hard_topk import hard_top_k
 
-_TEMPERATURE = 0.5
-
 Draw = Callable[[Tensor, int, float, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -41,10 +39,12 @@ def hard_topk(setup: Setup) -> Iterator[Measured]:
         yield Measured(f"{k} of {frames} frames, batch {rows}", seconds, [aim])
 
 
-def forward_and_backward(draw: Draw, scores: Tensor, noise: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def forward_and_backward(
+    draw: Draw, scores: Tensor, noise: Tensor, upstream: Tensor, *, temperature: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Return the weights (B, K, N), and the gradient (B, N) of their product with `upstream` by the scores (B, N)."""
     scores = scores.detach().requires_grad_()
-    weights, _ = draw(scores, upstream.shape[1], _TEMPERATURE, noise)
+    weights, _ = draw(scores, upstream.shape[1], temperature, noise)
     (gradient,) = torch.autograd.grad((weights * upstream).sum(), scores)
     return weights.detach(), gradient
 

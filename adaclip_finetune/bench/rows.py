@@ -29,5 +29,10 @@ class BenchmarkRow(NamedTuple):
 ROWS = {
     "policy": BenchmarkRow("the frozen CNN of the frame selector, beside CLIP", "policy:policy"),
     "step": BenchmarkRow("a training step, beside one that encodes all frames", "step:step"),
+    "evaluation": BenchmarkRow("ranks in both directions, beside sorting twice", "evaluation:evaluation"),
+    "reading": BenchmarkRow("frames from images and videos, beside Pillow and extraction", "reading:reading"),
+    "start": BenchmarkRow("how long commands take to start, beside `import torch`", "starting:start"),
+    "search": BenchmarkRow("searching and opening an index, beside NumPy and FAISS", "searching:search"),
+    "embedding": BenchmarkRow("vectors of videos, beside encoding all frames", "step:embedding"),
     "hard_topk": BenchmarkRow("the frame selection, beside a plain loop", "hard_topk:hard_topk"),
 }

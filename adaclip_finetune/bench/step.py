@@ -1,11 +1,13 @@
-"""Row `step`: training steps that equal those of encoding all frames."""
+"""Rows `step` and `embedding`: training steps and vectors of videos that equal those of encoding all frames."""
 
 from __future__ import annotations
 
 import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from adaclip_finetune.bench.hard_topk import loop
 from adaclip_finetune.bench.measure import Aim, Measured, Setup, check, in_turns
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.data.dataset import TrainBatch
+from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.data.preprocess import IMAGENET, normalise
 from adaclip_finetune.model.frame_features import CnnBackbone
 from adaclip_finetune.model.pooling import MlpScore
@@ -49,17 +51,48 @@ def step(setup: Setup) -> Iterator[Measured]:
     all of them. A note tells the activations kept for the backward pass, as a share of those of `EncodeAll`.
     """
     sizes = [(2, 1, 2)] if setup.quick else [(8, 4, 4), (32, 16, 2)] if setup.device.type == "cpu" else [(32, 16, 16)]
-    shared = {"freeze_cnn": True, "policy_weights": "random", "max_txt_len": _WORDS, "frame_agg": "mlp"}
-    shared |= {"precision": setup.precision, "device": setup.device.type}
-    with TemporaryDirectory() as folder:
-        if setup.quick:
-            shared["clip_weights"] = str(small_clip(Path(folder)))
+    with model_settings(setup) as shared:
         for number, (frames, k, batch) in enumerate(sizes):
             for name, settings in METHODS.items():
                 if number == 0 or name == "full":
                     size = {"num_frm": frames, "top_k": k, "batch_size": batch}
                     yield _method(setup, name, load_config(None, shared | size | settings))
                     gc.collect()
+
+
+def embedding(setup: Setup) -> Iterator[Measured]:
+    """Compare the vectors of videos with encoding all frames, and with their bound: CLIP on K frames, the CNN on N."""
+    sizes = [(4, 2, 1)] if setup.quick else [(16, 8, 4), (32, 8, 2)] if setup.device.type == "cpu" else [(32, 8, 16)]
+    with model_settings(setup) as shared:
+        for frames, k, batch in sizes:
+            size = {"num_frm": frames, "top_k": k, "batch_size": batch, "do_inference": True}
+            config = load_config(None, shared | size)
+            torch.manual_seed(config.seed)
+            session = open_model(config, values="random", accelerator=make_accelerator(config))
+            session.model.eval().requires_grad_(False)
+            videos, reference = random_batch(session, config).videos, EncodeAll(session, config)
+            bound = Bound(session, config, videos, others=False)
+            session.model.double()
+            check("the vectors", _vectors(session, videos), reference.embed(videos), 1e-6)
+            session.model.float()
+            with setup.autocast(), torch.no_grad():
+                alternatives: dict[str, Callable[[], object]] = {
+                    "all frames": partial(reference.embed, videos),
+                    "bound": bound,
+                    "ours": partial(_vectors, session, videos),
+                }
+                seconds = in_turns(setup, alternatives)
+            case = f"{k} of {frames} frames, {batch} videos, {setup.precision}"
+            yield Measured(case, seconds, [Aim("ours", "all frames"), Aim("ours", "bound", 0.9)])
+
+
+@contextmanager
+def model_settings(setup: Setup) -> Iterator[dict[str, Any]]:
+    """Give the settings of a ViT-B/32 with random weights, a frozen MobileNetV3 and MLP-Score."""
+    shared = {"freeze_cnn": True, "policy_weights": "random", "max_txt_len": _WORDS, "frame_agg": "mlp"}
+    shared |= {"precision": setup.precision, "device": setup.device.type}
+    with TemporaryDirectory() as folder:
+        yield shared | ({"clip_weights": str(small_clip(Path(folder)))} if setup.quick else {})
 
 
 def small_clip(folder: Path) -> Path:
@@ -78,7 +111,7 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
     _check_gradients(session, reference, batch.rows(0, 2))
     with setup.autocast():
         kept = _kept_bytes(session, lambda: _loss(session, batch)), _kept_bytes(session, lambda: reference.loss(batch))
-    ours, bound = _our_step(session, config, batch), Bound(session, config, batch)
+    ours, bound = _our_step(session, config, batch), Bound(session, config, batch.videos)
     seconds = in_turns(setup, {"all frames": lambda: reference.step(batch), "bound": bound, "ours": ours})
     case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
     aims = [Aim("ours", "all frames"), Aim("ours", "bound", 0.85)]
@@ -115,39 +148,57 @@ def _our_step(session: Session, config: Config, batch: TrainBatch) -> Callable[[
 
 
 class EncodeAll:
-    """A plain training step: CLIP encodes all frames with gradients, and the frames are selected behind it.
+    """A plain retriever: CLIP encodes all frames, in training with gradients, and they are selected behind it.
 
     It computes with the modules of the session's model, and is otherwise written from the formulas: Hard-Top-k and
     MLP-Score (Hu et al. 2023), the symmetric cross-entropy (Radford et al. 2021), BertAdam (Devlin et al. 2019).
     """
 
     def __init__(self, session: Session, config: Config) -> None:
-        self.model, self.config = session.model, config
-        self.groups = build_optimizer(session.objective, config, _STEPS)[0].param_groups
+        self.model, self.objective, self.config = session.model, session.objective, config
         self.moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
     def loss(self, batch: TrainBatch) -> Tensor:
         """Return the loss of a batch."""
-        model, videos = self.model, batch.videos
-        selector, pooling, device, dtype = model.selector, model.aggregator, model.device, model.logit_scale().dtype
-        assert selector is not None and isinstance(selector.backbone, CnnBackbone) and isinstance(pooling, MlpScore)
-        assert videos.policy_frames is not None
-        pixels = normalise(videos.frames, model.image_spec.mean, model.image_spec.std).to(dtype)
-        frames = model.clip.get_submodule("visual")(pixels.flatten(0, 1)).to(dtype).unflatten(0, pixels.shape[:2])
-        policy_pixels = normalise(videos.policy_frames, IMAGENET.mean, IMAGENET.std).to(dtype)
-        features = selector.backbone.cnn(policy_pixels.flatten(0, 1)).to(dtype).unflatten(0, pixels.shape[:2])
+        device, (frames, scores) = self.model.device, self._encode(batch.videos)
+        text = encode_sentences(self.model.clip, batch.token_ids.to(device)).to(frames.dtype)
         with torch.autocast(device.type, enabled=False):
-            scores = selector.scorer(features if selector.encoder is None else selector.encoder(features)).squeeze(-1)
             scores = scores.softmax(dim=1).clamp(min=1e-8).log()
-            weights, _ = loop(scores, self.config.top_k, self.config.init_tau, batch.noise.to(device, dtype))
+            noise = batch.noise.to(device, frames.dtype)
+            weights, _ = loop(scores, self.config.top_k, self.config.init_tau, noise)
             chosen = weights @ frames
-        shares = (pooling.scorer(chosen).to(dtype) / self.config.frame_agg_temp).softmax(dim=1)
-        text = encode_sentences(model.clip, batch.token_ids.to(device)).to(dtype)
+        video = self._pool(chosen)
         with torch.autocast(device.type, enabled=False):
-            text, video = F.normalize(text, dim=-1), F.normalize((shares * chosen).sum(dim=1), dim=-1)
-            logits = model.logit_scale().exp() * text @ video.T
+            text, video = F.normalize(text, dim=-1), F.normalize(video, dim=-1)
+            logits = self.model.logit_scale().exp() * text @ video.T
             right = torch.arange(len(logits), device=device)
             return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+    @torch.no_grad()
+    def embed(self, videos: VideoBatch) -> Tensor:
+        """Return the vectors (B, D) of videos, from the K frames with the highest scores."""
+        frames, scores = self._encode(videos)
+        best = scores.argsort(dim=1, descending=True)[:, : self.config.top_k, None]
+        return self._pool(frames.gather(1, best.expand(-1, -1, frames.shape[2])))
+
+    def _encode(self, videos: VideoBatch) -> tuple[Tensor, Tensor]:
+        """Return CLIP's embedding (B, N, D) and the selector's score (B, N) of each frame."""
+        model, dtype, shape = self.model, self.model.logit_scale().dtype, videos.frames.shape[:2]
+        selector = model.selector
+        assert selector is not None and isinstance(selector.backbone, CnnBackbone) and videos.policy_frames is not None
+        pixels = normalise(videos.frames.flatten(0, 1), model.image_spec.mean, model.image_spec.std).to(dtype)
+        frames = model.clip.get_submodule("visual")(pixels).to(dtype).unflatten(0, shape)
+        pixels = normalise(videos.policy_frames.flatten(0, 1), IMAGENET.mean, IMAGENET.std).to(dtype)
+        features = selector.backbone.cnn(pixels).to(dtype).unflatten(0, shape)
+        with torch.autocast(frames.device.type, enabled=False):
+            encoded = features if selector.encoder is None else selector.encoder(features)
+            return frames, selector.scorer(encoded)[..., 0]
+
+    def _pool(self, chosen: Tensor) -> Tensor:
+        assert isinstance(self.model.aggregator, MlpScore)
+        scores = self.model.aggregator.scorer(chosen).to(chosen.dtype) / self.config.frame_agg_temp
+        pooled: Tensor = (scores.softmax(dim=1) * chosen).sum(dim=1)
+        return pooled
 
     def step(self, batch: TrainBatch) -> None:
         """Take a training step."""
@@ -157,11 +208,15 @@ class EncodeAll:
             raise FloatingPointError("the loss of the reference is not finite")
         torch.autograd.backward(loss)
         with torch.no_grad():
-            for group in self.groups:
+            for group in self._groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._update(parameter, group["lr"], group["weight_decay"])
                         parameter.grad = None
+
+    @cached_property
+    def _groups(self) -> list[dict[str, Any]]:
+        return build_optimizer(self.objective, self.config, _STEPS)[0].param_groups
 
     def _update(self, parameter: Tensor, rate: float, decay: float) -> None:
         gradient, (first, second) = parameter.grad, self.config.betas
@@ -175,12 +230,15 @@ class EncodeAll:
 
 
 class Bound:
-    """What a step cannot do without: CLIP forward and backward on K frames a video, forward on the others, the CNN."""
+    """What cannot be done without: CLIP on K frames a video, with gradients if it learns, and the CNN on all N.
 
-    def __init__(self, session: Session, config: Config, batch: TrainBatch) -> None:
-        self.session, self.k, self.videos = session, config.top_k, batch.videos
+    In training CLIP also encodes the `others`, without gradients.
+    """
+
+    def __init__(self, session: Session, config: Config, videos: VideoBatch, others: bool = True) -> None:
+        self.session, self.k, self.videos, self.others = session, config.top_k, videos, others
         spec = session.model.image_spec
-        self.pixels = normalise(batch.videos.frames, spec.mean, spec.std)
+        self.pixels = normalise(videos.frames, spec.mean, spec.std)
 
     def __call__(self) -> None:
         model, videos, k = self.session.model, self.videos, self.k
@@ -188,12 +246,19 @@ class Bound:
         assert videos.policy_frames is not None
         with self.session.autocast():
             model.selector.backbone(videos.policy_frames, videos.frame_mask, torch.float32)
-            with torch.no_grad():
-                model.tower(self.pixels[:, k:], videos.frame_mask[:, k:])
+            if self.others:
+                with torch.no_grad():
+                    model.tower(self.pixels[:, k:], videos.frame_mask[:, k:])
             tokens = model.tower(self.pixels[:, :k], videos.frame_mask[:, :k])
         if tokens.requires_grad:
             torch.autograd.backward(tokens.float().square().mean())
             self.session.objective.zero_grad()
+
+
+def _vectors(session: Session, videos: VideoBatch) -> Tensor:
+    vectors = session.model.encode_video(videos).vector
+    assert vectors is not None
+    return vectors
 
 
 def _loss(session: Session, batch: TrainBatch) -> Tensor:

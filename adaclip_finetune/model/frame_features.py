@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
+from torchvision.ops.misc import Conv2dNormActivation
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import IMAGENET, ImageSpec, normalise
@@ -97,8 +98,35 @@ class CnnBackbone(nn.Module):
                     if isinstance(layer, nn.Conv2d) and isinstance(norm, _BatchNorm):
                         setattr(part, name, fuse_conv_bn_eval(layer, norm))
                         setattr(part, norm_name, nn.Identity())
+            if kind == "cpu" and dtype == torch.float32:
+                _fuse_activations(folded)
             self._copy = state, folded.to(dtype).to(memory_format=torch.channels_last)
         return self._copy[1]
+
+
+class _ActivatedConvolution(nn.Module):
+    """A convolution and its activation in one pass over memory: the operation that `torch.compile` takes on a CPU."""
+
+    def __init__(self, convolution: nn.Conv2d, activation: str) -> None:
+        super().__init__()
+        self.convolution, self.activation = convolution, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.convolution
+        places = own.padding, own.stride, own.dilation, own.groups
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, own.weight, own.bias, *places, self.activation, [], "")
+        return out
+
+
+def _fuse_activations(cnn: nn.Module) -> None:
+    """Join each convolution, whose norm is folded, and the activation behind it, if PyTorch was built with oneDNN."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return
+    names = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+    for part in [part for part in cnn.modules() if isinstance(part, Conv2dNormActivation)]:
+        if (name := names.get(type(part[-1]))) is not None:
+            part[0], part[-1] = _ActivatedConvolution(part[0], name), nn.Identity()
 
 
 class FrozenClipBackbone(nn.Module):

@@ -200,6 +200,11 @@ class FoundMoment:
     thumb: Path  # JPEG of this frame
     number: int  # of the window that the frame is from, from 0
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """Return start and end."""
+        return self.start, self.end
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -356,6 +361,10 @@ class IndexedMoments:
 
     def __len__(self) -> int:
         return len(self._row)
+
+    def count(self, row: int) -> int:
+        """Return the number of windows of a video."""
+        return len(self._parsed(row).rows)
 
     def of_video(self, row: int, query: NDArray[np.float32]) -> list[FoundMoment]:
         """Return the moments of a video for a query (D,) of length 1, best first."""

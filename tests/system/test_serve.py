@@ -111,7 +111,8 @@ def test_openapi_describes_the_answers(server: Server) -> None:
 def test_an_empty_index_with_a_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_small_index(tmp_path, 0).folder)
     with running(VideoIndex.load(".")) as server:
-        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "model": "run", "finetuned": True}
+        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "moments": 0}
+        about |= {"model": "run", "finetuned": True}
         assert server.ask("/api/status").json == about
         assert server.ask("/api/search?q=1").json["found"] == []
 

@@ -72,7 +72,8 @@ def cut(video: IndexedVideo, start: float, end: float, target: Path, exact: bool
         words = ["-ss", f"{seek:.3f}"] if seek else []
         words += [*source, "-ss", f"{start - seek:.3f}", *length]
         words += ["-c:v", "libx264", "-crf", "18", "-preset", "veryfast", "-pix_fmt", "yuv420p", "-c:a", "aac"]
-        words += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]  # H.264 needs even sides
+        # H.264 needs even sides; in units of a frame, the times of the first and the last one would be rounded.
+        words += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-enc_time_base", "1:90000"]
     else:
         words = ["-ss", f"{start:.3f}", *source, *length, "-c", "copy"]
     program = [find_program(), "-nostdin", "-hide_banner", "-v", "error", "-y", "-abort_on", "empty_output", *reading]

@@ -1,8 +1,8 @@
 """From the scores of a video's windows to the moments that a query means.
 
-A point in time scores what the worst of the windows around it scores: a window that reaches beyond an event scores less
-than one inside. A moment is where this curve is above the middle between its mean and the peak. That finds borders more
-finely than windows are wide (`scripts/bench/moments.py`), and merges neighbouring and overlapping windows.
+A point in time scores halfway between the mean and the worst of the windows around it: a window that reaches beyond an
+event scores less than one inside. A moment is where this curve is above the middle between its mean and its peak. That
+finds borders more finely than windows are wide (`scripts/bench/moments.py`), and merges windows that are neighbours.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ def find_peaks(spans: Floats, times: Floats, scores: Floats) -> list[Peak]:
     """
     edges = np.unique(spans)
     first, last = np.searchsorted(edges, spans[:, 0]), np.searchsorted(edges, spans[:, 1])
-    curve = np.full(len(edges) - 1, np.inf)
+    worst, total, around = np.full(len(edges) - 1, np.inf), np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for start, end, score in zip(first, last, scores, strict=True):
-        np.minimum(curve[start:end], score, out=curve[start:end])
+        np.minimum(worst[start:end], score, out=worst[start:end])
+        total[start:end] += score
+        around[start:end] += 1
+    curve = (worst + total / around) / 2
     mean, free, peaks = np.average(curve, weights=np.diff(edges)), np.ones(len(curve), bool), []
     for window in np.argsort(-scores, kind="stable").tolist():
         if scores[window] < mean - 1e-6:

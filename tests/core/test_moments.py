@@ -59,6 +59,10 @@ def test_a_moment_is_where_windows_agree() -> None:
     assert peaks(2, 1, [0, 0, 0, 0.5, 1, 0.5, 0, 0]) == [(4, 6, 1, 4, 4)]
 
 
+def test_a_window_whose_neighbours_disagree_is_a_moment() -> None:
+    assert peaks(2, 1, [0, 0, 1, 0, 0]) == [(2, 4, 1, 2, 2)]
+
+
 def test_neighbours_that_score_alike_are_one_moment() -> None:
     assert peaks(1, 1, [0, 0.9, 1, 0.8, 0, 0]) == [(1, 4, 1, 2, 2)]
     assert peaks(2, 2, [0.5, 0.5, 0.5]) == [(0, 6, 0.5, 0, 0)]

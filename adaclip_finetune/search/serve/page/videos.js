@@ -114,7 +114,7 @@ function seek(time, end = Infinity) {
   const watch = () => {
     const now = made.currentTime;
     if (!made.isConnected || now < time - 0.5 || now > end + 0.5) return;
-    if (now >= end) return made.pause();
+    if (now >= end - 0.04) return made.pause();  // before the frame that follows is shown
     watching = requestAnimationFrame(watch);
   };
   if (end < Infinity) watching = requestAnimationFrame(watch);

@@ -58,6 +58,7 @@ COMMANDS = {
     "convert": "convert annotations of published data sets, or tables, to JSON",
     "index": "embed a folder of videos for searching",
     "search": "find videos in an index by text or image",
+    "cut": "write the moments that a search finds as video files",
     "serve": "serve a web page that searches an index",
     "classify": "tell which classes videos and pictures belong to",
     "check": "check data and settings before a run, and estimate its cost",

@@ -90,10 +90,7 @@ def embed_moments(
     size = max(1, FRAMES_A_GALLERY_BATCH // model.config.num_frm)
     for video in videos:
         try:
-            length, (first,) = collection.times(video, [0])
-            if not length or first is None:
-                reason = "its length is not known, which moments need: give its duration in the annotation"
-                raise FrameError(video.id, video.path, reason)
+            length = _length(video, collection)
         except FrameError as error:
             yield video, error
             continue
@@ -246,6 +243,17 @@ class _Pieces(Dataset[_ReadPiece | FrameError]):
         for start in range(0, len(wanted), _READ_AT_ONCE):
             numbers = wanted[start : start + _READ_AT_ONCE]
             yield from zip(numbers, store.read(video_id, numbers), strict=True)
+
+
+def _length(video: CollectionVideo, collection: VideoCollection) -> float:
+    """Return the length of a video in seconds. Raise FrameError if it, or when its frames are shown, is not known."""
+    length, (first,) = collection.times(video, [0])
+    if length is None and (times := collection.store.times(video.id)) is not None and len(times) > 1:
+        length = float(times[-1] + np.diff(times).mean())
+    if not length or first is None:
+        reason = "its length is not known, which moments need: give its duration in the annotation"
+        raise FrameError(video.id, video.path, reason)
+    return length
 
 
 def _only(items: list[Any]) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from indexing import index_info, index_row, unit_rows, write_run
-from media import index_of, write_video
+from media import index_of, write_frames, write_video
 from PIL import Image
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoReader, collate
+from adaclip_finetune.data.frame_folder import FRAME_TIMES
 from adaclip_finetune.data.video import file
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import build
@@ -166,15 +167,19 @@ def test_shots(tmp_path: Path, model: SearchModel) -> None:
     assert max(end - start for start, end in spans(tmp_path / "short")) <= 1.13
 
 
-def test_frames_in_folders_need_a_length(project: Settings, tmp_path: Path, model: SearchModel) -> None:
-    annotation = json.loads(Path(project["test_annot"]).read_text())
-    first, *others = annotation
-    annotation[first]["duration"] = 4.0
-    (tmp_path / "a.json").write_text(json.dumps(annotation))
-    collection = collect_annotation(tmp_path / "a.json", model.config)
+def test_frames_in_folders_need_a_length(tmp_path: Path, model: SearchModel) -> None:
+    """It is annotated, or follows from the times of the frames."""
+    for name in ("annotated", "timed", "neither"):
+        write_frames(tmp_path / "frames" / name, 8)
+    (tmp_path / "frames" / "timed" / FRAME_TIMES).write_text(json.dumps([0.5 * number for number in range(8)]))
+    videos = {name: {"sentences": ["x"]} for name in ("annotated", "timed", "neither")}
+    (tmp_path / "a.json").write_text(json.dumps(videos | {"annotated": {"sentences": ["x"], "duration": 4.0}}))
+    config = model.config.model_copy(update={"frames_dir": str(tmp_path / "frames")})
+    collection = collect_annotation(tmp_path / "a.json", config)
     report = index_videos(model, collection, tmp_path / "i", moments=MomentSettings("windows", 2, 1))
-    assert set(report.broken) == set(others) and "duration" in report.broken[others[0]]
-    assert (report.count, report.moments, spans(tmp_path / "i")) == (1, 3, [(0, 2), (1, 3), (2, 4)])
+    assert list(report.broken) == ["neither"] and "duration" in report.broken["neither"]
+    assert (report.count, report.moments) == (2, 6)
+    assert spans(tmp_path / "i") == spans(tmp_path / "i", 1) == [(0, 2), (1, 3), (2, 4)]
 
 
 def test_updates_keep_drop_and_copy_moments(

@@ -167,6 +167,22 @@ def test_shots(tmp_path: Path, model: SearchModel) -> None:
     assert max(end - start for start, end in spans(tmp_path / "short")) <= 1.13
 
 
+def test_frames_that_are_shown_long(tmp_path: Path, model: SearchModel) -> None:
+    """A slide is shown from 1 s to 9 s: windows and shots inside that time show it, and spans stay in order."""
+    shown = [0, 500, 1000, 9000, 9500]
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "slides.mkv", 5, shown=shown)
+    collection = collect_folder(tmp_path / "v")
+    ((_, windows),) = embed_moments(model, collection, collection.videos, MomentSettings("windows", 2, 2))
+    assert isinstance(windows, list)
+    assert {moment.span: moment.frame for moment in windows}[4, 6] == 2
+    for window in (8.0, 0.25):
+        ((_, shots),) = embed_moments(model, collection, collection.videos, MomentSettings("shots", window))
+        assert isinstance(shots, list)
+        assert all(moment.span[0] < moment.span[1] for moment in shots)
+        assert all(one.span[1] == next_one.span[0] for one, next_one in pairwise(shots))
+
+
 def test_frames_in_folders_need_a_length(tmp_path: Path, model: SearchModel) -> None:
     """It is annotated, or follows from the times of the frames."""
     for name in ("annotated", "timed", "neither"):

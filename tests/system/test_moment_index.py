@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -312,9 +313,29 @@ def test_searches(tmp_path: Path, dtype: str) -> None:
         assert all(end <= start for (_, end), (start, _) in pairwise(times))
     for hit in index.search(query, 40)[0]:
         assert list(hit.moments) == by_video[hit.video.id][:5]
+    best = index.search(query, 12, score="moment")[0]
+    assert [hit.video.id for hit in best] == list(by_video)[:12] and [hit.rank for hit in best] == list(range(1, 13))
+    assert [hit.score for hit in best] == pytest.approx([hit.moments[0].score for hit in best], abs=1e-5)
     assert [hit.video.id for hit in index.search(query, 40)[0]] == [
         f"video{row}" for row in np.argsort(-(unit_rows(40).astype(dtype).astype(np.float32) @ query[0]))
     ]
+
+
+def test_a_clip_without_training_ranks_videos_by_their_best_moment(tmp_path: Path) -> None:
+    """Its mean of frames says less than a few of them; videos without moments come last."""
+    index, _ = write_moments(tmp_path / "i")
+    stored = read_index(index.folder)
+    assert stored.moments is not None
+    moments = list(stored.moments.by_video())
+    moments[7] = EmbeddedMoments([], np.empty((0, 32), np.float32))
+    rows = [video.row for video in stored.videos()]
+    write_index(index.folder, replace(index.info, untrained=True), stored.vectors, rows, moments)
+    untrained, query = VideoIndex.load(index.folder), unit_rows(1, seed=2)
+    ranked, before = untrained.search(query, 40)[0], index.search(query, 40, score="moment")[0]
+    order = [hit.video.id for hit in before if hit.video.id != "video7"]
+    assert [hit.video.id for hit in ranked] == [*order, "video7"] and not ranked[-1].moments
+    whole = untrained.search(query, 40, score="whole")[0]
+    assert [hit.video.id for hit in whole] == [hit.video.id for hit in index.search(query, 40)[0]]
 
 
 def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: Capsys) -> None:
@@ -334,6 +355,9 @@ def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: C
             span = "–".join(f"0:{int(10 * hit[end]) / 10:04.1f}" for end in ("start", "end"))
             assert re.search(rf"^ +{hit['rank']}  {hit['score']:.4f} +{span}  {hit['id']}", shown, re.MULTILINE)
             assert f"{span} ({hit['moments'][0]['score']:.4f})" in shown
+    assert main(["search", index, "a red thing", "--json", "--score", "moment"]) == 0
+    best = json.loads(capsys.readouterr().out)["hits"]
+    assert [hit["score"] for hit in best] == pytest.approx([hit["moments"][0]["score"] for hit in best], abs=1e-5)
     videos, moments = answers
     assert {hit["id"] for hit in videos} == {"a.mp4", "b.mp4"}
     assert all(hit["moments"][0]["start"] == hit["start"] <= hit["time"] for hit in videos)
@@ -342,6 +366,8 @@ def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: C
     ]
     cases = [
         (["search", plain, "x", "--by", "moment"], "has no moments"),
+        (["search", plain, "x", "--score", "moment"], "has no moments"),
+        (["search", index, "x", "--score", "whole", "--by", "moment"], "--score"),
         (["index", *words, plain, "--window", "2"], "--window belongs to --moments"),
         (["index", *words, plain, "--moments", "shots", "--stride", "2"], "--stride"),
         (["index", *words, plain, "--moments", "--stride", "20"], "--stride 20"),

@@ -13,8 +13,7 @@ cosine, `moment` what `adaclip search` shows, and `oracle` the one that fits bes
 
 The second table: T2V R@1 if videos are ranked by the vector of the whole video (what `adaclip search` does with a
 finetuned model), by their best window or shot (with a CLIP), or by the log-sum-exp of their cosines times 10, 20 or 50.
-Beside it, what the index costs: `adaclip
-index` with the model in memory, from a single process, and all files of its folder.
+Beside it, what the index costs: seconds of a single process with the model in memory, and the bytes of all its files.
 """
 
 from __future__ import annotations

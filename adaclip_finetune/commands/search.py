@@ -50,9 +50,8 @@ def run(words: Sequence[str]) -> int:
     find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
     other = None
     if arguments.compare is not None:
-        other = _open(
-            arguments.compare, None, {name: value for name, value in settings.items() if name != "clip_weights"}
-        )
+        others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
+        other = _open(arguments.compare, None, others_settings)
         if not arguments.json:
             _print_names(index, other[0])
     if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
@@ -97,8 +96,8 @@ def _parser() -> Parser:
         "Find videos in an index by a text or a picture. Each line shows rank, score (the cosine), the time of the "
         "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
         "one lasts.",
-        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--by moment] [--score moment] "
-        "[--json] [--explain] [--compare OLD.index]",
+        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
+        "       [--by moment] [--score moment] [--compare OLD.index]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")

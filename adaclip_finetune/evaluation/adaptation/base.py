@@ -23,14 +23,14 @@ Direction = Literal["t2v", "v2t"]
 class QueryBatch(NamedTuple):
     """Queries of one direction: texts that are to find videos (t2v), or videos that are to find texts (v2t).
 
-    `logits()` returns the logits (q, N) of the queries and all N candidates by the model as it is at the moment. They
-    have gradients; the vectors of the candidates are constants. `others` holds the cosines (q, N) by each of the
-    adaptation's other models.
+    `logits()` returns the logits (q, N) of the queries and N candidates by the model as it is at the moment. They have
+    gradients; the vectors of the candidates are constants. `others()` returns the cosines (q, N) by each of the
+    adaptation's other models, of the candidates whose logits were returned last.
     """
 
     direction: Direction
     logits: Callable[[], Tensor]
-    others: Sequence[Tensor] = ()
+    others: Callable[[], Sequence[Tensor]] = tuple
 
 
 class Adaptation(ABC):

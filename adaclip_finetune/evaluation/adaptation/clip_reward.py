@@ -88,12 +88,13 @@ class ClipReward(Adaptation):
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> Iterator[None]:
         settings, learner = self.settings, self._learners[queries.direction]
         candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
-        scores = clip_scores(queries.others, settings.weights)
         with learner, _casts_not_kept(model.device):
             optimizer = learner.optimizer()
             for _ in range(settings.steps):
                 with torch.enable_grad():
-                    loss = policy_gradient_loss(queries.logits(), scores, candidates, settings.divide_by_std)
+                    logits = queries.logits()
+                    scores = clip_scores(queries.others(), settings.weights)
+                    loss = policy_gradient_loss(logits, scores, candidates, settings.divide_by_std)
                 optimizer.zero_grad()
                 with torch.autocast(model.device.type, enabled=False):
                     loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]

@@ -400,7 +400,8 @@ class Retrieval(Task):
         for number in numbers:
             places = range(len(texts))[number * size : (number + 1) * size]
             tokens = self.loaded.tokenize([texts[place] for place in places], self.config.max_txt_len)
-            asked = QueryBatch("t2v", partial(logits, tokens), [other.cosines(texts=places) for other in others])
+            cosines = [other.cosines(texts=places) for other in others]
+            asked = QueryBatch("t2v", partial(logits, tokens), partial(list, cosines))
             with self._adaptation(model, asked), torch.no_grad():
                 rows = model.encode_text(tokens).sentence.float().cpu()
             yield EmbeddedBatch(_integers(places), rows, _integers([]))
@@ -435,7 +436,7 @@ class Retrieval(Task):
                     selection = model.encode_video(videos).selection
                 places = [columns[name] for name in videos.video_ids]
                 cosines = [other.cosines(videos=places).T for other in others]
-                asked = QueryBatch("v2t", partial(logits, videos, selection), cosines)
+                asked = QueryBatch("v2t", partial(logits, videos, selection), partial(list, cosines))
                 with self._adaptation(model, asked), torch.no_grad():
                     rows.append(encoded(videos, selection).float().cpu())
             embedded = torch.cat(rows[1:]) if read else rows[0]

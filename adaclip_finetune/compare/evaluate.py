@@ -101,7 +101,6 @@ def evaluate(
         for data_set, split in zip(found, splits, strict=True):
             task, report = model.add_rows(data_set, split)
             if adaptation.method == "clip_reward":
-                assert isinstance(report, RetrievalReport), "the settings of clip_reward refuse other tasks"
                 data_set.models += adapted_rows(model, split, report, data_set.models[-1], adaptation)
             if reranking.methods:
                 scores = _scores(model, data_set.name, task, report, reranking)

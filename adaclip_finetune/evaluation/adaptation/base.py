@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, Config
@@ -48,6 +49,12 @@ class Adaptation(ABC):
     in_order = False
     """Whether what a query gets depends on the queries before it. Then one process adapts, and nothing is kept."""
 
+    views = 1
+    """How many views of each video the model is adapted to, in classification: the video, and random parts of it."""
+
+    changes_texts = False
+    """Whether the vectors of classes change while the model adapts to a video."""
+
     others: Sequence[Opened | None] = ()
     """Other models that also embed all texts and videos. None stands for the model before it is adapted."""
 
@@ -66,6 +73,10 @@ class Adaptation(ABC):
         Inside it, what adapting needs may be attached to the model. The model is restored on exit.
         """
         return nullcontext()
+
+    def certain(self, logits: Tensor) -> Tensor:
+        """Return which of the views with these logits (n, C) the model is adapted to; by default all."""
+        return torch.arange(len(logits), device=logits.device)
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> AbstractContextManager[None]:

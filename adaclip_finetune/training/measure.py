@@ -14,8 +14,8 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.adaptation import build_adaptation
+from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity

@@ -39,7 +39,7 @@ from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
-from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures
 from adaclip_finetune.model.hard_topk import Selection
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
@@ -149,15 +149,16 @@ class Retrieval(Task):
     def start(self, open_other: Callable[[str], Opened]) -> None:
         """Open the other models of the adaptation. They embed the same texts and videos, on the same machine."""
         self._adaptation.start(self.config, open_other)
+        for other in self._adaptation.others:
+            self._others.append(other and (self._task_of(other, Retrieval), other.retriever))
+
+    def _task_of(self, other: Opened, kind: type[Retrieval]) -> Retrieval:
+        """Return the task in which another model embeds the same texts and videos, on the same machine."""
         ours = {name: getattr(self.config, name) for name in names_with("machine") | {"skip_missing"}}
         defaults = load_config()
         ours |= {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
-        for other in self._adaptation.others:
-            if other is None:
-                self._others.append(None)
-                continue
-            config, model = other.config.model_copy(update=ours), other.retriever
-            self._others.append((Retrieval(config, self.split, other.loaded, model.views(), self.label), model))
+        config = other.config.model_copy(update=ours)
+        return kind(config, self.split, other.loaded, other.retriever.views(), self.label)
 
     def close(self) -> None:
         self._loader.close()
@@ -256,7 +257,7 @@ class Retrieval(Task):
         return replace(blocks, text=torch.cat([batch.rows for batch in bar]).to(model.device))
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
-        """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
+        """Embed the gallery to what is kept of it: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
         videos.embed(len(self._loader), partial(self._embed_video_batches, model), self.label)
@@ -274,10 +275,14 @@ class Retrieval(Task):
                 places = _integers([place[name] for name in collated.videos.video_ids])
                 with torch.no_grad():
                     features = model.encode_video(collated.videos.to(model.device, non_blocking=self.config.pin_mem))
-                    rows = model.scorer.keep(features).float().cpu()
+                    rows = self._kept(model, features).float().cpu()
                 if features.selection is not None:
                     usage = features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
             yield EmbeddedBatch(places, rows, usage, failed)
+
+    def _kept(self, model: VideoRetriever, features: VideoFeatures) -> Tensor:
+        """Return what is kept of the videos of a batch: (B, …)."""
+        return model.scorer.keep(features)
 
     def _text_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // self.config.val_batch_size)

@@ -59,6 +59,7 @@ COMMANDS = {
     "index": "embed a folder of videos for searching",
     "search": "find videos in an index by text or image",
     "serve": "serve a web page that searches an index",
+    "caption": "write captions of videos as an annotation",
     "classify": "tell which classes videos and pictures belong to",
     "check": "check data and settings before a run, and estimate its cost",
     "extract": "extract frames of videos as images (also: python utils/frame_extraction.py)",

@@ -28,14 +28,9 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language_model(tmp_path_factory.mktemp("spoken") / "language_model")
-
-
-def captioner(spoken: Path, method: str = "mlp", **settings: Any) -> Captioner:
+def captioner(folder: Path, /, method: str = "mlp", **settings: Any) -> Captioner:
     """Return a captioner of a retriever of six frames, of which two are chosen."""
-    given = {"language_model": str(spoken), "prefix_length": 3, "max_tokens": 20, **settings}
+    given = {"language_model": str(folder), "prefix_length": 3, "max_tokens": 20, **settings}
     found = build_retriever(captioner={"method": method, "config": given}).captioner
     assert found is not None
     return found
@@ -85,8 +80,8 @@ def test_noise_depends_on_its_own_row_alone() -> None:
     assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.06
 
 
-def test_the_loss_of_a_caption_depends_neither_on_pads_nor_on_the_batch(spoken: Path) -> None:
-    model = LanguageModel(str(spoken))
+def test_the_loss_of_a_caption_depends_neither_on_pads_nor_on_the_batch(language_model: Path) -> None:
+    model = LanguageModel(str(language_model))
     model.module.double()
     prefix = torch.randn(4, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tokens = model.tokenize(TEXTS, 20)
@@ -102,8 +97,8 @@ def test_the_loss_of_a_caption_depends_neither_on_pads_nor_on_the_batch(spoken: 
         assert not losses[row, count:].any()
 
 
-def test_one_beam_takes_the_likeliest_byte_and_more_beams_find_likelier_captions(spoken: Path) -> None:
-    model = LanguageModel(str(spoken))
+def test_one_beam_takes_the_likeliest_byte_and_more_beams_find_likelier_captions(language_model: Path) -> None:
+    model = LanguageModel(str(language_model))
     prefix = 3 * torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(1))
     greedy, searched = model.generate(prefix, 8, beams=1), model.generate(prefix, 8, beams=8)
     logits = model.module(inputs_embeds=prefix).logits[:, -1]
@@ -118,31 +113,31 @@ def test_one_beam_takes_the_likeliest_byte_and_more_beams_find_likelier_captions
     assert (gained > -1e-5).all() and gained.max() > 0.01
 
 
-def test_texts_end_where_their_end_token_is(spoken: Path) -> None:
-    model = LanguageModel(str(spoken))
+def test_texts_end_where_their_end_token_is(language_model: Path) -> None:
+    model = LanguageModel(str(language_model))
     ids = model.tokenize(["a  ring\nof 3", "é", ""], 20).ids
     assert model.texts(F.pad(ids, (0, 2), value=5)) == ["a ring of 3", "é", ""]
 
 
-def test_frames_are_read_in_the_order_of_time(spoken: Path) -> None:
+def test_frames_are_read_in_the_order_of_time(language_model: Path) -> None:
     tokens = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(0))
     indices = torch.tensor([[4, 1], [0, 5]])
     features = VideoFeatures(
         tokens, tokens.mean(dim=1), torch.ones(2, 6), Selection(torch.empty(0), indices, torch.empty(0))
     )
     unit = F.normalize(tokens, dim=-1)
-    of_frames = captioner(spoken, prefix="frames")
+    of_frames = captioner(language_model, prefix="frames")
     inputs = of_frames.inputs(features)
     torch.testing.assert_close(inputs, torch.stack([unit[0].flip(0), unit[1]]))
     prefix = of_frames(inputs)
     assert prefix.shape == (2, 2 * 3, 32)
     torch.testing.assert_close(prefix[0, 3:], of_frames.mapper(unit[0, :1])[0])
-    (vectors,) = captioner(spoken).inputs(features).unbind(dim=1)
+    (vectors,) = captioner(language_model).inputs(features).unbind(dim=1)
     torch.testing.assert_close(vectors, F.normalize(tokens.mean(dim=1), dim=-1))
 
 
-def test_the_language_model_is_recognised_and_not_part_of_the_state(spoken: Path, tmp_path: Path) -> None:
-    first = captioner(spoken)
+def test_the_language_model_is_recognised_and_not_part_of_the_state(language_model: Path, tmp_path: Path) -> None:
+    first = captioner(language_model)
     assert not first.digest.any()
     first.language_model()
     assert first.digest.any() and {name.split(".")[0] for name in first.state_dict()} == {"mapper", "digest"}
@@ -152,14 +147,14 @@ def test_the_language_model_is_recognised_and_not_part_of_the_state(spoken: Path
     other.load_state_dict(first.state_dict())
     with pytest.raises(UserError, match="learned with"):
         other.language_model()
-    again = captioner(spoken)
+    again = captioner(language_model)
     again.load_state_dict(first.state_dict())
     assert again.language_model().module.dtype == torch.float32
     assert again.double().language_model().module.dtype == torch.float64
 
 
-def test_the_captioner_changes_nothing_else_of_the_retriever(spoken: Path) -> None:
-    given = {"method": "mlp", "config": {"language_model": str(spoken)}}
+def test_the_captioner_changes_nothing_else_of_the_retriever(language_model: Path) -> None:
+    given = {"method": "mlp", "config": {"language_model": str(language_model)}}
     plain, speaking = build_retriever().eval(), build_retriever(captioner=given).eval()
     with torch.no_grad():
         assert torch.equal(*(model.encode_video(random_videos()).tokens for model in (plain, speaking)))
@@ -174,9 +169,6 @@ def test_the_captioner_changes_nothing_else_of_the_retriever(spoken: Path) -> No
         ({"prefix": "frames", "prefix_length": 50, "max_tokens": 29}, "reads 128 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    spoken: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_does_not_fit_is_refused(language_model: Path, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        captioner(spoken, **settings).language_model()
+        captioner(language_model, **settings).language_model()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TINY_CLIP
 from safetensors.torch import load_file, save_file
-from speaking import write_language_model
 from spread import spread
 
 from adaclip_finetune import load_retriever
@@ -155,15 +154,14 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
 @pytest.mark.parametrize("chunk", [0, 2, 1])
 @pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation", "auxiliary_captions", "captioning"])
 def test_processes_that_share_a_batch_have_the_gradients_of_one(
-    objective: str, chunk: int, project: Project, tmp_path: Path
+    objective: str, chunk: int, project: Project, language_model: Path, tmp_path: Path
 ) -> None:
     given = {**project, "objective": {"method": objective}, "warmup_epochs": 0, "use_policy": False, "num_frm": 2}
     if objective == "distillation":
         given |= {"train_annot": [{"annotation": "a.json"}, {"annotation": "b.json", "labelled": False}]}
         given["objective"] = {"method": objective, "config": {"fit_temperature": True}}
     if objective == "captioning":
-        language_model = str(write_language_model(tmp_path / "language_model"))
-        given["captioner"] = {"method": "mlp", "config": {"language_model": language_model, "prefix_length": 2}}
+        given["captioner"] = {"method": "mlp", "config": {"language_model": str(language_model), "prefix_length": 2}}
         given["concat_captions"] = "indep-one"
     shares = [3, 2, 1]
     _gradients(given, shares, 0, tmp_path / "one.pt")

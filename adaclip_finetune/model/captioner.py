@@ -140,8 +140,8 @@ class Captioner(nn.Module):
         return F.normalize(at_least_float32(tokens), dim=-1)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return the prefixes (B, n · P, W) made of unit vectors (B, n, D)."""
-        prefixes: Tensor = self.mapper(vectors.flatten(0, 1))
+        """Return the prefixes (B, n · P, W) made of unit vectors (B, n, D), at least float32."""
+        prefixes = at_least_float32(self.mapper(vectors.flatten(0, 1)))
         return prefixes.reshape(len(vectors), -1, prefixes.shape[2])
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class LanguageModel:
 
         The losses (B, L) are at least float32, and 0 behind the end of a caption.
         """
-        words = self.module.get_input_embeddings()(tokens.ids).to(prefix.dtype)
+        words = self.module.get_input_embeddings()(tokens.ids)
         inputs = torch.cat([prefix, words[:, :-1]], dim=1)
         mask = torch.cat([tokens.mask.new_ones(prefix.shape[:2]), tokens.mask[:, :-1]], dim=1)
         count = tokens.ids.shape[1]

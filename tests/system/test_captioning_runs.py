@@ -153,7 +153,10 @@ def test_texts_alone_need_no_videos(speaking: Project, tmp_path: Path) -> None:
     path.write_text(json.dumps({f"nowhere{number}": entry for number, entry in enumerate(annotation.values())}))
     texts = {"method": "captioning", "config": {"learn_from": "texts", "noise_variance": 0.01}}
     given = {**speaking, "train_annot": str(path), "output_dir": str(tmp_path), "num_epochs": 1}
-    folder = fit(load_config(None, {**given, "objective": texts})).folder
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({**given, "objective": texts}))
+    assert main(["check", "--config", str(settings), "--json"]) == 0
+    folder = fit(load_config(settings)).folder
     assert folder is not None and not (folder / "missing_videos.txt").exists()
     with pytest.raises(UserError, match="none of its videos can be read"):
         fit(load_config(None, given))

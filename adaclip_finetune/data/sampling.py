@@ -19,7 +19,7 @@ STREAMS = {
     "second": 6,
     "auxiliary": 7,
     "template": 8,
-    "text noise": 9,
+    "text noise": 10,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaclip_finetune.config import Config
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.choices import CaptioningSettings
+from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.caption_metrics import PROMPT, caption_figures, clip_scores
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
-from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report
+from adaclip_finetune.evaluation.tasks.base import Figures, Report
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval
 from adaclip_finetune.model.captioner import Captioner
 from adaclip_finetune.model.features import VideoFeatures
@@ -43,14 +44,12 @@ class CaptioningFigures:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures, each by its name."""
-        return {**self.scores, "videos_evaluated": self.videos_evaluated, "videos_listed": self.videos_listed}
+        found = asdict(self)
+        return {**found.pop("scores"), **found}
 
     def as_state(self) -> dict[str, Any]:
         """Return everything, as JSON can hold it."""
-        return {"scores": dict(self.scores), **{name: self.as_dict()[name] for name in _COUNTS}}
-
-
-_COUNTS = ("videos_evaluated", "videos_listed")
+        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,11 @@ class Captioning(PromptedRetrieval):
         if not other.retriever.scorer.indexable:
             what = "its videos have no vectors of their own (frame_agg qscore)"
             raise UserError(f"task.config.scorer {source}: {what}; give another model")
-        self._scorer = self._task_of(other, PromptedRetrieval), other.retriever
+        ours = {name: getattr(self.config, name) for name in names_with("machine") | {"skip_missing"}}
+        defaults = load_config()
+        ours |= {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
+        about = (other.config.model_copy(update=ours), self.split, other.loaded, other.retriever.views(), self.label)
+        self._scorer = PromptedRetrieval(*about), other.retriever
 
     def close(self) -> None:
         super().close()
@@ -156,9 +159,6 @@ class Captioning(PromptedRetrieval):
         lines = [f"{counts}; {self._settings.beams} beams, {speed}"]
         lines += [f"{row['video']}: {row['caption']}" for row in report.rows()[:3]]
         return "\n".join(map(printable, lines))
-
-    def ranks(self, report: Report) -> Mapping[str, QueryRanks]:
-        return {}
 
     @staticmethod
     def figures_from_state(state: Mapping[str, Any]) -> CaptioningFigures:
@@ -221,12 +221,11 @@ class Captioning(PromptedRetrieval):
             mask = [names[video] in readable for video in self.split.queries.video_of_text]
             own = videos.rows() if self._scorer is not None else videos.rows()[:, 0]
             found = clip_scores(said.rows(), own, texts.rows()[mask], torch.from_numpy(queries.video_of_text))
-            return {name: 100 * float(each.mean()) for name, each in zip(_CLIP_SCORES, found, strict=True)}
+            return {
+                name: 100 * float(each.mean()) for name, each in zip(("CLIPScore", "RefCLIPScore"), found, strict=True)
+            }
 
         return on_main(scores)
-
-
-_CLIP_SCORES = ("CLIPScore", "RefCLIPScore")
 
 
 def references_of(queries: Queries) -> list[list[str]]:

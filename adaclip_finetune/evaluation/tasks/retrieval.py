@@ -149,16 +149,15 @@ class Retrieval(Task):
     def start(self, open_other: Callable[[str], Opened]) -> None:
         """Open the other models of the adaptation. They embed the same texts and videos, on the same machine."""
         self._adaptation.start(self.config, open_other)
-        for other in self._adaptation.others:
-            self._others.append(other and (self._task_of(other, Retrieval), other.retriever))
-
-    def _task_of(self, other: Opened, kind: type[Retrieval]) -> Retrieval:
-        """Return the task in which another model embeds the same texts and videos, on the same machine."""
         ours = {name: getattr(self.config, name) for name in names_with("machine") | {"skip_missing"}}
         defaults = load_config()
         ours |= {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
-        config = other.config.model_copy(update=ours)
-        return kind(config, self.split, other.loaded, other.retriever.views(), self.label)
+        for other in self._adaptation.others:
+            if other is None:
+                self._others.append(None)
+                continue
+            config, model = other.config.model_copy(update=ours), other.retriever
+            self._others.append((Retrieval(config, self.split, other.loaded, model.views(), self.label), model))
 
     def close(self) -> None:
         self._loader.close()

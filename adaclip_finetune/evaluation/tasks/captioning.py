@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -131,7 +132,7 @@ class Captioning(PromptedRetrieval):
         begun = time.monotonic()
         captions = self._captions(model, videos, queries, keep)
         caption_seconds = time.monotonic() - begun
-        with torch.autocast(model.device.type, enabled=self._scorer is None and torch.is_autocast_enabled()):
+        with torch.autocast(model.device.type, enabled=False) if self._scorer else nullcontext():
             clip = self._clip_scores(model, texts, videos, captions, queries, keep)
         scores = on_main(lambda: caption_figures(captions, references_of(queries)) | clip)
         times = (time.monotonic() - started, video_seconds, caption_seconds)

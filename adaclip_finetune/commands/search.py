@@ -10,7 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import (
+    MODEL,
+    Parser,
+    a_path,
+    adaptation_settings,
+    add_adapt_flags,
+    add_checkpoint_flags,
+    model_settings,
+)
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -31,8 +39,11 @@ def run(words: Sequence[str]) -> int:
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("the text to search for is empty")
     texts = [arguments.text] if arguments.queries is None else _lines(arguments.queries)
-    settings = model_settings(arguments)
+    settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
+    if adaptation and arguments.image is not None:
+        raise UserError("--adapt adapts to texts, and goes without --image")
 
+    from adaclip_finetune.search.adapted import adapting
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import search_model_of
 
@@ -48,6 +59,12 @@ def run(words: Sequence[str]) -> int:
     if cut := model.loaded.count_cut(texts, model.config.max_txt_len):
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
+    if adaptation:
+        with adapting(model, index, adaptation) as adapted:
+            for text in texts:
+                vector, seconds = adapted(text)
+                _print(text, index.search(vector, arguments.k)[0], arguments, seconds)
+        return 0
     for start in range(0, len(texts), _QUERIES_AT_ONCE):
         block = texts[start : start + _QUERIES_AT_ONCE]
         for text, hits in zip(block, index.search(model.encode_text(block), arguments.k), strict=True):
@@ -60,7 +77,8 @@ def _parser() -> Parser:
         "adaclip search",
         "Find videos in an index by a text or a picture. Each line shows rank, score (the cosine), the time of the "
         "frame with the greatest weight, and the file.",
-        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]",
+        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
+        "       adaclip search NAME.index (TEXT | --queries FILE) --adapt clip_reward --reward CLIP[,CLIP...]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
@@ -72,6 +90,7 @@ def _parser() -> Parser:
     add("--explain", action="store_true", help="show which frames of a video have the greatest weight")
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
+    add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
     add_checkpoint_flags(parser, *MODEL)
     return parser
 
@@ -90,11 +109,16 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
-def _print(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
+def _print(query: str, hits: Sequence[Hit], arguments: Namespace, seconds: float | None = None) -> None:
+    """Print what a query found; `seconds` is the time that adapting the model to it took."""
     if arguments.json:
-        print(json.dumps({"query": query, "hits": [_as_json(hit, arguments.explain) for hit in hits]}))
+        said = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
+        print(json.dumps({"query": query, **said, "hits": [_as_json(hit, arguments.explain) for hit in hits]}))
         return
-    print(printable(query))
+    how = (
+        f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)" if seconds is not None else ""
+    )
+    print(f"{printable(query)}{how}")
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")

@@ -746,11 +746,20 @@ class NoAdaptationSettings(ChoiceSettings):
     """Evaluate the model as it is."""
 
 
+class ContextSettings(ChoiceSettings):
+    """Learn the words before the class name, which all classes share (CoOp, Zhou et al. 2022)."""
+
+    tokens: int = setting(4, "tokens at the beginning of each text that learn; 4: a photo of a", unit="tokens", ge=1)
+
+
+LEARNS: dict[str, Choice] = {
+    **{name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")},  # those that can be taken away again
+    "context": Choice(ContextSettings, "evaluation.adaptation.context:Context"),
+}
 if TYPE_CHECKING:
     LearnsSection: TypeAlias = Chosen
 else:
-    _TEMPORARY = {name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")}  # those that can be taken away again
-    LearnsSection = _section(_TEMPORARY, "Learns", "what learns for a query, as in peft")
+    LearnsSection = _section(LEARNS, "Learns", "what learns for a query, as in peft")
 RewardWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 
@@ -764,11 +773,16 @@ class ClipRewardSettings(ChoiceSettings):
     )
     weights: RewardWeights = setting((), "weight of each CLIP in the reward; empty: all the same, of sum 1")
     directions: Literal["t2v", "v2t", "both"] = setting(
-        "t2v", "queries: texts, for which the text tower learns, videos (image tower), or both"
+        "t2v", "queries of retrieval: texts, for which the text tower learns, videos (image tower), or both"
     )
-    learns: LearnsSection = setting({"method": "full"}, "what learns in the tower that encodes the query")
+    learns: LearnsSection = setting(
+        {"method": "full"}, "what learns in the tower that encodes the query; context: words before a class name"
+    )
     candidates: int = setting(12, "videos rewarded for a text: those that the model ranks first", unit="videos", ge=2)
     caption_candidates: int = setting(20, "texts rewarded for a video", unit="items", ge=2)
+    class_candidates: int = setting(3, "classes rewarded for a video, in classification", unit="items", ge=2)
+    views: int = setting(64, "views of a video in classification: itself, and random parts of its frames", ge=1)
+    certain_share: float = setting(0.1, "share of the views that learn: those with the lowest entropies", gt=0, le=1)
     steps: int = setting(8, "steps of AdamW for a query", unit="steps", ge=0)
     learning_rate: float = setting(1e-6, "learning rate of the steps", gt=0)
     weight_decay: float = setting(5e-4, "weight decay of the steps", ge=0)
@@ -785,6 +799,14 @@ class ClipRewardSettings(ChoiceSettings):
         if self.weights and len(self.weights) != len(self.reward):
             counts = f"{section}weights has {len(self.weights)} numbers for {len(self.reward)} CLIPs of {section}reward"
             yield f"{counts}: give one for each, or none", (f"{section}weights", f"{section}reward")
+        if self.learns.method == "context" and not config.task_settings.of_classes:
+            what = (
+                f"{section}learns context learns words before class names: take another method, or task classification"
+            )
+            yield what, (f"{section}learns.method", "task.method")
+        elif self.learns.method == "context" and getattr(config.task.config, "templates", "none") == "none":
+            what = f"{section}learns context learns words before class names, but task.config.templates none has none"
+            yield f"{what}: give a file with the template a photo of a {{}}.", ("task.config.templates",)
         if not config.do_inference:
             what = "adaptation clip_reward is not for training, in which each validation would adapt to each query"
             yield f"{what}: train without it, and adapt with do_inference", ("adaptation.method", "do_inference")

@@ -232,6 +232,11 @@ class VideoIndex:
             for found in (zip(*one, strict=True) for one in zip(scores.tolist(), self._rows[places], strict=True))
         ]
 
+    def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]:
+        """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
+        (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
+        return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
+
     def _hit(self, rank: int, score: float, row: int) -> Hit:
         return Hit(self.videos[row], score, rank, tuple(self.videos[copy] for copy in self._copies.get(row, ())))
 

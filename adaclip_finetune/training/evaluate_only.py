@@ -35,6 +35,7 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
         config = session.config
         run.say(session.describe())
         measure.say_cut(session.loaded, config, split, "test", run)
+        measure.refuse_missing_models(config)
         if folder is None:
             run.open(config, session.where())
         else:

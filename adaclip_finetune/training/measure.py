@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.captioning import CaptioningReport
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
+from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
@@ -75,11 +77,26 @@ def _texts(config: Config, split: EvaluationSplit) -> Sequence[str]:
     return texts
 
 
-def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
-    """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError."""
+def build_task(
+    config: Config,
+    split: EvaluationSplit,
+    loaded: LoadedClip,
+    model: VideoRetriever,
+    label: str,
+    opener: Callable[[str], Opened] | None = None,
+) -> Task:
+    """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError.
+
+    `opener` opens the other models that it needs, by default `open_other`.
+    """
     task: Task = implementation(TASKS, config.task)(config, split, loaded, model.views(), label)
-    task.start(partial(open_other, like=config))
+    task.start(opener or partial(open_other, like=config))
     return task
+
+
+def refuse_missing_models(config: Config) -> None:
+    """Raise UserError for a model of the adaptation that is not there. Nothing is downloaded."""
+    build_adaptation(config).start(config, partial(open_other, like=config, values="meta"))
 
 
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:

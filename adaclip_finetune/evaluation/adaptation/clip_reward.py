@@ -4,6 +4,8 @@
 For each query the K candidates that the model ranks first are its samples. Frozen CLIPs reward each of them, the mean
 reward is subtracted, and a few steps of AdamW on reward · cross-entropy change the tower that encodes the query. The
 candidates' vectors stay as they are. After the query's vector was computed, the tower is put back.
+
+In classification a query is a video: those of its views that the model is most certain of are the queries of a step.
 """
 
 from __future__ import annotations
@@ -16,25 +18,29 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adaclip_finetune.config import ChoiceSettings, Config
-from adaclip_finetune.config.choices import ClipRewardSettings
+from adaclip_finetune.config.choices import LEARNS, ClipRewardSettings, implementation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.base import Adaptation, Direction, QueryBatch
+from adaclip_finetune.evaluation.adaptation.context import Context
+from adaclip_finetune.evaluation.views import most_certain
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
-from adaclip_finetune.peft import build_method
-from adaclip_finetune.peft.base import learning
+from adaclip_finetune.peft.base import PeftMethod, learning
 from adaclip_finetune.peft.freezing import apply_freezing
 
 ITSELF = "self"
 """The name of the model itself among the CLIPs that reward."""
 
-_EPSILON = 1e-6  # of AdamW, as published for retrieval
+_EPSILON, _EPSILON_OF_CLASSES = 1e-6, 1e-8  # of AdamW, as published for retrieval and for classification
 _STD_EPSILON = 1e-5
 
 
 class ClipReward(Adaptation):
-    """Adapts the text tower to each text, the image tower to each video, or each to its own."""
+    """Adapts the text tower to each text, the image tower to each video, or each to its own.
+
+    In classification it adapts the image tower, or the context of the class names, to each video.
+    """
 
     settings: ClipRewardSettings
     queries_at_once = 1
@@ -48,6 +54,9 @@ class ClipReward(Adaptation):
 
     def start(self, config: Config, open_other: Callable[[str], Opened]) -> None:
         self._config, self.others = config, []
+        if self._of_classes:
+            self.directions, self.views = ("v2t",), self.settings.views
+            self.changes_texts = self.settings.learns.method == "context"
         for source in self.settings.reward:
             try:
                 self.others.append(None if source == ITSELF else open_other(source))
@@ -60,7 +69,8 @@ class ClipReward(Adaptation):
         clip = model.clip
         learned = [(parameter, parameter.requires_grad) for parameter in clip.parameters()]
         assert self._config is not None, "start was not called"
-        method = build_method(self._config.model_copy(update={"peft": self.settings.learns}))
+        method: PeftMethod = implementation(LEARNS, self.settings.learns)(self.settings.learns.config)
+        method.seed = self._config.seed
         merged = not any(isinstance(part, parametrize.ParametrizationList) for part in clip.modules())
         if not merged and self.settings.learns.method in ("lora", "ssf"):
             raise UserError(
@@ -77,6 +87,8 @@ class ClipReward(Adaptation):
             yield
         finally:
             self._learners = {}
+            if isinstance(method, Context):
+                method.detach(clip)
             for part in list(clip.modules()) if merged else []:
                 if parametrize.is_parametrized(part):
                     for name in list(part.parametrizations):  # type: ignore[arg-type]
@@ -88,27 +100,38 @@ class ClipReward(Adaptation):
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> Iterator[None]:
         settings, learner = self.settings, self._learners[queries.direction]
         candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
-        scores = clip_scores(queries.others, settings.weights)
+        if self._of_classes:
+            candidates = settings.class_candidates
         with learner, _casts_not_kept(model.device):
             optimizer = learner.optimizer()
             for _ in range(settings.steps):
                 with torch.enable_grad():
-                    loss = policy_gradient_loss(queries.logits(), scores, candidates, settings.divide_by_std)
+                    logits = queries.logits()
+                    scores = clip_scores(queries.others(), settings.weights)
+                    loss = policy_gradient_loss(logits, scores, candidates, settings.divide_by_std)
                 optimizer.zero_grad()
                 with torch.autocast(model.device.type, enabled=False):
                     loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
                 optimizer.step()
             yield
 
+    def certain(self, logits: Tensor) -> Tensor:
+        return most_certain(logits, self.settings.certain_share)
+
+    @property
+    def _of_classes(self) -> bool:
+        assert self._config is not None, "start was not called"
+        return self._config.task_settings.of_classes
+
     def _learner(self, direction: Direction, clip: nn.Module) -> Learner:
-        of_image = direction == "v2t"
+        of_image = direction == "v2t" and not self.changes_texts
         parameters = [one for name, one in learning(clip) if name.startswith("visual.") == of_image]
         if not parameters:
             raise UserError(
                 f"adaptation.config.learns {self.settings.learns.method}: nothing of the "
                 f"{'image' if of_image else 'text'} tower learns, which encodes the queries; change its settings"
             )
-        return Learner(parameters, self.settings)
+        return Learner(parameters, self.settings, _EPSILON_OF_CLASSES if self._of_classes else _EPSILON)
 
 
 class Learner:
@@ -119,8 +142,8 @@ class Learner:
     `interval` queries, the next ones start from this average, or from its mix with the original values.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: ClipRewardSettings) -> None:
-        self.parameters, self.settings = list(parameters), settings
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: ClipRewardSettings, epsilon: float) -> None:
+        self.parameters, self.settings, self._epsilon = list(parameters), settings, epsilon
         self._original = [parameter.detach().clone() for parameter in parameters]
         self._average = [value.clone() for value in self._original] if settings.momentum else []
         self._start: list[Tensor] = []  # empty: the original values
@@ -129,7 +152,7 @@ class Learner:
     def optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer, since nothing that it gathers for a query is left for the next one."""
         own = self.settings
-        return torch.optim.AdamW(self.parameters, own.learning_rate, weight_decay=own.weight_decay, eps=_EPSILON)
+        return torch.optim.AdamW(self.parameters, own.learning_rate, weight_decay=own.weight_decay, eps=self._epsilon)
 
     @torch.no_grad()
     def __enter__(self) -> None:

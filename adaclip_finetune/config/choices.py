@@ -651,6 +651,9 @@ class TaskSettings(ChoiceSettings):
     of_classes: ClassVar[bool] = False
     """Whether a sentence names the class of its video, so that many videos share it."""
 
+    of_captions: ClassVar[bool] = False
+    """Whether the task is about captions that the model says."""
+
     @property
     def training_templates(self) -> str:
         """The templates into which the training sentences are put; `none` leaves them as they are."""
@@ -711,6 +714,7 @@ class CaptioningSettings(TaskSettings):
     """What does the captioner say about a video, compared with what people said?"""
 
     has_zero_shot: ClassVar[bool] = False
+    of_captions: ClassVar[bool] = True
     figures: ClassVar[Mapping[str, bool]] = dict.fromkeys(
         ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "CLIPScore", "RefCLIPScore"), True
     )
@@ -779,7 +783,7 @@ class ClipRewardSettings(ChoiceSettings):
         {"method": "full"}, "what learns in the tower that encodes the query; context: words before a class name"
     )
     candidates: int = setting(12, "videos rewarded for a text: those that the model ranks first", unit="videos", ge=2)
-    caption_candidates: int = setting(20, "texts rewarded for a video", unit="items", ge=2)
+    caption_candidates: int = setting(20, "texts rewarded for a video; in captioning, beams", unit="items", ge=2)
     class_candidates: int = setting(3, "classes rewarded for a video, in classification", unit="items", ge=2)
     views: int = setting(64, "views of a video in classification: itself, and random parts of its frames", ge=1)
     certain_share: float = setting(0.1, "share of the views that learn: those with the lowest entropies", gt=0, le=1)

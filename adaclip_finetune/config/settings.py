@@ -387,7 +387,8 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and not c.task_settings.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
-    if c.adaptation.method != "none" and not (c.task_settings.has_similarity or c.task_settings.of_classes):
+    task = c.task_settings
+    if c.adaptation.method != "none" and not (task.has_similarity or task.of_classes or task.of_captions):
         what = f"adaptation {c.adaptation.method} adapts to captions, which task.method {c.task.method} does not ask"
         yield f"{what}: set adaptation.method to none, or take task.method retrieval"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

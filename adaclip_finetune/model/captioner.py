@@ -145,9 +145,9 @@ class Captioner(nn.Module):
         return prefixes.reshape(len(vectors), -1, prefixes.shape[2])
 
     @torch.no_grad()
-    def generate(self, vectors: Tensor, beams: int) -> Tensor:
-        """Return the token ids (B, max_tokens) of a caption for each row of unit vectors (B, n, D)."""
-        return self.language_model().generate(self(vectors), self.settings.max_tokens, beams)
+    def generate(self, vectors: Tensor, beams: int, captions: int = 1) -> Tensor:
+        """Return the token ids (B · captions, max_tokens) of captions for each row of unit vectors (B, n, D)."""
+        return self.language_model().generate(self(vectors), self.settings.max_tokens, beams, captions)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has; it opens the language model itself."""

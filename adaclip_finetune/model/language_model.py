@@ -79,22 +79,29 @@ class LanguageModel:
         return token_losses(logits[:, -count:], tokens)
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, max_tokens: int, beams: int) -> Tensor:
-        """Return the token ids (B, max_tokens) of the likeliest caption behind each prefix (B, P, W), by beam search.
+    def generate(self, prefix: Tensor, max_tokens: int, beams: int, captions: int = 1) -> Tensor:
+        """Return the token ids (B · captions, max_tokens) of the likeliest captions behind each prefix (B, P, W).
 
-        The score of a caption is the mean log probability of its tokens. The end token fills the rows.
+        They are found by beam search, the best of each prefix first. The score of a caption is the mean log probability
+        of its tokens. The end token fills the rows.
         """
         ids: Tensor = self.module.generate(
             inputs_embeds=prefix,
             attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
             max_new_tokens=max_tokens,
             num_beams=beams,
+            num_return_sequences=captions,
             do_sample=False,
             length_penalty=1.0,
             eos_token_id=self.end,
             pad_token_id=self.end,
         )
         return F.pad(ids, (0, max_tokens - ids.shape[1]), value=self.end)
+
+    def tokens(self, ids: Tensor) -> Tokens:
+        """Return token ids (B, L) as captions, each up to its first end token."""
+        ends = (ids == self.end).long()
+        return Tokens(ids, ends.cumsum(dim=1) == ends)
 
     def texts(self, ids: Tensor) -> list[str]:
         """Return the texts of token ids (B, L), each up to its end token, without line breaks and double spaces."""

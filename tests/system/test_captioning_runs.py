@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparing import evaluated, trained_run
 from evaluating import together
+from golden import load_golden
 from safetensors.torch import load_file
 from speaking import write_language_model
 
@@ -18,6 +19,8 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation.clip_reward import policy_gradient_loss
+from adaclip_finetune.model.language_model import Tokens, token_losses
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.training.measure import build_task
 from adaclip_finetune.training.session import open_model
@@ -209,7 +212,7 @@ def test_a_captioner_that_has_not_learned_is_not_evaluated(speaking: Project, ru
         ({"peft": {"method": "lisa"}}, "peft.method lisa"),
         ({"frame_agg": "qscore"}, "qscore"),
         ({"do_inference": True}, "resume"),
-        ({"adaptation": {"method": "clip_reward"}, "do_inference": True, "resume": "x"}, "adaptation clip_reward"),
+        ({"adaptation": {"method": "clip_reward"}}, "not for training"),
         ({"objective": {"method": "captioning", "config": {"learn_from": "texts"}}}, "prefix is frames"),
     ],
 )
@@ -223,3 +226,59 @@ def test_a_scorer_that_is_no_model_is_refused(speaking: Project, tmp_path: Path)
     task = {"method": "captioning", "config": {"scorer": str(tmp_path)}}
     with pytest.raises(UserError, match=r"task\.config\.scorer"):
         as_json(load_config(None, {**speaking, "task": task}))
+
+
+# ---- adapted to each video ----
+
+
+def adapted(speaking: Project, run: Path, **config: Any) -> Any:
+    """Return the report of the run's captioner on the test split, adapted to each video, and the model."""
+    settings = {"reward": ["self"], "caption_candidates": 4, "steps": 2, "learning_rate": 0.003, **config}
+    more = {"do_inference": True, "resume": str(run / "best.safetensors")}
+    config = load_config(None, {**speaking, **more, "adaptation": {"method": "clip_reward", "config": settings}})
+    session = open_model(config, learn=False)
+    split = evaluation_split(config, str(config.test_annot))
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    with closing(build_task(config, split, session.loaded, session.model, "test")) as task:
+        report: Any = task(session.model)
+    after = session.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.grad is not None for parameter in session.model.parameters())
+    return report
+
+
+def test_an_adapted_captioner_is_put_back_and_shown_beside_what_needs_no_step(run: Path, speaking: Project) -> None:
+    plain = noted(run)["finetuned"]
+    without = adapted(speaking, run, steps=0)
+    assert [row["caption"] for row in without.rows()] == [row["caption"] for row in noted(run, "captions.json")]
+    with_steps = adapted(speaking, run)
+    assert [row["caption"] for row in with_steps.rows()] != [row["caption"] for row in without.rows()]
+    for report in (without, with_steps):
+        as_it_is, preferred = report.as_dict()["baselines"].values()
+        assert {name: as_it_is[name] for name in FIGURES} == {name: plain[name] for name in FIGURES}
+        assert preferred["CLIPScore"] >= as_it_is["CLIPScore"]  # of four candidates, by the same CLIP
+
+
+def test_evaluate_shows_an_adapted_captioner_beside_its_baselines(
+    run: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--adaptation.config.caption_candidates", "3", "--adaptation.config.steps", "1"]
+    words = ["--adapt", "clip_reward", "--reward", str(project["clip_weights"]), *settings]
+    rows = evaluated(run, "--annot", project["test_annot"], *words, folder=tmp_path)["rows"]
+    assert [row["kind"] for row in rows] == ["model", "baseline", "baseline", "adapted"]
+    assert all(math.isfinite(row[name]) for row in rows for name in FIGURES)
+    assert "preferred by the reward" in capsys.readouterr().out
+
+
+def test_another_clip_rewards_and_the_loss_is_the_published_one(run: Path, speaking: Project) -> None:
+    report = adapted(speaking, run, reward=[str(speaking["clip_weights"]), "self"], weights=[0.5, 0.5], steps=1)
+    assert len(report.captions) == 8
+
+    for case in load_golden("captioning")["token_losses"]:
+        logits = case["logits"].clone().requires_grad_()
+        ids, before = case["tokens"], case["prefix_length"] - 1
+        losses = token_losses(logits[:, before:-1], Tokens(ids, ids != 0))  # as published, pads count
+        scores = case["reward"][None]
+        loss = policy_gradient_loss(-losses.mean(dim=1)[None], scores, len(ids))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close(gradient, case["grad"], atol=1e-12, rtol=0)

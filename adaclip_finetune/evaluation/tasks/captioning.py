@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.choices import CaptioningSettings
+from adaclip_finetune.config.choices import CaptioningSettings, ClipRewardSettings
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import NotFinite, UserError
+from adaclip_finetune.evaluation.adaptation.base import QueryBatch
+from adaclip_finetune.evaluation.adaptation.clip_reward import clip_scores as rewards
 from adaclip_finetune.evaluation.caption_metrics import PROMPT, caption_figures, clip_scores
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
 from adaclip_finetune.evaluation.tasks.base import Figures, Report
@@ -30,6 +33,9 @@ from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.printable import printable
 from adaclip_finetune.processes import from_main, is_main
+
+AS_IT_IS, PREFERRED = "as it is", "the candidate that the reward prefers"
+"""The baselines of an adapted captioner."""
 
 CAPTIONED_AT_ONCE = 32
 """The most videos of which captions are searched at a time: each takes the memory of `beams` texts."""
@@ -59,6 +65,9 @@ class CaptioningReport:
 
     `caption_seconds` is the part of `seconds` in which captions were searched, and `video_seconds` that in which the
     videos were read and embedded.
+
+    With an adaptation, `baselines` are the figures without it: of the model as it is, and of the candidate that the
+    reward prefers.
     """
 
     captions: Sequence[str]
@@ -68,6 +77,8 @@ class CaptioningReport:
     seconds: float
     video_seconds: float
     caption_seconds: float
+    adaptation: str = "none"
+    baselines: Mapping[str, CaptioningFigures] = field(default_factory=dict)
 
     @cached_property
     def figures(self) -> CaptioningFigures:
@@ -75,7 +86,8 @@ class CaptioningReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for metrics.json."""
-        return self.figures.as_dict()
+        others = {name: figures.as_dict() for name, figures in self.baselines.items()}
+        return {**self.figures.as_dict(), **({"baselines": others} if others else {})}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return each video's name, caption and references, for captions.json."""
@@ -103,6 +115,7 @@ class Captioning(PromptedRetrieval):
 
     def start(self, open_other: Callable[[str], Opened]) -> None:
         """Open the model behind CLIPScore, if it is another one. Raise UserError if it has no vectors of videos."""
+        super().start(open_other)
         if (source := self._settings.scorer) is None:
             return
         try:
@@ -129,14 +142,27 @@ class Captioning(PromptedRetrieval):
         started = time.monotonic()
         texts, videos, video_seconds = self._embed(model, keep)
         queries = self._queries(videos)
+        kept = from_main(videos.rows() if is_main() else None)
+        assert kept is not None
+        if not kept.isfinite().all():
+            raise NotFinite(f"{self.label}: a vector of a video is not finite; the weights have probably diverged")
         begun = time.monotonic()
-        captions = self._captions(model, videos, queries, keep)
+        said = {"": self._captions(model, kept, queries, keep)}
+        if self._adaptation.directions:
+            begun = time.monotonic()
+            said = {AS_IT_IS: said[""], **self._adapted_captions(model, kept, queries, keep)}
         caption_seconds = time.monotonic() - begun
-        with torch.autocast(model.device.type, enabled=False) if self._scorer else nullcontext():
-            clip = self._clip_scores(model, texts, videos, captions, queries, keep)
-        scores = on_main(lambda: caption_figures(captions, references_of(queries)) | clip)
+        found = {}
+        for name, captions in said.items():
+            with torch.autocast(model.device.type, enabled=False) if self._scorer else nullcontext():
+                clip = self._clip_scores(model, texts, videos, captions, queries, keep)
+            scores = on_main(partial(caption_figures, captions, references_of(queries)))
+            found[name] = CaptioningFigures(scores | clip, len(captions), self.split.num_listed)
+        last = found.pop("")
         times = (time.monotonic() - started, video_seconds, caption_seconds)
-        return CaptioningReport(captions, queries, scores, self.split.num_listed, *times)
+        return CaptioningReport(
+            said[""], queries, last.scores, self.split.num_listed, *times, self.config.adaptation.method, found
+        )
 
     def one_line(self, figures: Figures) -> str:
         assert isinstance(figures, CaptioningFigures)
@@ -158,6 +184,9 @@ class Captioning(PromptedRetrieval):
         counts = f"{len(report.captions):,} videos{without}, {len(report.queries.texts):,} references"
         speed = f"{report.caption_seconds / max(len(report.captions), 1):.2g} s a video"
         lines = [f"{counts}; {self._settings.beams} beams, {speed}"]
+        if report.baselines:
+            lines[0] += f", adapted to each video by {report.adaptation}"
+            lines += [f"{name}: {self.one_line(figures)}" for name, figures in report.baselines.items()]
         lines += [f"{row['video']}: {row['caption']}" for row in report.rows()[:3]]
         return "\n".join(map(printable, lines))
 
@@ -170,15 +199,9 @@ class Captioning(PromptedRetrieval):
         own = model.scorer.keep(features)
         return torch.cat([own[:, None], _captioner(model).inputs(features)], dim=1)
 
-    def _captions(
-        self, model: VideoRetriever, videos: Embeddings, queries: Queries, keep: Path | None
-    ) -> Sequence[str]:
+    def _captions(self, model: VideoRetriever, kept: Tensor, queries: Queries, keep: Path | None) -> Sequence[str]:
         """Return the caption of each video that could be read, in every process."""
-        kept, size = from_main(videos.rows() if is_main() else None), min(self.config.val_batch_size, CAPTIONED_AT_ONCE)
-        assert kept is not None
-        if not kept.isfinite().all():
-            raise NotFinite(f"{self.label}: a vector of a video is not finite; the weights have probably diverged")
-        folder = None
+        size, folder = min(self.config.val_batch_size, CAPTIONED_AT_ONCE), None
         if keep and is_main():
             folder = self._part_folder(model, keep / "captions", readable=queries.video_ids)
         on_main(folder.open if folder else lambda: None)
@@ -194,6 +217,58 @@ class Captioning(PromptedRetrieval):
         ids = from_main(found.rows() if is_main() else None)
         assert ids is not None
         return captioner.language_model().texts(ids)
+
+    def _adapted_captions(
+        self, model: VideoRetriever, kept: Tensor, queries: Queries, keep: Path | None
+    ) -> dict[str, Sequence[str]]:
+        """Return the captions of the captioner adapted to each video, "", and those of its candidates that the reward
+        prefers before a step was made."""
+        self._refuse_several_processes()
+        settings, captioner = self.config.adaptation.config, _captioner(model)
+        assert isinstance(settings, ClipRewardSettings)
+        itself = _Judge(self, model, kept[:, 0].to(model.device))
+        judges = [
+            self._judge(number, model.device, queries, keep) if other else itself
+            for number, other in enumerate(self._others)
+        ]
+        folder = self._folder_of_adapted(model, queries, keep)
+        found = Embeddings("adapted-captions", len(kept), folder)
+
+        def search(numbers: Sequence[int]) -> Iterator[EmbeddedBatch]:
+            for number in numbers:
+                vectors = kept[number : number + 1, 1:].to(model.device)
+                query = _CaptionQuery(captioner, vectors, number, settings.caption_candidates, judges)
+                with torch.no_grad():
+                    query.logits()
+                    first = rewards(query.cosines(), settings.weights).argmax()
+                    preferred = query.ids[first]
+                with self._adaptation(model, QueryBatch("v2t", query.logits, query.cosines)):
+                    adapted = captioner.generate(vectors, self._settings.beams)[0]
+                rows = torch.stack([adapted, preferred])[None].cpu()
+                yield EmbeddedBatch(torch.tensor([number]), rows, torch.zeros(0, dtype=torch.int64))
+
+        with self._adaptation.prepared(model):
+            found.embed(len(kept), search, self.label)
+        ids = from_main(found.rows() if is_main() else None)
+        assert ids is not None
+        say = captioner.language_model().texts
+        return {"": say(ids[:, 0]), PREFERRED: say(ids[:, 1])}
+
+    def _judge(self, number: int, device: torch.device, queries: Queries, keep: Path | None) -> _Judge:
+        """Return another model of the adaptation, which rewards captions of the videos."""
+        other = self._others[number]
+        assert other is not None
+        task, model = other
+        if not model.scorer.indexable:
+            raise UserError(
+                "adaptation.config.reward: with frame_agg qscore videos have no vectors; take another model"
+            )
+        with torch.autocast(device.type, enabled=False):
+            _, videos, _ = task._embed(model.to(device), keep and keep / f"other-{number}")
+        self._refuse_other_videos(queries, task._queries(videos))
+        rows = from_main(videos.rows() if is_main() else None)
+        assert rows is not None
+        return _Judge(task, model, rows.to(device))
 
     def _clip_scores(
         self,
@@ -240,3 +315,41 @@ def references_of(queries: Queries) -> list[list[str]]:
 def _captioner(model: VideoRetriever) -> Captioner:
     assert model.captioner is not None, "the settings refuse this"
     return model.captioner
+
+
+class _Judge(NamedTuple):
+    """A model that rewards captions, its task, and its unit vectors of the videos (V, D)."""
+
+    task: Retrieval
+    model: VideoRetriever
+    videos: Tensor
+
+    @torch.no_grad()
+    def cosines(self, video: int, captions: Sequence[str]) -> Tensor:
+        """Return the cosines (1, K) of a video and captions, in the precision in which the videos were embedded."""
+        device, task = self.videos.device, self.task
+        with nullcontext() if isinstance(task, Captioning) else torch.autocast(device.type, enabled=False):
+            tokens = task.loaded.tokenize(captions, task.config.max_txt_len)
+            texts = self.model.encode_text(tokens).sentence.float()
+        return self.videos[video : video + 1] @ F.normalize(texts, dim=-1).T
+
+
+class _CaptionQuery:
+    """A video that the captioner adapts to. Its K candidates are the captions that K beams find at the moment."""
+
+    def __init__(self, captioner: Captioner, vectors: Tensor, video: int, beams: int, judges: Sequence[_Judge]) -> None:
+        self.captioner, self.vectors, self.video, self.beams, self.judges = captioner, vectors, video, beams, judges
+        self.ids = torch.empty(0)
+
+    def logits(self) -> Tensor:
+        """Return the mean log probability of each candidate's tokens, (1, K). The candidates are found anew."""
+        speaker = self.captioner.language_model()
+        self.ids = self.captioner.generate(self.vectors, self.beams, self.beams)
+        tokens = speaker.tokens(self.ids)
+        losses = speaker.losses(self.captioner(self.vectors).expand(self.beams, -1, -1), tokens)
+        return -(losses.sum(dim=1) / tokens.mask.sum(dim=1))[None]
+
+    def cosines(self) -> list[Tensor]:
+        """Return the cosines (1, K) of the video and the last candidates by each judge."""
+        captions = self.captioner.language_model().texts(self.ids)
+        return [judge.cosines(self.video, captions) for judge in self.judges]

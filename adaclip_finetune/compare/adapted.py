@@ -57,7 +57,8 @@ def adapted_rows(
         assert isinstance(report, RetrievalReport | ClassificationReport)
         what = "video" if isinstance(report, ClassificationReport) else "query"
         times = [f"{name.upper()} {seconds:.2g} s a {what}" for name, seconds in report.query_seconds.items()]
-        note = f"adapted to each {what} ({chosen.learns.method}, {chosen.steps} steps), {', '.join(times)}"
+        how = f"{chosen.loss}, {chosen.learns.method}, {chosen.steps} steps"
+        note = f"adapted to each {what} ({how}), {', '.join(times)}"
         found = new(label, kind, report if isinstance(report, ClassificationReport) else report.metrics, note)
         return replace(found, cost={f"{name}_query_seconds": s for name, s in report.query_seconds.items()}), report
 

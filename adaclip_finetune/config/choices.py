@@ -790,6 +790,9 @@ class ClipRewardSettings(ChoiceSettings):
     steps: int = setting(8, "steps of AdamW for a query", unit="steps", ge=0)
     learning_rate: float = setting(1e-6, "learning rate of the steps", gt=0)
     weight_decay: float = setting(5e-4, "weight decay of the steps", ge=0)
+    loss: Literal["reward", "distillation"] = setting(
+        "reward", "what is learned: the reward, or the softmax of the other CLIPs' logits, a baseline of RLCF"
+    )
     divide_by_std: bool = setting(False, "divide the rewards of a query by their standard deviation")
     momentum: float = setting(
         0.0, "decay of a slow average over queries that the next ones start from, as 0.9998; 0: none", ge=0, lt=1

@@ -77,6 +77,8 @@ def adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any])
     config = load_config(None, {**own, **settings, "adaptation.config.directions": "t2v", "do_inference": True})
     chosen = config.adaptation.config
     assert isinstance(chosen, ClipRewardSettings)
+    if chosen.loss != "reward":
+        raise UserError("--adapt: adaptation.config.loss distillation needs the scores of all videos; take loss reward")
     adaptation = ClipReward(chosen)
     adaptation.start(config, partial(open_other, like=config))
     others = [opened and OtherModel(opened, model.device) for opened in adaptation.others]

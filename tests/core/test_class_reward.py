@@ -19,7 +19,12 @@ from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import clip_reward
 from adaclip_finetune.evaluation.adaptation.base import QueryBatch
-from adaclip_finetune.evaluation.adaptation.clip_reward import ClipReward, clip_scores, policy_gradient_loss
+from adaclip_finetune.evaluation.adaptation.clip_reward import (
+    ClipReward,
+    clip_scores,
+    distillation_loss,
+    policy_gradient_loss,
+)
 from adaclip_finetune.evaluation.views import chosen_frames, draw_parts, most_certain, viewed
 
 GOLDEN = load_golden("reward_classes")
@@ -45,6 +50,18 @@ def test_the_most_certain_views_are_the_published_ones(case: dict[str, Any]) -> 
     found = most_certain(case["logits"], case["share"])
     assert found.tolist() == case["index"].tolist()
     assert case["logits"][found].equal(case["selected"])
+
+
+@pytest.mark.parametrize("case", GOLDEN["distillation"], ids=range(len(GOLDEN["distillation"])))
+def test_distillation_is_the_published_baseline(case: dict[str, Any]) -> None:
+    student = case["student"].clone().requires_grad_()
+    loss = distillation_loss(student, [case["teacher"]])
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(loss.item(), case["kd"], rtol=1e-12, atol=1e-12)
+    for name in ("kd_grad", "kd_kl_grad"):  # the divergence differs by a constant
+        torch.testing.assert_close(gradient, case[name], rtol=1e-12, atol=1e-12)
+    two = distillation_loss(student, [case["teacher"], student.detach()], [3, 1])
+    torch.testing.assert_close(two, distillation_loss(student, [0.75 * case["teacher"] + 0.25 * student.detach()]))
 
 
 class Recorded:
@@ -104,8 +121,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**same, "class_candidates": int(case["k"]), "certain_share": case["share"]}
 
 
-# The other run learns norms alone, which `learns` does not offer.
-@pytest.mark.parametrize("case", [case for case in GOLDEN["image_tower"] if not case["only_norm"]], ids=range(3))
+@pytest.mark.parametrize("case", GOLDEN["image_tower"], ids=["no momentum", "momentum", "half of the average"])
 def test_the_image_tower_learns_as_published(case: dict[str, Any], losses: list[float]) -> None:
     momentum = case["momentum"] if case["momentum_on"] else 0.0
     slow = {"momentum": momentum, "interval": int(case["update_freq"]), "average_share": case["update_w"]}

@@ -255,6 +255,17 @@ def test_what_is_rewarded_rises() -> None:
     assert ((rewards - rewards.mean()) * change).sum() > 0
 
 
+def test_distillation_follows_the_other_model() -> None:
+    model = build_retriever().eval()
+    asked, adaptation = asked_text(model), started(loss="distillation", steps=3)
+    with torch.no_grad():
+        wanted = (model.scorer.scale() * asked.others()[0]).softmax(dim=1)
+        before = asked.logits().log_softmax(dim=1)
+        with adaptation.prepared(model), adaptation(model, asked):
+            after = asked.logits().log_softmax(dim=1)
+    assert (wanted * (after - before)).sum() > 0
+
+
 def test_bf16_computes_with_the_weights_of_each_step() -> None:
     model = build_retriever().eval()
     asked, found = asked_text(model), []

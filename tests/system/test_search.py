@@ -316,6 +316,7 @@ def test_a_search_adapts_as_an_evaluation_does(adapt: list[str], clips: Path, ca
     ("words", "named"),
     [
         (["--image", "picture.jpg", "--adapt", "clip_reward", "--reward", "self"], ["--image", "--adapt"]),
+        (["a dog", "--adapt", "clip_reward", "--reward", "self", "--adaptation.config.loss", "distillation"], ["loss"]),
         (["a dog", "--adaptation.config.steps", "1"], ["--adaptation.config.steps", "--adapt"]),
         (["a dog", "--adapt", "clip_reward", "--reward", "self,nowhere"], ["adaptation.config.reward", "nowhere"]),
     ],

@@ -120,22 +120,30 @@ class ClipReward(Adaptation):
 
     @contextmanager
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> Iterator[None]:
-        settings, learner = self.settings, self._learners[queries.direction]
-        candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
-        if self._of_classes:
-            candidates = settings.class_candidates
+        learner = self._learners[queries.direction]
         with learner, _casts_not_kept(model.device):
             optimizer = learner.optimizer()
-            for _ in range(settings.steps):
+            for _ in range(self.settings.steps):
                 with torch.enable_grad():
-                    logits = queries.logits()
-                    scores = clip_scores(queries.others(), settings.weights)
-                    loss = policy_gradient_loss(logits, scores, candidates, settings.divide_by_std)
+                    loss = self._loss(model, queries)
                 optimizer.zero_grad()
                 with torch.autocast(model.device.type, enabled=False):
                     loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
                 optimizer.step()
             yield
+
+    def _loss(self, model: VideoRetriever, queries: QueryBatch) -> Tensor:
+        settings, logits, cosines = self.settings, queries.logits(), queries.others()
+        if settings.loss == "distillation":
+            retrievers = (model if other is None else other.retriever for other in self.others)
+            pairs = zip(retrievers, cosines, strict=True)
+            return distillation_loss(
+                logits, [one.scorer.scale().detach() * own for one, own in pairs], settings.weights
+            )
+        candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
+        if self._of_classes:
+            candidates = settings.class_candidates
+        return policy_gradient_loss(logits, clip_scores(cosines, settings.weights), candidates, settings.divide_by_std)
 
     def certain(self, logits: Tensor) -> Tensor:
         return most_certain(logits, self.settings.certain_share)
@@ -224,6 +232,18 @@ def policy_gradient_loss(logits: Tensor, scores: Tensor, candidates: int, divide
         best = logits.detach().topk(min(candidates, logits.shape[1]), dim=1).indices
         rewards = centred(scores.gather(1, best), divide_by_std)
         return -(rewards * logits.log_softmax(dim=1).gather(1, best)).mean()
+
+
+def distillation_loss(logits: Tensor, teachers: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """Return the mean cross-entropy of softmax(logits) and that of the weighted mean of the teachers' logits (q, N).
+
+    This is knowledge distillation (Hinton et al. 2015), against which RLCF is compared.
+    """
+    shares = torch.tensor(weights or [1.0] * len(teachers), device=logits.device, dtype=teachers[0].dtype)
+    teacher = torch.tensordot(shares / shares.sum(), torch.stack(list(teachers)), dims=1)
+    with torch.autocast(logits.device.type, enabled=False):
+        loss: Tensor = -(teacher.softmax(dim=1) * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
+        return loss
 
 
 def _casts_not_kept(device: torch.device) -> AbstractContextManager[object]:

@@ -252,17 +252,17 @@ class Classification(Retrieval):
         begun = time.monotonic()
         rows = Embeddings("adapted-classes", len(names), folder)
         with self._adaptation.prepared(model):
-            rows.embed(len(self._loader), partial(self._adapt_to_videos_of_classes, model), self.label)
+            rows.embed(len(self._loader), partial(self._scores_of_adapted, model), self.label)
         if len(rows.failed) > len(names) - len(queries.video_ids):  # one that was read before
             raise unreadable_in_evaluation(rows.failed, len(names))
         seconds = (time.monotonic() - begun) / len(queries.video_ids)
         return rows.rows().to(model.device) if is_main() else None, others, {"v2t": seconds}
 
-    def _adapt_to_videos_of_classes(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[EmbeddedBatch]:
+    def _scores_of_adapted(self, model: VideoRetriever, numbers: Sequence[int]) -> Iterator[EmbeddedBatch]:
         """Score the classes for each video with the model adapted to views of it."""
         names = {name: number for number, name in enumerate(self.split.queries.video_ids)}
-        own = _Beside(self, model, None if self._adaptation.changes_texts else self._fixed_vectors(model))
-        others: list[_Beside | None] = []
+        own = _Judge(self, model, None if self._adaptation.changes_texts else self._fixed_vectors(model))
+        others: list[_Judge | None] = []
         for other in self._others:
             if other is None:
                 others.append(None)
@@ -270,7 +270,7 @@ class Classification(Retrieval):
             task, them = other
             assert isinstance(task, Classification)
             with torch.autocast(model.device.type, enabled=False):
-                others.append(_Beside(task, them, task._fixed_vectors(them)))
+                others.append(_Judge(task, them, task._fixed_vectors(them)))
         readers = [one.task._loader for one in (own, *filter(None, others))]
         for batches in zip(*(loader.read(numbers) for loader in readers), strict=True):
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in batches[0].failures}
@@ -293,7 +293,7 @@ class Classification(Retrieval):
         return class_vectors(texts, len(self._classes), self._settings.normalize)
 
 
-class _Beside(NamedTuple):
+class _Judge(NamedTuple):
     """A model, its task, and its class vectors (C, D); None if these change with the model."""
 
     task: Classification
@@ -325,11 +325,11 @@ class _Query:
 
     def __init__(
         self,
-        own: _Beside,
+        own: _Judge,
         chosen: Chosen,
         parts: Sequence[CropFlip | None],
         certain: Callable[[Tensor], Tensor],
-        rewards: Sequence[tuple[_Beside, VideoBatch] | None],
+        rewards: Sequence[tuple[_Judge, VideoBatch] | None],
     ) -> None:
         self._own, self._chosen, self._parts, self._certain, self._rewards = own, chosen, parts, certain, rewards
         self._views: Chosen | None = None

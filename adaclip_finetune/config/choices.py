@@ -814,6 +814,9 @@ class ClipRewardSettings(ChoiceSettings):
         elif self.learns.method == "context" and getattr(config.task.config, "templates", "none") == "none":
             what = f"{section}learns context learns words before class names, but task.config.templates none has none"
             yield f"{what}: give a file with the template a photo of a {{}}.", ("task.config.templates",)
+        if self.loss == "distillation" and config.task_settings.of_captions:
+            what = "adaptation.config.loss distillation needs candidates that stay, which captions do not: take reward"
+            yield what, (f"{section}loss", "task.method")
         if not config.do_inference:
             what = "adaptation clip_reward is not for training, in which each validation would adapt to each query"
             yield f"{what}: train without it, and adapt with do_inference", ("adaptation.method", "do_inference")

@@ -213,6 +213,7 @@ def test_a_captioner_that_has_not_learned_is_not_evaluated(speaking: Project, ru
         ({"frame_agg": "qscore"}, "qscore"),
         ({"do_inference": True}, "resume"),
         ({"adaptation": {"method": "clip_reward"}}, "not for training"),
+        ({"adaptation": {"method": "clip_reward", "config": {"loss": "distillation"}}}, "loss distillation"),
         ({"objective": {"method": "captioning", "config": {"learn_from": "texts"}}}, "prefix is frames"),
     ],
 )

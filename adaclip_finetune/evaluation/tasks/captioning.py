@@ -226,7 +226,7 @@ class Captioning(PromptedRetrieval):
         self._refuse_several_processes()
         settings, captioner = self.config.adaptation.config, _captioner(model)
         assert isinstance(settings, ClipRewardSettings)
-        itself = _Judge(self, model, kept[:, 0].to(model.device))
+        itself = _CaptionJudge(self, model, kept[:, 0].to(model.device))
         judges = [
             self._judge(number, model.device, queries, keep) if other else itself
             for number, other in enumerate(self._others)
@@ -254,7 +254,7 @@ class Captioning(PromptedRetrieval):
         say = captioner.language_model().texts
         return {"": say(ids[:, 0]), PREFERRED: say(ids[:, 1])}
 
-    def _judge(self, number: int, device: torch.device, queries: Queries, keep: Path | None) -> _Judge:
+    def _judge(self, number: int, device: torch.device, queries: Queries, keep: Path | None) -> _CaptionJudge:
         """Return another model of the adaptation, which rewards captions of the videos."""
         other = self._others[number]
         assert other is not None
@@ -268,7 +268,7 @@ class Captioning(PromptedRetrieval):
         self._refuse_other_videos(queries, task._queries(videos))
         rows = from_main(videos.rows() if is_main() else None)
         assert rows is not None
-        return _Judge(task, model, rows.to(device))
+        return _CaptionJudge(task, model, rows.to(device))
 
     def _clip_scores(
         self,
@@ -317,7 +317,7 @@ def _captioner(model: VideoRetriever) -> Captioner:
     return model.captioner
 
 
-class _Judge(NamedTuple):
+class _CaptionJudge(NamedTuple):
     """A model that rewards captions, its task, and its unit vectors of the videos (V, D)."""
 
     task: Retrieval
@@ -337,7 +337,9 @@ class _Judge(NamedTuple):
 class _CaptionQuery:
     """A video that the captioner adapts to. Its K candidates are the captions that K beams find at the moment."""
 
-    def __init__(self, captioner: Captioner, vectors: Tensor, video: int, beams: int, judges: Sequence[_Judge]) -> None:
+    def __init__(
+        self, captioner: Captioner, vectors: Tensor, video: int, beams: int, judges: Sequence[_CaptionJudge]
+    ) -> None:
         self.captioner, self.vectors, self.video, self.beams, self.judges = captioner, vectors, video, beams, judges
         self.ids = torch.empty(0)
 

@@ -7,7 +7,7 @@ text vectors, to which noise is added since texts and videos lie apart in CLIP's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class CaptionLoss(Objective):
     def start(self, config: Config, loaded: LoadedClip, open_other: Callable[[str], Opened]) -> None:
         if self.retriever.device.type != "meta":
             self.captioner.language_model()
+
+    def frozen_weights(self) -> Iterable[Tensor]:
+        weights: Iterable[Tensor] = self.captioner.language_model().module.parameters()
+        return weights
 
     def train(self, mode: bool = True) -> CaptionLoss:
         """Set the mode of the captioner; the retriever stays in evaluation mode and chooses frames as it does there."""

@@ -22,7 +22,9 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.clip_reward import policy_gradient_loss
 from adaclip_finetune.model.language_model import Tokens, token_losses
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.measure import build_task
+from adaclip_finetune.training.memory import StepCost, try_steps
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
 from adaclip_finetune.weights.clip_weights import load_clip
@@ -193,6 +195,16 @@ def test_a_dry_run_and_a_check_count_what_learns(
     assert f"{mapper:,}" in capsys.readouterr().out
     assert main(["check", "--config", str(path), "--json"]) == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_costs_memory_in_proportion_to_its_batch(speaking: Project) -> None:
+    config = load_config(None, speaking)
+    accelerator = make_accelerator(config)
+    session = open_model(config, accelerator=accelerator)
+    given = (config, session.objective, session.loaded.tokenize, accelerator)
+    four, eight = (try_steps(*given, size) for size in (4, 8))
+    assert isinstance(four, StepCost) and isinstance(eight, StepCost)
+    assert 1.8 * four.kept_bytes < eight.kept_bytes < 2.2 * four.kept_bytes  # without the frozen weights
 
 
 def test_a_captioner_that_has_not_learned_is_not_evaluated(speaking: Project, run: Path) -> None:

@@ -271,8 +271,8 @@ class Classification(Retrieval):
             assert isinstance(task, Classification)
             with torch.autocast(model.device.type, enabled=False):
                 others.append(_Judge(task, them, task._fixed_vectors(them)))
-        readers = [one.task._loader for one in (own, *filter(None, others))]
-        for batches in zip(*(loader.read(numbers) for loader in readers), strict=True):
+        read = [one.task._loader.read_videos(self._loader.indices(numbers)) for one in (own, *filter(None, others))]
+        for batches in zip(*read, strict=True):
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in batches[0].failures}
             rows, places = [torch.empty(0, len(self._classes))], []
             for name in [] if batches[0].videos is None else batches[0].videos.video_ids:

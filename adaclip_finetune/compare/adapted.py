@@ -117,7 +117,7 @@ def _of_captions(
         assert isinstance(report, CaptioningReport)
         seconds = report.caption_seconds / len(report.captions)
         return new(
-            label, kind, report.figures, f"adapted to each video ({chosen.steps} steps), {seconds:.2g} s"
+            label, kind, report.figures, f"adapted to each video ({chosen.steps} steps), {seconds:.2g} s each"
         ), report
 
     last, report = adapted(f" + {adaptation.method}", "adapted", settings)

@@ -61,15 +61,20 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
-    for tower, count in zip(("vision_cfg", "text_cfg"), args.blocks, strict=True):
-        MODEL[tower]["layers"] = count
-    model = open_clip.CLIP(**MODEL)
+    config = with_blocks(*args.blocks)
+    model = open_clip.CLIP(**config)
     if args.start:
         grow(model, load_file(args.start / "open_clip_model.safetensors"))
     train(model, Stills(np.random.default_rng(args.seed)), args.steps, args.learning_rate)
-    save(model, args.out)
+    save(model, args.out, config)
     for name, figure in evaluate(open_clip.create_model(f"local-dir:{args.out}").eval()).items():
         print(f"{name}: {figure:.1f} %")
+
+
+def with_blocks(image: int, text: int) -> dict[str, Any]:
+    """Return MODEL with other numbers of blocks."""
+    towers = {"vision_cfg": image, "text_cfg": text}
+    return {**MODEL, **{name: {**MODEL[name], "layers": count} for name, count in towers.items()}}
 
 
 def grow(model: open_clip.CLIP, smaller: Mapping[str, Tensor]) -> None:
@@ -134,11 +139,11 @@ def pixels(images: NDArray[np.uint8]) -> Tensor:
     return (x - mean) / std
 
 
-def save(model: open_clip.CLIP, folder: Path) -> None:
+def save(model: open_clip.CLIP, folder: Path, config: dict[str, Any]) -> None:
     """An open_clip folder. Rows of words that no caption holds stay as they were drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    content = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_model.safetensors").chmod(0o644)

@@ -608,7 +608,8 @@ class CaptionLossSettings(ObjectiveSettings):
         return self.learn_from == "videos"
 
     def contradictions(self, config: Any) -> Iterator[Problem]:
-        """Yield a missing captioner, joined captions, texts in place of frames, and methods that need gradients."""
+        """Yield a missing captioner, texts in place of frames, joined captions, and methods that change CLIP by
+        themselves."""
         if config.captioner is None:
             yield "objective captioning trains a captioner: give captioner.method", ("objective.method", "captioner")
         elif config.captioner.config.prefix == "frames" and not self.uses_videos:
@@ -617,8 +618,9 @@ class CaptionLossSettings(ObjectiveSettings):
         if config.concat_captions == "concat":
             what = "objective captioning would learn to say all captions of a video as one (concat_captions concat)"
             yield f"{what}: take indep-one or indep-all", ("objective.method", "concat_captions")
-        if config.peft.method in ("ibs", "lisa", "adabn"):
-            what = f"objective captioning trains the captioner alone, and peft.method {config.peft.method} changes CLIP"
+        methods = [part.method for part in getattr(config.peft.config, "methods", (config.peft,))]
+        for method in sorted({"ibs", "lisa", "adabn"}.intersection(methods)):
+            what = f"objective captioning trains the captioner alone, and peft.method {method} changes CLIP"
             yield f"{what}: leave peft out", ("objective.method", "peft.method")
 
 

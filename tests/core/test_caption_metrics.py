@@ -1,9 +1,12 @@
 """Figures of captions equal those of the published programs, and do what their definitions say."""
 
+import sys
+
 import pytest
 import torch
 from golden import load_golden
 
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.caption_metrics import caption_figures, cider, clip_scores, rouge_l, words_of
 
 
@@ -58,3 +61,9 @@ def test_clip_scores_are_the_published_ones() -> None:
     )
     torch.testing.assert_close(scores, golden["clipscore"], atol=1e-6, rtol=0)
     torch.testing.assert_close(with_references, golden["refclipscore"], atol=1e-6, rtol=0)
+
+
+def test_a_missing_library_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    with pytest.raises(UserError, match=r"nltk\.tokenize.*\[caption\]"):
+        words_of(["a ring"])

@@ -222,6 +222,7 @@ def test_a_captioner_that_has_not_learned_is_not_evaluated(speaking: Project, ru
         ({"concat_captions": "concat"}, "indep-one"),
         ({"objective": None}, "objective captioning only"),
         ({"peft": {"method": "lisa"}}, "peft.method lisa"),
+        ({"peft": [{"method": "bitfit"}, {"method": "adabn"}], "policy_backbone": "resnet50"}, "peft.method adabn"),
         ({"frame_agg": "qscore"}, "qscore"),
         ({"do_inference": True}, "resume"),
         ({"adaptation": {"method": "clip_reward"}}, "not for training"),

@@ -809,12 +809,12 @@ class ClipRewardSettings(ChoiceSettings):
             counts = f"{section}weights has {len(self.weights)} numbers for {len(self.reward)} CLIPs of {section}reward"
             yield f"{counts}: give one for each, or none", (f"{section}weights", f"{section}reward")
         if self.learns.method == "context" and not config.task_settings.of_classes:
-            what = (
-                f"{section}learns context learns words before class names: take another method, or task classification"
-            )
+            what = f"{section}learns context changes the words before class names: take another, or task classification"
             yield what, (f"{section}learns.method", "task.method")
         elif self.learns.method == "context" and getattr(config.task.config, "templates", "none") == "none":
-            what = f"{section}learns context learns words before class names, but task.config.templates none has none"
+            what = (
+                f"{section}learns context changes the words before class names, but task.config.templates none has none"
+            )
             yield f"{what}: give a file with the template a photo of a {{}}.", ("task.config.templates",)
         if self.loss == "distillation" and config.task_settings.of_captions:
             what = "adaptation.config.loss distillation needs candidates that stay, which captions do not: take reward"

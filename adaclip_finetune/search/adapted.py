@@ -91,8 +91,7 @@ def adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any])
 
         def logits() -> Tensor:
             nonlocal videos, vectors
-            with model.autocast():
-                features = model.model.encode_text(tokens)
+            features = model.model.encode_text(tokens)
             vector = F.normalize(features.sentence[0].detach().float(), dim=-1)
             videos, found = index.nearest(vector.cpu().numpy(), chosen.candidates)
             vectors = torch.from_numpy(found)
@@ -101,10 +100,11 @@ def adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any])
             return scores
 
         def cosines() -> list[Tensor]:
-            own = plain @ vectors.T
+            with torch.autocast("cpu", enabled=False):
+                own = plain @ vectors.T
             return [(own if other is None else other.cosines(text, videos)).to(model.device) for other in others]
 
-        with adaptation(model.model, QueryBatch("t2v", logits, cosines)):
+        with model.autocast(), adaptation(model.model, QueryBatch("t2v", logits, cosines)):
             return model.encode_text([text]), time.monotonic() - begun
 
     with adaptation.prepared(model.model):

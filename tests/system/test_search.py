@@ -289,6 +289,9 @@ def test_a_search_adapts_to_each_text_by_itself(adapt: list[str], clips: Path, t
     for changed in (["--adaptation.config.steps", "0"], ["--adaptation.config.momentum", "0.5"]):
         (found,) = found_scores(capsys, place, "a dog", *adapt, *changed)
         assert found["hits"] == (plain if "0" in changed else adapted)["hits"]
+    (in_bf16,) = found_scores(capsys, place, "a dog", *adapt, "--precision", "bf16")
+    for name, score in in_bf16["hits"].items():
+        assert abs(score - adapted["hits"][name]) < 0.3 * abs(score - plain["hits"][name]), "the steps count in bf16"
     assert main(["search", str(place), "a dog", *adapt[:-1], "self"]) == 0
     assert "adapted to this query" in capsys.readouterr().out
 

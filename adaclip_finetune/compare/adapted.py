@@ -13,7 +13,8 @@ from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.evaluation.adaptation.clip_reward import ITSELF
 from adaclip_finetune.evaluation.metrics import Metrics
 from adaclip_finetune.evaluation.reward import Rewarded, class_baselines
-from adaclip_finetune.evaluation.tasks.base import QueryRanks, Report
+from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report
+from adaclip_finetune.evaluation.tasks.captioning import PREFERRED, CaptioningReport
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport
 
@@ -28,6 +29,8 @@ def adapted_rows(
     """
     settings = adaptation.config
     assert isinstance(settings, ClipRewardSettings)
+    if isinstance(plain, CaptioningReport):
+        return _of_captions(model, split, row, adaptation, settings)
     directions = ("t2v", "v2t") if settings.directions == "both" else (settings.directions,)
     names = " + ".join(settings.reward)
 
@@ -87,6 +90,42 @@ def adapted_rows(
     if settings.reward != (ITSELF,):
         itself = settings.model_copy(update={"reward": (ITSELF,), "weights": ()})
         rows.append(adapted(f"{row.label} + {adaptation.method} by itself", "baseline", itself)[0])
+    return [*rows, last]
+
+
+def _of_captions(
+    model: OpenCandidate, split: EvaluationSplit, row: TableRow, adaptation: Chosen, settings: ClipRewardSettings
+) -> list[TableRow]:
+    """Return the rows of a captioner: the candidates that the reward prefers, and the captioner adapted by itself as
+    the reward, and by the reward."""
+
+    def new(label: str, kind: RowKind, figures: Figures, note: str) -> TableRow:
+        return replace(
+            row,
+            label=f"{row.label}{label}",
+            kind=kind,
+            figures=figures.as_dict(),
+            gallery=row.gallery.splitlines()[0],
+            cost={},
+            note=note,
+            model=row.label,
+        )
+
+    def adapted(label: str, kind: RowKind, chosen: ClipRewardSettings) -> tuple[TableRow, CaptioningReport]:
+        tell(f"{row.label}{label}")
+        _, report = model.measure(split, label, adaptation.model_copy(update={"config": chosen}))
+        assert isinstance(report, CaptioningReport)
+        seconds = report.caption_seconds / len(report.captions)
+        return new(
+            label, kind, report.figures, f"adapted to each video ({chosen.steps} steps), {seconds:.2g} s each"
+        ), report
+
+    last, report = adapted(f" + {adaptation.method}", "adapted", settings)
+    note = f"of {settings.caption_candidates} captions a video, before any step"
+    rows = [new(", preferred by the reward", "baseline", report.baselines[PREFERRED], note)]
+    if settings.reward != (ITSELF,):
+        itself = settings.model_copy(update={"reward": (ITSELF,), "weights": ()})
+        rows.append(adapted(f" + {adaptation.method} by itself", "baseline", itself)[0])
     return [*rows, last]
 
 

@@ -114,11 +114,13 @@ class OpenCandidate:
             return task.similarity_of(texts, self.session.model, report)
 
     def add_rows(self, data_set: DataSetRows, split: EvaluationSplit) -> tuple[Task, Report]:
-        """Measure zero-shot, if this CLIP is not in `data_set` yet, and the model, and add their rows."""
+        """Measure zero-shot, if the task can and this CLIP is not in `data_set` yet, and the model, and add their
+        rows."""
         tell(f"{self.label} on {data_set.name}")
         baseline = None
         try:
-            baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
+            if self.config.task_settings.has_zero_shot:
+                baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
         except UserError as error:
             data_set.remarks.append(f"zero-shot of {self.label} is NOT measured: {error}")
         task, report = self.measure(split, self.label)

@@ -20,6 +20,7 @@ STREAMS = {
     "auxiliary": 7,
     "template": 8,
     "view": 9,
+    "text noise": 10,
 }
 
 

@@ -17,6 +17,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.tasks.captioning import CaptioningReport
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -119,8 +120,11 @@ def zero_shot(
 ) -> Report | None:
     """Measure the pretrained CLIP, with the config's adaptation if `adapted`, and print its figures.
 
-    Return None, after a warning, if the model came from a checkpoint and its pretrained CLIP is not available.
+    Return None if the task cannot measure it and, after a warning, if the model came from a checkpoint and its
+    pretrained CLIP is not available.
     """
+    if not session.config.task_settings.has_zero_shot:
+        return None
     config, label = zero_shot_config(session.config), "zero-shot"
     if adapted:
         config = config.model_copy(update={"adaptation": session.config.adaptation})
@@ -155,6 +159,7 @@ def finish(
     if usage is not None and (path := run.file("frame_usage.png")):
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     draw_confusion(final, run)
+    write_captions(final, run)
     write_similarity(config, final, run)
     if found := _intervals(task, final):
         metrics["intervals"] = found
@@ -201,6 +206,12 @@ def draw_confusion(measured: Report, run: RunFolder) -> None:
     """Draw which classes are taken for which, if the task is about classes."""
     if isinstance(measured, ClassificationReport) and (path := run.file("confusion.png")):
         report.draw_confusion(path, measured.confusion(), measured.classes)
+
+
+def write_captions(measured: Report, run: RunFolder) -> None:
+    """Write the caption of each video beside its references, if the task is about captions."""
+    if isinstance(measured, CaptioningReport):
+        run.write_json("captions.json", measured.rows())
 
 
 def write_similarity(config: Config, measured: Report, run: RunFolder) -> None:

@@ -6,6 +6,8 @@ reward is subtracted, and a few steps of AdamW on reward · cross-entropy change
 candidates' vectors stay as they are. After the query's vector was computed, the tower is put back.
 
 In classification a query is a video: those of its views that the model is most certain of are the queries of a step.
+In captioning a query is a video, too, its candidates are the captions that a beam search finds in each step, and the
+captioner learns.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ _STD_EPSILON = 1e-5
 class ClipReward(Adaptation):
     """Adapts the text tower to each text, the image tower to each video, or each to its own.
 
-    In classification it adapts the image tower, or the context of the class names, to each video.
+    In classification it adapts the image tower, or the context of the class names, to each video, and in captioning the
+    captioner.
     """
 
     settings: ClipRewardSettings
@@ -57,6 +60,8 @@ class ClipReward(Adaptation):
         if self._of_classes:
             self.directions, self.views = ("v2t",), self.settings.views
             self.changes_texts = self.settings.learns.method == "context"
+        if config.task_settings.of_captions:
+            self.directions = ("v2t",)
         for source in self.settings.reward:
             try:
                 self.others.append(None if source == ITSELF else open_other(source))
@@ -66,9 +71,13 @@ class ClipReward(Adaptation):
     @contextmanager
     def prepared(self, model: VideoRetriever) -> Iterator[None]:
         """Attach what `learns` adds to CLIP, with values drawn from the seed of the run, and choose what learns."""
+        assert self._config is not None, "start was not called"
+        if self._config.task_settings.of_captions:
+            with self._captioner_learns(model):
+                yield
+            return
         clip = model.clip
         learned = [(parameter, parameter.requires_grad) for parameter in clip.parameters()]
-        assert self._config is not None, "start was not called"
         method: PeftMethod = implementation(LEARNS, self.settings.learns)(self.settings.learns.config)
         method.seed = self._config.seed
         merged = not any(isinstance(part, parametrize.ParametrizationList) for part in clip.modules())
@@ -93,6 +102,19 @@ class ClipReward(Adaptation):
                 if parametrize.is_parametrized(part):
                     for name in list(part.parametrizations):  # type: ignore[arg-type]
                         parametrize.remove_parametrizations(part, name, leave_parametrized=False)
+            for parameter, learns in learned:
+                parameter.requires_grad_(learns)
+
+    @contextmanager
+    def _captioner_learns(self, model: VideoRetriever) -> Iterator[None]:
+        assert model.captioner is not None, "the settings refuse this"
+        learned = [(parameter, parameter.requires_grad) for parameter in model.captioner.parameters()]
+        try:
+            model.captioner.requires_grad_(True)
+            self._learners = {"v2t": Learner(list(model.captioner.parameters()), self.settings, _EPSILON)}
+            yield
+        finally:
+            self._learners = {}
             for parameter, learns in learned:
                 parameter.requires_grad_(learns)
 

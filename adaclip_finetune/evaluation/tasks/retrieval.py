@@ -39,7 +39,7 @@ from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
-from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures
 from adaclip_finetune.model.hard_topk import Selection
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
@@ -260,7 +260,7 @@ class Retrieval(Task):
         return replace(blocks, text=torch.cat([batch.rows for batch in bar]).to(model.device))
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
-        """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
+        """Embed the gallery to what is kept of it: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
         videos.embed(len(self._loader), partial(self._embed_video_batches, model), self.label)
@@ -278,10 +278,14 @@ class Retrieval(Task):
                 places = _integers([place[name] for name in collated.videos.video_ids])
                 with torch.no_grad():
                     features = model.encode_video(collated.videos.to(model.device, non_blocking=self.config.pin_mem))
-                    rows = model.scorer.keep(features).float().cpu()
+                    rows = self._kept(model, features).float().cpu()
                 if features.selection is not None:
                     usage = features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
             yield EmbeddedBatch(places, rows, usage, failed)
+
+    def _kept(self, model: VideoRetriever, features: VideoFeatures) -> Tensor:
+        """Return what is kept of the videos of a batch: (B, …)."""
+        return model.scorer.keep(features)
 
     def _text_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // self.config.val_batch_size)

@@ -21,7 +21,7 @@ from adaclip_finetune.data.frame_store import FrameStore
 from adaclip_finetune.data.preprocess import FILTERS, IMAGENET, ImageSpec, to_square
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.data.video.folder import VideoFolder
-from adaclip_finetune.extract.program import find_program
+from adaclip_finetune.data.video.program import find_program
 
 Views = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 

@@ -25,13 +25,16 @@ _SLOWER = 1.1  # a median that is worse by less is not reported
 _HEAD = "| case | measured | ms | against | ms | times as fast | in a turn | aim |\n|---|---|---|---|---|---|---|---|"
 
 
-def make_setup(device: str, precision: str | None, turns: int, quick: bool) -> Setup:
+def make_setup(device: str, precision: str | None, turns: int, quick: bool, processor_time: bool) -> Setup:
     """Return the setup for a device as the setting `device` names it. The default precision on CUDA is bf16.
 
-    Raise UserError if the device is not available.
+    Raise UserError if the device is not available, or if processor time is wanted of an accelerator.
     """
     found = make_accelerator(load_config(None, {"device": device})).device
-    return Setup(found, precision or ("bf16" if found.type == "cuda" else "fp32"), turns, quick)
+    if processor_time and found.type != "cpu":
+        raise UserError(f"--processor_time: {found.type} has none; leave it out, or give --device cpu")
+    precision = precision or ("bf16" if found.type == "cuda" else "fp32")
+    return Setup(found, precision, 1 if quick else turns, quick, processor_time)
 
 
 def run_rows(names: Sequence[str], setup: Setup) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def machine(setup: Setup) -> dict[str, str]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "device": f"{describe_device(setup.device)}, {setup.precision}",
+        "clock": "processor time" if setup.processor_time else "time that passes",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": f"adaclip-finetune {__version__}, torch {torch.__version__}",
     }

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 
 from adaclip_finetune.bench.measure import Aim, Measured, Setup, in_turns
 from adaclip_finetune.bench.step import small_clip
+from adaclip_finetune.data.video.program import find_program
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.extract.program import find_program
 
 _PROGRAM = "import sys; from adaclip_finetune.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -9,6 +9,7 @@ frames; in training those with gradients and the others without, since the strai
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -177,9 +178,11 @@ class VideoRetriever(nn.Module):
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:
             return self._tokens_of_mixed_frames(videos, noise)
-        if self.selector.backbone is None:
+        # Where no frame needs gradients, one batch of all is faster than those that were selected and then the others.
+        if self.selector.backbone is None or (self.training and not self._images_learn()):
             everything = self._encode(videos.frames, videos.frame_mask)
-            selection = self.selector(everything, noise)
+            features = everything if self.selector.backbone is None else self._selector_features(videos)
+            selection = self.selector(features, noise)
             return _mix(selection.weights, everything), selection
         selection = self.selector(self._selector_features(videos), noise)
         chosen = self._encode(*_take_frames(videos, selection.indices))
@@ -191,6 +194,11 @@ class VideoRetriever(nn.Module):
             rest = self._encode(*_take_frames(videos, others))
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
+
+    def _images_learn(self) -> bool:
+        """Return whether anything learns through which images go."""
+        parameters = chain(self.clip.get_submodule("visual").parameters(), self.tower.parameters())
+        return any(parameter.requires_grad for parameter in parameters)
 
     def _tokens_of_mixed_frames(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
         """Return the tokens of a tower that mixes frames.

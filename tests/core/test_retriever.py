@@ -119,6 +119,22 @@ def test_evaluation_encodes_only_the_selected_frames() -> None:
         torch.testing.assert_close(video.vector, model.aggregator(chosen)[0], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("policy", ["raw", "frozen_clip"])
+def test_training_of_a_frozen_tower_encodes_all_frames_at_once(policy: str) -> None:
+    model = build_retriever(frame_agg="mlp", policy_backbone=policy).double().train()
+    model.clip.requires_grad_(False)
+    batch, noise, encoded = make_batch(policy=policy)[0], gumbel(4, 6), list[int]()
+    model.clip.visual.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
+    vector = model.encode_video(batch, noise).vector
+    assert encoded == [4 * 6] and vector is not None
+    expected = encode_everything(model, batch, noise)
+    torch.testing.assert_close(vector, expected, atol=1e-9, rtol=1e-9)
+    learning = [parameter for parameter in model.selector.parameters() if parameter.requires_grad]
+    gradients = (torch.autograd.grad(of.square().sum(), learning) for of in (vector, expected))
+    for ours, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-9, rtol=1e-7)
+
+
 def test_k_annealing_works_with_the_transformer_header() -> None:
     model = build_retriever(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
     for epoch, k in enumerate([5, 4, 3, 2]):

@@ -55,6 +55,7 @@ COMMANDS = {
     "compare": "train several methods under one recipe and compare them in one table",
     "predict": "write the best videos of each query to a file",
     "export": "convert a checkpoint for the published AdaCLIP, open_clip or transformers",
+    "push": "upload a run to the Hugging Face Hub",
     "convert": "convert annotations of published data sets, or tables, to JSON",
     "index": "embed a folder of videos for searching",
     "search": "find videos in an index by text or image",

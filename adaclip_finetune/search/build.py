@@ -26,6 +26,7 @@ from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
+from adaclip_finetune.hub import on_hub
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection, copies_among
 from adaclip_finetune.search.index import (
@@ -317,7 +318,8 @@ def _info(
         kept["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     if collection.img_tmpl is not None:
         kept["img_tmpl"] = collection.img_tmpl
-    run = model.source if model.untrained and not model.source.exists() else model.source.absolute()
+    is_name = on_hub(model.source) or (model.untrained and not model.source.exists())
+    run = model.source if is_name else model.source.absolute()
     divided = None if moments is None else asdict(moments)
     return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided)
 

@@ -29,6 +29,7 @@ from safetensors.numpy import save
 
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.hub import on_hub
 from adaclip_finetune.search.collection import FileStamp
 from adaclip_finetune.search.peaks import find_peaks
 
@@ -57,7 +58,7 @@ class IndexInfo:
     @property
     def model_name(self) -> str:
         """Return what to call the model: the name of its folder or file, or of the CLIP."""
-        return self.run if self.has_named_clip else Path(self.run).name
+        return self.run if self.has_named_clip or on_hub(self.run) else Path(self.run).name
 
 
 class EmbeddedMoments(NamedTuple):

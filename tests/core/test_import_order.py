@@ -24,7 +24,7 @@ LAYERS = [
     {"model"},
     {"weights"},
     {"data"},
-    {"config"},
+    {"config", "hub"},
     {"strict_json"},
     {"lock", "processes"},
     {"durable", "errors", "printable"},

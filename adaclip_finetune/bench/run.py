@@ -79,11 +79,19 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Read what `adaclip bench --json` wrote. Raise UserError if it is something else."""
+def read_results(path: Path, setup: Setup) -> dict[str, Any]:
+    """Read what `adaclip bench --json` wrote.
+
+    Raise UserError if it is something else, or was measured on another machine or with other sizes.
+    """
     found = parse_json(path.read_text(), str(path))
-    if not isinstance(found, dict) or not {"rows", "machine"} <= set(found):
+    if not isinstance(found, dict) or not {"rows", "machine", "quick"} <= set(found):
         raise UserError(f"--compare {path}: is not a file that `adaclip bench --json` wrote")
+    if found["quick"] != setup.quick:
+        raise UserError(f"--compare {path}: either both results are --quick or none")
+    for name, value in machine(setup).items():
+        if name in ("processor", "device", "clock") and found["machine"].get(name) != value:
+            raise UserError(f"--compare {path}: {name} {found['machine'].get(name)}, but here {value}: measure anew")
     return found
 
 

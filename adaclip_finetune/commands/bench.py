@@ -26,9 +26,9 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.bench.run import make_setup, read_results, run_rows, slower
 
-    old = arguments.compare and read_results(arguments.compare)
     given = arguments.device, arguments.precision, arguments.turns, arguments.quick, arguments.processor_time
     setup = make_setup(*given)
+    old = arguments.compare and read_results(arguments.compare, setup)
     found = run_rows(arguments.rows or list(ROWS), setup)
     if arguments.json:
         write_output("--json", arguments.json, json.dumps(found, indent=1))

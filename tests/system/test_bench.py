@@ -37,8 +37,13 @@ def test_the_command_writes_a_table_and_compares(tmp_path: Path, capfd: pytest.C
     (case,) = found["rows"]["hard_topk"]
     case["aims"][0]["times_as_fast"] = [1000.0]
     results.write_text(json.dumps(found))
+    words.append("--processor_time")
     assert main([*words, "--compare", str(results)]) == 1
     assert "1000.00 times as fast before" in capfd.readouterr().out
+    for change in ({"quick": False}, {"machine": found["machine"] | {"processor": "another"}}):
+        results.write_text(json.dumps(found | change))
+        assert main([*words, "--compare", str(results)]) == 2
+        assert f"--compare {results}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,18 +39,19 @@ def run(words: Sequence[str]) -> int:
         raise UserError("the text to search for is empty")
     if arguments.compare is not None and (arguments.by == "moment" or arguments.explain):
         raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
+    if arguments.score is not None and arguments.by == "moment":
+        raise UserError("--score says what ranks videos: leave out --by moment")
     texts = [str(arguments.image or arguments.text)] if arguments.queries is None else _lines(arguments.queries)
     settings = model_settings(arguments)
 
     index, model = _open(arguments.index, arguments.model, settings)
-    find = index.search_moments if arguments.by == "moment" else index.search
-    if arguments.by == "moment":
+    if "moment" in (arguments.by, arguments.score):
         index.need_moments()
+    find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
     other = None
     if arguments.compare is not None:
-        other = _open(
-            arguments.compare, None, {name: value for name, value in settings.items() if name != "clip_weights"}
-        )
+        others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
+        other = _open(arguments.compare, None, others_settings)
         if not arguments.json:
             _print_names(index, other[0])
     if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
@@ -94,8 +96,8 @@ def _parser() -> Parser:
         "Find videos in an index by a text or a picture. Each line shows rank, score (the cosine), the time of the "
         "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
         "one lasts.",
-        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--by moment] [--json] [--explain] "
-        "[--compare OLD.index]",
+        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
+        "       [--by moment] [--score moment] [--compare OLD.index]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
@@ -105,6 +107,8 @@ def _parser() -> Parser:
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"
     add("--by", choices=("video", "moment"), default="video", help=by)
+    score = "what ranks videos: their own vector, or their best moment; default: whole, and moment if not finetuned"
+    add("--score", choices=("whole", "moment"), help=score)
     add("--json", action="store_true", help="print one JSON object per query and line")
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -286,23 +286,26 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def search(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
-        """Return the k nearest videos to each query, best first; fewer if the index holds fewer. Copies count as one.
+    def search(
+        self, vectors: Any, k: int, ranks: slice = slice(None), score: Literal["whole", "moment"] | None = None
+    ) -> list[list[Hit]]:
+        """Return the k best videos for each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
-        wanted, for example `slice(10, 20)` for a second page. Raise UserError for vectors of another width and k < 1.
+        wanted, for example `slice(10, 20)` for a second page. `score` ranks videos by their own vector (`whole`) or
+        that of their best window (`moment`), which is the default for a pretrained CLIP. Raise UserError for vectors of
+        another width, k < 1, and `moment` without moments.
         """
         queries = self._unit_queries(vectors, k)
-        if not len(self):
-            return [[] for _ in queries]
-        scores, places = self._nearest.search(queries, min(k, self.distinct))
+        moments = self.need_moments() if score == "moment" else None
+        if score is None and self.info.untrained:
+            moments = self.moments
+        found: Iterable[Iterable[tuple[float, int]]] = self._by_whole(queries, k)
+        if moments is not None:
+            found = [islice(self._by_best(moments, query), k) for query in queries]
         return [
-            [self._hit(query, rank, score, int(row)) for rank, (score, row) in list(enumerate(found, 1))[ranks]]
-            for query, found in zip(
-                queries,
-                (zip(*one, strict=True) for one in zip(scores.tolist(), self._rows[places], strict=True)),
-                strict=True,
-            )
+            [self._hit(query, rank, cosine, row) for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]]
+            for query, videos in zip(queries, found, strict=True)
         ]
 
     def search_moments(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
@@ -337,6 +340,23 @@ class VideoIndex:
             raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
         unit: NDArray[np.float32] = queries / length
         return unit
+
+    def _by_whole(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[float, int]]]:
+        """Return score and row of the k videos whose vectors are nearest to each query."""
+        if not len(self):
+            return [[] for _ in queries]
+        scores, places = self._nearest.search(queries, min(k, self.distinct))
+        rows = self._rows[places].tolist()
+        return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
+
+    def _by_best(self, moments: IndexedMoments, query: NDArray[np.float32]) -> Iterator[tuple[float, int]]:
+        """Yield score and row of all videos by their best windows, and after them of those that were not divided."""
+        seen = set()
+        for cosine, row, _ in moments.windows(query):
+            if row not in seen:
+                seen.add(row)
+                yield cosine, row
+        yield from (one for one in self._by_whole(query[None], self.distinct)[0] if one[1] not in seen)
 
     def _hit(self, query: NDArray[np.float32], rank: int, score: float, row: int) -> Hit:
         moments = self.moments.of_video(row, query)[:_MOMENTS_A_VIDEO] if self.moments else []
@@ -374,15 +394,20 @@ class IndexedMoments:
     def best(self, query: NDArray[np.float32]) -> Iterator[tuple[int, FoundMoment]]:
         """Yield the moments of all videos, best first, with the rows of their videos."""
         found: dict[int, dict[int, FoundMoment]] = {}  # what has not been yielded
+        for _, row, number in self.windows(query):
+            if row not in found:
+                found[row] = self._found(row, query)
+            if moment := found[row].pop(number, None):
+                yield row, moment
+
+    def windows(self, query: NDArray[np.float32]) -> Iterator[tuple[float, int, int]]:
+        """Yield score, row of the video, and number in it, of all windows, best first; a window may come again."""
         seen, wanted = 0, 256
         while seen < len(self):
-            (places,) = self._nearest.search(query[None], min(wanted, len(self)))[1]
-            for place in places.tolist():
+            (scores,), (places,) = self._nearest.search(query[None], min(wanted, len(self)))
+            for score, place in zip(scores.tolist(), places.tolist(), strict=True):
                 row = int(self._row[place])
-                if row not in found:
-                    found[row] = self._found(row, query)
-                if moment := found[row].pop(place - self._first[row], None):
-                    yield row, moment
+                yield score, row, place - self._first[row]
             seen, wanted = len(places), 4 * wanted
 
     def picture(self, row: int, number: int) -> Path:

@@ -90,10 +90,7 @@ def embed_moments(
     size = max(1, FRAMES_A_GALLERY_BATCH // model.config.num_frm)
     for video in videos:
         try:
-            length, (first,) = collection.times(video, [0])
-            if not length or first is None:
-                reason = "its length is not known, which moments need: give its duration in the annotation"
-                raise FrameError(video.id, video.path, reason)
+            length = _length(video, collection)
         except FrameError as error:
             yield video, error
             continue
@@ -143,6 +140,7 @@ class _ReadPiece:
     places: Tensor  # int64 (M, N), of the moments' frames among the G; -1: blank
 
     def embedded(self, model: SearchModel) -> Iterator[Moment]:
+        """Yield the moments, which the model embeds in batches."""
         size = max(1, min(model.config.val_batch_size, FRAMES_A_GALLERY_BATCH // model.config.num_frm))
         place = {number: place for place, number in enumerate(self.numbers.tolist())}
         for start in range(0, len(self.spans), size):
@@ -248,6 +246,17 @@ class _Pieces(Dataset[_ReadPiece | FrameError]):
             yield from zip(numbers, store.read(video_id, numbers), strict=True)
 
 
+def _length(video: CollectionVideo, collection: VideoCollection) -> float:
+    """Return the length of a video in seconds. Raise FrameError if it is not known, or when frames are shown."""
+    length, (first,) = collection.times(video, [0])
+    if length is None and (times := collection.store.times(video.id)) is not None and len(times) > 1:
+        length = float(times[-1] + np.diff(times).mean())
+    if not length or first is None:
+        reason = "its length is not known, which moments need: give its duration in the annotation"
+        raise FrameError(video.id, video.path, reason)
+    return length
+
+
 def _only(items: list[Any]) -> Any:
     return items[0]
 
@@ -286,5 +295,6 @@ def _shots(colours: NDArray[np.float64], longest: int) -> list[tuple[int, int]]:
 
 def _borders(times: NDArray[np.float64], runs: Sequence[tuple[int, int]], span: Span) -> list[Span]:
     """Return start and end of each run of frames: halfway between the last frame of one and the first of the next."""
+    times = times.clip(min=span[0])  # the first frame may be shown since before the span
     inner = [round(float(times[start - 1] + times[start]) / 2, 3) for start, _ in runs[1:]]
     return list(pairwise([span[0], *inner, span[1]]))

@@ -3,6 +3,7 @@
     python train.py --config cfgs/demo.json --output_dir /tmp/demo
     python scripts/bench/moments.py /tmp/demo/dataset_example/RUN
     python scripts/bench/moments.py /tmp/demo/dataset_example/RUN --split val
+    python scripts/bench/moments.py dataset_example/tiny_clip
 
 The first table: for each caption, the best moment of its video is compared with the event that the caption describes
 (dataset_example/events.json): mean intersection over union in percent, and R@1 at 0.5 and 0.7, the share of captions
@@ -10,9 +11,9 @@ for which it is at least that. `whole video` is the span from start to end, `bes
 with the greatest weight, which is the same for every query. Of windows and shots, `best` is the one with the highest
 cosine, `moment` what `adaclip search` shows, and `oracle` the one that fits best, whatever the model says.
 
-The second table: T2V R@1 if videos are ranked by the vector of the whole video, as `adaclip search` does, by their best
-window or shot, or by the log-sum-exp of their cosines times 10, 20 or 50. Beside it, what the index costs: `adaclip
-index` with the model in memory, from a single process, and all files of its folder.
+The second table: T2V R@1 if videos are ranked by the vector of the whole video (what `adaclip search` does with a
+finetuned model), by their best window or shot (with a CLIP), or by the log-sum-exp of their cosines times 10, 20 or 50.
+Beside it, what the index costs: seconds of a single process with the model in memory, and the bytes of all its files.
 """
 
 from __future__ import annotations

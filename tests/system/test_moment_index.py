@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from indexing import index_info, index_row, unit_rows, write_run
-from media import index_of, write_video
+from media import index_of, write_frames, write_video
 from PIL import Image
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoReader, collate
+from adaclip_finetune.data.frame_folder import FRAME_TIMES
 from adaclip_finetune.data.video import file
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import build
@@ -166,15 +168,35 @@ def test_shots(tmp_path: Path, model: SearchModel) -> None:
     assert max(end - start for start, end in spans(tmp_path / "short")) <= 1.13
 
 
-def test_frames_in_folders_need_a_length(project: Settings, tmp_path: Path, model: SearchModel) -> None:
-    annotation = json.loads(Path(project["test_annot"]).read_text())
-    first, *others = annotation
-    annotation[first]["duration"] = 4.0
-    (tmp_path / "a.json").write_text(json.dumps(annotation))
-    collection = collect_annotation(tmp_path / "a.json", model.config)
+def test_frames_that_are_shown_long(tmp_path: Path, model: SearchModel) -> None:
+    """A slide is shown from 1 s to 9 s: windows and shots inside that time show it, and spans stay in order."""
+    shown = [0, 500, 1000, 9000, 9500]
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "slides.mkv", 5, shown=shown)
+    collection = collect_folder(tmp_path / "v")
+    ((_, windows),) = embed_moments(model, collection, collection.videos, MomentSettings("windows", 2, 2))
+    assert isinstance(windows, list)
+    assert {moment.span: moment.frame for moment in windows}[4, 6] == 2
+    for window in (8.0, 0.25):
+        ((_, shots),) = embed_moments(model, collection, collection.videos, MomentSettings("shots", window))
+        assert isinstance(shots, list)
+        assert all(moment.span[0] < moment.span[1] for moment in shots)
+        assert all(one.span[1] == next_one.span[0] for one, next_one in pairwise(shots))
+
+
+def test_frames_in_folders_need_a_length(tmp_path: Path, model: SearchModel) -> None:
+    """It is annotated, or follows from the times of the frames."""
+    for name in ("annotated", "timed", "neither"):
+        write_frames(tmp_path / "frames" / name, 8)
+    (tmp_path / "frames" / "timed" / FRAME_TIMES).write_text(json.dumps([0.5 * number for number in range(8)]))
+    videos = {name: {"sentences": ["x"]} for name in ("annotated", "timed", "neither")}
+    (tmp_path / "a.json").write_text(json.dumps(videos | {"annotated": {"sentences": ["x"], "duration": 4.0}}))
+    config = model.config.model_copy(update={"frames_dir": str(tmp_path / "frames")})
+    collection = collect_annotation(tmp_path / "a.json", config)
     report = index_videos(model, collection, tmp_path / "i", moments=MomentSettings("windows", 2, 1))
-    assert set(report.broken) == set(others) and "duration" in report.broken[others[0]]
-    assert (report.count, report.moments, spans(tmp_path / "i")) == (1, 3, [(0, 2), (1, 3), (2, 4)])
+    assert list(report.broken) == ["neither"] and "duration" in report.broken["neither"]
+    assert (report.count, report.moments) == (2, 6)
+    assert spans(tmp_path / "i") == spans(tmp_path / "i", 1) == [(0, 2), (1, 3), (2, 4)]
 
 
 def test_updates_keep_drop_and_copy_moments(
@@ -291,9 +313,29 @@ def test_searches(tmp_path: Path, dtype: str) -> None:
         assert all(end <= start for (_, end), (start, _) in pairwise(times))
     for hit in index.search(query, 40)[0]:
         assert list(hit.moments) == by_video[hit.video.id][:5]
+    best = index.search(query, 12, score="moment")[0]
+    assert [hit.video.id for hit in best] == list(by_video)[:12] and [hit.rank for hit in best] == list(range(1, 13))
+    assert [hit.score for hit in best] == pytest.approx([hit.moments[0].score for hit in best], abs=1e-5)
     assert [hit.video.id for hit in index.search(query, 40)[0]] == [
         f"video{row}" for row in np.argsort(-(unit_rows(40).astype(dtype).astype(np.float32) @ query[0]))
     ]
+
+
+def test_a_clip_without_training_ranks_videos_by_their_best_moment(tmp_path: Path) -> None:
+    """Its mean of frames says less than a few of them; videos without moments come last."""
+    index, _ = write_moments(tmp_path / "i")
+    stored = read_index(index.folder)
+    assert stored.moments is not None
+    moments = list(stored.moments.by_video())
+    moments[7] = EmbeddedMoments([], np.empty((0, 32), np.float32))
+    rows = [video.row for video in stored.videos()]
+    write_index(index.folder, replace(index.info, untrained=True), stored.vectors, rows, moments)
+    untrained, query = VideoIndex.load(index.folder), unit_rows(1, seed=2)
+    ranked, before = untrained.search(query, 40)[0], index.search(query, 40, score="moment")[0]
+    order = [hit.video.id for hit in before if hit.video.id != "video7"]
+    assert [hit.video.id for hit in ranked] == [*order, "video7"] and not ranked[-1].moments
+    whole = untrained.search(query, 40, score="whole")[0]
+    assert [hit.video.id for hit in whole] == [hit.video.id for hit in index.search(query, 40)[0]]
 
 
 def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: Capsys) -> None:
@@ -313,6 +355,9 @@ def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: C
             span = "–".join(f"0:{int(10 * hit[end]) / 10:04.1f}" for end in ("start", "end"))
             assert re.search(rf"^ +{hit['rank']}  {hit['score']:.4f} +{span}  {hit['id']}", shown, re.MULTILINE)
             assert f"{span} ({hit['moments'][0]['score']:.4f})" in shown
+    assert main(["search", index, "a red thing", "--json", "--score", "moment"]) == 0
+    best = json.loads(capsys.readouterr().out)["hits"]
+    assert [hit["score"] for hit in best] == pytest.approx([hit["moments"][0]["score"] for hit in best], abs=1e-5)
     videos, moments = answers
     assert {hit["id"] for hit in videos} == {"a.mp4", "b.mp4"}
     assert all(hit["moments"][0]["start"] == hit["start"] <= hit["time"] for hit in videos)
@@ -321,6 +366,8 @@ def test_the_commands(clips: Path, tmp_path: Path, model: SearchModel, capsys: C
     ]
     cases = [
         (["search", plain, "x", "--by", "moment"], "has no moments"),
+        (["search", plain, "x", "--score", "moment"], "has no moments"),
+        (["search", index, "x", "--score", "whole", "--by", "moment"], "--score"),
         (["index", *words, plain, "--window", "2"], "--window belongs to --moments"),
         (["index", *words, plain, "--moments", "shots", "--stride", "2"], "--stride"),
         (["index", *words, plain, "--moments", "--stride", "20"], "--stride 20"),

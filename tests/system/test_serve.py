@@ -109,6 +109,7 @@ def test_moments(tmp_path: Path) -> None:
     with running(index) as server:
         assert server.ask("/api/status").json["moments"] == 9
         assert server.found("q=1")[0]["id"] == "video1.mp4"
+        assert server.found("q=6&score=moment")[0]["id"] == "video1.mp4"
         (first, *others) = server.found("q=6&by=moment")
         (moment,) = first["moments"]
         assert (first["id"], first["rank"], first["score"]) == ("video1.mp4", 1, pytest.approx(1))

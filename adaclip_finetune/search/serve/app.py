@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -118,6 +119,10 @@ Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what
 PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="which page")]
 PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="videos, or moments, per page")]
 By = Annotated[Literal["video", "moment"], Query(description="what to find; a video may have several moments")]
+Score = Annotated[
+    Literal["whole", "moment"] | None,
+    Query(description="what ranks videos: their own vector, or their best moment; the latter for a pretrained CLIP"),
+]
 Seconds = Annotated[float, Query(ge=0, le=1e6, allow_inf_nan=False, description="as a player counts")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
@@ -148,10 +153,10 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
-    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int, by: By) -> SearchAnswer:
-        if by == "moment" and index.moments is None:
-            raise HTTPException(422, "by: this index has no moments; `adaclip index --moments` adds them")
-        find = index.search_moments if by == "moment" else index.search
+    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score) -> SearchAnswer:
+        if "moment" in (by, score) and index.moments is None:
+            raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
+        find = partial(index.search, score=score) if by == "video" else index.search_moments
         # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
         first, last = (page - 1) * k, page * k
         most = last + 1 if by == "moment" else k * MAX_PAGE
@@ -169,16 +174,20 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
         return StatusAnswer(state=model.state, message=model.message, index=name, **about)
 
     @app.get("/api/search")
-    async def search(q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video") -> SearchAnswer:
+    async def search(
+        q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+    ) -> SearchAnswer:
         """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        return await answer(lambda loaded: loaded.encode_text([q.strip()]), page, k, by)
+        return await answer(lambda loaded: loaded.encode_text([q.strip()]), page, k, by, score)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 
     @app.post("/api/search/image", openapi_extra={"requestBody": picture})
-    async def search_image(request: Request, page: PageNumber = 1, k: PageSize = 12, by: By = "video") -> SearchAnswer:
+    async def search_image(
+        request: Request, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+    ) -> SearchAnswer:
         """Return the videos, or moments, that look like a picture, which is the body of the request."""
         content = bytearray()
         async for chunk in request.stream():
@@ -189,7 +198,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
             image = await asyncio.to_thread(open_picture, io.BytesIO(content), _PICTURES, MAX_PIXELS)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by)
+        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by, score)
 
 
 def _add_media(app: FastAPI, videos: ServedVideos) -> None:

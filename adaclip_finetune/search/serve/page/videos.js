@@ -47,6 +47,7 @@ function frameMarks(video) {
 }
 
 function momentMarks(video) {
+  if (!video.duration) return [];
   const most = video.moments[0].score, share = (time) => 97 * Math.min(time / video.duration, 1);
   return video.moments.map((moment, place) => {
     const mark = element("i", place ? "span" : "span best");

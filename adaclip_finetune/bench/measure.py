@@ -6,6 +6,7 @@ Other work on the machine slows all alternatives of a turn down alike, so what i
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +28,20 @@ class Setup:
     precision: str = "fp32"  # or bf16
     turns: int = 5
     quick: bool = False
+    processor_time: bool = False  # of this process and its children, instead of the time that passes
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def wait(self) -> None:
-        """Wait until the device has done everything."""
+    def now(self) -> float:
+        """Return the time in seconds at which the device has done everything."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+        if not self.processor_time:
+            return time.perf_counter()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,11 @@ def in_turns(setup: Setup, alternatives: Mapping[str, Callable[[], object]], cal
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(setup.turns + 1):
         for name, call in list(alternatives.items())[:: 1 if turn % 2 else -1]:
-            setup.wait()
-            started = time.perf_counter()
+            started = setup.now()
             for _ in range(calls):
                 call()
-            setup.wait()
             if turn:
-                seconds[name].append((time.perf_counter() - started) / calls)
+                seconds[name].append((setup.now() - started) / calls)
     return seconds
 
 

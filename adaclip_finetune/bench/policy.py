@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import open_clip
 import torch
@@ -31,15 +32,13 @@ def policy(setup: Setup) -> Iterator[Measured]:
         with torch.no_grad():
             check("the features of the CNN", ours(backbone, frames), plain(backbone, frames), 1e-4)
             with setup.autocast():
-                seconds = in_turns(
-                    setup,
-                    {
-                        "CLIP": lambda pixels=pixels: clip.visual(pixels),  # type: ignore[misc]
-                        "torchvision": lambda frames=frames: plain(backbone, frames),  # type: ignore[misc]
-                        "ours": lambda frames=frames: ours(backbone, frames),  # type: ignore[misc]
-                        "112 pixels": lambda small=small: ours(backbone, small),  # type: ignore[misc]
-                    },
-                )
+                alternatives: dict[str, Callable[[], object]] = {
+                    "CLIP": partial(clip.visual, pixels),
+                    "torchvision": partial(plain, backbone, frames),
+                    "ours": partial(ours, backbone, frames),
+                    "112 pixels": partial(ours, backbone, small),
+                }
+                seconds = in_turns(setup, alternatives)
         against_clip = Aim("ours", "CLIP", 8 if setup.device.type == "cpu" and setup.precision == "fp32" else None)
         aims = [against_clip, Aim("ours", "torchvision"), Aim("112 pixels", "CLIP")]
         yield Measured(f"{count} frames, {setup.precision}", seconds, aims)

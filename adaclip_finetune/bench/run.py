@@ -25,13 +25,16 @@ _SLOWER = 1.1  # a median that is worse by less is not reported
 _HEAD = "| case | measured | ms | against | ms | times as fast | in a turn | aim |\n|---|---|---|---|---|---|---|---|"
 
 
-def make_setup(device: str, precision: str | None, turns: int, quick: bool) -> Setup:
+def make_setup(device: str, precision: str | None, turns: int, quick: bool, processor_time: bool) -> Setup:
     """Return the setup for a device as the setting `device` names it. The default precision on CUDA is bf16.
 
-    Raise UserError if the device is not available.
+    Raise UserError if the device is not available, or if processor time is wanted of an accelerator.
     """
     found = make_accelerator(load_config(None, {"device": device})).device
-    return Setup(found, precision or ("bf16" if found.type == "cuda" else "fp32"), turns, quick)
+    if processor_time and found.type != "cpu":
+        raise UserError(f"--processor_time: {found.type} has none; leave it out, or give --device cpu")
+    precision = precision or ("bf16" if found.type == "cuda" else "fp32")
+    return Setup(found, precision, 1 if quick else turns, quick, processor_time)
 
 
 def run_rows(names: Sequence[str], setup: Setup) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def machine(setup: Setup) -> dict[str, str]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "device": f"{describe_device(setup.device)}, {setup.precision}",
+        "clock": "processor time" if setup.processor_time else "time that passes",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": f"adaclip-finetune {__version__}, torch {torch.__version__}",
     }
@@ -75,11 +79,19 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Read what `adaclip bench --json` wrote. Raise UserError if it is something else."""
+def read_results(path: Path, setup: Setup) -> dict[str, Any]:
+    """Read what `adaclip bench --json` wrote.
+
+    Raise UserError if it is something else, or was measured on another machine or with other sizes.
+    """
     found = parse_json(path.read_text(), str(path))
-    if not isinstance(found, dict) or not {"rows", "machine"} <= set(found):
+    if not isinstance(found, dict) or not {"rows", "machine", "quick"} <= set(found):
         raise UserError(f"--compare {path}: is not a file that `adaclip bench --json` wrote")
+    if found["quick"] != setup.quick:
+        raise UserError(f"--compare {path}: either both results are --quick or none")
+    for name, value in machine(setup).items():
+        if name in ("processor", "device", "clock") and found["machine"].get(name) != value:
+            raise UserError(f"--compare {path}: {name} {found['machine'].get(name)}, but here {value}: measure anew")
     return found
 
 

@@ -26,10 +26,9 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.bench.run import make_setup, read_results, run_rows, slower
 
-    old = arguments.compare and read_results(arguments.compare)
-    setup = make_setup(
-        arguments.device, arguments.precision, 1 if arguments.quick else arguments.turns, arguments.quick
-    )
+    given = arguments.device, arguments.precision, arguments.turns, arguments.quick, arguments.processor_time
+    setup = make_setup(*given)
+    old = arguments.compare and read_results(arguments.compare, setup)
     found = run_rows(arguments.rows or list(ROWS), setup)
     if arguments.json:
         write_output("--json", arguments.json, json.dumps(found, indent=1))
@@ -47,8 +46,8 @@ def _parser() -> Parser:
         "Measure how fast this package is on this machine, beside plain implementations and bounds in the same run. "
         "Weights and data are random, and nothing is downloaded. Results are compared with those of the plain "
         "implementation before anything is timed.",
-        "adaclip bench [ROW ...] [--device NAME] [--precision NAME] [--turns N] [--quick] [--json FILE] "
-        "[--compare FILE]",
+        "adaclip bench [ROW ...] [--device NAME] [--precision NAME] [--turns N] [--quick] "
+        "[--processor_time] [--json FILE] [--compare FILE]",
         "The table shows medians over turns, in which the alternatives alternate. docs/benchmarks.md tells more.",
     )
     add, rows = parser.add_argument, "; ".join(f"{name}, {row.help}" for name, row in ROWS.items())
@@ -57,6 +56,8 @@ def _parser() -> Parser:
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
     add("--turns", type=int, default=5, metavar="N", help="timed turns; default: 5")
     add("--quick", action="store_true", help="only check that everything works, at the smallest sizes")
+    clock = "measure processor time, which other work on a CPU changes less; with OMP_NUM_THREADS=1"
+    add("--processor_time", action="store_true", help=clock)
     add("--json", metavar="FILE", type=a_path, help="also write the results to this file")
     add("--compare", metavar="FILE", type=a_path, help="results of --json, on this machine; exit code 1 if slower now")
     return parser

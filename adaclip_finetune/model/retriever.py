@@ -9,6 +9,7 @@ frames; in training those with gradients and the others without, since the strai
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from adaclip_finetune.model.text import check_words
 from adaclip_finetune.model.towers.base import FrameTower
 from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.weights.loaded import LoadedClip
+
+_FIXED_FRAMES_AT_ONCE = 1024
 
 
 class VideoRetriever(nn.Module):
@@ -180,9 +183,12 @@ class VideoRetriever(nn.Module):
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:
             return self._tokens_of_mixed_frames(videos, noise)
-        if self.selector.backbone is None:
-            everything = self._encode(videos.frames, videos.frame_mask)
-            selection = self.selector(everything, noise)
+        # Where no frame needs gradients, one batch of all is faster than those that were selected and then the others.
+        if self.selector.backbone is None or (self.training and not self._images_learn()):
+            encode = self._encode if self._images_learn() else self._encode_fixed
+            everything = encode(videos.frames, videos.frame_mask)
+            features = everything if self.selector.backbone is None else self._selector_features(videos)
+            selection = self.selector(features, noise)
             return _mix(selection.weights, everything), selection
         selection = self.selector(self._selector_features(videos), noise)
         chosen = self._encode(*_take_frames(videos, selection.indices))
@@ -190,10 +196,14 @@ class VideoRetriever(nn.Module):
             return chosen, selection
         # The rows of the weights are one-hot, but their gradient needs the values of the embeddings of all frames.
         others = _complement(selection.indices, videos.frames.shape[1])
-        with torch.no_grad():
-            rest = self._encode(*_take_frames(videos, others))
+        rest = self._encode_fixed(*_take_frames(videos, others))
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
+
+    def _images_learn(self) -> bool:
+        """Return whether anything learns through which images go."""
+        parameters = chain(self.clip.get_submodule("visual").parameters(), self.tower.parameters())
+        return any(parameter.requires_grad for parameter in parameters)
 
     def _tokens_of_mixed_frames(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
         """Return the tokens of a tower that mixes frames.
@@ -235,6 +245,13 @@ class VideoRetriever(nn.Module):
             width = embedding_width(self.clip)
             return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
         return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
+
+    @torch.no_grad()
+    def _encode_fixed(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Return what `_encode` returns, without gradients, computed in parts to limit memory."""
+        videos = max(1, _FIXED_FRAMES_AT_ONCE // max(1, frames.shape[1]))
+        parts = zip(torch.split(frames, videos), torch.split(frame_mask, videos), strict=True)
+        return torch.cat([self._encode(*part) for part in parts])
 
     def _encode_alone(self, videos: VideoBatch) -> Tensor:
         """Return CLIP's embedding of each frame by itself, (B, N, D), whatever the tower."""

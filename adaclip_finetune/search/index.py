@@ -267,13 +267,12 @@ class VideoIndex:
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
         self.width = stored.vectors.shape[1]
-        firsts: dict[bytes, int] = {}
+        firsts, own = first_of_equal(stored.vectors), np.arange(len(stored.vectors))
+        self._rows = np.flatnonzero(firsts == own)
+        self.distinct = len(self._rows)
         self._copies: dict[int, list[int]] = {}  # of the first row with a vector: the others
-        for row, vector in enumerate(stored.vectors):
-            first = firsts.setdefault(hashlib.blake2b(vector.tobytes(), digest_size=16).digest(), row)
-            if first != row:
-                self._copies.setdefault(first, []).append(row)
-        self._rows, self.distinct = np.fromiter(firsts.values(), np.int64), len(firsts)
+        for row in np.flatnonzero(firsts != own).tolist():
+            self._copies.setdefault(int(firsts[row]), []).append(row)
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
         self._nearest = _flat_index(vectors)
         self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
@@ -443,6 +442,21 @@ class _Windows(NamedTuple):
     rows: list[dict[str, Any]]
     spans: NDArray[np.float64]
     times: NDArray[np.float64]
+
+
+def first_of_equal(vectors: NDArray[Any]) -> NDArray[np.int64]:
+    """Return for each of the vectors (V, D) the first row with the same bytes, which may be its own: (V,)."""
+    content = np.ascontiguousarray(vectors).view(np.uint8)
+    missing = -content.shape[1] % 8
+    words = (np.pad(content, ((0, 0), (0, missing))) if missing else content).view(np.uint64)
+    factors = np.random.default_rng(0).integers(0, 2**64, words.shape[1], dtype=np.uint64)
+    # Sums modulo 2^64 are quick to compute and compare, and hardly ever equal for different vectors.
+    _, firsts, inverse = np.unique(words @ factors, return_index=True, return_inverse=True)
+    others = np.flatnonzero(firsts[inverse] != np.arange(len(content)))
+    if (content[others] != content[firsts[inverse][others]]).any():
+        _, firsts, inverse = np.unique(content, axis=0, return_index=True, return_inverse=True)
+    first: NDArray[np.int64] = firsts[inverse.reshape(-1)].astype(np.int64)
+    return first
 
 
 def _flat_index(vectors: NDArray[Any]) -> Any:

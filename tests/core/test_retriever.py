@@ -15,6 +15,7 @@ from adaclip_finetune.config import PerFrameSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.data.preprocess import normalise
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model import retriever
 from adaclip_finetune.model.clip import encode_images, text_blocks
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -117,6 +118,31 @@ def test_evaluation_encodes_only_the_selected_frames() -> None:
         chosen = everything[torch.arange(4)[:, None], video.selection.indices]
         torch.testing.assert_close(video.tokens, chosen, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(video.vector, model.aggregator(chosen)[0], atol=1e-9, rtol=1e-9)
+
+
+def test_frames_without_gradients_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, noise = build_retriever(frame_agg="mlp").double().train(), make_batch()[0], gumbel(4, 6)
+    whole, encoded = model.encode_video(batch, noise).vector, list[int]()
+    model.clip.visual.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
+    monkeypatch.setattr(retriever, "_FIXED_FRAMES_AT_ONCE", 9)
+    torch.testing.assert_close(model.encode_video(batch, noise).vector, whole, atol=1e-9, rtol=1e-9)
+    assert encoded == [4 * 2, 2 * 4, 2 * 4]  # the selected frames, and the others of two videos at a time
+
+
+@pytest.mark.parametrize("policy", ["raw", "frozen_clip"])
+def test_training_of_a_frozen_tower_encodes_all_frames_at_once(policy: str) -> None:
+    model = build_retriever(frame_agg="mlp", policy_backbone=policy).double().train()
+    model.clip.requires_grad_(False)
+    batch, noise, encoded = make_batch(policy=policy)[0], gumbel(4, 6), list[int]()
+    model.clip.visual.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
+    vector = model.encode_video(batch, noise).vector
+    assert encoded == [4 * 6] and vector is not None
+    expected = encode_everything(model, batch, noise)
+    torch.testing.assert_close(vector, expected, atol=1e-9, rtol=1e-9)
+    learning = [parameter for parameter in model.selector.parameters() if parameter.requires_grad]
+    gradients = (torch.autograd.grad(of.square().sum(), learning) for of in (vector, expected))
+    for ours, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-9, rtol=1e-7)
 
 
 def test_k_annealing_works_with_the_transformer_header() -> None:

@@ -29,16 +29,21 @@ def test_every_row_works(row: str) -> None:
 
 def test_the_command_writes_a_table_and_compares(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results, words = tmp_path / "bench.json", ["bench", "hard_topk", "--quick", "--device", "cpu"]
-    assert main([*words, "--json", str(results)]) == 0
+    assert main([*words, "--processor_time", "--json", str(results)]) == 0
     out = capfd.readouterr().out
-    assert re.search(r"processor: .*threads", out) and "| ours |" in out
+    assert re.search(r"processor: .*threads", out) and "clock: processor time" in out and "| ours |" in out
     found = json.loads(results.read_text())
     assert list(found["rows"]) == ["hard_topk"] and set(found["machine"]) >= {"processor", "versions", "device"}
     (case,) = found["rows"]["hard_topk"]
     case["aims"][0]["times_as_fast"] = [1000.0]
     results.write_text(json.dumps(found))
+    words.append("--processor_time")
     assert main([*words, "--compare", str(results)]) == 1
     assert "1000.00 times as fast before" in capfd.readouterr().out
+    for change in ({"quick": False}, {"machine": found["machine"] | {"processor": "another"}}):
+        results.write_text(json.dumps(found | change))
+        assert main([*words, "--compare", str(results)]) == 2
+        assert f"--compare {results}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

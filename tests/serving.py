@@ -16,7 +16,7 @@ from PIL import Image
 
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.search.collection import stamp_of
-from adaclip_finetune.search.index import THUMBS, VideoIndex, write_index
+from adaclip_finetune.search.index import THUMBS, EmbeddedMoments, VideoIndex, read_index, write_index
 from adaclip_finetune.search.serve.app import create_app, make_server
 from adaclip_finetune.search.serve.served import ModelThread
 
@@ -64,6 +64,22 @@ def write_small_index(folder: Path, count: int = 5) -> VideoIndex:
     vectors = np.stack([axis(number) for number in range(count)]) if count else np.empty((0, WIDTH), np.float32)
     write_index(index, index_info(), vectors, rows)
     return VideoIndex.load(index)
+
+
+def write_divided_index(folder: Path, count: int = 3) -> VideoIndex:
+    """Write `count` videos of two seconds, number n on axis n, and their index with windows of one second and 0.5 s.
+
+    The second of the three windows of video n, from 0.5 s to 1.5 s, lies on axis n + 5, the others on axis 15.
+    """
+    whole = write_small_index(folder, count)
+    rows = [video.row for video in read_index(whole.folder).videos()]
+    parts = [{"start": n / 2, "end": n / 2 + 1, "time": n / 2 + 0.6, "thumb": f"at{n}.jpg"} for n in range(3)]
+    for n in range(3):
+        Image.fromarray(coded_frame(25 + n)).save(whole.folder / THUMBS / f"at{n}.jpg")
+    moments = [EmbeddedMoments(parts, np.stack([axis(15), axis(n + 5), axis(15)])) for n in range(count)]
+    info = index_info(moments={"by": "windows", "window": 1.0, "stride": 0.5})
+    write_index(whole.folder, info, np.stack([axis(n) for n in range(count)]), rows, moments)
+    return VideoIndex.load(whole.folder)
 
 
 def write_one(folder: Path, path: Path, thumb: str = "", **info: Any) -> VideoIndex:

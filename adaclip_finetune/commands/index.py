@@ -13,6 +13,7 @@ from adaclip_finetune.printable import printable
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.build import IndexingReport
+    from adaclip_finetune.search.moments import MomentSettings
 
 _PLACES = ("video_dir", "frames_dir", "img_tmpl")
 
@@ -28,6 +29,7 @@ def run(words: Sequence[str]) -> int:
     if not videos.exists():
         raise UserError(f"{videos}: there is no such folder or annotation")
     settings = model_settings(arguments)
+    moments = _moments(arguments)
     places = {name: settings.pop(name) for name in _PLACES if name in settings}
     if places and videos.is_dir():
         raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
@@ -49,7 +51,7 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
-        given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
+        given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
         try:
             report = index_videos(model, collection, output, **given)
         except KeyboardInterrupt:
@@ -57,6 +59,22 @@ def run(words: Sequence[str]) -> int:
             raise
     _print_report(report, arguments)
     return 1 if report.broken else 0
+
+
+def _moments(arguments: Namespace) -> MomentSettings | None:
+    """Return how the videos are to be divided. Raise UserError."""
+    if arguments.moments is None:
+        for flag in ("window", "stride"):
+            if getattr(arguments, flag) is not None:
+                raise UserError(f"--{flag} belongs to --moments")
+        return None
+    if arguments.moments == "shots" and arguments.stride is not None:
+        raise UserError("--stride belongs to --moments windows; shots follow each other")
+
+    from adaclip_finetune.search.moments import WINDOW, MomentSettings
+
+    window = WINDOW if arguments.window is None else arguments.window
+    return MomentSettings(arguments.moments, window, window / 2 if arguments.stride is None else arguments.stride)
 
 
 def _parser() -> Parser:
@@ -76,6 +94,12 @@ def _parser() -> Parser:
     add("--sync", action="store_true", help="drop videos that are no longer there")
     dtype = "of the vectors; float16 halves their size. Default: float32"
     add("--dtype", choices=("float32", "float16"), help=dtype)
+    divided = "embed parts of the videos too: windows of equal length (the default), or shots"
+    add("--moments", nargs="?", const="windows", choices=("windows", "shots"), help=divided)
+    window = "length of a window, or the greatest of a shot; default 8"
+    add("--window", metavar="SECONDS", type=float, help=window)
+    stride = "time from the start of a window to that of the next; default half of --window"
+    add("--stride", metavar="SECONDS", type=float, help=stride)
     add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_frm", "num_workers", "val_batch_size")
     return parser
 
@@ -85,7 +109,8 @@ def _print_report(report: IndexingReport, arguments: Namespace) -> None:
 
     rate = f" ({report.embedded / report.seconds:.1f} videos/s)" if report.embedded else ""
     copies = f", {report.copies} with the bytes of another" if report.copies else ""
-    print(f"{report.embedded} embedded{rate}{copies}, {report.kept} unchanged; {report.count} in the index")
+    moments = f", with {report.moments} moments" if report.moments else ""
+    print(f"{report.embedded} embedded{rate}{copies}, {report.kept} unchanged; {report.count} in the index{moments}")
     if report.vanished and arguments.sync:
         print(f"{len(report.vanished)} dropped, which are no longer there")
     elif report.vanished:

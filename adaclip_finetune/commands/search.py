@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +26,15 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
 if TYPE_CHECKING:
-    from adaclip_finetune.search.index import Hit
+    from torch import Tensor
+
+    from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
+    from adaclip_finetune.search.search_model import SearchModel
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
+_COMPARED = 100  # hits of each index among which --compare looks for those of the other
+_COLUMN = 40  # characters
 
 
 def run(words: Sequence[str]) -> int:
@@ -38,56 +46,88 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("the text to search for is empty")
-    texts = [arguments.text] if arguments.queries is None else _lines(arguments.queries)
+    if arguments.compare is not None and (arguments.by == "moment" or arguments.explain):
+        raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
+    if arguments.score is not None and arguments.by == "moment":
+        raise UserError("--score says what ranks videos: leave out --by moment")
+    texts = [str(arguments.image or arguments.text)] if arguments.queries is None else _lines(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
     if adaptation and arguments.image is not None:
         raise UserError("--adapt adapts to texts, and goes without --image")
 
     from adaclip_finetune.search.adapted import adapting
+
+    index, model = _open(arguments.index, arguments.model, settings)
+    if "moment" in (arguments.by, arguments.score):
+        index.need_moments()
+    find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
+    other = None
+    if arguments.compare is not None:
+        others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
+        other = _open(arguments.compare, None, others_settings)
+        if not arguments.json:
+            _print_names(index, other[0])
+    if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
+        what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
+        print(f"adaclip: {what}", file=sys.stderr)
+    with adapting(model, index, adaptation) if adaptation else nullcontext() as adapted:
+        for start in range(0, len(texts), 1 if adapted else _QUERIES_AT_ONCE):
+            block = texts[start : start + (1 if adapted else _QUERIES_AT_ONCE)]
+            encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments.image), None)
+            found = find(encoded, _asked_for(arguments))
+            before: Iterable[list[Hit] | None] = repeat(None)
+            if other is not None:
+                before = other[0].search(_encoded(other[1], block, arguments.image), _asked_for(arguments))
+            for text, hits, others in zip(block, found, before, strict=False):
+                _print(text, hits, others, arguments, seconds)
+    return 0
+
+
+def _open(path: Path, moved: Path | None, settings: Mapping[str, Any]) -> tuple[VideoIndex, SearchModel]:
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import search_model_of
 
-    index = VideoIndex.load(arguments.index)
+    index = VideoIndex.load(path)
     if not len(index):
-        raise UserError(f"{arguments.index}: is empty; `adaclip index` adds videos")
-    model = search_model_of(index, arguments.model, **settings)
+        raise UserError(f"{path}: is empty; `adaclip index` adds videos")
+    model = search_model_of(index, moved, **settings)
     if model.untrained:
         print(f"searched with {index.info.model_name}, which was not finetuned", file=sys.stderr)
-    if arguments.image is not None:
-        _print(str(arguments.image), index.search(model.encode_image(arguments.image)[None], arguments.k)[0], arguments)
-        return 0
-    if cut := model.loaded.count_cut(texts, model.config.max_txt_len):
-        what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
-        print(f"adaclip: {what}", file=sys.stderr)
-    if adaptation:
-        with adapting(model, index, adaptation) as adapted:
-            for text in texts:
-                vector, seconds = adapted(text)
-                _print(text, index.search(vector, arguments.k)[0], arguments, seconds)
-        return 0
-    for start in range(0, len(texts), _QUERIES_AT_ONCE):
-        block = texts[start : start + _QUERIES_AT_ONCE]
-        for text, hits in zip(block, index.search(model.encode_text(block), arguments.k), strict=True):
-            _print(text, hits, arguments)
-    return 0
+    return index, model
+
+
+def _encoded(model: SearchModel, texts: Sequence[str], image: Path | None) -> Tensor:
+    return model.encode_text(texts) if image is None else model.encode_image(image)[None]
+
+
+def _asked_for(arguments: Namespace) -> int:
+    """Return how many hits are needed: ranks in the other index are told down to `_COMPARED`."""
+    return int(arguments.k) if arguments.compare is None else max(arguments.k, _COMPARED)
 
 
 def _parser() -> Parser:
     parser = Parser(
         "adaclip search",
         "Find videos in an index by a text or a picture. Each line shows rank, score (the cosine), the time of the "
-        "frame with the greatest weight, and the file.",
+        "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
+        "one lasts.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
-        "       adaclip search NAME.index (TEXT | --queries FILE) --adapt clip_reward --reward CLIP[,CLIP...]",
+        "       [--by moment] [--score moment] [--compare OLD.index] [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
     add("text", metavar="TEXT", nargs="?", help="what the videos should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    add("-k", metavar="N", type=int, default=10, help="how many videos to find; default 10")
+    add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
+    by = "find videos (the default), or moments, of which a video may have several"
+    add("--by", choices=("video", "moment"), default="video", help=by)
+    score = "what ranks videos: their own vector, or their best moment; default: whole, and moment if not finetuned"
+    add("--score", choices=("whole", "moment"), help=score)
     add("--json", action="store_true", help="print one JSON object per query and line")
-    add("--explain", action="store_true", help="show which frames of a video have the greatest weight")
+    add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
+    compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
+    add("--compare", metavar="OLD.index", type=a_path, help=compared)
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
@@ -109,31 +149,74 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
-def _print(query: str, hits: Sequence[Hit], arguments: Namespace, seconds: float | None = None) -> None:
+def _print(
+    query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, arguments: Namespace, seconds: float | None
+) -> None:
     """Print what a query found; `seconds` is the time that adapting the model to it took."""
+    shown = hits[: arguments.k]
     if arguments.json:
-        said = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
-        print(json.dumps({"query": query, **said, "hits": [_as_json(hit, arguments.explain) for hit in hits]}))
+        adapted = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
+        found: dict[str, Any] = {"query": query, **adapted, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
+        if others is not None:
+            found["compared"] = [_as_json(hit, False) for hit in others[: arguments.k]]
+        print(json.dumps(found))
         return
-    how = (
-        f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)" if seconds is not None else ""
-    )
+    how = "" if seconds is None else f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)"
     print(f"{printable(query)}{how}")
+    if others is not None:
+        _print_beside(shown, hits, others)
+    else:
+        _print_hits(shown, arguments)
+
+
+def _print_names(index: VideoIndex, other: VideoIndex) -> None:
+    names = (f"{printable(one.folder.name)} ({printable(one.info.model_name)})" for one in (index, other))
+    print("{:6}{:<{width}}  {}".format("", *names, width=_COLUMN))
+
+
+def _print_beside(shown: Sequence[Hit], hits: Sequence[Hit], others: Sequence[Hit]) -> None:
+    """Print two rankings side by side; behind each video is its rank in the other one, if it is known."""
+    ranks = [{hit.video.id: hit.rank for hit in found} for found in (others, hits)]
+    for pair in zip_longest(shown, others[: len(shown)]):
+        cells = []
+        for hit, elsewhere in zip(pair, ranks, strict=True):
+            there = f"({elsewhere.get(hit.video.id, '–')})" if hit else ""
+            cells.append(f"{hit.score:.4f}  {printable(hit.video.id)} {there}" if hit else "")
+        print(f"{(pair[0] or pair[1]).rank:4}  {cells[0]:<{_COLUMN}}  {cells[1]}")
+
+
+def _print_hits(hits: Sequence[Hit], arguments: Namespace) -> None:
+    width = 17 if any(hit.moments for hit in hits) else 9
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
-        print(f"{hit.rank:4}  {hit.score:.4f}  {clock(hit.video.best_time):>9}  {names}")
+        print(f"{hit.rank:4}  {hit.score:.4f}  {_when(hit):>{width}}  {names}")
         for copy in hit.copies:
-            print(f"{'':25}also {printable(copy.id)}  {printable(copy.path)}")
+            print(f"{'':{16 + width}}also {printable(copy.id)}  {printable(copy.path)}")
         if arguments.explain:
             frames = sorted(hit.video.frames, key=lambda frame: -frame.weight)[:_FRAMES_SHOWN]
-            shown = (f"{clock(frame.time)} (frame {frame.index}) {100 * frame.weight:.1f} %" for frame in frames)
-            print(f"{'':25}{', '.join(shown)}")
+            shown = [f"{clock(frame.time)} (frame {frame.index}) {100 * frame.weight:.1f} %" for frame in frames]
+            moments = [f"{_span(moment)} ({moment.score:.4f})" for moment in hit.moments]
+            for line in filter(None, (shown, moments)):
+                print(f"{'':{16 + width}}{', '.join(line)}")
+
+
+def _when(hit: Hit) -> str:
+    return _span(hit.moments[0]) if hit.moments else clock(hit.video.best_time)
+
+
+def _span(moment: FoundMoment) -> str:
+    return f"{clock(moment.start)}–{clock(moment.end)}"
 
 
 def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
     video = hit.video
     found = {"rank": hit.rank, "score": round(hit.score, 6), "id": video.id, "path": str(video.path)}
-    found |= {"time": video.best_time, "duration": video.duration}
+    if hit.moments:
+        best = hit.moments[0]
+        found |= {"start": best.start, "end": best.end, "time": best.time, "duration": video.duration}
+        found["moments"] = [{"start": one.start, "end": one.end, "score": round(one.score, 6)} for one in hit.moments]
+    else:
+        found |= {"time": video.best_time, "duration": video.duration}
     found |= {"copies": [{"id": copy.id, "path": str(copy.path)} for copy in hit.copies]} if hit.copies else {}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 

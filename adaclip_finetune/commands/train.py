@@ -13,6 +13,7 @@ from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.resume import continued_config
 from adaclip_finetune.errors import UserError, debug_requested
+from adaclip_finetune.hub import local_run, on_hub
 
 
 def run(words: Sequence[str]) -> int:
@@ -35,6 +36,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.json and not arguments.dry_run:
         raise UserError("--json requires --dry_run")
     config, folder = load_config(arguments.config, given(arguments)), None
+    if config.resume is not None and on_hub(config.resume):
+        config = config.model_copy(update={"resume": str(local_run(config.resume) / "best.safetensors")})
     if config.resume is not None and Path(config.resume).is_dir():
         folder, config = Path(config.resume), continued_config(config)
     check_paths(config)

@@ -26,6 +26,7 @@ from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 from adaclip_finetune.evaluation.tasks.base import Report, Task
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
+from adaclip_finetune.hub import local_run
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
@@ -207,6 +208,7 @@ def _find(given: Path, settings: Path | None, overrides: Mapping[str, Any], anno
     rivals |= {"device": {"xpu": False}, "xpu": {"device": "auto"}}
     rivals |= {"task": {"primary": None}, "task.method": {"primary": None}}
     off = {name: value for given_name in overrides.keys() & rivals for name, value in rivals[given_name].items()}
+    given = local_run(given)
     weights = given / "best.safetensors" if given.is_dir() else given
     replaced = {**off, **overrides, **AS_IT_IS, "resume": str(weights), "test_annot": annotation}
     checkpoint, config = find_checkpoint(given, replaced, settings)

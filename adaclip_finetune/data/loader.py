@@ -148,13 +148,16 @@ class GalleryLoader:
             yield from self._loader
 
 
-def make_loader(dataset: Any, config: Config, batches: Iterable[list[Any]]) -> DataLoader[Collated]:
-    """Return a torch loader of `batches` (lists of the dataset's keys). Its workers live until `stop_workers`."""
+def make_loader(
+    dataset: Any, config: Config, batches: Iterable[list[Any]], collated: Callable[[Any], Any] = collate
+) -> DataLoader[Any]:
+    """Return a torch loader of `batches` (lists of the dataset's keys), which `collated` makes of items. Its workers
+    live until `stop_workers`."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=collated,
         pin_memory=config.pin_mem and torch.accelerator.is_available(),
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_start_worker,
@@ -162,7 +165,7 @@ def make_loader(dataset: Any, config: Config, batches: Iterable[list[Any]]) -> D
     )
 
 
-def stop_workers(loader: DataLoader[Collated]) -> None:
+def stop_workers(loader: DataLoader[Any]) -> None:
     """End the loader's worker processes. If the garbage collector did it, torch would wait five seconds for each."""
     iterator = loader._iterator
     if iterator is not None:

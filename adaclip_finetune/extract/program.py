@@ -9,17 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 
 from adaclip_finetune.data.video.decoding import CONTAINERS
+from adaclip_finetune.data.video.program import find_program
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.extract.plan import ExtractionJob
 
@@ -69,14 +68,6 @@ def _any(terms: Sequence[str]) -> str:
     """Return the sum of the terms, nested, since ffmpeg refuses long sums."""
     middle = len(terms) // 2
     return terms[0] if len(terms) == 1 else f"({_any(terms[:middle])}+{_any(terms[middle:])})"
-
-
-def find_program() -> str:
-    """Return the path of ffmpeg: the one on PATH, else the one of imageio-ffmpeg. Raises UserError if there is none."""
-    try:
-        return str(Path(shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()).absolute())
-    except RuntimeError as error:
-        raise UserError(f"there is no ffmpeg program: install one, or reinstall imageio-ffmpeg ({error})") from None
 
 
 class FFmpeg:

@@ -9,11 +9,13 @@ takes the K highest scores.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from adaclip_finetune.errors import NotFinite
 
@@ -64,19 +66,45 @@ def hard_top_k(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tup
     Row i of the weights is onehot(jᵢ) − stopgrad(aᵢ) + aᵢ, where aᵢ is the i-th relaxed draw at `temperature` and jᵢ
     its highest entry among those not drawn yet.
     """
-    perturbed = scores + noise
-    relaxed = torch.zeros_like(scores)
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    rows, indices = [], []
-    for _ in range(k):
-        perturbed = perturbed + (1 - relaxed).clamp(min=_MIN_REMAINDER).log()
-        relaxed = (perturbed / temperature).softmax(dim=1)
-        index = relaxed.detach().masked_fill(taken, -1).argmax(dim=1)
-        one_hot = F.one_hot(index, scores.shape[1])
-        taken = taken | one_hot.bool()
-        rows.append(one_hot - relaxed.detach() + relaxed)
-        indices.append(index)
-    return torch.stack(rows, dim=1), torch.stack(indices, dim=1)
+    weights, indices = _HardTopK.apply(scores, k, temperature, noise)
+    return weights, indices
+
+
+class _HardTopK(Function):
+    """`hard_top_k` with a backward pass of its own, since autograd's would take a dozen small operations per draw."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, k: int, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        keys, rest, draw = scores + noise, torch.ones_like(scores), torch.empty_like(scores)
+        taken = torch.zeros_like(scores, dtype=torch.bool)
+        draws, indices = [], []
+        for _ in range(k):
+            keys = keys + rest.clamp(min=_MIN_REMAINDER).log()
+            draw = (keys / temperature).softmax(dim=1)
+            rest = 1 - draw
+            index = draw.masked_fill(taken, -1).argmax(dim=1, keepdim=True)
+            taken.scatter_(1, index, True)
+            draws.append(draw)
+            indices.append(index)
+        relaxed, chosen = torch.stack(draws, dim=1), torch.cat(indices, dim=1)
+        one_hot = torch.zeros_like(relaxed).scatter_(2, chosen[..., None], 1)
+        ctx.save_for_backward(relaxed)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(chosen)
+        return one_hot - relaxed + relaxed, chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        (relaxed,) = ctx.saved_tensors
+        rest = 1 - relaxed
+        rest = rest.masked_fill(rest < _MIN_REMAINDER, torch.inf)  # where the minimum stood in, nothing flows back
+        of_keys = torch.zeros_like(relaxed[:, 0])
+        for draw, own, left in zip(*(part.unbind(dim=1)[::-1] for part in (relaxed, gradient, rest)), strict=True):
+            of_draw = torch.addcdiv(own, of_keys, left, value=-1)
+            of_softmax = torch._softmax_backward_data(of_draw, draw, 1, draw.dtype)
+            of_keys = of_keys + of_softmax / ctx.temperature
+        return of_keys, None, None, of_keys
 
 
 def selection_temperature(epoch: int, init_tau: float, min_tau: float, exp_decay_factor: float) -> float:

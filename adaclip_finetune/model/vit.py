@@ -179,6 +179,20 @@ def tower_blocks(clip: nn.Module, tower: TowerName) -> Sequence[Block]:
     return [_BertBlock(module) for module in layers]
 
 
+def compile_blocks(clip: nn.Module) -> None:
+    """Have `torch.compile` compile each block when it first runs. Raise UserError as `tower_blocks`.
+
+    Blocks of one structure share their code. Towers that compute blocks in pieces do not use it.
+    """
+    blocks = [block for tower in TOWER_NAMES for block in tower_blocks(clip, tower)]
+    # All blocks have one `forward`, which is compiled for each class of block (with LoRA each has its own), with
+    # gradients and without, for a fixed size and then for any.
+    limit = 4 * len(blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for block in blocks:
+        block.module.compile()
+
+
 def tower_norms(clip: nn.Module, tower: TowerName) -> list[nn.LayerNorm]:
     """Return all layer norms of a tower that have a weight, inside its blocks and outside of them."""
     owner: nn.Module = clip.get_submodule("visual") if tower == "image" else text_tower(clip)

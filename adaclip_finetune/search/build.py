@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +26,21 @@ from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
+from adaclip_finetune.hub import on_hub
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection, copies_among
 from adaclip_finetune.search.index import (
     FILE,
     PARTS,
     THUMBS,
+    EmbeddedMoments,
     EmbeddedVideo,
     IndexInfo,
     StoredIndex,
     read_index,
     write_index,
 )
+from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moments
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
 from adaclip_finetune.training.memory import memory_explained
@@ -53,6 +57,7 @@ class IndexingReport:
     broken: dict[str, str]  # id → why the video cannot be read
     vanished: list[str]  # ids of indexed videos that the collection lacks; dropped if `sync`
     count: int  # videos that are in the index now
+    moments: int  # moments that are in the index now
 
 
 def index_videos(
@@ -63,17 +68,19 @@ def index_videos(
     dtype: Literal["float32", "float16"] | None = None,
     sync: bool = False,
     settings: Mapping[str, Any] | None = None,
+    moments: MomentSettings | None = None,
 ) -> IndexingReport:
     """Write the index of a collection into `folder`, or update the one that is there.
 
     `dtype` defaults to that of the index that is there, else float32. With `sync`, videos that the collection lacks are
-    dropped. `settings` are those with which the model was loaded. Raise UserError; batches that were finished until
-    then are kept, and the same call continues from there.
+    dropped. `settings` are those with which the model was loaded. With `moments`, parts of the videos are embedded too.
+    Raise UserError; batches that were finished until then are kept, and the same call continues from there.
     """
     model.refuse_query_dependent()
-    info = _info(model, collection, settings or {})
-    about = {"fingerprint": model.fingerprint, "source": info.source, "root": str(collection.root)}
-    parts = PartFolder(folder / PARTS, about | {"img_tmpl": collection.img_tmpl})
+    info = _info(model, collection, settings or {}, moments)
+    about: dict[str, Any] = {"fingerprint": model.fingerprint, "source": info.source, "root": str(collection.root)}
+    about |= {"img_tmpl": collection.img_tmpl} | ({"moments": info.moments} if info.moments else {})
+    parts = PartFolder(folder / PARTS, about)
     lock = FolderLock(folder)
     try:
         _claim(folder)
@@ -84,12 +91,14 @@ def index_videos(
                 _check_same(folder, old.info, info, sync)
             parts.open()
             (folder / THUMBS).mkdir(exist_ok=True)
-            report, videos = _update(model, collection, folder, old, parts, sync)
+            report, videos = _update(model, collection, folder, old, parts, sync, moments)
             vectors = np.array([video.vector for video in videos]).reshape(len(videos), model.width)
             kept_dtype = old.vectors.dtype if old else np.dtype("float32")
-            write_index(folder, info, vectors.astype(dtype or kept_dtype), [video.row for video in videos])
+            of_videos = [video.moments for video in videos if video.moments is not None]
+            rows = [video.row for video in videos]
+            write_index(folder, info, vectors.astype(dtype or kept_dtype), rows, of_videos)
             shutil.rmtree(parts.path)
-            for name in {path.name for path in (folder / THUMBS).iterdir()} - {video.row["thumb"] for video in videos}:
+            for name in _thumbs_in(folder).difference(*(video.thumbs() for video in videos)):
                 (folder / THUMBS / name).unlink()
             return report
         finally:
@@ -111,17 +120,19 @@ def _update(
     old: StoredIndex | None,
     parts: PartFolder,
     sync: bool,
+    moments: MomentSettings | None,
 ) -> tuple[IndexingReport, list[EmbeddedVideo]]:
     """Embed what is new or changed, keeping finished batches in `parts`. Return all videos of the new index."""
     finished = {video.row["id"]: video for video in _read_parts(parts)}
     known = {video.row["id"]: video for video in (old.videos() if old else ())} | finished
+    thumbs = _thumbs_in(folder)
     same_frames = old is None or collection.img_tmpl in (None, old.info.settings.get("img_tmpl"))
     unchanged = {
         video.id
         for video in collection.videos
         if (found := (known if same_frames else finished).get(video.id))
         and (found.row["size"], found.row["mtime_ns"]) == video.stamp
-        and (folder / THUMBS / found.row["thumb"]).exists()
+        and found.thumbs() <= thumbs
     }
     nothing_dropped = "; nothing is dropped" if known else ""
     if not (collection.videos or collection.broken):
@@ -140,10 +151,15 @@ def _update(
     for batch, failed in _embed(model, collection, readable, folder / THUMBS):
         broken |= failed
         if batch:
-            vectors = torch.from_numpy(np.stack([video.vector for video in batch]))
-            rows = [video.row for video in batch]
-            parts.write(f"{len(parts.names()):06d}", {"vectors": vectors}, {"rows": rows})
+            _write_part(parts, batch)
         fresh |= {video.row["id"]: video for video in batch}
+    if moments is not None:
+        whole = {name: known[name] for name in unchanged if known[name].moments is None} | fresh
+        divided, failed = _divide(model, collection, whole, moments, folder / THUMBS, parts)
+        broken |= failed
+        known |= divided
+        fresh = {name: known[name] for name in fresh if name not in failed}
+        unchanged -= failed.keys()
     broken |= {one: broken[first] for one, first in copies.items() if first in broken}
     seconds = time.monotonic() - started
 
@@ -151,24 +167,84 @@ def _update(
     for video in collection.videos:
         source = copies.get(video.id, video.id)
         if source in fresh or source in unchanged:
-            row, vector = fresh.get(source) or known[source]
+            row, vector, of_video = fresh.get(source) or known[source]
             # The folder may have moved, and captions may have been added, since the video was embedded.
             own = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
-            result[video.id] = EmbeddedVideo(row | own | {"captions": list(video.captions)}, vector)
+            result[video.id] = EmbeddedVideo(row | own | {"captions": list(video.captions)}, vector, of_video)
     ids = {video.id for video in collection.videos}
     vanished = [name for name in known if name not in ids]
     if not sync:
-        result |= {name: known[name] for name in vanished}
+        nothing = None if moments is None else EmbeddedMoments([], np.empty((0, model.width), np.float32))
+        result |= {name: known[name]._replace(moments=known[name].moments or nothing) for name in vanished}
     copied = len(copies.keys() & result.keys())
-    report = IndexingReport(len(fresh), copied, seconds, len(unchanged), broken, vanished, len(result))
+    count = sum(len(video.moments.rows) for video in result.values() if video.moments)
+    report = IndexingReport(len(fresh), copied, seconds, len(unchanged), broken, vanished, len(result), count)
     return report, list(result.values())
 
 
+def _write_part(parts: PartFolder, videos: Sequence[EmbeddedVideo]) -> None:
+    """Keep embedded videos, of which all have moments or none."""
+    tensors = {"vectors": torch.from_numpy(np.stack([video.vector for video in videos]))}
+    values: dict[str, Any] = {"rows": [video.row for video in videos]}
+    if moments := [video.moments for video in videos if video.moments]:
+        tensors["moments"] = torch.from_numpy(np.concatenate([one.vectors for one in moments]))
+        values["moments"] = [one.rows for one in moments]
+    parts.write(f"{len(parts.names()):06d}", tensors, values)
+
+
 def _read_parts(parts: PartFolder) -> Iterator[EmbeddedVideo]:
+    """Yield what was kept. A video whose moments were embedded later comes again, with them."""
     for name in parts.names():
         if found := parts.read(name):
             tensors, values = found
-            yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy())
+            moments: Iterable[EmbeddedMoments | None] = repeat(None)
+            if rows := values.get("moments"):
+                ends = np.cumsum([len(of_one) for of_one in rows])
+                moments = map(EmbeddedMoments, rows, np.split(tensors["moments"].numpy(), ends))
+            yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy(), moments)
+
+
+def _divide(
+    model: SearchModel,
+    collection: VideoCollection,
+    whole: Mapping[str, EmbeddedVideo],
+    settings: MomentSettings,
+    thumbs: Path,
+    parts: PartFolder,
+) -> tuple[dict[str, EmbeddedVideo], dict[str, str]]:
+    """Embed the parts of videos, keeping them in `parts`. Return the videos with their moments, and those that failed:
+    id → reason."""
+    videos = [video for video in collection.videos if video.id in whole]
+    divided: dict[str, EmbeddedVideo] = {}
+    failed: dict[str, str] = {}
+    bar = tqdm(total=len(videos), desc="embedding moments", unit="video", leave=False, disable=None)
+    with closing(embed_moments(model, collection, videos, settings)) as embedded, ThreadPoolExecutor(2) as pool, bar:
+        for video, moments in embedded:
+            bar.update()
+            if isinstance(moments, FrameError):
+                failed[video.id] = f"{moments.path}: {moments.reason}"
+                continue
+            rows = list(pool.map(lambda moment, of=video: _moment_row(of, moment, thumbs), moments))
+            of_video = EmbeddedMoments(rows, np.stack([moment.vector for moment in moments]))
+            divided[video.id] = whole[video.id]._replace(moments=of_video)
+            _write_part(parts, [divided[video.id]])
+    return divided, failed
+
+
+def _moment_row(video: CollectionVideo, moment: Moment, thumbs: Path) -> dict[str, Any]:
+    name = _thumb_name(video, moment.frame)
+    if not (thumbs / name).exists():
+        write_durably(thumbs / name, moment.picture, shared=True)
+    start, end = moment.span
+    return {"start": start, "end": end, "time": moment.time, "thumb": name}
+
+
+def _thumbs_in(folder: Path) -> set[str]:
+    return {path.name for path in (folder / THUMBS).iterdir()}
+
+
+def _thumb_name(video: CollectionVideo, frame: int) -> str:
+    return f"{hashlib.sha256(repr((video.id, video.stamp, frame)).encode()).hexdigest()[:20]}.jpg"
 
 
 def _embed(
@@ -208,7 +284,7 @@ def _row(
         picture = thumbnail(collection.store.read(video.id, [best])[0])
     except FrameError as error:
         return error
-    name = f"{hashlib.sha256(repr((video.id, video.stamp, best)).encode()).hexdigest()[:20]}.jpg"
+    name = _thumb_name(video, best)
     write_durably(thumbs / name, picture)
     frames = zip(weighted.frames, times, weighted.weights, strict=True)
     return {
@@ -233,15 +309,19 @@ def _claim(folder: Path) -> None:
         raise UserError(f"-o {folder}: is not an index and not empty; give the name of a new folder")
 
 
-def _info(model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any]) -> IndexInfo:
+def _info(
+    model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any], moments: MomentSettings | None
+) -> IndexInfo:
     # The index may be searched on another machine than it was made on.
     kept = {name: value for name, value in settings.items() if name not in names_with("machine")}
     if model.config.clip_weights is not None:
         kept["clip_weights"] = str(Path(model.config.clip_weights).absolute())
     if collection.img_tmpl is not None:
         kept["img_tmpl"] = collection.img_tmpl
-    run = model.source if model.untrained and not model.source.exists() else model.source.absolute()
-    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained)
+    is_name = on_hub(model.source) or (model.untrained and not model.source.exists())
+    run = model.source if is_name else model.source.absolute()
+    divided = None if moments is None else asdict(moments)
+    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided)
 
 
 def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
@@ -254,3 +334,6 @@ def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> Non
         raise UserError(
             f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
         )
+    if old.moments not in (None, new.moments):
+        given = MomentSettings(**old.moments).flags()
+        raise UserError(f"-o {folder}: was made with {given}; give the same flags, or another name")

@@ -6,6 +6,7 @@
 The folder of an index holds vectors.safetensors, with the vectors, their rows and what they were made with; thumbs/,
 with a JPEG for each row; and, until indexing has finished, parts/ with finished batches. vectors.safetensors is
 replaced as a whole, so a reader never sees parts of two indexes; videos.jsonl is a copy of its rows for other programs.
+Beside the vector of each video there may be those of its parts (`moments.py`), which say where in the video a query is.
 The model of an index is `search_model_of(index)`.
 """
 
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -27,11 +29,14 @@ from safetensors.numpy import save
 
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.hub import on_hub
 from adaclip_finetune.search.collection import FileStamp
+from adaclip_finetune.search.peaks import find_peaks
 
 FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
+_MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class IndexInfo:
     settings: dict[str, Any]  # settings that are needed beside the run to load the model, such as clip_weights
     source: str  # absolute path of the folder or annotation that was indexed
     untrained: bool = False  # whether the model is a pretrained CLIP
+    moments: dict[str, Any] | None = None  # how videos were divided: `MomentSettings` as a dict
 
     @property
     def has_named_clip(self) -> bool:
@@ -52,14 +58,39 @@ class IndexInfo:
     @property
     def model_name(self) -> str:
         """Return what to call the model: the name of its folder or file, or of the CLIP."""
-        return self.run if self.has_named_clip else Path(self.run).name
+        return self.run if self.has_named_clip or on_hub(self.run) else Path(self.run).name
+
+
+class EmbeddedMoments(NamedTuple):
+    """The parts of a video in order of time, as JSON holds them, and their vectors (M, D)."""
+
+    rows: list[dict[str, Any]]
+    vectors: NDArray[Any]
 
 
 class EmbeddedVideo(NamedTuple):
-    """A row of an index, as JSON holds it, and its vector (D,)."""
+    """A row of an index, as JSON holds it, its vector (D,), and its moments, if it was divided."""
 
     row: dict[str, Any]
     vector: NDArray[Any]
+    moments: EmbeddedMoments | None = None
+
+    def thumbs(self) -> set[str]:
+        """Return the names of its pictures."""
+        return {row["thumb"] for row in (self.row, *(self.moments.rows if self.moments else ()))}
+
+
+class StoredMoments(NamedTuple):
+    """Vectors (M, D) of the parts of all videos, how many parts each video has (V,), and a JSON list of them each."""
+
+    vectors: NDArray[Any]
+    counts: NDArray[np.int64]
+    lines: list[bytes]
+
+    def by_video(self) -> Iterator[EmbeddedMoments]:
+        """Yield the moments of each video."""
+        for line, vectors in zip(self.lines, np.split(self.vectors, self.counts.cumsum()[:-1]), strict=True):
+            yield EmbeddedMoments(json.loads(line), vectors)
 
 
 @dataclass(frozen=True)
@@ -69,10 +100,12 @@ class StoredIndex:
     info: IndexInfo
     vectors: NDArray[Any]
     lines: list[bytes]
+    moments: StoredMoments | None = None
 
     def videos(self) -> list[EmbeddedVideo]:
-        """Return all rows, parsed, with their vectors."""
-        return list(map(EmbeddedVideo, map(json.loads, self.lines), self.vectors))
+        """Return all rows, parsed, with their vectors and moments."""
+        moments = self.moments.by_video() if self.moments and self.lines else repeat(None)
+        return list(map(EmbeddedVideo, map(json.loads, self.lines), self.vectors, moments))
 
 
 def read_index(folder: Path) -> StoredIndex:
@@ -88,19 +121,44 @@ def read_index(folder: Path) -> StoredIndex:
         with safetensors.safe_open(path, framework="np") as file:
             facts = json.loads(file.metadata()[FORMAT])
             vectors, lines = file.get_tensor("vectors"), file.get_tensor("videos").tobytes().splitlines()
-        return StoredIndex(IndexInfo(**facts), vectors, lines)
+            moments = None
+            if facts.get("moments"):
+                of_moments, counts = file.get_tensor("moment_vectors"), file.get_tensor("moment_counts")
+                moments = StoredMoments(of_moments, counts, file.get_tensor("moments").tobytes().splitlines())
+        return StoredIndex(IndexInfo(**facts), vectors, lines, moments)
     except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
         ) from error
 
 
-def write_index(folder: Path, info: IndexInfo, vectors: NDArray[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the index in the folder as a whole. Raise OSError and leave the old one if that fails."""
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+def write_index(
+    folder: Path,
+    info: IndexInfo,
+    vectors: NDArray[Any],
+    rows: Sequence[Mapping[str, Any]],
+    moments: Sequence[EmbeddedMoments] = (),
+) -> None:
+    """Replace the index in the folder as a whole. Raise OSError and leave the old one if that fails.
+
+    `moments` are those of each row, if `info` says that there are any.
+    """
+    lines, facts = _json_lines(rows), asdict(info)
     tensors = {"vectors": np.ascontiguousarray(vectors), "videos": np.frombuffer(lines, np.uint8)}
-    write_durably(folder / FILE, save(tensors, {FORMAT: json.dumps(asdict(info))}))
+    if info.moments is None:
+        del facts["moments"]  # the file is what it was before there were moments
+    else:
+        parts = [vectors[:0], *(one.vectors.astype(vectors.dtype) for one in moments)]
+        tensors["moment_vectors"] = np.concatenate(parts)
+        tensors["moment_counts"] = np.array([len(one.rows) for one in moments], np.int64)
+        tensors["moments"] = np.frombuffer(_json_lines([one.rows for one in moments]), np.uint8)
+        lines = _json_lines([{**row, "moments": one.rows} for row, one in zip(rows, moments, strict=True)])
+    write_durably(folder / FILE, save(tensors, {FORMAT: json.dumps(facts)}))
     write_durably(folder / "videos.jsonl", lines)
+
+
+def _json_lines(rows: Iterable[Any]) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 @dataclass(frozen=True)
@@ -133,16 +191,35 @@ class IndexedVideo:
 
 
 @dataclass(frozen=True)
+class FoundMoment:
+    """A part of a video that a query means. `score` is the cosine of the query and the best window in it."""
+
+    start: float  # seconds, as a player counts
+    end: float
+    score: float
+    time: float  # of the best frame of a window in it, seconds
+    thumb: Path  # JPEG of this frame
+    number: int  # of the window that the frame is from, from 0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Return start and end."""
+        return self.start, self.end
+
+
+@dataclass(frozen=True)
 class Hit:
     """A video that a search found: `score` is its cosine with the query, `rank` counts from 1.
 
-    `copies` are the other videos with the same vector: copies of the file, as a rule.
+    `copies` are the other videos with the same vector: copies of the file, as a rule. `moments` are the best parts of
+    the video, best first, if the index has any; where moments are searched, the one that was found, whose score it is.
     """
 
     video: IndexedVideo
     score: float
     rank: int
     copies: tuple[IndexedVideo, ...] = ()
+    moments: tuple[FoundMoment, ...] = ()
 
 
 class IndexedVideos:
@@ -183,15 +260,13 @@ class IndexedVideos:
 class VideoIndex:
     """The videos of an index in the order of its rows, and their vectors in FAISS (Douze et al. 2024).
 
-    Of videos with the same vector a search finds the first, with the others as its copies; `distinct` is the number of
-    different vectors.
+    Of videos with the same vectors a search finds the first, with the others as its copies; `distinct` is the number of
+    different ones.
     """
 
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
         self.width = stored.vectors.shape[1]
-        kind = "SQfp16" if stored.vectors.dtype == np.float16 else "Flat"  # float16 stays float16 in memory
-        self._nearest = faiss.index_factory(self.width, kind, faiss.METRIC_INNER_PRODUCT)
         firsts: dict[bytes, int] = {}
         self._copies: dict[int, list[int]] = {}  # of the first row with a vector: the others
         for row, vector in enumerate(stored.vectors):
@@ -200,7 +275,8 @@ class VideoIndex:
                 self._copies.setdefault(first, []).append(row)
         self._rows, self.distinct = np.fromiter(firsts.values(), np.int64), len(firsts)
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
-        self._nearest.add(np.ascontiguousarray(vectors, np.float32))
+        self._nearest = _flat_index(vectors)
+        self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
@@ -210,12 +286,50 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def search(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
-        """Return the k nearest videos to each query, best first; fewer if the index holds fewer. Copies count as one.
+    def search(
+        self, vectors: Any, k: int, ranks: slice = slice(None), score: Literal["whole", "moment"] | None = None
+    ) -> list[list[Hit]]:
+        """Return the k best videos for each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
-        wanted, for example `slice(10, 20)` for a second page. Raise UserError for vectors of another width and k < 1.
+        wanted, for example `slice(10, 20)` for a second page. `score` ranks videos by their own vector (`whole`) or
+        that of their best window (`moment`), which is the default for a pretrained CLIP. Raise UserError for vectors of
+        another width, k < 1, and `moment` without moments.
         """
+        queries = self._unit_queries(vectors, k)
+        moments = self.need_moments() if score == "moment" else None
+        if score is None and self.info.untrained:
+            moments = self.moments
+        found: Iterable[Iterable[tuple[float, int]]] = self._by_whole(queries, k)
+        if moments is not None:
+            found = [islice(self._by_best(moments, query), k) for query in queries]
+        return [
+            [self._hit(query, rank, cosine, row) for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]]
+            for query, videos in zip(queries, found, strict=True)
+        ]
+
+    def search_moments(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
+        """Return the k best moments of all videos for each query, best first; a video may have several.
+
+        The arguments are those of `search`. Raise UserError if the index has no moments.
+        """
+        moments = self.need_moments()
+        return [
+            [
+                Hit(self.videos[row], moment.score, rank, self._copies_of(row), (moment,))
+                for rank, (row, moment) in list(enumerate(islice(moments.best(query), k), 1))[ranks]
+            ]
+            for query in self._unit_queries(vectors, k)
+        ]
+
+    def need_moments(self) -> IndexedMoments:
+        """Return the moments of the index. Raise UserError if it has none."""
+        if self.moments is None:
+            way_out = "`adaclip index … --moments`, with its model and its videos, adds them"
+            raise UserError(f"{self.folder}: has no moments; {way_out}")
+        return self.moments
+
+    def _unit_queries(self, vectors: Any, k: int) -> NDArray[np.float32]:
         if k < 1:
             raise UserError(f"k {k}: a whole number from 1 up is needed")
         queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
@@ -224,21 +338,119 @@ class VideoIndex:
         length = np.linalg.norm(queries, axis=1, keepdims=True)
         if not (np.isfinite(length).all() and (length > 0).all()):
             raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
+        unit: NDArray[np.float32] = queries / length
+        return unit
+
+    def _by_whole(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[float, int]]]:
+        """Return score and row of the k videos whose vectors are nearest to each query."""
         if not len(self):
             return [[] for _ in queries]
-        scores, places = self._nearest.search(queries / length, min(k, self.distinct))
-        return [
-            [self._hit(rank, score, int(row)) for rank, (score, row) in list(enumerate(found, 1))[ranks]]
-            for found in (zip(*one, strict=True) for one in zip(scores.tolist(), self._rows[places], strict=True))
-        ]
+        scores, places = self._nearest.search(queries, min(k, self.distinct))
+        rows = self._rows[places].tolist()
+        return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
 
     def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]:
         """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
         (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
-    def _hit(self, rank: int, score: float, row: int) -> Hit:
-        return Hit(self.videos[row], score, rank, tuple(self.videos[copy] for copy in self._copies.get(row, ())))
+    def _by_best(self, moments: IndexedMoments, query: NDArray[np.float32]) -> Iterator[tuple[float, int]]:
+        """Yield score and row of all videos by their best windows, and after them of those that were not divided."""
+        seen = set()
+        for cosine, row, _ in moments.windows(query):
+            if row not in seen:
+                seen.add(row)
+                yield cosine, row
+        yield from (one for one in self._by_whole(query[None], self.distinct)[0] if one[1] not in seen)
+
+    def _hit(self, query: NDArray[np.float32], rank: int, score: float, row: int) -> Hit:
+        moments = self.moments.of_video(row, query)[:_MOMENTS_A_VIDEO] if self.moments else []
+        return Hit(self.videos[row], score, rank, self._copies_of(row), tuple(moments))
+
+    def _copies_of(self, row: int) -> tuple[IndexedVideo, ...]:
+        return tuple(self.videos[copy] for copy in self._copies.get(row, ()))
+
+
+class IndexedMoments:
+    """The windows or shots of the videos of an index, with their vectors, and what a query finds among them."""
+
+    def __init__(self, folder: Path, stored: StoredMoments, rows: NDArray[np.int64]) -> None:
+        """`rows` are the videos that are searched, without copies."""
+        self._thumbs, self._lines = folder / THUMBS, stored.lines
+        ends = stored.counts.cumsum()
+        own = [np.arange(ends[row] - stored.counts[row], ends[row]) for row in rows.tolist()]
+        places = np.concatenate([np.empty(0, np.int64), *own])
+        self._nearest = _flat_index(stored.vectors[places])
+        self._row = np.repeat(rows, stored.counts[rows])  # of each vector in `_nearest`: the video
+        self._first = dict(zip(rows.tolist(), np.cumsum([0, *stored.counts[rows]]).tolist(), strict=False))
+        self._parsed = lru_cache(_REMEMBERED // 10)(self._parse)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def count(self, row: int) -> int:
+        """Return the number of windows of a video."""
+        return len(self._parsed(row).rows)
+
+    def of_video(self, row: int, query: NDArray[np.float32]) -> list[FoundMoment]:
+        """Return the moments of a video for a query (D,) of length 1, best first."""
+        return list(self._found(row, query).values())
+
+    def best(self, query: NDArray[np.float32]) -> Iterator[tuple[int, FoundMoment]]:
+        """Yield the moments of all videos, best first, with the rows of their videos."""
+        found: dict[int, dict[int, FoundMoment]] = {}  # what has not been yielded
+        for _, row, number in self.windows(query):
+            if row not in found:
+                found[row] = self._found(row, query)
+            if moment := found[row].pop(number, None):
+                yield row, moment
+
+    def windows(self, query: NDArray[np.float32]) -> Iterator[tuple[float, int, int]]:
+        """Yield score, row of the video, and number in it, of all windows, best first; a window may come again."""
+        seen, wanted = 0, 256
+        while seen < len(self):
+            (scores,), (places,) = self._nearest.search(query[None], min(wanted, len(self)))
+            for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+                row = int(self._row[place])
+                yield score, row, place - self._first[row]
+            seen, wanted = len(places), 4 * wanted
+
+    def picture(self, row: int, number: int) -> Path:
+        """Return the JPEG of the best frame of a window. Raise IndexError."""
+        return self._thumbs / Path(self._parsed(row).rows[number]["thumb"]).name
+
+    def _found(self, row: int, query: NDArray[np.float32]) -> dict[int, FoundMoment]:
+        """Return the moments of a video by the number of their best window, best first."""
+        parsed = self._parsed(row)
+        if not parsed.rows:  # the video was no longer there when the others were divided
+            return {}
+        scores = self._nearest.reconstruct_n(self._first[row], len(parsed.rows)) @ query
+        found = {}
+        for peak in find_peaks(parsed.spans, parsed.times, scores.astype(np.float64)):
+            time, thumb = float(parsed.times[peak.shown]), self.picture(row, peak.shown)
+            found[peak.best] = FoundMoment(peak.start, peak.end, peak.score, time, thumb, peak.shown)
+        return found
+
+    def _parse(self, row: int) -> _Windows:
+        rows = json.loads(self._lines[row])
+        spans = np.array([(one["start"], one["end"]) for one in rows], np.float64)
+        return _Windows(rows, spans, np.array([one["time"] for one in rows], np.float64))
+
+
+class _Windows(NamedTuple):
+    """The windows of a video: spans (M, 2), and times (M,) of their best frames."""
+
+    rows: list[dict[str, Any]]
+    spans: NDArray[np.float64]
+    times: NDArray[np.float64]
+
+
+def _flat_index(vectors: NDArray[Any]) -> Any:
+    """Return a FAISS index of vectors (N, D), which is searched by inner product."""
+    kind = "SQfp16" if vectors.dtype == np.float16 else "Flat"  # float16 stays float16 in memory
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.add(np.ascontiguousarray(vectors, np.float32))
+    return index
 
 
 def _key(line: bytes) -> str:

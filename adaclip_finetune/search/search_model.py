@@ -25,6 +25,7 @@ from adaclip_finetune.data.dataset import VideoBatch, VideoReader, collate
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.preprocess import to_square
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.hub import on_hub
 from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.features import VideoFeatures
 from adaclip_finetune.search.collection import VideoFiles
@@ -43,8 +44,8 @@ class WeightedFrames(NamedTuple):
 
 
 def load_retriever(source: str | Path, **settings: Any) -> SearchModel:
-    """Load the model of a run folder or a checkpoint, or a pretrained CLIP: `ViT-B/32`, `ViT-SO400M-14-SigLIP:webli`,
-    or a file or folder of weights.
+    """Load the model of a run folder, a run on the hub (`hf:owner/name`) or a checkpoint, or a pretrained CLIP:
+    `ViT-B/32`, `ViT-SO400M-14-SigLIP:webli`, or a file or folder of weights.
 
     `settings` override those of the run: device, precision, clip_weights and so on. A checkpoint of another system
     needs the settings that its file does not contain. A CLIP takes `num_frm` uniform frames of a video and the mean of
@@ -61,7 +62,7 @@ def search_model_of(index: VideoIndex, source: str | Path | None = None, **setti
     missing or is another model."""
     info = index.info
     where = Path(info.run if source is None else source)
-    if not where.exists() and not info.has_named_clip:
+    if not (where.exists() or info.has_named_clip or on_hub(where)):
         reason = "" if source else f", with which {index.folder} was made,"
         raise UserError(f"the model {where}{reason} is not there; say where it is: --model RUN_OR_CHECKPOINT")
     stored = dict(info.settings)

@@ -15,6 +15,7 @@ from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
+from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
@@ -155,6 +156,8 @@ def finish(
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     draw_confusion(final, run)
     write_similarity(config, final, run)
+    if found := _intervals(task, final):
+        metrics["intervals"] = found
     run.write_json("metrics.json", metrics)
 
     note = ""
@@ -180,6 +183,18 @@ def finish(
             f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
             "--test_annot FILE"
         )
+
+
+def _intervals(task: Task, measured: Report) -> dict[str, list[float]]:
+    """Return the 95 % intervals, drawn by video, of the figures that have one, by their names."""
+    found = {}
+    for part, ranks in task.ranks(measured).items():
+        for name, ends in intervals(ranks.ranks, ranks.videos).items():
+            if not ranks.names:
+                found[f"{part}.{name}"] = list(ends)
+            elif name in ranks.names:
+                found[ranks.names[name]] = list(ends)
+    return found
 
 
 def draw_confusion(measured: Report, run: RunFolder) -> None:

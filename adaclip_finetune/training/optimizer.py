@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from adaclip_finetune.config import Config
@@ -134,15 +135,20 @@ class BertAdam(Optimizer):
 
         norms = torch.stack(torch._foreach_norm(gradients))  # in one tensor, since a GPU waits for many small kernels
         torch._foreach_mul_(gradients, list((_MAX_TENSOR_NORM / (norms + _EPS)).clamp(max=1)))
-        torch._foreach_mul_(means, betas[0])
-        torch._foreach_add_(means, gradients, alpha=1 - betas[0])
-        torch._foreach_mul_(squares, betas[1])
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - betas[1])
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, _EPS)
-        # w - lr·(m/(√v + ε) + decay·w), without a third copy of the weights.
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        torch._foreach_addcdiv_(parameters, means, roots, -lr)
+        # AdamW after infinitely many steps, when its bias correction is 1, makes the same update in one pass.
+        endless = [torch.full((), torch.inf, device=parameters[0].device)] * len(parameters)
+        rows = zip(parameters, gradients, means, squares, strict=True)
+        adamw(
+            *(parameters, gradients, means, squares, [], endless),
+            fused=all(len({tensor.stride() for tensor in row}) == 1 for row in rows),  # it does not look at strides
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=_EPS,
+            maximize=False,
+        )
 
 
 class ClipVipAdamW(Optimizer):

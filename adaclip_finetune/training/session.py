@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.errors import NotACheckpoint, UserError
+from adaclip_finetune.hub import local_run
+from adaclip_finetune.model.attention import speed_up_frozen_attention
 from adaclip_finetune.model.flops import Gflops, count_gflops
 from adaclip_finetune.model.frame_features import FrozenClipBackbone
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.model.retriever import VideoRetriever
+from adaclip_finetune.model.vit import compile_blocks
 from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.objectives.base import Opened
@@ -169,8 +172,11 @@ def open_model(
         model = VideoRetriever(config.model_copy(update=policy), loaded)
         objective = build_objective(config, model)
     split_frozen_norms(model.clip)
+    speed_up_frozen_attention(model.clip)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
+    if config.compile and learn:
+        compile_blocks(model.clip)
     if state is not None and checkpoint is not None:
         _fill(model, state, checkpoint, config)
         method.reset(model)
@@ -229,12 +235,12 @@ def open_other(source: str, like: Config, values: Values = "real") -> Opened:
 def find_checkpoint(
     source: str | Path, overrides: Mapping[str, Any], settings: Path | None = None
 ) -> tuple[Checkpoint, Config]:
-    """Return the checkpoint in a run folder or weights file, and its settings with `overrides` (flags) over them.
+    """Return the checkpoint in a run folder, a weights file or a run on the hub, and its settings with `overrides`.
 
     The settings are those of the run folder or of the checkpoint itself; for a checkpoint without any they come from
     the file `settings`, and if another system wrote it, from what its tensors say. Raise UserError.
     """
-    path = Path(source)
+    path = local_run(source)
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"

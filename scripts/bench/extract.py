@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from adaclip_finetune.extract.program import find_program
+from adaclip_finetune.data.video.program import find_program
 
 TOOL = [sys.executable, str(Path(__file__).parents[2] / "utils/frame_extraction.py")]
 WORKERS = 2

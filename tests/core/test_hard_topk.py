@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden import load_golden
 
+from adaclip_finetune.bench.hard_topk import forward_and_backward, loop
 from adaclip_finetune.model.hard_topk import annealed_k, hard_top_k, select_frames, selection_temperature
 
 
@@ -70,3 +71,15 @@ def test_k_anneals_from_n_minus_one_to_top_k() -> None:
     assert [annealed_k(epoch, 16, 4, 3) for epoch in range(4)] == [15, 11, 7, 4]
     assert annealed_k(0, 16, 4, 0) == 4
     assert annealed_k(0, 4, 4, 3) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 5.0])
+def test_gradients_are_those_of_autograd(temperature: float) -> None:
+    """At a low temperature draws are so certain that nothing remains of a frame, and the minimum stands in."""
+    random = torch.Generator().manual_seed(0)
+    scores, noise, upstream = (torch.randn(3, *size, generator=random).double() for size in [(8,), (8,), (5, 8)])
+    gradients = [
+        forward_and_backward(draw, scores, noise, upstream, temperature=temperature)[1] for draw in (hard_top_k, loop)
+    ]
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

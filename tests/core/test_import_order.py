@@ -15,7 +15,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"commands"},
-    {"check"},
+    {"bench", "check"},
     {"compare", "export", "extract", "search", "tuning"},
     {"training"},
     {"report"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"model"},
     {"weights"},
     {"data"},
-    {"config"},
+    {"config", "hub"},
     {"strict_json"},
     {"lock", "processes"},
     {"durable", "errors", "printable"},

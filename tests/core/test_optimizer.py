@@ -194,3 +194,23 @@ def test_clamp_logit_scale():
     clip.logit_scale.requires_grad_(False)
     clamp_logit_scale(clip)
     assert clip.logit_scale.item() == pytest.approx(4.6052, abs=1e-6)
+
+
+@pytest.mark.parametrize("turned", ["gradient", "all", "moments"])
+def test_bertadam_updates_tensors_of_any_memory_layout(turned):
+    def turn(tensor):
+        return tensor.t().contiguous().t()
+
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(3, 5), torch.randn(3, 5)
+    results = []
+    for changed in (False, True):
+        parameter = nn.Parameter(turn(weight) if changed and turned == "all" else weight.clone())
+        optimizer = BertAdam([parameter], 0.01, (0.9, 0.98), 0.2)
+        for _ in range(2):
+            parameter.grad = turn(gradient) if changed and turned in ("gradient", "all") else gradient.clone()
+            optimizer.step()
+            if changed and turned == "moments":
+                optimizer.state[parameter].update({k: turn(v) for k, v in optimizer.state[parameter].items()})
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, atol=1e-6, rtol=0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices import PEFT, BitFitSettings
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.model.vit import vision_view
+from adaclip_finetune.model.vit import compile_blocks, vision_view
 from adaclip_finetune.peft import PeftMethod, build_method, choose_what_learns, trainable_report
 from adaclip_finetune.peft.bitfit import BitFit
 from adaclip_finetune.weights.plain import plain_copy, strict_load
@@ -213,6 +213,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: str, kind: str) -
         model().backward()
         gradients.append({name: own.grad for name, own in model.named_parameters() if own.requires_grad})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("lora", "open_clip"), ("prompt", "timm and Hugging Face")])
+def test_compiled_blocks_give_the_same_gradients(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    model, _ = trained(case, kind)
+    gradients, losses = [], []
+    for compiled in (False, True):
+        model.zero_grad()
+        if compiled:
+            compile_blocks(model.clip)
+        model().backward()
+        gradients.append({name: own.grad for name, own in model.named_parameters() if own.requires_grad})
+        with torch.no_grad():
+            losses.append(model())
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
 
 
 @every_method

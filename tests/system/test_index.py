@@ -105,7 +105,7 @@ def counts(told: str) -> tuple[int, ...]:
 
 
 def vectors(folder: Path) -> dict[str, np.ndarray]:
-    return {row["id"]: vector for row, vector in read_index(folder).videos()}
+    return {video.row["id"]: video.vector for video in read_index(folder).videos()}
 
 
 def test_a_folder_and_its_subfolders(run: Path, clips: Path, tmp_path: Path, index: Index) -> None:

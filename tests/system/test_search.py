@@ -104,6 +104,31 @@ def test_many_queries_as_json_lines(
     assert capsys.readouterr().out == told
 
 
+def test_two_indexes_side_by_side(
+    project: Settings, model: SearchModel, index: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """Each with its own model, and behind each video its rank in the other index."""
+    other = tmp_path / "old.index"
+    old = write_run(tmp_path / "old", project, seed=1)
+    assert main(["index", str(old), str(project["train_annot"]), "-o", str(other)]) == 0
+    names, before = order(model, index, "a red thing")[0], order(load_retriever(old), other, "a red thing")[0]
+    assert names != before
+    capsys.readouterr()
+    assert main(["search", str(index), "a red thing", "-k", "3", "--compare", str(other)]) == 0
+    head, query, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["my.index", "(run)", "old.index", "(old)"] and query == "a red thing"
+    for rank, line in enumerate(lines):
+        left, right = names[rank], before[rank]
+        shown = [str(rank + 1), left, f"({before.index(left) + 1})", right, f"({names.index(right) + 1})"]
+        assert [word for word in line.split() if "." not in word] == shown
+    assert main(["search", str(index), "a red thing", "-k", "3", "--compare", str(other), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [[hit["id"] for hit in answer[key]] for key in ("hits", "compared")] == [names[:3], before[:3]]
+    for words in (["--explain"], ["--by", "moment"]):
+        assert main(["search", str(index), "x", "--compare", str(other), *words]) == 2
+        assert "--compare" in capsys.readouterr().err
+
+
 def test_explain_shows_frames_by_weight(model: SearchModel, clips: Path, capsys: Capsys) -> None:
     command = ["search", str(clips / "my.index"), "x", "-k", "1", "--explain"]
     assert main(command) == 0

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from media import index_of, write_frames, write_video
 from PIL import Image
-from serving import Axes, Server, running, until, write_clip, write_one, write_small_index
+from serving import Axes, Server, running, until, write_clip, write_divided_index, write_one, write_small_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
@@ -102,6 +103,51 @@ def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
         assert "unsafe" not in reply.headers["content-security-policy"]
 
 
+def test_moments(tmp_path: Path) -> None:
+    """Beside a video, or instead of it; with a picture each, and as files."""
+    index = write_divided_index(tmp_path)
+    with running(index) as server:
+        assert server.ask("/api/status").json["moments"] == 9
+        assert server.found("q=1")[0]["id"] == "video1.mp4"
+        assert server.found("q=6&score=moment")[0]["id"] == "video1.mp4"
+        (first, *others) = server.found("q=6&by=moment")
+        (moment,) = first["moments"]
+        assert (first["id"], first["rank"], first["score"]) == ("video1.mp4", 1, pytest.approx(1))
+        assert (moment["start"], moment["end"], moment["time"], moment["score"]) == (0.5, 1.5, 1.1, pytest.approx(1))
+        assert shown(server.ask(moment["poster"]).body) == 26
+        pages = [server.ask(f"/api/search?q=6&by=moment&k=2&page={page}").json for page in (1, 2)]
+        assert [one["moments"] for page in pages for one in page["found"]][:3] == [
+            one["moments"] for one in (first, *others)
+        ][:3]
+        copied, exact = server.ask(moment["clip"]), server.ask(moment["clip"] + "&exact=true")
+        for reply in (copied, exact):
+            assert (reply.status, reply.headers["content-type"]) == (200, "video/mp4")
+            assert 'filename="video1_0.5-1.5s.mp4"' in reply.headers["content-disposition"]
+        assert coded(exact.body, tmp_path) == list(range(13, 38))
+        for bad, status in {
+            "start=1&end=1": 422,
+            "start=0&end=700": 422,
+            "start=-1&end=1": 422,
+            "start=nan&end=1": 422,
+        }.items():
+            assert server.ask(moment["clip"].split("?")[0] + f"?{bad}").status == status
+        assert server.ask(moment["poster"].replace("/1/", "/3/")).status == 404
+        index.videos[1].path.write_bytes(b"another")
+        reply = server.ask(moment["clip"])
+        assert (reply.status, "has changed" in reply.json["detail"]) == (404, True)
+    with running(write_small_index(tmp_path / "plain")) as server:
+        reply = server.ask("/api/search?q=1&by=moment")
+        assert (reply.status, "--moments" in reply.json["detail"]) == (422, True)
+        assert server.found("q=1")[0]["moments"] == []
+
+
+def coded(video: bytes, folder: Path) -> list[int]:
+    """Return which coded frames a video shows."""
+    (folder / "clip.mp4").write_bytes(video)
+    with av.open(str(folder / "clip.mp4")) as container:
+        return [index_of(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
 def test_openapi_describes_the_answers(server: Server) -> None:
     described = server.ask("/openapi.json").json["components"]["schemas"]
     assert set(server.found()[0]) == set(described["FoundVideo"]["properties"])
@@ -111,7 +157,8 @@ def test_openapi_describes_the_answers(server: Server) -> None:
 def test_an_empty_index_with_a_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_small_index(tmp_path, 0).folder)
     with running(VideoIndex.load(".")) as server:
-        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "model": "run", "finetuned": True}
+        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "moments": 0}
+        about |= {"model": "run", "finetuned": True}
         assert server.ask("/api/status").json == about
         assert server.ask("/api/search?q=1").json["found"] == []
 

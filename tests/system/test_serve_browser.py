@@ -17,7 +17,7 @@ import pytest
 from indexing import write_run
 from media import write_video
 from PIL import Image
-from serving import Axes, Server, axis, running, served_row, until, write_small_index
+from serving import Axes, Server, axis, running, served_row, until, write_divided_index, write_small_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
@@ -131,6 +131,7 @@ def test_a_search_shows_posters_moments_and_scores(page: Page, server: Server) -
     assert (page.names()[0], page.text(".card .score"), page.text(".card .at")) == ("video3.mp4", "1.000", "0:01.2")
     assert (page.text("#name"), page.text("#count")) == ("my.index", "15 videos · run")
     page.until(lambda: page.js("document.querySelector('.card img').naturalWidth") == 130)
+    assert not page.find("#by").is_displayed()  # this index has no moments
     marks = page.js("[...document.querySelector('.timeline').children].map((mark) => parseFloat(mark.style.height))")
     assert marks == [pytest.approx(100 / 3, abs=0.01), 100]
     assert page.find(".card").get_attribute("aria-label") == "1. two dogs run, score 1.000, best moment at 0:01.2. Play"
@@ -157,6 +158,34 @@ def test_a_video_plays_from_its_best_moment(page: Page, server: Server) -> None:
     page.find("#player-close").click()
     page.until(lambda: not page.js("document.querySelector('#player').open") and page.all("#stage video") == [])
     assert page.complaints() == []
+
+
+def test_moments(page: Page, tmp_path: Path) -> None:
+    """Videos with their best moments, or moments; one is played from start to end, and can be saved."""
+    video = "document.querySelector('#stage video')"
+    with running(write_divided_index(tmp_path)) as server:
+        page.search(server, 6)
+        page.find("#by option[value=moment]").click()
+        page.until(lambda: "Moments 1 to" in page.text("#status") and page.names()[0] == "video1.mp4")
+        assert (page.js("location.search"), page.text(".card .at")) == ("?q=6&by=moment", "0:00.5–0:01.5")
+        mark = page.js("(({ left, width }) => [left, width])(document.querySelector('.timeline .best').style)")
+        assert [float(part.rstrip("%")) for part in mark] == [pytest.approx(1.5 + 97 / 4), pytest.approx(97 / 2)]
+        page.until(lambda: page.js("document.querySelector('.card img').naturalWidth") == 130)
+        page.find(".card").click()
+        page.until(lambda: page.js(f"{video}.paused && {video}.currentTime > 1.3"))
+        assert page.js(f"{video}.played.start(0)") == pytest.approx(0.5, abs=0.05)
+        assert page.js(f"{video}.currentTime") == pytest.approx(1.5, abs=0.15)
+        label = page.find("#moments button").get_attribute("aria-label")
+        assert label == "Moment from 0:00.5 to 0:01.5, score 1.000. Play"
+        assert page.js("document.querySelector('#bar').children.length") == 1
+        for selector in ("#clip", "#clip-exact"):
+            address = page.find(selector).get_attribute("href").split(str(server.port))[1]
+            assert server.ask(address).headers["content-type"] == "video/mp4"
+        page.js(f"{video}.play()")  # on from there
+        page.until(lambda: page.js(f"{video}.currentTime") > 1.8)
+        page.driver.refresh()
+        page.until(lambda: page.text(".card .at") == "0:00.5–0:01.5")
+        assert page.complaints() == []
 
 
 def test_what_cannot_be_played_is_shown_by_its_frames(page: Page, tmp_path: Path) -> None:

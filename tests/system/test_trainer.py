@@ -121,6 +121,10 @@ def test_the_best_epoch_is_chosen_on_validation_and_tested_once(trained: Trained
     assert metrics["finetuned"]["t2v"]["videos_evaluated"] == metrics["finetuned"]["v2t"]["videos_listed"] == 8
     assert metrics["finetuned"] == events(folder, "finetuned")[0]["metrics"]
     assert metrics["zero_shot"] == events(folder, "zero_shot")[0]["metrics"]
+    for name, (low, high) in metrics["intervals"].items():
+        direction, figure = name.split(".")
+        assert low <= metrics["finetuned"][direction][figure] <= high
+    assert {"t2v.R@1", "v2t.MedR"} <= metrics["intervals"].keys()
 
 
 def test_an_adapter_holds_only_what_differs_from_clip(trained: Trained, project: Project) -> None:

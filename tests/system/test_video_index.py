@@ -1,5 +1,6 @@
 """An index on disk and in memory: what is found, and what is refused."""
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ def test_rows_are_parsed_when_they_are_found_and_only_once(tmp_path: Path) -> No
     assert video.frames == (IndexedFrame(3, 0.5, 0.25), IndexedFrame(400, 65.0, 0.75))
     assert (video.best_time, video.captions, video.thumb) == (65.0, ("a ä",), tmp_path / "i" / "thumbs" / "a.jpg")
     assert index.videos.keys()[2] == video.key
+
+
+def test_an_index_without_moments_keeps_its_bytes(tmp_path: Path) -> None:
+    """Older versions read it, and it is what they would have written."""
+    write_index(tmp_path, index_info(), unit_rows(3, 4), [index_row(number) for number in range(3)])
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tmp_path.iterdir()}
+    assert digests == {"vectors.safetensors": "1df67d62893e50c1", "videos.jsonl": "6e34bf4778e3d3f2"}
 
 
 def test_queries_that_are_refused(tmp_path: Path) -> None:

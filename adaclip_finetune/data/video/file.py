@@ -1,7 +1,7 @@
 """Read frames of one video file: frame n is the n-th that a player shows, whatever the container says.
 
 `read_frames` decodes each wanted frame from the key frame before it, passing over frames that no other refers to, and
-decodes from the start of the file where that does not give the frame.
+decodes from the start of the file where that does not give the frame. `stream_frames` gives many frames in one pass.
 """
 
 from __future__ import annotations
@@ -37,11 +37,26 @@ def read_frames(source: Source, index: FrameIndex, indices: Sequence[int]) -> Fr
     wanted = sorted(set(indices))
     if wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of {index.num_frames}")
-    found = _by_seeking(source, index, wanted)
+    found = {number: frame for part in _by_seeking(source, index, wanted) for number, frame in part.items()}
     if rest := [i for i in wanted if i not in found]:
         found |= dict(_in_order(source, index, rest, never))
     frames = [found[i] for i in indices]
     return np.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames
+
+
+def stream_frames(source: Source, index: FrameIndex, wanted: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    """Give the wanted frames (ascending, each once) with their indices, in one pass that passes over the others.
+
+    RGB (H, W, 3), perhaps of several sizes; those between two key frames are in memory together. Raises BrokenVideo.
+    """
+    done = 0
+    for part in _by_seeking(source, index, wanted):
+        if sorted(part) != list(wanted[done : done + len(part)]):
+            break
+        yield from sorted(part.items())
+        done += len(part)
+    if done < len(wanted):
+        yield from _in_order(source, index, wanted[done:], never)
 
 
 def scan_frames(source: Source, index: FrameIndex, stopped: Stopped = never) -> Iterator[tuple[int, Frame]]:
@@ -75,22 +90,25 @@ def _in_order(
         raise BrokenVideo(f"frame {waiting[0] + 1} of {index.num_frames} cannot be decoded{damage}", "damaged")
 
 
-def _by_seeking(source: Source, index: FrameIndex, wanted: Sequence[int]) -> dict[int, Frame]:
-    """Decode from the nearest key frames. Damaged frames, and all that the container does not seek to, are left out."""
-    found: dict[int, Frame] = {}
+def _by_seeking(source: Source, index: FrameIndex, wanted: Sequence[int]) -> Iterator[dict[int, Frame]]:
+    """Decode from each key frame what is wanted before the next, in order.
+
+    Damaged frames, and all that the container does not seek to, are left out.
+    """
     if index.keys is None:
-        return found
+        return
     number = _numbers(index, wanted)
     by_key: dict[int, set[int]] = {}
     for pts in number:
         by_key.setdefault(int(np.searchsorted(index.keys, pts, side="right")) - 1, set()).add(pts)
     with opened(source) as (container, stream):
         for key, group in sorted(by_key.items()):
+            found: dict[int, Frame] = {}
             with suppress(av.FFmpegError):  # decoding from the start will tell
                 for frame in _decoded_from(container, stream, index.keys[max(key - 1, 0) : key + 1].tolist(), group):
                     if frame.pts in group and not frame.is_corrupt:
                         found[number[frame.pts]] = to_rgb(frame)
-    return found
+            yield found
 
 
 def _numbers(index: FrameIndex, frames: Sequence[int]) -> dict[int, int]:

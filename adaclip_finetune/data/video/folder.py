@@ -15,7 +15,7 @@ from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, unlisted
 from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
 from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
-from adaclip_finetune.data.video.file import read_frames, scan_frames
+from adaclip_finetune.data.video.file import read_frames, scan_frames, stream_frames
 from adaclip_finetune.data.video.index import FrameIndex, IndexCache, ShownTimes, unpack_index
 
 
@@ -52,6 +52,12 @@ class VideoFolder:
         index = self._index(video_id)
         with self._named(video_id) as path:
             yield from scan_frames(path, index, stopped)
+
+    def stream(self, video_id: str, indices: Sequence[int]) -> Scan:
+        """Give the frames with these indices (ascending, each once), in one pass over the file. Raises FrameError."""
+        index = self._index(video_id)
+        with self._named(video_id) as path:
+            yield from stream_frames(path, index, indices)
 
     def remember(self) -> None:
         """Keep what was found in the videos for later runs."""

@@ -6,8 +6,11 @@ import asyncio
 import io
 import os
 import secrets
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +19,7 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
+from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
@@ -25,9 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import Hit, VideoIndex
+from adaclip_finetune.search.cut import has_file
+from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
 from adaclip_finetune.search.pictures import open_picture
-from adaclip_finetune.search.serve.served import ModelThread, ServedVideos, has_file
+from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 20 * 2**20  # of a picture that is sent
 MAX_PIXELS = 50_000_000  # of a picture, 200 MB decoded
 MAX_TEXT, MAX_K, MAX_PAGE = 500, 50, 50
+MAX_CLIP = 600  # seconds, of a clip
 
 _PICTURES = ("JPEG", "PNG", "WEBP")
 _MEDIA_TYPES = {".m4v": "video/mp4", ".mkv": "video/x-matroska"}  # those that Python does not know
@@ -58,6 +64,7 @@ class StatusAnswer(BaseModel):
     message: str | None = Field(description="why nothing can be searched, and what to do")
     index: str = Field(description="name of the index")
     videos: int = Field(description="number of videos in the index")
+    moments: int = Field(description="number of windows or shots in the index; 0 if videos were not divided")
     model: str = Field(description="name of the run, checkpoint or CLIP that the index was made with")
     finetuned: bool = Field(description="false for a pretrained CLIP")
 
@@ -71,11 +78,22 @@ class FoundFrame(BaseModel):
     picture: str = Field(description="URL of its JPEG")
 
 
+class FoundPart(BaseModel):
+    """A moment of a video."""
+
+    start: float = Field(description="seconds, as a player counts")
+    end: float = Field(description="seconds")
+    score: float = Field(description="cosine between query and the best window in it")
+    time: float = Field(description="seconds, of the frame that stands for it")
+    poster: str = Field(description="URL of the JPEG of that frame")
+    clip: str | None = Field(description="URL of the moment as a file; null if the index was made of frames")
+
+
 class FoundVideo(BaseModel):
-    """A video that was found."""
+    """A video that was found, or one in which a moment was found."""
 
     rank: int = Field(description="from 1")
-    score: float = Field(description="cosine between query and video")
+    score: float = Field(description="cosine between query and video, or query and moment")
     id: str
     path: str = Field(description="of the file, on the machine of the server")
     duration: float | None = Field(description="seconds")
@@ -85,22 +103,29 @@ class FoundVideo(BaseModel):
     poster: str = Field(description="URL of the JPEG of that frame")
     video: str | None = Field(description="URL of the file; null if the index was made of frames")
     copies: list[str] = Field(description="paths of other videos with the same vector")
+    moments: list[FoundPart] = Field(description="the best moments, best first; the found one, if moments are searched")
 
 
 class SearchAnswer(BaseModel):
-    """One page of the videos that were found."""
+    """One page of the videos or moments that were found."""
 
     page: int = Field(description="from 1")
-    pages: int = Field(description="number of pages")
+    pages: int = Field(description="number of pages; if moments are searched, at least this many")
     videos: int = Field(description="number of different videos in the index; copies count as one")
     found: list[FoundVideo]
 
 
 Text = Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="what the video shows")]
 PageNumber = Annotated[int, Query(ge=1, le=MAX_PAGE, description="which page")]
-PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="videos per page")]
+PageSize = Annotated[int, Query(ge=1, le=MAX_K, description="videos, or moments, per page")]
+By = Annotated[Literal["video", "moment"], Query(description="what to find; a video may have several moments")]
+Score = Annotated[
+    Literal["whole", "moment"] | None,
+    Query(description="what ranks videos: their own vector, or their best moment; the latter for a pretrained CLIP"),
+]
+Seconds = Annotated[float, Query(ge=0, le=1e6, allow_inf_nan=False, description="as a player counts")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
-FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames of the video, from 0")]
+FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
 
 
 def create_app(model: ModelThread, index: VideoIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
@@ -128,32 +153,42 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
-    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int) -> SearchAnswer:
+    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score) -> SearchAnswer:
+        if "moment" in (by, score) and index.moments is None:
+            raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
+        find = partial(index.search, score=score) if by == "video" else index.search_moments
         # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
-        wanted = slice((page - 1) * k, page * k)
-        hits = await model.run(lambda loaded: index.search(encode(loaded), k * MAX_PAGE, wanted)[0])
-        pages = min(-(-index.distinct // k), MAX_PAGE)
-        return SearchAnswer(page=page, pages=pages, videos=index.distinct, found=[_found(hit) for hit in hits])
+        first, last = (page - 1) * k, page * k
+        most = last + 1 if by == "moment" else k * MAX_PAGE
+        hits = await model.run(lambda loaded: find(encode(loaded), most, slice(first, last + 1))[0])
+        pages = -(-index.distinct // k) if by == "video" else page + (len(hits) > k)
+        found = [_found(hit) for hit in hits[:k]]
+        return SearchAnswer(page=page, pages=min(pages, MAX_PAGE), videos=index.distinct, found=found)
 
     @app.get("/api/status")
     async def status() -> StatusAnswer:
         """Return whether the model is ready, and how many videos there are."""
         name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
-        about = {"model": index.info.model_name, "finetuned": not index.info.untrained}
-        return StatusAnswer(state=model.state, message=model.message, index=name, videos=len(index), **about)
+        about: dict[str, Any] = {"model": index.info.model_name, "finetuned": not index.info.untrained}
+        about |= {"videos": len(index), "moments": 0 if index.moments is None else len(index.moments)}
+        return StatusAnswer(state=model.state, message=model.message, index=name, **about)
 
     @app.get("/api/search")
-    async def search(q: Text, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:
-        """Return the videos that show what a text says, best first."""
+    async def search(
+        q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+    ) -> SearchAnswer:
+        """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        return await answer(lambda loaded: loaded.encode_text([q.strip()]), page, k)
+        return await answer(lambda loaded: loaded.encode_text([q.strip()]), page, k, by, score)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 
     @app.post("/api/search/image", openapi_extra={"requestBody": picture})
-    async def search_image(request: Request, page: PageNumber = 1, k: PageSize = 12) -> SearchAnswer:
-        """Return the videos that look like a picture, which is the body of the request."""
+    async def search_image(
+        request: Request, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+    ) -> SearchAnswer:
+        """Return the videos, or moments, that look like a picture, which is the body of the request."""
         content = bytearray()
         async for chunk in request.stream():
             content += chunk
@@ -163,11 +198,11 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
             image = await asyncio.to_thread(open_picture, io.BytesIO(content), _PICTURES, MAX_PIXELS)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k)
+        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by, score)
 
 
 def _add_media(app: FastAPI, videos: ServedVideos) -> None:
-    one_at_a_time = asyncio.Lock()
+    one_at_a_time, one_cut_at_a_time = asyncio.Lock(), asyncio.Lock()
 
     @app.get("/api/videos/{key}/file", response_class=FileResponse)
     def file(key: Key) -> Response:
@@ -179,6 +214,26 @@ def _add_media(app: FastAPI, videos: ServedVideos) -> None:
     def poster(key: Key) -> Response:
         """Return the frame with the greatest weight as a small JPEG."""
         return FileResponse(videos.poster(key), media_type="image/jpeg", headers=_FOR_A_WHILE)
+
+    @app.get("/api/videos/{key}/moments/{number}/poster", response_class=FileResponse)
+    def moment_poster(key: Key, number: FrameNumber) -> Response:
+        """Return the frame that stands for a moment as a small JPEG."""
+        return FileResponse(videos.moment_poster(key, number), media_type="image/jpeg", headers=_FOR_A_WHILE)
+
+    @app.get("/api/videos/{key}/clip", response_class=FileResponse)
+    async def clip(key: Key, start: Seconds, end: Seconds, exact: bool = False) -> Response:
+        """Return the part from `start` to `end`, at most ten minutes, as a file: as it is stored, or encoded anew."""
+        if not 0 < end - start <= MAX_CLIP:
+            raise HTTPException(422, f"end: must be after start, by at most {MAX_CLIP} seconds")
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp))
+        remove = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            async with one_cut_at_a_time:
+                path = await asyncio.to_thread(videos.cut, key, start, end, exact, folder)
+        except HTTPException:
+            await remove()
+            raise
+        return FileResponse(path, filename=path.name, media_type=_MEDIA_TYPES.get(path.suffix), background=remove)
 
     @app.get("/api/videos/{key}/frames/{number}", response_class=Response)
     async def frame(key: Key, number: FrameNumber) -> Response:
@@ -249,7 +304,14 @@ def _found(hit: Hit) -> FoundVideo:
         poster=f"{urls}/poster",
         video=f"{urls}/file" if has_file(video) else None,
         copies=[_shown(copy.path) for copy in hit.copies],
+        moments=[_part(moment, urls, has_file(video)) for moment in hit.moments],
     )
+
+
+def _part(moment: FoundMoment, urls: str, cut: bool) -> FoundPart:
+    clip = f"{urls}/clip?start={moment.start:.3f}&end={moment.end:.3f}" if cut else None
+    facts = {"start": moment.start, "end": moment.end, "score": moment.score, "time": moment.time}
+    return FoundPart(**facts, poster=f"{urls}/moments/{moment.number}/poster", clip=clip)
 
 
 def _shown(path: Path) -> str:

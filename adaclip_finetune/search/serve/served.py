@@ -7,7 +7,6 @@ indexed.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 import traceback
@@ -23,9 +22,9 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.packed_frames import PackedFrames
-from adaclip_finetune.data.video.discovery import is_video_file
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.collection import VideoFiles, stamp_of
+from adaclip_finetune.search.collection import VideoFiles
+from adaclip_finetune.search.cut import CutFailed, check_unchanged, clip_name, cut, has_file
 from adaclip_finetune.search.index import IndexedVideo, VideoIndex
 from adaclip_finetune.search.pictures import thumbnail
 
@@ -98,6 +97,23 @@ class ServedVideos:
             raise HTTPException(404, "this video has no picture")
         return thumb
 
+    def moment_poster(self, key: str, number: int) -> Path:
+        """Return the JPEG of the best frame of one of the windows of a video, counted from 0."""
+        video = self._find(key)
+        if self.index.moments is None or number >= self.index.moments.count(self._rows[key]):
+            raise HTTPException(404, f"{video.id}: has no such moment")
+        return self.index.moments.picture(self._rows[key], number)
+
+    def cut(self, key: str, start: float, end: float, exact: bool, folder: Path) -> Path:
+        """Write a part of a video into `folder`, and return the file."""
+        video = self._find(key)
+        target = folder / clip_name(video, start, end, exact)
+        try:
+            cut(video, start, end, target, exact)
+        except CutFailed as error:
+            raise HTTPException(404, str(error)) from error
+        return target
+
     def frame(self, key: str, number: int) -> bytes:
         """Return a JPEG of one of the frames that the vector was made of, counted from 0."""
         video = self._find(key)
@@ -129,15 +145,8 @@ class ServedVideos:
         return PackedFrames(video.path), video.id
 
 
-def has_file(video: IndexedVideo) -> bool:
-    """Return whether the index was made of the video's file, not of frames in a folder or a pack."""
-    return is_video_file(video.path) and not os.path.isdir(video.path)  # noqa: PTH112 (never raises)
-
-
 def _check_unchanged(video: IndexedVideo) -> None:
     try:
-        unchanged = stamp_of(video.path) == video.stamp and (video.path.is_file() or video.path.is_dir())
-    except OSError as error:
-        raise HTTPException(404, f"{video.path}: {error.strerror}") from error
-    if not unchanged:
-        raise HTTPException(404, f"{video.path}: has changed since it was indexed; run `adaclip index` again")
+        check_unchanged(video)
+    except CutFailed as error:
+        raise HTTPException(404, str(error)) from error

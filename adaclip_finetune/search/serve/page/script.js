@@ -16,6 +16,7 @@ query.addEventListener("input", (event) => {
   clearTimeout(typing);
   if (!event.isComposing) typing = setTimeout(() => search("replace"), 350);
 });
+get("by").addEventListener("change", () => search("push"));
 get("choose").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", () => { searchByPicture(get("file").files[0]); get("file").value = ""; });
 get("picture-away").addEventListener("click", () => { setPicture(null); query.focus(); search("push"); });
@@ -26,17 +27,19 @@ document.addEventListener("keydown", useKey);
 acceptDrops();
 readAddress();
 
-// The address holds the words and the page, so that Back, Reload and bookmarks work.
+// The address holds the words, what to find, and the page, so that Back, Reload and bookmarks work.
 function readAddress() {
   const given = new URLSearchParams(location.search);
   setPicture(null);
   query.value = given.get("q") ?? "";
+  get("by").value = given.get("by") === "moment" ? "moment" : "video";
   page = Math.min(Math.max(parseInt(given.get("page"), 10) || 1, 1), 50);
   update();
 }
 
 function writeAddress(how) {
   const words = picture ? "" : query.value.trim(), wanted = new URLSearchParams(words ? { q: words } : {});
+  if (words && get("by").value === "moment") wanted.set("by", "moment");
   if (words && page > 1) wanted.set("page", page);
   const url = wanted.size ? `/?${wanted}` : "/";
   if (url !== location.pathname + location.search) history[`${how}State`](null, "", url);
@@ -66,6 +69,8 @@ async function update() {
     const status = await fetched("/api/status", { signal });
     get("name").textContent = status.index;
     document.title = `${status.index} · video search`;
+    get("by").hidden = !status.moments;
+    if (!status.moments) get("by").value = "video";
     const count = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
     get("count").textContent = `${count} · ${status.model}${status.finetuned ? "" : ", not finetuned"}`;
     if (status.state === "failed") throw new Error(`Nothing can be searched: ${status.message}`);
@@ -78,8 +83,9 @@ async function update() {
     } else {
       say("Searching…", true);
       results.setAttribute("aria-busy", "true");
-      show(picture ? await fetched(`/api/search/image?page=${page}`, { method: "POST", body: picture, signal })
-        : await fetched(`/api/search?${new URLSearchParams({ q: words, page })}`, { signal }));
+      const by = get("by").value;
+      show(picture ? await fetched(`/api/search/image?page=${page}&by=${by}`, { method: "POST", body: picture, signal })
+        : await fetched(`/api/search?${new URLSearchParams({ q: words, page, by })}`, { signal }));
     }
   } catch (error) {
     if (signal.aborted) return;
@@ -103,15 +109,18 @@ async function fetched(url, options) {
 }
 
 function show(answer) {
+  const byMoment = get("by").value === "moment";
   results.replaceChildren(...(answer?.found ?? []).map((video) => card(video, play)));
   get("pages").hidden = !answer || answer.pages < 2;
   if (!answer) return;
   pages = answer.pages;
-  get("page").textContent = page > pages ? `There are ${pages} pages` : `Page ${page} of ${pages}`;
+  const of = byMoment ? "" : ` of ${pages}`;  // how many moments there are is not known in advance
+  get("page").textContent = page > pages ? `There are ${pages} pages` : `Page ${page}${of}`;
   get("previous").disabled = page <= 1;
   get("next").disabled = page >= pages;
-  const found = answer.found, all = answer.videos.toLocaleString("en");
-  say(found.length ? `Videos ${found[0].rank} to ${found.at(-1).rank} of ${all}, best first` : "No videos on this page.");
+  const found = answer.found, all = answer.videos.toLocaleString("en"), what = byMoment ? "Moments" : "Videos";
+  const last = found.length && `${found.at(-1).rank}${byMoment ? "" : ` of ${all}`}`;
+  say(found.length ? `${what} ${found[0].rank} to ${last}, best first` : `No ${what.toLowerCase()} on this page.`);
 }
 
 function say(text, working = false, trouble = "") {

@@ -1,0 +1,73 @@
+"""`adaclip cut`: write the moments that a search finds as clips."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.printable import printable
+
+
+def run(words: Sequence[str]) -> int:
+    """Search for moments, and cut them out. Return 1 if some cannot be cut, else 0. Raise UserError."""
+    arguments = _parser().read(words)
+    if (arguments.text is None) == (arguments.image is None):
+        raise UserError('give one thing to search for: a text ("two dogs") or --image FILE')
+    if arguments.text is not None and not arguments.text.strip():
+        raise UserError("the text to search for is empty")
+    folder = arguments.output
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"-o {folder}: there is no folder {folder.absolute().parent}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"-o {folder}: is a file; clips are written into a folder")
+    settings = model_settings(arguments)
+
+    from adaclip_finetune.search.cut import CutFailed, clip_name, cut
+    from adaclip_finetune.search.index import VideoIndex
+    from adaclip_finetune.search.search_model import search_model_of
+
+    index = VideoIndex.load(arguments.index)
+    index.need_moments()
+    model = search_model_of(index, arguments.model, **settings)
+    given = arguments.image
+    vector = model.encode_text([arguments.text])[0] if given is None else model.encode_image(given)
+    hits = index.search_moments(vector[None], arguments.k)[0]
+    names = [f"{hit.rank:02}_{clip_name(hit.video, *hit.moments[0].span, arguments.exact)}" for hit in hits]
+    if there := [name for name in names if (folder / name).exists() and not arguments.overwrite]:
+        raise UserError(f"{folder / there[0]}: is there already; --overwrite replaces it, or give another folder")
+    folder.mkdir(exist_ok=True)
+    failed = 0
+    for hit, name in zip(hits, names, strict=True):
+        try:
+            cut(hit.video, *hit.moments[0].span, folder / name, arguments.exact)
+        except CutFailed as error:
+            failed += 1
+            print(f"{hit.rank:4}  {printable(hit.video.id)}: cannot be cut: {error}", file=sys.stderr)
+        else:
+            print(f"{hit.rank:4}  {hit.score:.4f}  {printable(folder / name)}")
+    return 1 if failed else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "adaclip cut",
+        "Search an index for moments, and write each as a video file of its own, named by rank, video and seconds. A "
+        "copy of what is stored takes no time, but starts at the key frame before the moment unless the player skips "
+        "to it, as most do in an mp4. Files such as ts and mpg are always encoded anew. Exit code 1 if some cannot be "
+        "cut: they are listed.",
+        "adaclip cut NAME.index (TEXT | --image FILE) [-k N] -o DIR [--exact] [--overwrite]",
+    )
+    add = parser.add_argument
+    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index --moments` made")
+    add("text", metavar="TEXT", nargs="?", help="what the moments should show")
+    add("--image", metavar="FILE", type=a_path, help="search by a picture")
+    add("-k", metavar="N", type=int, default=5, help="how many moments to cut; default 5")
+    add("-o", "--output", required=True, metavar="DIR", type=a_path, help="the folder for the clips")
+    add("--exact", action="store_true", help="encode anew (H.264, AAC), to start and end at the very frame")
+    add("--overwrite", action="store_true", help="replace clips of the same names")
+    moved = "the run or checkpoint that the index was made with, if it moved"
+    add("--model", metavar="RUN", type=a_path, help=moved)
+    add_checkpoint_flags(parser, *MODEL)
+    return parser

@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat, zip_longest
@@ -51,8 +52,10 @@ def run(words: Sequence[str]) -> int:
         raise UserError("--score says what ranks videos: leave out --by moment")
     texts = [str(arguments.image or arguments.text)] if arguments.queries is None else _lines(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
-    if adaptation and (arguments.image is not None or arguments.compare is not None):
-        raise UserError("--adapt adapts to texts, and goes without --image and --compare")
+    if adaptation and arguments.image is not None:
+        raise UserError("--adapt adapts to texts, and goes without --image")
+
+    from adaclip_finetune.search.adapted import adapting
 
     index, model = _open(arguments.index, arguments.model, settings)
     if "moment" in (arguments.by, arguments.score):
@@ -67,22 +70,16 @@ def run(words: Sequence[str]) -> int:
     if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
-    if adaptation:
-        from adaclip_finetune.search.adapted import adapting
-
-        with adapting(model, index, adaptation) as adapted:
-            for text in texts:
-                vector, seconds = adapted(text)
-                _print(text, find(vector, arguments.k)[0], None, arguments, seconds)
-        return 0
-    for start in range(0, len(texts), _QUERIES_AT_ONCE):
-        block = texts[start : start + _QUERIES_AT_ONCE]
-        found = find(_encoded(model, block, arguments.image), _asked_for(arguments))
-        before: Iterable[list[Hit] | None] = repeat(None)
-        if other is not None:
-            before = other[0].search(_encoded(other[1], block, arguments.image), _asked_for(arguments))
-        for text, hits, others in zip(block, found, before, strict=False):
-            _print(text, hits, others, arguments)
+    with adapting(model, index, adaptation) if adaptation else nullcontext() as adapted:
+        for start in range(0, len(texts), 1 if adapted else _QUERIES_AT_ONCE):
+            block = texts[start : start + (1 if adapted else _QUERIES_AT_ONCE)]
+            encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments.image), None)
+            found = find(encoded, _asked_for(arguments))
+            before: Iterable[list[Hit] | None] = repeat(None)
+            if other is not None:
+                before = other[0].search(_encoded(other[1], block, arguments.image), _asked_for(arguments))
+            for text, hits, others in zip(block, found, before, strict=False):
+                _print(text, hits, others, arguments, seconds)
     return 0
 
 
@@ -115,8 +112,7 @@ def _parser() -> Parser:
         "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
         "one lasts.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
-        "       [--by moment] [--score moment] [--compare OLD.index]\n"
-        "       adaclip search NAME.index (TEXT | --queries FILE) --adapt clip_reward --reward CLIP[,CLIP...]",
+        "       [--by moment] [--score moment] [--compare OLD.index] [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
@@ -154,27 +150,22 @@ def _lines(path: Path) -> list[str]:
 
 
 def _print(
-    query: str,
-    hits: Sequence[Hit],
-    others: Sequence[Hit] | None,
-    arguments: Namespace,
-    seconds: float | None = None,
+    query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, arguments: Namespace, seconds: float | None
 ) -> None:
     """Print what a query found; `seconds` is the time that adapting the model to it took."""
     shown = hits[: arguments.k]
     if arguments.json:
-        found: dict[str, Any] = {"query": query, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
-        if seconds is not None:
-            found |= {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
+        adapted = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
+        found: dict[str, Any] = {"query": query, **adapted, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
         if others is not None:
             found["compared"] = [_as_json(hit, False) for hit in others[: arguments.k]]
         print(json.dumps(found))
-    elif others is not None:
-        print(printable(query))
+        return
+    how = "" if seconds is None else f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)"
+    print(f"{printable(query)}{how}")
+    if others is not None:
         _print_beside(shown, hits, others)
     else:
-        adapted = f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)" if seconds else ""
-        print(f"{printable(query)}{adapted}")
         _print_hits(shown, arguments)
 
 

@@ -359,3 +359,10 @@ def test_only_video_files_have_a_reward(adapt: list[str], index: Path, capsys: C
     assert main(["search", str(index), "a dog", *adapt]) == 2
     told = capsys.readouterr().err
     assert "cannot be read as a video file" in told and "video" in told
+
+
+def test_an_adapted_search_is_compared_with_another_index(adapt: list[str], clips: Path, capsys: Capsys) -> None:
+    place = clips / "my.index"
+    (found,) = found_scores(capsys, place, "a dog", *adapt, "--compare", place)
+    (plain,) = found_scores(capsys, place, "a dog")
+    assert {hit["id"]: hit["score"] for hit in found["compared"]} == plain["hits"] != found["hits"]

@@ -61,6 +61,7 @@ COMMANDS = {
     "search": "find videos in an index by text or image",
     "cut": "write the moments that a search finds as video files",
     "serve": "serve a web page that searches an index",
+    "caption": "write captions of videos as an annotation",
     "classify": "tell which classes videos and pictures belong to",
     "check": "check data and settings before a run, and estimate its cost",
     "bench": "measure how fast this package is on this machine",

@@ -8,13 +8,17 @@ weights in float16.
 
 About 15 minutes on 2 cores. The same seed gives the same weights where torch and the processor are the same, else
 ones as good.
+
+`--blocks 8 6 --start dataset_example/tiny_clip` grows it to twice the depth: the new blocks change nothing at first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -22,18 +26,18 @@ import shapes_world as world
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from shapes_stills import Stills
 from torch import Tensor
 from tqdm import tqdm
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "embed_dim": 96,
     "vision_cfg": {"image_size": world.SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
     "quick_gelu": True,
 }
-PREPROCESS = {
+PREPROCESS: dict[str, Any] = {
     "mean": list(open_clip.OPENAI_DATASET_MEAN),
     "std": list(open_clip.OPENAI_DATASET_STD),
     "interpolation": "bicubic",
@@ -50,26 +54,47 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dataset_example/tiny_clip"), help="folder to write into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1200, help=f"updates of {BATCH} stills each")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help="highest learning rate")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(4, 3), help="blocks of the image and the text tower")
+    parser.add_argument("--start", type=Path, help="CLIP to start from: a folder that this script wrote")
     args = parser.parse_args()
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
-    model = open_clip.CLIP(**MODEL)
-    train(model, Stills(np.random.default_rng(args.seed)), args.steps)
-    save(model, args.out)
+    config = with_blocks(*args.blocks)
+    model = open_clip.CLIP(**config)
+    if args.start:
+        grow(model, load_file(args.start / "open_clip_model.safetensors"))
+    train(model, Stills(np.random.default_rng(args.seed)), args.steps, args.learning_rate)
+    save(model, args.out, config)
     for name, figure in evaluate(open_clip.create_model(f"local-dir:{args.out}").eval()).items():
         print(f"{name}: {figure:.1f} %")
 
 
-def train(model: open_clip.CLIP, stills: Stills, steps: int) -> None:
+def with_blocks(image: int, text: int) -> dict[str, Any]:
+    """Return MODEL with other numbers of blocks."""
+    towers = {"vision_cfg": image, "text_cfg": text}
+    return {**MODEL, **{name: {**MODEL[name], "layers": count} for name, count in towers.items()}}
+
+
+def grow(model: open_clip.CLIP, smaller: Mapping[str, Tensor]) -> None:
+    """Give the model the weights of one with fewer blocks, and the same outputs: further blocks add nothing yet."""
+    for name, parameter in model.state_dict().items():
+        if name in smaller:
+            parameter.copy_(smaller[name])
+        elif "out_proj" in name or "c_proj" in name:
+            parameter.zero_()
+
+
+def train(model: open_clip.CLIP, stills: Stills, steps: int, learning_rate: float) -> None:
     """AdamW with a one-cycle schedule; embeddings, biases and norms do not decay."""
     plain = {name for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name}
     groups = [
         {"params": [p for name, p in model.named_parameters() if (name in plain) == is_plain], "weight_decay": decay}
         for is_plain, decay in ((True, 0.0), (False, 0.05))
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(1, steps), pct_start=0.1)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     model.train()
     for _ in (bar := tqdm(range(steps), desc="pretraining", unit="update")):
@@ -114,11 +139,11 @@ def pixels(images: NDArray[np.uint8]) -> Tensor:
     return (x - mean) / std
 
 
-def save(model: open_clip.CLIP, folder: Path) -> None:
+def save(model: open_clip.CLIP, folder: Path, config: dict[str, Any]) -> None:
     """An open_clip folder. Rows of words that no caption holds stay as they were drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    content = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_model.safetensors").chmod(0o644)

@@ -108,6 +108,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a language model of bytes, of width 32, with random weights."""
+    from speaking import write_language_model  # here, since it takes seconds to import transformers
+
+    return write_language_model(tmp_path_factory.mktemp("speaking") / "language_model")
+
+
 def write_clip_folder(folder: Path, seed: int = 0) -> None:
     """Write `build_tiny_clip` as an open_clip folder: a config and float32 safetensors."""
     folder.mkdir()

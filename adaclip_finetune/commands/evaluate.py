@@ -10,14 +10,14 @@ from typing import Any
 
 from adaclip_finetune.commands.flags import (
     Parser,
+    adaptation_settings,
+    add_adapt_flags,
     add_checkpoint_flags,
-    add_some_flags,
     check_inputs,
     check_outputs,
     given,
     write_output,
 )
-from adaclip_finetune.config import Config
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -51,9 +51,10 @@ def run(words: Sequence[str]) -> int:
                 print(f"{point.alpha:6.3g}  {point.line}{'  ← chosen' if point is best_point(curve) else ''}")
             print()
     else:
-        adaptation = {"adaptation.method": a.adapt, "adaptation.config.reward": a.reward} if a.adapt else {}
         reranking = Reranking(list(dict.fromkeys(a.rerank)), a.temperature, a.bank, a.val_annot)
-        data_sets, page = evaluate(a.checkpoints, a.annot, a.config, given(a) | adaptation, reranking, bool(a.errors))
+        data_sets, page = evaluate(
+            a.checkpoints, a.annot, a.config, given(a) | adaptation_settings(a), reranking, bool(a.errors)
+        )
         if page:
             write_output("--errors", a.errors, page)
     print(as_text(data_sets))
@@ -95,12 +96,8 @@ def _parser() -> Parser:
     add("--interpolate", metavar="A[,A...]", type=_shares, help=interpolate)
     save = "write the mixed model to a new folder, which every command takes like a run folder"
     add("--save", metavar="FOLDER", type=Path, help=save)
-    add = parser.add_argument_group("Adapting to each query").add_argument
     adapt = "add rows of each model adapted to each query, below what the reward does without a gradient"
-    add("--adapt", choices=("clip_reward",), help=adapt)
-    reward = "CLIPs that reward, with --adapt: names, files or folders of weights, runs, or self"
-    add("--reward", metavar="CLIP[,CLIP...]", type=lambda text: text.split(","), help=reward)
-    add_some_flags(parser, Config, ["adaptation"], "Settings of --adapt")
+    add_adapt_flags(parser, adapt)
     add_checkpoint_flags(parser)
     return parser
 
@@ -108,7 +105,6 @@ def _parser() -> Parser:
 def _check_flags(a: Namespace) -> None:
     """Raise UserError for flags that do not go together: the first rule that is broken."""
     tuned = a.temperature is not None
-    adapts = [name for name in given(a) if name.split(".")[0] == "adaptation"]
     mixes = 0 if a.interpolate is None else len(a.checkpoints) * (1 if a.val_annot else len(a.interpolate))
     rules = (
         (not (a.interpolate and (a.rerank or a.errors)), "--interpolate goes without --rerank and --errors"),
@@ -120,14 +116,13 @@ def _check_flags(a: Namespace) -> None:
         (("qb_norm" in a.rerank) == bool(a.bank), "--rerank qb_norm and --bank belong together"),
         (a.rerank or a.interpolate or not a.val_annot, "--val-annot belongs to --rerank or --interpolate"),
         (not (a.val_annot and tuned), "--val-annot would choose the temperature that --temperature gives"),
-        (bool(a.adapt) == bool(a.reward), "--adapt and --reward belong together"),
-        (a.adapt or not adapts, f"--{''.join(adapts[:1])} belongs to --adapt"),
         (not (a.adapt and a.rerank), f"--rerank {', '.join(a.rerank)} goes without --adapt: {_NOT_COMPARABLE}"),
         (not (a.adapt and (a.interpolate or a.errors)), "--adapt goes without --interpolate and --errors"),
     )
     for holds, message in rules:
         if not holds:
             raise UserError(message)
+    adaptation_settings(a)
 
 
 def _shares(text: str) -> list[float]:

@@ -85,9 +85,34 @@ def add_checkpoint_flags(parser: Parser, *names: str) -> None:
     add_some_flags(parser, Config, names or overridable(), title)
 
 
+def add_adapt_flags(parser: Parser, what: str) -> None:
+    """Add --adapt, which does `what`, --reward, and flags for the settings of the adaptation."""
+    add = parser.add_argument_group("Adapting to each query").add_argument
+    add("--adapt", choices=("clip_reward",), help=what)
+    reward = "CLIPs that reward, with --adapt: names, files or folders of weights, runs, or self"
+    add("--reward", metavar="CLIP[,CLIP...]", type=lambda text: text.split(","), help=reward)
+    add_some_flags(parser, Config, ["adaptation"], "Settings of --adapt")
+
+
+def adaptation_settings(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of --adapt, --reward and the flags beside them: {} without --adapt.
+
+    Raise UserError if they do not go together.
+    """
+    own = {name: value for name, value in given(namespace).items() if name.split(".")[0] == "adaptation"}
+    if bool(namespace.adapt) != bool(namespace.reward):
+        raise UserError("--adapt and --reward belong together")
+    if own and not namespace.adapt:
+        raise UserError(f"--{next(iter(own))} belongs to --adapt")
+    if not namespace.adapt:
+        return {}
+    return {**own, "adaptation.method": namespace.adapt, "adaptation.config.reward": namespace.reward}
+
+
 def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of --config with the given flags over them. Raises UserError."""
-    return (read_object(arguments.config) if arguments.config else {}) | given(arguments)
+    """Return the settings of --config with the given flags over them, without those of --adapt. Raises UserError."""
+    flags = {name: value for name, value in given(arguments).items() if name.split(".")[0] != "adaptation"}
+    return (read_object(arguments.config) if arguments.config else {}) | flags
 
 
 def given(namespace: argparse.Namespace) -> dict[str, Any]:

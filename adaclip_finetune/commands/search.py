@@ -12,7 +12,15 @@ from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import (
+    MODEL,
+    Parser,
+    a_path,
+    adaptation_settings,
+    add_adapt_flags,
+    add_checkpoint_flags,
+    model_settings,
+)
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -42,7 +50,9 @@ def run(words: Sequence[str]) -> int:
     if arguments.score is not None and arguments.by == "moment":
         raise UserError("--score says what ranks videos: leave out --by moment")
     texts = [str(arguments.image or arguments.text)] if arguments.queries is None else _lines(arguments.queries)
-    settings = model_settings(arguments)
+    settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
+    if adaptation and (arguments.image is not None or arguments.compare is not None):
+        raise UserError("--adapt adapts to texts, and goes without --image and --compare")
 
     index, model = _open(arguments.index, arguments.model, settings)
     if "moment" in (arguments.by, arguments.score):
@@ -57,6 +67,14 @@ def run(words: Sequence[str]) -> int:
     if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
+    if adaptation:
+        from adaclip_finetune.search.adapted import adapting
+
+        with adapting(model, index, adaptation) as adapted:
+            for text in texts:
+                vector, seconds = adapted(text)
+                _print(text, find(vector, arguments.k)[0], None, arguments, seconds)
+        return 0
     for start in range(0, len(texts), _QUERIES_AT_ONCE):
         block = texts[start : start + _QUERIES_AT_ONCE]
         found = find(_encoded(model, block, arguments.image), _asked_for(arguments))
@@ -97,7 +115,8 @@ def _parser() -> Parser:
         "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
         "one lasts.",
         "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
-        "       [--by moment] [--score moment] [--compare OLD.index]",
+        "       [--by moment] [--score moment] [--compare OLD.index]\n"
+        "       adaclip search NAME.index (TEXT | --queries FILE) --adapt clip_reward --reward CLIP[,CLIP...]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
@@ -115,6 +134,7 @@ def _parser() -> Parser:
     add("--compare", metavar="OLD.index", type=a_path, help=compared)
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
+    add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
     add_checkpoint_flags(parser, *MODEL)
     return parser
 
@@ -133,10 +153,19 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
-def _print(query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, arguments: Namespace) -> None:
+def _print(
+    query: str,
+    hits: Sequence[Hit],
+    others: Sequence[Hit] | None,
+    arguments: Namespace,
+    seconds: float | None = None,
+) -> None:
+    """Print what a query found; `seconds` is the time that adapting the model to it took."""
     shown = hits[: arguments.k]
     if arguments.json:
         found: dict[str, Any] = {"query": query, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
+        if seconds is not None:
+            found |= {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
         if others is not None:
             found["compared"] = [_as_json(hit, False) for hit in others[: arguments.k]]
         print(json.dumps(found))
@@ -144,7 +173,9 @@ def _print(query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, argume
         print(printable(query))
         _print_beside(shown, hits, others)
     else:
-        _print_hits(query, shown, arguments)
+        adapted = f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)" if seconds else ""
+        print(f"{printable(query)}{adapted}")
+        _print_hits(shown, arguments)
 
 
 def _print_names(index: VideoIndex, other: VideoIndex) -> None:
@@ -163,8 +194,7 @@ def _print_beside(shown: Sequence[Hit], hits: Sequence[Hit], others: Sequence[Hi
         print(f"{(pair[0] or pair[1]).rank:4}  {cells[0]:<{_COLUMN}}  {cells[1]}")
 
 
-def _print_hits(query: str, hits: Sequence[Hit], arguments: Namespace) -> None:
-    print(printable(query))
+def _print_hits(hits: Sequence[Hit], arguments: Namespace) -> None:
     width = 17 if any(hit.moments for hit in hits) else 9
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"

@@ -30,10 +30,11 @@ from adaclip_finetune.hub import local_run
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
+from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.training.device import launched_processes, make_accelerator
 from adaclip_finetune.training.measure import build_task, measure, read_split, say_cut
 from adaclip_finetune.training.run_folder import RunFolder
-from adaclip_finetune.training.session import find_checkpoint, open_model
+from adaclip_finetune.training.session import find_checkpoint, open_model, open_other
 from adaclip_finetune.weights.loaded import LoadedClip
 from adaclip_finetune.weights.plain import weights_digest
 
@@ -87,6 +88,13 @@ class OpenCandidate:
         set_seed(candidate.config.seed)
         self.session = open_model(candidate.config, accelerator=make_accelerator(candidate.config), learn=False)
         self.config = self.session.config  # with the CLIP that the checkpoint was made with
+        self._opened: dict[str, Opened] = {}
+
+    def open_other(self, source: str) -> Opened:
+        """Return another model, as `training.session.open_other` does, but opened only once."""
+        if source not in self._opened:
+            self._opened[source] = open_other(source, like=self.config)
+        return self._opened[source]
 
     def read(self, annotation: str) -> EvaluationSplit:
         """Return the split, and tell on stderr which videos are left out (`skip_missing`). Raise UserError."""
@@ -106,11 +114,13 @@ class OpenCandidate:
             return task.similarity_of(texts, self.session.model, report)
 
     def add_rows(self, data_set: DataSetRows, split: EvaluationSplit) -> tuple[Task, Report]:
-        """Measure zero-shot, if this CLIP is not in `data_set` yet, and the model, and add their rows."""
+        """Measure zero-shot, if the task can and this CLIP is not in `data_set` yet, and the model, and add their
+        rows."""
         tell(f"{self.label} on {data_set.name}")
         baseline = None
         try:
-            baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
+            if self.config.task_settings.has_zero_shot:
+                baseline = self._add_zero_shot(data_set, split, self.session.pretrained())
         except UserError as error:
             data_set.remarks.append(f"zero-shot of {self.label} is NOT measured: {error}")
         task, report = self.measure(split, self.label)
@@ -144,7 +154,7 @@ class OpenCandidate:
     def _measure(
         self, split: EvaluationSplit, config: Config, loaded: LoadedClip, model: VideoRetriever, label: str
     ) -> tuple[Task, Report]:
-        with closing(build_task(config, split, loaded, model, label)) as task:
+        with closing(build_task(config, split, loaded, model, label, self.open_other)) as task:
             return task, measure(self.session, task, model)
 
 

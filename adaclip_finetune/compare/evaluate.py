@@ -22,6 +22,7 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import load_annotations
 from adaclip_finetune.data.queries import evaluation_queries
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.metrics import DirectionMetrics
 from adaclip_finetune.evaluation.rerank import DEFAULT_TEMPERATURES, dual_softmax_metrics, qb_norm_metrics
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
@@ -88,6 +89,10 @@ def evaluate(
         if adaptation.method == "clip_reward":
             candidate.config = candidate.config.model_copy(update=as_it_is)
         model = OpenCandidate(candidate)
+        adapting = model.config.model_copy(update={"adaptation": adaptation})
+        build_adaptation(adapting).start(
+            adapting, model.open_other
+        )  # names what is not there before anything is measured
         splits = [model.read(annotation) for annotation in annotations]
         validation = None
         if reranking.validation is not None:
@@ -96,7 +101,6 @@ def evaluate(
         for data_set, split in zip(found, splits, strict=True):
             task, report = model.add_rows(data_set, split)
             if adaptation.method == "clip_reward":
-                assert isinstance(report, RetrievalReport), "the settings of clip_reward refuse other tasks"
                 data_set.models += adapted_rows(model, split, report, data_set.models[-1], adaptation)
             if reranking.methods:
                 scores = _scores(model, data_set.name, task, report, reranking)

@@ -2,6 +2,7 @@
 
 from adaclip_finetune.config.choices import (
     ADAPTATIONS,
+    CAPTIONERS,
     OBJECTIVES,
     PEFT,
     TASKS,
@@ -22,6 +23,7 @@ from adaclip_finetune.config.settings import Config, load_config
 
 __all__ = [
     "ADAPTATIONS",
+    "CAPTIONERS",
     "OBJECTIVES",
     "PEFT",
     "TASKS",

@@ -1,4 +1,4 @@
-"""The parts of a run that are chosen by name: PEFT method, tower, objective, task and adaptation.
+"""The parts of a run that are chosen by name: PEFT method, tower, captioner, objective, task and adaptation.
 
 A choice is a settings class in this file, one line in a table, and the class named by that line, which is imported
 when it is used. In a config a choice is a section `{"method": name, "config": {...}}`. This file does not import torch.
@@ -465,6 +465,52 @@ TOWERS: dict[str, Choice] = {
 }
 
 
+# ---- captioners ----
+
+
+class CaptionerSettings(ChoiceSettings):
+    """Base class of the settings of a captioner."""
+
+    language_model: str = setting(
+        "facebook/opt-125m", "frozen causal language model of transformers: a name, or a folder", min_length=1
+    )
+    prefix: Literal["video", "frames"] = setting(
+        "video", "what the language model continues: the video's vector, or all encoded frames in the order of time"
+    )
+    prefix_length: int = setting(40, "input embeddings of the language model made of each vector", unit="tokens", ge=1)
+    max_tokens: int = setting(50, "tokens of a caption, its end included; longer ones are cut", unit="tokens", ge=2)
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield a pooling without a vector of the video, and training by another objective."""
+        if config.frame_agg == "qscore":
+            what = "captioner: with frame_agg qscore a video has no vector of its own: take another frame_agg"
+            yield what, ("captioner.method", "frame_agg")
+        objective = config.objective and config.objective.method
+        if not config.do_inference and config.train_annot is not None and objective != "captioning":
+            what = f"a captioner learns from objective captioning only, not from {objective or 'the default objective'}"
+            yield f"{what}: set objective.method, or leave captioner out", ("captioner.method", "objective.method")
+
+
+class MlpCaptionerSettings(CaptionerSettings):
+    """Make the prefix with a multilayer perceptron of one hidden layer (ClipCap, Mokady et al. 2021)."""
+
+
+class TransformerCaptionerSettings(CaptionerSettings):
+    """Make the prefix with a transformer, which reads the vector and learned tokens (ClipCap, Mokady et al. 2021)."""
+
+    vector_tokens: int = setting(
+        40, "tokens that a vector is mapped to, which the transformer reads", unit="tokens", ge=1
+    )
+    layers: int = setting(8, "blocks of the transformer", unit="blocks", ge=1)
+    heads: int = setting(8, "attention heads, which divide the width of the language model", ge=1, le=1024)
+
+
+CAPTIONERS: dict[str, Choice] = {
+    "mlp": Choice(MlpCaptionerSettings, "model.captioner:MlpMapper"),
+    "transformer": Choice(TransformerCaptionerSettings, "model.captioner:TransformerMapper"),
+}
+
+
 # ---- objectives ----
 
 
@@ -473,6 +519,11 @@ class ObjectiveSettings(ChoiceSettings):
 
     uses_unlabelled: ClassVar[bool] = False
     """Whether the objective learns from rows of which `TrainBatch.labelled` is False."""
+
+    @property
+    def uses_videos(self) -> bool:
+        """Whether the objective sees the training videos; otherwise they are not read, and need not be there."""
+        return True
 
     @property
     def uses_auxiliary(self) -> bool:
@@ -542,11 +593,43 @@ class AuxiliaryCaptionsSettings(ObjectiveSettings):
         return self.loss != "v_s"
 
 
+class CaptionLossSettings(ObjectiveSettings):
+    """Train a captioner on a frozen retriever, with videos (ClipCap) or texts alone (CapDec, Nukrai et al. 2022)."""
+
+    learn_from: Literal["videos", "texts"] = setting(
+        "videos", "what is captioned in training: the videos, or the captions' own text vectors with noise (CapDec)"
+    )
+    noise_variance: float = setting(
+        0.016, "variance of the noise that is added to each coordinate of a text's unit vector", ge=0
+    )
+
+    @property
+    def uses_videos(self) -> bool:
+        return self.learn_from == "videos"
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield a missing captioner, texts in place of frames, joined captions, and methods that change CLIP by
+        themselves."""
+        if config.captioner is None:
+            yield "objective captioning trains a captioner: give captioner.method", ("objective.method", "captioner")
+        elif config.captioner.config.prefix == "frames" and not self.uses_videos:
+            what = "objective.config.learn_from texts: a text is one vector, but captioner.config.prefix is frames"
+            yield f"{what}: take video", ("objective.config.learn_from", "captioner.config.prefix")
+        if config.concat_captions == "concat":
+            what = "objective captioning would learn to say all captions of a video as one (concat_captions concat)"
+            yield f"{what}: take indep-one or indep-all", ("objective.method", "concat_captions")
+        methods = [part.method for part in getattr(config.peft.config, "methods", (config.peft,))]
+        for method in sorted({"ibs", "lisa", "adabn"}.intersection(methods)):
+            what = f"objective captioning trains the captioner alone, and peft.method {method} changes CLIP"
+            yield f"{what}: leave peft out", ("objective.method", "peft.method")
+
+
 OBJECTIVES: dict[str, Choice] = {
     "contrastive": Choice(ContrastiveSettings, "objectives.contrastive:Contrastive"),
     "sigmoid": Choice(SigmoidSettings, "objectives.sigmoid:Sigmoid"),
     "distillation": Choice(DistillationSettings, "objectives.distillation:Distillation"),
     "auxiliary_captions": Choice(AuxiliaryCaptionsSettings, "objectives.auxiliary_captions:AuxiliaryCaptions"),
+    "captioning": Choice(CaptionLossSettings, "objectives.captioning:CaptionLoss"),
 }
 
 
@@ -564,8 +647,14 @@ class TaskSettings(ChoiceSettings):
     has_similarity: ClassVar[bool] = False
     """Whether the task ranks by a similarity matrix, which `save_similarity` can keep."""
 
+    has_zero_shot: ClassVar[bool] = True
+    """Whether the task can measure a pretrained CLIP."""
+
     of_classes: ClassVar[bool] = False
     """Whether a sentence names the class of its video, so that many videos share it."""
+
+    of_captions: ClassVar[bool] = False
+    """Whether the task is about captions that the model says."""
 
     @property
     def training_templates(self) -> str:
@@ -623,9 +712,36 @@ class ClassificationSettings(TaskSettings):
             yield what, ("task.config.train_templates", "task.config.templates")
 
 
+class CaptioningSettings(TaskSettings):
+    """What does the captioner say about a video, compared with what people said?"""
+
+    has_zero_shot: ClassVar[bool] = False
+    of_captions: ClassVar[bool] = True
+    figures: ClassVar[Mapping[str, bool]] = dict.fromkeys(
+        ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "CLIPScore", "RefCLIPScore"), True
+    )
+
+    beams: int = setting(5, "beams of the search for the likeliest caption", ge=1, le=100)
+    scorer: PathText | None = setting(
+        None, "run, checkpoint or CLIP behind CLIPScore and RefCLIPScore; null: the model itself", unit="file or folder"
+    )
+
+    def contradictions(self, config: Any) -> Iterator[Problem]:
+        """Yield a model without a captioner, and joined captions."""
+        if config.captioner is None:
+            yield "task captioning needs a model with a captioner: give captioner.method", ("task.method", "captioner")
+        if config.do_inference and config.resume is None:
+            what = "task captioning measures a captioner that has learned"
+            yield f"{what}: give its run or checkpoint (resume)", ("task.method", "resume")
+        if config.concat_captions == "concat":
+            what = "task captioning compares with each caption of a video, not with all of them as one"
+            yield f"{what}: set concat_captions to indep-one or indep-all", ("task.method", "concat_captions")
+
+
 TASKS: dict[str, Choice] = {
     "retrieval": Choice(RetrievalSettings, "evaluation.tasks.retrieval:Retrieval"),
     "classification": Choice(ClassificationSettings, "evaluation.tasks.classification:Classification"),
+    "captioning": Choice(CaptioningSettings, "evaluation.tasks.captioning:Captioning"),
 }
 
 
@@ -636,11 +752,20 @@ class NoAdaptationSettings(ChoiceSettings):
     """Evaluate the model as it is."""
 
 
+class ContextSettings(ChoiceSettings):
+    """Learn the words before the class name, which all classes share (CoOp, Zhou et al. 2022)."""
+
+    tokens: int = setting(4, "tokens at the beginning of each text that learn; 4: a photo of a", unit="tokens", ge=1)
+
+
+LEARNS: dict[str, Choice] = {
+    **{name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")},  # those that can be taken away again
+    "context": Choice(ContextSettings, "evaluation.adaptation.context:Context"),
+}
 if TYPE_CHECKING:
     LearnsSection: TypeAlias = Chosen
 else:
-    _TEMPORARY = {name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")}  # those that can be taken away again
-    LearnsSection = _section(_TEMPORARY, "Learns", "what learns for a query, as in peft")
+    LearnsSection = _section(LEARNS, "Learns", "what learns for a query, as in peft")
 RewardWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 
@@ -654,14 +779,22 @@ class ClipRewardSettings(ChoiceSettings):
     )
     weights: RewardWeights = setting((), "weight of each CLIP in the reward; empty: all the same, of sum 1")
     directions: Literal["t2v", "v2t", "both"] = setting(
-        "t2v", "queries: texts, for which the text tower learns, videos (image tower), or both"
+        "t2v", "queries of retrieval: texts, for which the text tower learns, videos (image tower), or both"
     )
-    learns: LearnsSection = setting({"method": "full"}, "what learns in the tower that encodes the query")
+    learns: LearnsSection = setting(
+        {"method": "full"}, "what learns in the tower that encodes the query; context: words before a class name"
+    )
     candidates: int = setting(12, "videos rewarded for a text: those that the model ranks first", unit="videos", ge=2)
-    caption_candidates: int = setting(20, "texts rewarded for a video", unit="items", ge=2)
+    caption_candidates: int = setting(20, "texts rewarded for a video; in captioning, beams", unit="items", ge=2)
+    class_candidates: int = setting(3, "classes rewarded for a video, in classification", unit="items", ge=2)
+    views: int = setting(64, "views of a video in classification: itself, and random parts of its frames", ge=1)
+    certain_share: float = setting(0.1, "share of the views that learn: those with the lowest entropies", gt=0, le=1)
     steps: int = setting(8, "steps of AdamW for a query", unit="steps", ge=0)
     learning_rate: float = setting(1e-6, "learning rate of the steps", gt=0)
     weight_decay: float = setting(5e-4, "weight decay of the steps", ge=0)
+    loss: Literal["reward", "distillation"] = setting(
+        "reward", "what is learned: the reward, or the softmax of the other CLIPs' logits, a baseline of RLCF"
+    )
     divide_by_std: bool = setting(False, "divide the rewards of a query by their standard deviation")
     momentum: float = setting(
         0.0, "decay of a slow average over queries that the next ones start from, as 0.9998; 0: none", ge=0, lt=1
@@ -675,6 +808,17 @@ class ClipRewardSettings(ChoiceSettings):
         if self.weights and len(self.weights) != len(self.reward):
             counts = f"{section}weights has {len(self.weights)} numbers for {len(self.reward)} CLIPs of {section}reward"
             yield f"{counts}: give one for each, or none", (f"{section}weights", f"{section}reward")
+        if self.learns.method == "context" and not config.task_settings.of_classes:
+            what = f"{section}learns context changes the words before class names: take another, or task classification"
+            yield what, (f"{section}learns.method", "task.method")
+        elif self.learns.method == "context" and getattr(config.task.config, "templates", "none") == "none":
+            what = (
+                f"{section}learns context changes the words before class names, but task.config.templates none has none"
+            )
+            yield f"{what}: give a file with the template a photo of a {{}}.", ("task.config.templates",)
+        if self.loss == "distillation" and config.task_settings.of_captions:
+            what = "adaptation.config.loss distillation needs candidates that stay, which captions do not: take reward"
+            yield what, (f"{section}loss", "task.method")
         if not config.do_inference:
             what = "adaptation clip_reward is not for training, in which each validation would adapt to each query"
             yield f"{what}: train without it, and adapt with do_inference", ("adaptation.method", "do_inference")
@@ -695,12 +839,14 @@ ADAPTATIONS: dict[str, Choice] = {
 if TYPE_CHECKING:
     PeftSection: TypeAlias = Chosen
     TowerSection: TypeAlias = Chosen
+    CaptionerSection: TypeAlias = Chosen
     ObjectiveSection: TypeAlias = Chosen
     TaskSection: TypeAlias = Chosen
     AdaptationSection: TypeAlias = Chosen
 else:
     PeftSection = _section(PEFT, "Peft", "finetuning method of CLIP")
     TowerSection = _section(TOWERS, "Tower", "tower that encodes the frames")
+    CaptionerSection = _section(CAPTIONERS, "Captioner", "what makes the prefix of a caption from a video's vector")
     ObjectiveSection = _section(OBJECTIVES, "Objective", "training loss")
     TaskSection = _section(TASKS, "Task", "task that is evaluated")
     AdaptationSection = _section(ADAPTATIONS, "Adaptation", "test-time adaptation")

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from adaclip_finetune.config.base import Contradictions, PathText, Problem, Role, Settings, setting
 from adaclip_finetune.config.choices import (
     AdaptationSection,
+    CaptionerSection,
     ObjectiveSection,
     ObjectiveSettings,
     PeftSection,
@@ -51,6 +52,7 @@ GROUPS = {
     "clip_backbone": "Model",
     "use_policy": "Frame selection",
     "frame_agg": "Aggregation",
+    "captioner": "Captioning",
     "peft": "Parameter-efficient finetuning",
     "objective": "Optimisation",
     "task": "Evaluation",
@@ -177,6 +179,11 @@ class Config(Settings):
     )
     word_agg_temp: float = model(1.0, "temperature of the softmax over words", gt=0)
 
+    # Captioning
+    captioner: CaptionerSection | None = model(
+        None, "what turns vectors of videos into captions, with a frozen language model; null: nothing"
+    )
+
     # Parameter-efficient finetuning
     peft: PeftSection = method({"method": "full"}, "finetuning method of CLIP")
 
@@ -295,6 +302,12 @@ class Config(Settings):
         chosen = None if self.objective is None else self.objective.config
         return isinstance(chosen, ObjectiveSettings) and chosen.uses_auxiliary
 
+    @property
+    def trains_on_videos(self) -> bool:
+        """Whether the objective sees the training videos."""
+        chosen = None if self.objective is None else self.objective.config
+        return not isinstance(chosen, ObjectiveSettings) or chosen.uses_videos
+
     @model_validator(mode="before")
     @classmethod
     def _xpu_is_a_device(cls, data: Any) -> Any:
@@ -322,7 +335,7 @@ def contradictions(c: Config) -> Iterator[Problem]:
     for message in _contradictions(c):
         words = (word.rstrip(".:") for word in re.findall(r"[\w.:]+", message))
         yield message, tuple(dict.fromkeys(word for word in words if word.split(".")[0] in Config.model_fields))
-    for chosen in (c.peft, c.tower, c.objective, c.task, c.adaptation):
+    for chosen in (c.peft, c.tower, c.captioner, c.objective, c.task, c.adaptation):
         if chosen is not None:
             yield from chosen.config.contradictions(c)
     if c.train_annot is not None and not isinstance(c.train_annot, str):
@@ -377,7 +390,8 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
     if c.save_similarity and not c.task_settings.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
-    if c.adaptation.method != "none" and not c.task_settings.has_similarity:
+    task = c.task_settings
+    if c.adaptation.method != "none" and not (task.has_similarity or task.of_classes or task.of_captions):
         what = f"adaptation {c.adaptation.method} adapts to captions, which task.method {c.task.method} does not ask"
         yield f"{what}: set adaptation.method to none, or take task.method retrieval"
     tuned = c.optuna_cfg and c.optuna_cfg.objective

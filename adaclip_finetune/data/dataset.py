@@ -182,7 +182,8 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
     """Training items by (epoch, index), so that random draws do not depend on the worker that makes them.
 
     An index beyond the last entry starts again with the first one, with other draws. With a `second` reader each video,
-    or each that is not labelled, is read once more by it, with draws of its own.
+    or each that is not labelled, is read once more by it, with draws of its own. If the objective does not see the
+    videos, they are black and are not read.
     """
 
     def __init__(
@@ -203,7 +204,10 @@ class TrainDataset(Dataset[VideoItem | FrameError]):
         epoch, index = key
         try:
             entry = self.entries[index % len(self.entries)]
-            item = self.reader.read(entry.video_id, generator("frames", self.seed, *key))
+            if self.reader.config.trains_on_videos:
+                item = self.reader.read(entry.video_id, generator("frames", self.seed, *key))
+            else:
+                item = self.reader.black(entry.video_id)
             if self.second is not None and (self.second_of_labelled or not entry.labelled):
                 item = replace(item, second=self.second.read(entry.video_id, generator("second", self.seed, *key)))
             elif self.second is not None:

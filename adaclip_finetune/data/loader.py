@@ -135,8 +135,16 @@ class GalleryLoader:
 
     def read(self, numbers: Iterable[int]) -> Iterator[Collated]:
         """Yield the batches with these numbers, in this order, each with the errors of its unreadable videos."""
-        self._asked.batches = [self._batches[number] for number in numbers]
-        if self._asked.batches:
+        return self.read_videos(self.indices(numbers))
+
+    def indices(self, numbers: Iterable[int]) -> list[list[int]]:
+        """Return which videos the batches with these numbers consist of."""
+        return [self._batches[number] for number in numbers]
+
+    def read_videos(self, batches: list[list[int]]) -> Iterator[Collated]:
+        """Yield these batches, whatever the size of the loader's own, as another loader has them (`indices`)."""
+        self._asked.batches = batches
+        if batches:
             yield from self._loader
 
 

@@ -80,14 +80,15 @@ class CropFlip(NamedTuple):
         return np.ascontiguousarray(part[:, ::-1] if self.mirrored else part)
 
 
-def draw_crop_flip(height: int, width: int, random: np.random.Generator) -> CropFlip:
-    """Draw a part of frames of this size: 0.5 to 1 of the area, 3:4 to 4:3 wide (Szegedy et al. 2015, FitCLIP).
+def draw_crop_flip(height: int, width: int, random: np.random.Generator, smallest: float = 0.5) -> CropFlip:
+    """Draw a part of frames of this size: `smallest` to 1 of the area, 3:4 to 4:3 wide (Szegedy et al. 2015; the
+    default is FitCLIP's).
 
     The filter is bilinear or bicubic, and half of all clips are mirrored. Very wide or high frames, into which no part
     of ten fits, give the largest possible part of their middle.
     """
     for _ in range(10):
-        area, ratio = height * width * random.uniform(0.5, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
+        area, ratio = height * width * random.uniform(smallest, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
         high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < high <= height and 0 < wide <= width:
             top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))

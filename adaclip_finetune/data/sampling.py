@@ -19,6 +19,8 @@ STREAMS = {
     "second": 6,
     "auxiliary": 7,
     "template": 8,
+    "view": 9,
+    "text noise": 10,
 }
 
 

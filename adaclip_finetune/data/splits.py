@@ -156,7 +156,7 @@ def _read(
 ) -> _Read:
     if not isinstance(listed, list):
         return _Read(LazyEntries(listed, config.concat_captions), {}, listed.digest)
-    videos, left_out = _readable(config, store, listed)
+    videos, left_out = _readable(config, store, listed) if config.trains_on_videos else (listed, dict[str, str]())
     if not videos:
         raise UnreadableVideos(f"{part.annotation}: none of its videos can be read:\n{listing(left_out)}", left_out)
     entries = train_entries(videos, config.concat_captions)

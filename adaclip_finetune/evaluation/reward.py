@@ -86,6 +86,26 @@ class Rewarded:
         return retrieval_metrics(_Combined(self, score), queries.video_of_text, queries.texts)
 
 
+def class_baselines(
+    scores: Tensor, others: Sequence[Tensor], weights: Sequence[float], candidates: int
+) -> dict[str, Tensor]:
+    """Return what a reward makes of the scores (V, C) of classes: `alone`, `reranked` and `ensemble` as of `Rewarded`.
+
+    `others` are the products (V, C) of class vectors and videos by the other models, and K is `candidates`.
+    """
+    shares = torch.tensor(weights or [1.0] * len(others), dtype=torch.float64)
+    own, reward = scores.double().cpu(), torch.stack([other.double().cpu() for other in others])
+    reward = torch.tensordot(shares / shares.sum(), reward, dims=1)
+    limit = own.topk(min(candidates, own.shape[1]), dim=1).values[:, -1:]
+    both = torch.stack([own, reward])
+    std, mean = torch.std_mean(both, dim=2, correction=0, keepdim=True)
+    return {
+        "alone": reward,
+        "reranked": torch.where(own >= limit, reward + own.amax() + _ABOVE_ALL, own),
+        "ensemble": ((both - mean) / std.clamp(min=_SMALLEST_STD)).mean(dim=0),
+    }
+
+
 @dataclass(frozen=True)
 class _Combined:
     """Iterates over row blocks (t, V) of a score that is made of a model's cosines and the reward."""

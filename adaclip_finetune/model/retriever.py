@@ -21,6 +21,7 @@ from adaclip_finetune.config.choices import TOWERS, implementation
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec, Views, normalise
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.captioner import Captioner
 from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.features import TextFeatures, VideoFeatures, at_least_float32
 from adaclip_finetune.model.frame_features import build_backbone
@@ -42,8 +43,8 @@ class VideoRetriever(nn.Module):
 
     Submodules: `clip` (open_clip's module, with OpenAI's parameter names), `tower` and `text_tower` (what the setting
     `tower` adds to CLIP's towers), `selector` or None, `header` or None, `aggregator` (the pooling; None if it depends
-    on the query), `word_aggregator` or None, and `scorer`. Everything outside `clip` is new and always trained, except
-    a frozen backbone of the selector.
+    on the query), `word_aggregator` or None, `scorer`, and `captioner` or None. Everything outside `clip` is new and
+    always trained, except a frozen backbone of the selector.
     """
 
     def __init__(self, config: Config, loaded: LoadedClip) -> None:
@@ -63,7 +64,9 @@ class VideoRetriever(nn.Module):
         # While K anneals, more than top_k frames reach the header.
         most_frames = config.num_frm if config.warmup_epochs else self.top_k
         shares = self.tower.frame_shares(most_frames)
-        self.header = _build_header(config, width, most_frames if shares is None else len(shares), self.clip)
+        tokens = most_frames if shares is None else len(shares)
+        self.header = _build_header(config, width, tokens, self.clip)
+        self.captioner = None if config.captioner is None else Captioner(config.captioner, width, tokens)
         self.reuse_scores = config.reuse_scores and self.selector is not None
         if self.reuse_scores and self.tower.frame_shares(self.top_k) is not None:
             raise UserError(

@@ -23,6 +23,7 @@ def zero_shot_config(config: Config) -> Config:
             "sim_header": "meanP",
             "frame_agg": None,
             "word_agg": None,
+            "captioner": None,
             "tower": defaults.tower,
             "adaptation": defaults.adaptation,
         }

@@ -7,7 +7,7 @@ a complete one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -134,6 +134,10 @@ class Objective(nn.Module, ABC):
         By default, and if None is returned, it is not.
         """
         return None
+
+    def frozen_weights(self) -> Iterable[Tensor]:
+        """Return the weights of models that are not part of this module and through which gradients pass."""
+        return ()
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the objective's own tensors, without those of the retriever."""

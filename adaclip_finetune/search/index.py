@@ -342,6 +342,11 @@ class VideoIndex:
         unit: NDArray[np.float32] = queries / length
         return unit
 
+    def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]:
+        """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
+        (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
+        return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
+
     def _by_whole(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[float, int]]]:
         """Return score and row of the k videos whose vectors are nearest to each query."""
         if not len(self):

@@ -87,7 +87,7 @@ class SearchModel:
     def __init__(self, source: Path, session: Session) -> None:
         self.untrained = session.checkpoint is None
         self.source, self.config, self.loaded, self.model = source, session.config, session.loaded, session.model
-        self._autocast = session.autocast
+        self.autocast = session.autocast
         self.fingerprint = _fingerprint(session)
 
     @property
@@ -102,7 +102,7 @@ class SearchModel:
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Return the vectors (Q, D) of texts; words beyond `max_txt_len` are cut off."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             return _normalised(self.model.encode_text(self.loaded.tokenize(texts, self.config.max_txt_len)).sentence)
 
     def encode_image(self, image: Image.Image | str | Path) -> Tensor:
@@ -110,7 +110,7 @@ class SearchModel:
         that is not a picture."""
         pixels = seen_pixels(open_picture(Path(image)) if isinstance(image, str | Path) else image)[None]
         frame = torch.from_numpy(to_square(pixels, self.loaded.image)).to(self.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             return _normalised(self.model.encode_image(frame))[0]
 
     def encode_video(self, path: str | Path) -> tuple[Tensor, list[int], list[float]]:
@@ -130,7 +130,7 @@ class SearchModel:
         """Return the vectors (B, D) of a batch that `VideoReader` read, and the frames that they were made of. Raise
         UserError if they depend on the query."""
         self.refuse_query_dependent()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             features = self.model.encode_video(batch.to(self.device))
             assert features.vector is not None
             return _normalised(features.vector), _weighted_frames(features, batch.frame_indices)

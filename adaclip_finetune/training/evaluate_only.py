@@ -35,6 +35,7 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
         config = session.config
         run.say(session.describe())
         measure.say_cut(session.loaded, config, split, "test", run)
+        measure.refuse_missing_models(config)
         if folder is None:
             run.open(config, session.where())
         else:
@@ -53,6 +54,7 @@ def evaluate_only(config: Config, folder: Path | None = None) -> Report:
                 rows[f"zero-shot, {config.adaptation.method}"] = adapted
         report = list(rows.values())[-1]
         measure.draw_confusion(report, run)
+        measure.write_captions(report, run)
         measure.write_similarity(config, report, run)
         run.write_json("metrics.json", {name: row.as_dict() for name, row in rows.items()})
         run.say(f"\n{task.table({name: row.figures for name, row in rows.items()})}\n{task.gallery(report)}")

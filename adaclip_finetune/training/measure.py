@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,15 @@ from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation import build_adaptation
 from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.evaluation.tasks.base import Figures, Report, Task
+from adaclip_finetune.evaluation.tasks.captioning import CaptioningReport
 from adaclip_finetune.evaluation.tasks.classification import ClassificationReport
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_similarity
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
+from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.processes import gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
@@ -75,11 +78,26 @@ def _texts(config: Config, split: EvaluationSplit) -> Sequence[str]:
     return texts
 
 
-def build_task(config: Config, split: EvaluationSplit, loaded: LoadedClip, model: VideoRetriever, label: str) -> Task:
-    """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError."""
+def build_task(
+    config: Config,
+    split: EvaluationSplit,
+    loaded: LoadedClip,
+    model: VideoRetriever,
+    label: str,
+    opener: Callable[[str], Opened] | None = None,
+) -> Task:
+    """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError.
+
+    `opener` opens the other models that it needs, by default `open_other`.
+    """
     task: Task = implementation(TASKS, config.task)(config, split, loaded, model.views(), label)
-    task.start(partial(open_other, like=config))
+    task.start(opener or partial(open_other, like=config))
     return task
+
+
+def refuse_missing_models(config: Config) -> None:
+    """Raise UserError for a model of the adaptation that is not there. Nothing is downloaded."""
+    build_adaptation(config).start(config, partial(open_other, like=config, values="meta"))
 
 
 def measure(session: Session, task: Task, model: VideoRetriever, keep: Path | None = None) -> Report:
@@ -102,8 +120,11 @@ def zero_shot(
 ) -> Report | None:
     """Measure the pretrained CLIP, with the config's adaptation if `adapted`, and print its figures.
 
-    Return None, after a warning, if the model came from a checkpoint and its pretrained CLIP is not available.
+    Return None if the task cannot measure it and, after a warning, if the model came from a checkpoint and its
+    pretrained CLIP is not available.
     """
+    if not session.config.task_settings.has_zero_shot:
+        return None
     config, label = zero_shot_config(session.config), "zero-shot"
     if adapted:
         config = config.model_copy(update={"adaptation": session.config.adaptation})
@@ -138,6 +159,7 @@ def finish(
     if usage is not None and (path := run.file("frame_usage.png")):
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     draw_confusion(final, run)
+    write_captions(final, run)
     write_similarity(config, final, run)
     if found := _intervals(task, final):
         metrics["intervals"] = found
@@ -184,6 +206,12 @@ def draw_confusion(measured: Report, run: RunFolder) -> None:
     """Draw which classes are taken for which, if the task is about classes."""
     if isinstance(measured, ClassificationReport) and (path := run.file("confusion.png")):
         report.draw_confusion(path, measured.confusion(), measured.classes)
+
+
+def write_captions(measured: Report, run: RunFolder) -> None:
+    """Write the caption of each video beside its references, if the task is about captions."""
+    if isinstance(measured, CaptioningReport):
+        run.write_json("captions.json", measured.rows())
 
 
 def write_similarity(config: Config, measured: Report, run: RunFolder) -> None:

@@ -179,7 +179,8 @@ def _two_steps(
     # DistributedDataParallel holds a second copy of the gradients, ema_decay one of the weights.
     copied = (world_size() > 1) + (config.ema_decay > 0)
     copies = [parameter.detach().clone() for parameter in learning for _ in range(copied)]
-    weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    held = (*objective.parameters(), *objective.frozen_weights())
+    weights = {weight.untyped_storage().data_ptr() for weight in held}
     batch, pairs = blank_batch(config, objective, tokenize, size)
     kept: dict[int, int] = {}
 

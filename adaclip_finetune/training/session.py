@@ -178,7 +178,7 @@ def open_model(
     if config.compile and learn:
         compile_blocks(model.clip)
     if state is not None and checkpoint is not None:
-        _fill(model, state, checkpoint, config)
+        _fill(model, state, checkpoint, config, learn)
         method.reset(model)
     if learn:
         objective.start(config, loaded, partial(open_other, like=config, values=values))
@@ -277,10 +277,13 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
     return theirs.merged_state(holder) | {n: tensor for n, tensor in checkpoint.state.items() if n not in inside}
 
 
-def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
-    """Load the checkpoint's tensors into the model, strictly except for what the checkpoint leaves out on purpose."""
+def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint, config: Config, learn: bool) -> None:
+    """Load the checkpoint's tensors into the model, strictly except for what the checkpoint leaves out on purpose, and
+    for a captioner that is yet to learn."""
     if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
+    if learn and model.captioner is not None and not any(name.startswith("captioner.") for name in state):
+        state = {**state, **model.captioner.state_dict(prefix="captioner.")}
     if checkpoint.kind is Kind.ADAPTER:
         # An adapter leaves out the frozen copy of the pretrained image tower that a selector may have.
         state = {

@@ -45,7 +45,9 @@ def main() -> None:
             model = VideoRetriever(config, LoadedClip(clip, spec, None, None, 77, "random")).eval()  # type: ignore[arg-type]
             adaptation = ClipReward(config.adaptation.config)
             adaptation.start(config, Mock())
-            queries = QueryBatch("t2v", lambda model=model: model.scorer(model.encode_text(tokens), gallery), [rewards])
+            queries = QueryBatch(
+                "t2v", lambda model=model: model.scorer(model.encode_text(tokens), gallery), lambda: [rewards]
+            )
             with adaptation.prepared(model):
                 begun = time.process_time()
                 with adaptation(model, queries), torch.no_grad():

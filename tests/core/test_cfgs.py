@@ -12,7 +12,11 @@ from adaclip_finetune.config import Config, load_config
 CFGS = Path(__file__).resolve().parents[2] / "cfgs"
 GRIDS = sorted(CFGS.glob("compare-*.json"))
 RECIPES = sorted({*CFGS.glob("*.json")} - {CFGS / "schema.json", *GRIDS})
-ADACLIP = [path for path in RECIPES if json.loads(path.read_text()).get("use_policy", True)]
+ADACLIP = [
+    path
+    for path in RECIPES
+    if (found := json.loads(path.read_text())).get("use_policy", True) and "captioner" not in found
+]
 OTHERS = {  # recipe → frames, batch, tower
     "clip-vip-msrvtt": (12, 128, "proxy_tokens"),
     "clip-vip-activitynet": (32, 128, "proxy_tokens"),

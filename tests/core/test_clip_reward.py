@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -139,7 +140,7 @@ def test_retrieval_is_the_published_one(run: dict[str, Any], monkeypatch: pytest
                 (found,) = torch.autograd.grad(loss, projection)
                 wanted = run["projection_grad_of_the_first_step"][query]
                 torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4 * wanted.abs().max().item() + 1e-9)
-            with adaptation(model, QueryBatch(direction, logits, [scores])), torch.no_grad():
+            with adaptation(model, QueryBatch(direction, logits, partial(list, [scores]))), torch.no_grad():
                 torch.testing.assert_close(logits()[0], expected, rtol=0, atol=2e-2)
         with learner, torch.no_grad():
             start = run["projection_that_the_next_query_starts_from"]
@@ -171,7 +172,9 @@ def asked_text(model: VideoRetriever) -> QueryBatch:
     """Return the query of a text among six videos, and random rewards."""
     tokens, random = random_tokens(1), torch.Generator().manual_seed(0)
     gallery, rewards = torch.randn(6, 64, generator=random), torch.rand(1, 6, generator=random)
-    return QueryBatch("t2v", lambda: model.scorer(model.encode_text(tokens), F.normalize(gallery, dim=-1)), [rewards])
+    return QueryBatch(
+        "t2v", lambda: model.scorer(model.encode_text(tokens), F.normalize(gallery, dim=-1)), lambda: [rewards]
+    )
 
 
 def asked_video(model: VideoRetriever) -> QueryBatch:
@@ -184,7 +187,7 @@ def asked_video(model: VideoRetriever) -> QueryBatch:
     def logits() -> Tensor:
         return model.scorer(texts, model.scorer.keep(model.encode_video(videos, selection=selection))).T
 
-    return QueryBatch("v2t", logits, [rewards])
+    return QueryBatch("v2t", logits, lambda: [rewards])
 
 
 def everything(model: VideoRetriever) -> dict[str, Any]:
@@ -246,10 +249,21 @@ def test_what_is_rewarded_rises() -> None:
     model = build_retriever().eval()
     asked, adaptation = asked_text(model), started(candidates=6, steps=3)
     with torch.no_grad():
-        before, rewards = asked.logits(), asked.others[0]
+        before, rewards = asked.logits(), asked.others()[0]
         with adaptation.prepared(model), adaptation(model, asked):
             change = asked.logits() - before
     assert ((rewards - rewards.mean()) * change).sum() > 0
+
+
+def test_distillation_follows_the_other_model() -> None:
+    model = build_retriever().eval()
+    asked, adaptation = asked_text(model), started(loss="distillation", steps=3)
+    with torch.no_grad():
+        wanted = (model.scorer.scale() * asked.others()[0]).softmax(dim=1)
+        before = asked.logits().log_softmax(dim=1)
+        with adaptation.prepared(model), adaptation(model, asked):
+            after = asked.logits().log_softmax(dim=1)
+    assert (wanted * (after - before)).sum() > 0
 
 
 def test_bf16_computes_with_the_weights_of_each_step() -> None:

@@ -21,7 +21,7 @@ from loading import (
 )
 from media import index_of
 
-from adaclip_finetune.config import ADAPTATIONS, OBJECTIVES, PEFT, TASKS, TOWERS
+from adaclip_finetune.config import ADAPTATIONS, CAPTIONERS, OBJECTIVES, PEFT, TASKS, TOWERS
 from adaclip_finetune.data.dataset import collate
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.preprocess import draw_crop_flip, to_square
@@ -142,10 +142,11 @@ def test_an_epoch_goes_on_in_the_middle(store: FrameFolder) -> None:
 
 
 def test_every_config_reaches_worker_processes() -> None:
-    tables = {"peft": PEFT, "tower": TOWERS, "objective": OBJECTIVES, "task": TASKS, "adaptation": ADAPTATIONS}
-    for section, table in tables.items():
+    tables = {"peft": PEFT, "tower": TOWERS, "captioner": CAPTIONERS, "objective": OBJECTIVES, "task": TASKS}
+    speaking = {"captioner": {"method": "mlp"}, "concat_captions": "indep-one", "resume": "run"}
+    for section, table in {**tables, "adaptation": ADAPTATIONS}.items():
         for method in table:
-            config = make_config(num_epochs=3, do_inference=True, **{section: {"method": method}})
+            config = make_config(**{"num_epochs": 3, "do_inference": True, **speaking, section: {"method": method}})
             assert pickle.loads(pickle.dumps(config)) == config, method
 
 

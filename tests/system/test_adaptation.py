@@ -155,3 +155,15 @@ def test_flags_that_do_not_go_together_are_refused(
     assert main(["evaluate", str(run), "--annot", str(project["test_annot"]), *words]) == 2
     captured = capsys.readouterr()
     assert named in captured.err and "Traceback" not in captured.err and not captured.out
+    assert f"{run.name} on" not in captured.err, "nothing was measured"
+
+
+def test_inference_refuses_a_misspelt_reward_before_it_measures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = tmp_path / "adaptation.json"
+    section.write_text(json.dumps({"method": "clip_reward", "config": {"reward": ["nowhere"]}}))
+    words = ["--do_inference", "--resume", f"{run}/best.safetensors", "--no_output", "--adaptation", str(section)]
+    assert main(["train", "--config", f"{run}/config.json", *words]) == 2
+    captured = capsys.readouterr()
+    assert "adaptation.config.reward" in captured.err and "zero-shot" not in captured.out

@@ -214,6 +214,16 @@ def test_short_text_encoding_of_pretraining_equals_the_towers_own(tiny):
         torch.testing.assert_close(pretraining.encode_text(tiny, tokens), tiny.encode_text(tokens))
 
 
+def test_a_grown_clip_has_more_blocks_and_the_same_outputs(tiny):
+    grown = open_clip.CLIP(**pretraining.with_blocks(6, 4)).eval()
+    pretraining.grow(grown, tiny.state_dict())
+    assert len(grown.visual.transformer.resblocks) == 6 and len(grown.transformer.resblocks) == 4
+    images, tokens = torch.randn(2, 3, 64, 64), open_clip.SimpleTokenizer(context_length=48)(["a small red ring"])
+    with torch.no_grad():
+        torch.testing.assert_close(grown.encode_image(images), tiny.encode_image(images))
+        torch.testing.assert_close(grown.encode_text(tokens), tiny.encode_text(tokens))
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return open_clip.create_model(f"local-dir:{DATA / 'tiny_clip'}").eval()

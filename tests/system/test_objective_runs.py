@@ -152,14 +152,17 @@ def _gradients(settings: Project, shares: list[int], chunk: int, result: Path) -
 
 
 @pytest.mark.parametrize("chunk", [0, 2, 1])
-@pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation", "auxiliary_captions"])
+@pytest.mark.parametrize("objective", ["contrastive", "sigmoid", "distillation", "auxiliary_captions", "captioning"])
 def test_processes_that_share_a_batch_have_the_gradients_of_one(
-    objective: str, chunk: int, project: Project, tmp_path: Path
+    objective: str, chunk: int, project: Project, language_model: Path, tmp_path: Path
 ) -> None:
     given = {**project, "objective": {"method": objective}, "warmup_epochs": 0, "use_policy": False, "num_frm": 2}
     if objective == "distillation":
         given |= {"train_annot": [{"annotation": "a.json"}, {"annotation": "b.json", "labelled": False}]}
         given["objective"] = {"method": objective, "config": {"fit_temperature": True}}
+    if objective == "captioning":
+        given["captioner"] = {"method": "mlp", "config": {"language_model": str(language_model), "prefix_length": 2}}
+        given["concat_captions"] = "indep-one"
     shares = [3, 2, 1]
     _gradients(given, shares, 0, tmp_path / "one.pt")
     assert spread(_gradients, 3, tmp_path / "log", given, shares, chunk, tmp_path / "three.pt") == [0, 0, 0]

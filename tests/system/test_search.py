@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import write_clip_folder
 from indexing import write_random_index, write_run
 from media import coded_frame, write_video
 from PIL import Image
@@ -21,10 +23,12 @@ from adaclip_finetune.config import load_config
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.evaluation.adaptation import build_adaptation
+from adaclip_finetune.evaluation.adaptation.base import QueryBatch
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.search_model import SearchModel, load_retriever, search_model_of
-from adaclip_finetune.training.session import open_model
+from adaclip_finetune.training.session import open_any, open_model
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]
@@ -275,3 +279,83 @@ def test_a_selector_that_chooses_blank_frames_alone(model: SearchModel, clips: P
     assert batch is not None
     _, (weighted,) = model.embed(replace(batch, frame_indices=torch.full_like(batch.frame_indices, -1)))
     assert (weighted.frames, weighted.weights, weighted.best) == ([], [], 0)
+
+
+# ---- adapted to each query ----
+
+
+@pytest.fixture(scope="module")
+def adapt(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that adapt to each text by the reward of another CLIP, with steps that change scores."""
+    reward = tmp_path_factory.mktemp("rewarding") / "clip"
+    write_clip_folder(reward, seed=3)
+    own = ["--adaptation.config.learning_rate", "0.01", "--adaptation.config.learns.method", "bitfit"]
+    return ["--adapt", "clip_reward", *own, "--reward", str(reward)]
+
+
+def found_scores(capsys: Capsys, *words: object) -> list[dict[str, Any]]:
+    """Return what `adaclip search` prints as JSON for each query, with the scores of the hits by video."""
+    capsys.readouterr()
+    assert main(["search", *map(str, words), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [line | {"hits": {hit["id"]: hit["score"] for hit in line["hits"]}} for line in found]
+
+
+def test_a_search_adapts_to_each_text_by_itself(adapt: list[str], clips: Path, tmp_path: Path, capsys: Capsys) -> None:
+    queries = tmp_path / "queries.txt"
+    queries.write_text("a dog\na cat\na dog\n")
+    place = clips / "my.index"
+    (plain,) = found_scores(capsys, place, "a dog")
+    (adapted,) = found_scores(capsys, place, "a dog", *adapt)
+    assert adapted["adaptation"] == "clip_reward" and adapted["seconds"] > 0 and "adaptation" not in plain
+    assert adapted["hits"].keys() == plain["hits"].keys() == {"a.mp4", "b.mp4"} and adapted["hits"] != plain["hits"]
+    first, other, again = found_scores(capsys, place, *adapt, "--queries", queries)
+    assert first["hits"] == again["hits"] == adapted["hits"] != other["hits"]
+    for changed in (["--adaptation.config.steps", "0"], ["--adaptation.config.momentum", "0.5"]):
+        (found,) = found_scores(capsys, place, "a dog", *adapt, *changed)
+        assert found["hits"] == (plain if "0" in changed else adapted)["hits"]
+    (in_bf16,) = found_scores(capsys, place, "a dog", *adapt, "--precision", "bf16")
+    for name, score in in_bf16["hits"].items():
+        assert abs(score - adapted["hits"][name]) < 0.3 * abs(score - plain["hits"][name]), "the steps count in bf16"
+    assert main(["search", str(place), "a dog", *adapt[:-1], "self"]) == 0
+    assert "adapted to this query" in capsys.readouterr().out
+
+
+def test_a_search_adapts_as_an_evaluation_does(adapt: list[str], clips: Path, capsys: Capsys) -> None:
+    """The softmax over the candidates alone has the gradient of that over the whole gallery."""
+    names, model = ("a.mp4", "b.mp4"), search_model_of(VideoIndex.load(clips / "my.index"))
+    own: Settings = {"reward": ["self"], "learning_rate": 0.01, "learns": {"method": "bitfit"}}
+    section = {"method": "clip_reward", "config": own}
+    config = load_config(None, {**model.config.model_dump(), "do_inference": True, "adaptation": section})
+    other = SearchModel(Path(adapt[-1]), open_any(adapt[-1], {"num_frm": config.top_k}))
+    gallery, rewarded = (torch.stack([one.encode_video(clips / name)[0] for name in names]) for one in (model, other))
+    rewards, tokens = other.encode_text(["a dog"]) @ rewarded.T, model.loaded.tokenize(["a dog"], config.max_txt_len)
+    assert rewards.max() > 0, "there is something to learn"
+    adaptation = build_adaptation(config)
+    adaptation.start(config, Mock())
+    asked = QueryBatch("t2v", lambda: model.model.scorer(model.model.encode_text(tokens), gallery), lambda: [rewards])
+    with adaptation.prepared(model.model), adaptation(model.model, asked):
+        expected = (model.encode_text(["a dog"]) @ gallery.T)[0].tolist()
+    (found,) = found_scores(capsys, clips / "my.index", "a dog", *adapt)
+    assert [found["hits"][name] for name in names] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--image", "picture.jpg", "--adapt", "clip_reward", "--reward", "self"], ["--image", "--adapt"]),
+        (["a dog", "--adapt", "clip_reward", "--reward", "self", "--adaptation.config.loss", "distillation"], ["loss"]),
+        (["a dog", "--adaptation.config.steps", "1"], ["--adaptation.config.steps", "--adapt"]),
+        (["a dog", "--adapt", "clip_reward", "--reward", "self,nowhere"], ["adaptation.config.reward", "nowhere"]),
+    ],
+)
+def test_adapted_searches_that_are_refused(words: list[str], named: list[str], clips: Path, capsys: Capsys) -> None:
+    assert main(["search", str(clips / "my.index"), *words]) == 2
+    captured = capsys.readouterr()
+    assert all(name in captured.err for name in named) and "Traceback" not in captured.err and not captured.out
+
+
+def test_only_video_files_have_a_reward(adapt: list[str], index: Path, capsys: Capsys) -> None:
+    assert main(["search", str(index), "a dog", *adapt]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be read as a video file" in told and "video" in told

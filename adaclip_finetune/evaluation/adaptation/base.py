@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, Config
@@ -23,14 +24,14 @@ Direction = Literal["t2v", "v2t"]
 class QueryBatch(NamedTuple):
     """Queries of one direction: texts that are to find videos (t2v), or videos that are to find texts (v2t).
 
-    `logits()` returns the logits (q, N) of the queries and all N candidates by the model as it is at the moment. They
-    have gradients; the vectors of the candidates are constants. `others` holds the cosines (q, N) by each of the
-    adaptation's other models.
+    `logits()` returns the logits (q, N) of the queries and N candidates by the model as it is at the moment. They have
+    gradients; the vectors of the candidates are constants. `others()` returns the cosines (q, N) by each of the
+    adaptation's other models, of the candidates whose logits were returned last.
     """
 
     direction: Direction
     logits: Callable[[], Tensor]
-    others: Sequence[Tensor] = ()
+    others: Callable[[], Sequence[Tensor]] = tuple
 
 
 class Adaptation(ABC):
@@ -47,6 +48,12 @@ class Adaptation(ABC):
 
     in_order = False
     """Whether what a query gets depends on the queries before it. Then one process adapts, and nothing is kept."""
+
+    views = 1
+    """How many views of each video the model is adapted to, in classification: the video, and random parts of it."""
+
+    changes_texts = False
+    """Whether the vectors of classes change while the model adapts to a video."""
 
     others: Sequence[Opened | None] = ()
     """Other models that also embed all texts and videos. None stands for the model before it is adapted."""
@@ -66,6 +73,10 @@ class Adaptation(ABC):
         Inside it, what adapting needs may be attached to the model. The model is restored on exit.
         """
         return nullcontext()
+
+    def certain(self, logits: Tensor) -> Tensor:
+        """Return which of the views with these logits (n, C) the model is adapted to; by default all."""
+        return torch.arange(len(logits), device=logits.device)
 
     @abstractmethod
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> AbstractContextManager[None]:

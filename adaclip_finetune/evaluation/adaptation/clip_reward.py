@@ -4,6 +4,10 @@
 For each query the K candidates that the model ranks first are its samples. Frozen CLIPs reward each of them, the mean
 reward is subtracted, and a few steps of AdamW on reward · cross-entropy change the tower that encodes the query. The
 candidates' vectors stay as they are. After the query's vector was computed, the tower is put back.
+
+In classification a query is a video: those of its views that the model is most certain of are the queries of a step.
+In captioning a query is a video, too, its candidates are the captions that a beam search finds in each step, and the
+captioner learns.
 """
 
 from __future__ import annotations
@@ -16,25 +20,30 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adaclip_finetune.config import ChoiceSettings, Config
-from adaclip_finetune.config.choices import ClipRewardSettings
+from adaclip_finetune.config.choices import LEARNS, ClipRewardSettings, implementation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.base import Adaptation, Direction, QueryBatch
+from adaclip_finetune.evaluation.adaptation.context import Context
+from adaclip_finetune.evaluation.views import most_certain
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
-from adaclip_finetune.peft import build_method
-from adaclip_finetune.peft.base import learning
+from adaclip_finetune.peft.base import PeftMethod, learning
 from adaclip_finetune.peft.freezing import apply_freezing
 
 ITSELF = "self"
 """The name of the model itself among the CLIPs that reward."""
 
-_EPSILON = 1e-6  # of AdamW, as published for retrieval
+_EPSILON, _EPSILON_OF_CLASSES = 1e-6, 1e-8  # of AdamW, as published for retrieval and for classification
 _STD_EPSILON = 1e-5
 
 
 class ClipReward(Adaptation):
-    """Adapts the text tower to each text, the image tower to each video, or each to its own."""
+    """Adapts the text tower to each text, the image tower to each video, or each to its own.
+
+    In classification it adapts the image tower, or the context of the class names, to each video, and in captioning the
+    captioner.
+    """
 
     settings: ClipRewardSettings
     queries_at_once = 1
@@ -48,6 +57,11 @@ class ClipReward(Adaptation):
 
     def start(self, config: Config, open_other: Callable[[str], Opened]) -> None:
         self._config, self.others = config, []
+        if self._of_classes:
+            self.directions, self.views = ("v2t",), self.settings.views
+            self.changes_texts = self.settings.learns.method == "context"
+        if config.task_settings.of_captions:
+            self.directions = ("v2t",)
         for source in self.settings.reward:
             try:
                 self.others.append(None if source == ITSELF else open_other(source))
@@ -57,10 +71,15 @@ class ClipReward(Adaptation):
     @contextmanager
     def prepared(self, model: VideoRetriever) -> Iterator[None]:
         """Attach what `learns` adds to CLIP, with values drawn from the seed of the run, and choose what learns."""
+        assert self._config is not None, "start was not called"
+        if self._config.task_settings.of_captions:
+            with self._captioner_learns(model):
+                yield
+            return
         clip = model.clip
         learned = [(parameter, parameter.requires_grad) for parameter in clip.parameters()]
-        assert self._config is not None, "start was not called"
-        method = build_method(self._config.model_copy(update={"peft": self.settings.learns}))
+        method: PeftMethod = implementation(LEARNS, self.settings.learns)(self.settings.learns.config)
+        method.seed = self._config.seed
         merged = not any(isinstance(part, parametrize.ParametrizationList) for part in clip.modules())
         if not merged and self.settings.learns.method in ("lora", "ssf"):
             raise UserError(
@@ -77,6 +96,8 @@ class ClipReward(Adaptation):
             yield
         finally:
             self._learners = {}
+            if isinstance(method, Context):
+                method.detach(clip)
             for part in list(clip.modules()) if merged else []:
                 if parametrize.is_parametrized(part):
                     for name in list(part.parametrizations):  # type: ignore[arg-type]
@@ -85,30 +106,62 @@ class ClipReward(Adaptation):
                 parameter.requires_grad_(learns)
 
     @contextmanager
+    def _captioner_learns(self, model: VideoRetriever) -> Iterator[None]:
+        assert model.captioner is not None, "the settings refuse this"
+        learned = [(parameter, parameter.requires_grad) for parameter in model.captioner.parameters()]
+        try:
+            model.captioner.requires_grad_(True)
+            self._learners = {"v2t": Learner(list(model.captioner.parameters()), self.settings, _EPSILON)}
+            yield
+        finally:
+            self._learners = {}
+            for parameter, learns in learned:
+                parameter.requires_grad_(learns)
+
+    @contextmanager
     def __call__(self, model: VideoRetriever, queries: QueryBatch) -> Iterator[None]:
-        settings, learner = self.settings, self._learners[queries.direction]
-        candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
-        scores = clip_scores(queries.others, settings.weights)
+        learner = self._learners[queries.direction]
         with learner, _casts_not_kept(model.device):
             optimizer = learner.optimizer()
-            for _ in range(settings.steps):
+            for _ in range(self.settings.steps):
                 with torch.enable_grad():
-                    loss = policy_gradient_loss(queries.logits(), scores, candidates, settings.divide_by_std)
+                    loss = self._loss(model, queries)
                 optimizer.zero_grad()
                 with torch.autocast(model.device.type, enabled=False):
                     loss.backward(inputs=learner.parameters)  # type: ignore[no-untyped-call]
                 optimizer.step()
             yield
 
+    def _loss(self, model: VideoRetriever, queries: QueryBatch) -> Tensor:
+        settings, logits, cosines = self.settings, queries.logits(), queries.others()
+        if settings.loss == "distillation":
+            retrievers = (model if other is None else other.retriever for other in self.others)
+            pairs = zip(retrievers, cosines, strict=True)
+            return distillation_loss(
+                logits, [one.scorer.scale().detach() * own for one, own in pairs], settings.weights
+            )
+        candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
+        if self._of_classes:
+            candidates = settings.class_candidates
+        return policy_gradient_loss(logits, clip_scores(cosines, settings.weights), candidates, settings.divide_by_std)
+
+    def certain(self, logits: Tensor) -> Tensor:
+        return most_certain(logits, self.settings.certain_share)
+
+    @property
+    def _of_classes(self) -> bool:
+        assert self._config is not None, "start was not called"
+        return self._config.task_settings.of_classes
+
     def _learner(self, direction: Direction, clip: nn.Module) -> Learner:
-        of_image = direction == "v2t"
+        of_image = direction == "v2t" and not self.changes_texts
         parameters = [one for name, one in learning(clip) if name.startswith("visual.") == of_image]
         if not parameters:
             raise UserError(
                 f"adaptation.config.learns {self.settings.learns.method}: nothing of the "
                 f"{'image' if of_image else 'text'} tower learns, which encodes the queries; change its settings"
             )
-        return Learner(parameters, self.settings)
+        return Learner(parameters, self.settings, _EPSILON_OF_CLASSES if self._of_classes else _EPSILON)
 
 
 class Learner:
@@ -119,8 +172,8 @@ class Learner:
     `interval` queries, the next ones start from this average, or from its mix with the original values.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: ClipRewardSettings) -> None:
-        self.parameters, self.settings = list(parameters), settings
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: ClipRewardSettings, epsilon: float) -> None:
+        self.parameters, self.settings, self._epsilon = list(parameters), settings, epsilon
         self._original = [parameter.detach().clone() for parameter in parameters]
         self._average = [value.clone() for value in self._original] if settings.momentum else []
         self._start: list[Tensor] = []  # empty: the original values
@@ -129,7 +182,7 @@ class Learner:
     def optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer, since nothing that it gathers for a query is left for the next one."""
         own = self.settings
-        return torch.optim.AdamW(self.parameters, own.learning_rate, weight_decay=own.weight_decay, eps=_EPSILON)
+        return torch.optim.AdamW(self.parameters, own.learning_rate, weight_decay=own.weight_decay, eps=self._epsilon)
 
     @torch.no_grad()
     def __enter__(self) -> None:
@@ -179,6 +232,18 @@ def policy_gradient_loss(logits: Tensor, scores: Tensor, candidates: int, divide
         best = logits.detach().topk(min(candidates, logits.shape[1]), dim=1).indices
         rewards = centred(scores.gather(1, best), divide_by_std)
         return -(rewards * logits.log_softmax(dim=1).gather(1, best)).mean()
+
+
+def distillation_loss(logits: Tensor, teachers: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """Return the mean cross-entropy of softmax(logits) and that of the weighted mean of the teachers' logits (q, N).
+
+    This is knowledge distillation (Hinton et al. 2015), against which RLCF is compared.
+    """
+    shares = torch.tensor(weights or [1.0] * len(teachers), device=logits.device, dtype=teachers[0].dtype)
+    teacher = torch.tensordot(shares / shares.sum(), torch.stack(list(teachers)), dims=1)
+    with torch.autocast(logits.device.type, enabled=False):
+        loss: Tensor = -(teacher.softmax(dim=1) * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
+        return loss
 
 
 def _casts_not_kept(device: torch.device) -> AbstractContextManager[object]:

@@ -39,7 +39,7 @@ from adaclip_finetune.evaluation.parts import PartFolder
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks, similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 from adaclip_finetune.evaluation.tasks.base import Figures, QueryRanks, Report, Task
-from adaclip_finetune.model.features import TextFeatures
+from adaclip_finetune.model.features import TextFeatures, VideoFeatures
 from adaclip_finetune.model.hard_topk import Selection
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
@@ -150,14 +150,18 @@ class Retrieval(Task):
         """Open the other models of the adaptation. They embed the same texts and videos, on the same machine."""
         self._adaptation.start(self.config, open_other)
         ours = {name: getattr(self.config, name) for name in names_with("machine") | {"skip_missing"}}
-        defaults = load_config()
-        ours |= {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
         for other in self._adaptation.others:
             if other is None:
                 self._others.append(None)
                 continue
             config, model = other.config.model_copy(update=ours), other.retriever
-            self._others.append((Retrieval(config, self.split, other.loaded, model.views(), self.label), model))
+            self._others.append((self._beside(config, other.loaded, model.views()), model))
+
+    def _beside(self, config: Config, loaded: LoadedClip, views: Views) -> Retrieval:
+        """Return the task that another model has; `config` holds its settings of everything else."""
+        defaults = load_config()
+        chosen = {name: getattr(defaults, name) for name in ("task", "primary", "adaptation")}
+        return Retrieval(config.model_copy(update=chosen), self.split, loaded, views, self.label)
 
     def close(self) -> None:
         self._loader.close()
@@ -256,7 +260,7 @@ class Retrieval(Task):
         return replace(blocks, text=torch.cat([batch.rows for batch in bar]).to(model.device))
 
     def _embed_videos(self, model: VideoRetriever, folder: PartFolder | None) -> Embeddings:
-        """Embed the gallery to what the model's scorer keeps of it: (V, …)."""
+        """Embed the gallery to what is kept of it: (V, …)."""
         names = self.split.queries.video_ids
         videos = Embeddings("videos", len(names), folder, keep_failures=self.config.skip_missing)
         videos.embed(len(self._loader), partial(self._embed_video_batches, model), self.label)
@@ -274,10 +278,14 @@ class Retrieval(Task):
                 places = _integers([place[name] for name in collated.videos.video_ids])
                 with torch.no_grad():
                     features = model.encode_video(collated.videos.to(model.device, non_blocking=self.config.pin_mem))
-                    rows = model.scorer.keep(features).float().cpu()
+                    rows = self._kept(model, features).float().cpu()
                 if features.selection is not None:
                     usage = features.selection.indices.flatten().bincount(minlength=self.config.num_frm).cpu()
             yield EmbeddedBatch(places, rows, usage, failed)
+
+    def _kept(self, model: VideoRetriever, features: VideoFeatures) -> Tensor:
+        """Return what is kept of the videos of a batch: (B, …)."""
+        return model.scorer.keep(features)
 
     def _text_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // self.config.val_batch_size)
@@ -325,18 +333,10 @@ class Retrieval(Task):
         seconds: dict[Direction, float] = {}
         if not adaptation.directions:
             return found, seconds, []
-        if adaptation.in_order and world_size() > 1:
-            raise UserError(
-                f"adaptation {self.config.adaptation.method}: what a query gets depends on the queries before it "
-                "(momentum), so that one process must adapt; start one, or leave momentum out"
-            )
+        self._refuse_several_processes()
         start = self._everywhere(model, plain)
         others = [self._of_other(number, device, start, queries, keep) for number in range(len(self._others))]
-        folder = None
-        if keep and is_main() and not adaptation.in_order:
-            digests = [weights_digest(other[1]) for other in filter(None, self._others)]
-            folder = self._part_folder(model, keep / "adapted", readable=queries.video_ids, others=digests)
-        on_main(folder.open if folder else lambda: None)
+        folder = self._folder_of_adapted(model, queries, keep)
         names = self.split.queries.video_ids
         with adaptation.prepared(model):
             for direction in adaptation.directions:
@@ -357,6 +357,22 @@ class Retrieval(Task):
                 seconds[direction] = (time.monotonic() - begun) / len(asked)
         return found, seconds, others
 
+    def _refuse_several_processes(self) -> None:
+        if self._adaptation.in_order and world_size() > 1:
+            raise UserError(
+                f"adaptation {self.config.adaptation.method}: what a query gets depends on the queries before it "
+                "(momentum), so that one process must adapt; start one, or leave momentum out"
+            )
+
+    def _folder_of_adapted(self, model: VideoRetriever, queries: Queries, keep: Path | None) -> PartFolder | None:
+        """Return the folder, opened, in which the main process keeps what was adapted."""
+        folder = None
+        if keep and is_main() and not self._adaptation.in_order:
+            digests = [weights_digest(other[1]) for other in filter(None, self._others)]
+            folder = self._part_folder(model, keep / "adapted", readable=queries.video_ids, others=digests)
+        on_main(folder.open if folder else lambda: None)
+        return folder
+
     def _everywhere(self, model: VideoRetriever, blocks: SimilarityBlocks | None) -> SimilarityBlocks:
         """Return the main process's similarity in every process."""
         rows = from_main(() if blocks is None else (blocks.text.cpu(), blocks.videos.cpu()))
@@ -374,10 +390,13 @@ class Retrieval(Task):
         with torch.autocast(device.type, enabled=False):
             report = task(model.to(device), keep and keep / f"other-{number}")
         assert isinstance(report, RetrievalReport)
-        if report.queries.video_ids != queries.video_ids:
-            differ = set(report.queries.video_ids) ^ set(queries.video_ids)
-            raise UserError(f"{self.label}: these videos can be read for only one of the models: {sorted(differ)}")
+        self._refuse_other_videos(queries, report.queries)
         return task._everywhere(model, report.similarity)
+
+    def _refuse_other_videos(self, queries: Queries, of_other: Queries) -> None:
+        if of_other.video_ids != queries.video_ids:
+            differ = set(of_other.video_ids) ^ set(queries.video_ids)
+            raise UserError(f"{self.label}: these videos can be read for only one of the models: {sorted(differ)}")
 
     def _adapted_batches(self, texts: Sequence[str]) -> int:
         return -(-len(texts) // (self._adaptation.queries_at_once or self.config.val_batch_size))
@@ -400,7 +419,8 @@ class Retrieval(Task):
         for number in numbers:
             places = range(len(texts))[number * size : (number + 1) * size]
             tokens = self.loaded.tokenize([texts[place] for place in places], self.config.max_txt_len)
-            asked = QueryBatch("t2v", partial(logits, tokens), [other.cosines(texts=places) for other in others])
+            cosines = [other.cosines(texts=places) for other in others]
+            asked = QueryBatch("t2v", partial(logits, tokens), partial(list, cosines))
             with self._adaptation(model, asked), torch.no_grad():
                 rows = model.encode_text(tokens).sentence.float().cpu()
             yield EmbeddedBatch(_integers(places), rows, _integers([]))
@@ -435,7 +455,7 @@ class Retrieval(Task):
                     selection = model.encode_video(videos).selection
                 places = [columns[name] for name in videos.video_ids]
                 cosines = [other.cosines(videos=places).T for other in others]
-                asked = QueryBatch("v2t", partial(logits, videos, selection), cosines)
+                asked = QueryBatch("v2t", partial(logits, videos, selection), partial(list, cosines))
                 with self._adaptation(model, asked), torch.no_grad():
                     rows.append(encoded(videos, selection).float().cpu())
             embedded = torch.cat(rows[1:]) if read else rows[0]

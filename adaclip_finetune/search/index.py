@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import faiss
 import numpy as np
 import safetensors
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -36,6 +37,7 @@ from adaclip_finetune.search.peaks import find_peaks
 FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
+_MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
 _MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
@@ -349,7 +351,7 @@ class VideoIndex:
         """Return score and row of the k videos whose vectors are nearest to each query."""
         if not len(self):
             return [[] for _ in queries]
-        scores, places = self._nearest.search(queries, min(k, self.distinct))
+        scores, places = nearest(self._nearest, queries, min(k, self.distinct))
         rows = self._rows[places].tolist()
         return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
 
@@ -442,6 +444,26 @@ class _Windows(NamedTuple):
     rows: list[dict[str, Any]]
     spans: NDArray[np.float64]
     times: NDArray[np.float64]
+
+
+def nearest(index: Any, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest products of each query (Q, D) with the vectors of a FAISS index, and their rows: (Q, k).
+
+    FAISS compares one query after another. Many of them are multiplied with a block of vectors at once, which takes a
+    fraction of the time.
+    """
+    if len(queries) < _MANY_QUERIES:
+        scores, rows = index.search(queries, k)
+        return scores, rows
+    asked = torch.from_numpy(np.ascontiguousarray(queries))
+    best, places = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
+    for start in range(0, index.ntotal, _BLOCK):
+        block = torch.from_numpy(index.reconstruct_n(start, min(_BLOCK, index.ntotal - start)))
+        found, own = (asked @ block.T).topk(min(k, len(block)), dim=1)
+        best, places = torch.cat([best, found], dim=1), torch.cat([places, own + start], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        places = places.gather(1, order)
+    return best.numpy(), places.numpy()
 
 
 def first_of_equal(vectors: NDArray[Any]) -> NDArray[np.int64]:

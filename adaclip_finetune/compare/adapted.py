@@ -8,7 +8,8 @@ from typing import Any
 
 from adaclip_finetune.compare.checkpoints import OpenCandidate, tell
 from adaclip_finetune.compare.table import RowKind, TableRow
-from adaclip_finetune.config.choices import Chosen, ClipRewardSettings
+from adaclip_finetune.config.choices.adaptations import ClipRewardSettings
+from adaclip_finetune.config.choices.base import Chosen
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.evaluation.adaptation.clip_reward import ITSELF
 from adaclip_finetune.evaluation.metrics import Metrics

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from adaclip_finetune.compare.options import AS_IT_IS
 from adaclip_finetune.compare.table import COSTS, DataSetRows, RowKind, TableRow
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.choices import Chosen
+from adaclip_finetune.config.choices.base import Chosen
 from adaclip_finetune.config.parts import DataPart, parts_of
 from adaclip_finetune.config.paths import check_paths
 from adaclip_finetune.config.roles import names_with

@@ -2,7 +2,7 @@
 
 `load_config(file, overrides)` merges defaults, a file and flags, validates the result and returns a frozen `Config`.
 `check_paths(config)` then checks that the files exist. The sections that choose something by name (`peft`, `tower`,
-…) are declared in `choices.py`. This file does not import torch.
+…) are declared in `choices/`. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from adaclip_finetune.config.base import Contradictions, PathText, Problem, Role, Settings, setting
-from adaclip_finetune.config.choices import (
-    AdaptationSection,
-    CaptionerSection,
-    ObjectiveSection,
-    ObjectiveSettings,
-    PeftSection,
-    TaskSection,
-    TaskSettings,
-    TowerSection,
-    TowerSettings,
-)
+from adaclip_finetune.config.choices.adaptations import AdaptationSection
+from adaclip_finetune.config.choices.captioners import CaptionerSection
+from adaclip_finetune.config.choices.objectives import ObjectiveSection, ObjectiveSettings
+from adaclip_finetune.config.choices.peft import PeftSection
+from adaclip_finetune.config.choices.tasks import TaskSection, TaskSettings
+from adaclip_finetune.config.choices.towers import TowerSection, TowerSettings
 from adaclip_finetune.config.layers import load
 from adaclip_finetune.config.optuna import OptunaSettings
 from adaclip_finetune.config.parts import (

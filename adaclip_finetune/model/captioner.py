@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import (
+from adaclip_finetune.config.choices.base import Chosen, implementation
+from adaclip_finetune.config.choices.captioners import (
     CAPTIONERS,
     CaptionerSettings,
-    Chosen,
     MlpCaptionerSettings,
     TransformerCaptionerSettings,
-    implementation,
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.features import VideoFeatures, at_least_float32

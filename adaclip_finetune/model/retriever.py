@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import TOWERS, implementation
+from adaclip_finetune.config.choices.base import implementation
+from adaclip_finetune.config.choices.towers import TOWERS
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.data.preprocess import ImageSpec, Views, normalise
 from adaclip_finetune.errors import UserError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import OBJECTIVES, implementation
+from adaclip_finetune.config.choices.base import implementation
+from adaclip_finetune.config.choices.objectives import OBJECTIVES
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Objective
 from adaclip_finetune.objectives.contrastive import Contrastive

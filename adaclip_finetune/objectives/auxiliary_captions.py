@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import AuxiliaryCaptionsSettings
+from adaclip_finetune.config.choices.objectives import AuxiliaryCaptionsSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.preprocess import Views
 from adaclip_finetune.model.features import TextFeatures, VideoFeatures, at_least_float32

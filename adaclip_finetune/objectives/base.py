@@ -1,6 +1,6 @@
 """The base of objectives, and the group of processes that share a batch.
 
-A new objective is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md shows
+A new objective is one file beside this one, a settings class and a line in `config/choices/`; docs/extending.md shows
 a complete one.
 """
 

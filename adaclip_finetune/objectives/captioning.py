@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import ChoiceSettings, Config
-from adaclip_finetune.config.choices import CaptionLossSettings
+from adaclip_finetune.config.choices.objectives import CaptionLossSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.model.captioner import Captioner

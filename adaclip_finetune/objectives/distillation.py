@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaclip_finetune.config import ChoiceSettings, Config
-from adaclip_finetune.config.choices import DistillationSettings
+from adaclip_finetune.config.choices.objectives import DistillationSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.data.formats.reading import text_lines
 from adaclip_finetune.data.preprocess import Views

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import PEFT, implementation
+from adaclip_finetune.config.choices.base import implementation
+from adaclip_finetune.config.choices.peft import PEFT
 from adaclip_finetune.peft.base import PeftMethod
 from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.peft.report import TrainableReport, trainable_report

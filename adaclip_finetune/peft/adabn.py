@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adaclip_finetune.config.choices import AdabnSettings
+from adaclip_finetune.config.choices.peft import AdabnSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.frame_features import CnnBackbone, FrozenClipBackbone

@@ -12,7 +12,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import AdapterSettings
+from adaclip_finetune.config.choices.peft import AdapterSettings
 from adaclip_finetune.peft.base import PeftMethod, chosen_blocks, train_added
 from adaclip_finetune.weights.plain import Added
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from adaclip_finetune.config.choices import PEFT, JoinedSettings, implementation
+from adaclip_finetune.config.choices.base import implementation
+from adaclip_finetune.config.choices.peft import PEFT, JoinedSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.peft.base import PeftMethod, clip_of, learning
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import LisaSettings
+from adaclip_finetune.config.choices.peft import LisaSettings
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.base import (

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adaclip_finetune.config.choices import LoraSettings
+from adaclip_finetune.config.choices.peft import LoraSettings
 from adaclip_finetune.model.vit import Linear
 from adaclip_finetune.peft.base import PeftMethod, chosen_blocks, train_added
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import PromptSettings
+from adaclip_finetune.config.choices.peft import PromptSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import TowerName, make_room, tokens_before, tower_blocks
 from adaclip_finetune.peft.base import PeftMethod, train_added

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adaclip_finetune.config.choices import SsfSettings
+from adaclip_finetune.config.choices.peft import SsfSettings
 from adaclip_finetune.model.vit import ROLES, layer_norms, patch_embedding, tower_norms
 from adaclip_finetune.peft.base import PeftMethod, chosen_blocks, train_added
 

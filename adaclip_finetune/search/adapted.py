@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import ClipRewardSettings
+from adaclip_finetune.config.choices.adaptations import ClipRewardSettings
 from adaclip_finetune.data.dataset import VideoReader, collate
 from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.errors import UserError

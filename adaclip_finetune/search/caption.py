@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adaclip_finetune.config.choices import CaptioningSettings
+from adaclip_finetune.config.choices.tasks import CaptioningSettings
 from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaclip_finetune.config.choices import ClassificationSettings
+from adaclip_finetune.config.choices.tasks import ClassificationSettings
 from adaclip_finetune.data.class_names import in_templates, read_classes, read_templates
 from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
 from adaclip_finetune.data.loader import GalleryLoader

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import ObjectiveSettings
+from adaclip_finetune.config.choices.objectives import ObjectiveSettings
 from adaclip_finetune.data.blank import blank_videos
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError

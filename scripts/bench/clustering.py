@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import nn
 
-from adaclip_finetune.config.choices import TOWERS
+from adaclip_finetune.config.choices.towers import TOWERS
 from adaclip_finetune.model.towers.base import FrameTower
 from adaclip_finetune.model.towers.clustering import Clustering
 from adaclip_finetune.model.towers.per_frame import PerFrame

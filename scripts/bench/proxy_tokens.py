@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaclip_finetune.config.choices import ProxyTokensSettings
+from adaclip_finetune.config.choices.towers import ProxyTokensSettings
 from adaclip_finetune.model.towers import proxy_tokens
 from adaclip_finetune.model.towers.proxy_tokens import ProxyTokens, proxy_attention
 

@@ -20,7 +20,8 @@ import open_clip
 import torch
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import TOWERS, implementation
+from adaclip_finetune.config.choices.base import implementation
+from adaclip_finetune.config.choices.towers import TOWERS
 
 FRAMES = 12
 CASES: dict[str, dict[str, Any]] = {

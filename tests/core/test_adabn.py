@@ -9,7 +9,7 @@ from tiny import build_retriever, on_meta, random_tokens, random_videos
 from torch import nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import AdabnSettings
+from adaclip_finetune.config.choices.peft import AdabnSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.adabn import AdaptiveBatchNorm, batch_norms

@@ -13,7 +13,7 @@ from tiny import build_retriever, random_frames, random_tokens, random_videos
 from torch import Tensor
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import AuxiliaryCaptionsSettings
+from adaclip_finetune.config.choices.objectives import AuxiliaryCaptionsSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoReader
 from adaclip_finetune.objectives import Objective, build_objective
 from adaclip_finetune.objectives.base import Group, Rows

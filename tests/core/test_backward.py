@@ -15,7 +15,7 @@ from tiny import SMALL, VOCABULARY, build_retriever, loaded, random_tokens, rand
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import OBJECTIVES
+from adaclip_finetune.config.choices.objectives import OBJECTIVES
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import NotFinite
 from adaclip_finetune.objectives import Objective, build_objective

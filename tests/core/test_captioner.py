@@ -12,7 +12,7 @@ from speaking import write_language_model
 from tiny import build_retriever, random_videos
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import MlpCaptionerSettings, TransformerCaptionerSettings
+from adaclip_finetune.config.choices.captioners import MlpCaptionerSettings, TransformerCaptionerSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.captioner import Captioner, MlpMapper, TransformerMapper
 from adaclip_finetune.model.features import VideoFeatures

@@ -13,7 +13,7 @@ from tiny import build_retriever, random_videos
 from torch import Tensor
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import ClipRewardSettings
+from adaclip_finetune.config.choices.adaptations import ClipRewardSettings
 from adaclip_finetune.data.preprocess import CropFlip, ImageSpec
 from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import UserError

@@ -10,7 +10,7 @@ from golden import load_golden
 from scorers import clip_with, features
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import BUILT_IN_TEMPLATES
+from adaclip_finetune.config.choices.tasks import BUILT_IN_TEMPLATES
 from adaclip_finetune.data.class_names import in_templates, read_classes, read_templates
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.errors import UserError

@@ -18,7 +18,7 @@ from tiny import build_retriever, random_tokens, random_videos
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import ClipRewardSettings
+from adaclip_finetune.config.choices.adaptations import ClipRewardSettings
 from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import clip_reward

@@ -15,7 +15,7 @@ from tiny import build_retriever, build_timm_clip, random_frames, random_tokens,
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import ClusteringSettings
+from adaclip_finetune.config.choices.towers import ClusteringSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.flops import count_gflops

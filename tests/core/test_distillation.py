@@ -17,7 +17,7 @@ from tiny import SMALL, VOCABULARY, build_retriever, loaded, random_tokens, rand
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import DistillationSettings
+from adaclip_finetune.config.choices.objectives import DistillationSettings
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.features import TextFeatures, VideoFeatures

@@ -16,7 +16,7 @@ from tiny import VOCABULARY, build_retriever, build_timm_clip, on_meta, random_t
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import GlobalLocalSettings
+from adaclip_finetune.config.choices.towers import GlobalLocalSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.flops import count_gflops

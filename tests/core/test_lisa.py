@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import LisaSettings
+from adaclip_finetune.config.choices.peft import LisaSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.base import MethodState
 from adaclip_finetune.peft.lisa import Lisa, probabilities

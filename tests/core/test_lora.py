@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tiny import VOCABULARY, on_meta, random_tokens
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import LoraSettings
+from adaclip_finetune.config.choices.peft import LoraSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.freezing import apply_freezing
 from adaclip_finetune.peft.lora import Lora, LowRank

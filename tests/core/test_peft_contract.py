@@ -13,7 +13,7 @@ from tiny import VOCABULARY, build_timm_clip, on_meta, random_tokens
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import PEFT, BitFitSettings
+from adaclip_finetune.config.choices.peft import PEFT, BitFitSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.vit import compile_blocks, vision_view
 from adaclip_finetune.peft import PeftMethod, build_method, choose_what_learns, trainable_report

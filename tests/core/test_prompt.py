@@ -9,7 +9,7 @@ from test_vit import MODELS, assert_close, build, first, pixels, words
 from tiny import VOCABULARY, on_meta, random_tokens
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import PromptSettings
+from adaclip_finetune.config.choices.peft import PromptSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.header import SeqTransformerHeader
 from adaclip_finetune.model.text import encode_sentences, encode_words, trim_padding

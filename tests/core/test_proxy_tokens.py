@@ -19,7 +19,7 @@ from tiny import VOCABULARY, build_retriever, build_timm_clip, random_tokens, ra
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import PerFrameSettings, ProxyTokensSettings
+from adaclip_finetune.config.choices.towers import PerFrameSettings, ProxyTokensSettings
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.pooling import MeanPooling

@@ -9,7 +9,7 @@ from tiny import VOCABULARY, on_meta
 from torch import nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import SsfSettings
+from adaclip_finetune.config.choices.peft import SsfSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.norms import split_frozen_norms
 from adaclip_finetune.peft.ssf import Scale, ScaleAndShift, Shift

@@ -11,7 +11,7 @@ from tiny import SMALL, VOCABULARY, build_retriever, build_timm_clip, random_tok
 from torch import nn
 
 from adaclip_finetune.config import load_config
-from adaclip_finetune.config.choices import TOWERS
+from adaclip_finetune.config.choices.towers import TOWERS
 from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.objectives.contrastive import contrastive_loss
 from adaclip_finetune.peft import build_method, choose_what_learns

@@ -65,7 +65,7 @@ def extended(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Exte
         ROOT / "adaclip_finetune", folder / "adaclip_finetune", ignore=shutil.ignore_patterns("__pycache__")
     )
     for place, code in BLOCK.findall(PAGE):
-        if place.endswith("config/choices.py"):
+        if "/config/choices/" in place:
             add_choice(folder / place, code)
         else:
             assert not (folder / place).exists()
@@ -117,7 +117,7 @@ def extended(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Exte
 
 
 def add_choice(path: Path, code: str) -> None:
-    """Put the settings class above its table in choices.py, and the line into the table."""
+    """Put the settings class above its table, and the line into the table."""
     (table, line), settings = LINE.findall(code)[0], LINE.sub("\n", code).rstrip()
     before, start, rest = path.read_text(encoding="utf-8").partition(f"\n{table}: dict[str, Choice] = {{\n")
     assert start, table

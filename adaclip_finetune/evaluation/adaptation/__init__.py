@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from adaclip_finetune.config import Config
-from adaclip_finetune.config.choices import ADAPTATIONS, implementation
+from adaclip_finetune.config.choices.adaptations import ADAPTATIONS
+from adaclip_finetune.config.choices.base import implementation
 from adaclip_finetune.evaluation.adaptation.base import Adaptation
 
 

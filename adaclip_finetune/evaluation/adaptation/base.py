@@ -1,6 +1,6 @@
 """The interface of an adaptation: it changes the model for some queries, and restores it afterwards.
 
-A new adaptation is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md
+A new adaptation is one file beside this one, a settings class and a line in `config/choices/`; docs/extending.md
 has a complete example.
 """
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adaclip_finetune.config import ChoiceSettings, Config
-from adaclip_finetune.config.choices import LEARNS, ClipRewardSettings, implementation
+from adaclip_finetune.config.choices.adaptations import LEARNS, ClipRewardSettings
+from adaclip_finetune.config.choices.base import implementation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.base import Adaptation, Direction, QueryBatch
 from adaclip_finetune.evaluation.adaptation.context import Context

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import ContextSettings
+from adaclip_finetune.config.choices.adaptations import ContextSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.peft.base import PeftMethod
 from adaclip_finetune.weights.loaded import text_tower

@@ -1,6 +1,6 @@
 """The interface of a task: it measures a model on an annotated split, and names the figure that decides.
 
-A new task is one file beside this one, a settings class and a line in `config/choices.py`; docs/extending.md has a
+A new task is one file beside this one, a settings class and a line in `config/choices/`; docs/extending.md has a
 complete example.
 """
 

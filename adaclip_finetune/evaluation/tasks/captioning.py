@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.choices import CaptioningSettings, ClipRewardSettings
+from adaclip_finetune.config.choices.adaptations import ClipRewardSettings
+from adaclip_finetune.config.choices.tasks import CaptioningSettings
 from adaclip_finetune.config.roles import names_with
 from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit

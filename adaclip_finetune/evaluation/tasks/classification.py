@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaclip_finetune.config import Config, load_config
-from adaclip_finetune.config.choices import ClassificationSettings
+from adaclip_finetune.config.choices.tasks import ClassificationSettings
 from adaclip_finetune.data.annotations import folded
 from adaclip_finetune.data.class_names import in_templates, read_classes, read_templates
 from adaclip_finetune.data.dataset import Collated, VideoBatch

@@ -1,7 +1,7 @@
 """The base of towers, which encode all frames of a video by CLIP's image tower, and choose the text tower.
 
 A new tower is one file beside this one: a subclass of `FrameTower`, or of `BlockwiseTower` if it works between the
-transformer's blocks, a settings class and a line in `config/choices.py`. docs/extending.md shows a complete one.
+transformer's blocks, a settings class and a line in `config/choices/`. docs/extending.md shows a complete one.
 """
 
 from __future__ import annotations

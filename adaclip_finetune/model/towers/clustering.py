@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import ClusteringSettings, ClusteringStage
+from adaclip_finetune.config.choices.towers import ClusteringSettings, ClusteringStage
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.towers.base import BlockwiseTower

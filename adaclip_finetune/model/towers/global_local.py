@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adaclip_finetune.config.choices import GlobalLocalSettings
+from adaclip_finetune.config.choices.towers import GlobalLocalSettings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.text import TextTower, embed_tokens, end_positions, finish_text, rows_at, trim_padding

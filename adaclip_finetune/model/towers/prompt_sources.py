@@ -10,7 +10,7 @@ import torch
 from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import GlobalLocalSettings
+from adaclip_finetune.config.choices.towers import GlobalLocalSettings
 
 
 class LinearPrompts(nn.Module):

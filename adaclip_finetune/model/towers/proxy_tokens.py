@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaclip_finetune.config.choices import ProxyTokensSettings
+from adaclip_finetune.config.choices.towers import ProxyTokensSettings
 from adaclip_finetune.model.towers.base import BlockwiseTower
 from adaclip_finetune.model.vit import OpenBlock
 

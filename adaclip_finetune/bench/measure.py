@@ -26,7 +26,7 @@ class Setup:
 
     device: torch.device
     precision: str = "fp32"  # or bf16
-    turns: int = 5
+    turns: int = 3
     quick: bool = False
     processor_time: bool = False  # of this process and its children, instead of the time that passes
 

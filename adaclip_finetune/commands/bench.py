@@ -54,7 +54,7 @@ def _parser() -> Parser:
     add("rows", metavar="ROW", nargs="*", help=f"by default all: {rows}")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="default: auto")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    add("--turns", type=int, default=5, metavar="N", help="timed turns; default: 5")
+    add("--turns", type=int, default=3, metavar="N", help="timed turns; default: 3")
     add("--quick", action="store_true", help="only check that everything works, at the smallest sizes")
     clock = "measure processor time, which other work on a CPU changes less; with OMP_NUM_THREADS=1"
     add("--processor_time", action="store_true", help=clock)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from golden import load_golden
 from scorers import clip_with, cosine_scorer, features
 
 from adaclip_finetune.data.queries import Queries
@@ -218,3 +219,16 @@ def test_similarity_does_not_use_tf32_when_the_towers_do(tf32, can_be_indexed):
     for _ in similarity_blocks(torch.randn(4, 3), torch.randn(5, 2, 3), Watching(clip_with(0)), 2):
         seen.append(tf32.allow_tf32)
     assert seen == [False, True] * 2
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_golden_recalls_of_rlcf(case):
+    golden = load_golden("reward_recall")[case]
+    owners = golden["image_of_text"]
+    found = {
+        "img": retrieval_metrics([golden["scores_t2i"]], owners).t2v,
+        "txt": retrieval_metrics([golden["scores_i2t"].T.contiguous()], owners).v2t,
+    }
+    for name, direction in found.items():
+        for k in (1, 5, 10):
+            assert direction.recall(k) == pytest.approx(golden[f"{name}_r{k}"], abs=1e-4)

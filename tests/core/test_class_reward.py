@@ -121,11 +121,11 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**same, "class_candidates": int(case["k"]), "certain_share": case["share"]}
 
 
-@pytest.mark.parametrize("case", GOLDEN["image_tower"], ids=["no momentum", "momentum", "half of the average"])
+@pytest.mark.parametrize("case", GOLDEN["image_tower"], ids=["no momentum", "momentum", "half of the average", "norms"])
 def test_the_image_tower_learns_as_published(case: dict[str, Any], losses: list[float]) -> None:
     momentum = case["momentum"] if case["momentum_on"] else 0.0
     slow = {"momentum": momentum, "interval": int(case["update_freq"]), "average_share": case["update_w"]}
-    adaptation = started("none", **settings_of(case), **slow)
+    adaptation = started("none", "norms" if case["only_norm"] else "full", **settings_of(case), **slow)
     world = Recorded(adaptation, GOLDEN["views"].float())
     with torch.no_grad():
         classes = world.classes()

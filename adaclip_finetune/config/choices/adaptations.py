@@ -16,6 +16,10 @@ class NoAdaptationSettings(ChoiceSettings):
     """Evaluate the model as it is."""
 
 
+class NormsSettings(ChoiceSettings):
+    """Learn the weights and biases of all norms (Wang et al. 2021)."""
+
+
 class ContextSettings(ChoiceSettings):
     """Learn the words before the class name, which all classes share (CoOp, Zhou et al. 2022)."""
 
@@ -24,6 +28,7 @@ class ContextSettings(ChoiceSettings):
 
 LEARNS: dict[str, Choice] = {
     **{name: PEFT[name] for name in ("full", "bitfit", "lora", "ssf")},  # those that can be taken away again
+    "norms": Choice(NormsSettings, "evaluation.adaptation.norms:Norms"),
     "context": Choice(ContextSettings, "evaluation.adaptation.context:Context"),
 }
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
     index.need_moments()
     model = search_model_of(index, arguments.model, **settings)
     given = arguments.image
-    vector = model.encode_text([arguments.text])[0] if given is None else model.encode_image(given)
+    vector = model.encode_query([arguments.text])[0] if given is None else model.encode_image(given)
     hits = index.search_moments(vector[None], arguments.k)[0]
     names = [f"{hit.rank:02}_{clip_name(hit.video, *hit.moments[0].span, arguments.exact)}" for hit in hits]
     if there := [name for name in names if (folder / name).exists() and not arguments.overwrite]:

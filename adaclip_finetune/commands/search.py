@@ -24,6 +24,7 @@ from adaclip_finetune.commands.flags import (
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
+from adaclip_finetune.search.query import terms_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +36,17 @@ _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
 _COMPARED = 100  # hits of each index among which --compare looks for those of the other
 _COLUMN = 40  # characters
+_COMBINED = """texts combine as '"a dog" + "snow" - 0.5 "a sled"'"""
 
 
 def run(words: Sequence[str]) -> int:
     """Search, and print what was found. Return 0. Raise UserError."""
     arguments = _parser().read(words)
-    if sum(given is not None for given in (arguments.text, arguments.image, arguments.queries)) != 1:
-        raise UserError('give one thing to search for: a text ("two dogs"), --image FILE or --queries FILE')
+    examples = [arguments.image, arguments.video]
+    if arguments.text is not None and arguments.queries is not None:
+        raise UserError("give either a text or --queries FILE")
+    if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
+        raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -50,10 +55,11 @@ def run(words: Sequence[str]) -> int:
         raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
     if arguments.score is not None and arguments.by == "moment":
         raise UserError("--score says what ranks videos: leave out --by moment")
-    texts = [str(arguments.image or arguments.text)] if arguments.queries is None else _lines(arguments.queries)
+    name = arguments.text or arguments.image or arguments.video
+    texts = [str(name)] if arguments.queries is None else _lines(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
-    if adaptation and arguments.image is not None:
-        raise UserError("--adapt adapts to texts, and goes without --image")
+    if adaptation and (any(examples) or any(len(terms_of(text)) > 1 for text in texts)):
+        raise UserError("--adapt adapts to single texts: leave out --image, --video and combinations of texts")
 
     from adaclip_finetune.search.adapted import adapting
 
@@ -67,17 +73,17 @@ def run(words: Sequence[str]) -> int:
         other = _open(arguments.compare, None, others_settings)
         if not arguments.json:
             _print_names(index, other[0])
-    if cut := 0 if arguments.image else model.loaded.count_cut(texts, model.config.max_txt_len):
+    if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
     with adapting(model, index, adaptation) if adaptation else nullcontext() as adapted:
         for start in range(0, len(texts), 1 if adapted else _QUERIES_AT_ONCE):
             block = texts[start : start + (1 if adapted else _QUERIES_AT_ONCE)]
-            encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments.image), None)
+            encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments), None)
             found = find(encoded, _asked_for(arguments))
             before: Iterable[list[Hit] | None] = repeat(None)
             if other is not None:
-                before = other[0].search(_encoded(other[1], block, arguments.image), _asked_for(arguments))
+                before = other[0].search(_encoded(other[1], block, arguments), _asked_for(arguments))
             for text, hits, others in zip(block, found, before, strict=False):
                 _print(text, hits, others, arguments, seconds)
     return 0
@@ -96,8 +102,14 @@ def _open(path: Path, moved: Path | None, settings: Mapping[str, Any]) -> tuple[
     return index, model
 
 
-def _encoded(model: SearchModel, texts: Sequence[str], image: Path | None) -> Tensor:
-    return model.encode_text(texts) if image is None else model.encode_image(image)[None]
+def _encoded(model: SearchModel, texts: Sequence[str], arguments: Namespace) -> Tensor:
+    """Return the sums (Q, D) of the vectors of each text, the picture and the video, those of them that are given."""
+    parts = [model.encode_query(texts)] if arguments.text or arguments.queries else []
+    if arguments.image:
+        parts.append(model.encode_image(arguments.image)[None])
+    if arguments.video:
+        parts.append(model.encode_video(arguments.video)[0][None])
+    return sum(parts[1:], parts[0])
 
 
 def _asked_for(arguments: Namespace) -> int:
@@ -108,16 +120,17 @@ def _asked_for(arguments: Namespace) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "adaclip search",
-        "Find videos in an index by a text or a picture. Each line shows rank, score (the cosine), the time of the "
-        "frame with the greatest weight, and the file. If the index has moments, it shows from when to when the best "
-        "one lasts.",
-        "adaclip search NAME.index (TEXT | --image FILE | --queries FILE) [-k N] [--json] [--explain]\n"
+        "Find videos in an index by texts, a picture or a video. Each line shows rank, score (the cosine), the time of "
+        "the frame with the greatest weight, and the file. If the index has moments, it shows from when to when the "
+        "best one lasts.",
+        "adaclip search NAME.index [TEXT | --queries FILE] [--image FILE] [--video FILE] [-k N] [--json] [--explain]\n"
         "       [--by moment] [--score moment] [--compare OLD.index] [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
-    add("text", metavar="TEXT", nargs="?", help="what the videos should show")
-    add("--image", metavar="FILE", type=a_path, help="search by a picture")
+    add("text", metavar="TEXT", nargs="?", help=f"what the videos should show; {_COMBINED}")
+    add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
+    add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"

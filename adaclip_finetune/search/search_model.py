@@ -31,8 +31,11 @@ from adaclip_finetune.model.features import VideoFeatures
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
+from adaclip_finetune.search.query import terms_of
 from adaclip_finetune.training.session import Session, open_any
 from adaclip_finetune.weights.plain import weights_digest
+
+_NOTHING_LEFT = 1e-3  # length of a sum of vectors of length 1
 
 
 class WeightedFrames(NamedTuple):
@@ -104,6 +107,22 @@ class SearchModel:
         """Return the vectors (Q, D) of texts; words beyond `max_txt_len` are cut off."""
         with torch.no_grad(), self.autocast():
             return _normalised(self.model.encode_text(self.loaded.tokenize(texts, self.config.max_txt_len)).sentence)
+
+    def encode_query(self, queries: Sequence[str]) -> Tensor:
+        """Return the vectors (Q, D) of queries, each of which may combine several texts (`terms_of`). Raise UserError
+        for texts that cancel each other out."""
+        terms = [terms_of(query) for query in queries]
+        vectors = iter(self.encode_text([term.text for combined in terms for term in combined]))
+        sums = torch.stack([torch.stack([t.weight * next(vectors) for t in combined]).sum(dim=0) for combined in terms])
+        for query, length in zip(queries, sums.norm(dim=-1), strict=True):
+            if length < _NOTHING_LEFT:
+                raise UserError(f"{query}: these texts cancel each other out")
+        return F.normalize(sums, dim=-1)
+
+    def count_cut(self, queries: Sequence[str]) -> int:
+        """Count the texts of these queries that lose words beyond `max_txt_len`."""
+        texts = [term.text for query in queries for term in terms_of(query)]
+        return self.loaded.count_cut(texts, self.config.max_txt_len)
 
     def encode_image(self, image: Image.Image | str | Path) -> Tensor:
         """Return the vector (D,) of a picture, which is that of a video of this one frame. Raise UserError for a file

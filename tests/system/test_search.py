@@ -162,6 +162,27 @@ def test_the_vector_of_a_picture_is_that_of_a_video_which_shows_nothing_else(
         assert hit["score"] == pytest.approx(float(own @ vector), abs=1e-5)
 
 
+def test_texts_a_picture_and_a_video_combine(clips: Path, model: SearchModel, tmp_path: Path, capsys: Capsys) -> None:
+    Image.new("RGB", (40, 36), (220, 30, 30)).save(tmp_path / "p.png")
+    index = VideoIndex.load(clips / "my.index")
+    video = index.videos[0].path
+    dog, snow = model.encode_text(["a dog", "snow"])
+    picture, moving = model.encode_image(tmp_path / "p.png"), model.encode_video(video)[0]
+    examples = ["--image", str(tmp_path / "p.png"), "--video", str(video)]
+    for words, vector in (
+        (['"a dog" - 0.5 "snow"'], dog - 0.5 * snow),
+        (examples, picture + moving),
+        (["a dog", *examples], dog + picture + moving),
+    ):
+        assert main(["search", str(clips / "my.index"), *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["hits"]
+        expected = index.search(vector[None], k=10)[0]
+        assert [hit["id"] for hit in found] == [hit.video.id for hit in expected]
+        assert [hit["score"] for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-5)
+    with pytest.raises(UserError, match="cancel"):
+        model.encode_query(['"a dog" - "a dog"'])
+
+
 @pytest.mark.parametrize("header", ["transformer", "seqTransf"])
 def test_a_picture_passes_the_header_as_a_frame_does(project: Settings, tmp_path: Path, header: str) -> None:
     model = load_retriever(write_run(tmp_path / "run", project | {"sim_header": header, "num_frm": 1, "top_k": 1}))

@@ -15,6 +15,7 @@ from media import coded_frame, write_video
 from PIL import Image
 
 from adaclip_finetune.commands.serve import listen
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import THUMBS, EmbeddedMoments, VideoIndex, read_index, write_index
 from adaclip_finetune.search.serve.app import create_app, make_server
@@ -29,9 +30,14 @@ def axis(number: int) -> np.ndarray:
 
 
 class Axes:
-    """A model that maps the text "3" to the third axis, and likewise a picture with a red of about 30."""
+    """A model that maps the text "3" to the third axis, and likewise a picture with a red of about 30.
 
-    def encode_text(self, texts: Sequence[str]) -> Any:
+    It refuses the text "nothing".
+    """
+
+    def encode_query(self, texts: Sequence[str]) -> Any:
+        if "nothing" in texts:
+            raise UserError("nothing: these texts cancel each other out")
         return np.stack([axis(int(text)) for text in texts])
 
     def encode_image(self, image: Image.Image) -> Any:

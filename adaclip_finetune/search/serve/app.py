@@ -180,7 +180,14 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
         """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
-        return await answer(lambda loaded: loaded.encode_query([q.strip()]), page, k, by, score)
+
+        def encode(loaded: SearchModel) -> Any:
+            try:
+                return loaded.encode_query([q.strip()])
+            except UserError as error:
+                raise HTTPException(422, f"q: {error}") from error
+
+        return await answer(encode, page, k, by, score)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 

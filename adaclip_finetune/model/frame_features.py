@@ -8,6 +8,7 @@ Each backbone says in `view` how the reader must prepare frames for it; None mea
 from __future__ import annotations
 
 import copy
+from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,24 @@ class _ActivatedConvolution(nn.Module):
 
 
 def _fuse_activations(cnn: nn.Module) -> None:
-    """Join each convolution, whose norm is folded, and the activation behind it, if PyTorch was built with oneDNN."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return
+    """Join each convolution, whose norm is folded, and the activation behind it, if this PyTorch can do so."""
     names = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
-    for part in [part for part in cnn.modules() if isinstance(part, Conv2dNormActivation)]:
+    for part in [part for part in cnn.modules() if isinstance(part, Conv2dNormActivation)] if _can_fuse() else []:
         if (name := names.get(type(part[-1]))) is not None:
             part[0], part[-1] = _ActivatedConvolution(part[0], name), nn.Identity()
+
+
+@cache
+def _can_fuse() -> bool:
+    """Return whether the operation, which is not part of PyTorch's public interface, exists and computes this."""
+    with torch.random.fork_rng(devices=[]):
+        convolution, pixels = nn.Conv2d(1, 1, 1), torch.randn(1, 1, 2, 2)
+    try:
+        with torch.no_grad():
+            found = _ActivatedConvolution(convolution, "hardswish")(pixels)
+            return torch.allclose(found, nn.functional.hardswish(convolution(pixels)), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 class FrozenClipBackbone(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +25,7 @@ from adaclip_finetune.commands.flags import (
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.query import terms_of
+from adaclip_finetune.search.where import conditions, search_where
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
+    conditions(arguments.where)  # which raises UserError before anything loads
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -80,10 +82,10 @@ def run(words: Sequence[str]) -> int:
         for start in range(0, len(texts), 1 if adapted else _QUERIES_AT_ONCE):
             block = texts[start : start + (1 if adapted else _QUERIES_AT_ONCE)]
             encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments), None)
-            found = find(encoded, _asked_for(arguments))
+            found = _found(find, encoded, arguments)
             before: Iterable[list[Hit] | None] = repeat(None)
             if other is not None:
-                before = other[0].search(_encoded(other[1], block, arguments), _asked_for(arguments))
+                before = _found(other[0].search, _encoded(other[1], block, arguments), arguments)
             for text, hits, others in zip(block, found, before, strict=False):
                 _print(text, hits, others, arguments, seconds)
     return 0
@@ -112,6 +114,12 @@ def _encoded(model: SearchModel, texts: Sequence[str], arguments: Namespace) -> 
     return sum(parts[1:], parts[0])
 
 
+def _found(find: Callable[[Any, int], list[list[Hit]]], vectors: Tensor, arguments: Namespace) -> list[list[Hit]]:
+    if (holds := conditions(arguments.where)) is None:
+        return find(vectors, _asked_for(arguments))
+    return [search_where(find, vector[None], _asked_for(arguments), holds) for vector in vectors]
+
+
 def _asked_for(arguments: Namespace) -> int:
     """Return how many hits are needed: ranks in the other index are told down to `_COMPARED`."""
     return int(arguments.k) if arguments.compare is None else max(arguments.k, _COMPARED)
@@ -123,8 +131,9 @@ def _parser() -> Parser:
         "Find videos in an index by texts, a picture or a video. Each line shows rank, score (the cosine), the time of "
         "the frame with the greatest weight, and the file. If the index has moments, it shows from when to when the "
         "best one lasts.",
-        "adaclip search NAME.index [TEXT | --queries FILE] [--image FILE] [--video FILE] [-k N] [--json] [--explain]\n"
-        "       [--by moment] [--score moment] [--compare OLD.index] [--adapt clip_reward --reward CLIP[,CLIP...]]",
+        "adaclip search NAME.index [TEXT | --queries FILE] [--image FILE] [--video FILE] [--where CONDITION] [-k N]\n"
+        "       [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
+        "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
@@ -132,6 +141,9 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
+    where = "find only videos of which this holds, as 'duration > 60', 'name = *beach*', 'folder = holidays' or "
+    where += "'date >= 2026-05'; may be given several times"
+    add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"
     add("--by", choices=("video", "moment"), default="video", help=by)

@@ -183,6 +183,20 @@ def test_texts_a_picture_and_a_video_combine(clips: Path, model: SearchModel, tm
         model.encode_query(['"a dog" - "a dog"'])
 
 
+def test_conditions_narrow_a_search(clips: Path, capsys: Capsys) -> None:
+    def found(*words: str) -> list[tuple[int, str]]:
+        assert main(["search", str(clips / "my.index"), "a dog", "--json", *words]) == 0
+        return [(hit["rank"], hit["id"]) for hit in json.loads(capsys.readouterr().out)["hits"]]
+
+    everything = found()
+    last = everything[-1][1]
+    assert found("--where", f"name = {last}") == [(1, last)]
+    others = found("--where", f"name != {last}", "--where", "duration > 0", "-k", "1")
+    assert others == everything[:1]
+    assert main(["search", str(clips / "my.index"), "a dog", "--where", "size > 3"]) == 2
+    assert "size > 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("header", ["transformer", "seqTransf"])
 def test_a_picture_passes_the_header_as_a_frame_does(project: Settings, tmp_path: Path, header: str) -> None:
     model = load_retriever(write_run(tmp_path / "run", project | {"sim_header": header, "num_frm": 1, "top_k": 1}))

@@ -163,9 +163,18 @@ def test_an_empty_index_with_a_name_however_it_is_given(tmp_path: Path, monkeypa
         assert server.ask("/api/search?q=1").json["found"] == []
 
 
+def test_conditions_narrow_a_search(server: Server) -> None:
+    everything = [one["id"] for one in server.found("q=1&k=50")]
+    found = server.found("q=1&k=50&where=name%20=%20*" + everything[2])
+    assert [one["id"] for one in found] == [everything[2]]
+    assert server.found("q=1&where=duration%20>%20100000") == []
+    first = server.ask("/api/search?q=1&k=1&where=name%20=%20*").json
+    assert (first["pages"], len(first["found"])) == (2, 1)
+
+
 def test_queries_out_of_bounds(server: Server) -> None:
     bounds = ("q=1&page=0", "q=1&page=51", "q=1&page=x", "q=1&k=0", "q=1&k=51")
-    for query in ("", "q=", "q=%20", "q=nothing", f"q={'a' * 501}", *bounds):
+    for query in ("", "q=", "q=%20", "q=nothing", "q=1&where=long", f"q={'a' * 501}", *bounds):
         reply = server.ask(f"/api/search?{query}")
         assert (reply.status, [type(value) for value in reply.json.values()]) == (422, [str]), query
 

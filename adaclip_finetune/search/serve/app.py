@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -33,6 +33,7 @@ from adaclip_finetune.search.cut import has_file
 from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
 from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
+from adaclip_finetune.search.where import conditions, search_where
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -123,6 +124,10 @@ Score = Annotated[
     Literal["whole", "moment"] | None,
     Query(description="what ranks videos: their own vector, or their best moment; the latter for a pretrained CLIP"),
 ]
+Where = Annotated[
+    list[Annotated[str, StringConstraints(max_length=MAX_TEXT)]] | None,
+    Query(max_length=20, description="conditions on the videos, such as `duration > 60`"),
+]
 Seconds = Annotated[float, Query(ge=0, le=1e6, allow_inf_nan=False, description="as a player counts")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
@@ -153,15 +158,24 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
-    async def answer(encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score) -> SearchAnswer:
+    async def answer(
+        encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score, where: Where
+    ) -> SearchAnswer:
         if "moment" in (by, score) and index.moments is None:
             raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
         find = partial(index.search, score=score) if by == "video" else index.search_moments
         # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
         first, last = (page - 1) * k, page * k
         most = last + 1 if by == "moment" else k * MAX_PAGE
-        hits = await model.run(lambda loaded: find(encode(loaded), most, slice(first, last + 1))[0])
-        pages = -(-index.distinct // k) if by == "video" else page + (len(hits) > k)
+        try:
+            holds = conditions(where or ())
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+        if holds is None:
+            hits = await model.run(lambda loaded: find(encode(loaded), most, slice(first, last + 1))[0])
+        else:
+            hits = (await model.run(lambda loaded: search_where(find, encode(loaded), last + 1, holds)))[first:]
+        pages = -(-index.distinct // k) if by == "video" and holds is None else page + (len(hits) > k)
         found = [_found(hit) for hit in hits[:k]]
         return SearchAnswer(page=page, pages=min(pages, MAX_PAGE), videos=index.distinct, found=found)
 
@@ -175,7 +189,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
 
     @app.get("/api/search")
     async def search(
-        q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+        q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None, where: Where = None
     ) -> SearchAnswer:
         """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
@@ -187,13 +201,18 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
             except UserError as error:
                 raise HTTPException(422, f"q: {error}") from error
 
-        return await answer(encode, page, k, by, score)
+        return await answer(encode, page, k, by, score, where)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 
     @app.post("/api/search/image", openapi_extra={"requestBody": picture})
     async def search_image(
-        request: Request, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None
+        request: Request,
+        page: PageNumber = 1,
+        k: PageSize = 12,
+        by: By = "video",
+        score: Score = None,
+        where: Where = None,
     ) -> SearchAnswer:
         """Return the videos, or moments, that look like a picture, which is the body of the request."""
         content = bytearray()
@@ -205,7 +224,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
             image = await asyncio.to_thread(open_picture, io.BytesIO(content), _PICTURES, MAX_PIXELS)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by, score)
+        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by, score, where)
 
 
 def _add_media(app: FastAPI, videos: ServedVideos) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.strict_json import parse_json
+from adaclip_finetune.strict_json import read_json
 
 _PREFIX = "hf:"
-_WEIGHTS = "best.safetensors"
-_FILES = (_WEIGHTS, "config.json", "metrics.json", "curves.png", "tokenizer/*")
+_WEIGHTS, _CONFIG, _METRICS = "best.safetensors", "config.json", "metrics.json"
+_FILES = (_WEIGHTS, _CONFIG, _METRICS, "curves.png", "tokenizer/*")
 _CARD = "README.md"
 
 
@@ -60,9 +60,9 @@ def model_card(run: Path, repository: str) -> str:
 
     Raise UserError if the folder holds no finished run.
     """
-    if missing := [name for name in _FILES[:3] if not (run / name).is_file()]:
+    if missing := [name for name in (_WEIGHTS, _CONFIG, _METRICS) if not (run / name).is_file()]:
         raise UserError(f"{run}: not the folder of a finished run: {missing[0]} not found")
-    config, metrics = (parse_json((run / name).read_text(encoding="utf-8"), str(run / name)) for name in _FILES[1:3])
+    config, metrics = (read_json(run / name) for name in (_CONFIG, _METRICS))
     if not isinstance(metrics.get("finetuned"), dict):
         raise UserError(f"{run}: its metrics.json holds no figures of a finetuned model")
 

@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat, zip_longest
@@ -25,7 +25,7 @@ from adaclip_finetune.commands.flags import (
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.query import terms_of
-from adaclip_finetune.search.where import conditions, search_where
+from adaclip_finetune.search.where import Condition, conditions, search_where
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    conditions(arguments.where)  # which raises UserError before anything loads
+    holds = conditions(arguments.where)
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -63,30 +63,30 @@ def run(words: Sequence[str]) -> int:
     if adaptation and (any(examples) or any(len(terms_of(text)) > 1 for text in texts)):
         raise UserError("--adapt adapts to single texts: leave out --image, --video and combinations of texts")
 
-    from adaclip_finetune.search.adapted import adapting
-
     index, model = _open(arguments.index, arguments.model, settings)
     if "moment" in (arguments.by, arguments.score):
         index.need_moments()
     find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
+    # Ranks in the other index are told down to _COMPARED.
+    wanted = arguments.k if arguments.compare is None else max(arguments.k, _COMPARED)
+    encode, search = _encoder(model, arguments), _narrowed(find, wanted, holds)
     other = None
     if arguments.compare is not None:
         others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
-        other = _open(arguments.compare, None, others_settings)
+        old, old_model = _open(arguments.compare, None, others_settings)
+        other = _encoder(old_model, arguments), _narrowed(old.search, wanted, holds)
         if not arguments.json:
-            _print_names(index, other[0])
+            _print_names(index, old)
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
-    with adapting(model, index, adaptation) if adaptation else nullcontext() as adapted:
-        for start in range(0, len(texts), 1 if adapted else _QUERIES_AT_ONCE):
-            block = texts[start : start + (1 if adapted else _QUERIES_AT_ONCE)]
-            encoded, seconds = adapted(block[0]) if adapted else (_encoded(model, block, arguments), None)
-            found = _found(find, encoded, arguments)
-            before: Iterable[list[Hit] | None] = repeat(None)
-            if other is not None:
-                before = _found(other[0].search, _encoded(other[1], block, arguments), arguments)
-            for text, hits, others in zip(block, found, before, strict=False):
+    with _adapting(model, index, adaptation) as adapted:
+        size = 1 if adapted else _QUERIES_AT_ONCE
+        for start in range(0, len(texts), size):
+            block = texts[start : start + size]
+            vectors, seconds = adapted(block[0]) if adapted else (encode(block), None)
+            before: Iterable[list[Hit] | None] = repeat(None) if other is None else other[1](other[0](block))
+            for text, hits, others in zip(block, search(vectors), before, strict=False):
                 _print(text, hits, others, arguments, seconds)
     return 0
 
@@ -104,25 +104,30 @@ def _open(path: Path, moved: Path | None, settings: Mapping[str, Any]) -> tuple[
     return index, model
 
 
-def _encoded(model: SearchModel, texts: Sequence[str], arguments: Namespace) -> Tensor:
-    """Return the sums (Q, D) of the vectors of each text, the picture and the video, those of them that are given."""
-    parts = [model.encode_query(texts)] if arguments.text or arguments.queries else []
-    if arguments.image:
-        parts.append(model.encode_image(arguments.image)[None])
-    if arguments.video:
-        parts.append(model.encode_video(arguments.video)[0][None])
-    return sum(parts[1:], parts[0])
+def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str]], Tensor]:
+    """Return what gives the vectors (Q, D) of queries: sums of each text, the picture and the video that are given."""
+    examples = [model.encode_image(arguments.image)[None]] if arguments.image else []
+    examples += [model.encode_video(arguments.video)[0][None]] if arguments.video else []
+    if arguments.text is None and arguments.queries is None:
+        return lambda texts: sum(examples[1:], examples[0])
+    return lambda texts: sum(examples, model.encode_query(texts))
 
 
-def _found(find: Callable[[Any, int], list[list[Hit]]], vectors: Tensor, arguments: Namespace) -> list[list[Hit]]:
-    if (holds := conditions(arguments.where)) is None:
-        return find(vectors, _asked_for(arguments))
-    return [search_where(find, vector[None], _asked_for(arguments), holds) for vector in vectors]
+def _narrowed(
+    find: Callable[[Any, int], list[list[Hit]]], wanted: int, holds: Condition | None
+) -> Callable[[Tensor], list[list[Hit]]]:
+    """Return a search for `wanted` hits, of videos of which the conditions hold."""
+    if holds is None:
+        return lambda vectors: find(vectors, wanted)
+    return lambda vectors: [search_where(find, vector[None], wanted, holds) for vector in vectors]
 
 
-def _asked_for(arguments: Namespace) -> int:
-    """Return how many hits are needed: ranks in the other index are told down to `_COMPARED`."""
-    return int(arguments.k) if arguments.compare is None else max(arguments.k, _COMPARED)
+def _adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    if not settings:
+        return nullcontext()
+    from adaclip_finetune.search.adapted import adapting
+
+    return adapting(model, index, settings)
 
 
 def _parser() -> Parser:

@@ -185,8 +185,9 @@ class VideoRetriever(nn.Module):
         if not self.tower.independent:
             return self._tokens_of_mixed_frames(videos, noise)
         # Where no frame needs gradients, one batch of all is faster than those that were selected and then the others.
-        if self.selector.backbone is None or (self.training and not self._images_learn()):
-            encode = self._encode if self._images_learn() else self._encode_fixed
+        images_learn = self._images_learn()
+        if self.selector.backbone is None or (self.training and not images_learn):
+            encode = self._encode if images_learn else self._encode_fixed
             everything = encode(videos.frames, videos.frame_mask)
             features = everything if self.selector.backbone is None else self._selector_features(videos)
             selection = self.selector(features, noise)

@@ -78,7 +78,7 @@ def adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any])
     chosen = config.adaptation.config
     assert isinstance(chosen, ClipRewardSettings)
     if chosen.loss != "reward":
-        raise UserError("--adapt: adaptation.config.loss distillation needs the scores of all videos; take loss reward")
+        raise UserError(f"--adapt: adaptation.config.loss {chosen.loss} needs the scores of all videos; take reward")
     adaptation = ClipReward(chosen)
     adaptation.start(config, partial(open_other, like=config))
     others = [opened and OtherModel(opened, model.device) for opened in adaptation.others]

@@ -19,11 +19,12 @@ from adaclip_finetune.data.sampling import generator
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import clip_reward
 from adaclip_finetune.evaluation.adaptation.base import QueryBatch
-from adaclip_finetune.evaluation.adaptation.clip_reward import (
-    ClipReward,
+from adaclip_finetune.evaluation.adaptation.clip_reward import ClipReward
+from adaclip_finetune.evaluation.adaptation.losses import (
+    DISTILLATIONS,
     clip_scores,
-    distillation_loss,
     policy_gradient_loss,
+    weighted_mean,
 )
 from adaclip_finetune.evaluation.views import chosen_frames, draw_parts, most_certain, viewed
 
@@ -53,15 +54,29 @@ def test_the_most_certain_views_are_the_published_ones(case: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("case", GOLDEN["distillation"], ids=range(len(GOLDEN["distillation"])))
-def test_distillation_is_the_published_baseline(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("loss", "value", "gradients"),
+    [
+        ("distillation", "kd", ("kd_grad", "kd_kl_grad")),  # the divergence differs by a constant
+        ("adaptive_distillation", "atkd", ("atkd_grad",)),
+        ("decoupled_distillation", "dkd", ("dkd_grad",)),
+    ],
+)
+def test_distillation_is_the_published_baseline(
+    loss: str, value: str, gradients: tuple[str, ...], case: dict[str, Any]
+) -> None:
     student = case["student"].clone().requires_grad_()
-    loss = distillation_loss(student, [case["teacher"]])
-    (gradient,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(loss.item(), case["kd"], rtol=1e-12, atol=1e-12)
-    for name in ("kd_grad", "kd_kl_grad"):  # the divergence differs by a constant
+    found = DISTILLATIONS[loss](student, case["teacher"])
+    (gradient,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(found.item(), case[value], rtol=1e-12, atol=1e-12)
+    for name in gradients:
         torch.testing.assert_close(gradient, case[name], rtol=1e-12, atol=1e-12)
-    two = distillation_loss(student, [case["teacher"], student.detach()], [3, 1])
-    torch.testing.assert_close(two, distillation_loss(student, [0.75 * case["teacher"] + 0.25 * student.detach()]))
+
+
+def test_teachers_are_averaged() -> None:
+    first, second = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]])
+    assert weighted_mean([first, second], [3, 1]).tolist() == [[3, 2]]
+    assert weighted_mean([first, second]).tolist() == [[2, 4]]
 
 
 class Recorded:

@@ -23,7 +23,8 @@ from adaclip_finetune.data.preprocess import ImageSpec
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import clip_reward
 from adaclip_finetune.evaluation.adaptation.base import QueryBatch
-from adaclip_finetune.evaluation.adaptation.clip_reward import ClipReward, centred, clip_scores, policy_gradient_loss
+from adaclip_finetune.evaluation.adaptation.clip_reward import ClipReward
+from adaclip_finetune.evaluation.adaptation.losses import centred, clip_scores, mean_entropy, policy_gradient_loss
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.weights.plain import plain_state
@@ -44,16 +45,21 @@ def test_rewards_are_the_published_ones(case: dict[str, Any]) -> None:
     torch.testing.assert_close(scores.flatten(), case["clip_score"], **EXACT)
     if not case["weighted"]:
         torch.testing.assert_close(clip_scores(cosines).gather(1, of_candidate), scores, **EXACT)
-    if case["subtract_mean"]:
-        rows = scores.reshape(1, -1) if case["over_whole_batch"] else scores
-        torch.testing.assert_close(centred(rows, case["divide_by_std"]).flatten(), case["reward"], **EXACT)
+    rewards = centred(scores, baseline_of(case), case["divide_by_std"])
+    torch.testing.assert_close(rewards.flatten(), case["reward"], **EXACT)
 
 
-# The others subtract no mean, or that of all queries together, which the scripts for retrieval never do.
-PER_QUERY = [case for case in MATH["policy_gradient"] if case["subtract_mean"] and not case["over_whole_batch"]]
+def baseline_of(case: dict[str, Any]) -> Any:
+    if not case["subtract_mean"]:
+        return "none"
+    return "all" if case["over_whole_batch"] else "query"
 
 
-@pytest.mark.parametrize("case", PER_QUERY, ids=lambda case: f"{case['steps']} steps {case['k']} candidates")
+@pytest.mark.parametrize(
+    "case",
+    MATH["policy_gradient"],
+    ids=lambda case: f"{case['steps']} steps {case['k']} candidates baseline {baseline_of(case)}",
+)
 def test_steps_are_the_published_ones(case: dict[str, Any]) -> None:
     policy, views = case["w_start"].clone().requires_grad_(), F.normalize(case["views"], dim=-1)
 
@@ -71,7 +77,8 @@ def test_steps_are_the_published_ones(case: dict[str, Any]) -> None:
         kind = torch.optim.AdamW
     optimizer = kind([policy], lr=case["lr"], **({"weight_decay": 5e-4} if case["adamw"] else {}))
     for step in range(case["steps"]):
-        loss = policy_gradient_loss(logits(), scores, case["k"], case["divide_by_std"])
+        loss = policy_gradient_loss(logits(), scores, case["k"], baseline_of(case), case["divide_by_std"])
+        loss = loss + case["entropy_weight"] * mean_entropy(logits())
         optimizer.zero_grad()
         loss.backward()
         torch.testing.assert_close(loss.detach(), case["losses"].reshape(-1)[step], **EXACT)

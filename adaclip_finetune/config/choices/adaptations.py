@@ -61,9 +61,13 @@ class ClipRewardSettings(ChoiceSettings):
     steps: int = setting(8, "steps of AdamW for a query", unit="steps", ge=0)
     learning_rate: float = setting(1e-6, "learning rate of the steps", gt=0)
     weight_decay: float = setting(5e-4, "weight decay of the steps", ge=0)
-    loss: Literal["reward", "distillation"] = setting(
-        "reward", "what is learned: the reward, or the softmax of the other CLIPs' logits, a baseline of RLCF"
+    loss: Literal["reward", "distillation", "adaptive_distillation", "decoupled_distillation"] = setting(
+        "reward", "what is learned: the reward, or the other CLIPs' logits in one of three ways, baselines of RLCF"
     )
+    baseline: Literal["query", "all", "none"] = setting(
+        "query", "mean that is subtracted from rewards: of the query's candidates, of all of a step, or none"
+    )
+    entropy_weight: float = setting(0.0, "weight of the entropy of the mean answer of all views in the loss", ge=0)
     divide_by_std: bool = setting(False, "divide the rewards of a query by their standard deviation")
     momentum: float = setting(
         0.0, "decay of a slow average over queries that the next ones start from, as 0.9998; 0: none", ge=0, lt=1
@@ -85,8 +89,8 @@ class ClipRewardSettings(ChoiceSettings):
                 f"{section}learns context changes the words before class names, but task.config.templates none has none"
             )
             yield f"{what}: give a file with the template a photo of a {{}}.", ("task.config.templates",)
-        if self.loss == "distillation" and config.task_settings.of_captions:
-            what = "adaptation.config.loss distillation needs candidates that stay, which captions do not: take reward"
+        if self.loss != "reward" and config.task_settings.of_captions:
+            what = f"adaptation.config.loss {self.loss} needs candidates that stay, which captions do not: take reward"
             yield what, (f"{section}loss", "task.method")
         if not config.do_inference:
             what = "adaptation clip_reward is not for training, in which each validation would adapt to each query"

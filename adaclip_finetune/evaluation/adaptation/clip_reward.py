@@ -25,8 +25,14 @@ from adaclip_finetune.config.choices.base import implementation
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.base import Adaptation, Direction, QueryBatch
 from adaclip_finetune.evaluation.adaptation.context import Context
+from adaclip_finetune.evaluation.adaptation.losses import (
+    DISTILLATIONS,
+    clip_scores,
+    mean_entropy,
+    policy_gradient_loss,
+    weighted_mean,
+)
 from adaclip_finetune.evaluation.views import most_certain
-from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.peft.base import PeftMethod, learning
@@ -36,7 +42,6 @@ ITSELF = "self"
 """The name of the model itself among the CLIPs that reward."""
 
 _EPSILON, _EPSILON_OF_CLASSES = 1e-6, 1e-8  # of AdamW, as published for retrieval and for classification
-_STD_EPSILON = 1e-5
 
 
 class ClipReward(Adaptation):
@@ -135,16 +140,16 @@ class ClipReward(Adaptation):
 
     def _loss(self, model: VideoRetriever, queries: QueryBatch) -> Tensor:
         settings, logits, cosines = self.settings, queries.logits(), queries.others()
-        if settings.loss == "distillation":
+        if settings.loss != "reward":
             retrievers = (model if other is None else other.retriever for other in self.others)
-            pairs = zip(retrievers, cosines, strict=True)
-            return distillation_loss(
-                logits, [one.scorer.scale().detach() * own for one, own in pairs], settings.weights
-            )
+            scaled = [one.scorer.scale().detach() * own for one, own in zip(retrievers, cosines, strict=True)]
+            return DISTILLATIONS[settings.loss](logits, weighted_mean(scaled, settings.weights))
         candidates = settings.candidates if queries.direction == "t2v" else settings.caption_candidates
         if self._of_classes:
             candidates = settings.class_candidates
-        return policy_gradient_loss(logits, clip_scores(cosines, settings.weights), candidates, settings.divide_by_std)
+        scores = clip_scores(cosines, settings.weights)
+        loss = policy_gradient_loss(logits, scores, candidates, settings.baseline, settings.divide_by_std)
+        return loss + settings.entropy_weight * mean_entropy(logits) if settings.entropy_weight else loss
 
     def certain(self, logits: Tensor) -> Tensor:
         return most_certain(logits, self.settings.certain_share)
@@ -206,45 +211,6 @@ class Learner:
         if self._queries % self.settings.interval == 0:
             pairs = zip(self._original, self._average, strict=True)
             self._start = [original.lerp(average, self.settings.average_share) for original, average in pairs]
-
-
-def clip_scores(cosines: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
-    """Return the CLIPScores max(2.5 · cosine, 0) of several models, added with `weights`; without any, their mean."""
-    shares = weights or [1 / len(cosines)] * len(cosines)
-    scores = torch.stack([weight * (2.5 * each).clamp(min=0) for weight, each in zip(shares, cosines, strict=True)])
-    return scores.sum(dim=0)
-
-
-def centred(scores: Tensor, divide_by_std: bool = False) -> Tensor:
-    """Return the scores (q, K) minus the mean of their row, and divided by its standard deviation if asked for."""
-    rewards = scores - scores.mean(dim=1, keepdim=True)
-    return rewards / (scores.std(dim=1, keepdim=True) + _STD_EPSILON) if divide_by_std else rewards
-
-
-def policy_gradient_loss(logits: Tensor, scores: Tensor, candidates: int, divide_by_std: bool = False) -> Tensor:
-    """Return the mean of reward · −log softmax(logits) over the best candidates of each query, by their logits.
-
-    `logits` and `scores` are (q, N), and the softmax is over all N. The rewards are the centred `scores` of the best
-    candidates, constants. Their sum over a row is 0, so that the gradient of all other logits is 0. The loss is float32
-    even under autocast, and float64 for float64 logits.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = at_least_float32(logits)
-        best = logits.detach().topk(min(candidates, logits.shape[1]), dim=1).indices
-        rewards = centred(scores.gather(1, best), divide_by_std)
-        return -(rewards * logits.log_softmax(dim=1).gather(1, best)).mean()
-
-
-def distillation_loss(logits: Tensor, teachers: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
-    """Return the mean cross-entropy of softmax(logits) and that of the weighted mean of the teachers' logits (q, N).
-
-    This is knowledge distillation (Hinton et al. 2015), against which RLCF is compared.
-    """
-    shares = torch.tensor(weights or [1.0] * len(teachers), device=logits.device, dtype=teachers[0].dtype)
-    teacher = torch.tensordot(shares / shares.sum(), torch.stack(list(teachers)), dims=1)
-    with torch.autocast(logits.device.type, enabled=False):
-        loss: Tensor = -(teacher.softmax(dim=1) * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
-        return loss
 
 
 def _casts_not_kept(device: torch.device) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ from adaclip_finetune.data.queries import Queries
 from adaclip_finetune.data.splits import EvaluationSplit
 from adaclip_finetune.errors import NotFinite, UserError
 from adaclip_finetune.evaluation.adaptation.base import QueryBatch
-from adaclip_finetune.evaluation.adaptation.clip_reward import clip_scores as rewards
+from adaclip_finetune.evaluation.adaptation.losses import clip_scores as rewards
 from adaclip_finetune.evaluation.caption_metrics import PROMPT, caption_figures, clip_scores
 from adaclip_finetune.evaluation.embed import EmbeddedBatch, Embeddings, on_main
 from adaclip_finetune.evaluation.tasks.base import Figures, Report

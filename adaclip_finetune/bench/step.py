@@ -112,9 +112,17 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
     with setup.autocast():
         kept = _kept_bytes(session, lambda: _loss(session, batch)), _kept_bytes(session, lambda: reference.loss(batch))
     ours, bound = _our_step(session, config, batch), Bound(session, config, batch.videos)
-    seconds = in_turns(setup, {"all frames": lambda: reference.step(batch), "bound": bound, "ours": ours})
-    case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
+    alternatives: dict[str, Callable[[], object]] = {
+        "all frames": lambda: reference.step(batch),
+        "bound": bound,
+        "ours": ours,
+    }
     aims = [Aim("ours", "all frames"), Aim("ours", "bound", 0.85)]
+    if config.freeze_clip:
+        alternatives["embeddings kept"] = _our_step(session, config, _with_vectors(session, batch))
+        aims.append(Aim("embeddings kept", "ours", 20))
+    seconds = in_turns(setup, alternatives)
+    case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
     return Measured(case, seconds, aims, {"memory of activations": kept[0] / max(1, kept[1])})
 
 
@@ -131,6 +139,14 @@ def random_batch(session: Session, config: Config) -> TrainBatch:
     noise = -torch.empty_like(batch.noise).exponential_(generator=random).log()
     ids = session.loaded.tokenize(captions, config.max_txt_len)
     return replace(batch, videos=videos, captions=captions, token_ids=ids, noise=noise).to(session.device)
+
+
+def _with_vectors(session: Session, batch: TrainBatch) -> TrainBatch:
+    """Return the batch as an `embedding_cache` gives it: with vectors of frames in place of their pixels."""
+    with session.autocast():
+        vectors, features = session.model.frame_vectors(batch.videos)
+    videos = replace(batch.videos, frames=batch.videos.frames[:, :, 0, 0, :0], policy_frames=None)
+    return replace(batch, videos=replace(videos, vectors=vectors, features=features))
 
 
 def _our_step(session: Session, config: Config, batch: TrainBatch) -> Callable[[], None]:

@@ -259,6 +259,11 @@ class Config(Settings):
         unit="pairs",
         ge=0,
     )
+    embedding_cache: PathText | None = machine(
+        None,
+        "folder that keeps embeddings of frames, with freeze_clip: epochs then read no video",
+        unit="folder",
+    )
     gradient_checkpointing: bool = machine(
         False, "recompute activations in the backward pass: less memory, about a third more time", on_resume="same"
     )
@@ -383,6 +388,8 @@ def _contradictions(c: Config) -> Iterator[str]:
     added = c.use_policy or pooling_learns or tower_learns
     if c.freeze_clip and not added and not c.do_inference:
         yield "nothing to train: freeze_clip is set; use_policy, sim_header, frame_agg, word_agg and tower add nothing"
+    if c.embedding_cache and not c.do_inference:
+        yield from _learning_before_vectors(c)
     if c.save_similarity and not c.task_settings.has_similarity:
         yield f"save_similarity: task {c.task.method} has no similarity matrix"
     task = c.task_settings
@@ -393,3 +400,20 @@ def _contradictions(c: Config) -> Iterator[str]:
     for name, figure in {"primary": c.primary, "optuna_cfg.objective": tuned}.items():
         if figure is not None and figure not in c.figures:
             yield f"{name} {figure} is not a figure of task {c.task.method}; its figures are {', '.join(c.figures)}"
+
+
+def _learning_before_vectors(c: Config) -> Iterator[str]:
+    """Yield what changes the embeddings of frames from step to step."""
+    what = "embedding_cache keeps what frozen networks make of the same frames in each epoch"
+    if not c.freeze_clip:
+        yield f"{what}: set freeze_clip, or leave embedding_cache out"
+    if c.tower.method != "per_frame":
+        yield f"{what}, but tower.method {c.tower.method} mixes the frames that are chosen: take per_frame"
+    if c.use_policy and c.policy_backbone in ("mobilenet_v3_large", "mobilenet_v2", "resnet50") and not c.freeze_cnn:
+        yield f"{what}: set freeze_cnn, or choose a policy_backbone that does not learn (raw, clip, frozen_clip)"
+    if c.sampling != "uniform":
+        yield f"{what}, but sampling {c.sampling} draws others: take uniform"
+    if c.augmentation is not None:
+        yield f"{what}, but augmentation {c.augmentation} changes them: leave it out"
+    if lazy := [part.annotation for part in parts_of(c.train_annot or []) if is_lazy(part.annotation)]:
+        yield f"{what}, of all of train_annot before the first one, which {lazy[0]} is too large for: leave it out"

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.class_names import PLACE, read_templates
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frame_vectors import VectorsOfFrames
 from adaclip_finetune.data.preprocess import ImageSpec, Views, draw_crop_flip, to_square
 from adaclip_finetune.data.queries import TrainEntry, drawn
 from adaclip_finetune.data.sampling import frame_indices, generator
@@ -35,6 +36,9 @@ class VideoBatch:
     policy_frames: Tensor | None  # uint8 (B, N, C, P, P), the selector's view of the frames, if it has one
     frame_indices: Tensor  # int64 (B, N), place in the video from 0; -1 for a zero frame
     video_ids: list[str]
+    # In place of pixels, if vectors are kept (`frames` is then empty, (B, N, 0)):
+    vectors: Tensor | None = None  # float32 (B, N, D), CLIP's embedding of each frame
+    features: Tensor | None = None  # float32 (B, N, F), what the selector scores, if that is not `vectors`
 
     def __len__(self) -> int:
         return len(self.video_ids)
@@ -121,6 +125,7 @@ class VideoItem:
     prompt: str = ""
     auxiliary: str = ""
     noise: NDArray[np.float32] | None = None
+    vectors: VectorsOfFrames | None = None
     second: VideoItem | None = None
     labelled: bool = True
 
@@ -156,6 +161,9 @@ class VideoReader:
         With a generator, frames are drawn and augmented as in training, if the config says so.
         """
         config = self.config
+        if self.views.vectors is not None:
+            kept = self.views.vectors.read(self.store, video_id)
+            return VideoItem(video_id, np.zeros((config.num_frm, 0), np.uint8), None, kept.indices, vectors=kept)
         indices = frames_to_read(self.store, config, video_id, random if config.sampling != "uniform" else None)
         different, place = np.unique(indices, return_inverse=True)  # a short video repeats frames: resize each once
         pixels = self.store.read(video_id, different.tolist())
@@ -173,7 +181,7 @@ class VideoReader:
 
     def black(self, video_id: str) -> VideoItem:
         """Return black frames in place of those of a video, without reading it."""
-        count, (clip, selector) = self.config.num_frm, self.views
+        count, clip, selector = self.config.num_frm, self.views.clip, self.views.selector
         policy_frames = None if selector is None else _zeros(count, selector)
         return VideoItem(video_id, _zeros(count, clip), policy_frames, np.zeros(count, np.int64))
 
@@ -276,12 +284,16 @@ def collate(items: Sequence[VideoItem | FrameError]) -> Collated:
 def _stacked(items: Sequence[VideoItem]) -> VideoBatch:
     indices = torch.from_numpy(np.stack([item.indices for item in items]))
     policy_frames = [item.policy_frames for item in items if item.policy_frames is not None]
+    kept = [item.vectors for item in items if item.vectors is not None]
+    features = [one.features for one in kept if one.features is not None]
     return VideoBatch(
         frames=torch.from_numpy(np.stack([item.frames for item in items])),
         frame_mask=indices >= 0,
         policy_frames=torch.from_numpy(np.stack(policy_frames)) if policy_frames else None,
         frame_indices=indices,
         video_ids=[item.video_id for item in items],
+        vectors=torch.from_numpy(np.stack([one.vectors for one in kept])) if kept else None,
+        features=torch.from_numpy(np.stack(features)) if features else None,
     )
 
 

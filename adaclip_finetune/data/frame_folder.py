@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, unlisted
+from adaclip_finetune.data.frame_store import FrameError, stamp_of_files, unlisted
 from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import FolderNames, split_extension
 
@@ -49,6 +49,9 @@ class FrameFolder(ImageStore):
         if times.shape != (self.count(video_id),) or not (np.diff(times) > 0).all():
             raise FrameError(video_id, path, "does not hold one time for each image: extract again, or delete it")
         return times
+
+    def stamp(self, video_id: str) -> str:
+        return stamp_of_files(video_id, self.video_folder(video_id))
 
     def video_folder(self, video_id: str) -> Path:
         """Return the folder of a video's images, whatever Unicode form its name has.

@@ -49,6 +49,10 @@ class FrameStore(Protocol):
         """Return when each frame is shown, in seconds (count,), ascending; None if the rate is constant or unknown."""
         ...
 
+    def stamp(self, video_id: str) -> str:
+        """Return where the video is, with the size and the time of change of its files: it changes when they do."""
+        ...
+
     def read(self, video_id: str, indices: Sequence[int]) -> Frames:
         """Return the frames with these indices, from 0, in any order and repeated at will."""
         ...
@@ -60,6 +64,16 @@ class FrameStore(Protocol):
         that cannot be read.
         """
         ...
+
+
+def stamp_of_files(video_id: str, path: Path) -> str:
+    """Return the stamp of a file, or of a folder and the files in it. Raise FrameError."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        facts = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
+    except OSError as error:
+        raise FrameError(video_id, path, error.strerror or str(error), "missing") from error
+    return f"{path.absolute()} {facts}"
 
 
 def unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:

@@ -77,6 +77,10 @@ class MixedStore:
         with self._found(video_id) as (store, name):
             return store.times(name)
 
+    def stamp(self, video_id: str) -> str:
+        with self._found(video_id) as (store, name):
+            return store.stamp(name)
+
     def read(self, video_id: str, indices: Sequence[int]) -> Frames:
         with self._found(video_id) as (store, name):
             return store.read(name, indices)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from adaclip_finetune.data.frame_store import Frames
+from adaclip_finetune.data.frame_vectors import FrameVectors
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -52,10 +53,14 @@ IMAGENET = ImageSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize_t
 
 
 class Views(NamedTuple):
-    """How the reader prepares each frame: one view for CLIP, and one for the frame selector if it needs its own."""
+    """How the reader prepares each frame: one view for CLIP, and one for the frame selector if it needs its own.
+
+    With `vectors` it reads no frames, but what is kept of them.
+    """
 
     clip: ImageSpec
     selector: ImageSpec | None = None
+    vectors: FrameVectors | None = None
 
 
 class CropFlip(NamedTuple):

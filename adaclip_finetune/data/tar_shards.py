@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
-from adaclip_finetune.data.frame_store import FrameError, Frames, Scan
+from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, stamp_of_files
 from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.data.video.decoding import BrokenVideo, Member, Stopped, never
@@ -67,6 +67,10 @@ class TarShards:
 
     def times(self, video_id: str) -> NDArray[np.float64] | None:
         return self._indexed(video_id).times()
+
+    def stamp(self, video_id: str) -> str:
+        member = self.find(video_id)
+        return f"{stamp_of_files(video_id, member.path)} {member}"
 
     def read(self, video_id: str, indices: Sequence[int]) -> Frames:
         index = self._indexed(video_id)

@@ -124,6 +124,16 @@ class VideoRetriever(nn.Module):
         weights = self._frame_weights(shares.detach(), selection, videos.frames.shape[1])
         return VideoFeatures(tokens, vector, weights, selection)
 
+    @torch.no_grad()
+    def frame_vectors(self, videos: VideoBatch) -> tuple[Tensor, Tensor | None]:
+        """Return CLIP's embedding of each frame (B, N, D), and the features that the selector scores (B, N, F).
+
+        The features are None without a selector, and if it scores the embeddings.
+        """
+        vectors = self._encode_fixed(videos.frames, videos.frame_mask)
+        scored = self.selector is not None and self.selector.backbone is not None
+        return vectors, self._selector_features(videos) if scored else None
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the vectors (B, D) of images, uint8 (B, 3, S, S), each encoded as a video of one frame."""
         mask = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
@@ -180,6 +190,11 @@ class VideoRetriever(nn.Module):
 
         If the tower mixes frames, they are in the order of time.
         """
+        if videos.vectors is not None:
+            if self.selector is None:
+                return videos.vectors, None
+            selection = self.selector(videos.vectors if videos.features is None else videos.features, noise)
+            return _mix(selection.weights, videos.vectors), selection
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
         if not self.tower.independent:

@@ -11,6 +11,7 @@ from typing import Any
 from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
+from adaclip_finetune.data.frame_vectors import FrameVectors
 from adaclip_finetune.data.loader import TrainLoader
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
@@ -40,7 +41,7 @@ def train_loader(session: Session, split: TrainSplit) -> TrainLoader:
             'Give captions under the key "auxiliary", or take objective.config.loss v_s, which needs none'
         )
     again = session.objective.second_view(config)
-    reader = VideoReader(split.store, config, session.model.views())
+    reader = VideoReader(split.store, config, session.model.views()._replace(vectors=session.vectors))
     second = again and VideoReader(split.store, *again)
     dataset = TrainDataset(split.entries, reader, second, session.objective.second_of_labelled)
     return TrainLoader(dataset, config, session.loaded.tokenize, split.plan)
@@ -85,12 +86,14 @@ def build_task(
     model: VideoRetriever,
     label: str,
     opener: Callable[[str], Opened] | None = None,
+    vectors: FrameVectors | None = None,
 ) -> Task:
     """Return the task of the config on a split, for models that see frames as `model` does. Raise UserError.
 
-    `opener` opens the other models that it needs, by default `open_other`.
+    `opener` opens the other models that it needs, by default `open_other`. `vectors` are read in place of frames.
     """
-    task: Task = implementation(TASKS, config.task)(config, split, loaded, model.views(), label)
+    views = model.views()._replace(vectors=vectors)
+    task: Task = implementation(TASKS, config.task)(config, split, loaded, views, label)
     task.start(opener or partial(open_other, like=config))
     return task
 

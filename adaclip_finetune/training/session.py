@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.config.roles import names_with
+from adaclip_finetune.data.frame_vectors import FrameVectors
 from adaclip_finetune.errors import NotACheckpoint, UserError
 from adaclip_finetune.hub import local_run
 from adaclip_finetune.model.attention import speed_up_frozen_attention
@@ -55,7 +56,7 @@ class Session:
     """A model and what learns in it. `config` is complete: it holds what the checkpoint tells.
 
     `pretrained_digest` is a digest of CLIP's weights before anything was added or learned, known in runs that start
-    from them.
+    from them. A run with an `embedding_cache` reads `vectors` in place of frames.
     """
 
     config: Config
@@ -67,6 +68,7 @@ class Session:
     checkpoint: Checkpoint | None
     pretrained_digest: str | None = None
     parameters: TrainableReport = field(init=False)
+    vectors: FrameVectors | None = None
 
     def __post_init__(self) -> None:
         self.choose()

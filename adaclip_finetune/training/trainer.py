@@ -38,7 +38,7 @@ from adaclip_finetune.evaluation.tasks.base import Figures, Report
 from adaclip_finetune.objectives.base import Group
 from adaclip_finetune.peft.base import MethodState, Phase
 from adaclip_finetune.processes import copy_from_main, gather_objects, is_main, rank
-from adaclip_finetune.training import checkpoint, device, measure, optimizer
+from adaclip_finetune.training import checkpoint, device, frozen, measure, optimizer
 from adaclip_finetune.training.backward import Backward
 from adaclip_finetune.training.checkpoint import ADAPTER, BEST, Snapshot, save_tensors
 from adaclip_finetune.training.ema import Ema
@@ -192,9 +192,12 @@ class Trainer:
         split = measure.readable_train_split(config, run)
         for phase in session.method.phases(config.num_epochs, config.batch_size):
             split.plan.num_batches(phase.batch_size)  # refuses parts that are too small
+        session.vectors = frozen.open_vectors(session)
         self.data = measure.train_loader(session, split)
         stack.callback(self.data.close)
-        self.task = measure.build_task(config, self.validation, session.loaded, self.model, "validation")
+        self.task = measure.build_task(
+            config, self.validation, session.loaded, self.model, "validation", vectors=session.vectors
+        )
         stack.callback(self.task.close)
         measure.say_cut(session.loaded, config, self.test, self.test_name, run)
         evaluated = {"validation": self.validation.queries, "test": self.test.queries}
@@ -238,6 +241,7 @@ class Trainer:
 
         After a signal, finish and save the current update and raise Interrupted.
         """
+        self._encode_frames()
         if not self.step:
             self.session.method.before_training(self.model, self.data.epoch(0, self.config.batch_size))
         first_epoch = 0
@@ -262,6 +266,16 @@ class Trainer:
                     self._validate(epoch + 1, phase)
                 self.epoch, self.batch = epoch + 1, 0
             first_epoch = epochs.stop
+
+    def _encode_frames(self) -> None:
+        """Encode the frames of all videos that have no vectors in the `embedding_cache`, if the run has one."""
+        if self.session.vectors is None:
+            return
+        reader, queries = self.data.dataset.reader, self.validation.queries
+        trained = [entry.video_id for entry in self.data.dataset.entries] if self.config.trains_on_videos else []
+        count = frozen.encode_frames(self.session, reader.store, trained, "training videos")
+        count += frozen.encode_frames(self.session, self.validation.store, queries.video_ids, "validation videos")
+        self.run.say(f"embedding_cache {self.config.embedding_cache}: {count} videos were encoded for it")
 
     def _say_what_learns(self) -> None:
         """Print and record what learns from here on, after the method changed it."""

@@ -31,7 +31,11 @@ def test_every_setting_has_one_role() -> None:
 
 def test_every_path_has_a_unit_of_files_or_folders_and_is_in_no_fingerprint() -> None:
     ends = ("_dir", "_annot", "_weights")
-    assert {name for name in Config.model_fields if name.endswith(ends)} | {"resume", "save_similarity"} == PATHS
+    assert {name for name in Config.model_fields if name.endswith(ends)} | {
+        "resume",
+        "save_similarity",
+        "embedding_cache",
+    } == PATHS
     assert not PATHS & (deciding_vectors() | deciding_settings() | tunable())
 
 
@@ -65,7 +69,7 @@ def test_a_new_setting_is_in_the_lists_of_its_role(
 def test_what_may_change_where_a_run_goes_on() -> None:
     assert on_resume("free") == {
         "train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights",
-        "num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug",
+        "num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug", "embedding_cache",
     }  # fmt: skip
     assert on_resume("ignored") == {"resume", "auto_batch_size"}
     rounding = {"precision", "tf32", "deterministic", "gradient_checkpointing", "grad_cache_chunk", "val_batch_size"}

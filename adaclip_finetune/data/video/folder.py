@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, unlisted
+from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, stamp_of_files, unlisted
 from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
 from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
@@ -38,6 +38,9 @@ class VideoFolder:
 
     def times(self, video_id: str) -> NDArray[np.float64] | None:
         return self._index(video_id).times()
+
+    def stamp(self, video_id: str) -> str:
+        return stamp_of_files(video_id, self.find(video_id))
 
     def shown(self, video_id: str, frames: Sequence[int]) -> ShownTimes:
         """Return the length of the video and when a player shows these frames. Raises FrameError."""

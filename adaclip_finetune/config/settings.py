@@ -161,6 +161,10 @@ class Config(Settings):
     exp_decay_factor: float = optimisation(
         0.045, "decay of the temperature: init_tau * exp(-exp_decay_factor * epoch)", unit="1/epoch", ge=0
     )
+    policy_gradient: Literal["exact", "selected"] = optimisation(
+        "exact",
+        "gradient of the selector: of all frames, or as if all others were the mean of the selected ones (faster)",
+    )
     warmup_epochs: int = optimisation(0, "epochs in which K falls from num_frm - 1 to top_k", unit="epochs", ge=0)
     reuse_scores: bool = model(False, "weight the selected frames by their selection scores")
 
@@ -367,6 +371,14 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"warmup_epochs {c.warmup_epochs} is larger than num_epochs {c.num_epochs}: K would never reach top_k"
     if c.use_policy and c.use_rnn and c.rnn == "transformer" and c.hidden_dim % 64:
         yield f"hidden_dim {c.hidden_dim} is not a multiple of 64, the head width of rnn transformer"
+    if c.use_policy and c.policy_gradient == "selected":
+        saves = "policy_gradient selected saves the encoding of frames that were not selected"
+        if c.policy_backbone == "clip":
+            yield f"{saves}, but policy_backbone clip encodes all of them: take exact, or another policy_backbone"
+        if c.tower.method != "per_frame":
+            yield f"{saves}, which works for tower.method per_frame only, not {c.tower.method}: take exact"
+        if c.embedding_cache:
+            yield f"{saves}, of which embedding_cache keeps the embeddings: take exact"
     if c.reuse_scores and not c.use_policy:
         yield "reuse_scores requires use_policy: without it frames have no scores"
     if c.min_tau > c.init_tau:

@@ -56,6 +56,7 @@ class VideoRetriever(nn.Module):
         self.num_frm = config.num_frm
         self.top_k = config.top_k if config.use_policy else config.num_frm
         self.frame_temperature = config.frame_agg_temp
+        self.encodes_others = config.policy_gradient == "exact"
         width = embedding_width(self.clip)
         self.tower: FrameTower = implementation(TOWERS, config.tower)(config.tower.config, self.clip)
         self.text_tower = self.tower.text_tower()
@@ -201,7 +202,7 @@ class VideoRetriever(nn.Module):
             return self._tokens_of_mixed_frames(videos, noise)
         # Where no frame needs gradients, one batch of all is faster than those that were selected and then the others.
         images_learn = self._images_learn()
-        if self.selector.backbone is None or (self.training and not images_learn):
+        if self.selector.backbone is None or (self.training and not images_learn and self.encodes_others):
             encode = self._encode if images_learn else self._encode_fixed
             everything = encode(videos.frames, videos.frame_mask)
             features = everything if self.selector.backbone is None else self._selector_features(videos)
@@ -213,9 +214,18 @@ class VideoRetriever(nn.Module):
             return chosen, selection
         # The rows of the weights are one-hot, but their gradient needs the values of the embeddings of all frames.
         others = _complement(selection.indices, videos.frames.shape[1])
-        rest = self._encode_fixed(*_take_frames(videos, others))
+        rest = self._embeddings_of_others(videos, others, chosen)
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
         return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
+
+    def _embeddings_of_others(self, videos: VideoBatch, others: Tensor, chosen: Tensor) -> Tensor:
+        """Return the embeddings (B, N − K, D) of the frames that were not selected, without gradients.
+
+        With `policy_gradient` selected, the mean of those that were selected stands for each of them.
+        """
+        if self.encodes_others:
+            return self._encode_fixed(*_take_frames(videos, others))
+        return chosen.detach().mean(dim=1, keepdim=True).expand(-1, others.shape[1], -1)
 
     def _images_learn(self) -> bool:
         """Return whether anything learns through which images go."""

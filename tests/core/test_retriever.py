@@ -145,6 +145,49 @@ def test_training_of_a_frozen_tower_encodes_all_frames_at_once(policy: str) -> N
         torch.testing.assert_close(ours, whole, atol=1e-9, rtol=1e-7)
 
 
+def with_policy_gradient(policy_gradient: str, freeze: bool = False) -> VideoRetriever:
+    torch.manual_seed(0)
+    model = build_retriever(policy_backbone="raw", policy_gradient=policy_gradient, top_k=2).double().train()
+    model.clip.requires_grad_(not freeze)
+    return model
+
+
+def gradients_of_scores(model: VideoRetriever, batch: VideoBatch, noise: Tensor) -> Tensor:
+    assert model.selector is not None
+    features = model.encode_video(batch, noise)
+    assert features.selection is not None and features.vector is not None
+    weights = torch.randn(features.vector.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad((features.vector * weights).sum(), features.selection.logits)[0]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_gradient_of_selected_frames_encodes_only_these(freeze: bool) -> None:
+    batch, noise = make_batch()[0], gumbel(4, 6)
+    model, exact = with_policy_gradient("selected", freeze), with_policy_gradient("exact")
+    encoded: list[int] = []
+    model.tower.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[1]))
+    found = model.encode_video(batch, noise)
+    assert encoded == [2]
+    for ours, theirs in zip(found[:3], exact.encode_video(batch, noise)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(
+        gradients_of_scores(model, batch, noise), gradients_of_scores(exact, batch, noise), rtol=0.01, atol=0
+    )
+
+
+def test_the_gradient_of_selected_frames_is_exact_if_the_others_are_their_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, noise = make_batch()[0], gumbel(4, 6)
+    model, exact = with_policy_gradient("selected"), with_policy_gradient("exact")
+
+    mean = exact.encode_video(batch, noise).tokens.detach().mean(dim=1, keepdim=True)
+    expected = gradients_of_scores(model, batch, noise)
+    monkeypatch.setattr(exact, "_encode_fixed", lambda frames, mask: mean.expand(-1, frames.shape[1], -1))
+    torch.testing.assert_close(gradients_of_scores(exact, batch, noise), expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs().sum() > 0
+
+
 def test_k_annealing_works_with_the_transformer_header() -> None:
     model = build_retriever(sim_header="transformer", warmup_epochs=3, num_epochs=4).train()
     for epoch, k in enumerate([5, 4, 3, 2]):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -131,9 +132,14 @@ def to_square(frames: Frames, spec: ImageSpec, part: CropFlip | None = None) -> 
 
 def normalise(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Convert uint8 (…, C, H, W) to float32 (x / 255 - mean) / std, on the device where the frames are."""
-    shape = (len(mean), 1, 1)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": frames.device}
-    return (frames.float() / 255 - torch.tensor(mean, **options).view(shape)) / torch.tensor(std, **options).view(shape)
+    return (frames.float() / 255 - _channels(mean, frames.device)) / _channels(std, frames.device)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one value for each channel, (C, 1, 1). It is kept, since a copy to a device would wait for the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _resized_size(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:

@@ -45,7 +45,8 @@ class Backward:
         """Add the gradients of `share` times the loss of a batch, and return that part of each term of the loss.
 
         `seeds(number)` is the seed of what the towers draw by themselves (dropout) in part `number`. Processes exchange
-        gradients, if at all, with the last part only. Raise NotFinite if the loss is not.
+        gradients, if at all, with the last part only. Raise NotFinite if the loss is not; then the
+        gradients are of no use.
         """
         if not self.chunk or max(group.sizes) <= self.chunk:
             torch.manual_seed(seeds(0))
@@ -66,6 +67,8 @@ class Backward:
 
     def _backward(self, terms: dict[str, Tensor], share: float) -> dict[str, float]:
         self.accelerator.backward(_summed(terms) * share)
+        # Only now, since reading a value waits until the device has computed it.
+        _check_finite(terms)
         return {name: float(term.item()) * share for name, term in terms.items()}
 
     @torch.no_grad()
@@ -88,7 +91,9 @@ class Backward:
         for rows in learned.values():
             rows.requires_grad_()
         with self.accelerator.autocast():
-            loss = _summed(self.objective.loss(learned | fixed, group))
+            terms = self.objective.loss(learned | fixed, group)
+        _check_finite(terms)
+        loss = _summed(terms)
         found = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
         for rows in learned.values():
             rows.requires_grad_(False)
@@ -99,11 +104,14 @@ class Backward:
 
 
 def _summed(terms: dict[str, Tensor]) -> Tensor:
-    """Return the sum of the terms of a loss. Raise NotFinite if it is not a number."""
-    loss = sum(terms.values(), torch.zeros((), device=next(iter(terms.values())).device))
-    if not math.isfinite(value := float(loss.item())):
+    """Return the loss, the sum of its terms."""
+    return sum(terms.values(), torch.zeros((), device=next(iter(terms.values())).device))
+
+
+def _check_finite(terms: dict[str, Tensor]) -> None:
+    """Raise NotFinite if the loss is not a number, or infinite."""
+    if not math.isfinite(value := float(_summed(terms).item())):
         raise NotFinite(f"the loss became {value}")
-    return loss
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

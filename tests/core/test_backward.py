@@ -151,11 +151,10 @@ class Counting(nn.Module):
         return x
 
 
-def test_a_loss_that_is_not_finite_is_refused_before_gradients() -> None:
+def test_a_loss_that_is_not_finite_is_refused() -> None:
     built, batch, group = build(use_policy=False)
     with torch.no_grad():
         built.retriever.clip.visual.proj.fill_(float("nan"))
     for chunk in (0, 2):
         with pytest.raises(NotFinite):
             backward(built, chunk)(batch, group, int)
-        assert not taken(built)

@@ -124,15 +124,15 @@ def retrieval_metrics(
             best_own = scores.new_full((scores.shape[1],), float("-inf"))  # the score of each video's best caption
         own = scores.gather(1, columns[:, None])
         # The right video itself is among those that reach its score: that is the 1 of the rank.
-        t2v[start : start + len(scores)] = (scores >= own).sum(dim=1)
+        t2v[start : start + len(scores)] = _count(_reached(scores, own), dim=1)
         best_own.scatter_reduce_(0, columns, own.squeeze(1), "amax")
         row, video = _in_block(rows, videos, start, scores)
         t2v_same.index_add_(0, start + row.cpu(), (scores[row, video] >= own[row, 0]).long().cpu())
     v2t = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
     v2t_same = torch.zeros_like(v2t)
     for start, scores, columns in _checked(blocks, owners):
-        reaching = scores >= best_own
-        v2t += reaching.sum(dim=0)
+        reaching = _reached(scores, best_own)
+        v2t += _count(reaching, dim=0)
         v2t.index_add_(0, columns, -reaching.gather(1, columns[:, None]).squeeze(1).long())
         row, video = _in_block(rows, videos, start, scores)
         v2t_same.index_add_(0, video, reaching[row, video].long())
@@ -165,6 +165,18 @@ def one_line(metrics: Metrics) -> str:
     )
 
 
+def _reached(scores: Tensor, least: Tensor) -> Tensor:
+    """Return 1 where `scores` are at least `least`, else 0, as numbers of their type, which are added up faster than
+    truth values."""
+    return torch.ge(scores, least, out=torch.empty_like(scores))
+
+
+def _count(ones: Tensor, dim: int) -> Tensor:
+    """Return the number of ones along a dimension, int64."""
+    exact = torch.float32 if ones.shape[dim] <= 2**24 else torch.float64  # float32 has whole numbers up to here
+    return ones.sum(dim=dim, dtype=torch.promote_types(ones.dtype, exact)).long()
+
+
 def _direction(ranks: Tensor) -> DirectionMetrics:
     return DirectionMetrics(ranks.cpu().numpy())
 
@@ -193,7 +205,7 @@ def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Te
         columns = owners[start : start + len(scores)]
         if len(columns) < len(scores):
             raise ValueError(f"the similarity has more rows than the {len(owners)} captions")
-        if scores.isnan().any():
+        if scores.numel() and scores.max().isnan():  # the maximum of numbers and NaN is NaN
             row = start + int(scores.isnan().any(dim=1).nonzero()[0])
             raise ValueError(f"the similarity of row {row} is NaN, so nothing can be ranked")
         yield start, scores, columns.to(scores.device)

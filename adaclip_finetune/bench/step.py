@@ -110,8 +110,8 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
     batch, reference = random_batch(session, config), EncodeAll(session, config)
     _check_gradients(session, reference, batch.rows(0, 2))
     with setup.autocast():
-        kept = _kept_bytes(session, lambda: _loss(session, batch)), _kept_bytes(session, lambda: reference.loss(batch))
-    ours, bound = _our_step(session, config, batch), Bound(session, config, batch.videos)
+        kept = kept_bytes(session, lambda: loss_of(session, batch)), kept_bytes(session, lambda: reference.loss(batch))
+    ours, bound = our_step(session, config, batch), Bound(session, config, batch.videos)
     alternatives: dict[str, Callable[[], object]] = {
         "all frames": lambda: reference.step(batch),
         "bound": bound,
@@ -119,7 +119,7 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
     }
     aims = [Aim("ours", "all frames"), Aim("ours", "bound", 0.85)]
     if config.freeze_clip:
-        alternatives["embeddings kept"] = _our_step(session, config, _with_vectors(session, batch))
+        alternatives["embeddings kept"] = our_step(session, config, _with_vectors(session, batch))
         aims.append(Aim("embeddings kept", "ours", 20))
     seconds = in_turns(setup, alternatives)
     case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
@@ -149,7 +149,7 @@ def _with_vectors(session: Session, batch: TrainBatch) -> TrainBatch:
     return replace(batch, videos=replace(videos, vectors=vectors, features=features))
 
 
-def _our_step(session: Session, config: Config, batch: TrainBatch) -> Callable[[], None]:
+def our_step(session: Session, config: Config, batch: TrainBatch) -> Callable[[], None]:
     accelerator = session.accelerator
     assert accelerator is not None
     optimizer, _ = build_optimizer(session.objective, config, _STEPS)
@@ -277,7 +277,7 @@ def _vectors(session: Session, videos: VideoBatch) -> Tensor:
     return vectors
 
 
-def _loss(session: Session, batch: TrainBatch) -> Tensor:
+def loss_of(session: Session, batch: TrainBatch) -> Tensor:
     return torch.stack(list(session.objective(batch, Group([batch.pairs()])).values())).sum()
 
 
@@ -285,7 +285,7 @@ def _check_gradients(session: Session, reference: EncodeAll, batch: TrainBatch) 
     session.objective.double()
     expected = _gradients(session, reference.loss(batch))
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in _gradients(session, _loss(session, batch)).items():
+    for name, gradient in _gradients(session, loss_of(session, batch)).items():
         check(f"the gradients of {name}", gradient, expected[name], 1e-6, 1e-6 * largest)
     session.objective.float()
 
@@ -298,7 +298,7 @@ def _gradients(session: Session, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _kept_bytes(session: Session, forward: Callable[[], Tensor]) -> int:
+def kept_bytes(session: Session, forward: Callable[[], Tensor]) -> int:
     """Return the size of what a forward pass keeps for the backward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in session.objective.parameters()}
     kept: dict[int, int] = {}

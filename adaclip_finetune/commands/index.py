@@ -51,6 +51,8 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
+        for problem in collection.problems:
+            print(f"passed over: {printable(problem)}", file=sys.stderr)
         given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
         try:
             report = index_videos(model, collection, output, **given)

@@ -25,7 +25,7 @@ from adaclip_finetune.commands.flags import (
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.query import terms_of
-from adaclip_finetune.search.where import Condition, conditions, search_where
+from adaclip_finetune.search.where import conditions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    holds = conditions(arguments.where)
+    conditions(arguments.where)
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -69,12 +69,12 @@ def run(words: Sequence[str]) -> int:
     find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
     # Ranks in the other index are told down to _COMPARED.
     wanted = arguments.k if arguments.compare is None else max(arguments.k, _COMPARED)
-    encode, search = _encoder(model, arguments), _narrowed(find, wanted, holds)
-    other = None
+    search = partial(find, k=wanted, where=arguments.where)
+    encode, other = _encoder(model, arguments), None
     if arguments.compare is not None:
         others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
         old, old_model = _open(arguments.compare, None, others_settings)
-        other = _encoder(old_model, arguments), _narrowed(old.search, wanted, holds)
+        other = _encoder(old_model, arguments), partial(old.search, k=wanted, where=arguments.where)
         if not arguments.json:
             _print_names(index, old)
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
@@ -113,15 +113,6 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     return lambda texts: sum(examples, model.encode_query(texts))
 
 
-def _narrowed(
-    find: Callable[[Any, int], list[list[Hit]]], wanted: int, holds: Condition | None
-) -> Callable[[Tensor], list[list[Hit]]]:
-    """Return a search for `wanted` hits, of videos of which the conditions hold."""
-    if holds is None:
-        return lambda vectors: find(vectors, wanted)
-    return lambda vectors: [search_where(find, vector[None], wanted, holds) for vector in vectors]
-
-
 def _adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     if not settings:
         return nullcontext()
@@ -146,8 +137,8 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    where = "find only videos of which this holds, as 'duration > 60', 'name = *beach*', 'folder = holidays' or "
-    where += "'date >= 2026-05'; may be given several times"
+    where = "find only videos of which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
+    where += "'date >= 2026-05', 'season = 3'; several times, or with 'and' between them"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"

@@ -168,12 +168,15 @@ def test_conditions_narrow_a_search(server: Server) -> None:
     found = server.found("q=1&k=50&where=name%20=%20*" + everything[2])
     assert [one["id"] for one in found] == [everything[2]]
     assert server.found("q=1&where=duration%20>%20100000") == []
-    first = server.ask("/api/search?q=1&k=1&where=name%20=%20*").json
-    assert (first["pages"], len(first["found"])) == (2, 1)
+    first, last = (server.ask(f"/api/search?q=1&k=3&where=name%20!=%20video4*&page={page}").json for page in (1, 2))
+    assert [(page["pages"], page["videos"], len(page["found"])) for page in (first, last)] == [(2, 4, 3), (2, 4, 1)]
+    assert server.ask("/api/search/image?where=name%20=%20video2*", "POST", picture(40)).json["videos"] == 1
+    reply = server.ask("/api/search?q=1&where=season%20=%203")
+    assert (reply.status, reply.json["detail"].startswith("where season")) == (422, True)
 
 
 def test_queries_out_of_bounds(server: Server) -> None:
-    bounds = ("q=1&page=0", "q=1&page=51", "q=1&page=x", "q=1&k=0", "q=1&k=51")
+    bounds = ("q=1&page=0", "q=1&page=x", "q=1&k=0", "q=1&k=51")
     for query in ("", "q=", "q=%20", "q=nothing", "q=1&where=long", f"q={'a' * 501}", *bounds):
         reply = server.ask(f"/api/search?{query}")
         assert (reply.status, [type(value) for value in reply.json.values()]) == (422, [str]), query

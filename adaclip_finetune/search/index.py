@@ -39,7 +39,7 @@ FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
-_SELECTIONS = 8  # narrowed searches whose videos are remembered
+_NARROWED = 8  # narrowed searches whose videos are remembered
 _MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
@@ -285,7 +285,7 @@ class VideoIndex:
         for row in np.flatnonzero(firsts != own).tolist():
             self._copies.setdefault(int(firsts[row]), []).append(row)
         self._firsts = firsts
-        self._selected = lru_cache(_SELECTIONS)(self._select)
+        self._selected = lru_cache(_NARROWED)(self._select)
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
         self._nearest = _flat_index(vectors)
         self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
@@ -375,17 +375,17 @@ class VideoIndex:
         (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
-    def _select(self, where: tuple[str, ...]) -> _Selection:
+    def _select(self, where: tuple[str, ...]) -> _Narrowed:
         videos = rows_where(self.videos.columns, conditions(where)) if where else np.ones(len(self), np.bool_)
         firsts = np.zeros(len(self), np.bool_)
         firsts[self._firsts[videos]] = True
-        return _Selection(videos, firsts, not where)
+        return _Narrowed(videos, firsts, not where)
 
-    def _places(self, selection: _Selection) -> NDArray[np.int64]:
+    def _places(self, selection: _Narrowed) -> NDArray[np.int64]:
         """Return the positions in FAISS of the vectors of which a selection has a video."""
         return np.flatnonzero(selection.firsts[self._rows])
 
-    def _by_whole(self, queries: NDArray[np.float32], k: int, selection: _Selection) -> list[list[tuple[float, int]]]:
+    def _by_whole(self, queries: NDArray[np.float32], k: int, selection: _Narrowed) -> list[list[tuple[float, int]]]:
         """Return score and row of the k videos whose vectors are nearest to each query."""
         places = None if selection.all else self._places(selection)
         scores, found = nearest(self._nearest, queries, k, places)
@@ -393,7 +393,7 @@ class VideoIndex:
         return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
 
     def _by_best(
-        self, moments: IndexedMoments, query: NDArray[np.float32], selection: _Selection
+        self, moments: IndexedMoments, query: NDArray[np.float32], selection: _Narrowed
     ) -> Iterator[tuple[float, int]]:
         """Yield score and row of all videos by their best windows, and after them of those that were not divided."""
         seen = set()
@@ -403,13 +403,13 @@ class VideoIndex:
                 yield cosine, row
         yield from (one for one in self._by_whole(query[None], self.distinct, selection)[0] if one[1] not in seen)
 
-    def _hit(self, row: int, rank: int, score: float, selection: _Selection, moments: Sequence[FoundMoment]) -> Hit:
+    def _hit(self, row: int, rank: int, score: float, selection: _Narrowed, moments: Sequence[FoundMoment]) -> Hit:
         """Return a hit of the first video with the vector of `row` that is selected, with the others as its copies."""
         videos = [self.videos[one] for one in (row, *self._copies.get(row, ())) if selection.videos[one]]
         return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:_MOMENTS_A_VIDEO]))
 
 
-class _Selection(NamedTuple):
+class _Narrowed(NamedTuple):
     """The videos that a search may find (V,), and the rows whose vector one of them has (V,)."""
 
     videos: NDArray[np.bool_]
@@ -442,7 +442,7 @@ class IndexedMoments:
         """Return the moments of a video for a query (D,) of length 1, best first."""
         return list(self._found(row, query).values())
 
-    def best(self, query: NDArray[np.float32], selection: _Selection) -> Iterator[tuple[int, FoundMoment]]:
+    def best(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[int, FoundMoment]]:
         """Yield the moments of the selected videos, best first, with the rows of their videos."""
         found: dict[int, dict[int, FoundMoment]] = {}  # what has not been yielded
         for _, row, number in self.windows(query, selection):
@@ -451,7 +451,7 @@ class IndexedMoments:
             if moment := found[row].pop(number, None):
                 yield row, moment
 
-    def windows(self, query: NDArray[np.float32], selection: _Selection) -> Iterator[tuple[float, int, int]]:
+    def windows(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[float, int, int]]:
         """Yield score, row of the video, and number in it, of all windows of the selected videos, best first; a window
         may come again."""
         places = None if selection.all else np.flatnonzero(selection.firsts[self._row])

@@ -320,7 +320,7 @@ def test_transcripts_beside_the_videos(library: Path, tmp_path: Path, index: Ind
     assert main(command) == 2
     assert ".srt" in capsys.readouterr().err
     for words in (["x", "--by", "moment"], ["--image", "p.png"], ["x", "--compare", "old.index"]):
-        assert main(["search", str(tmp_path / "i"), "--hybrid", *words]) == 2
+        assert main(["search", str(tmp_path / "i"), *words, "--hybrid"]) == 2
         assert "--hybrid" in capsys.readouterr().err
 
 

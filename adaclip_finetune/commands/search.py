@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    conditions(arguments.where)
+    conditions(arguments.where)  # refused before anything is loaded
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():

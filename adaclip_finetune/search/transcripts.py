@@ -29,7 +29,7 @@ _TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 _WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # Chinese and Japanese characters
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
-    path TEXT PRIMARY KEY, video TEXT, size INTEGER, mtime_ns INTEGER, first INTEGER, last INTEGER
+    path BLOB PRIMARY KEY, video TEXT, size INTEGER, mtime_ns INTEGER, first INTEGER, last INTEGER
 );
 CREATE VIRTUAL TABLE IF NOT EXISTS lines USING fts5(
     words, video UNINDEXED, start UNINDEXED, end UNINDEXED, text UNINDEXED,
@@ -120,13 +120,12 @@ def update_transcripts(
     Files that have not changed are kept. `videos` are the ids of all videos of the collection; transcripts of others
     are dropped if `sync`. Raise UserError.
     """
-    path = folder / TRANSCRIPTS
-    if not transcripts and not path.exists():
+    if not transcripts and not (folder / TRANSCRIPTS).exists():
         return None
-    wanted = {str(file): video for video, files in transcripts.items() for file in files}
+    wanted = {os.fsencode(file): video for video, files in transcripts.items() for file in files}
     there = set(videos)
     problems, read = [], 0
-    with _opened(path) as db:
+    with _opened(folder / TRANSCRIPTS) as db:
         db.executescript(_TABLES)
         with db:
             known = {file: facts for file, *facts in db.execute("SELECT * FROM files").fetchall()}
@@ -135,13 +134,13 @@ def update_transcripts(
                     _drop(db, file)
             for file, video in wanted.items():
                 try:
-                    found = os.stat(file)  # noqa: PTH116 (the path as it is stored)
-                    facts = [video, found.st_size, found.st_mtime_ns]
+                    path = Path(os.fsdecode(file))
+                    facts = [video, path.stat().st_size, path.stat().st_mtime_ns]
                     if file in known and known[file][:3] == facts:
                         continue
-                    lines = parse_transcript(_text(Path(file)))
+                    lines = parse_transcript(_text(path))
                     if not lines:
-                        raise UserError(f"{file}: has no line with times, such as 00:01:02,500 --> 00:01:04,000")
+                        raise UserError(f"{path}: has no line with times, such as 00:01:02,500 --> 00:01:04,000")
                 except (OSError, UserError) as error:
                     lines = []
                     problems.append(str(error))
@@ -200,14 +199,14 @@ class Transcripts:
         return found
 
 
-def _add(db: sqlite3.Connection, file: str, facts: Sequence[object], lines: Sequence[FoundLine]) -> None:
+def _add(db: sqlite3.Connection, file: bytes, facts: Sequence[object], lines: Sequence[FoundLine]) -> None:
     (last,) = db.execute("SELECT coalesce(max(rowid), 0) FROM lines").fetchone()
     rows = [(last + n, _spaced(line.text), facts[0], *line) for n, line in enumerate(lines, 1)]
     db.executemany("INSERT INTO lines (rowid, words, video, start, end, text) VALUES (?, ?, ?, ?, ?, ?)", rows)
     db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", (file, *facts, last + 1, last + len(lines)))
 
 
-def _drop(db: sqlite3.Connection, file: str) -> None:
+def _drop(db: sqlite3.Connection, file: bytes) -> None:
     (span,) = db.execute("SELECT first, last FROM files WHERE path = ?", (file,)).fetchall()
     db.execute("DELETE FROM lines WHERE rowid BETWEEN ? AND ?", span)
     db.execute("DELETE FROM files WHERE path = ?", (file,))

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from fnmatch import translate
 from math import isfinite
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -87,8 +88,7 @@ def _condition(word: str) -> Condition:
 
 def _matches(pattern: str) -> Callable[[str], bool]:
     """Return a test of a whole text, in which * stands for any characters and ? for one; case makes no difference."""
-    form = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    compiled = re.compile(form, re.DOTALL | re.IGNORECASE)
+    compiled = re.compile(translate(pattern.replace("[", "[[]")), re.IGNORECASE)
     return lambda text: compiled.fullmatch(text) is not None
 
 

@@ -43,6 +43,8 @@ def which(words: list[str], *rows: bytes) -> list[bool]:
     ("name = *beach*", True),
     ("name = BEACH.mp?", True),
     ("name != *beach*", False),
+    ("name = " + 40 * "*" + "x", False),
+    ("name = " + 40 * "*?" + "x", False),
     ("name = each*", False),
     ("name = [b]each.mp4", False),
     ("folder = holidays", True),

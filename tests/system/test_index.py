@@ -330,8 +330,9 @@ def test_names_that_are_not_text(run: Path, clips: Path, tmp_path: Path, index: 
     folder.mkdir()
     for name in (b"\xff.mp4", b"a\\b.mp4", "ü \u2028 ñ.MP4".encode()):
         shutil.copy(clips / "clip 0.mp4", os.fsdecode(os.fsencode(folder) + b"/" + name))
+    (folder / "ü \u2028 ñ.srt").write_text("1\n00:00:00,500 --> 00:00:01,000\nhello\n")
     code, out, err = index(folder)
-    assert (code, counts(out), err.count("mp4: ")) == (1, (1, 0, 1), 2)
+    assert (code, counts(out), err.count("mp4: "), "(files read: 1)" in out) == (1, (1, 0, 1), 2, True)
     assert main(["search", str(tmp_path / "i"), "a \x1b thing"]) == 0
     told = capsys.readouterr().out
     assert "\\udcff\\x1b/ü" in told and "\x1b" not in told

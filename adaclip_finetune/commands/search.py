@@ -168,7 +168,7 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    where = "find only videos of which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
+    where = "find only videos for which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
     where += "'date >= 2026-05', 'season = 3'; several times, or with 'and' between them"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")

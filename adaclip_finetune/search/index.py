@@ -361,7 +361,7 @@ class VideoIndex:
         return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 
     def count(self, where: Sequence[str] = ()) -> int:
-        """Return the number of different videos of which these conditions hold. Raise UserError."""
+        """Return the number of different videos for which these conditions hold. Raise UserError."""
         return len(self._places(self._selected(tuple(where))))
 
     def need_moments(self) -> IndexedMoments:
@@ -389,7 +389,9 @@ class VideoIndex:
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
     def _select(self, where: tuple[str, ...]) -> _Narrowed:
-        videos = rows_where(self.videos.columns, conditions(where)) if where else np.ones(len(self), np.bool_)
+        videos = np.ones(len(self), np.bool_)
+        if where:
+            videos = np.array(rows_where(self.videos.columns, conditions(where)), np.bool_)
         firsts = np.zeros(len(self), np.bool_)
         firsts[self._firsts[videos]] = True
         return _Narrowed(videos, firsts, not where)

@@ -255,7 +255,7 @@ def test_a_filter(page: Page, server: Server) -> None:
     assert (page.text("#trouble"), page.names(), page.find("#where").get_attribute("aria-invalid")) == ("", [], "true")
     page.find("#where").clear()
     page.find("#where").send_keys("duration > 3", Keys.ENTER)
-    page.until_text("#status", "holds of no video")
+    page.until_text("#status", "holds for no video")
     assert page.text("#where-trouble") == ""
     page.find("#where").clear()
     page.find("#where").send_keys(Keys.ENTER)

@@ -40,7 +40,7 @@ def test_flat_search_finds_what_the_product_says(tmp_path: Path, dtype: str) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_narrowed_search_finds_what_remains_of_the_whole_one(tmp_path: Path, dtype: str) -> None:
-    """Of copies, the first of which the condition holds."""
+    """Of copies, the first for which the condition holds."""
     vectors = unit_rows(40).astype(dtype)
     vectors[20:30] = vectors[:10]  # copies
     rows = [index_row(number) | {"metadata": {"season": number % 3}} for number in range(40)]

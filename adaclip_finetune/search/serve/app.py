@@ -124,7 +124,7 @@ class SearchAnswer(BaseModel):
 
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages; if moments are searched, at least this many")
-    videos: int = Field(description="number of different videos of which the conditions hold; copies count as one")
+    videos: int = Field(description="number of different videos for which the conditions hold; copies count as one")
     nothing: str | None = Field(
         description="on the first page, that nothing shows what was asked for, and how certain that is; null if the "
         "best score is high enough, or if `adaclip calibrate` did not measure which one is"

@@ -140,7 +140,7 @@ function show(answer) {
   get("next").disabled = page >= pages;
   const found = answer.found, all = answer.videos.toLocaleString("en"), what = byMoment ? "Moments" : "Videos";
   const last = found.length && `${found.at(-1).rank}${byMoment ? "" : ` of ${all}`}`;
-  const none = !answer.videos && filter() ? "The filter holds of no video." : `No ${what.toLowerCase()} on this page.`;
+  const none = !answer.videos && filter() ? "The filter holds for no video." : `No ${what.toLowerCase()} on this page.`;
   say(found.length ? `${what} ${found[0].rank} to ${last}, best first` : none);
 }
 

@@ -38,6 +38,7 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.search.build import index_videos
     from adaclip_finetune.search.collection import collect_annotation, collect_folder
     from adaclip_finetune.search.search_model import load_retriever
+    from adaclip_finetune.search.transcripts import update_transcripts
     from adaclip_finetune.training.signals import StopSignals
 
     with StopSignals():
@@ -51,13 +52,21 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
+        for problem in collection.problems:
+            print(f"passed over: {printable(problem)}", file=sys.stderr)
         given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
         try:
             report = index_videos(model, collection, output, **given)
         except KeyboardInterrupt:
             print("Finished batches are kept; the same command continues", file=sys.stderr)
             raise
-    _print_report(report, arguments)
+        _print_report(report, arguments)
+        ids = [video.id for video in collection.videos]
+        transcripts = update_transcripts(output, collection.transcripts, ids, arguments.sync)
+    if transcripts is not None:
+        print(f"lines of transcripts in the index: {transcripts.lines:,} (files read: {transcripts.read:,})")
+        for problem in transcripts.problems:
+            print(f"passed over: {printable(problem)}", file=sys.stderr)
     return 1 if report.broken else 0
 
 

@@ -24,14 +24,16 @@ from adaclip_finetune.commands.flags import (
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-from adaclip_finetune.search.query import terms_of
-from adaclip_finetune.search.where import Condition, conditions, search_where
+from adaclip_finetune.search.query import is_one_text, terms_of
+from adaclip_finetune.search.where import conditions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
     from adaclip_finetune.search.search_model import SearchModel
+    from adaclip_finetune.search.threshold import RankedBy
+    from adaclip_finetune.search.transcripts import Transcripts
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
@@ -48,7 +50,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    holds = conditions(arguments.where)
+    conditions(arguments.where)  # refused before anything is loaded
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -57,6 +59,10 @@ def run(words: Sequence[str]) -> int:
         raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
     if arguments.score is not None and arguments.by == "moment":
         raise UserError("--score says what ranks videos: leave out --by moment")
+    if arguments.hybrid and (arguments.by == "moment" or arguments.compare is not None):
+        raise UserError("--hybrid ranks videos by what is said in them, too: leave out --by moment and --compare")
+    if arguments.hybrid and arguments.text is None and arguments.queries is None:
+        raise UserError("--hybrid looks for a text in what is said: give a text, or --queries")
     name = arguments.text or arguments.image or arguments.video
     texts = [str(name)] if arguments.queries is None else _lines(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
@@ -69,25 +75,30 @@ def run(words: Sequence[str]) -> int:
     find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
     # Ranks in the other index are told down to _COMPARED.
     wanted = arguments.k if arguments.compare is None else max(arguments.k, _COMPARED)
-    encode, search = _encoder(model, arguments), _narrowed(find, wanted, holds)
-    other = None
+    search = partial(find, k=wanted, where=arguments.where)
+    encode, other = _encoder(model, arguments), None
     if arguments.compare is not None:
         others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
         old, old_model = _open(arguments.compare, None, others_settings)
-        other = _encoder(old_model, arguments), _narrowed(old.search, wanted, holds)
+        other = _encoder(old_model, arguments), partial(old.search, k=wanted, where=arguments.where)
         if not arguments.json:
             _print_names(index, old)
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
+    said = _transcripts(index) if arguments.hybrid else None
+    nothing = None
+    if not (adaptation or other or said or any(examples)):
+        nothing = _nothing_found(index, "moment" if arguments.by == "moment" else index.ranked_by(arguments.score))
     with _adapting(model, index, adaptation) as adapted:
         size = 1 if adapted else _QUERIES_AT_ONCE
         for start in range(0, len(texts), size):
             block = texts[start : start + size]
             vectors, seconds = adapted(block[0]) if adapted else (encode(block), None)
             before: Iterable[list[Hit] | None] = repeat(None) if other is None else other[1](other[0](block))
-            for text, hits, others in zip(block, search(vectors), before, strict=False):
-                _print(text, hits, others, arguments, seconds)
+            found = search(vectors, lines=list(map(said.find, block))) if said else search(vectors)
+            for text, hits, others in zip(block, found, before, strict=False):
+                _print(text, hits, others, arguments, seconds, nothing(text, hits) if nothing else None)
     return 0
 
 
@@ -113,13 +124,24 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     return lambda texts: sum(examples, model.encode_query(texts))
 
 
-def _narrowed(
-    find: Callable[[Any, int], list[list[Hit]]], wanted: int, holds: Condition | None
-) -> Callable[[Tensor], list[list[Hit]]]:
-    """Return a search for `wanted` hits, of videos of which the conditions hold."""
-    if holds is None:
-        return lambda vectors: find(vectors, wanted)
-    return lambda vectors: [search_where(find, vector[None], wanted, holds) for vector in vectors]
+def _transcripts(index: VideoIndex) -> Transcripts:
+    from adaclip_finetune.search.transcripts import Transcripts
+
+    transcripts = Transcripts(index.folder)
+    transcripts.need()
+    return transcripts
+
+
+def _nothing_found(index: VideoIndex, ranked_by: RankedBy) -> Callable[[str, Sequence[Hit]], str | None] | None:
+    """Return what says that the hits of a text are too far from it, or None if that was not measured."""
+    from adaclip_finetune.search.threshold import thresholds_of
+
+    threshold = thresholds_of(index).get(ranked_by)
+    if threshold is None:
+        return None
+    return lambda text, hits: (
+        threshold.nothing_found(hits[0].score, index.distinct) if hits and is_one_text(text) else None
+    )
 
 
 def _adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
@@ -137,7 +159,7 @@ def _parser() -> Parser:
         "the frame with the greatest weight, and the file. If the index has moments, it shows from when to when the "
         "best one lasts.",
         "adaclip search NAME.index [TEXT | --queries FILE] [--image FILE] [--video FILE] [--where CONDITION] [-k N]\n"
-        "       [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
+        "       [--hybrid] [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
         "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
@@ -146,14 +168,16 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    where = "find only videos of which this holds, as 'duration > 60', 'name = *beach*', 'folder = holidays' or "
-    where += "'date >= 2026-05'; may be given several times"
+    where = "find only videos for which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
+    where += "'date >= 2026-05', 'season = 3'; several times, or with 'and' between them"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"
     add("--by", choices=("video", "moment"), default="video", help=by)
     score = "what ranks videos: their own vector, or their best moment; default: whole, and moment if not finetuned"
     add("--score", choices=("whole", "moment"), help=score)
+    hybrid = "look for the text in transcripts, too, and fuse both rankings (reciprocal rank fusion)"
+    add("--hybrid", action="store_true", help=hybrid)
     add("--json", action="store_true", help="print one JSON object per query and line")
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
@@ -180,19 +204,28 @@ def _lines(path: Path) -> list[str]:
 
 
 def _print(
-    query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, arguments: Namespace, seconds: float | None
+    query: str,
+    hits: Sequence[Hit],
+    others: Sequence[Hit] | None,
+    arguments: Namespace,
+    seconds: float | None,
+    nothing: str | None,
 ) -> None:
-    """Print what a query found; `seconds` is the time that adapting the model to it took."""
+    """Print what a query found; `seconds` is the time that adapting the model to it took, `nothing` that the hits are
+    too far from it."""
     shown = hits[: arguments.k]
     if arguments.json:
         adapted = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
         found: dict[str, Any] = {"query": query, **adapted, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
+        found |= {"nothing": nothing} if nothing else {}
         if others is not None:
             found["compared"] = [_as_json(hit, False) for hit in others[: arguments.k]]
         print(json.dumps(found))
         return
     how = "" if seconds is None else f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)"
     print(f"{printable(query)}{how}")
+    if nothing:
+        print(f"{nothing} The best below it:")
     if others is not None:
         _print_beside(shown, hits, others)
     else:
@@ -220,6 +253,8 @@ def _print_hits(hits: Sequence[Hit], arguments: Namespace) -> None:
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {_when(hit):>{width}}  {names}")
+        if hit.line:
+            print(f"{'':{16 + width}}{clock(hit.line.start)}–{clock(hit.line.end)} “{printable(hit.line.text)}”")
         for copy in hit.copies:
             print(f"{'':{16 + width}}also {printable(copy.id)}  {printable(copy.path)}")
         if arguments.explain:
@@ -247,6 +282,7 @@ def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
         found["moments"] = [{"start": one.start, "end": one.end, "score": round(one.score, 6)} for one in hit.moments]
     else:
         found |= {"time": video.best_time, "duration": video.duration}
+    found |= {"line": hit.line._asdict()} if hit.line else {}
     found |= {"copies": [{"id": copy.id, "path": str(copy.path)} for copy in hit.copies]} if hit.copies else {}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,11 +33,15 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
 from adaclip_finetune.search.collection import FileStamp
 from adaclip_finetune.search.peaks import find_peaks
+from adaclip_finetune.search.transcripts import FoundLine
+from adaclip_finetune.search.where import columns, conditions, rows_where
 
 FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
+_NARROWED = 8  # narrowed searches whose videos are remembered
+_FUSION = 60
 _MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
@@ -185,6 +189,7 @@ class IndexedVideo:
     thumb: Path  # JPEG of the best frame
     stamp: FileStamp  # of `path` when it was indexed
     key: str  # digest of the row: it changes with the file, and no path can be derived from it
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # from the annotation or beside the file
 
     @property
     def best_time(self) -> float | None:
@@ -215,6 +220,7 @@ class Hit:
 
     `copies` are the other videos with the same vector: copies of the file, as a rule. `moments` are the best parts of
     the video, best first, if the index has any; where moments are searched, the one that was found, whose score it is.
+    `line` is what is said in it, where transcripts are searched, too.
     """
 
     video: IndexedVideo
@@ -222,6 +228,7 @@ class Hit:
     rank: int
     copies: tuple[IndexedVideo, ...] = ()
     moments: tuple[FoundMoment, ...] = ()
+    line: FoundLine | None = None
 
 
 class IndexedVideos:
@@ -256,7 +263,13 @@ class IndexedVideos:
             thumb=self._thumbs / Path(facts["thumb"]).name,
             stamp=FileStamp(facts["size"], facts["mtime_ns"]),
             key=_key(self._lines[row]),
+            metadata=facts.get("metadata", {}),
         )
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """What each video has in each field that a condition may name; reading it takes a pass over all rows."""
+        return columns(self._lines)
 
 
 class VideoIndex:
@@ -275,6 +288,8 @@ class VideoIndex:
         self._copies: dict[int, list[int]] = {}  # of the first row with a vector: the others
         for row in np.flatnonzero(firsts != own).tolist():
             self._copies.setdefault(int(firsts[row]), []).append(row)
+        self._firsts = firsts
+        self._selected = lru_cache(_NARROWED)(self._select)
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
         self._nearest = _flat_index(vectors)
         self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
@@ -288,40 +303,66 @@ class VideoIndex:
         return len(self.videos)
 
     def search(
-        self, vectors: Any, k: int, ranks: slice = slice(None), score: Literal["whole", "moment"] | None = None
+        self,
+        vectors: Any,
+        k: int,
+        ranks: slice = slice(None),
+        score: Literal["whole", "moment"] | None = None,
+        where: Sequence[str] = (),
+        lines: Sequence[Mapping[str, FoundLine]] | None = None,
     ) -> list[list[Hit]]:
         """Return the k best videos for each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
         wanted, for example `slice(10, 20)` for a second page. `score` ranks videos by their own vector (`whole`) or
-        that of their best window (`moment`), which is the default for a pretrained CLIP. Raise UserError for vectors of
-        another width, k < 1, and `moment` without moments.
+        that of their best window (`moment`), which is the default for a pretrained CLIP. With `where`, only videos of
+        which these conditions hold are compared (`where.py`). `lines` are what `Transcripts.find` found for each query:
+        the ranks among them and among the vectors are then fused. Raise UserError for vectors of another width, k < 1,
+        conditions that are none, and `moment` without moments.
         """
-        queries = self._unit_queries(vectors, k)
-        moments = self.need_moments() if score == "moment" else None
-        if score is None and self.info.untrained:
-            moments = self.moments
-        found: Iterable[Iterable[tuple[float, int]]] = self._by_whole(queries, k)
-        if moments is not None:
-            found = [islice(self._by_best(moments, query), k) for query in queries]
+        queries, selection = self._unit_queries(vectors, k), self._selected(tuple(where))
+        moments = self.need_moments() if self.ranked_by(score) == "moment" else None
+        depth = k if lines is None else max(k, self.distinct)  # ranks are fused over all videos
+        found: Iterable[Iterable[tuple[float, int]]]
+        if moments is None:
+            found = self._by_whole(queries, depth, selection)
+        else:
+            found = [islice(self._by_best(moments, query, selection), depth) for query in queries]
+        said: Sequence[dict[int, FoundLine]] = [{}] * len(queries)
+        if lines is not None:
+            said = [self._rows_of(one, selection) for one in lines]
+            found = [_fused(list(videos), list(one))[:k] for videos, one in zip(found, said, strict=True)]
         return [
-            [self._hit(query, rank, cosine, row) for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]]
-            for query, videos in zip(queries, found, strict=True)
+            [
+                self._hit(row, rank, cosine, selection, self._moments_of(row, query), own.get(row))
+                for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]
+            ]
+            for query, videos, own in zip(queries, found, said, strict=True)
         ]
 
-    def search_moments(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
+    def search_moments(
+        self, vectors: Any, k: int, ranks: slice = slice(None), where: Sequence[str] = ()
+    ) -> list[list[Hit]]:
         """Return the k best moments of all videos for each query, best first; a video may have several.
 
         The arguments are those of `search`. Raise UserError if the index has no moments.
         """
-        moments = self.need_moments()
+        moments, selection = self.need_moments(), self._selected(tuple(where))
         return [
             [
-                Hit(self.videos[row], moment.score, rank, self._copies_of(row), (moment,))
-                for rank, (row, moment) in list(enumerate(islice(moments.best(query), k), 1))[ranks]
+                self._hit(row, rank, moment.score, selection, (moment,))
+                for rank, (row, moment) in list(enumerate(islice(moments.best(query, selection), k), 1))[ranks]
             ]
             for query in self._unit_queries(vectors, k)
         ]
+
+    def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
+        """Return what ranks videos if `search` is given this `score`."""
+        return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
+
+    def count(self, where: Sequence[str] = ()) -> int:
+        """Return the number of different videos for which these conditions hold. Raise UserError."""
+        return len(self._places(self._selected(tuple(where))))
 
     def need_moments(self) -> IndexedMoments:
         """Return the moments of the index. Raise UserError if it has none."""
@@ -347,29 +388,72 @@ class VideoIndex:
         (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
-    def _by_whole(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[float, int]]]:
+    def _select(self, where: tuple[str, ...]) -> _Narrowed:
+        videos = np.ones(len(self), np.bool_)
+        if where:
+            videos = np.array(rows_where(self.videos.columns, conditions(where)), np.bool_)
+        firsts = np.zeros(len(self), np.bool_)
+        firsts[self._firsts[videos]] = True
+        return _Narrowed(videos, firsts, not where)
+
+    def _places(self, selection: _Narrowed) -> NDArray[np.int64]:
+        """Return the positions in FAISS of the vectors of which a selection has a video."""
+        return np.flatnonzero(selection.firsts[self._rows])
+
+    def _by_whole(self, queries: NDArray[np.float32], k: int, selection: _Narrowed) -> list[list[tuple[float, int]]]:
         """Return score and row of the k videos whose vectors are nearest to each query."""
-        if not len(self):
-            return [[] for _ in queries]
-        scores, places = nearest(self._nearest, queries, min(k, self.distinct))
-        rows = self._rows[places].tolist()
+        places = None if selection.all else self._places(selection)
+        scores, found = nearest(self._nearest, queries, k, places)
+        rows = self._rows[found].tolist()
         return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
 
-    def _by_best(self, moments: IndexedMoments, query: NDArray[np.float32]) -> Iterator[tuple[float, int]]:
+    def _by_best(
+        self, moments: IndexedMoments, query: NDArray[np.float32], selection: _Narrowed
+    ) -> Iterator[tuple[float, int]]:
         """Yield score and row of all videos by their best windows, and after them of those that were not divided."""
         seen = set()
-        for cosine, row, _ in moments.windows(query):
+        for cosine, row, _ in moments.windows(query, selection):
             if row not in seen:
                 seen.add(row)
                 yield cosine, row
-        yield from (one for one in self._by_whole(query[None], self.distinct)[0] if one[1] not in seen)
+        yield from (one for one in self._by_whole(query[None], self.distinct, selection)[0] if one[1] not in seen)
 
-    def _hit(self, query: NDArray[np.float32], rank: int, score: float, row: int) -> Hit:
-        moments = self.moments.of_video(row, query)[:_MOMENTS_A_VIDEO] if self.moments else []
-        return Hit(self.videos[row], score, rank, self._copies_of(row), tuple(moments))
+    def _rows_of(self, lines: Mapping[str, FoundLine], selection: _Narrowed) -> dict[int, FoundLine]:
+        """Return the lines of videos by the rows that a search finds, in the same order."""
+        found: dict[int, FoundLine] = {}
+        for name, line in lines.items():
+            row = self._row_of.get(name)
+            if row is not None and selection.videos[row]:
+                found.setdefault(int(self._firsts[row]), line)
+        return found
 
-    def _copies_of(self, row: int) -> tuple[IndexedVideo, ...]:
-        return tuple(self.videos[copy] for copy in self._copies.get(row, ()))
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.videos.columns["name"])}
+
+    def _moments_of(self, row: int, query: NDArray[np.float32]) -> list[FoundMoment]:
+        return self.moments.of_video(row, query) if self.moments else []
+
+    def _hit(
+        self,
+        row: int,
+        rank: int,
+        score: float,
+        selection: _Narrowed,
+        moments: Sequence[FoundMoment],
+        line: FoundLine | None = None,
+    ) -> Hit:
+        """Return a hit of the first video with the vector of `row` that is selected, with the others as its copies."""
+        videos = [self.videos[one] for one in (row, *self._copies.get(row, ())) if selection.videos[one]]
+        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:_MOMENTS_A_VIDEO]), line)
+
+
+class _Narrowed(NamedTuple):
+    """The videos that a search may find (V,), and the rows whose vector one of them has (V,)."""
+
+    videos: NDArray[np.bool_]
+    firsts: NDArray[np.bool_]
+    all: bool  # whether these are all videos
 
 
 class IndexedMoments:
@@ -397,24 +481,26 @@ class IndexedMoments:
         """Return the moments of a video for a query (D,) of length 1, best first."""
         return list(self._found(row, query).values())
 
-    def best(self, query: NDArray[np.float32]) -> Iterator[tuple[int, FoundMoment]]:
-        """Yield the moments of all videos, best first, with the rows of their videos."""
+    def best(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[int, FoundMoment]]:
+        """Yield the moments of the selected videos, best first, with the rows of their videos."""
         found: dict[int, dict[int, FoundMoment]] = {}  # what has not been yielded
-        for _, row, number in self.windows(query):
+        for _, row, number in self.windows(query, selection):
             if row not in found:
                 found[row] = self._found(row, query)
             if moment := found[row].pop(number, None):
                 yield row, moment
 
-    def windows(self, query: NDArray[np.float32]) -> Iterator[tuple[float, int, int]]:
-        """Yield score, row of the video, and number in it, of all windows, best first; a window may come again."""
-        seen, wanted = 0, 256
-        while seen < len(self):
-            (scores,), (places,) = self._nearest.search(query[None], min(wanted, len(self)))
-            for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+    def windows(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[float, int, int]]:
+        """Yield score, row of the video, and number in it, of all windows of the selected videos, best first; a window
+        may come again."""
+        places = None if selection.all else np.flatnonzero(selection.firsts[self._row])
+        seen, wanted, count = 0, 256, len(self) if places is None else len(places)
+        while seen < count:
+            (scores,), (found,) = nearest(self._nearest, query[None], wanted, places)
+            for score, place in zip(scores.tolist(), found.tolist(), strict=True):
                 row = int(self._row[place])
                 yield score, row, place - self._first[row]
-            seen, wanted = len(places), 4 * wanted
+            seen, wanted = len(found), 4 * wanted
 
     def picture(self, row: int, number: int) -> Path:
         """Return the JPEG of the best frame of a window. Raise IndexError."""
@@ -446,24 +532,65 @@ class _Windows(NamedTuple):
     times: NDArray[np.float64]
 
 
-def nearest(index: Any, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the k largest products of each query (Q, D) with the vectors of a FAISS index, and their rows: (Q, k).
+def nearest(
+    index: Any, queries: NDArray[np.float32], k: int, places: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest products of each query (Q, D) with the vectors of a FAISS index, and their rows: (Q, k), or
+    fewer if there are fewer vectors. Only those at `places`, if they are given, are compared.
 
     FAISS compares one query after another. Many of them are multiplied with a block of vectors at once, which takes a
     fraction of the time.
     """
+    count = index.ntotal if places is None else len(places)
+    k = min(k, count)
+    if not k:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     if len(queries) < _MANY_QUERIES:
-        scores, rows = index.search(queries, k)
-        return scores, rows
+        found = [_nearest_to_one(index, query, k, places) for query in queries]
+        return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
     asked = torch.from_numpy(np.ascontiguousarray(queries))
-    best, places = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
-    for start in range(0, index.ntotal, _BLOCK):
-        block = torch.from_numpy(index.reconstruct_n(start, min(_BLOCK, index.ntotal - start)))
-        found, own = (asked @ block.T).topk(min(k, len(block)), dim=1)
-        best, places = torch.cat([best, found], dim=1), torch.cat([places, own + start], dim=1)
+    best, rows = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
+    for start in range(0, count, _BLOCK):
+        own = np.arange(start, min(start + _BLOCK, count)) if places is None else places[start : start + _BLOCK]
+        block = torch.from_numpy(index.reconstruct_batch(own))
+        scores, within = (asked @ block.T).topk(min(k, len(block)), dim=1)
+        best, rows = torch.cat([best, scores], dim=1), torch.cat([rows, torch.from_numpy(own)[within]], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return best.numpy(), places.numpy()
+        rows = rows.gather(1, order)
+    return best.numpy(), rows.numpy()
+
+
+def _nearest_to_one(
+    index: Any, query: NDArray[np.float32], k: int, places: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest products of a query (D,) and their rows: (k,). Equal ones come in order of rows.
+
+    FAISS returns any of several that are equal to the last one. It is asked for more until the last is a smaller one,
+    so that pages of different lengths agree.
+    """
+    parameters, count = None, index.ntotal
+    if places is not None:
+        bits = np.zeros(count, np.bool_)
+        bits[places] = True
+        chosen = faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))  # type: ignore[arg-type, call-arg]
+        parameters, count = faiss.SearchParameters(sel=chosen), len(places)  # type: ignore[call-arg]
+    wanted = min(k + 1, count)
+    while True:
+        (scores,), (rows,) = index.search(query[None], wanted, params=parameters)
+        if wanted == count or scores[k - 1] > scores[-1]:
+            order = np.lexsort((rows, -scores))[:k]
+            return scores[order], rows[order]
+        wanted = min(4 * wanted, count)
+
+
+def _fused(ranked: list[tuple[float, int]], others: list[int]) -> list[tuple[float, int]]:
+    """Return score and row of videos, all of which are ranked, fused with another ranking of some of them.
+
+    The fused score is the sum of 1 / (60 + rank) (reciprocal rank fusion, Cormack et al. 2009).
+    """
+    share = {row: 1 / (_FUSION + rank) for rank, row in enumerate(others, 1)}
+    order = sorted(enumerate(ranked, 1), key=lambda one: -1 / (_FUSION + one[0]) - share.get(one[1][1], 0))
+    return [video for _, video in order]
 
 
 def first_of_equal(vectors: NDArray[Any]) -> NDArray[np.int64]:

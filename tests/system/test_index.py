@@ -275,14 +275,64 @@ def test_which_files_are_videos(library: Path, tmp_path: Path, index: Index) -> 
     assert set(vectors(tmp_path / "i")) == {*IDS, "camera.MTS", "deep/recording.dat", "link.mp4"}
 
 
+def test_metadata_beside_the_videos(library: Path, tmp_path: Path, index: Index) -> None:
+    """They are read anew by each run, without embedding the video again."""
+    downloaded = {
+        "title": "Dogs",
+        "duration": 1,
+        "formats": [{"url": "x"}],
+        "description": "long " * 50,
+        "tags": ["dog"],
+    }
+    (library / "clip 0.info.json").write_text(json.dumps(downloaded))
+    (library / "clip 0.json").write_text(json.dumps({"title": "Two dogs", "season": 3, "a b": 1}))
+    (library / "clip 2.json").write_text("[]")
+    (library / "notes.txt").write_text("")
+    code, out, err = index(library)
+    assert (code, counts(out), "1 other file passed over: notes.txt" in out) == (0, (5, 0, 5), True)
+    assert "clip 2.json" in err and "object" in err
+    found = VideoIndex.load(tmp_path / "i")
+    assert found.videos[0].metadata == {"title": "Two dogs", "season": 3, "duration": 1, "tags": ["dog"]}
+    assert [video.id for video in found.videos if video.metadata] == [IDS[0]]
+    assert found.count(["season = 3"]) == found.count(["tags = dog and title = *dogs"]) == 1
+    (library / "clip 0.info.json").unlink()
+    (library / "clip 0.json").unlink()
+    assert counts(index(library)[1]) == (0, 5, 5)
+    assert not any("metadata" in video.row for video in read_index(tmp_path / "i").videos())
+
+
+def test_transcripts_beside_the_videos(library: Path, tmp_path: Path, index: Index, capsys: Capsys) -> None:
+    """They are found, with their times, and read again when they change."""
+    (library / "clip 4.en.srt").write_text("1\n00:00:00,500 --> 00:01:02,000\nA whale sings\n")
+    (library / "clip 2.vtt").write_text("WEBVTT\n")
+    code, out, err = index(library)
+    assert (code, "transcripts in the index: 1 (files read: 1)" in out, "passed over: " not in out) == (0, True, True)
+    assert "clip 2.vtt" in err and "other file" not in out
+    command = ["search", str(tmp_path / "i"), "the whale sings", "--hybrid"]
+    assert main(command) == 0
+    first, line = capsys.readouterr().out.splitlines()[1:3]
+    assert "clip 4.mp4" in first and line.split() == ["0:00.5–1:02.0", "“A", "whale", "sings”"]
+    assert main([*command, "--json", "-k", "2"]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert hits[0]["line"] == {"start": 0.5, "end": 62.0, "text": "A whale sings"} and "line" not in hits[1]
+    (library / "clip 4.en.srt").unlink()
+    assert "in the index: 0 (files read: 0)" in index(library)[1]
+    assert main(command) == 2
+    assert ".srt" in capsys.readouterr().err
+    for words in (["x", "--by", "moment"], ["--image", "p.png"], ["x", "--compare", "old.index"]):
+        assert main(["search", str(tmp_path / "i"), *words, "--hybrid"]) == 2
+        assert "--hybrid" in capsys.readouterr().err
+
+
 def test_names_that_are_not_text(run: Path, clips: Path, tmp_path: Path, index: Index, capsys: Capsys) -> None:
     """A file with such a name is listed as broken; a folder with such a name can be indexed and searched."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b"))
     folder.mkdir()
     for name in (b"\xff.mp4", b"a\\b.mp4", "ü \u2028 ñ.MP4".encode()):
         shutil.copy(clips / "clip 0.mp4", os.fsdecode(os.fsencode(folder) + b"/" + name))
+    (folder / "ü \u2028 ñ.srt").write_text("1\n00:00:00,500 --> 00:00:01,000\nhello\n")
     code, out, err = index(folder)
-    assert (code, counts(out), err.count("mp4: ")) == (1, (1, 0, 1), 2)
+    assert (code, counts(out), err.count("mp4: "), "(files read: 1)" in out) == (1, (1, 0, 1), 2, True)
     assert main(["search", str(tmp_path / "i"), "a \x1b thing"]) == 0
     told = capsys.readouterr().out
     assert "\\udcff\\x1b/ü" in told and "\x1b" not in told
@@ -338,7 +388,7 @@ def test_one_writer_at_a_time(clips: Path, tmp_path: Path, index: Index) -> None
 
 def test_an_annotation_with_captions_and_frames(project: Settings, tmp_path: Path, index: Index) -> None:
     annotation = json.loads(Path(project["test_annot"]).read_text())
-    annotation["video4"]["duration"] = 4.0
+    annotation["video4"] |= {"duration": 4.0, "metadata": {"season": 3}}
     annotation["gone"] = {"sentences": ["not there"]}
     (tmp_path / "a.json").write_text(json.dumps(annotation))
     shutil.copytree(str(project["frames_dir"]), tmp_path / "frames")
@@ -350,6 +400,7 @@ def test_an_annotation_with_captions_and_frames(project: Settings, tmp_path: Pat
     assert (first.path, first.duration) == (tmp_path / "frames" / "video4", 4.0)
     assert [frame.time for frame in first.frames] == [frame.index / 2 for frame in first.frames]
     assert second.duration is None and second.best_time is None
+    assert (first.metadata, second.metadata) == ({"season": 3}, {})
     images = sorted((tmp_path / "frames" / "video5").iterdir())
     shutil.copyfile(images[0], images[-1])  # written into the same file: the folder itself does not change
     assert counts(index(*command)[1]) == (1, 7, 8)

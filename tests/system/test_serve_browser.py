@@ -1,5 +1,6 @@
 """The page in a real headless Chromium, against a real server: search, play, pages, pictures, keyboard, phone, dark."""
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,17 @@ import pytest
 from indexing import write_run
 from media import write_video
 from PIL import Image
-from serving import Axes, Server, axis, running, served_row, until, write_divided_index, write_small_index
+from serving import (
+    Axes,
+    Server,
+    add_transcripts,
+    axis,
+    running,
+    served_row,
+    until,
+    write_divided_index,
+    write_small_index,
+)
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
@@ -225,6 +236,68 @@ def test_pages(page: Page, server: Server) -> None:
     page.until_text("#status", "No videos on this page")
     page.find("#previous").click()  # to the last page there is
     page.until(lambda: page.text("#page") == "Page 2 of 2" and len(page.names()) == 3)
+
+
+def test_a_filter(page: Page, server: Server) -> None:
+    """It narrows the search and is kept in the address; what is wrong with it is said beside it."""
+    page.search(server, 7)
+    assert not page.find("#where").is_displayed()
+    page.find("#filter summary").click()
+    page.find("#where").send_keys("name != video7* and duration < 3", Keys.ENTER)
+    page.until_text("#status", "1 to 12 of 14")
+    assert "video7.mp4" not in page.names()
+    page.driver.refresh()
+    page.until_text("#status", "1 to 12 of 14")
+    assert page.find("#where").is_displayed()
+    page.find("#where").clear()
+    page.find("#where").send_keys("season / 3", Keys.ENTER)
+    page.until_text("#where-trouble", "season / 3: not a condition")
+    assert (page.text("#trouble"), page.names(), page.find("#where").get_attribute("aria-invalid")) == ("", [], "true")
+    page.find("#where").clear()
+    page.find("#where").send_keys("duration > 3", Keys.ENTER)
+    page.until_text("#status", "holds for no video")
+    assert page.text("#where-trouble") == ""
+    page.find("#where").clear()
+    page.find("#where").send_keys(Keys.ENTER)
+    page.until_text("#status", "1 to 12 of 15")
+    assert page.js("location.search") == "?q=7"
+
+
+def test_a_threshold(page: Page, tmp_path: Path) -> None:
+    """Below it, the page says that nothing shows it, and shows the best nevertheless."""
+    index = write_small_index(tmp_path)
+    rates = {"false_finds": [5, 2, 9], "misses": [10, 5, 15], "captions": 9, "videos": 5}
+    content = {"fingerprint": index.info.fingerprint, "whole": rates | {"score": 0.5}}
+    (index.folder / "threshold.json").write_text(json.dumps(content))
+    with running(index) as server:
+        page.search(server, 9)
+        page.until_text("#nothing", "Nothing here shows that")
+        assert len(page.names()) == 5
+        page.search(server, 3)
+        assert not page.find("#nothing").is_displayed()
+
+
+def test_what_is_said(page: Page, server: Server, tmp_path: Path) -> None:
+    """A switch, where the index has transcripts; a video plays from the line that was found."""
+    page.search(server, 1)
+    assert not page.find("#said").is_displayed()
+    index = write_small_index(tmp_path)
+    add_transcripts(index, video4="the <b>number</b> 1 &lt;i&gt;")
+    with running(index) as own:
+        page.search(own, 1)
+        assert page.names()[0] == "video1.mp4" and page.all(".card .said") == []
+        page.find("#said").click()
+        page.until(lambda: page.names()[0] == "video4.mp4")
+        assert page.text(".card .said") == "“the number 1 <i>”"
+        assert (page.text(".card .at"), page.js("location.search")) == ("0:00.6–0:01.8", "?q=1&hybrid=1")
+        page.driver.refresh()
+        page.until(lambda: page.names()[0] == "video4.mp4")
+        page.find(".card").click()
+        video = "document.querySelector('#stage video')"
+        began = page.until(lambda: page.js(f"{video}.played.length && {video}.played.start(0)"))
+        assert began == pytest.approx(0.6, abs=0.05)
+        assert page.text("#line") == "0:00.6 “the number 1 <i>”"
+        assert page.complaints() == []
 
 
 def test_a_search_by_picture(page: Page, server: Server, tmp_path: Path) -> None:

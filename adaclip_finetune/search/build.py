@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -43,6 +43,7 @@ from adaclip_finetune.search.index import (
 from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moments
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
+from adaclip_finetune.search.shards import Shard
 from adaclip_finetune.training.memory import memory_explained
 
 
@@ -69,38 +70,45 @@ def index_videos(
     sync: bool = False,
     settings: Mapping[str, Any] | None = None,
     moments: MomentSettings | None = None,
+    shard: Shard | None = None,
 ) -> IndexingReport:
     """Write the index of a collection into `folder`, or update the one that is there.
 
     `dtype` defaults to that of the index that is there, else float32. With `sync`, videos that the collection lacks are
     dropped. `settings` are those with which the model was loaded. With `moments`, parts of the videos are embedded too.
+    With `shard`, only its videos are embedded, and what is written is a part (`merge.py`).
     Raise UserError; batches that were finished until then are kept, and the same call continues from there.
     """
     model.refuse_query_dependent()
-    info = _info(model, collection, settings or {}, moments)
+    info = _info(model, collection, settings or {}, moments, shard)
     about: dict[str, Any] = {"fingerprint": model.fingerprint, "source": info.source, "root": str(collection.root)}
     about |= {"img_tmpl": collection.img_tmpl} | ({"moments": info.moments} if info.moments else {})
+    with writing(folder, about) as parts:
+        old = read_index(folder) if (folder / FILE).exists() else None
+        if old is not None:
+            check_same(folder, old.info, info, sync)
+        parts.open()
+        (folder / THUMBS).mkdir(exist_ok=True)
+        report, videos = _update(model, collection, folder, old, parts, sync, moments, shard)
+        positions = {video.id: place for place, video in enumerate(collection.videos)} if shard else {}
+        kept_dtype = old.vectors.dtype if old else np.dtype("float32")
+        replace_index(folder, info, videos, model.width, np.dtype(dtype or kept_dtype), positions)
+        return report
+
+
+@contextmanager
+def writing(folder: Path, about: Mapping[str, Any]) -> Iterator[PartFolder]:
+    """Make the folder of an index, lock it, and give the place of finished batches in it, which the body opens.
+
+    Raise UserError for a folder of something else, and for errors of the disk in the body.
+    """
     parts = PartFolder(folder / PARTS, about)
     lock = FolderLock(folder)
     try:
         _claim(folder)
         lock.take()
         try:
-            old = read_index(folder) if (folder / FILE).exists() else None
-            if old is not None:
-                _check_same(folder, old.info, info, sync)
-            parts.open()
-            (folder / THUMBS).mkdir(exist_ok=True)
-            report, videos = _update(model, collection, folder, old, parts, sync, moments)
-            vectors = np.array([video.vector for video in videos]).reshape(len(videos), model.width)
-            kept_dtype = old.vectors.dtype if old else np.dtype("float32")
-            of_videos = [video.moments for video in videos if video.moments is not None]
-            rows = [video.row for video in videos]
-            write_index(folder, info, vectors.astype(dtype or kept_dtype), rows, of_videos)
-            shutil.rmtree(parts.path)
-            for name in _thumbs_in(folder).difference(*(video.thumbs() for video in videos)):
-                (folder / THUMBS / name).unlink()
-            return report
+            yield parts
         finally:
             if not parts.names():
                 shutil.rmtree(parts.path, ignore_errors=True)
@@ -113,6 +121,27 @@ def index_videos(
         raise UserError(f"{folder}: {error}. Finished batches are kept; the same command continues") from error
 
 
+def replace_index(
+    folder: Path,
+    info: IndexInfo,
+    videos: Sequence[EmbeddedVideo],
+    width: int,
+    dtype: np.dtype[Any],
+    positions: Mapping[str, int] | None = None,
+) -> None:
+    """Write the index of these videos, whose pictures are there, and delete what it does not need.
+
+    `positions` are those of the videos of a part, by id. Raise OSError.
+    """
+    vectors = np.array([video.vector for video in videos]).reshape(len(videos), width).astype(dtype)
+    of_videos = [video.moments for video in videos if video.moments is not None]
+    rows = [video.row for video in videos]
+    write_index(folder, info, vectors, rows, of_videos, [positions[row["id"]] for row in rows] if positions else ())
+    shutil.rmtree(folder / PARTS)
+    for name in _thumbs_in(folder).difference(*(video.thumbs() for video in videos)):
+        (folder / THUMBS / name).unlink()
+
+
 def _update(
     model: SearchModel,
     collection: VideoCollection,
@@ -121,10 +150,16 @@ def _update(
     parts: PartFolder,
     sync: bool,
     moments: MomentSettings | None,
+    shard: Shard | None,
 ) -> tuple[IndexingReport, list[EmbeddedVideo]]:
     """Embed what is new or changed, keeping finished batches in `parts`. Return all videos of the new index."""
+    listed, collection = collection, collection if shard is None else shard.share(collection)
     finished = {video.row["id"]: video for video in _read_parts(parts)}
     known = {video.row["id"]: video for video in (old.videos() if old else ())} | finished
+    if shard is not None:
+        _refuse_vanished(folder, known.keys() - {video.id for video in listed.videos}, sync)
+        mine = {video.id for video in collection.videos}  # a file that changes may move to another shard
+        known = {name: video for name, video in known.items() if name in mine}
     thumbs = _thumbs_in(folder)
     same_frames = old is None or collection.img_tmpl in (None, old.info.settings.get("img_tmpl"))
     unchanged = {
@@ -135,7 +170,7 @@ def _update(
         and found.thumbs() <= thumbs
     }
     nothing_dropped = "; nothing is dropped" if known else ""
-    if not (collection.videos or collection.broken):
+    if not (listed.videos or listed.broken):
         raise UserError(f"{collection.name}: holds no video{nothing_dropped}")
     started = time.monotonic()
     new = [video for video in collection.videos if video.id not in unchanged]
@@ -145,7 +180,7 @@ def _update(
     broken = find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
     broken |= collection.broken
     readable = [video for video in originals if video.id not in broken]
-    if not unchanged and not readable:
+    if shard is None and not unchanged and not readable:
         raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
     fresh: dict[str, EmbeddedVideo] = {}
     for batch, failed in _embed(model, collection, readable, folder / THUMBS):
@@ -259,11 +294,14 @@ def _embed(
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             embedded = []
             if collated.videos is not None:
+                batch = [by_id[name] for name in collated.videos.video_ids]
+                # One at a time: the last bits of a vector depend on how many videos are computed together.
+                singles = [collated.videos.rows(place, place + 1) for place in range(len(batch))]
                 with memory_explained(model.config):
-                    vectors, weighted = model.embed(collated.videos)
+                    found = [model.embed(single) for single in singles]
+                vectors, weighted = torch.cat([vector for vector, _ in found]), [frames for _, (frames,) in found]
                 if not vectors.isfinite().all():
                     raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
-                batch = [by_id[name] for name in collated.videos.video_ids]
                 rows = pool.map(lambda given: _row(collection, thumbs, *given), zip(batch, weighted, strict=True))
                 for row, vector in zip(rows, vectors.numpy(), strict=True):
                     if isinstance(row, FrameError):
@@ -310,7 +348,11 @@ def _claim(folder: Path) -> None:
 
 
 def _info(
-    model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any], moments: MomentSettings | None
+    model: SearchModel,
+    collection: VideoCollection,
+    settings: Mapping[str, Any],
+    moments: MomentSettings | None,
+    shard: Shard | None,
 ) -> IndexInfo:
     # The index may be searched on another machine than it was made on.
     kept = {name: value for name, value in settings.items() if name not in names_with("machine")}
@@ -321,10 +363,18 @@ def _info(
     is_name = on_hub(model.source) or (model.untrained and not model.source.exists())
     run = model.source if is_name else model.source.absolute()
     divided = None if moments is None else asdict(moments)
-    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided)
+    part = None if shard is None else shard.facts(collection)
+    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided, part)
 
 
-def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
+def _refuse_vanished(folder: Path, vanished: Collection[str], sync: bool) -> None:
+    """Raise UserError if a part would keep videos that are no longer there, which have no place in the whole."""
+    if vanished and not sync:
+        names = ", ".join(sorted(vanished)[:5]) + (" …" if len(vanished) > 5 else "")
+        raise UserError(f"{folder}: {len(vanished)} of its videos are no longer there ({names}): --sync drops them")
+
+
+def check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
     """Raise UserError if the folder holds the index of something else."""
     if old.fingerprint != new.fingerprint:
         raise UserError(
@@ -337,3 +387,10 @@ def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> Non
     if old.moments not in (None, new.moments):
         given = MomentSettings(**old.moments).flags()
         raise UserError(f"-o {folder}: was made with {given}; give the same flags, or another name")
+    is_part, becomes_part = _part_name(old), _part_name(new)
+    if is_part != becomes_part:
+        raise UserError(f"-o {folder}: is {is_part}, not {becomes_part}; give another name, or delete the folder")
+
+
+def _part_name(info: IndexInfo) -> str:
+    return "a whole index" if info.shard is None else f"shard {info.shard['number']}/{info.shard['of']} of an index"

@@ -51,6 +51,7 @@ class IndexInfo:
     source: str  # absolute path of the folder or annotation that was indexed
     untrained: bool = False  # whether the model is a pretrained CLIP
     moments: dict[str, Any] | None = None  # how videos were divided: `MomentSettings` as a dict
+    shard: dict[str, Any] | None = None  # which part of an index it is: `Shard.facts`; None: a whole one
 
     @property
     def has_named_clip(self) -> bool:
@@ -103,6 +104,7 @@ class StoredIndex:
     vectors: NDArray[Any]
     lines: list[bytes]
     moments: StoredMoments | None = None
+    positions: NDArray[np.int64] | None = None  # (V,), of the rows of a part among all videos of the collection
 
     def videos(self) -> list[EmbeddedVideo]:
         """Return all rows, parsed, with their vectors and moments."""
@@ -127,7 +129,8 @@ def read_index(folder: Path) -> StoredIndex:
             if facts.get("moments"):
                 of_moments, counts = file.get_tensor("moment_vectors"), file.get_tensor("moment_counts")
                 moments = StoredMoments(of_moments, counts, file.get_tensor("moments").tobytes().splitlines())
-        return StoredIndex(IndexInfo(**facts), vectors, lines, moments)
+            positions = file.get_tensor("positions") if facts.get("shard") else None
+        return StoredIndex(IndexInfo(**facts), vectors, lines, moments, positions)
     except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
@@ -140,13 +143,18 @@ def write_index(
     vectors: NDArray[Any],
     rows: Sequence[Mapping[str, Any]],
     moments: Sequence[EmbeddedMoments] = (),
+    positions: Sequence[int] = (),
 ) -> None:
     """Replace the index in the folder as a whole. Raise OSError and leave the old one if that fails.
 
-    `moments` are those of each row, if `info` says that there are any.
+    `moments` are those of each row, if `info` says that there are any, and `positions` those of the rows of a part.
     """
     lines, facts = _json_lines(rows), asdict(info)
     tensors = {"vectors": np.ascontiguousarray(vectors), "videos": np.frombuffer(lines, np.uint8)}
+    if info.shard is None:
+        del facts["shard"]
+    else:
+        tensors["positions"] = np.array(positions, np.int64)
     if info.moments is None:
         del facts["moments"]  # the file is what it was before there were moments
     else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_word, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -24,24 +24,25 @@ def run(words: Sequence[str]) -> int:
     if words and words[0] == "merge":
         return _merge(words[1:])
     arguments = _parser().read(words)
+    from adaclip_finetune.data.video.remote import path_of
     from adaclip_finetune.search.shards import Shard
 
-    videos = arguments.videos
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
     output = arguments.output if shard is None else shard.part(arguments.output)
     _check_output(output)
-    if not videos.exists():
+    videos = path_of(arguments.videos)
+    if isinstance(videos, Path) and not videos.exists():
         raise UserError(f"{videos}: there is no such folder or annotation")
     settings = model_settings(arguments)
     moments = _moments(arguments)
     places = {name: settings.pop(name) for name in _PLACES if name in settings}
-    if places and videos.is_dir():
+    if places and (not isinstance(videos, Path) or videos.is_dir()):
         raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
 
     from adaclip_finetune.data.video.discovery import describe_unknown_files
     from adaclip_finetune.processes import leave_group
     from adaclip_finetune.search.build import index_videos
-    from adaclip_finetune.search.collection import collect_annotation, collect_folder
+    from adaclip_finetune.search.collection import collect_annotation, collect_folder, collect_remote
     from adaclip_finetune.search.search_model import load_retriever
     from adaclip_finetune.training.signals import StopSignals
 
@@ -51,7 +52,10 @@ def run(words: Sequence[str]) -> int:
         model = load_retriever(arguments.model, **settings | places)
         leave_group()  # of torchrun, which has assigned the device: from here on, shards do not wait for each other
         model.refuse_query_dependent()
-        collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
+        if isinstance(videos, Path):
+            collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
+        else:
+            collection = collect_remote(videos)
         count = len(collection.videos) + len(collection.broken)
         trained = ", which was not finetuned" if model.untrained else ""
         share = f"the share {shard.number}/{shard.of} of " if shard else ""
@@ -125,8 +129,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     model = "a run folder or checkpoint, or a pretrained CLIP: an open_clip name[:tag], or a file or folder of weights"
     add("model", metavar="MODEL", type=a_path, help=model)
-    videos = "a folder of videos, with its subfolders, or an annotation (JSON)"
-    add("videos", metavar="VIDEOS", type=a_path, help=videos)
+    videos = "a folder of videos, with its subfolders, or its URL (s3://bucket/videos), or an annotation (JSON)"
+    add("videos", metavar="VIDEOS", type=a_word, help=videos)
     add("-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder of the index")
     add("--sync", action="store_true", help="drop videos that are no longer there")
     dtype = "of the vectors; float16 halves their size. Default: float32"

@@ -23,6 +23,7 @@ from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.remote import is_url
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
@@ -380,7 +381,8 @@ def check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None
         raise UserError(
             f"-o {folder}: was made with another model ({old.run}); give another name, or delete the folder"
         )
-    if old.source != new.source and Path(old.source).exists() and not sync:
+    there = is_url(old.source) or Path(old.source).exists()
+    if old.source != new.source and there and not sync:
         raise UserError(
             f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
         )

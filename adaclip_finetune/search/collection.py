@@ -15,8 +15,10 @@ from adaclip_finetune.data.annotations import check_name, load_annotations
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.frames import open_store
-from adaclip_finetune.data.video.discovery import find_videos
+from adaclip_finetune.data.video.discovery import find_videos, has_video_extension
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.index import IndexCache
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 
 
@@ -36,7 +38,7 @@ class CollectionVideo:
     """A video to be indexed; `path` is its file, the folder of its frames, or the pack that holds them."""
 
     id: str
-    path: Path
+    path: Path | RemotePath
     stamp: FileStamp
     captions: tuple[str, ...] = ()
     duration: float | None = None  # seconds, as annotated
@@ -46,8 +48,8 @@ class CollectionVideo:
 class VideoCollection:
     """Videos to be indexed, and the store that reads their frames."""
 
-    name: Path  # of the folder or the annotation
-    root: Path  # the folder that holds the files
+    name: Path | RemotePath  # of the folder or the annotation
+    root: Path | RemotePath  # the folder that holds the files
     videos: list[CollectionVideo]
     broken: dict[str, str]  # id → why the video cannot be read
     store: FrameStore
@@ -76,18 +78,18 @@ class VideoCollection:
 class VideoFiles(VideoFolder):
     """Video files by id, anywhere below `folder`; `files` maps each id to its path relative to the folder."""
 
-    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
-        super().__init__(folder)
-        self.files = dict(files)
+    def __init__(self, folder: Path | RemotePath, files: Mapping[str, str]) -> None:
+        super().__init__(Path(folder))
+        self._root, self._files, self._cache = folder, dict(files), IndexCache(folder)
 
-    def find(self, video_id: str) -> Path:
-        return self.folder / self.files[video_id]
+    def locate(self, video_id: str) -> Path | RemotePath:
+        return self._root / self._files[video_id]
 
 
-def stamp_of(path: Path) -> FileStamp:
+def stamp_of(path: Path | RemotePath) -> FileStamp:
     """Return the stamp that a file or a folder of frames has now. Raise OSError."""
     found = path.stat()
-    if not path.is_dir():
+    if isinstance(path, RemotePath) or not path.is_dir():
         return FileStamp(found.st_size, found.st_mtime_ns)
     with os.scandir(path) as entries:
         images = [entry.stat() for entry in entries]
@@ -138,6 +140,26 @@ def collect_folder(folder: Path) -> VideoCollection:
             broken[name.encode("utf-8", "replace").decode()] = getattr(error, "strerror", None) or str(error)
     store = VideoFiles(root, {video.id: video.id for video in videos})
     return VideoCollection(root, root, videos, broken, store, others)
+
+
+def collect_remote(folder: RemotePath) -> VideoCollection:
+    """Return the files below a URL that are called like videos. Raise UserError if it cannot be listed."""
+    try:
+        files = folder.files()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+    videos, broken = [], {}
+    for name in filter(has_video_extension, files):
+        try:
+            check_name("video", name)
+            if "//" in name:
+                raise UserError("a name with two slashes in a row cannot be read")
+            videos.append(CollectionVideo(name, folder / name, FileStamp(*files[name])))
+        except UserError as error:
+            broken[name] = str(error)
+    others = [Path(name) for name in files if not has_video_extension(name)]
+    store = VideoFiles(folder, {video.id: video.id for video in videos})
+    return VideoCollection(folder, folder, videos, broken, store, others)
 
 
 def collect_annotation(annotation: Path, config: Config) -> VideoCollection:

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from adaclip_finetune.data.video.remote import RemotePath, path_of
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
@@ -185,7 +186,7 @@ class IndexedVideo:
     """One row of an index."""
 
     id: str
-    path: Path  # the video file, the folder of its frames, or the pack that holds them
+    path: Path | RemotePath  # the video file, the folder of its frames, or the pack that holds them
     duration: float | None  # seconds, where known
     frames: tuple[IndexedFrame, ...]  # in order of time
     best: int  # position in `frames` of the one with the greatest weight
@@ -256,7 +257,7 @@ class IndexedVideos:
         facts = json.loads(self._lines[row])
         return IndexedVideo(
             id=facts["id"],
-            path=Path(facts["path"]),
+            path=path_of(facts["path"]),
             duration=facts["duration"],
             frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
             best=facts["best"],

@@ -62,8 +62,17 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.model}{trained} → {output}: {share}{count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
-        given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
-        given |= {"shard": shard}
+        given = {
+            "dtype": arguments.dtype,
+            "sync": arguments.sync,
+            "settings": settings,
+            "moments": moments,
+            "shard": shard,
+        }
+        if arguments.runner == "ray":
+            from adaclip_finetune.search.ray_runner import RayRunner
+
+            given |= {"runner": RayRunner(str(arguments.model), settings | places)}
         try:
             report = index_videos(model, collection, output, **given)
         except KeyboardInterrupt:
@@ -143,6 +152,7 @@ def _parser() -> Parser:
     add("--stride", metavar="SECONDS", type=float, help=stride)
     shard = "embed a share of the videos, such as 1/4, into NAME.index-1-of-4; auto: that of the torchrun process"
     add("--shard", metavar="I/N", help=shard)
+    add("--runner", choices=("ray",), help="embed the videos on a Ray cluster, with an actor for each GPU, or each CPU")
     add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_frm", "num_workers", "val_batch_size")
     return parser
 

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,23 @@ from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
 from adaclip_finetune.search.shards import Shard
 from adaclip_finetune.training.memory import memory_explained
 
+Embedded = tuple[list[EmbeddedVideo], dict[str, str]]
+"""A batch of videos, and those that failed: id → reason."""
+
+
+class Runner(Protocol):
+    """What embeds videos as `embed_videos` does, in other processes."""
+
+    def __call__(
+        self,
+        model: SearchModel,
+        collection: VideoCollection,
+        new: Sequence[CollectionVideo],
+        undivided: Mapping[str, EmbeddedVideo],
+        moments: MomentSettings | None,
+        thumbs: Path,
+    ) -> Iterator[Embedded]: ...
+
 
 @dataclass(frozen=True)
 class IndexingReport:
@@ -72,12 +89,14 @@ def index_videos(
     settings: Mapping[str, Any] | None = None,
     moments: MomentSettings | None = None,
     shard: Shard | None = None,
+    runner: Runner | None = None,
 ) -> IndexingReport:
     """Write the index of a collection into `folder`, or update the one that is there.
 
     `dtype` defaults to that of the index that is there, else float32. With `sync`, videos that the collection lacks are
     dropped. `settings` are those with which the model was loaded. With `moments`, parts of the videos are embedded too.
-    With `shard`, only its videos are embedded, and what is written is a part (`merge.py`).
+    With `shard`, only its videos are embedded, and what is written is a part (`merge.py`). `runner` embeds the videos
+    somewhere else than in this process.
     Raise UserError; batches that were finished until then are kept, and the same call continues from there.
     """
     model.refuse_query_dependent()
@@ -90,7 +109,7 @@ def index_videos(
             check_same(folder, old.info, info, sync)
         parts.open()
         (folder / THUMBS).mkdir(exist_ok=True)
-        report, videos = _update(model, collection, folder, old, parts, sync, moments, shard)
+        report, videos = _update(model, collection, folder, old, parts, sync, moments, shard, runner)
         positions = {video.id: place for place, video in enumerate(collection.videos)} if shard else {}
         kept_dtype = old.vectors.dtype if old else np.dtype("float32")
         replace_index(folder, info, videos, model.width, np.dtype(dtype or kept_dtype), positions)
@@ -152,6 +171,7 @@ def _update(
     sync: bool,
     moments: MomentSettings | None,
     shard: Shard | None,
+    runner: Runner | None,
 ) -> tuple[IndexingReport, list[EmbeddedVideo]]:
     """Embed what is new or changed, keeping finished batches in `parts`. Return all videos of the new index."""
     listed, collection = collection, collection if shard is None else shard.share(collection)
@@ -166,9 +186,9 @@ def _update(
     unchanged = {
         video.id
         for video in collection.videos
-        if (found := (known if same_frames else finished).get(video.id))
-        and (found.row["size"], found.row["mtime_ns"]) == video.stamp
-        and found.thumbs() <= thumbs
+        if (one := (known if same_frames else finished).get(video.id))
+        and (one.row["size"], one.row["mtime_ns"]) == video.stamp
+        and one.thumbs() <= thumbs
     }
     nothing_dropped = "; nothing is dropped" if known else ""
     if not (listed.videos or listed.broken):
@@ -178,24 +198,23 @@ def _update(
     kept = [video for video in collection.videos if video.id in unchanged]
     copies = copies_among(new, kept) if isinstance(collection.store, VideoFolder) else {}
     originals = [video for video in new if video.id not in copies]
-    broken = find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
-    broken |= collection.broken
+    broken = dict(collection.broken)
+    if runner is None:  # another one finds them where it reads them
+        broken |= find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
     readable = [video for video in originals if video.id not in broken]
-    if shard is None and not unchanged and not readable:
-        raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
-    fresh: dict[str, EmbeddedVideo] = {}
-    for batch, failed in _embed(model, collection, readable, folder / THUMBS):
+    undivided = {name: known[name] for name in unchanged if moments and known[name].moments is None}
+    found: dict[str, EmbeddedVideo] = {}
+    embed = embed_videos if runner is None else runner
+    for batch, failed in embed(model, collection, readable, undivided, moments, folder / THUMBS):
         broken |= failed
         if batch:
             _write_part(parts, batch)
-        fresh |= {video.row["id"]: video for video in batch}
-    if moments is not None:
-        whole = {name: known[name] for name in unchanged if known[name].moments is None} | fresh
-        divided, failed = _divide(model, collection, whole, moments, folder / THUMBS, parts)
-        broken |= failed
-        known |= divided
-        fresh = {name: known[name] for name in fresh if name not in failed}
-        unchanged -= failed.keys()
+        found |= {video.row["id"]: video for video in batch}
+    known |= found
+    fresh = found.keys() - unchanged - broken.keys()
+    unchanged -= broken.keys()
+    if shard is None and not unchanged and not fresh:
+        raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
     broken |= {one: broken[first] for one, first in copies.items() if first in broken}
     seconds = time.monotonic() - started
 
@@ -203,7 +222,7 @@ def _update(
     for video in collection.videos:
         source = copies.get(video.id, video.id)
         if source in fresh or source in unchanged:
-            row, vector, of_video = fresh.get(source) or known[source]
+            row, vector, of_video = known[source]
             # The folder may have moved, and captions may have been added, since the video was embedded.
             own = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
             result[video.id] = EmbeddedVideo(row | own | {"captions": list(video.captions)}, vector, of_video)
@@ -240,31 +259,46 @@ def _read_parts(parts: PartFolder) -> Iterator[EmbeddedVideo]:
             yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy(), moments)
 
 
+def embed_videos(
+    model: SearchModel,
+    collection: VideoCollection,
+    new: Sequence[CollectionVideo],
+    undivided: Mapping[str, EmbeddedVideo],
+    moments: MomentSettings | None,
+    thumbs: Path,
+) -> Iterator[Embedded]:
+    """Embed the `new` videos of a collection and, with `moments`, then the parts of these and of the `undivided` ones,
+    by id, which are embedded already.
+
+    Yield batches, whose pictures are in `thumbs`, with the videos that failed. A video comes again when it has moments.
+    """
+    whole = dict(undivided)
+    for batch, failed in _embed(model, collection, new, thumbs):
+        whole |= {video.row["id"]: video for video in batch}
+        yield batch, failed
+    if moments is not None:
+        yield from _divide(model, collection, whole, moments, thumbs)
+
+
 def _divide(
     model: SearchModel,
     collection: VideoCollection,
     whole: Mapping[str, EmbeddedVideo],
     settings: MomentSettings,
     thumbs: Path,
-    parts: PartFolder,
-) -> tuple[dict[str, EmbeddedVideo], dict[str, str]]:
-    """Embed the parts of videos, keeping them in `parts`. Return the videos with their moments, and those that failed:
-    id → reason."""
+) -> Iterator[Embedded]:
+    """Embed the parts of videos, and yield each video with its moments, or that it failed."""
     videos = [video for video in collection.videos if video.id in whole]
-    divided: dict[str, EmbeddedVideo] = {}
-    failed: dict[str, str] = {}
     bar = tqdm(total=len(videos), desc="embedding moments", unit="video", leave=False, disable=None)
     with closing(embed_moments(model, collection, videos, settings)) as embedded, ThreadPoolExecutor(2) as pool, bar:
         for video, moments in embedded:
             bar.update()
             if isinstance(moments, FrameError):
-                failed[video.id] = f"{moments.path}: {moments.reason}"
+                yield [], {video.id: f"{moments.path}: {moments.reason}"}
                 continue
             rows = list(pool.map(lambda moment, of=video: _moment_row(of, moment, thumbs), moments))
             of_video = EmbeddedMoments(rows, np.stack([moment.vector for moment in moments]))
-            divided[video.id] = whole[video.id]._replace(moments=of_video)
-            _write_part(parts, [divided[video.id]])
-    return divided, failed
+            yield [whole[video.id]._replace(moments=of_video)], {}
 
 
 def _moment_row(video: CollectionVideo, moment: Moment, thumbs: Path) -> dict[str, Any]:
@@ -285,8 +319,7 @@ def _thumb_name(video: CollectionVideo, frame: int) -> str:
 
 def _embed(
     model: SearchModel, collection: VideoCollection, videos: Sequence[CollectionVideo], thumbs: Path
-) -> Iterator[tuple[list[EmbeddedVideo], dict[str, str]]]:
-    """Yield batches of embedded videos, whose thumbnails are written, and the videos that failed: id → reason."""
+) -> Iterator[Embedded]:
     by_id = {video.id: video for video in videos}
     dataset = GalleryDataset(list(by_id), VideoReader(collection.store, model.config, model.model.views()))
     bar = tqdm(total=len(by_id), desc="embedding", unit="video", leave=False, disable=None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +60,11 @@ class VideoCollection:
         """Return how the frames' files are named, if the frames are files."""
         return self.store.img_tmpl if isinstance(self.store, FrameFolder) else None
 
+    def only(self, videos: Sequence[CollectionVideo]) -> VideoCollection:
+        """Return some of the videos, with a store that knows no others."""
+        store = self.store.only([video.id for video in videos]) if isinstance(self.store, VideoFiles) else self.store
+        return replace(self, videos=list(videos), broken={}, store=store, others=[])
+
     def times(self, video: CollectionVideo, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
         """Return the length of a video and the times at which a player shows these frames, in seconds; None where that
         is not known. Raise FrameError."""
@@ -81,6 +86,10 @@ class VideoFiles(VideoFolder):
     def __init__(self, folder: Path | RemotePath, files: Mapping[str, str]) -> None:
         super().__init__(Path(folder))
         self._root, self._files, self._cache = folder, dict(files), IndexCache(folder)
+
+    def only(self, video_ids: Iterable[str]) -> VideoFiles:
+        """Return a store of some of the videos."""
+        return VideoFiles(self._root, {video_id: self._files[video_id] for video_id in video_ids})
 
     def locate(self, video_id: str) -> Path | RemotePath:
         return self._root / self._files[video_id]

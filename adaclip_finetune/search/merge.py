@@ -20,7 +20,7 @@ _WHAT = {  # of `IndexInfo`, in words
     "source": "another folder or annotation",
     "moments": "other --moments",
     "untrained": "another model",
-    "shard": "another number of shards, or while other videos were there",
+    "shard": "another number of shards, or while other videos, or newer ones, were there",
 }
 
 

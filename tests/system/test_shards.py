@@ -161,7 +161,7 @@ def test_a_collection_that_grows(run: Path, clips: Path, tmp_path: Path, capsys:
     told = capsys.readouterr().err
     assert "clip 1.mp4" in told and "--sync" in told
     assert merge(tmp_path) == 2, "one part was made of other videos"
-    assert "while other videos were there" in capsys.readouterr().err
+    assert "while other videos" in capsys.readouterr().err
     assert embed("--sync") == [0, 0]
     assert merge(tmp_path) == 0
     index(run, library, output=tmp_path / "whole")
@@ -219,7 +219,7 @@ def test_what_cannot_be_merged_is_refused(
     for parts, fact in cases:
         assert index("merge", *parts, output=tmp_path / "merged") == 2, fact
         assert fact in capsys.readouterr().err
-        assert not (tmp_path / "merged").exists() or fact == "is missing"
+        assert not (tmp_path / "merged").exists()
     assert index("merge", one, two, output=one) == 2
     shutil.copytree(one, tmp_path / "i-1-of-3")
     for flags, output in ((["--shard", "1/3"], tmp_path / "i"), ([], one)):

@@ -63,7 +63,8 @@ class RayRunner:
         ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
         resources = ray.cluster_resources()
         gpus = 0 if self.settings.get("device") == "cpu" else int(resources.get("GPU", 0))
-        actors, readers = gpus or int(resources["CPU"]), model.config.num_workers if gpus else 0
+        cpus = int(resources["CPU"])
+        actors, readers = (gpus, min(model.config.num_workers, cpus // gpus)) if gpus else (cpus, 0)
         size = max(1, min(_VIDEOS, len(videos) // (_BATCHES * actors)))
         work = []
         for start in range(0, len(videos), size):

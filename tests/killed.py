@@ -69,7 +69,7 @@ def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int
     report.draw_curves = report.draw_frame_usage = lambda *_: None  # type: ignore[assignment]
     if place:
         owner, name = PLACES[place]
-        setattr(owner, name, _killing(getattr(owner, name), call, signum))
+        setattr(owner, name, killing(getattr(owner, name), call, signum))
     config = load_config(None, settings)
     folder = Path(config.resume) if config.resume and Path(config.resume).is_dir() else None
     try:
@@ -82,7 +82,7 @@ def _run(settings: dict[str, Any], log: Path, place: str, call: int, signum: int
         sys.exit(stop.exit_code)
 
 
-def _killing(function: Callable[..., Any], call: int, signum: int) -> Callable[..., Any]:
+def killing(function: Callable[..., Any], call: int, signum: int) -> Callable[..., Any]:
     calls = []
 
     @wraps(function)

@@ -52,11 +52,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def a_path(word: str) -> Path:
-    """Return the word as a path. Raise ArgumentTypeError for "", an unset variable that would be the current folder."""
+def a_word(word: str) -> str:
+    """Return the word. Raise ArgumentTypeError for "", as from a variable that is not set."""
     if not word:
         raise argparse.ArgumentTypeError("is empty")
-    return Path(word)
+    return word
+
+
+def a_path(word: str) -> Path:
+    """Return the word as a path. Raise ArgumentTypeError for "", which would be the current folder."""
+    return Path(a_word(word))
 
 
 # ---- flags of settings ----

@@ -1,13 +1,14 @@
-"""`adaclip index`: make or update an index of videos."""
+"""`adaclip index`: make or update an index of videos, or merge the parts that shards wrote."""
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_word, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -20,23 +21,28 @@ _PLACES = ("video_dir", "frames_dir", "img_tmpl")
 
 def run(words: Sequence[str]) -> int:
     """Make or update an index. Return 1 if some videos cannot be read, else 0. Raise UserError."""
+    if words and words[0] == "merge":
+        return _merge(words[1:])
     arguments = _parser().read(words)
-    output, videos = arguments.output, arguments.videos
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"-o {output}: there is no folder {output.absolute().parent}")
-    if output.is_file():
-        raise UserError(f"-o {output}: is a file; an index is a folder")
-    if not videos.exists():
+    from adaclip_finetune.data.video.remote import path_of
+    from adaclip_finetune.search.shards import Shard
+
+    shard = None if arguments.shard is None else Shard.parse(arguments.shard)
+    output = arguments.output if shard is None else shard.part(arguments.output)
+    _check_output(output)
+    videos = path_of(arguments.videos)
+    if isinstance(videos, Path) and not videos.exists():
         raise UserError(f"{videos}: there is no such folder or annotation")
     settings = model_settings(arguments)
     moments = _moments(arguments)
     places = {name: settings.pop(name) for name in _PLACES if name in settings}
-    if places and videos.is_dir():
+    if places and (not isinstance(videos, Path) or videos.is_dir()):
         raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
 
     from adaclip_finetune.data.video.discovery import describe_unknown_files
+    from adaclip_finetune.processes import leave_group
     from adaclip_finetune.search.build import index_videos
-    from adaclip_finetune.search.collection import collect_annotation, collect_folder
+    from adaclip_finetune.search.collection import collect_annotation, collect_folder, collect_remote
     from adaclip_finetune.search.search_model import load_retriever
     from adaclip_finetune.search.transcripts import update_transcripts
     from adaclip_finetune.training.signals import StopSignals
@@ -45,29 +51,72 @@ def run(words: Sequence[str]) -> int:
         if "video_dir" in places or "frames_dir" in places:
             places = {"video_dir": None, "frames_dir": None} | places
         model = load_retriever(arguments.model, **settings | places)
+        leave_group()  # of torchrun, which has assigned the device: from here on, shards do not wait for each other
         model.refuse_query_dependent()
-        collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
+        if isinstance(videos, Path):
+            collection = collect_folder(videos) if videos.is_dir() else collect_annotation(videos, model.config)
+        else:
+            collection = collect_remote(videos)
         count = len(collection.videos) + len(collection.broken)
         trained = ", which was not finetuned" if model.untrained else ""
-        print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
+        share = f"the share {shard.number}/{shard.of} of " if shard else ""
+        print(f"{arguments.model}{trained} → {output}: {share}{count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
         for problem in collection.problems:
             print(f"passed over: {printable(problem)}", file=sys.stderr)
-        given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
+        given = {
+            "dtype": arguments.dtype,
+            "sync": arguments.sync,
+            "settings": settings,
+            "moments": moments,
+            "shard": shard,
+        }
+        if arguments.runner == "ray":
+            from adaclip_finetune.search.ray_runner import RayRunner
+
+            given |= {"runner": RayRunner(str(arguments.model), settings | places)}
         try:
             report = index_videos(model, collection, output, **given)
         except KeyboardInterrupt:
             print("Finished batches are kept; the same command continues", file=sys.stderr)
             raise
         _print_report(report, arguments)
-        ids = [video.id for video in collection.videos]
-        transcripts = update_transcripts(output, collection.transcripts, ids, arguments.sync)
+        ids, mine = [video.id for video in collection.videos], collection if shard is None else shard.share(collection)
+        transcripts = update_transcripts(output, mine.transcripts, ids, arguments.sync)
     if transcripts is not None:
         print(f"lines of transcripts in the index: {transcripts.lines:,} (files read: {transcripts.read:,})")
         for problem in transcripts.problems:
             print(f"passed over: {printable(problem)}", file=sys.stderr)
+    if arguments.shard == "auto":
+        return 0  # torchrun would stop the other shards
     return 1 if report.broken else 0
+
+
+def _merge(words: Sequence[str]) -> int:
+    """Merge the parts that shards wrote. Raise UserError."""
+    parser = Parser(
+        "adaclip index merge",
+        "Merge the parts that `adaclip index --shard` wrote into one index, whose bytes are those of an index that one "
+        "process makes. Parts that are missing, or of different models, settings or videos, are refused.",
+    )
+    parser.add_argument("parts", nargs="+", metavar="PART", type=a_path, help="a folder that --shard wrote")
+    parser.add_argument("-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder to write")
+    arguments = parser.read(words)
+    _check_output(arguments.output)
+
+    from adaclip_finetune.search.merge import merge_parts
+
+    count = merge_parts(arguments.parts, arguments.output)
+    print(f"{len(arguments.parts)} parts → {arguments.output}: {count} videos")
+    return 0
+
+
+def _check_output(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"-o {output}: there is no folder {output.absolute().parent}")
+    if output.is_file():
+        raise UserError(f"-o {output}: is a file; an index is a folder")
 
 
 def _moments(arguments: Namespace) -> MomentSettings | None:
@@ -92,13 +141,14 @@ def _parser() -> Parser:
         "Embed videos for `adaclip search` and `adaclip serve`, with a model that was finetuned or with a pretrained "
         "CLIP, which takes num_frm uniform frames of a video and their mean. Videos that are in the index already are "
         "kept, new and changed ones are added, and the same command continues after an interruption. Exit code 1 if "
-        "some videos cannot be read: they are listed, and the others are indexed.",
+        "some videos cannot be read: they are listed, and the others are indexed. `adaclip index merge PART... -o "
+        "NAME.index` merges the parts that --shard wrote.",
     )
     add = parser.add_argument
     model = "a run folder or checkpoint, or a pretrained CLIP: an open_clip name[:tag], or a file or folder of weights"
     add("model", metavar="MODEL", type=a_path, help=model)
-    videos = "a folder of videos, with its subfolders, or an annotation (JSON)"
-    add("videos", metavar="VIDEOS", type=a_path, help=videos)
+    videos = "a folder of videos, with its subfolders, or its URL (s3://bucket/videos), or an annotation (JSON)"
+    add("videos", metavar="VIDEOS", type=a_word, help=videos)
     add("-o", "--output", required=True, metavar="NAME.index", type=a_path, help="the folder of the index")
     add("--sync", action="store_true", help="drop videos that are no longer there")
     dtype = "of the vectors; float16 halves their size. Default: float32"
@@ -109,6 +159,9 @@ def _parser() -> Parser:
     add("--window", metavar="SECONDS", type=float, help=window)
     stride = "time from the start of a window to that of the next; default half of --window"
     add("--stride", metavar="SECONDS", type=float, help=stride)
+    shard = "embed a share of the videos, such as 1/4, into NAME.index-1-of-4; auto: that of the torchrun process"
+    add("--shard", metavar="I/N", help=shard)
+    add("--runner", choices=("ray",), help="embed the videos on a Ray cluster, with an actor for each GPU, or each CPU")
     add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_frm", "num_workers", "val_batch_size")
     return parser
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ Kind = Literal[
 class FrameError(Exception):
     """A video, or one of its frames, that cannot be read: its name, its file or folder, the reason and its kind."""
 
-    def __init__(self, video_id: str, path: str | Path, reason: str, kind: Kind = "unreadable") -> None:
+    def __init__(self, video_id: str, path: str | PurePath, reason: str, kind: Kind = "unreadable") -> None:
         super().__init__(video_id, path, reason, kind)
         self.video_id, self.path, self.reason, self.kind = video_id, path, reason, kind
 

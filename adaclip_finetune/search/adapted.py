@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class OtherModel:
             return self.retriever.scorer.cosines(vector, kept)
 
     def _encode(self, videos: Sequence[IndexedVideo]) -> Tensor:
-        root = Path(videos[0].path.anchor)
+        root = type(videos[0].path)(videos[0].path.anchor)
         store = VideoFiles(root, {video.key: str(video.path.relative_to(root)) for video in videos})
         reader = VideoReader(store, self.config, self.retriever.views())
         try:

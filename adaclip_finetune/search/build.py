@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.data.loader import GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.remote import is_url
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
@@ -43,7 +44,25 @@ from adaclip_finetune.search.index import (
 from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moments
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
+from adaclip_finetune.search.shards import Shard
 from adaclip_finetune.training.memory import memory_explained
+
+Embedded = tuple[list[EmbeddedVideo], dict[str, str]]
+"""A batch of videos, and those that failed: id → reason."""
+
+
+class Runner(Protocol):
+    """What embeds videos as `embed_videos` does, in other processes."""
+
+    def __call__(
+        self,
+        model: SearchModel,
+        collection: VideoCollection,
+        new: Sequence[CollectionVideo],
+        undivided: Mapping[str, EmbeddedVideo],
+        moments: MomentSettings | None,
+        thumbs: Path,
+    ) -> Iterator[Embedded]: ...
 
 
 @dataclass(frozen=True)
@@ -69,38 +88,47 @@ def index_videos(
     sync: bool = False,
     settings: Mapping[str, Any] | None = None,
     moments: MomentSettings | None = None,
+    shard: Shard | None = None,
+    runner: Runner | None = None,
 ) -> IndexingReport:
     """Write the index of a collection into `folder`, or update the one that is there.
 
     `dtype` defaults to that of the index that is there, else float32. With `sync`, videos that the collection lacks are
     dropped. `settings` are those with which the model was loaded. With `moments`, parts of the videos are embedded too.
+    With `shard`, only its videos are embedded, and what is written is a part (`merge.py`). `runner` embeds the videos
+    somewhere else than in this process.
     Raise UserError; batches that were finished until then are kept, and the same call continues from there.
     """
     model.refuse_query_dependent()
-    info = _info(model, collection, settings or {}, moments)
+    info = _info(model, collection, settings or {}, moments, shard)
     about: dict[str, Any] = {"fingerprint": model.fingerprint, "source": info.source, "root": str(collection.root)}
     about |= {"img_tmpl": collection.img_tmpl} | ({"moments": info.moments} if info.moments else {})
+    with writing(folder, about) as parts:
+        old = read_index(folder) if (folder / FILE).exists() else None
+        if old is not None:
+            check_same(folder, old.info, info, sync)
+        parts.open()
+        (folder / THUMBS).mkdir(exist_ok=True)
+        report, videos = _update(model, collection, folder, old, parts, sync, moments, shard, runner)
+        positions = {video.id: place for place, video in enumerate(collection.videos)} if shard else {}
+        kept_dtype = old.vectors.dtype if old else np.dtype("float32")
+        replace_index(folder, info, videos, model.width, np.dtype(dtype or kept_dtype), positions)
+        return report
+
+
+@contextmanager
+def writing(folder: Path, about: Mapping[str, Any]) -> Iterator[PartFolder]:
+    """Make the folder of an index, lock it, and give the place of finished batches in it, which the body opens.
+
+    Raise UserError for a folder of something else, and for errors of the disk in the body.
+    """
     parts = PartFolder(folder / PARTS, about)
     lock = FolderLock(folder)
     try:
         _claim(folder)
         lock.take()
         try:
-            old = read_index(folder) if (folder / FILE).exists() else None
-            if old is not None:
-                _check_same(folder, old.info, info, sync)
-            parts.open()
-            (folder / THUMBS).mkdir(exist_ok=True)
-            report, videos = _update(model, collection, folder, old, parts, sync, moments)
-            vectors = np.array([video.vector for video in videos]).reshape(len(videos), model.width)
-            kept_dtype = old.vectors.dtype if old else np.dtype("float32")
-            of_videos = [video.moments for video in videos if video.moments is not None]
-            rows = [video.row for video in videos]
-            write_index(folder, info, vectors.astype(dtype or kept_dtype), rows, of_videos)
-            shutil.rmtree(parts.path)
-            for name in _thumbs_in(folder).difference(*(video.thumbs() for video in videos)):
-                (folder / THUMBS / name).unlink()
-            return report
+            yield parts
         finally:
             if not parts.names():
                 shutil.rmtree(parts.path, ignore_errors=True)
@@ -113,6 +141,27 @@ def index_videos(
         raise UserError(f"{folder}: {error}. Finished batches are kept; the same command continues") from error
 
 
+def replace_index(
+    folder: Path,
+    info: IndexInfo,
+    videos: Sequence[EmbeddedVideo],
+    width: int,
+    dtype: np.dtype[Any],
+    positions: Mapping[str, int] | None = None,
+) -> None:
+    """Write the index of these videos, whose pictures are there, and delete what it does not need.
+
+    `positions` are those of the videos of a part, by id. Raise OSError.
+    """
+    vectors = np.array([video.vector for video in videos]).reshape(len(videos), width).astype(dtype)
+    of_videos = [video.moments for video in videos if video.moments is not None]
+    rows = [video.row for video in videos]
+    write_index(folder, info, vectors, rows, of_videos, [positions[row["id"]] for row in rows] if positions else ())
+    shutil.rmtree(folder / PARTS)
+    for name in _thumbs_in(folder).difference(*(video.thumbs() for video in videos)):
+        (folder / THUMBS / name).unlink()
+
+
 def _update(
     model: SearchModel,
     collection: VideoCollection,
@@ -121,45 +170,51 @@ def _update(
     parts: PartFolder,
     sync: bool,
     moments: MomentSettings | None,
+    shard: Shard | None,
+    runner: Runner | None,
 ) -> tuple[IndexingReport, list[EmbeddedVideo]]:
     """Embed what is new or changed, keeping finished batches in `parts`. Return all videos of the new index."""
+    listed, collection = collection, collection if shard is None else shard.share(collection)
     finished = {video.row["id"]: video for video in _read_parts(parts)}
     known = {video.row["id"]: video for video in (old.videos() if old else ())} | finished
+    if shard is not None:
+        _refuse_vanished(folder, known.keys() - {video.id for video in listed.videos}, sync)
+        mine = {video.id for video in collection.videos}  # a file that changes may move to another shard
+        known = {name: video for name, video in known.items() if name in mine}
     thumbs = _thumbs_in(folder)
     same_frames = old is None or collection.img_tmpl in (None, old.info.settings.get("img_tmpl"))
     unchanged = {
         video.id
         for video in collection.videos
-        if (found := (known if same_frames else finished).get(video.id))
-        and (found.row["size"], found.row["mtime_ns"]) == video.stamp
-        and found.thumbs() <= thumbs
+        if (one := (known if same_frames else finished).get(video.id))
+        and (one.row["size"], one.row["mtime_ns"]) == video.stamp
+        and one.thumbs() <= thumbs
     }
     nothing_dropped = "; nothing is dropped" if known else ""
-    if not (collection.videos or collection.broken):
+    if not (listed.videos or listed.broken):
         raise UserError(f"{collection.name}: holds no video{nothing_dropped}")
     started = time.monotonic()
     new = [video for video in collection.videos if video.id not in unchanged]
     kept = [video for video in collection.videos if video.id in unchanged]
     copies = copies_among(new, kept) if isinstance(collection.store, VideoFolder) else {}
     originals = [video for video in new if video.id not in copies]
-    broken = find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
-    broken |= collection.broken
+    broken = dict(collection.broken)
+    if runner is None:  # another one finds them where it reads them
+        broken |= find_unreadable(collection.store, [video.id for video in originals], model.config.num_workers)
     readable = [video for video in originals if video.id not in broken]
-    if not unchanged and not readable:
-        raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
-    fresh: dict[str, EmbeddedVideo] = {}
-    for batch, failed in _embed(model, collection, readable, folder / THUMBS):
+    undivided = {name: known[name] for name in unchanged if moments and known[name].moments is None}
+    found: dict[str, EmbeddedVideo] = {}
+    embed = embed_videos if runner is None else runner
+    for batch, failed in embed(model, collection, readable, undivided, moments, folder / THUMBS):
         broken |= failed
         if batch:
             _write_part(parts, batch)
-        fresh |= {video.row["id"]: video for video in batch}
-    if moments is not None:
-        whole = {name: known[name] for name in unchanged if known[name].moments is None} | fresh
-        divided, failed = _divide(model, collection, whole, moments, folder / THUMBS, parts)
-        broken |= failed
-        known |= divided
-        fresh = {name: known[name] for name in fresh if name not in failed}
-        unchanged -= failed.keys()
+        found |= {video.row["id"]: video for video in batch}
+    known |= found
+    fresh = found.keys() - unchanged - broken.keys()
+    unchanged -= broken.keys()
+    if shard is None and not unchanged and not fresh:
+        raise UserError(f"{collection.name}: none of its videos can be read{nothing_dropped}:\n{listing(broken)}")
     broken |= {one: broken[first] for one, first in copies.items() if first in broken}
     seconds = time.monotonic() - started
 
@@ -167,7 +222,7 @@ def _update(
     for video in collection.videos:
         source = copies.get(video.id, video.id)
         if source in fresh or source in unchanged:
-            row, vector, of_video = fresh.get(source) or known[source]
+            row, vector, of_video = known[source]
             # The folder may have moved, and captions and metadata may have changed, since the video was embedded.
             own: dict[str, Any] = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
             row = {name: value for name, value in row.items() if name != "metadata"}
@@ -206,31 +261,46 @@ def _read_parts(parts: PartFolder) -> Iterator[EmbeddedVideo]:
             yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy(), moments)
 
 
+def embed_videos(
+    model: SearchModel,
+    collection: VideoCollection,
+    new: Sequence[CollectionVideo],
+    undivided: Mapping[str, EmbeddedVideo],
+    moments: MomentSettings | None,
+    thumbs: Path,
+) -> Iterator[Embedded]:
+    """Embed the `new` videos of a collection and, with `moments`, then the parts of these and of the `undivided` ones,
+    by id, which are embedded already.
+
+    Yield batches, whose pictures are in `thumbs`, with the videos that failed. A video comes again when it has moments.
+    """
+    whole = dict(undivided)
+    for batch, failed in _embed(model, collection, new, thumbs):
+        whole |= {video.row["id"]: video for video in batch}
+        yield batch, failed
+    if moments is not None:
+        yield from _divide(model, collection, whole, moments, thumbs)
+
+
 def _divide(
     model: SearchModel,
     collection: VideoCollection,
     whole: Mapping[str, EmbeddedVideo],
     settings: MomentSettings,
     thumbs: Path,
-    parts: PartFolder,
-) -> tuple[dict[str, EmbeddedVideo], dict[str, str]]:
-    """Embed the parts of videos, keeping them in `parts`. Return the videos with their moments, and those that failed:
-    id → reason."""
+) -> Iterator[Embedded]:
+    """Embed the parts of videos, and yield each video with its moments, or that it failed."""
     videos = [video for video in collection.videos if video.id in whole]
-    divided: dict[str, EmbeddedVideo] = {}
-    failed: dict[str, str] = {}
     bar = tqdm(total=len(videos), desc="embedding moments", unit="video", leave=False, disable=None)
     with closing(embed_moments(model, collection, videos, settings)) as embedded, ThreadPoolExecutor(2) as pool, bar:
         for video, moments in embedded:
             bar.update()
             if isinstance(moments, FrameError):
-                failed[video.id] = f"{moments.path}: {moments.reason}"
+                yield [], {video.id: f"{moments.path}: {moments.reason}"}
                 continue
             rows = list(pool.map(lambda moment, of=video: _moment_row(of, moment, thumbs), moments))
             of_video = EmbeddedMoments(rows, np.stack([moment.vector for moment in moments]))
-            divided[video.id] = whole[video.id]._replace(moments=of_video)
-            _write_part(parts, [divided[video.id]])
-    return divided, failed
+            yield [whole[video.id]._replace(moments=of_video)], {}
 
 
 def _moment_row(video: CollectionVideo, moment: Moment, thumbs: Path) -> dict[str, Any]:
@@ -251,8 +321,7 @@ def _thumb_name(video: CollectionVideo, frame: int) -> str:
 
 def _embed(
     model: SearchModel, collection: VideoCollection, videos: Sequence[CollectionVideo], thumbs: Path
-) -> Iterator[tuple[list[EmbeddedVideo], dict[str, str]]]:
-    """Yield batches of embedded videos, whose thumbnails are written, and the videos that failed: id → reason."""
+) -> Iterator[Embedded]:
     by_id = {video.id: video for video in videos}
     dataset = GalleryDataset(list(by_id), VideoReader(collection.store, model.config, model.model.views()))
     bar = tqdm(total=len(by_id), desc="embedding", unit="video", leave=False, disable=None)
@@ -261,11 +330,14 @@ def _embed(
             failed = {error.video_id: f"{error.path}: {error.reason}" for error in collated.failures}
             embedded = []
             if collated.videos is not None:
+                batch = [by_id[name] for name in collated.videos.video_ids]
+                # One at a time: the last bits of a vector depend on how many videos are computed together.
+                singles = [collated.videos.rows(place, place + 1) for place in range(len(batch))]
                 with memory_explained(model.config):
-                    vectors, weighted = model.embed(collated.videos)
+                    found = [model.embed(single) for single in singles]
+                vectors, weighted = torch.cat([vector for vector, _ in found]), [frames for _, (frames,) in found]
                 if not vectors.isfinite().all():
                     raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
-                batch = [by_id[name] for name in collated.videos.video_ids]
                 rows = pool.map(lambda given: _row(collection, thumbs, *given), zip(batch, weighted, strict=True))
                 for row, vector in zip(rows, vectors.numpy(), strict=True):
                     if isinstance(row, FrameError):
@@ -312,7 +384,11 @@ def _claim(folder: Path) -> None:
 
 
 def _info(
-    model: SearchModel, collection: VideoCollection, settings: Mapping[str, Any], moments: MomentSettings | None
+    model: SearchModel,
+    collection: VideoCollection,
+    settings: Mapping[str, Any],
+    moments: MomentSettings | None,
+    shard: Shard | None,
 ) -> IndexInfo:
     # The index may be searched on another machine than it was made on.
     kept = {name: value for name, value in settings.items() if name not in names_with("machine")}
@@ -323,19 +399,35 @@ def _info(
     is_name = on_hub(model.source) or (model.untrained and not model.source.exists())
     run = model.source if is_name else model.source.absolute()
     divided = None if moments is None else asdict(moments)
-    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided)
+    part = None if shard is None else shard.facts(collection)
+    return IndexInfo(model.fingerprint, str(run), kept, str(collection.name), model.untrained, divided, part)
 
 
-def _check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
+def _refuse_vanished(folder: Path, vanished: Collection[str], sync: bool) -> None:
+    """Raise UserError if a part would keep videos that are no longer there, which have no place in the whole."""
+    if vanished and not sync:
+        names = ", ".join(sorted(vanished)[:5]) + (" …" if len(vanished) > 5 else "")
+        raise UserError(f"{folder}: {len(vanished)} of its videos are no longer there ({names}): --sync drops them")
+
+
+def check_same(folder: Path, old: IndexInfo, new: IndexInfo, sync: bool) -> None:
     """Raise UserError if the folder holds the index of something else."""
     if old.fingerprint != new.fingerprint:
         raise UserError(
             f"-o {folder}: was made with another model ({old.run}); give another name, or delete the folder"
         )
-    if old.source != new.source and Path(old.source).exists() and not sync:
+    there = is_url(old.source) or Path(old.source).exists()
+    if old.source != new.source and there and not sync:
         raise UserError(
             f"-o {folder}: is the index of {old.source}; give another name, or --sync to replace its videos"
         )
     if old.moments not in (None, new.moments):
         given = MomentSettings(**old.moments).flags()
         raise UserError(f"-o {folder}: was made with {given}; give the same flags, or another name")
+    is_part, becomes_part = _part_name(old), _part_name(new)
+    if is_part != becomes_part:
+        raise UserError(f"-o {folder}: is {is_part}, not {becomes_part}; give another name, or delete the folder")
+
+
+def _part_name(info: IndexInfo) -> str:
+    return "a whole index" if info.shard is None else f"shard {info.shard['number']}/{info.shard['of']} of an index"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,10 @@ from adaclip_finetune.data.annotations import check_name, load_annotations
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.frames import open_store
-from adaclip_finetune.data.video.discovery import find_videos
+from adaclip_finetune.data.video.discovery import find_videos, has_video_extension
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.data.video.index import IndexCache
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.metadata import ENDINGS, metadata_beside
 from adaclip_finetune.search.transcripts import transcripts_beside
@@ -38,7 +40,7 @@ class CollectionVideo:
     """A video to be indexed; `path` is its file, the folder of its frames, or the pack that holds them."""
 
     id: str
-    path: Path
+    path: Path | RemotePath
     stamp: FileStamp
     captions: tuple[str, ...] = ()
     duration: float | None = None  # seconds, as annotated
@@ -49,8 +51,8 @@ class CollectionVideo:
 class VideoCollection:
     """Videos to be indexed, and the store that reads their frames."""
 
-    name: Path  # of the folder or the annotation
-    root: Path  # the folder that holds the files
+    name: Path | RemotePath  # of the folder or the annotation
+    root: Path | RemotePath  # the folder that holds the files
     videos: list[CollectionVideo]
     broken: dict[str, str]  # id → why the video cannot be read
     store: FrameStore
@@ -62,6 +64,11 @@ class VideoCollection:
     def img_tmpl(self) -> str | None:
         """Return how the frames' files are named, if the frames are files."""
         return self.store.img_tmpl if isinstance(self.store, FrameFolder) else None
+
+    def only(self, videos: Sequence[CollectionVideo]) -> VideoCollection:
+        """Return some of the videos, with a store that knows no others."""
+        store = self.store.only([video.id for video in videos]) if isinstance(self.store, VideoFiles) else self.store
+        return replace(self, videos=list(videos), broken={}, store=store, others=[])
 
     def times(self, video: CollectionVideo, frames: Sequence[int]) -> tuple[float | None, list[float | None]]:
         """Return the length of a video and the times at which a player shows these frames, in seconds; None where that
@@ -81,18 +88,22 @@ class VideoCollection:
 class VideoFiles(VideoFolder):
     """Video files by id, anywhere below `folder`; `files` maps each id to its path relative to the folder."""
 
-    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
-        super().__init__(folder)
-        self.files = dict(files)
+    def __init__(self, folder: Path | RemotePath, files: Mapping[str, str]) -> None:
+        super().__init__(Path(folder))
+        self._root, self._files, self._cache = folder, dict(files), IndexCache(folder)
 
-    def find(self, video_id: str) -> Path:
-        return self.folder / self.files[video_id]
+    def only(self, video_ids: Iterable[str]) -> VideoFiles:
+        """Return a store of some of the videos."""
+        return VideoFiles(self._root, {video_id: self._files[video_id] for video_id in video_ids})
+
+    def locate(self, video_id: str) -> Path | RemotePath:
+        return self._root / self._files[video_id]
 
 
-def stamp_of(path: Path) -> FileStamp:
+def stamp_of(path: Path | RemotePath) -> FileStamp:
     """Return the stamp that a file or a folder of frames has now. Raise OSError."""
     found = path.stat()
-    if not path.is_dir():
+    if isinstance(path, RemotePath) or not path.is_dir():
         return FileStamp(found.st_size, found.st_mtime_ns)
     with os.scandir(path) as entries:
         images = [entry.stat() for entry in entries]
@@ -145,6 +156,26 @@ def collect_folder(folder: Path) -> VideoCollection:
     return _with_sidecars(VideoCollection(root, root, videos, broken, store, others))
 
 
+def collect_remote(folder: RemotePath) -> VideoCollection:
+    """Return the files below a URL that are called like videos. Raise UserError if it cannot be listed."""
+    try:
+        files = folder.files()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+    videos, broken = [], {}
+    for name in filter(has_video_extension, files):
+        try:
+            check_name("video", name)
+            if "//" in name:
+                raise UserError("a name with two slashes in a row cannot be read")
+            videos.append(CollectionVideo(name, folder / name, FileStamp(*files[name])))
+        except UserError as error:
+            broken[name] = str(error)
+    others = [Path(name) for name in files if not has_video_extension(name)]
+    store = VideoFiles(folder, {video.id: video.id for video in videos})
+    return VideoCollection(folder, folder, videos, broken, store, others)
+
+
 def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
     """Return the videos of an annotation, below the `video_dir` or `frames_dir` of the settings. Raise UserError."""
     listed = load_annotations(annotation)
@@ -172,15 +203,16 @@ def _with_sidecars(collection: VideoCollection) -> VideoCollection:
     """Add what files beside the videos say; what the annotation says has precedence."""
     if not isinstance(collection.store, VideoFolder):
         return collection
-    videos, problems = [], []
+    videos, problems, ids = [], [], dict[Path, str]()
     for video in collection.videos:
+        assert isinstance(video.path, Path), "what lies beside videos in object storage is not read"
+        ids[video.path] = video.id
         try:
             videos.append(replace(video, metadata={**metadata_beside(video.path), **video.metadata}))
         except UserError as error:
             videos.append(video)
             problems.append(str(error))
-    beside = {video.path.with_suffix(ending) for video in videos for ending in ENDINGS}
-    ids = {video.path: video.id for video in videos}
+    beside = {path.with_suffix(ending) for path in ids for ending in ENDINGS}
     transcripts = {ids[path]: files for path, files in transcripts_beside(ids).items()}
     beside.update(*transcripts.values())
     others = [path for path in collection.others if path not in beside]

@@ -37,6 +37,11 @@ def has_file(video: IndexedVideo) -> bool:
     return is_video_file(video.path) and not os.path.isdir(video.path)  # noqa: PTH112 (never raises)
 
 
+def can_cut(video: IndexedVideo) -> bool:
+    """Return whether parts of a video can be cut: it is a file on this machine."""
+    return has_file(video) and isinstance(video.path, Path)
+
+
 def check_unchanged(video: IndexedVideo) -> None:
     """Raise CutFailed if the file of a video is missing or is not what was indexed."""
     try:
@@ -65,6 +70,8 @@ def cut(video: IndexedVideo, start: float, end: float, target: Path, exact: bool
     """
     if not has_file(video):
         raise CutFailed(f"{video.id}: the index was made of frames; there is no video file")
+    if not isinstance(video.path, Path):
+        raise CutFailed(f"{video.path}: is not on this machine; download it, and cut it from an index of the copy")
     check_unchanged(video)
     reading = ["-format_whitelist", CONTAINERS, "-protocol_whitelist", "file"]
     source, length = ["-i", f"file:{video.path.absolute()}"], ["-t", f"{end - start:.3f}"]

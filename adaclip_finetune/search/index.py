@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from adaclip_finetune.data.video.remote import RemotePath, path_of
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
@@ -55,6 +56,7 @@ class IndexInfo:
     source: str  # absolute path of the folder or annotation that was indexed
     untrained: bool = False  # whether the model is a pretrained CLIP
     moments: dict[str, Any] | None = None  # how videos were divided: `MomentSettings` as a dict
+    shard: dict[str, Any] | None = None  # which part of an index it is: `Shard.facts`; None: a whole one
 
     @property
     def has_named_clip(self) -> bool:
@@ -107,6 +109,7 @@ class StoredIndex:
     vectors: NDArray[Any]
     lines: list[bytes]
     moments: StoredMoments | None = None
+    positions: NDArray[np.int64] | None = None  # (V,), of the rows of a part among all videos of the collection
 
     def videos(self) -> list[EmbeddedVideo]:
         """Return all rows, parsed, with their vectors and moments."""
@@ -131,7 +134,8 @@ def read_index(folder: Path) -> StoredIndex:
             if facts.get("moments"):
                 of_moments, counts = file.get_tensor("moment_vectors"), file.get_tensor("moment_counts")
                 moments = StoredMoments(of_moments, counts, file.get_tensor("moments").tobytes().splitlines())
-        return StoredIndex(IndexInfo(**facts), vectors, lines, moments)
+            positions = file.get_tensor("positions") if facts.get("shard") else None
+        return StoredIndex(IndexInfo(**facts), vectors, lines, moments, positions)
     except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
@@ -144,13 +148,18 @@ def write_index(
     vectors: NDArray[Any],
     rows: Sequence[Mapping[str, Any]],
     moments: Sequence[EmbeddedMoments] = (),
+    positions: Sequence[int] = (),
 ) -> None:
     """Replace the index in the folder as a whole. Raise OSError and leave the old one if that fails.
 
-    `moments` are those of each row, if `info` says that there are any.
+    `moments` are those of each row, if `info` says that there are any, and `positions` those of the rows of a part.
     """
     lines, facts = _json_lines(rows), asdict(info)
     tensors = {"vectors": np.ascontiguousarray(vectors), "videos": np.frombuffer(lines, np.uint8)}
+    if info.shard is None:
+        del facts["shard"]
+    else:
+        tensors["positions"] = np.array(positions, np.int64)
     if info.moments is None:
         del facts["moments"]  # the file is what it was before there were moments
     else:
@@ -181,7 +190,7 @@ class IndexedVideo:
     """One row of an index."""
 
     id: str
-    path: Path  # the video file, the folder of its frames, or the pack that holds them
+    path: Path | RemotePath  # the video file, the folder of its frames, or the pack that holds them
     duration: float | None  # seconds, where known
     frames: tuple[IndexedFrame, ...]  # in order of time
     best: int  # position in `frames` of the one with the greatest weight
@@ -255,7 +264,7 @@ class IndexedVideos:
         facts = json.loads(self._lines[row])
         return IndexedVideo(
             id=facts["id"],
-            path=Path(facts["path"]),
+            path=path_of(facts["path"]),
             duration=facts["duration"],
             frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
             best=facts["best"],

@@ -153,6 +153,22 @@ def update_transcripts(
     return TranscriptReport(read, count, problems)
 
 
+def merge_transcripts(parts: Iterable[Path], folder: Path) -> None:
+    """Write the transcripts of all parts of an index into its folder, in place of those there. Raise UserError."""
+    (folder / TRANSCRIPTS).unlink(missing_ok=True)
+    paths = [path for part in parts if (path := part / TRANSCRIPTS).exists()]
+    if not paths:
+        return
+    with _opened(folder / TRANSCRIPTS) as db:
+        db.executescript(_TABLES)
+        with db:
+            for path in paths:
+                with _opened(path, "?mode=ro") as own:
+                    for file, *facts, first, last in own.execute("SELECT * FROM files ORDER BY path"):
+                        select = "SELECT start, end, text FROM lines WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
+                        _add(db, file, facts, [FoundLine(*line) for line in own.execute(select, (first, last))])
+
+
 class Transcripts:
     """The transcripts of an index."""
 

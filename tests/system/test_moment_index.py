@@ -258,7 +258,7 @@ def test_an_interruption_keeps_finished_videos(clips: Path, tmp_path: Path, mode
 
     def stop(batch: Any) -> Any:
         calls.append(len(batch))
-        if len(calls) > 2:
+        if len(calls) > 3:
             raise KeyboardInterrupt
         return embed(batch)
 

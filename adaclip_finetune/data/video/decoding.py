@@ -1,7 +1,7 @@
 """Open a video with PyAV, and decode it in order, from its first frame to its last sound one.
 
-Only plain containers are opened, and only from disk: FFmpeg would follow a playlist or script that is called .mp4 to
-other files and addresses.
+Only plain containers are opened, from disk or through fsspec: FFmpeg would follow a playlist or script that is called
+.mp4 to other files and addresses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
+
+from adaclip_finetune.data.video.remote import RemotePath
 
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,dv,rm,mxf,mjpeg,yuv4mpegpipe,"
@@ -37,7 +39,7 @@ class Member:
     size: int
 
 
-Source = Path | Member
+Source = Path | RemotePath | Member
 
 
 class BrokenVideo(Exception):
@@ -55,7 +57,8 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     The decoder has one thread, because many workers read at once, and it reports damage instead of concealing it, so
     that a damaged file does not silently become other training data.
     """
-    url, protocols = f"file:{source}", "file"
+    url: Any = f"file:{source}"
+    protocols = "file"
     if isinstance(source, Member):  # FFmpeg reads these bytes alone, without a call into Python
         if not source.size:
             raise BrokenVideo("the file is empty")
@@ -63,6 +66,8 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
         url, protocols = f"subfile,,start,{source.start},end,{end},,:file:{source.path}", "file,subfile"
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": protocols}
     try:
+        if isinstance(source, RemotePath):
+            url, options["protocol_whitelist"] = source.open(), "none"
         with av.open(url, container_options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
@@ -73,7 +78,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = reason_of(error)
         if isinstance(error, av.InvalidDataError | av.EOFError):
-            empty = isinstance(source, Path) and source.stat().st_size == 0
+            empty = not isinstance(source, Member) and source.stat().st_size == 0
             reason = "the file is empty" if empty else f"it is no video of a known kind, or was cut off ({reason})"
         raise BrokenVideo(reason) from None
 

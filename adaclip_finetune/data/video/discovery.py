@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adaclip_finetune.data.names import split_extension
 from adaclip_finetune.data.video.decoding import BrokenVideo, opened
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.printable import printable
 
 NUM_EXAMPLES = 5
@@ -19,7 +20,7 @@ def has_video_extension(name: str) -> bool:
     return split_extension(name)[1] is not None
 
 
-def is_video_file(path: Path) -> bool:
+def is_video_file(path: Path | RemotePath) -> bool:
     """Return whether a file is called like a video, or can be opened as one whatever it is called."""
     if has_video_extension(path.name):
         return True

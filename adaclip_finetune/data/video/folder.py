@@ -17,6 +17,7 @@ from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames, stream_frames
 from adaclip_finetune.data.video.index import FrameIndex, IndexCache, ShownTimes, unpack_index
+from adaclip_finetune.data.video.remote import RemotePath
 
 
 class VideoFolder:
@@ -91,6 +92,10 @@ class VideoFolder:
             raise FrameError(video_id, folder, f'{several} are there: say which by "extension" in the annotation')
         return folder / found[0]
 
+    def locate(self, video_id: str) -> Path | RemotePath:
+        """Return the file that the frames of a video are read from. Raises FrameError."""
+        return self.find(video_id)
+
     def other_files(self) -> list[Path]:
         """Return the files that are no videos, of the folders in which videos were looked up."""
         files = {folder / name for folder, listing in self._listings.items() for name in chain(*listing.values())}
@@ -117,9 +122,9 @@ class VideoFolder:
         return unpack_index(self._indices[video_id])
 
     @contextmanager
-    def _named(self, video_id: str) -> Iterator[Path]:
+    def _named(self, video_id: str) -> Iterator[Path | RemotePath]:
         """Give the file of a video; errors in the body become FrameErrors that name both."""
-        path = self.find(video_id)
+        path = self.locate(video_id)
         try:
             yield path
         except BrokenVideo as error:

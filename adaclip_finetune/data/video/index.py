@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.decoding import BrokenVideo, Source, opened, packets_of, sound_frames
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.durable import write_durably
 
 # Packets are frames in containers that keep both times of every packet, for codecs that put one frame into each.
@@ -135,7 +136,7 @@ Entry = tuple[int, int, str]  # size, mtime_ns, and the packed index as text
 class IndexCache:
     """The packed indices of the videos of one folder, by name relative to it, size and time of the last change."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | RemotePath) -> None:
         self._folder = folder
         self._known: dict[str, Entry] | None = None
         self._new: dict[str, Entry] = {}
@@ -144,7 +145,7 @@ class IndexCache:
         """Leave out what was read: the store tells workers what they need, and they can read the file."""
         return {"_folder": self._folder, "_known": None, "_new": {}}
 
-    def packed_index(self, path: Path) -> bytes:
+    def packed_index(self, path: Path | RemotePath) -> bytes:
         """Return the packed index of a video, which is scanned unless it is as it was at an earlier scan.
 
         Raises OSError and BrokenVideo.
@@ -176,7 +177,8 @@ class IndexCache:
     def _file(self) -> Path:
         """Return the file of this folder. Raises RuntimeError for a user without a home."""
         # Another FFmpeg may see other frames in the same video.
-        key = f"{FORMAT} {av.ffmpeg_version_info} {os.path.realpath(self._folder)}"
+        folder = os.path.realpath(self._folder) if isinstance(self._folder, Path) else self._folder
+        key = f"{FORMAT} {av.ffmpeg_version_info} {folder}"
         name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
         return cache_folder() / "videos" / f"{name}.json.gz"
 

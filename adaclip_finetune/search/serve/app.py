@@ -11,7 +11,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from mimetypes import guess_type
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import uvicorn
@@ -28,12 +29,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaclip_finetune import __version__
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.cut import has_file
+from adaclip_finetune.search.cut import can_cut, has_file
 from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
 from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.query import is_one_text
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
+from adaclip_finetune.search.serve.streaming import stream_range
 from adaclip_finetune.search.threshold import thresholds_of
 from adaclip_finetune.search.transcripts import Transcripts
 
@@ -90,7 +93,7 @@ class FoundPart(BaseModel):
     score: float = Field(description="cosine between query and the best window in it")
     time: float = Field(description="seconds, of the frame that stands for it")
     poster: str = Field(description="URL of the JPEG of that frame")
-    clip: str | None = Field(description="URL of the moment as a file; null if the index was made of frames")
+    clip: str | None = Field(description="URL of the moment as a file; null if its video is no file on this machine")
 
 
 class SaidLine(BaseModel):
@@ -271,10 +274,13 @@ def _add_media(app: FastAPI, videos: ServedVideos) -> None:
     one_at_a_time, one_cut_at_a_time = asyncio.Lock(), asyncio.Lock()
 
     @app.get("/api/videos/{key}/file", response_class=FileResponse)
-    def file(key: Key) -> Response:
+    def file(key: Key, request: Request) -> Response:
         """Return the video file; range requests are supported."""
         path = videos.file(key)
-        return FileResponse(path, media_type=_MEDIA_TYPES.get(path.suffix.lower()))
+        media_type = _MEDIA_TYPES.get(path.suffix.lower())
+        if isinstance(path, RemotePath):
+            return stream_range(path, request.headers.get("range"), media_type or guess_type(path.name)[0])
+        return FileResponse(path, media_type=media_type)
 
     @app.get("/api/videos/{key}/poster", response_class=FileResponse)
     def poster(key: Key) -> Response:
@@ -370,7 +376,7 @@ def _found(hit: Hit) -> FoundVideo:
         poster=f"{urls}/poster",
         video=f"{urls}/file" if has_file(video) else None,
         copies=[_shown(copy.path) for copy in hit.copies],
-        moments=[_part(moment, urls, has_file(video)) for moment in hit.moments],
+        moments=[_part(moment, urls, can_cut(video)) for moment in hit.moments],
         line=SaidLine(**hit.line._asdict()) if hit.line else None,
     )
 
@@ -381,7 +387,7 @@ def _part(moment: FoundMoment, urls: str, cut: bool) -> FoundPart:
     return FoundPart(**facts, poster=f"{urls}/moments/{moment.number}/poster", clip=clip)
 
 
-def _shown(path: Path) -> str:
+def _shown(path: PurePath) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 

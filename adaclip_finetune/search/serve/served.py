@@ -22,6 +22,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.packed_frames import PackedFrames
+from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.cut import CutFailed, check_unchanged, clip_name, cut, has_file
@@ -82,7 +83,7 @@ class ServedVideos:
         self._rows = {key: row for row, key in enumerate(index.videos.keys())}
         self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
 
-    def file(self, key: str) -> Path:
+    def file(self, key: str) -> Path | RemotePath:
         """Return the video file of a key."""
         video = self._find(key)
         if not has_file(video):
@@ -137,7 +138,7 @@ class ServedVideos:
 
     def _store(self, video: IndexedVideo) -> tuple[FrameStore, str]:
         """Return the store of a video's frames, and the name of the video there."""
-        if has_file(video):
+        if has_file(video) or isinstance(video.path, RemotePath):
             return VideoFiles(video.path.parent, {video.id: video.path.name}), video.id
         if video.path.is_dir():
             img_tmpl = self.index.info.settings.get("img_tmpl", Config.model_fields["img_tmpl"].default)

@@ -40,7 +40,7 @@ DEFAULTS = {
     "save_similarity": None, "save_every_steps": 0, "auto_batch_size": False, "tf32": False, "deterministic": False,
     "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,
-    "ema_decay": 0, "captioner": None,
+    "ema_decay": 0, "captioner": None, "tracker": ("tensorboard",),
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
 WHOLE = "a whole number from 1 to 4096"

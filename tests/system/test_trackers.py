@@ -98,6 +98,8 @@ def test_a_whole_run_gives_its_numbers_to_all_trackers(
     assert {name.replace("@", "_at_") for name in events.Tags()["scalars"]} == logged.keys()
     assert [scalar.value for scalar in events.Scalars("train/loss")] == pytest.approx(losses)
     assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3]
+    assert main(["evaluate", str(folder), "--annot", project["test_annot"]]) == 0
+    assert len(recorder.started) == 1, "evaluating a run tracks nothing"
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(tmp_path: Path, recorder: type[Recorder]) -> None:

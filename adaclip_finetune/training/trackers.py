@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adaclip_finetune.config import Config
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.strict_json import read_json
 
 _IDS = "trackers.json"
 
@@ -131,10 +132,11 @@ class Trackers:
         self._running: dict[str, Tracker] = {}
         self._failed = set[str]()
         path = folder / _IDS
-        ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        ids: dict[str, str] = read_json(path) if path.exists() else {}
         group = "/".join(folder.parts[-3:-1]) if trial else None
         name = f"{group}/{folder.name}" if trial else folder.name
-        settings = dict(_flat(config.model_dump(mode="json", exclude={"optuna_cfg"})))  # its storage has a password
+        # The storage of a study may hold a password.
+        settings = dict(_flat(config.model_dump(mode="json", exclude={"optuna_cfg"})))
         for tracker in dict.fromkeys(config.tracker):
             try:
                 if tracker in SERVICES:

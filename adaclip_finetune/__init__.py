@@ -10,9 +10,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"VideoIndex": "search.index", "load_retriever": "search.search_model"}
+_PUBLIC = {
+    "VideoIndex": "search.index",
+    "load_retriever": "search.search_model",
+    "mteb_model": "search.mteb_model",
+}
 
-__all__ = ["VideoIndex", "__version__", "load_retriever"]
+__all__ = ["VideoIndex", "__version__", "load_retriever", "mteb_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,16 +48,17 @@ def _parser() -> Parser:
         "implementation before anything is timed.",
         "adaclip bench [ROW ...] [--device NAME] [--precision NAME] [--turns N] [--quick] "
         "[--processor_time] [--json FILE] [--compare FILE]",
-        "The table shows medians over turns, in which the alternatives alternate. docs/benchmarks.md tells more.",
+        "The table shows medians over turns, in which the alternatives alternate. See docs/benchmarks.md.",
     )
     add, rows = parser.add_argument, "; ".join(f"{name}, {row.help}" for name, row in ROWS.items())
     add("rows", metavar="ROW", nargs="*", help=f"by default all: {rows}")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="default: auto")
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    add("--turns", type=int, default=3, metavar="N", help="timed turns; default: 3")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="device to compute on [default: auto]")
+    add("--precision", choices=("fp32", "bf16"), help="precision of the model [default: bf16 on CUDA, otherwise fp32]")
+    add("--turns", type=int, default=3, metavar="N", help="timed turns [default: 3]")
     add("--quick", action="store_true", help="only check that everything works, at the smallest sizes")
-    clock = "measure processor time, which other work on a CPU changes less; with OMP_NUM_THREADS=1"
+    clock = "measure processor time, which other work on a CPU disturbs less; set OMP_NUM_THREADS=1, too"
     add("--processor_time", action="store_true", help=clock)
     add("--json", metavar="FILE", type=a_path, help="also write the results to this file")
-    add("--compare", metavar="FILE", type=a_path, help="results of --json, on this machine; exit code 1 if slower now")
+    compare = "results of an earlier --json on this machine; the exit code is 1 if something is slower now"
+    add("--compare", metavar="FILE", type=a_path, help=compare)
     return parser

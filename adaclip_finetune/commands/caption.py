@@ -62,16 +62,16 @@ def run(words: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "adaclip caption",
-        "Write what the captioner of a run says about videos as an annotation: of a folder, with the captions as "
-        "sentences; of an annotation, the same with each caption added to `auxiliary`. Exit code 1 if some videos have "
-        "no caption, which are named.",
+        "Caption videos with the captioner of a run, and write an annotation. For a folder, the captions are its "
+        "sentences; for an annotation, they are added to its `auxiliary` captions. The exit code is 1 if some videos "
+        "could not be captioned; they are listed.",
         "adaclip caption RUN VIDEOS -o FILE.json [--beams N] [--SETTING VALUE ...]",
     )
     add = parser.add_argument
-    add("model", metavar="RUN", type=a_path, help="a run folder or checkpoint of objective captioning")
+    add("model", metavar="RUN", type=a_path, help="a run folder or checkpoint of a model with a captioner")
     videos = "a folder of videos, with its subfolders, or an annotation (JSON)"
     add("videos", metavar="VIDEOS", type=a_path, help=videos)
     add("-o", "--output", required=True, metavar="FILE.json", type=a_path, help="the annotation to write")
-    add("--beams", metavar="N", type=int, help="beams of the search; default: those of the run")
+    add("--beams", metavar="N", type=int, help="beams of the search [default: those of the run]")
     add_checkpoint_flags(parser, *MODEL, *_PLACES, "captioner", "num_workers", "val_batch_size")
     return parser

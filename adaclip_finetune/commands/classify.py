@@ -51,7 +51,7 @@ def _parser() -> Parser:
     parser = Parser(
         "adaclip classify",
         "Tell which classes videos and pictures belong to: a line for each file, with the best classes and their "
-        "probabilities. Exit code 1 if some files cannot be read.",
+        "probabilities. The exit code is 1 if some files could not be read; they are listed.",
         "adaclip classify RUN_OR_CLIP FILE_OR_FOLDER [MORE ...] --classes FILE [--templates NAME] [-k N] [--json]",
     )
     add = parser.add_argument
@@ -59,12 +59,12 @@ def _parser() -> Parser:
     add("model", metavar="RUN_OR_CLIP", help=model)
     files = "videos, pictures, and folders of them with their subfolders"
     add("files", metavar="FILE_OR_FOLDER", nargs="+", type=a_path, help=files)
-    classes = "class names: a text with one a line, or an annotation (.json); default: the file of the run"
+    classes = "class names: a text file with one per line, or an annotation (.json) [default: the file of the run]"
     add("--classes", metavar="FILE", type=a_path, help=classes)
-    templates = "none, imagenet, action, kinetics, or a file with one a line; default: those of the run"
+    templates = "none, imagenet, action, kinetics, or a file with one per line [default: those of the run]"
     add("--templates", metavar="NAME", help=templates)
-    add("-k", metavar="N", type=int, default=3, help="how many classes to name; default 3")
-    add("--json", action="store_true", help="print one JSON object per file and line")
+    add("-k", metavar="N", type=int, default=3, help="how many classes to name [default: 3]")
+    add("--json", action="store_true", help="print JSON Lines: one object per file")
     add_checkpoint_flags(parser, *MODEL, "num_frm", "max_txt_len", "num_workers", "val_batch_size")
     return parser
 

@@ -17,7 +17,7 @@ def run(words: Sequence[str]) -> int:
         "differ), seeds, search (setting -> values), reference (a method), output_dir and keep_weights; "
         "cfgs/compare-demo.json is one. "
         "The same command goes on after an interruption, and several of them at the same time share the work. "
-        "docs/comparing.md tells more.",
+        "See docs/comparing.md.",
     )
     parser.add_argument("config", metavar="CONFIG", type=a_path, help="the JSON file that describes the grid")
     arguments = parser.read(words)

@@ -53,10 +53,10 @@ def run(words: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "adaclip cut",
-        "Search an index for moments, and write each as a video file of its own, named by rank, video and seconds. A "
-        "copy of what is stored takes no time, but starts at the key frame before the moment unless the player skips "
-        "to it, as most do in an mp4. Files such as ts and mpg are always encoded anew. Exit code 1 if some cannot be "
-        "cut: they are listed.",
+        "Search an index for moments, and write each as a video file of its own, named by rank, video and seconds. By "
+        "default the stored video is copied, which takes no time; the clip then begins at the key frame before the "
+        "moment, but most players skip to the moment in an mp4. Files such as ts and mpg are always re-encoded. The "
+        "exit code is 1 if some moments could not be cut; they are listed.",
         "adaclip cut NAME.index (TEXT | --image FILE) [--where CONDITION] [-k N] -o DIR [--exact] [--overwrite]",
     )
     add = parser.add_argument
@@ -65,11 +65,11 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
     where = "cut only out of videos for which this holds, as for `adaclip search`"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
-    add("-k", metavar="N", type=int, default=5, help="how many moments to cut; default 5")
+    add("-k", metavar="N", type=int, default=5, help="how many moments to cut; [default: 5]")
     add("-o", "--output", required=True, metavar="DIR", type=a_path, help="the folder for the clips")
-    add("--exact", action="store_true", help="encode anew (H.264, AAC), to start and end at the very frame")
-    add("--overwrite", action="store_true", help="replace clips of the same names")
-    moved = "the run or checkpoint that the index was made with, if it moved"
+    add("--exact", action="store_true", help="re-encode (H.264, AAC), so that clips start and end at the exact frame")
+    add("--overwrite", action="store_true", help="replace clips that have the same names")
+    moved = "the run or checkpoint that the index was made with, if it has moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add_checkpoint_flags(parser, *MODEL)
     return parser

@@ -79,20 +79,21 @@ def _parser() -> Parser:
     add = parser.add_argument
     checkpoints = "run folders (their best.safetensors) or weights files: ours, adapters, or published ones"
     add("checkpoints", metavar="RUN_OR_CHECKPOINT", nargs="+", type=Path, help=checkpoints)
-    add("--annot", metavar="FILE", action="append", required=True, help="captions to evaluate; may be given again")
+    annot = "captions to evaluate; may be given several times"
+    add("--annot", metavar="FILE", action="append", required=True, help=annot)
     add("--markdown", metavar="FILE.md", type=Path, help="also write the table as Markdown")
     add("--json", metavar="FILE.json", type=Path, help="also write all figures as JSON")
     errors = "also write a page about the errors of one checkpoint on one annotation: worst queries, recall by length"
     add("--errors", metavar="FILE.html", type=Path, help=errors)
     add = parser.add_argument_group("Reranking").add_argument
-    rerank = "dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank. Give it twice for both"
+    rerank = "dual_softmax: transductive, sees all test queries at once; qb_norm: needs --bank; both: give it twice"
     add("--rerank", action="append", choices=("dual_softmax", "qb_norm"), default=[], help=rerank)
     add("--bank", metavar="TRAIN.json", help="training captions for qb_norm")
-    temperature = "divides the logits in the softmax [default: 1 for dual_softmax, 5 for qb_norm, or by --val-annot]"
+    temperature = "the logits are divided by T [default: 1 for dual_softmax, 5 for qb_norm, or by --val-annot]"
     add("--temperature", metavar="T", type=float, help=temperature)
     add("--val-annot", metavar="FILE", help="validation captions that choose the temperature, or A of --interpolate")
     add = parser.add_argument_group("Interpolation (WiSE-FT)").add_argument
-    interpolate = "add rows whose CLIP is (1 - A) * the pretrained + A * the finetuned one, by parameter and statistic"
+    interpolate = "add rows whose CLIP is (1 - A) * the pretrained + A * the finetuned one, A from 0 to 1"
     add("--interpolate", metavar="A[,A...]", type=_shares, help=interpolate)
     save = "write the mixed model to a new folder, which every command takes like a run folder"
     add("--save", metavar="FOLDER", type=Path, help=save)

@@ -14,7 +14,7 @@ def run(words: Sequence[str]) -> int:
     parser = Parser(
         "adaclip extract",
         f"{run.__doc__} `python utils/frame_extraction.py` is the same command. What is finished is skipped, what "
-        "was interrupted is done again. Exit code 1 if a video failed (FRAMES/extraction_report.json says why).",
+        "was interrupted is done again. The exit code is 1 if a video failed; FRAMES/extraction_report.json says why.",
     )
     for option in fields(ExtractionOptions):
         flag = option.name if "default" not in option.metadata else f"--{option.name}"

@@ -19,12 +19,12 @@ def run(words: Sequence[str]) -> int:
     )
     img_tmpl = Config.model_fields["img_tmpl"].default
     add = parser.add_argument
-    add("frames_dir", metavar="FRAMES_DIR", type=Path, help="extracted frames, a folder for each video")
+    add("frames_dir", metavar="FRAMES_DIR", type=Path, help="extracted frames, one folder per video")
     add("-o", "--output", required=True, metavar="FILE.lmdb", type=Path, help="the pack to write")
     annot = "pack only the videos of this annotation; may be given several times [default: all folders]"
     add("--annot", action="append", default=[], metavar="FILE", help=annot)
     add("--img_tmpl", metavar="NAME", default=img_tmpl, help=f"names of the images [default: {img_tmpl}]")
-    add("--overwrite", action="store_true", help="replace the pack by a new one, such as after frames have changed")
+    add("--overwrite", action="store_true", help="replace the pack with a new one, such as after frames have changed")
     arguments = parser.read(words)
     img_tmpl = load_config(None, {"img_tmpl": arguments.img_tmpl}).img_tmpl
 

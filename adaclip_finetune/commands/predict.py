@@ -21,18 +21,18 @@ def run(words: Sequence[str]) -> int:
     """Embed, rank and write. Return 0; raise UserError."""
     parser = Parser(
         "adaclip predict",
-        "For each query, write the best videos of an annotation with their scores.",
+        "For each query, write the best videos of an annotation and their scores.",
         "adaclip predict RUN_OR_CHECKPOINT --annot FILE [--queries FILE.txt] [-k N] --output FILE.jsonl|FILE.csv "
         "[--save-embeddings FILE.safetensors] [--SETTING VALUE ...]",
     )
     add = parser.add_argument
     add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder, or a weights file")
-    add("--annot", metavar="FILE", required=True, help="the videos, and the captions that are asked unless --queries")
-    add("--queries", metavar="FILE.txt", type=Path, help="ask these instead, one a line")
-    add("-k", type=int, default=10, metavar="N", help="videos for each query [default: 10]")
-    told = ".jsonl: one object a query; .csv: one line a query and video"
+    add("--annot", metavar="FILE", required=True, help="annotation of the videos; its captions are the queries")
+    add("--queries", metavar="FILE.txt", type=Path, help="other queries in place of the captions, one per line")
+    add("-k", type=int, default=10, metavar="N", help="videos per query [default: 10]")
+    told = ".jsonl: one object per query; .csv: one line per query and video"
     add("--output", metavar="FILE", type=Path, required=True, help=told)
-    told = "also write the vectors of queries and videos, and their ids to the .json of the same name"
+    told = "also write the vectors of queries and videos, and their ids to a .json file of the same name"
     add("--save-embeddings", metavar="FILE.safetensors", type=Path, help=told)
     add_checkpoint_flags(parser)
     a = parser.read(words)
@@ -62,12 +62,12 @@ def run(words: Sequence[str]) -> int:
 
 
 def read_queries(path: Path) -> list[str]:
-    """Return the queries of a text file, one a line, without empty lines. Raise UserError."""
+    """Return the queries of a text file, one per line, without empty lines. Raise UserError."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     lines = text.split("\n")  # splitlines() would also split at characters that may be part of a query
     if not (queries := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"--queries {path}: holds no query; write one a line")
+        raise UserError(f"--queries {path}: holds no query; write one per line")
     return queries

@@ -1,8 +1,9 @@
-"""Check that the files and folders of a config exist, before anything is loaded."""
+"""Check that the files, folders and packages that a config names exist, before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from adaclip_finetune.config.layers import together
@@ -12,8 +13,8 @@ from adaclip_finetune.errors import UserError
 
 
 def check_paths(config: Config) -> None:
-    """Raise UserError that lists every required setting that is missing, and every path that does not exist."""
-    if problems := [*_not_given(config), *_not_there(config)]:
+    """Raise UserError that lists required settings that are missing, and paths and packages that do not exist."""
+    if problems := [*_not_given(config), *_not_there(config), *_not_installed(config)]:
         raise UserError(together(problems))
 
 
@@ -64,3 +65,9 @@ def _not_there(c: Config) -> Iterator[str]:
         for name, value in {"output_dir": c.output_dir, "tensorboard_dir": c.tensorboard_dir}.items():
             if value is not None and Path(value).is_file():
                 yield f"{name} {value}: not a folder"
+
+
+def _not_installed(c: Config) -> Iterator[str]:
+    for name in c.tracker:
+        if find_spec(name) is None:
+            yield f"tracker {name}: its package is not installed: pip install 'adaclip-finetune[{name}]'"

@@ -36,6 +36,8 @@ from adaclip_finetune.config.parts import (
 
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
 
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)]
+
 NpyPath = Annotated[PathText, Field(pattern=r"\.npy$")]
 
 # One function per role: `view(default, help, …)` declares a setting that has the role "view".
@@ -229,6 +231,9 @@ class Config(Settings):
 
     # Run
     output_dir: PathText = run("output", "folder where the run folder <dataset>/<time>-<method> is made", unit="folder")
+    tracker: Trackers = run(
+        ["tensorboard"], "where to log the numbers of the run, beside metrics.jsonl; []: nowhere", on_resume="free"
+    )
     tensorboard_dir: PathText | None = run(None, "folder of the TensorBoard files; null: the run folder", unit="folder")
     no_output: bool = run(False, "write no files")
     save_last: bool = run(False, "save the weights of the last epoch beside the best")
@@ -391,6 +396,11 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"xpu and device {c.device} are both given: give one"
     if c.precision == "fp16" and c.device == "cpu":
         yield "precision fp16 does not work on device cpu: use bf16 or fp32"
+    others = ", ".join(name for name in c.tracker if name != "tensorboard")
+    if c.no_output and others:
+        yield f"no_output writes nothing, and so nothing to tracker {others}: give one of them"
+    if c.tensorboard_dir and "tensorboard" not in c.tracker:
+        yield f"tensorboard_dir is given, but tracker is {others or 'empty'}: add tensorboard to tracker"
     if c.do_training_af_optuna and c.optuna_cfg is None:
         yield "do_training_af_optuna requires optuna_cfg: without it nothing is tuned"
     if c.optuna_cfg is not None and c.do_inference:

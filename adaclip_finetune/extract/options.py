@@ -28,22 +28,22 @@ class ExtractionOptions:
 
     videos: Path = field(metadata={"metavar": "VIDEOS", "type": Path, "help": "the folder of the video files"})
     frames: Path = field(metadata={"metavar": "FRAMES", "type": Path, "help": "where to write FRAMES/<video>/"})
-    prefix: str = _option("image_%05d.jpg", metavar="NAME", help="names of the images, from number 1")
+    prefix: str = _option("image_%05d.jpg", metavar="NAME", help="names of the images, numbered from 1")
     accepted_formats: Sequence[str] | None = _option(nargs="+", metavar="EXT", help="only files with these extensions")
-    begin: int = _option(0, metavar="N", type=int, help="the first video in sorted order, from 0")
-    end: int | None = _option(metavar="N", type=int, help="the last video, included")
-    file_list: Path | None = _option(metavar="FILE", type=Path, help="only these videos, a name a line")  # noqa: RUF009
-    frame_rate: float = _option(-1.0, metavar="X", type=float, help="frames a second; -1 for all frames")
-    frame_size: int = _option(-1, metavar="N", type=int, help="shorter side, never enlarged; -1 for the video's")
+    begin: int = _option(0, metavar="N", type=int, help="number of the first video in sorted order, from 0")
+    end: int | None = _option(metavar="N", type=int, help="number of the last video, which is included")
+    file_list: Path | None = _option(metavar="FILE", type=Path, help="only these videos, one name per line")  # noqa: RUF009
+    frame_rate: float = _option(-1.0, metavar="X", type=float, help="frames per second; -1: all frames")
+    frame_size: int = _option(-1, metavar="N", type=int, help="shorter side, never enlarged; -1: as in the video")
     parallel: bool = _option(False, action="store_true", help="extract several videos at once")
-    num_workers: int | None = _option(metavar="N", type=int, help="with --parallel: how many, else as many as cores")
+    num_workers: int | None = _option(metavar="N", type=int, help="with --parallel: how many, else one per core")
     dry_run: bool = _option(False, action="store_true", help="print how many videos would be extracted, and stop")
-    num_frames: int | None = _option(metavar="N", type=int, help="only the N frames that uniform sampling would read")
-    quality: int = _option(2, metavar="N", type=int, help="quality of JPEG, from 2 (best) to 31")
-    recursive: bool = _option(False, action="store_true", help="search folders in VIDEOS, too; FRAMES nests likewise")
-    clips: Path | None = _option(metavar="FILE", type=Path, help="an annotation: a folder an entry, cut as it says")  # noqa: RUF009
+    num_frames: int | None = _option(metavar="N", type=int, help="only the N frames that uniform sampling reads")
+    quality: int = _option(2, metavar="N", type=int, help="JPEG quality, from 2 (best) to 31")
+    recursive: bool = _option(False, action="store_true", help="search subfolders, too, and nest FRAMES like VIDEOS")
+    clips: Path | None = _option(metavar="FILE", type=Path, help="annotation: one folder per entry, cut as it says")  # noqa: RUF009
     overwrite: bool = _option(False, action="store_true", help="extract again what is finished, and replace images")
-    time_limit: float = _option(3600.0, metavar="S", type=float, help="seconds for one video")
+    time_limit: float = _option(3600.0, metavar="S", type=float, help="seconds per video")
 
     def __post_init__(self) -> None:
         accepted = {

@@ -1,7 +1,7 @@
 """The run folder: everything that a run leaves behind, and the only place that prints during a run.
 
 output/<dataset>/<time>-<method>/
-    config.json  environment.json  train.log  metrics.jsonl  tensorboard/  missing_videos.txt
+    config.json  environment.json  train.log  metrics.jsonl  tensorboard/  [trackers.json]  missing_videos.txt
     best.safetensors  adapter.safetensors  [last.safetensors]  metrics.json  curves.png  frame_usage.png
     [confusion.png]
     while it runs: lock.json  last-<step>/
@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from adaclip_finetune import __version__
@@ -35,6 +34,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.processes import is_main, world_size
 from adaclip_finetune.training.signals import Interrupted
+from adaclip_finetune.training.trackers import Trackers
 
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]+@")  # in the URL of a database
 _LOG = "train.log"
@@ -58,21 +58,20 @@ class RunFolder:
         self._earlier: Path | None = None  # the folder of the run that this one resumes
         self._waiting: dict[str, str] = {}  # what was written before there was a folder
         self._started = time.monotonic()
-        self._writer: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
         self._lock: FolderLock | None = None
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Close the TensorBoard files and release the lock. After an interruption, say how to resume."""
+        """Close the trackers and release the lock. After an interruption, say how to resume."""
         if isinstance(error, Interrupted) and self._trial is None:
             folder = self.path or self._earlier
             self.say("stopped. " + (f"To resume: python train.py --resume {folder}" if folder else "Nothing was saved"))
         try:
-            if self._writer is not None:
-                with suppress(OSError):  # a full disk
-                    self._writer.close()
+            if self._trackers is not None:
+                self._trackers.end(whole=error is None)
         finally:
             if self._lock is not None:
                 self._lock.release()
@@ -88,9 +87,12 @@ class RunFolder:
             else:
                 folder = self._trial
                 folder.mkdir(parents=True)
-            self._begin(folder, step=0)
+            self._begin(folder, config, step=0)
         except OSError as error:
             raise UserError(f"output_dir: cannot make a run folder ({error}); set output_dir or no_output") from error
+        except UserError:  # a tracker does not start
+            shutil.rmtree(folder)
+            raise
         # A clip_backbone that is only the default says nothing if weights on disk determine the architecture.
         from_disk = config.clip_weights or config.resume
         unused = {"clip_backbone"} if from_disk and "clip_backbone" not in config.model_fields_set else set()
@@ -124,16 +126,14 @@ class RunFolder:
         if self.events:
             self._started -= self.events[-1]["seconds"]
         (path / _MISSING).unlink(missing_ok=True)  # found and noted again
-        self._begin(path, step)
+        self._begin(path, self._config, step)
 
-    def _begin(self, path: Path, step: int) -> None:
-        self.path = path
+    def _begin(self, path: Path, config: Config, step: int) -> None:
         if self._lock is None:
             self._lock = FolderLock(path)
             self._lock.take()
-        if self._trial is None:
-            folder = self._config.tensorboard_dir or path / "tensorboard"
-            self._writer = SummaryWriter(folder, purge_step=step + 1)
+        self._trackers = Trackers(config, path, step, self._trial is not None, self.say)
+        self.path = path
         for name, text in self._waiting.items():
             self.append_text(name, text)
 
@@ -157,14 +157,12 @@ class RunFolder:
             self.append_text(_MISSING, "".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """Append a line to metrics.jsonl, and its numbers to TensorBoard. `step` counts updates."""
+        """Append a line to metrics.jsonl, and give its numbers to the trackers. `step` counts updates."""
         line = {"event": event, "step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
         self.events.append(line)
         self.append_text(_EVENTS, json.dumps(line, allow_nan=False) + "\n")
-        if self._writer is not None:
-            with suppress(OSError):  # a full disk
-                for name, value in _numbers(values):
-                    self._writer.add_scalar(f"{event}/{name}", value, step)
+        if self._trackers is not None:
+            self._trackers.log({f"{event}/{name}": value for name, value in _numbers(values)}, step)
 
     def file(self, name: str) -> Path | None:
         """Return the path for a file of this name in the folder, None if nothing is to be written."""

@@ -41,7 +41,7 @@ DEFAULTS = {
     "save_similarity": None, "save_every_steps": 0, "auto_batch_size": False, "tf32": False, "deterministic": False,
     "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,
-    "ema_decay": 0, "captioner": None,
+    "ema_decay": 0, "captioner": None, "tracker": ("tensorboard",),
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
 WHOLE = "a whole number from 1 to 4096"
@@ -202,6 +202,8 @@ def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> N
         ({"grad_norm": 0}, "grad_norm"),
         ({"xpu": True, "device": "cpu"}, "xpu device"),
         ({"precision": "fp16", "device": "cpu"}, "precision device"),
+        ({"no_output": True, "tracker": ["wandb"]}, "no_output tracker"),
+        ({"tensorboard_dir": "runs", "tracker": ["mlflow"]}, "tensorboard_dir tracker"),
         ({"do_training_af_optuna": True}, "do_training_af_optuna optuna_cfg"),
         ({"optuna_cfg": TUNING, "do_inference": True}, "optuna_cfg do_inference"),
         ({"freeze_clip": True, "use_policy": False}, "freeze_clip use_policy sim_header frame_agg word_agg tower"),

@@ -69,7 +69,8 @@ def test_a_new_setting_is_in_the_lists_of_its_role(
 def test_what_may_change_where_a_run_goes_on() -> None:
     assert on_resume("free") == {
         "train_annot", "val_annot", "test_annot", "frames_dir", "video_dir", "clip_weights", "policy_weights",
-        "num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug", "embedding_cache",
+        "num_workers", "pin_mem", "n_display", "save_every_steps", "device", "xpu", "debug", "tracker",
+        "embedding_cache",
     }  # fmt: skip
     assert on_resume("ignored") == {"resume", "auto_batch_size"}
     rounding = {"precision", "tf32", "deterministic", "gradient_checkpointing", "grad_cache_chunk", "val_batch_size"}

@@ -57,13 +57,13 @@ class ClassificationSettings(TaskSettings):
     figures: ClassVar[Mapping[str, bool]] = {"top1": True, "top5": True, "mean_class": True}
 
     classes: PathText | None = setting(
-        None, "class names: a text with one a line, or an annotation; null: those that the split has", unit="file"
+        None, "class names: a text with one per line, or an annotation; null: those that the split has", unit="file"
     )
     templates: PathText = setting(
         "none",
         "templates of class names, whose vectors are averaged",
         unit="file",
-        allowed=f"{', '.join(BUILT_IN_TEMPLATES)}, or the path of a file with one template a line, each with one {{}}",
+        allowed=f"{', '.join(BUILT_IN_TEMPLATES)}, or a file with one template per line, each with one {{}}",
     )
     normalize: bool = setting(False, "normalize the mean vector of a class again; FitCLIP does not")
     train_templates: bool = setting(

@@ -568,13 +568,13 @@ FORMATS = {
     "msrvtt": Format(
         "MSR-VTT: MSRVTT_data.json or MSR_VTT.json, and lists such as MSRVTT_train.9k.csv and MSRVTT_JSFUSION_test.csv",
         _files("MSRVTT_data.json or MSR_VTT.json: the captions", "data")
-        | _files("video ids of the split: CSV with a column video_id (a column sentence is used), or one a line"),
+        | _files("video ids of the split: CSV with a column video_id (a column sentence is used), or one per line"),
         _read_msrvtt,
     ),
     "msvd": Format(
         "MSVD: raw-captions.pkl, and train_list.txt, val_list.txt, test_list.txt",
         _files("raw-captions.pkl; nothing in it is run", "captions", required=True)
-        | _files("video ids of the split, one a line"),
+        | _files("video ids of the split, one per line"),
         _reader(_msvd_clips, data_flag="captions"),
     ),
     "activitynet": Format(
@@ -600,7 +600,7 @@ FORMATS = {
     ),
     "vatex": Format(
         "VATEX: vatex_training_v1.0.json, vatex_validation_v1.0.json, …; or ref_captions.json and lists",
-        _files("list of {videoID, enCap, chCap}; with --data a list of ids, one a line")
+        _files("list of {videoID, enCap, chCap}; with --data a list of ids, one per line")
         | _files("ref_captions.json: {id: [caption, …]}", "data")
         | {"--language": {"choices": ("en", "zh"), "help": "en: enCap (default), zh: chCap"}},
         _reader(_vatex_clips),

@@ -136,7 +136,7 @@ def checked(where: str, value: Any, kind: Any) -> Any:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Return the ids of a list, each once, in its order: a JSON list, a CSV with a column video_id, or one a line."""
+    """Return the ids of a list, each once, in its order: a JSON list, a CSV with a column video_id, or one per line."""
     if path.suffix.lower() == ".json":
         ids = checked(str(path), read_json(path), list[str])
     else:
@@ -145,12 +145,12 @@ def read_ids(path: Path) -> list[str]:
             ids = [row["video_id"] for row in csv_rows(path, ["video_id"])]
         elif wrong := next((row for row in rows if len(row[1]) > 1), None):
             line, cells = wrong
-            raise UserError(f"{path}: line {line}: expected one id a line, or a column video_id, got {shown(cells)}")
+            raise UserError(f"{path}: line {line}: expected one id per line, or a column video_id, got {shown(cells)}")
         else:
             ids = [cells[0] for _, cells in rows]
     found = list(dict.fromkeys(text for name in ids if (text := name.strip())))
     if not found:
-        raise UserError(f"{path}: holds no id; expected one a line")
+        raise UserError(f"{path}: holds no id; expected one per line")
     return found
 
 

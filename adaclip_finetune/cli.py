@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from adaclip_finetune import __version__
@@ -59,10 +60,10 @@ COMMANDS = {
     "convert": "convert annotations of published data sets, or tables, to JSON",
     "index": "embed a folder of videos for searching",
     "calibrate": "measure from which score on a search has found something",
-    "search": "find videos in an index by text or image",
+    "search": "find videos in an index by text, picture or video",
     "cut": "write the moments that a search finds as video files",
     "serve": "serve a web page that searches an index",
-    "caption": "write captions of videos as an annotation",
+    "caption": "caption videos, and write an annotation",
     "classify": "tell which classes videos and pictures belong to",
     "check": "check data and settings before a run, and estimate its cost",
     "bench": "measure how fast this package is on this machine",
@@ -88,9 +89,9 @@ def _run(words: Sequence[str]) -> int:
         print(f"adaclip {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        from adaclip_finetune.config.layers import nearest
-
-        raise UserError(f"unknown command {words[0]}; did you mean {nearest(words[0], COMMANDS)}? (see adaclip --help)")
+        alike = get_close_matches(words[0], COMMANDS, n=1)
+        meant = f"; did you mean {alike[0]}?" if alike else ":"
+        raise UserError(f"unknown command {words[0]}{meant} see adaclip --help")
     try:
         command = import_module(f"adaclip_finetune.commands.{words[0]}")
         return int(command.run(words[1:]))

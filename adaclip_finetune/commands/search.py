@@ -49,7 +49,9 @@ def run(words: Sequence[str]) -> int:
     if arguments.text is not None and arguments.queries is not None:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
-        raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
+        missing = "" if arguments.index.exists() else f"{arguments.index} is no index; name one before the text, and "
+        what = 'a text ("two dogs"), --queries FILE, --image FILE or --video FILE'
+        raise UserError(f"{missing}give what to search for: {what}")
     conditions(arguments.where)  # refused before anything is loaded
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")

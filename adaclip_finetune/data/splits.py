@@ -32,7 +32,7 @@ from adaclip_finetune.data.queries import (
     evaluation_queries,
     train_entries,
 )
-from adaclip_finetune.data.readable import UnreadableVideos, find_unreadable, listing
+from adaclip_finetune.data.readable import LISTED, UnreadableVideos, find_unreadable, listing
 from adaclip_finetune.data.tar_shards import ShardCaptions, TarShards
 from adaclip_finetune.data.video.discovery import describe_unknown_files, find_videos
 from adaclip_finetune.data.video.folder import VideoFolder
@@ -173,7 +173,7 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
     store = open_store(config, listed)
     videos, left_out = _readable(config, store, listed)
     if left_out and (not videos or not config.skip_missing):
-        raise unreadable_in_evaluation(left_out, len(listed))
+        raise unreadable_in_evaluation(left_out, len(listed), f"{annotation}: ")
     if not config.task_settings.of_classes:
         queries = evaluation_queries(videos, config.concat_captions)
         return EvaluationSplit(queries, store, left_out, num_listed=len(listed))
@@ -181,13 +181,20 @@ def evaluation_split(config: Config, annotation: str) -> EvaluationSplit:
     return EvaluationSplit(evaluation_queries(videos, "indep-all"), store, left_out, len(listed), classes)
 
 
-def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int) -> UnreadableVideos:
-    """Return the error that ends an evaluation in which videos cannot be read."""
-    return UnreadableVideos(
-        f"{len(reasons)} of {num_listed} videos to evaluate cannot be read:\n{listing(reasons, at_most=None)}\n"
+def unreadable_in_evaluation(reasons: Mapping[str, str], num_listed: int, where: str = "") -> UnreadableVideos:
+    """Return the error that ends an evaluation in which videos cannot be read; `where` begins the message."""
+    way_out = (
         "Mend them or take them out of the annotation; --skip_missing evaluates the others and says beside each figure "
-        "how many they are",
-        reasons,
+        "how many they are"
+    )
+    if len(reasons) == num_listed:
+        way_out = (
+            "Is this annotation about your videos? A config file may name that of others; without captions for a test, "
+            "give --test_annot none"
+        )
+    named = listing(reasons, at_most=LISTED if len(reasons) == num_listed else None)
+    return UnreadableVideos(
+        f"{where}{len(reasons)} of {num_listed} videos to evaluate cannot be read:\n{named}\n{way_out}", reasons
     )
 
 

@@ -187,7 +187,8 @@ def finish(
         )
     if folder := run.path:
         run.say(
-            f"\nrun folder: {folder}\nnext: evaluate it on other captions\n"
+            f"\nrun folder: {folder}\nnext: search your videos with it\n  adaclip index {folder} VIDEOS -o my.index\n"
+            "or evaluate it on other captions\n"
             f"  python train.py --config {folder}/config.json --do_inference --resume {folder}/best.safetensors "
             "--test_annot FILE"
         )

@@ -246,7 +246,10 @@ def find_checkpoint(
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
-        raise NotACheckpoint(f"{source}: {what} (looked for in {Path.cwd()})")
+        raise NotACheckpoint(
+            f"{source}: {what} (looked for in {Path.cwd()}). "
+            "A pretrained CLIP is measured by `adaclip train --do_inference --clip_weights FOLDER`"
+        )
     checkpoint = read_checkpoint(weights)
     if settings is not None or checkpoint.system == "AdaCLIP":  # whose settings have other names and meanings
         return checkpoint, load_config(settings, dict(overrides))

@@ -253,7 +253,10 @@ def _find(config: Config, from_checkpoint: Weights | None) -> Weights:
     if weights.description:
         model_cfg = weights.description["model_cfg"]
         if given and not same_architecture(open_clip.get_model_config(resolve_backbone(given)[0]), model_cfg):
-            raise UserError(f"clip_backbone {given} is not the architecture of {weights.source}; leave it out")
+            raise UserError(
+                f"clip_backbone {given} is not the architecture of {weights.source}; "
+                "remove it from the flags, or from the config file"
+            )
         if not model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
             return weights._replace(tokenizer=None)
         folder = str(weights.tokenizer).removeprefix("local-dir:")
@@ -335,7 +338,8 @@ def _fetch(module: nn.Module, weights: Weights) -> None:
         raise UserError(
             f"{weights.source}: the weights could not be downloaded and loaded: {error}\n"
             "If the Hugging Face hub cannot be reached: run once where it can (weights stay in its cache, HF_HOME), "
-            "set HF_ENDPOINT to a mirror, or copy a file or folder with the weights here and set clip_weights to it."
+            "set HF_ENDPOINT to a mirror, or copy a file or folder with the weights here and give "
+            "its path, to a command in place of the name, and to a run as clip_weights."
         ) from error
 
 

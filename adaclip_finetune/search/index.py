@@ -38,7 +38,7 @@ FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
-_MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
+MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
 @dataclass(frozen=True)
@@ -242,21 +242,10 @@ class IndexedVideos:
 
     def keys(self) -> list[str]:
         """Return the keys of all videos, without parsing their rows."""
-        return [_key(line) for line in self._lines]
+        return [key_of(line) for line in self._lines]
 
     def _parse(self, row: int) -> IndexedVideo:
-        facts = json.loads(self._lines[row])
-        return IndexedVideo(
-            id=facts["id"],
-            path=Path(facts["path"]),
-            duration=facts["duration"],
-            frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
-            best=facts["best"],
-            captions=tuple(facts["captions"]),
-            thumb=self._thumbs / Path(facts["thumb"]).name,
-            stamp=FileStamp(facts["size"], facts["mtime_ns"]),
-            key=_key(self._lines[row]),
-        )
+        return indexed_video(self._lines[row], self._thumbs)
 
 
 class VideoIndex:
@@ -297,7 +286,7 @@ class VideoIndex:
         that of their best window (`moment`), which is the default for a pretrained CLIP. Raise UserError for vectors of
         another width, k < 1, and `moment` without moments.
         """
-        queries = self._unit_queries(vectors, k)
+        queries = unit_queries(vectors, k, self.width, self.folder)
         moments = self.need_moments() if score == "moment" else None
         if score is None and self.info.untrained:
             moments = self.moments
@@ -320,7 +309,7 @@ class VideoIndex:
                 Hit(self.videos[row], moment.score, rank, self._copies_of(row), (moment,))
                 for rank, (row, moment) in list(enumerate(islice(moments.best(query), k), 1))[ranks]
             ]
-            for query in self._unit_queries(vectors, k)
+            for query in unit_queries(vectors, k, self.width, self.folder)
         ]
 
     def need_moments(self) -> IndexedMoments:
@@ -329,18 +318,6 @@ class VideoIndex:
             way_out = "`adaclip index … --moments`, with its model and its videos, adds them"
             raise UserError(f"{self.folder}: has no moments; {way_out}")
         return self.moments
-
-    def _unit_queries(self, vectors: Any, k: int) -> NDArray[np.float32]:
-        if k < 1:
-            raise UserError(f"k {k}: a whole number from 1 up is needed")
-        queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise UserError(f"{self.folder}: its vectors have width {self.width}, the query has shape {queries.shape}")
-        length = np.linalg.norm(queries, axis=1, keepdims=True)
-        if not (np.isfinite(length).all() and (length > 0).all()):
-            raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
-        unit: NDArray[np.float32] = queries / length
-        return unit
 
     def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]:
         """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
@@ -365,7 +342,7 @@ class VideoIndex:
         yield from (one for one in self._by_whole(query[None], self.distinct)[0] if one[1] not in seen)
 
     def _hit(self, query: NDArray[np.float32], rank: int, score: float, row: int) -> Hit:
-        moments = self.moments.of_video(row, query)[:_MOMENTS_A_VIDEO] if self.moments else []
+        moments = self.moments.of_video(row, query)[:MOMENTS_A_VIDEO] if self.moments else []
         return Hit(self.videos[row], score, rank, self._copies_of(row), tuple(moments))
 
     def _copies_of(self, row: int) -> tuple[IndexedVideo, ...]:
@@ -426,24 +403,49 @@ class IndexedMoments:
         if not parsed.rows:  # the video was no longer there when the others were divided
             return {}
         scores = self._nearest.reconstruct_n(self._first[row], len(parsed.rows)) @ query
-        found = {}
-        for peak in find_peaks(parsed.spans, parsed.times, scores.astype(np.float64)):
-            time, thumb = float(parsed.times[peak.shown]), self.picture(row, peak.shown)
-            found[peak.best] = FoundMoment(peak.start, peak.end, peak.score, time, thumb, peak.shown)
-        return found
+        return found_moments(parsed, scores, self._thumbs)
 
-    def _parse(self, row: int) -> _Windows:
-        rows = json.loads(self._lines[row])
-        spans = np.array([(one["start"], one["end"]) for one in rows], np.float64)
-        return _Windows(rows, spans, np.array([one["time"] for one in rows], np.float64))
+    def _parse(self, row: int) -> Windows:
+        return Windows.of(json.loads(self._lines[row]))
 
 
-class _Windows(NamedTuple):
+class Windows(NamedTuple):
     """The windows of a video: spans (M, 2), and times (M,) of their best frames."""
 
     rows: list[dict[str, Any]]
     spans: NDArray[np.float64]
     times: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> Windows:
+        """Return the windows of these rows."""
+        spans = np.array([(one["start"], one["end"]) for one in rows], np.float64)
+        return cls(rows, spans, np.array([one["time"] for one in rows], np.float64))
+
+
+def found_moments(windows: Windows, scores: NDArray[np.float32], thumbs: Path) -> dict[int, FoundMoment]:
+    """Return the moments of a video by the number of their best window, best first; `scores` (M,) are the cosines of
+    its windows with the query, and pictures lie in `thumbs`."""
+    found = {}
+    for peak in find_peaks(windows.spans, windows.times, scores.astype(np.float64)):
+        time, thumb = float(windows.times[peak.shown]), thumbs / Path(windows.rows[peak.shown]["thumb"]).name
+        found[peak.best] = FoundMoment(peak.start, peak.end, peak.score, time, thumb, peak.shown)
+    return found
+
+
+def unit_queries(vectors: Any, k: int, width: int, place: object) -> NDArray[np.float32]:
+    """Return queries (Q, D), an array or a tensor, scaled to length 1. Raise UserError for k < 1, for queries of
+    another width than that of the index, which `place` names, and for a query that is zero or not finite."""
+    if k < 1:
+        raise UserError(f"k {k}: a whole number from 1 up is needed")
+    queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise UserError(f"{place}: its vectors have width {width}, the query has shape {queries.shape}")
+    length = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
+    unit: NDArray[np.float32] = queries / length
+    return unit
 
 
 def nearest(index: Any, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -489,5 +491,22 @@ def _flat_index(vectors: NDArray[Any]) -> Any:
     return index
 
 
-def _key(line: bytes) -> str:
+def indexed_video(line: bytes, thumbs: Path) -> IndexedVideo:
+    """Return a row of an index, whose pictures lie in `thumbs`."""
+    facts = json.loads(line)
+    return IndexedVideo(
+        id=facts["id"],
+        path=Path(facts["path"]),
+        duration=facts["duration"],
+        frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
+        best=facts["best"],
+        captions=tuple(facts["captions"]),
+        thumb=thumbs / Path(facts["thumb"]).name,
+        stamp=FileStamp(facts["size"], facts["mtime_ns"]),
+        key=key_of(line),
+    )
+
+
+def key_of(line: bytes) -> str:
+    """Return the key of the video of a row: a digest of it, 20 hexadecimal digits."""
     return hashlib.sha256(line).hexdigest()[:20]

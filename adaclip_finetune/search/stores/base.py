@@ -1,0 +1,158 @@
+"""`VectorStore`, the protocol of places where the vectors of an index can be searched, and `push`, which fills one.
+
+The folder of an index stays the truth: a store is a copy that other machines can search. To add one is to write a class
+with these methods and a line in `open_store`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence, Sized
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.index import (
+    THUMBS,
+    EmbeddedVideo,
+    Hit,
+    IndexedVideo,
+    IndexInfo,
+    VideoIndex,
+    read_index,
+)
+
+_AT_ONCE = 500  # videos that are pushed together
+
+
+class Searchable(Protocol):
+    """Videos that can be searched: what `adaclip search` and `adaclip serve` need. `VideoIndex` describes the methods."""
+
+    info: IndexInfo
+    width: int
+    distinct: int
+
+    @property
+    def place(self) -> str:
+        """Return where it is, for messages."""
+
+    @property
+    def name(self) -> str:
+        """Return what to call it."""
+
+    @property
+    def moments(self) -> Sized | None:
+        """Return the windows or shots, of which only the number can be asked; None if videos were not divided."""
+
+    def __len__(self) -> int: ...
+
+    def search(
+        self, vectors: Any, k: int, ranks: slice = ..., score: Literal["whole", "moment"] | None = ...
+    ) -> list[list[Hit]]: ...
+
+    def search_moments(self, vectors: Any, k: int, ranks: slice = ...) -> list[list[Hit]]: ...
+
+    def need_moments(self) -> Sized: ...
+
+    def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]: ...
+
+    def find(self, key: str) -> IndexedVideo | None: ...
+
+    def moment_picture(self, key: str, number: int) -> Path | None: ...
+
+
+class VectorStore(Searchable, Protocol):
+    """A place that holds videos, by id, and can be searched. What it holds survives when the process is killed."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the model of its vectors; None if nothing has been stored yet."""
+
+    def begin(self, info: IndexInfo, width: int, thumbs: Path) -> None:
+        """Make the place ready for vectors of this width; `thumbs` holds the pictures. Raise UserError."""
+
+    def digests(self) -> dict[str, str]:
+        """Return the id of each video that is stored completely, with its `digest_of`."""
+
+    def upsert(self, videos: Sequence[EmbeddedVideo]) -> None:
+        """Store videos, with their moments, replacing those of the same ids."""
+
+    def delete(self, ids: Collection[str]) -> None:
+        """Remove videos, with their moments."""
+
+    def finish(self) -> None:
+        """Note that everything has been stored, so that it can be searched."""
+
+
+class Pushed(NamedTuple):
+    """What `push` did: numbers of videos."""
+
+    stored: int
+    kept: int
+    deleted: int
+
+
+def open_index(place: str) -> Searchable:
+    """Return the index in a folder, or what was pushed to a Milvus collection. Raise UserError."""
+    if not _is_milvus(place):
+        return VideoIndex.load(place)
+    from adaclip_finetune.search.stores.milvus import MilvusStore
+
+    store = MilvusStore(place)
+    store.open()
+    return store
+
+
+def open_store(place: str, **options: Any) -> VectorStore:
+    """Return a store that is to be filled: `milvus://HOST:PORT/COLLECTION`, `milvus:///FILE.db` or a folder, which need
+    not exist. `options` are those of the store. Raise UserError."""
+    if _is_milvus(place):
+        from adaclip_finetune.search.stores.milvus import MilvusStore
+
+        return MilvusStore(place, **options)
+    if options:
+        raise UserError(f"{place}: --{next(iter(options))} belongs to milvus://")
+    from adaclip_finetune.search.stores.folder import FolderStore
+
+    return FolderStore(Path(place))
+
+
+def push(source: Path, store: VectorStore) -> Pushed:
+    """Store the videos of an index that are new or changed, and delete those that it no longer has.
+
+    What was stored when it is interrupted is not stored again. Raise UserError if the store has vectors of another
+    model.
+    """
+    index = read_index(source)
+    info = index.info
+    if store.fingerprint not in (None, info.fingerprint):
+        raise UserError(
+            f"{store.place}: holds vectors of another model ({store.info.run}, fingerprint "
+            f"{store.info.fingerprint[:12]}; that of {source} has {info.fingerprint[:12]}), and vectors of two models "
+            "cannot be compared: give another name"
+        )
+    store.begin(info, index.vectors.shape[1], source.absolute() / THUMBS)
+    there, videos = store.digests(), index.videos()
+    new = [video for video in videos if there.get(video.row["id"]) != digest_of(video)]
+    for start in range(0, len(new), _AT_ONCE):
+        store.upsert(new[start : start + _AT_ONCE])
+    gone = there.keys() - {video.row["id"] for video in videos}
+    store.delete(gone)
+    store.finish()
+    return Pushed(len(new), len(videos) - len(new), len(gone))
+
+
+def digest_of(video: EmbeddedVideo) -> str:
+    """Return a digest of all that is stored of a video, 32 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(video.row).encode() + video.vector.astype(np.float32).tobytes())
+    if video.moments is not None:
+        digest.update(json.dumps(video.moments.rows).encode() + video.moments.vectors.astype(np.float32).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _is_milvus(place: str) -> bool:
+    return place.startswith(("milvus://", "milvus+https://"))

@@ -1,0 +1,257 @@
+"""What large collections need: bytes, seconds, and how much of the right answer a smaller or faster index finds.
+
+    python scripts/bench/scale.py simulated --videos 100000 1000000 10000000
+    python scripts/bench/scale.py real MODEL VIDEOS_OR_FRAMES [ANNOTATION]
+    python scripts/bench/scale.py cost
+
+`simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building; up to
+a million vectors) and IVF-PQ (√V lists, rounded down to a power of two, and a byte for every eight dimensions, trained
+on a sample, filled block by block). A vector is a point of a 64-dimensional space with noise in all dimensions, and a
+query is one of these points, moved. Recall is the share of the 10 exact neighbours that are among the 10, or the 100,
+that are found: exact distances of the 100 then give the right order.
+
+`real` embeds videos (a folder), or the frames of an annotation as pictures (a folder of frame folders), with a model,
+and measures what float16, int8 and PQ lose: recall among the 10 of each vector's own exact neighbours, and of those of
+the captions, if the annotation has some.
+
+`cost` prints bytes, hours and money for 10⁵, 10⁷ and 10⁸ videos, from figures that are flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+FOUND, AGAIN, BLOCK, QUERIES = 10, 100, 50_000, 200
+LATENT, LARGEST_GRAPH, SAMPLE = 64, 1_000_000, 100_000
+SIZES = (10**5, 10**7, 10**8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    simulated = commands.add_parser("simulated")
+    simulated.add_argument("--videos", type=int, nargs="+", default=[100_000])
+    simulated.add_argument("--width", type=int, default=512)
+    real = commands.add_parser("real")
+    real.add_argument("model")
+    real.add_argument("folder", type=Path)
+    real.add_argument("annotation", type=Path, nargs="?")
+    cost = commands.add_parser("cost")
+    for name, default, what in COSTS:
+        cost.add_argument(f"--{name}", type=float, default=default, help=f"{what}; default {default}")
+    a = parser.parse_args()
+    if a.command == "simulated":
+        print("| videos | index | MB | built in CPU s | CPU ms a query | recall@10 | among 100 |\n|---|---|---|---|---|---|---|")
+        for count in a.videos:
+            simulate(count, a.width)
+    elif a.command == "real":
+        round_real(a.model, a.folder, a.annotation)
+    else:
+        tell_cost(a)
+
+
+# ---- simulated vectors ----
+
+
+def simulate(count: int, width: int) -> None:
+    """Print the rows of a collection of `count` videos."""
+    points = Points(count, width)
+    exact, queries = points.neighbours()
+    indexes = [ivf_pq(points)]
+    if count <= LARGEST_GRAPH:
+        indexes.append(graph(points))
+    for name, index, built, settings in indexes:
+        size = bytes_of(index) / 1e6
+        for label, value in settings:
+            faiss.ParameterSpace().set_index_parameter(index, label, value)
+            started = time.process_time()
+            found = [index.search(query[None], AGAIN)[1][0] for query in queries]
+            each = 1000 * (time.process_time() - started) / len(queries)
+            recalls = [recall(exact, np.stack(found)[:, :most]) for most in (FOUND, AGAIN)]
+            cells = [f"{count:,}", f"{name}, {label} {value}", f"{size:,.0f}", f"{built:,.0f}", f"{each:.2f}"]
+            print(f"| {' | '.join([*cells, *(f'{100 * one:.1f}' for one in recalls)])} |", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory so far {peak:.1f} GiB", file=sys.stderr)
+
+
+class Points:
+    """`count` random vectors (V, D) of length 1, made block by block, always the same."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.count, self.width = count, width
+        self.basis = np.random.default_rng(0).normal(size=(LATENT, width)).astype(np.float32) / LATENT**0.5
+
+    def blocks(self) -> Iterator[Floats]:
+        """Yield all vectors."""
+        for start in range(0, self.count, BLOCK):
+            yield self._block(start, moved=0.0)
+
+    def sample(self) -> Floats:
+        """Return the first vectors, on which indexes are trained; their order says nothing."""
+        return np.concatenate([self._block(start, 0.0) for start in range(0, min(self.count, SAMPLE), BLOCK)])
+
+    def neighbours(self) -> tuple[NDArray[np.int64], Floats]:
+        """Return the rows of the exact neighbours (Q, 10) of the queries, and the queries (Q, D)."""
+        queries = self._block(0, moved=0.5)[:QUERIES]
+        best, rows = np.empty((QUERIES, 0), np.float32), np.empty((QUERIES, 0), np.int64)
+        for number, block in enumerate(self.blocks()):
+            scores = queries @ block.T
+            own = np.argpartition(-scores, FOUND)[:, :FOUND]
+            best = np.concatenate([best, np.take_along_axis(scores, own, 1)], 1)
+            rows = np.concatenate([rows, own + number * BLOCK], 1)
+            order = np.argsort(-best)[:, :FOUND]
+            best, rows = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
+        return rows, queries
+
+    def _block(self, start: int, moved: float) -> Floats:
+        random = np.random.default_rng([1, start])
+        points = random.standard_normal((min(BLOCK, self.count - start), LATENT), np.float32)
+        points += moved * np.random.default_rng([2, start]).standard_normal(points.shape, np.float32)
+        vectors = points @ self.basis
+        vectors += 0.1 * random.standard_normal(vectors.shape, np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+
+Built = tuple[str, Any, float, list[tuple[str, int]]]
+
+
+def graph(points: Points) -> Built:
+    """Return an HNSW index, the seconds that it took, and the settings of a search that are measured."""
+    index = faiss.index_factory(points.width, "HNSW32", faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 64
+    return "HNSW", index, fill(index, points), [("efSearch", value) for value in (64, 128, 256)]
+
+
+def ivf_pq(points: Points) -> Built:
+    """Return an IVF-PQ index, the seconds that it took, and the settings of a search that are measured."""
+    lists = 2 ** int(np.log2(points.count**0.5))
+    index = faiss.index_factory(points.width, f"IVF{lists},PQ{points.width // 8}", faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 8, 10, 64
+    started = time.process_time()
+    index.train(points.sample())
+    trained = time.process_time() - started
+    return f"IVF{lists}, PQ", index, trained + fill(index, points), [("nprobe", value) for value in (4, 16, 64)]
+
+
+def fill(index: Any, points: Points) -> float:
+    """Add all vectors, and return the seconds that it took without making them."""
+    seconds = 0.0
+    for block in points.blocks():
+        started = time.process_time()
+        index.add(block)
+        seconds += time.process_time() - started
+    return seconds
+
+
+def bytes_of(index: Any) -> int:
+    """Return the size of an index on disk."""
+    size = 0
+
+    def count(part: bytes) -> None:
+        nonlocal size
+        size += len(part)
+
+    faiss.write_index(index, faiss.PyCallbackIOWriter(count))
+    return size
+
+
+def recall(exact: NDArray[np.int64], found: NDArray[np.int64]) -> float:
+    """Return the share of the right rows (Q, 10) among those that were found (Q, N)."""
+    return float(np.mean([len(set(right) & set(own)) / len(right) for right, own in zip(exact, found, strict=True)]))
+
+
+# ---- real vectors ----
+
+
+def round_real(model: str, folder: Path, annotation: Path | None) -> None:
+    """Print what rounding loses on the vectors of videos or frames."""
+    vectors, captions = embed(model, folder, annotation)
+    count, width = vectors.shape
+    flat = faiss.index_factory(width, "Flat", faiss.METRIC_INNER_PRODUCT)
+    flat.add(vectors)
+    asked = {"neighbours": vectors, **({"captions": captions} if len(captions) else {})}
+    exact = {name: flat.search(queries, FOUND)[1] for name, queries in asked.items()}
+    print(f"{count:,} vectors of width {width}, recall@10 of their neighbours", end="")
+    print(f", and of {len(captions):,} captions" if len(captions) else "")
+    print(f"\n| index | bytes a vector | {' | '.join(asked)} |\n|---|---|{'---|' * len(asked)}")
+    kinds = {"float16": ("SQfp16", 2 * width), "int8": ("SQ8", width), "int4": ("SQ4", width // 2)}
+    kinds |= {f"PQ, {part} dimensions a byte": (f"PQ{width // part}", width // part) for part in (2, 4, 8)}
+    for name, (kind, size) in kinds.items():
+        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+        recalls = [recall(exact[one], index.search(queries, FOUND)[1]) for one, queries in asked.items()]
+        print(f"| {name} | {size} | {' | '.join(f'{100 * one:.2f}' for one in recalls)} |", flush=True)
+
+
+def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Floats, Floats]:
+    """Return the vectors of all videos of a folder, or of all pictures below it if it holds no video, and of the
+    captions of the annotation, all different."""
+    import torch
+
+    from adaclip_finetune import load_retriever
+    from adaclip_finetune.data.annotations import load_annotations
+    from adaclip_finetune.search.collection import collect_folder
+
+    model = load_retriever(model_name)
+    videos = [video.path for video in collect_folder(folder).videos]
+    if videos:
+        rows = [model.encode_video(path)[0] for path in videos]
+    else:
+        rows = [model.encode_image(path) for path in sorted(folder.rglob("*.jpg"))]
+    texts = [text for entry in load_annotations(annotation) for text in entry.sentences] if annotation else []
+    captions = model.encode_text(texts).numpy() if texts else np.empty((0, model.width), np.float32)
+    return np.unique(torch.stack(rows).numpy(), axis=0), captions
+
+
+# ---- costs ----
+
+COSTS = (
+    ("decode_s", 0.06, "CPU seconds that decoding the frames of a video takes"),
+    ("encode_s", 0.02, "GPU seconds that selecting and encoding them takes"),
+    ("windows", 10, "moments of a video"),
+    ("width", 512, "dimensions"),
+    ("row_bytes", 1500, "bytes of a row beside the vector: path, captions, frames"),
+    ("thumb_bytes", 8000, "bytes of a picture"),
+    ("cpu_price", 0.05, "price of a CPU core for an hour"),
+    ("gpu_price", 3.0, "price of a GPU for an hour"),
+    ("memory_price", 4.0, "price of a GB of memory for a month"),
+    ("disk_price", 0.1, "price of a GB of SSD for a month"),
+)
+
+
+def tell_cost(a: argparse.Namespace) -> None:
+    """Print a row for each size of a collection, of whole videos and with moments."""
+    print("| videos | vectors | decoding, core hours | encoding, GPU hours | embedding costs | ", end="")
+    print("float32, GB | int8, GB | PQ, GB | rows and pictures, GB | a month: float32 in memory | PQ in memory |")
+    print(f"|{'---|' * 11}")
+    for count in SIZES:
+        for windows in (0, a.windows):
+            cores, gpus = count * a.decode_s / 3600, count * a.encode_s / 3600 * (1 + bool(windows))
+            vectors = count * (1 + windows)
+            flat, small, least = (vectors * a.width * size / 1e9 for size in (4, 1, 1 / 8))
+            rows = (count * a.row_bytes + vectors * a.thumb_bytes) / 1e9
+            months = [held * a.memory_price + (flat + rows) * a.disk_price for held in (flat, least)]
+            money = cores * a.cpu_price + gpus * a.gpu_price
+            cells = [count, vectors, cores, gpus, money, flat, small, least, rows, *months]
+            print(f"| {' | '.join(f'{cell:,.0f}' if cell >= 10 else f'{cell:,.2g}' for cell in cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -25,15 +25,15 @@ def run(words: Sequence[str]) -> int:
     settings = model_settings(arguments)
 
     from adaclip_finetune.search.cut import CutFailed, clip_name, cut
-    from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import search_model_of
+    from adaclip_finetune.search.stores.base import open_index
 
-    index = VideoIndex.load(arguments.index)
+    index = open_index(arguments.index)
     index.need_moments()
     model = search_model_of(index, arguments.model, **settings)
     given = arguments.image
     vector = model.encode_query([arguments.text])[0] if given is None else model.encode_image(given)
-    hits = index.search_moments(vector[None], arguments.k)[0]
+    hits = index.search_moments(vector[None], arguments.k, where=arguments.where)[0]
     names = [f"{hit.rank:02}_{clip_name(hit.video, *hit.moments[0].span, arguments.exact)}" for hit in hits]
     if there := [name for name in names if (folder / name).exists() and not arguments.overwrite]:
         raise UserError(f"{folder / there[0]}: is there already; --overwrite replaces it, or give another folder")
@@ -57,12 +57,14 @@ def _parser() -> Parser:
         "copy of what is stored takes no time, but starts at the key frame before the moment unless the player skips "
         "to it, as most do in an mp4. Files such as ts and mpg are always encoded anew. Exit code 1 if some cannot be "
         "cut: they are listed.",
-        "adaclip cut NAME.index (TEXT | --image FILE) [-k N] -o DIR [--exact] [--overwrite]",
+        "adaclip cut NAME.index (TEXT | --image FILE) [--where CONDITION] [-k N] -o DIR [--exact] [--overwrite]",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index --moments` made")
+    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index --moments` made, or milvus://…")
     add("text", metavar="TEXT", nargs="?", help="what the moments should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
+    where = "cut only out of videos of which this holds, as for `adaclip search`"
+    add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=5, help="how many moments to cut; default 5")
     add("-o", "--output", required=True, metavar="DIR", type=a_path, help="the folder for the clips")
     add("--exact", action="store_true", help="encode anew (H.264, AAC), to start and end at the very frame")

@@ -1,4 +1,4 @@
-"""`adaclip index`: make or update an index of videos."""
+"""`adaclip index`: make or update an index of videos, or push it to where others search it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -20,6 +20,8 @@ _PLACES = ("video_dir", "frames_dir", "img_tmpl")
 
 def run(words: Sequence[str]) -> int:
     """Make or update an index. Return 1 if some videos cannot be read, else 0. Raise UserError."""
+    if words and words[0] == "push":
+        return _push(words[1:])
     arguments = _parser().read(words)
     output, videos = arguments.output, arguments.videos
     if not output.absolute().parent.is_dir():
@@ -51,6 +53,8 @@ def run(words: Sequence[str]) -> int:
         print(f"{arguments.model}{trained} → {output}: {count} videos of {printable(collection.name)}")
         if collection.others:
             print(describe_unknown_files(collection.others))
+        for problem in collection.problems:
+            print(f"passed over: {printable(problem)}", file=sys.stderr)
         given = {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings, "moments": moments}
         try:
             report = index_videos(model, collection, output, **given)
@@ -59,6 +63,35 @@ def run(words: Sequence[str]) -> int:
             raise
     _print_report(report, arguments)
     return 1 if report.broken else 0
+
+
+def _push(words: Sequence[str]) -> int:
+    """Copy an index to a place where others search it. Raise UserError."""
+    parser = Parser(
+        "adaclip index push",
+        "Copy an index to Milvus, a vector database, where `adaclip search`, `cut` and `serve` search it, or to another "
+        "folder. The same command updates the copy: new and changed videos are stored, and those that the index no "
+        "longer has are deleted. It continues after an interruption.",
+        "adaclip index push NAME.index PLACE [--hnsw]",
+        "PLACE is milvus://HOST:PORT/COLLECTION, milvus+https://HOST:PORT/COLLECTION, milvus:///PATH/TO/FILE.db (Milvus "
+        "Lite) or a folder. The environment variable MILVUS_TOKEN holds the API key or USER:PASSWORD, if one is needed.",
+    )
+    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    parser.add_argument("place", metavar="PLACE", type=a_place, help="where to copy it")
+    hnsw = "search approximately, by an HNSW graph; default: compare with all vectors"
+    parser.add_argument("--hnsw", action="store_true", help=hnsw)
+    arguments = parser.read(words)
+
+    from adaclip_finetune.search.stores.base import open_store, push
+
+    try:
+        pushed = push(arguments.index, open_store(arguments.place, arguments.hnsw))
+    except KeyboardInterrupt:
+        print("What was stored is kept; the same command continues", file=sys.stderr)
+        raise
+    print(f"{arguments.index} → {arguments.place}: {pushed.stored} stored, {pushed.kept} unchanged, ", end="")
+    print(f"{pushed.deleted} deleted")
+    return 0
 
 
 def _moments(arguments: Namespace) -> MomentSettings | None:
@@ -83,7 +116,8 @@ def _parser() -> Parser:
         "Embed videos for `adaclip search` and `adaclip serve`, with a model that was finetuned or with a pretrained "
         "CLIP, which takes num_frm uniform frames of a video and their mean. Videos that are in the index already are "
         "kept, new and changed ones are added, and the same command continues after an interruption. Exit code 1 if "
-        "some videos cannot be read: they are listed, and the others are indexed.",
+        "some videos cannot be read: they are listed, and the others are indexed. `adaclip index push` copies an index "
+        "to Milvus.",
     )
     add = parser.add_argument
     model = "a run folder or checkpoint, or a pretrained CLIP: an open_clip name[:tag], or a file or folder of weights"

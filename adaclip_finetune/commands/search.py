@@ -17,6 +17,7 @@ from adaclip_finetune.commands.flags import (
     MODEL,
     Parser,
     a_path,
+    a_place,
     adaptation_settings,
     add_adapt_flags,
     add_checkpoint_flags,
@@ -25,13 +26,14 @@ from adaclip_finetune.commands.flags import (
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 from adaclip_finetune.search.query import terms_of
-from adaclip_finetune.search.where import Condition, conditions, search_where
+from adaclip_finetune.search.where import conditions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
+    from adaclip_finetune.search.index import FoundMoment, Hit
     from adaclip_finetune.search.search_model import SearchModel
+    from adaclip_finetune.search.stores.base import Searchable
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
@@ -48,7 +50,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    holds = conditions(arguments.where)
+    conditions(arguments.where)
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -69,12 +71,12 @@ def run(words: Sequence[str]) -> int:
     find = partial(index.search, score=arguments.score) if arguments.by == "video" else index.search_moments
     # Ranks in the other index are told down to _COMPARED.
     wanted = arguments.k if arguments.compare is None else max(arguments.k, _COMPARED)
-    encode, search = _encoder(model, arguments), _narrowed(find, wanted, holds)
-    other = None
+    search = partial(find, k=wanted, where=arguments.where)
+    encode, other = _encoder(model, arguments), None
     if arguments.compare is not None:
         others_settings = {name: value for name, value in settings.items() if name != "clip_weights"}
         old, old_model = _open(arguments.compare, None, others_settings)
-        other = _encoder(old_model, arguments), _narrowed(old.search, wanted, holds)
+        other = _encoder(old_model, arguments), partial(old.search, k=wanted, where=arguments.where)
         if not arguments.json:
             _print_names(index, old)
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
@@ -91,13 +93,13 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _open(path: Path, moved: Path | None, settings: Mapping[str, Any]) -> tuple[VideoIndex, SearchModel]:
-    from adaclip_finetune.search.index import VideoIndex
+def _open(place: str, moved: Path | None, settings: Mapping[str, Any]) -> tuple[Searchable, SearchModel]:
     from adaclip_finetune.search.search_model import search_model_of
+    from adaclip_finetune.search.stores.base import open_index
 
-    index = VideoIndex.load(path)
+    index = open_index(place)
     if not len(index):
-        raise UserError(f"{path}: is empty; `adaclip index` adds videos")
+        raise UserError(f"{place}: is empty; `adaclip index` adds videos")
     model = search_model_of(index, moved, **settings)
     if model.untrained:
         print(f"searched with {index.info.model_name}, which was not finetuned", file=sys.stderr)
@@ -113,16 +115,7 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     return lambda texts: sum(examples, model.encode_query(texts))
 
 
-def _narrowed(
-    find: Callable[[Any, int], list[list[Hit]]], wanted: int, holds: Condition | None
-) -> Callable[[Tensor], list[list[Hit]]]:
-    """Return a search for `wanted` hits, of videos of which the conditions hold."""
-    if holds is None:
-        return lambda vectors: find(vectors, wanted)
-    return lambda vectors: [search_where(find, vector[None], wanted, holds) for vector in vectors]
-
-
-def _adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+def _adapting(model: SearchModel, index: Searchable, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     if not settings:
         return nullcontext()
     from adaclip_finetune.search.adapted import adapting
@@ -141,13 +134,13 @@ def _parser() -> Parser:
         "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index` made, or milvus://…")
     add("text", metavar="TEXT", nargs="?", help=f"what the videos should show; {_COMBINED}")
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    where = "find only videos of which this holds, as 'duration > 60', 'name = *beach*', 'folder = holidays' or "
-    where += "'date >= 2026-05'; may be given several times"
+    where = "find only videos of which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
+    where += "'date >= 2026-05', 'season = 3'; several times, or with 'and' between them"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
     by = "find videos (the default), or moments, of which a video may have several"
@@ -157,7 +150,7 @@ def _parser() -> Parser:
     add("--json", action="store_true", help="print one JSON object per query and line")
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
-    add("--compare", metavar="OLD.index", type=a_path, help=compared)
+    add("--compare", metavar="OLD.index", type=a_place, help=compared)
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
@@ -199,8 +192,8 @@ def _print(
         _print_hits(shown, arguments)
 
 
-def _print_names(index: VideoIndex, other: VideoIndex) -> None:
-    names = (f"{printable(one.folder.name)} ({printable(one.info.model_name)})" for one in (index, other))
+def _print_names(index: Searchable, other: Searchable) -> None:
+    names = (f"{printable(one.name)} ({printable(one.info.model_name)})" for one in (index, other))
     print("{:6}{:<{width}}  {}".format("", *names, width=_COLUMN))
 
 

@@ -1,7 +1,7 @@
 """The annotation file, which lists videos and what is said about each.
 
     {"video_name": {"sentences": ["…", …], "tags"?, "auxiliary"?, "extension"?, "timestamps"?, "duration"?, "start"?,
-     "end"?, "group"?}, …}
+     "end"?, "group"?, "metadata"?}, …}
 
 Video names become paths below `frames_dir` or `video_dir`, so a name that could lead out of them is refused here.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, StrictStr, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 from pydantic.dataclasses import dataclass
 
 from adaclip_finetune.data.names import canonical, split_extension
@@ -24,6 +24,7 @@ from adaclip_finetune.strict_json import read_json
 
 # Unicode categories of characters that show nothing by themselves: control, format, unassigned, marks, separators.
 _INVISIBLE = ("Cc", "Cf", "Cn", "Mn", "Me", "Zs", "Zl", "Zp")
+METADATA_NAME = r"\w[\w.-]*"  # what an entry of `metadata` may be called, so that a condition can name it
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are blank nevertheless
 
 
@@ -61,10 +62,18 @@ def _tag(value: str) -> str:
     return value
 
 
+def _metadata_name(value: str) -> str:
+    if not re.fullmatch(METADATA_NAME, value):
+        raise ValueError("must be a name of letters, digits, _, - and dots")
+    return value
+
+
 Text = Annotated[StrictStr, AfterValidator(_text)]
 Tag = Annotated[StrictStr, AfterValidator(_tag)]
 Number = StrictFloat  # whole numbers, too, but not true and false
 Seconds = Annotated[Number, Field(ge=0)]
+MetadataName = Annotated[StrictStr, AfterValidator(_metadata_name)]
+Fact = Text | StrictInt | Number | StrictBool
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -73,7 +82,8 @@ class VideoAnnotation:
 
     `group` is the source video: two clips of one group in different splits are leakage. `tags` has a list of names for
     each sentence: what kind of sentence it is. `auxiliary` are captions that are used beside the sentences in training,
-    such as those that a model made of the middle frame.
+    such as those that a model made of the middle frame. `metadata` is what else is known, by which searches are
+    narrowed.
     """
 
     video_id: str
@@ -86,9 +96,10 @@ class VideoAnnotation:
     group: Text | None = None
     tags: tuple[tuple[Tag, ...], ...] | None = None
     auxiliary: tuple[Text, ...] = ()
+    metadata: dict[MetadataName, Fact | list[Fact]] = field(default_factory=dict)
 
 
-KEYS = tuple(field.name for field in fields(VideoAnnotation) if field.name != "video_id")
+KEYS = tuple(key.name for key in fields(VideoAnnotation) if key.name != "video_id")
 
 
 def load_annotations(path: str | Path, data_subset: int = 0) -> list[VideoAnnotation]:

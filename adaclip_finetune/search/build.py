@@ -168,9 +168,11 @@ def _update(
         source = copies.get(video.id, video.id)
         if source in fresh or source in unchanged:
             row, vector, of_video = fresh.get(source) or known[source]
-            # The folder may have moved, and captions may have been added, since the video was embedded.
-            own = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
-            result[video.id] = EmbeddedVideo(row | own | {"captions": list(video.captions)}, vector, of_video)
+            # The folder may have moved, and captions and metadata may have changed, since the video was embedded.
+            own: dict[str, Any] = {"id": video.id, "path": str(video.path), "mtime_ns": video.stamp.mtime_ns}
+            row = {name: value for name, value in row.items() if name != "metadata"}
+            own |= {"captions": list(video.captions)} | ({"metadata": video.metadata} if video.metadata else {})
+            result[video.id] = EmbeddedVideo(row | own, vector, of_video)
     ids = {video.id for video in collection.videos}
     vanished = [name for name in known if name not in ids]
     if not sync:

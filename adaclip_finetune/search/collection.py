@@ -6,9 +6,9 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import check_name, load_annotations
@@ -18,6 +18,7 @@ from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.video.discovery import find_videos
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.metadata import ENDINGS, metadata_beside
 
 
 class FileStamp(NamedTuple):
@@ -40,6 +41,7 @@ class CollectionVideo:
     stamp: FileStamp
     captions: tuple[str, ...] = ()
     duration: float | None = None  # seconds, as annotated
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class VideoCollection:
     broken: dict[str, str]  # id → why the video cannot be read
     store: FrameStore
     others: list[Path] = field(default_factory=list)  # files in the folder that are not videos
+    problems: list[str] = field(default_factory=list)  # files beside videos that cannot be read
 
     @property
     def img_tmpl(self) -> str | None:
@@ -137,7 +140,7 @@ def collect_folder(folder: Path) -> VideoCollection:
         except (OSError, UserError) as error:
             broken[name.encode("utf-8", "replace").decode()] = getattr(error, "strerror", None) or str(error)
     store = VideoFiles(root, {video.id: video.id for video in videos})
-    return VideoCollection(root, root, videos, broken, store, others)
+    return _with_metadata(VideoCollection(root, root, videos, broken, store, others))
 
 
 def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
@@ -152,7 +155,7 @@ def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
     for video in listed:
         try:
             path = _path(store, root, video.video_id)
-            known = stamp_of(path), video.sentences, video.duration
+            known = stamp_of(path), video.sentences, video.duration, video.metadata
             videos.append(CollectionVideo(video.video_id, path, *known))
         except FrameError as error:
             broken[video.video_id] = f"{error.path}: {error.reason}"
@@ -160,7 +163,23 @@ def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
             broken[video.video_id] = f"{error.filename}: {error.strerror}"
     if isinstance(store, VideoFolder):
         store = VideoFiles(root, {video.id: video.path.relative_to(root).as_posix() for video in videos})
-    return VideoCollection(annotation.absolute(), root, videos, broken, store)
+    return _with_metadata(VideoCollection(annotation.absolute(), root, videos, broken, store))
+
+
+def _with_metadata(collection: VideoCollection) -> VideoCollection:
+    """Add to the videos what files beside them say; what the annotation says has precedence."""
+    if not isinstance(collection.store, VideoFolder):
+        return collection
+    videos, problems = [], []
+    for video in collection.videos:
+        try:
+            videos.append(replace(video, metadata={**metadata_beside(video.path), **video.metadata}))
+        except UserError as error:
+            videos.append(video)
+            problems.append(str(error))
+    beside = {video.path.with_suffix(ending) for video in videos for ending in ENDINGS}
+    others = [path for path in collection.others if path not in beside]
+    return replace(collection, videos=videos, others=others, problems=problems)
 
 
 def _path(store: FrameStore, root: Path, video_id: str) -> Path:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,11 +34,13 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
 from adaclip_finetune.search.collection import FileStamp
 from adaclip_finetune.search.peaks import find_peaks
+from adaclip_finetune.search.where import columns, conditions, rows_where
 
 FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
 FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
+_NARROWED = 8  # narrowed searches whose videos are remembered
 MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
@@ -185,6 +188,7 @@ class IndexedVideo:
     thumb: Path  # JPEG of the best frame
     stamp: FileStamp  # of `path` when it was indexed
     key: str  # digest of the row: it changes with the file, and no path can be derived from it
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # from the annotation or beside the file
 
     @property
     def best_time(self) -> float | None:
@@ -247,6 +251,11 @@ class IndexedVideos:
     def _parse(self, row: int) -> IndexedVideo:
         return indexed_video(self._lines[row], self._thumbs)
 
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """What each video has in each field that a condition may name; reading it takes a pass over all rows."""
+        return columns(self._lines)
+
 
 class VideoIndex:
     """The videos of an index in the order of its rows, and their vectors in FAISS (Douze et al. 2024).
@@ -264,9 +273,21 @@ class VideoIndex:
         self._copies: dict[int, list[int]] = {}  # of the first row with a vector: the others
         for row in np.flatnonzero(firsts != own).tolist():
             self._copies.setdefault(int(firsts[row]), []).append(row)
+        self._firsts = firsts
+        self._selected = lru_cache(_NARROWED)(self._select)
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
         self._nearest = _flat_index(vectors)
         self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
+
+    @property
+    def place(self) -> str:
+        """Return where it is, for messages."""
+        return str(self.folder)
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        return Path(os.path.abspath(self.folder)).name  # noqa: PTH100 (a link keeps its own name)
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
@@ -277,40 +298,73 @@ class VideoIndex:
         return len(self.videos)
 
     def search(
-        self, vectors: Any, k: int, ranks: slice = slice(None), score: Literal["whole", "moment"] | None = None
+        self,
+        vectors: Any,
+        k: int,
+        ranks: slice = slice(None),
+        score: Literal["whole", "moment"] | None = None,
+        where: Sequence[str] = (),
     ) -> list[list[Hit]]:
         """Return the k best videos for each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
         wanted, for example `slice(10, 20)` for a second page. `score` ranks videos by their own vector (`whole`) or
-        that of their best window (`moment`), which is the default for a pretrained CLIP. Raise UserError for vectors of
-        another width, k < 1, and `moment` without moments.
+        that of their best window (`moment`), which is the default for a pretrained CLIP. With `where`, only videos of
+        which these conditions hold are compared (`where.py`). Raise UserError for vectors of another width, k < 1,
+        conditions that are none, and `moment` without moments.
         """
-        queries = unit_queries(vectors, k, self.width, self.folder)
+        queries, selection = unit_queries(vectors, k, self.width, self.folder), self._selected(tuple(where))
         moments = self.need_moments() if score == "moment" else None
         if score is None and self.info.untrained:
             moments = self.moments
-        found: Iterable[Iterable[tuple[float, int]]] = self._by_whole(queries, k)
-        if moments is not None:
-            found = [islice(self._by_best(moments, query), k) for query in queries]
+        found: Iterable[Iterable[tuple[float, int]]]
+        if moments is None:
+            found = self._by_whole(queries, k, selection)
+        else:
+            found = [islice(self._by_best(moments, query, selection), k) for query in queries]
         return [
-            [self._hit(query, rank, cosine, row) for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]]
+            [
+                self._hit(row, rank, cosine, selection, self.moments.of_video(row, query) if self.moments else ())
+                for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]
+            ]
             for query, videos in zip(queries, found, strict=True)
         ]
 
-    def search_moments(self, vectors: Any, k: int, ranks: slice = slice(None)) -> list[list[Hit]]:
+    def search_moments(
+        self, vectors: Any, k: int, ranks: slice = slice(None), where: Sequence[str] = ()
+    ) -> list[list[Hit]]:
         """Return the k best moments of all videos for each query, best first; a video may have several.
 
         The arguments are those of `search`. Raise UserError if the index has no moments.
         """
-        moments = self.need_moments()
+        moments, selection = self.need_moments(), self._selected(tuple(where))
         return [
             [
-                Hit(self.videos[row], moment.score, rank, self._copies_of(row), (moment,))
-                for rank, (row, moment) in list(enumerate(islice(moments.best(query), k), 1))[ranks]
+                self._hit(row, rank, moment.score, selection, (moment,))
+                for rank, (row, moment) in list(enumerate(islice(moments.best(query, selection), k), 1))[ranks]
             ]
             for query in unit_queries(vectors, k, self.width, self.folder)
         ]
+
+    def count(self, where: Sequence[str] = ()) -> int:
+        """Return the number of different videos of which these conditions hold. Raise UserError."""
+        return len(self._places(self._selected(tuple(where))))
+
+    def find(self, key: str) -> IndexedVideo | None:
+        """Return the video of a key, or None."""
+        row = self._by_key.get(key)
+        return None if row is None else self.videos[row]
+
+    def moment_picture(self, key: str, number: int) -> Path | None:
+        """Return the JPEG of the best frame of a window of the video of a key, or None if it has no such window."""
+        row = self._by_key.get(key)
+        if row is None or self.moments is None or number >= self.moments.count(row):
+            return None
+        return self.moments.picture(row, number)
+
+    @cached_property
+    def _by_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.videos.keys())}
 
     def need_moments(self) -> IndexedMoments:
         """Return the moments of the index. Raise UserError if it has none."""
@@ -324,29 +378,46 @@ class VideoIndex:
         (places,) = self._nearest.search(vector[None], min(k, self.distinct))[1]
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
-    def _by_whole(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[float, int]]]:
+    def _select(self, where: tuple[str, ...]) -> _Narrowed:
+        videos = rows_where(self.videos.columns, conditions(where)) if where else np.ones(len(self), np.bool_)
+        firsts = np.zeros(len(self), np.bool_)
+        firsts[self._firsts[videos]] = True
+        return _Narrowed(videos, firsts, not where)
+
+    def _places(self, selection: _Narrowed) -> NDArray[np.int64]:
+        """Return the positions in FAISS of the vectors of which a selection has a video."""
+        return np.flatnonzero(selection.firsts[self._rows])
+
+    def _by_whole(self, queries: NDArray[np.float32], k: int, selection: _Narrowed) -> list[list[tuple[float, int]]]:
         """Return score and row of the k videos whose vectors are nearest to each query."""
-        if not len(self):
-            return [[] for _ in queries]
-        scores, places = nearest(self._nearest, queries, min(k, self.distinct))
-        rows = self._rows[places].tolist()
+        places = None if selection.all else self._places(selection)
+        scores, found = nearest(self._nearest, queries, k, places)
+        rows = self._rows[found].tolist()
         return [list(zip(*one, strict=True)) for one in zip(scores.tolist(), rows, strict=True)]
 
-    def _by_best(self, moments: IndexedMoments, query: NDArray[np.float32]) -> Iterator[tuple[float, int]]:
+    def _by_best(
+        self, moments: IndexedMoments, query: NDArray[np.float32], selection: _Narrowed
+    ) -> Iterator[tuple[float, int]]:
         """Yield score and row of all videos by their best windows, and after them of those that were not divided."""
         seen = set()
-        for cosine, row, _ in moments.windows(query):
+        for cosine, row, _ in moments.windows(query, selection):
             if row not in seen:
                 seen.add(row)
                 yield cosine, row
-        yield from (one for one in self._by_whole(query[None], self.distinct)[0] if one[1] not in seen)
+        yield from (one for one in self._by_whole(query[None], self.distinct, selection)[0] if one[1] not in seen)
 
-    def _hit(self, query: NDArray[np.float32], rank: int, score: float, row: int) -> Hit:
-        moments = self.moments.of_video(row, query)[:MOMENTS_A_VIDEO] if self.moments else []
-        return Hit(self.videos[row], score, rank, self._copies_of(row), tuple(moments))
+    def _hit(self, row: int, rank: int, score: float, selection: _Narrowed, moments: Sequence[FoundMoment]) -> Hit:
+        """Return a hit of the first video with the vector of `row` that is selected, with the others as its copies."""
+        videos = [self.videos[one] for one in (row, *self._copies.get(row, ())) if selection.videos[one]]
+        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:MOMENTS_A_VIDEO]))
 
-    def _copies_of(self, row: int) -> tuple[IndexedVideo, ...]:
-        return tuple(self.videos[copy] for copy in self._copies.get(row, ()))
+
+class _Narrowed(NamedTuple):
+    """The videos that a search may find (V,), and the rows whose vector one of them has (V,)."""
+
+    videos: NDArray[np.bool_]
+    firsts: NDArray[np.bool_]
+    all: bool  # whether these are all videos
 
 
 class IndexedMoments:
@@ -374,24 +445,26 @@ class IndexedMoments:
         """Return the moments of a video for a query (D,) of length 1, best first."""
         return list(self._found(row, query).values())
 
-    def best(self, query: NDArray[np.float32]) -> Iterator[tuple[int, FoundMoment]]:
-        """Yield the moments of all videos, best first, with the rows of their videos."""
+    def best(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[int, FoundMoment]]:
+        """Yield the moments of the selected videos, best first, with the rows of their videos."""
         found: dict[int, dict[int, FoundMoment]] = {}  # what has not been yielded
-        for _, row, number in self.windows(query):
+        for _, row, number in self.windows(query, selection):
             if row not in found:
                 found[row] = self._found(row, query)
             if moment := found[row].pop(number, None):
                 yield row, moment
 
-    def windows(self, query: NDArray[np.float32]) -> Iterator[tuple[float, int, int]]:
-        """Yield score, row of the video, and number in it, of all windows, best first; a window may come again."""
-        seen, wanted = 0, 256
-        while seen < len(self):
-            (scores,), (places,) = self._nearest.search(query[None], min(wanted, len(self)))
-            for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+    def windows(self, query: NDArray[np.float32], selection: _Narrowed) -> Iterator[tuple[float, int, int]]:
+        """Yield score, row of the video, and number in it, of all windows of the selected videos, best first; a window
+        may come again."""
+        places = None if selection.all else np.flatnonzero(selection.firsts[self._row])
+        seen, wanted, count = 0, 256, len(self) if places is None else len(places)
+        while seen < count:
+            (scores,), (found,) = nearest(self._nearest, query[None], wanted, places)
+            for score, place in zip(scores.tolist(), found.tolist(), strict=True):
                 row = int(self._row[place])
                 yield score, row, place - self._first[row]
-            seen, wanted = len(places), 4 * wanted
+            seen, wanted = len(found), 4 * wanted
 
     def picture(self, row: int, number: int) -> Path:
         """Return the JPEG of the best frame of a window. Raise IndexError."""
@@ -448,24 +521,55 @@ def unit_queries(vectors: Any, k: int, width: int, place: object) -> NDArray[np.
     return unit
 
 
-def nearest(index: Any, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the k largest products of each query (Q, D) with the vectors of a FAISS index, and their rows: (Q, k).
+def nearest(
+    index: Any, queries: NDArray[np.float32], k: int, places: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest products of each query (Q, D) with the vectors of a FAISS index, and their rows: (Q, k), or
+    fewer if there are fewer vectors. Only those at `places`, if they are given, are compared.
 
     FAISS compares one query after another. Many of them are multiplied with a block of vectors at once, which takes a
     fraction of the time.
     """
+    count = index.ntotal if places is None else len(places)
+    k = min(k, count)
+    if not k:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     if len(queries) < _MANY_QUERIES:
-        scores, rows = index.search(queries, k)
-        return scores, rows
+        found = [_nearest_to_one(index, query, k, places) for query in queries]
+        return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
     asked = torch.from_numpy(np.ascontiguousarray(queries))
-    best, places = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
-    for start in range(0, index.ntotal, _BLOCK):
-        block = torch.from_numpy(index.reconstruct_n(start, min(_BLOCK, index.ntotal - start)))
-        found, own = (asked @ block.T).topk(min(k, len(block)), dim=1)
-        best, places = torch.cat([best, found], dim=1), torch.cat([places, own + start], dim=1)
+    best, rows = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
+    for start in range(0, count, _BLOCK):
+        own = np.arange(start, min(start + _BLOCK, count)) if places is None else places[start : start + _BLOCK]
+        block = torch.from_numpy(index.reconstruct_batch(own))
+        scores, within = (asked @ block.T).topk(min(k, len(block)), dim=1)
+        best, rows = torch.cat([best, scores], dim=1), torch.cat([rows, torch.from_numpy(own)[within]], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return best.numpy(), places.numpy()
+        rows = rows.gather(1, order)
+    return best.numpy(), rows.numpy()
+
+
+def _nearest_to_one(
+    index: Any, query: NDArray[np.float32], k: int, places: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest products of a query (D,) and their rows: (k,). Equal ones come in order of rows.
+
+    FAISS returns any of several that are equal to the last one. It is asked for more until the last is a smaller one,
+    so that pages of different lengths agree.
+    """
+    parameters, count = None, index.ntotal
+    if places is not None:
+        bits = np.zeros(count, np.bool_)
+        bits[places] = True
+        chosen = faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))  # type: ignore[arg-type, call-arg]
+        parameters, count = faiss.SearchParameters(sel=chosen), len(places)  # type: ignore[call-arg]
+    wanted = min(k + 1, count)
+    while True:
+        (scores,), (rows,) = index.search(query[None], wanted, params=parameters)
+        if wanted == count or scores[k - 1] > scores[-1]:
+            order = np.lexsort((rows, -scores))[:k]
+            return scores[order], rows[order]
+        wanted = min(4 * wanted, count)
 
 
 def first_of_equal(vectors: NDArray[Any]) -> NDArray[np.int64]:
@@ -504,6 +608,7 @@ def indexed_video(line: bytes, thumbs: Path) -> IndexedVideo:
         thumb=thumbs / Path(facts["thumb"]).name,
         stamp=FileStamp(facts["size"], facts["mtime_ns"]),
         key=key_of(line),
+        metadata=facts.get("metadata", {}),
     )
 
 

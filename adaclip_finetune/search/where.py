@@ -1,23 +1,24 @@
-"""Conditions on the videos that a search may find: `duration > 60`, `folder = holidays`, `date >= 2026-05`."""
+"""Conditions on the videos that a search may find: `duration > 60`, `folder = holidays`, `season = 3`."""
 
 from __future__ import annotations
 
+import json
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any, TypeAlias
+from math import isfinite
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from adaclip_finetune.errors import UserError
 
-if TYPE_CHECKING:
-    from adaclip_finetune.search.index import Hit, IndexedVideo
-
-Condition: TypeAlias = "Callable[[IndexedVideo], bool]"
-
-_FORM = re.compile(r"\s*(?P<field>\w+)\s*(?P<sign>!=|<=|>=|=|<|>)\s*(?P<value>.*\S)\s*")
+_FIELD = r"\w[\w.-]*"
+_FORM = re.compile(rf"\s*(?P<field>{_FIELD})\s*(?P<sign>!=|<=|>=|==?|<|>)\s*(?P<value>.*\S)\s*", re.DOTALL)
+_AND = re.compile(rf"\s+and\s+(?={_FIELD}\s*[!=<>])")
 _DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d)?)?)?)?")
 _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     **{"=": operator.eq, "!=": operator.ne, "<": operator.lt},
@@ -25,74 +26,132 @@ _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def conditions(words: Sequence[str]) -> Condition | None:
-    """Return what holds of a video of which all of these conditions hold; None if there are none.
+class Condition(NamedTuple):
+    """What must hold of a field of a video. `sign` is one of =, !=, <, <=, > and >=.
+
+    `holds` says whether it does, given what the video has in this field. Of a video that has nothing there, no
+    condition holds.
+    """
+
+    field: str
+    sign: str
+    value: str
+    holds: Callable[[Any], bool]
+
+
+def conditions(words: Sequence[str]) -> list[Condition]:
+    """Return the conditions that these texts state, each of them one or several with `and` between them.
 
     `name` (the video's) and `folder` (one or several of its folders) are compared by = and != with patterns such as
     `2026*`, `duration` with seconds, and `date`, when the file was last changed, with a date, as 2026, 2026-05-14 or
-    2026-05-14T12:30. Raise UserError.
+    2026-05-14T12:30. Every other field is one of the video's metadata: it is compared as a number if both sides are
+    numbers, and otherwise as a text, by = and != with a pattern. Raise UserError.
     """
-    parsed = [_condition(word) for word in words]
-    return (lambda video: all(holds(video) for holds in parsed)) if parsed else None
+    return [_condition(part) for word in words for part in _AND.split(word)]
 
 
-def search_where(find: Callable[[Any, int], list[list[Hit]]], vector: Any, k: int, holds: Condition) -> list[Hit]:
-    """Return the k best hits, of videos of which the condition holds, for a query (1, D).
+def columns(rows: Iterable[bytes]) -> dict[str, list[Any]]:
+    """Return what each row of an index (JSON) has in each field, None for nothing: field → a list in order of rows."""
+    found: dict[str, list[Any]] = {name: [] for name in _FIELDS}
+    count = 0
+    for count, line in enumerate(rows, 1):
+        row = json.loads(line)
+        for name, value in {**row.get("metadata", {}), **{name: own(row) for name, own in _FIELDS.items()}}.items():
+            column = found.setdefault(name, [])
+            column += [None] * (count - 1 - len(column)) + [value]
+    return {name: column + [None] * (count - len(column)) for name, column in found.items()}
 
-    `find(vector, k)` is a search without the condition; it is asked for more until there are enough. Of copies, the
-    first one counts of which the condition holds.
-    """
-    wanted = k
-    while True:
-        hits = find(vector, wanted)[0]
-        kept = [(hit, [video for video in (hit.video, *hit.copies) if holds(video)]) for hit in hits]
-        found = [replace(hit, video=own[0], copies=tuple(own[1:])) for hit, own in kept if own][:k]
-        if len(found) == k or len(hits) < wanted:
-            return [replace(hit, rank=rank) for rank, hit in enumerate(found, 1)]
-        wanted *= 4
+
+def rows_where(table: Mapping[str, list[Any]], stated: Iterable[Condition]) -> NDArray[np.bool_]:
+    """Return for each row of `columns` whether all conditions hold. Raise UserError for a field that no row has."""
+    rows = np.ones(len(table["name"]), np.bool_)
+    for condition in stated:
+        if condition.field not in table:
+            known = ", ".join([*_FIELDS, *sorted(table.keys() - _FIELDS)])
+            raise UserError(f"where {condition.field}: no video of this index has it; known are {known}")
+        column = table[condition.field]
+        rows &= np.fromiter((own is not None and condition.holds(own) for own in column), np.bool_, len(column))
+    return rows
 
 
 def _condition(word: str) -> Condition:
     found = _FORM.fullmatch(word)
-    if found is None or found["field"] not in _FIELDS:
+    if found is None:
         raise UserError(
-            f"where {word}: not a condition such as 'duration > 60', 'name = *beach*', 'folder = holidays' or "
-            "'date >= 2026-05'"
+            f"where {word}: not a condition such as 'duration > 60', 'name = *beach*', 'folder = holidays', "
+            "'date >= 2026-05' or 'season = 3'"
         )
-    return _FIELDS[found["field"]](word, found["sign"], found["value"])
+    field, sign, value = found["field"], found["sign"].replace("==", "="), found["value"]
+    return Condition(field, sign, value, _TESTS.get(field, _by_value)(word, sign, value))
 
 
-def _by_pattern(text_of: Callable[[IndexedVideo], str], form: str) -> Callable[[str, str, str], Condition]:
-    def condition(word: str, sign: str, value: str) -> Condition:
+def _matches(pattern: str) -> Callable[[str], bool]:
+    """Return a test of a whole text, in which * stands for any characters and ? for one; case makes no difference."""
+    form = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    compiled = re.compile(form, re.DOTALL | re.IGNORECASE)
+    return lambda text: compiled.fullmatch(text) is not None
+
+
+def _by_pattern(form: str) -> Callable[[str, str, str], Callable[[str], bool]]:
+    def test(word: str, sign: str, value: str) -> Callable[[str], bool]:
         if sign not in ("=", "!="):
             raise UserError(f"where {word}: a pattern is compared by = or !=")
-        return lambda video: fnmatch(text_of(video), form.format(value)) == (sign == "=")
+        matches = _matches(form.format(value))
+        return lambda own: matches(own) == (sign == "=")
 
-    return condition
-
-
-def _by_duration(word: str, sign: str, value: str) -> Condition:
-    try:
-        seconds = float(value)
-    except ValueError as error:
-        raise UserError(f"where {word}: {value} is not a number of seconds") from error
-    return lambda video: video.duration is not None and _SIGNS[sign](video.duration, seconds)
+    return test
 
 
-def _by_date(word: str, sign: str, value: str) -> Condition:
+def _by_duration(word: str, sign: str, value: str) -> Callable[[float], bool]:
+    seconds = _number(value)
+    if seconds is None:
+        raise UserError(f"where {word}: {value} is not a number of seconds")
+    return lambda own: _SIGNS[sign](own, seconds)
+
+
+def _by_date(word: str, sign: str, value: str) -> Callable[[str], bool]:
     if not _DATE.fullmatch(value):
         raise UserError(f"where {word}: {value} is not a date such as 2026, 2026-05-14 or 2026-05-14T12:30")
-
-    def holds(video: IndexedVideo) -> bool:
-        changed = datetime.fromtimestamp(video.stamp.mtime_ns / 1e9).isoformat()
-        return _SIGNS[sign](changed[: len(value)], value)
-
-    return holds
+    return lambda own: _SIGNS[sign](own[: len(value)], value)
 
 
-_FIELDS: dict[str, Callable[[str, str, str], Condition]] = {
-    "name": _by_pattern(lambda video: video.id, "{}"),
-    "folder": _by_pattern(lambda video: f"{video.path.parent.as_posix()}/", "*/{}/*"),
+def _by_value(word: str, sign: str, value: str) -> Callable[[Any], bool]:
+    """Of a list, such as tags, one entry must be equal for =, and none for !=."""
+    number, matches, folded = _number(value), _matches(value), value.casefold()
+
+    def equals(own: Any) -> bool:
+        if isinstance(own, list):
+            return any(map(equals, own))
+        return (number is not None and _number(own) == number) or matches(str(own))
+
+    def compares(own: Any) -> bool:
+        if isinstance(own, list):
+            return any(map(compares, own))
+        own_number = _number(own)
+        if number is None or own_number is None:
+            return _SIGNS[sign](str(own).casefold(), folded)
+        return _SIGNS[sign](own_number, number)
+
+    return {"=": equals, "!=": lambda own: not equals(own)}.get(sign, compares)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if isfinite(number) else None
+
+
+_TESTS: dict[str, Callable[[str, str, str], Callable[[Any], bool]]] = {
+    "name": _by_pattern("{}"),
+    "folder": _by_pattern("*/{}/*"),
     "duration": _by_duration,
     "date": _by_date,
+}
+_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "name": lambda row: row["id"],
+    "folder": lambda row: f"{PurePath(row['path']).parent.as_posix()}/",
+    "duration": lambda row: row["duration"],
+    "date": lambda row: datetime.fromtimestamp(row["mtime_ns"] / 1e9).isoformat(),
 }

@@ -1,11 +1,12 @@
 """What large collections need: bytes, seconds, and how much of the right answer a smaller or faster index finds.
 
-    python scripts/bench/scale.py simulated --videos 100000 1000000 10000000
+    python scripts/bench/scale.py simulated ivf_pq --videos 100000 1000000 10000000
+    python scripts/bench/scale.py simulated hnsw --videos 100000 1000000
     python scripts/bench/scale.py real MODEL VIDEOS_OR_FRAMES [ANNOTATION]
     python scripts/bench/scale.py cost
 
-`simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building; up to
-a million vectors) and IVF-PQ (√V lists, rounded down to a power of two, and a byte for every eight dimensions, trained
+`simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building), or
+IVF-PQ (√V lists, rounded down to a power of two, and a byte for every eight dimensions, trained
 on a sample, filled block by block). A vector is a point of a 64-dimensional space with noise in all dimensions, and a
 query is one of these points, moved. Recall is the share of the 10 exact neighbours that are among the 10, or the 100,
 that are found: exact distances of the 100 then give the right order.
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FOUND, AGAIN, BLOCK, QUERIES = 10, 100, 50_000, 200
-LATENT, LARGEST_GRAPH, SAMPLE = 64, 1_000_000, 100_000
+LATENT, SAMPLE = 64, 100_000
 SIZES = (10**5, 10**7, 10**8)
 
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     simulated = commands.add_parser("simulated")
+    simulated.add_argument("kind", choices=("ivf_pq", "hnsw"))
     simulated.add_argument("--videos", type=int, nargs="+", default=[100_000])
     simulated.add_argument("--width", type=int, default=512)
     real = commands.add_parser("real")
@@ -56,9 +58,10 @@ def main() -> None:
         cost.add_argument(f"--{name}", type=float, default=default, help=f"{what}; default {default}")
     a = parser.parse_args()
     if a.command == "simulated":
-        print("| videos | index | MB | built in CPU s | CPU ms a query | recall@10 | among 100 |\n|---|---|---|---|---|---|---|")
+        names = ["videos", "index", "MB", "built in CPU s", "CPU ms a query", f"recall@{FOUND}", f"among {AGAIN}"]
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
         for count in a.videos:
-            simulate(count, a.width)
+            simulate(a.kind, count, a.width)
     elif a.command == "real":
         round_real(a.model, a.folder, a.annotation)
     else:
@@ -68,23 +71,27 @@ def main() -> None:
 # ---- simulated vectors ----
 
 
-def simulate(count: int, width: int) -> None:
+def simulate(kind: str, count: int, width: int) -> None:
     """Print the rows of a collection of `count` videos."""
     points = Points(count, width)
     exact, queries = points.neighbours()
-    indexes = [ivf_pq(points)]
-    if count <= LARGEST_GRAPH:
-        indexes.append(graph(points))
-    for name, index, built, settings in indexes:
-        size = bytes_of(index) / 1e6
-        for label, value in settings:
-            faiss.ParameterSpace().set_index_parameter(index, label, value)
-            started = time.process_time()
-            found = [index.search(query[None], AGAIN)[1][0] for query in queries]
-            each = 1000 * (time.process_time() - started) / len(queries)
-            recalls = [recall(exact, np.stack(found)[:, :most]) for most in (FOUND, AGAIN)]
-            cells = [f"{count:,}", f"{name}, {label} {value}", f"{size:,.0f}", f"{built:,.0f}", f"{each:.2f}"]
-            print(f"| {' | '.join([*cells, *(f'{100 * one:.1f}' for one in recalls)])} |", flush=True)
+    index = make_ivf_pq(points) if kind == "ivf_pq" else make_graph(points)
+    started = time.process_time()
+    index.train(points.sample())
+    built = time.process_time() - started
+    for block in points.blocks():
+        started = time.process_time()
+        index.add(block)
+        built += time.process_time() - started
+    knob, values = ("nprobe", (4, 16, 64)) if kind == "ivf_pq" else ("efSearch", (64, 128, 256))
+    for value in values:
+        faiss.ParameterSpace().set_index_parameter(index, knob, value)
+        started = time.process_time()
+        found = np.stack([index.search(query[None], AGAIN)[1][0] for query in queries])
+        each = 1000 * (time.process_time() - started) / len(queries)
+        recalls = [f"{100 * recall(exact, found[:, :most]):.1f}" for most in (FOUND, AGAIN)]
+        cells = [f"{count:,}", f"{kind}, {knob} {value}", f"{bytes_of(index) / 1e6:,.0f}", f"{built:,.0f}"]
+        print(f"| {' | '.join([*cells, f'{each:.2f}', *recalls])} |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory so far {peak:.1f} GiB", file=sys.stderr)
 
@@ -128,35 +135,19 @@ class Points:
         return vectors
 
 
-Built = tuple[str, Any, float, list[tuple[str, int]]]
-
-
-def graph(points: Points) -> Built:
-    """Return an HNSW index, the seconds that it took, and the settings of a search that are measured."""
+def make_graph(points: Points) -> Any:
+    """Return an empty HNSW index."""
     index = faiss.index_factory(points.width, "HNSW32", faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 64
-    return "HNSW", index, fill(index, points), [("efSearch", value) for value in (64, 128, 256)]
+    return index
 
 
-def ivf_pq(points: Points) -> Built:
-    """Return an IVF-PQ index, the seconds that it took, and the settings of a search that are measured."""
+def make_ivf_pq(points: Points) -> Any:
+    """Return an empty IVF-PQ index, whose training is short."""
     lists = 2 ** int(np.log2(points.count**0.5))
     index = faiss.index_factory(points.width, f"IVF{lists},PQ{points.width // 8}", faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 8, 10, 64
-    started = time.process_time()
-    index.train(points.sample())
-    trained = time.process_time() - started
-    return f"IVF{lists}, PQ", index, trained + fill(index, points), [("nprobe", value) for value in (4, 16, 64)]
-
-
-def fill(index: Any, points: Points) -> float:
-    """Add all vectors, and return the seconds that it took without making them."""
-    seconds = 0.0
-    for block in points.blocks():
-        started = time.process_time()
-        index.add(block)
-        seconds += time.process_time() - started
-    return seconds
+    return index
 
 
 def bytes_of(index: Any) -> int:

@@ -30,6 +30,7 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
         "end": 13.5,
         "group": "source-1",
         "tags": [["order", "two things"], []],
+        "metadata": {"season": 3, "length": 1.5, "live": True, "title": "A dog", "people": ["Ann", "Ben"]},
     }
     path = write(tmp_path, {"v_x-1.2": entry, "deep/er": {"sentences": ["b"]}})
     assert load_annotations(path) == [
@@ -43,6 +44,7 @@ def test_every_key_is_kept(tmp_path: Path) -> None:
             end=13.5,
             group="source-1",
             tags=(("order", "two things"), ()),
+            metadata={"season": 3, "length": 1.5, "live": True, "title": "A dog", "people": ["Ann", "Ben"]},
         ),
         VideoAnnotation("deep/er", ("b",)),
     ]
@@ -102,6 +104,9 @@ def test_two_names_of_one_video_are_refused_with_both(tmp_path: Path, one: str, 
         ({"sentences": ["a"], "timestamps": [[0, 1], [0]]}, ['"timestamps", entry 2, entry 2']),
         ({"sentences": ["a"], "extension": "../mp4"}, ['"extension"', "'../mp4'"]),
         ({"sentences": ["a", "b"], "tags": [["order"]]}, ['"tags"', "each of the 2 sentences", "has 1"]),
+        ({"sentences": ["a"], "metadata": ["x"]}, ['"metadata"', "['x']"]),
+        ({"sentences": ["a"], "metadata": {"a b": 3}}, ['"metadata", "a b"', "letters"]),
+        ({"sentences": ["a"], "metadata": {"season": None}}, ['"metadata", "season"', "got None"]),
         ({"sentences": ["a"], "tags": ["order"]}, ['"tags", entry 1', "'order'"]),
         ({"sentences": ["a"], "tags": [["(no tag)"]]}, ['"tags", entry 1, entry 1', "'(no tag)'"]),
     ],

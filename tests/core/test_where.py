@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.where import conditions, search_where
+from adaclip_finetune.search.where import columns, conditions, rows_where
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +21,30 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Any:
     time.tzset()
 
 
-def video(name: str = "beach.mp4", folder: str = "/my/holidays/2026", duration: float | None = 61.5) -> Any:
-    stamp = SimpleNamespace(mtime_ns=1_778_761_800 * 10**9)  # 2026-05-14T12:30
-    return SimpleNamespace(id=name, path=Path(folder) / name, duration=duration, stamp=stamp)
+def row(
+    name: str = "beach.mp4", folder: str = "/my/holidays/2026", duration: float | None = 61.5, **facts: Any
+) -> bytes:
+    mtime = 1_778_761_800 * 10**9  # 2026-05-14T12:30
+    metadata = {"metadata": facts} if facts else {}
+    return json.dumps(
+        {"id": name, "path": f"{folder}/{name}", "duration": duration, "mtime_ns": mtime, **metadata}
+    ).encode()
+
+
+def which(words: list[str], *rows: bytes) -> list[bool]:
+    return [bool(holds) for holds in rows_where(columns(rows), conditions(words))]
 
 
 @pytest.mark.parametrize(("word", "expected"), [
     ("duration > 60", True),
     ("duration<=61.5", True),
     ("duration < 61.5", False),
+    ("duration == 61.5", True),
     ("name = *beach*", True),
+    ("name = BEACH.mp?", True),
     ("name != *beach*", False),
     ("name = each*", False),
+    ("name = [b]each.mp4", False),
     ("folder = holidays", True),
     ("folder = holidays/2026", True),
     ("folder = holi*", True),
@@ -45,41 +56,63 @@ def video(name: str = "beach.mp4", folder: str = "/my/holidays/2026", duration: 
     ("date <= 2026-05", True),
     ("date < 2026-05-14", False),
     ("date > 2026-05-13", True),
+    ("season = 3", True),
+    ("season >= 3.5", False),
+    ("season != 4", True),
+    ("title = cats and dogs*", True),
+    ("title = *[hd]", True),
+    ("title = cats", False),
+    ("title < D", True),
+    ("upload_date >= 20260101", True),
+    ("tags = dog", True),
+    ("tags != dog", False),
+    ("tags != bird", True),
+    ("live = true", True),
+    ("duration > 60 and season = 3", True),
+    ("title = cats and dogs* and season = 4", False),
 ])  # fmt: skip
 def test_a_condition(word: str, expected: bool) -> None:
-    holds = conditions([word])
-    assert holds is not None and holds(video()) is expected
+    facts = {
+        "season": 3,
+        "title": "Cats and dogs [HD]",
+        "upload_date": "20260514",
+        "tags": ["cat", "Dog"],
+        "live": True,
+    }
+    assert which([word], row(**facts)) == [expected]
 
 
 def test_all_conditions_must_hold() -> None:
-    assert conditions([]) is None
-    holds = conditions(["duration > 60", "name = *.mkv"])
-    assert holds is not None and not holds(video()) and holds(video("a.mkv"))
-    assert not holds(video("a.mkv", duration=None)), "an unknown length is not longer than a minute"
+    rows = row(), row("a.mkv"), row("b.mkv", duration=None)
+    assert which([], *rows) == [True, True, True]
+    assert which(["duration > 60", "name = *.mkv"], *rows) == [False, True, False]
+    assert which(["duration > 60"]) == []
+
+
+def test_no_condition_holds_of_what_is_not_known() -> None:
+    rows = row(), row(season=2), row(), row(season="two", camera="north")
+    for word, expected in {
+        "season = 2": [False, True, False, False],
+        "season != 2": [False, False, False, True],
+        "season < z": [False, True, False, True],
+        "camera = *": [False, False, False, True],
+    }.items():
+        assert which([word], *rows) == expected
+
+
+def test_metadata_do_not_hide_what_is_known_of_the_file() -> None:
+    assert which(["duration > 60"], row(duration=61, **{"date": "never"})) == [True]
+    assert which(["date = 2026"], row(**{"date": "never"})) == [True]
 
 
 @pytest.mark.parametrize(
-    "word", ["", "long", "size > 3", "duration > a minute", "name > a", "date = yesterday", "date = 2026-5"]
+    "word", ["", "long", "> 3", "duration > a minute", "name > a", "date = yesterday", "date = 2026-5"]
 )
 def test_what_is_no_condition_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="where"):
         conditions([word])
 
 
-def test_a_search_asks_for_more_until_there_are_enough() -> None:
-    from adaclip_finetune.search.index import Hit
-
-    ranking = [Hit(video(f"{number}.mp4", duration=number), 1 - number / 100, number + 1) for number in range(50)]
-    ranking[10] = Hit(video("short.mp4", duration=1), 0.9, 11, copies=(video("long.mp4", duration=99),))
-    asked = []
-
-    def find(vector: Any, k: int) -> list[list[Hit]]:
-        asked.append(k)
-        return [ranking[:k]]
-
-    holds = conditions(["duration >= 30"])
-    assert holds is not None
-    found = search_where(find, None, 3, holds)
-    assert [(hit.rank, hit.video.id) for hit in found] == [(1, "long.mp4"), (2, "30.mp4"), (3, "31.mp4")]
-    assert asked == [3, 12, 48] and found[0].copies == ()
-    assert len(search_where(find, None, 40, holds)) == 21
+def test_a_field_that_no_video_has_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"sesaon.*name, folder, duration, date, camera, season"):
+        which(["sesaon = 3"], row(season=3), row(camera="north"))

@@ -114,6 +114,9 @@ def test_the_command(project: dict[str, Any], tmp_path: Path, capsys: Capsys) ->
     assert main([*command, "--exact"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--exact", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--overwrite", "--where", "name = a.*"]) == 0
+    assert all("a_" in line for line in capsys.readouterr().out.splitlines())
     shutil.move(videos / "b.mp4", tmp_path / "elsewhere.mp4")
     capsys.readouterr()
     assert main([*command, "-k", "9", "--overwrite"]) == 1

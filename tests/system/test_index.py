@@ -275,6 +275,32 @@ def test_which_files_are_videos(library: Path, tmp_path: Path, index: Index) -> 
     assert set(vectors(tmp_path / "i")) == {*IDS, "camera.MTS", "deep/recording.dat", "link.mp4"}
 
 
+def test_metadata_beside_the_videos(library: Path, tmp_path: Path, index: Index) -> None:
+    """They are read anew by each run, without embedding the video again."""
+    downloaded = {
+        "title": "Dogs",
+        "duration": 1,
+        "formats": [{"url": "x"}],
+        "description": "long " * 50,
+        "tags": ["dog"],
+    }
+    (library / "clip 0.info.json").write_text(json.dumps(downloaded))
+    (library / "clip 0.json").write_text(json.dumps({"title": "Two dogs", "season": 3, "a b": 1}))
+    (library / "clip 2.json").write_text("[]")
+    (library / "notes.txt").write_text("")
+    code, out, err = index(library)
+    assert (code, counts(out), "1 other file passed over: notes.txt" in out) == (0, (5, 0, 5), True)
+    assert "clip 2.json" in err and "object" in err
+    found = VideoIndex.load(tmp_path / "i")
+    assert found.videos[0].metadata == {"title": "Two dogs", "season": 3, "duration": 1, "tags": ["dog"]}
+    assert [video.id for video in found.videos if video.metadata] == [IDS[0]]
+    assert found.count(["season = 3"]) == found.count(["tags = dog and title = *dogs"]) == 1
+    (library / "clip 0.info.json").unlink()
+    (library / "clip 0.json").unlink()
+    assert counts(index(library)[1]) == (0, 5, 5)
+    assert not any("metadata" in video.row for video in read_index(tmp_path / "i").videos())
+
+
 def test_names_that_are_not_text(run: Path, clips: Path, tmp_path: Path, index: Index, capsys: Capsys) -> None:
     """A file with such a name is listed as broken; a folder with such a name can be indexed and searched."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b"))
@@ -338,7 +364,7 @@ def test_one_writer_at_a_time(clips: Path, tmp_path: Path, index: Index) -> None
 
 def test_an_annotation_with_captions_and_frames(project: Settings, tmp_path: Path, index: Index) -> None:
     annotation = json.loads(Path(project["test_annot"]).read_text())
-    annotation["video4"]["duration"] = 4.0
+    annotation["video4"] |= {"duration": 4.0, "metadata": {"season": 3}}
     annotation["gone"] = {"sentences": ["not there"]}
     (tmp_path / "a.json").write_text(json.dumps(annotation))
     shutil.copytree(str(project["frames_dir"]), tmp_path / "frames")
@@ -350,6 +376,7 @@ def test_an_annotation_with_captions_and_frames(project: Settings, tmp_path: Pat
     assert (first.path, first.duration) == (tmp_path / "frames" / "video4", 4.0)
     assert [frame.time for frame in first.frames] == [frame.index / 2 for frame in first.frames]
     assert second.duration is None and second.best_time is None
+    assert (first.metadata, second.metadata) == ({"season": 3}, {})
     images = sorted((tmp_path / "frames" / "video5").iterdir())
     shutil.copyfile(images[0], images[-1])  # written into the same file: the folder itself does not change
     assert counts(index(*command)[1]) == (1, 7, 8)

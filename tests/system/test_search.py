@@ -194,7 +194,7 @@ def test_conditions_narrow_a_search(clips: Path, capsys: Capsys) -> None:
     others = found("--where", f"name != {last}", "--where", "duration > 0", "-k", "1")
     assert others == everything[:1]
     assert main(["search", str(clips / "my.index"), "a dog", "--where", "size > 3"]) == 2
-    assert "size > 3" in capsys.readouterr().err
+    assert "size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("header", ["transformer", "seqTransf"])

@@ -13,14 +13,15 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from indexing import index_info, index_row, unit_rows
 from media import index_of, write_frames, write_video
 from PIL import Image
-from serving import Axes, Server, running, until, write_clip, write_divided_index, write_one, write_small_index
+from serving import WIDTH, Axes, Server, running, until, write_clip, write_divided_index, write_one, write_small_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.index import EmbeddedMoments, VideoIndex, write_index
 from adaclip_finetune.search.serve.app import MAX_BYTES
 
 TOKEN = "0123456789abcdef-_"
@@ -76,6 +77,25 @@ def test_pages_together_hold_every_video_once(server: Server) -> None:
     assert sorted(one["id"] for one in found) == [f"video{number}.mp4" for number in range(5)]  # the others score alike
     assert [one["rank"] for one in found] == [1, 2, 3, 4, 5]
     assert [(page["pages"], len(page["found"])) for page in pages] == [(3, 2), (3, 2), (3, 1), (3, 0)]
+
+
+def test_there_are_pages_to_the_last_video_and_moment(tmp_path: Path) -> None:
+    """Even where all of them score alike."""
+    vectors = unit_rows(1500, WIDTH)
+    vectors[:, 0] = 0.5
+    rows = [index_row(number) for number in range(1500)]
+    parts = [{"start": 0.0, "end": 1.0, "time": 0.5, "thumb": "a.jpg"}]
+    moments = [EmbeddedMoments(parts, vector[None]) for vector in vectors]
+    write_index(tmp_path, index_info(moments={"by": "windows"}), vectors, rows, moments)
+    with running(VideoIndex.load(tmp_path)) as server:
+        for by, total in (("video", 30), ("moment", 30)):
+            pages = [server.ask(f"/api/search?q=0&k=50&by={by}&page={page}").json for page in range(1, 32)]
+            names = [found["id"] for page in pages for found in page["found"]]
+            assert len(names) == len(set(names)) == 1500
+            assert [found["rank"] for page in pages for found in page["found"]] == list(range(1, 1501))
+            assert (pages[29]["pages"], pages[30]["found"]) == (total, [])
+        assert [page["found"][0]["id"] for page in (pages[0], pages[29])] == ["video0", "video1450"]
+        assert server.found("q=0&k=7&page=200")[0]["id"] == "video1393"
 
 
 def test_the_files_of_a_video(server: Server, index: VideoIndex) -> None:
@@ -168,12 +188,15 @@ def test_conditions_narrow_a_search(server: Server) -> None:
     found = server.found("q=1&k=50&where=name%20=%20*" + everything[2])
     assert [one["id"] for one in found] == [everything[2]]
     assert server.found("q=1&where=duration%20>%20100000") == []
-    first = server.ask("/api/search?q=1&k=1&where=name%20=%20*").json
-    assert (first["pages"], len(first["found"])) == (2, 1)
+    first, last = (server.ask(f"/api/search?q=1&k=3&where=name%20!=%20video4*&page={page}").json for page in (1, 2))
+    assert [(page["pages"], page["videos"], len(page["found"])) for page in (first, last)] == [(2, 4, 3), (2, 4, 1)]
+    assert server.ask("/api/search/image?where=name%20=%20video2*", "POST", picture(40)).json["videos"] == 1
+    reply = server.ask("/api/search?q=1&where=season%20=%203")
+    assert (reply.status, reply.json["detail"].startswith("where season")) == (422, True)
 
 
 def test_queries_out_of_bounds(server: Server) -> None:
-    bounds = ("q=1&page=0", "q=1&page=51", "q=1&page=x", "q=1&k=0", "q=1&k=51")
+    bounds = ("q=1&page=0", "q=1&page=x", "q=1&k=0", "q=1&k=51")
     for query in ("", "q=", "q=%20", "q=nothing", "q=1&where=long", f"q={'a' * 501}", *bounds):
         reply = server.ask(f"/api/search?{query}")
         assert (reply.status, [type(value) for value in reply.json.values()]) == (422, [str]), query

@@ -227,6 +227,31 @@ def test_pages(page: Page, server: Server) -> None:
     page.until(lambda: page.text("#page") == "Page 2 of 2" and len(page.names()) == 3)
 
 
+def test_a_filter(page: Page, server: Server) -> None:
+    """It narrows the search and is kept in the address; what is wrong with it is said beside it."""
+    page.search(server, 7)
+    assert not page.find("#where").is_displayed()
+    page.find("#filter summary").click()
+    page.find("#where").send_keys("name != video7* and duration < 3", Keys.ENTER)
+    page.until_text("#status", "1 to 12 of 14")
+    assert "video7.mp4" not in page.names()
+    page.driver.refresh()
+    page.until_text("#status", "1 to 12 of 14")
+    assert page.find("#where").is_displayed()
+    page.find("#where").clear()
+    page.find("#where").send_keys("season / 3", Keys.ENTER)
+    page.until_text("#where-trouble", "season / 3: not a condition")
+    assert (page.text("#trouble"), page.names(), page.find("#where").get_attribute("aria-invalid")) == ("", [], "true")
+    page.find("#where").clear()
+    page.find("#where").send_keys("duration > 3", Keys.ENTER)
+    page.until_text("#status", "holds of no video")
+    assert page.text("#where-trouble") == ""
+    page.find("#where").clear()
+    page.find("#where").send_keys(Keys.ENTER)
+    page.until_text("#status", "1 to 12 of 15")
+    assert page.js("location.search") == "?q=7"
+
+
 def test_a_search_by_picture(page: Page, server: Server, tmp_path: Path) -> None:
     """Chosen, dropped, or broken; pages of the same picture."""
     Image.new("RGB", (20, 20), (40, 0, 0)).save(tmp_path / "red.png")

@@ -2,6 +2,8 @@
 
 import hashlib
 import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from indexing import index_info, index_row, unit_rows, write_random_index
 from safetensors.numpy import save
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import FILE, IndexedFrame, VideoIndex, write_index
+from adaclip_finetune.search.index import FILE, EmbeddedMoments, IndexedFrame, VideoIndex, write_index
 
 
 def ids(hits: list[Any]) -> list[str]:
@@ -33,6 +35,40 @@ def test_flat_search_finds_what_the_product_says(tmp_path: Path, dtype: str) -> 
     (page,) = index.search(queries[:1], 5, slice(2, 4))
     assert page == index.search(queries[:1], 5)[0][2:4] and [hit.rank for hit in page] == [3, 4]
     assert len(index.search(queries[:1], 60)[0]) == 50
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_narrowed_search_finds_what_remains_of_the_whole_one(tmp_path: Path, dtype: str) -> None:
+    """Of copies, the first of which the condition holds."""
+    vectors = unit_rows(40).astype(dtype)
+    vectors[20:30] = vectors[:10]  # copies
+    rows = [index_row(number) | {"metadata": {"season": number % 3}} for number in range(40)]
+    parts = [{"start": n / 2, "end": n / 2 + 1, "time": n / 2, "thumb": "a.jpg"} for n in range(3)]
+    moments = [EmbeddedMoments(parts, unit_rows(3, seed=1 + number % 20).astype(dtype)) for number in range(40)]
+    (tmp_path / "i").mkdir()
+    write_index(tmp_path / "i", index_info(moments={"by": "windows"}), vectors, rows, moments)
+    index, queries = VideoIndex.load(tmp_path / "i"), unit_rows(9, seed=1)
+    where = ["season = 1", "name != video4"]
+    for find in (index.search, partial(index.search, score="moment"), index.search_moments):
+        whole, narrowed = find(queries, 1000), find(queries, 1000, where=where)
+        for hits, found in zip(whole, narrowed, strict=True):
+            kept = [(hit, [one.id for one in (hit.video, *hit.copies) if holds(one)]) for hit in hits]
+            assert [ids([hit]) + ids_of(hit.copies) for hit in found] == [names for _, names in kept if names]
+            assert [hit.score for hit in found] == pytest.approx([hit.score for hit, names in kept if names], abs=1e-6)
+            assert [hit.moments for hit in found] == [hit.moments for hit, names in kept if names]
+            assert [hit.rank for hit in found] == list(range(1, len(found) + 1))
+    assert (
+        index.count(where) == len(narrowed[0] and index.search(queries[:1], 99, where=where)[0]) < index.count() == 30
+    )
+    assert index.search(queries[:1], 3, slice(2, 4), where=where)[0] == index.search(queries[:1], 3, where=where)[0][2:]
+
+
+def holds(video: Any) -> bool:
+    return bool(video.metadata["season"] == 1 and video.id != "video4")
+
+
+def ids_of(videos: Sequence[Any]) -> list[str]:
+    return [video.id for video in videos]
 
 
 def test_rows_are_parsed_when_they_are_found_and_only_once(tmp_path: Path) -> None:

@@ -30,17 +30,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adaclip_finetune import __version__
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.cut import has_file
-from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
+from adaclip_finetune.search.index import FoundMoment, Hit
 from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
-from adaclip_finetune.search.where import conditions, search_where
+from adaclip_finetune.search.stores.base import Searchable
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
 
 MAX_BYTES = 20 * 2**20  # of a picture that is sent
 MAX_PIXELS = 50_000_000  # of a picture, 200 MB decoded
-MAX_TEXT, MAX_K, MAX_PAGE = 500, 50, 50
+MAX_TEXT, MAX_K, MAX_PAGE = 500, 50, 10_000_000
 MAX_CLIP = 600  # seconds, of a clip
 
 _PICTURES = ("JPEG", "PNG", "WEBP")
@@ -112,7 +112,7 @@ class SearchAnswer(BaseModel):
 
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages; if moments are searched, at least this many")
-    videos: int = Field(description="number of different videos in the index; copies count as one")
+    videos: int = Field(description="number of different videos of which the conditions hold; copies count as one")
     found: list[FoundVideo]
 
 
@@ -126,14 +126,14 @@ Score = Annotated[
 ]
 Where = Annotated[
     list[Annotated[str, StringConstraints(max_length=MAX_TEXT)]] | None,
-    Query(max_length=20, description="conditions on the videos, such as `duration > 60`"),
+    Query(max_length=20, description="conditions on the videos, such as `duration > 60 and season = 3`"),
 ]
 Seconds = Annotated[float, Query(ge=0, le=1e6, allow_inf_nan=False, description="as a player counts")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
 
 
-def create_app(model: ModelThread, index: VideoIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+def create_app(model: ModelThread, index: Searchable, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
     """Return the application. With a `token`, every request must know it; without, only those pass that address this
     machine by `host` or a name of the loopback, so that no other site can make a browser ask (DNS rebinding)."""
     app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None)
@@ -157,35 +157,30 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, **limits, **logs, **others))
 
 
-def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
+def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
     async def answer(
         encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score, where: Where
     ) -> SearchAnswer:
         if "moment" in (by, score) and index.moments is None:
             raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
         find = partial(index.search, score=score) if by == "video" else index.search_moments
-        # All pages are cut from one search: FAISS may order equal scores differently if it is asked for fewer.
         first, last = (page - 1) * k, page * k
-        most = last + 1 if by == "moment" else k * MAX_PAGE
         try:
-            holds = conditions(where or ())
+            count = await asyncio.to_thread(index.count, where or ())
         except UserError as error:
             raise HTTPException(422, str(error)) from error
-        if holds is None:
-            hits = await model.run(lambda loaded: find(encode(loaded), most, slice(first, last + 1))[0])
-        else:
-            hits = (await model.run(lambda loaded: search_where(find, encode(loaded), last + 1, holds)))[first:]
-        pages = -(-index.distinct // k) if by == "video" and holds is None else page + (len(hits) > k)
-        found = [_found(hit) for hit in hits[:k]]
-        return SearchAnswer(page=page, pages=min(pages, MAX_PAGE), videos=index.distinct, found=found)
+        # One more than the page holds says whether another page of moments follows.
+        narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=where or ())
+        hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
+        pages = -(-count // k) if by == "video" else page + (len(hits) > k)
+        return SearchAnswer(page=page, pages=pages, videos=count, found=[_found(hit) for hit in hits[:k]])
 
     @app.get("/api/status")
     async def status() -> StatusAnswer:
         """Return whether the model is ready, and how many videos there are."""
-        name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
         about: dict[str, Any] = {"model": index.info.model_name, "finetuned": not index.info.untrained}
         about |= {"videos": len(index), "moments": 0 if index.moments is None else len(index.moments)}
-        return StatusAnswer(state=model.state, message=model.message, index=name, **about)
+        return StatusAnswer(state=model.state, message=model.message, index=index.name, **about)
 
     @app.get("/api/search")
     async def search(

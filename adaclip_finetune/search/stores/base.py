@@ -30,31 +30,37 @@ _AT_ONCE = 500  # videos that are pushed together
 
 
 class Searchable(Protocol):
-    """Videos that can be searched: what `adaclip search` and `adaclip serve` need. `VideoIndex` describes the methods."""
+    """An index that can be searched, wherever it is. `VideoIndex` describes the methods."""
 
     info: IndexInfo
     width: int
     distinct: int
 
     @property
-    def place(self) -> str:
-        """Return where it is, for messages."""
+    def place(self) -> str: ...
 
     @property
-    def name(self) -> str:
-        """Return what to call it."""
+    def name(self) -> str: ...
 
     @property
-    def moments(self) -> Sized | None:
-        """Return the windows or shots, of which only the number can be asked; None if videos were not divided."""
+    def moments(self) -> Sized | None: ...
 
     def __len__(self) -> int: ...
 
     def search(
-        self, vectors: Any, k: int, ranks: slice = ..., score: Literal["whole", "moment"] | None = ...
+        self,
+        vectors: Any,
+        k: int,
+        ranks: slice = ...,
+        score: Literal["whole", "moment"] | None = ...,
+        where: Sequence[str] = ...,
     ) -> list[list[Hit]]: ...
 
-    def search_moments(self, vectors: Any, k: int, ranks: slice = ...) -> list[list[Hit]]: ...
+    def search_moments(
+        self, vectors: Any, k: int, ranks: slice = ..., where: Sequence[str] = ...
+    ) -> list[list[Hit]]: ...
+
+    def count(self, where: Sequence[str] = ...) -> int: ...
 
     def need_moments(self) -> Sized: ...
 
@@ -97,8 +103,8 @@ class Pushed(NamedTuple):
 
 
 def open_index(place: str) -> Searchable:
-    """Return the index in a folder, or what was pushed to a Milvus collection. Raise UserError."""
-    if not _is_milvus(place):
+    """Return the index in a folder, or the one that was pushed to Milvus. Raise UserError."""
+    if not is_milvus(place):
         return VideoIndex.load(place)
     from adaclip_finetune.search.stores.milvus import MilvusStore
 
@@ -107,15 +113,14 @@ def open_index(place: str) -> Searchable:
     return store
 
 
-def open_store(place: str, **options: Any) -> VectorStore:
-    """Return a store that is to be filled: `milvus://HOST:PORT/COLLECTION`, `milvus:///FILE.db` or a folder, which need
-    not exist. `options` are those of the store. Raise UserError."""
-    if _is_milvus(place):
+def open_store(place: str, hnsw: bool = False) -> VectorStore:
+    """Return a place that is to be filled, which need not exist: in Milvus, or a folder. Raise UserError."""
+    if is_milvus(place):
         from adaclip_finetune.search.stores.milvus import MilvusStore
 
-        return MilvusStore(place, **options)
-    if options:
-        raise UserError(f"{place}: --{next(iter(options))} belongs to milvus://")
+        return MilvusStore(place, hnsw, make=True)
+    if hnsw:
+        raise UserError("--hnsw belongs to milvus://")
     from adaclip_finetune.search.stores.folder import FolderStore
 
     return FolderStore(Path(place))
@@ -154,5 +159,6 @@ def digest_of(video: EmbeddedVideo) -> str:
     return digest.hexdigest()[:32]
 
 
-def _is_milvus(place: str) -> bool:
+def is_milvus(place: str) -> bool:
+    """Return whether a place is in Milvus: everything else is a folder."""
     return place.startswith(("milvus://", "milvus+https://"))

@@ -31,7 +31,7 @@ class FolderStore(VideoIndex):
             stored = read_index(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is not an index and not empty; give the name of a new folder")
-        self.fingerprint = stored and stored.info.fingerprint
+        self.fingerprint = stored.info.fingerprint if stored else None
         nothing = StoredIndex(IndexInfo("", "", {}, ""), np.empty((0, 0), np.float32), [])
         super().__init__(folder, stored or nothing)
         self._held = {video.row["id"]: video for video in stored.videos()} if stored else {}

@@ -17,6 +17,7 @@ query.addEventListener("input", (event) => {
   if (!event.isComposing) typing = setTimeout(() => search("replace"), 350);
 });
 get("by").addEventListener("change", () => search("push"));
+get("where").addEventListener("change", () => search("push"));
 get("choose").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", () => { searchByPicture(get("file").files[0]); get("file").value = ""; });
 get("picture-away").addEventListener("click", () => { setPicture(null); query.focus(); search("push"); });
@@ -27,22 +28,29 @@ document.addEventListener("keydown", useKey);
 acceptDrops();
 readAddress();
 
-// The address holds the words, what to find, and the page, so that Back, Reload and bookmarks work.
+// The address holds the words, what to find, the filter, and the page, so that Back, Reload and bookmarks work.
 function readAddress() {
   const given = new URLSearchParams(location.search);
   setPicture(null);
   query.value = given.get("q") ?? "";
   get("by").value = given.get("by") === "moment" ? "moment" : "video";
-  page = Math.min(Math.max(parseInt(given.get("page"), 10) || 1, 1), 50);
+  get("where").value = given.get("where") ?? "";
+  if (get("where").value) get("filter").open = true;
+  page = Math.max(parseInt(given.get("page"), 10) || 1, 1);
   update();
 }
 
 function writeAddress(how) {
   const words = picture ? "" : query.value.trim(), wanted = new URLSearchParams(words ? { q: words } : {});
   if (words && get("by").value === "moment") wanted.set("by", "moment");
+  if (words && filter()) wanted.set("where", filter());
   if (words && page > 1) wanted.set("page", page);
   const url = wanted.size ? `/?${wanted}` : "/";
   if (url !== location.pathname + location.search) history[`${how}State`](null, "", url);
+}
+
+function filter() {
+  return get("where").value.trim();
 }
 
 function search(how) {
@@ -83,14 +91,18 @@ async function update() {
     } else {
       say("Searching…", true);
       results.setAttribute("aria-busy", "true");
-      const by = get("by").value;
-      show(picture ? await fetched(`/api/search/image?page=${page}&by=${by}`, { method: "POST", body: picture, signal })
-        : await fetched(`/api/search?${new URLSearchParams({ q: words, page, by })}`, { signal }));
+      const asked = new URLSearchParams({ page, by: get("by").value });
+      if (filter()) asked.set("where", filter());
+      if (!picture) asked.set("q", words);
+      show(picture ? await fetched(`/api/search/image?${asked}`, { method: "POST", body: picture, signal })
+        : await fetched(`/api/search?${asked}`, { signal }));
     }
   } catch (error) {
     if (signal.aborted) return;
     show(null);
-    say("", false, error.message);
+    const filtered = error.status === 422 && error.message.startsWith("where");
+    say("", false, filtered ? "" : error.message);
+    setFilterTrouble(filtered ? error.message.replace(/^where /, "") : "");
     if (!(error.status < 500)) retry = setTimeout(update, 2000);
   }
   if (!signal.aborted) results.removeAttribute("aria-busy");
@@ -109,6 +121,7 @@ async function fetched(url, options) {
 }
 
 function show(answer) {
+  setFilterTrouble("");
   const byMoment = get("by").value === "moment";
   results.replaceChildren(...(answer?.found ?? []).map((video) => card(video, play)));
   get("pages").hidden = !answer || answer.pages < 2;
@@ -120,7 +133,14 @@ function show(answer) {
   get("next").disabled = page >= pages;
   const found = answer.found, all = answer.videos.toLocaleString("en"), what = byMoment ? "Moments" : "Videos";
   const last = found.length && `${found.at(-1).rank}${byMoment ? "" : ` of ${all}`}`;
-  say(found.length ? `${what} ${found[0].rank} to ${last}, best first` : `No ${what.toLowerCase()} on this page.`);
+  const none = !answer.videos && filter() ? "The filter holds of no video." : `No ${what.toLowerCase()} on this page.`;
+  say(found.length ? `${what} ${found[0].rank} to ${last}, best first` : none);
+}
+
+function setFilterTrouble(text) {
+  get("where-trouble").textContent = text;
+  get("where").setAttribute("aria-invalid", Boolean(text));
+  if (text) get("filter").open = true;
 }
 
 function say(text, working = false, trouble = "") {
@@ -166,7 +186,7 @@ function useKey(event) {
   const across = cards.filter((one) => one.offsetTop === cards[0].offsetTop).length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[event.key];
   let target;
-  if (event.key === "/" && event.target !== query) target = query;
+  if (event.key === "/" && event.target.tagName !== "INPUT") target = query;
   else if (event.key === "Escape" && at >= 0) target = query;
   else if (event.key === "ArrowDown" && event.target === query) target = cards[0];
   else if (step && at >= 0) target = event.key === "ArrowUp" && at + step < 0 ? query : cards[at + step];

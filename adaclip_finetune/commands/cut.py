@@ -60,7 +60,12 @@ def _parser() -> Parser:
         "adaclip cut NAME.index (TEXT | --image FILE) [--where CONDITION] [-k N] -o DIR [--exact] [--overwrite]",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index --moments` made, or milvus://…")
+    add(
+        "index",
+        metavar="NAME.index",
+        type=a_place,
+        help="the folder that `adaclip index --moments` made, or milvus://…",
+    )
     add("text", metavar="TEXT", nargs="?", help="what the moments should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
     where = "cut only out of videos of which this holds, as for `adaclip search`"

@@ -69,12 +69,12 @@ def _push(words: Sequence[str]) -> int:
     """Copy an index to a place where others search it. Raise UserError."""
     parser = Parser(
         "adaclip index push",
-        "Copy an index to Milvus, a vector database, where `adaclip search`, `cut` and `serve` search it, or to another "
-        "folder. The same command updates the copy: new and changed videos are stored, and those that the index no "
+        "Copy an index to Milvus, a vector database, or to another folder, where `adaclip search`, `cut` and `serve` "
+        "search it. The same command updates the copy: new and changed videos are stored, and those that the index no "
         "longer has are deleted. It continues after an interruption.",
         "adaclip index push NAME.index PLACE [--hnsw]",
-        "PLACE is milvus://HOST:PORT/COLLECTION, milvus+https://HOST:PORT/COLLECTION, milvus:///PATH/TO/FILE.db (Milvus "
-        "Lite) or a folder. The environment variable MILVUS_TOKEN holds the API key or USER:PASSWORD, if one is needed.",
+        "PLACE is milvus://HOST:PORT/COLLECTION, milvus+https://HOST:PORT/COLLECTION, milvus:///PATH/TO/FILE.db (Milvus"
+        " Lite) or a folder. The environment variable MILVUS_TOKEN holds the key or USER:PASSWORD, if one is needed.",
     )
     parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
     parser.add_argument("place", metavar="PLACE", type=a_place, help="where to copy it")

@@ -133,7 +133,15 @@ class MilvusStore:
     def begin(self, info: IndexInfo, width: int, thumbs: Path) -> None:
         kind = self._pymilvus.DataType
         text, number = kind.VARCHAR, kind.INT64
-        own: dict[str, Any] = {"owner": text, "grp": text, "video": text, "name": text, "folder": text, "date": text, "row": text}
+        own: dict[str, Any] = {
+            "owner": text,
+            "grp": text,
+            "video": text,
+            "name": text,
+            "folder": text,
+            "date": text,
+            "row": text,
+        }
         with self._explained():
             self._make(self._about, {"facts": text}, 2)
             # Written first, so that a push of another model at the same time is refused.
@@ -429,7 +437,7 @@ def _own_fields(video: EmbeddedVideo) -> dict[str, Any]:
     texts = {name: str(table[name][0]).lower() for name in ("name", "folder", "date")}
     metadata = {name: _searched(value) for name, value in _metadata(row).items()}
     group = hashlib.sha256(video.vector.astype(np.float32).tobytes()).hexdigest()[:32]
-    own = {"owner": _owner(row["id"]), "grp": group, "video": row["id"], **texts}
+    own: dict[str, Any] = {"owner": _owner(row["id"]), "grp": group, "video": row["id"], **texts}
     return own | {"duration": row["duration"], "metadata": metadata or None}
 
 

@@ -166,8 +166,8 @@ class MilvusStore:
             rows.append({"pk": own["owner"], "vector": _floats(video.vector), **own, **known})
             for number, part in enumerate(parts):
                 assert video.moments is not None
-                known = {"pk": f"{own['owner']}/{number}", "number": number, "row": json.dumps(part)}
-                windows.append({"vector": _floats(video.moments.vectors[number]), **own, **known})
+                about = {"pk": f"{own['owner']}/{number}", "number": number, "row": json.dumps(part)}
+                windows.append({"vector": _floats(video.moments.vectors[number]), **own, **about})
             if (size := len(line.encode())) > _LONGEST:
                 raise UserError(f"{video.row['id']}: its row takes {size:,} bytes; Milvus keeps at most {_LONGEST:,}")
         with self._explained():

@@ -2,7 +2,7 @@
 
     python scripts/bench/scale.py simulated ivf_pq --videos 100000 1000000 10000000
     python scripts/bench/scale.py simulated hnsw --videos 100000 1000000
-    python scripts/bench/scale.py real MODEL VIDEOS_OR_FRAMES [ANNOTATION]
+    python scripts/bench/scale.py real MODEL VIDEOS_OR_PICTURES [ANNOTATION]
     python scripts/bench/scale.py cost
 
 `simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building), or
@@ -11,9 +11,8 @@ on a sample, filled block by block). A vector is a point of a 64-dimensional spa
 query is one of these points, moved. Recall is the share of the 10 exact neighbours that are among the 10, or the 100,
 that are found: exact distances of the 100 then give the right order.
 
-`real` embeds videos (a folder), or the frames of an annotation as pictures (a folder of frame folders), with a model,
-and measures what float16, int8 and PQ lose: recall among the 10 of each vector's own exact neighbours, and of those of
-the captions, if the annotation has some.
+`real` embeds the videos, or the pictures (jpg), in a folder, and measures what float16, int8, int4 and PQ lose: which
+share of the 10 exact neighbours of each vector, and of each caption of an annotation, is among the 10 that are found.
 
 `cost` prints bytes, hours and money for 10⁵, 10⁷ and 10⁸ videos, from figures that are flags.
 """
@@ -192,8 +191,8 @@ def round_real(model: str, folder: Path, annotation: Path | None) -> None:
 
 
 def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Floats, Floats]:
-    """Return the vectors of all videos of a folder, or of all pictures below it if it holds no video, and of the
-    captions of the annotation, all different."""
+    """Return the vectors of all pictures below a folder or, if there are none, of its videos, each of them once, and
+    those of the captions of the annotation."""
     import torch
 
     from adaclip_finetune import load_retriever
@@ -201,11 +200,9 @@ def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Float
     from adaclip_finetune.search.collection import collect_folder
 
     model = load_retriever(model_name)
-    videos = [video.path for video in collect_folder(folder).videos]
-    if videos:
-        rows = [model.encode_video(path)[0] for path in videos]
-    else:
-        rows = [model.encode_image(path) for path in sorted(folder.rglob("*.jpg"))]
+    pictures = sorted(folder.rglob("*.jpg"))
+    rows = [model.encode_image(path) for path in pictures]
+    rows = rows or [model.encode_video(video.path)[0] for video in collect_folder(folder).videos]
     texts = [text for entry in load_annotations(annotation) for text in entry.sentences] if annotation else []
     captions = model.encode_text(texts).numpy() if texts else np.empty((0, model.width), np.float32)
     return np.unique(torch.stack(rows).numpy(), axis=0), captions

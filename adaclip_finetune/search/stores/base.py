@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import (
-    THUMBS,
     EmbeddedVideo,
     Hit,
     IndexedVideo,
@@ -35,6 +34,7 @@ class Searchable(Protocol):
     info: IndexInfo
     width: int
     distinct: int
+    folder: Path  # of the index, or of the one that it is a copy of, where its pictures lie; it need not be there
 
     @property
     def place(self) -> str: ...
@@ -78,8 +78,8 @@ class VectorStore(Searchable, Protocol):
     def fingerprint(self) -> str | None:
         """Return the fingerprint of the model of its vectors; None if nothing has been stored yet."""
 
-    def begin(self, info: IndexInfo, width: int, thumbs: Path) -> None:
-        """Make the place ready for vectors of this width; `thumbs` holds the pictures. Raise UserError."""
+    def begin(self, info: IndexInfo, width: int, folder: Path) -> None:
+        """Make the place ready for vectors of this width, from the index in a folder. Raise UserError."""
 
     def digests(self) -> dict[str, str]:
         """Return the id of each video that is stored completely, with its `digest_of`."""
@@ -140,7 +140,7 @@ def push(source: Path, store: VectorStore) -> Pushed:
             f"{store.info.fingerprint[:12]}; that of {source} has {info.fingerprint[:12]}), and vectors of two models "
             "cannot be compared: give another name"
         )
-    store.begin(info, index.vectors.shape[1], source.absolute() / THUMBS)
+    store.begin(info, index.vectors.shape[1], source.absolute())
     there, videos = store.digests(), index.videos()
     new = [video for video in videos if there.get(video.row["id"]) != digest_of(video)]
     for start in range(0, len(new), _AT_ONCE):

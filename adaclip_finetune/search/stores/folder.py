@@ -36,8 +36,8 @@ class FolderStore(VideoIndex):
         super().__init__(folder, stored or nothing)
         self._held = {video.row["id"]: video for video in stored.videos()} if stored else {}
 
-    def begin(self, info: IndexInfo, width: int, thumbs: Path) -> None:
-        self._info, self._width, self._source = info, width, thumbs
+    def begin(self, info: IndexInfo, width: int, folder: Path) -> None:
+        self._info, self._width, self._source = info, width, folder / THUMBS
 
     def digests(self) -> dict[str, str]:
         return {name: digest_of(video) for name, video in self._held.items()}

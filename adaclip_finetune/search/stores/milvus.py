@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import (
     MOMENTS_A_VIDEO,
+    THUMBS,
     EmbeddedVideo,
     FoundMoment,
     Hit,
@@ -49,7 +50,7 @@ _SERVER = re.compile(r"milvus(?P<tls>\+https)?://(?P<host>[^/?#@]+)/(?P<name>[A-
 _FILE = re.compile(r"milvus://(?P<path>/.+\.db)")
 _NAME_IN_FILE = "videos"
 _LONGEST, _MOST = 65_535, 16_384  # bytes of a text, and rows that one search finds: limits of Milvus
-_ROWS_AT_ONCE = 1_000
+_ROWS_AT_ONCE = 500
 _WINDOWS_A_VIDEO = 8  # among those that a query finds first, as a guess
 _GRAPH = {"M": 32, "efConstruction": 128}
 _LEAST_CANDIDATES = 128  # of a search in the graph
@@ -117,7 +118,7 @@ class MilvusStore:
             raise UserError(f"{self.place}: `adaclip index push` did not make this collection; give another name")
         facts = {"info": {"fingerprint": "", "run": "", "settings": {}, "source": ""}, **self._facts}
         self.info, self.width = IndexInfo(**facts["info"]), int(facts.get("width", 0))
-        self.distinct, self._thumbs = int(facts.get("distinct", 0)), Path(facts.get("thumbs", ""))
+        self.distinct, self.folder = int(facts.get("distinct", 0)), Path(facts.get("folder", ""))
         self.moments = Moments(facts.get("moments", 0)) if self.info.moments else None
 
     def __len__(self) -> int:
@@ -130,7 +131,7 @@ class MilvusStore:
         """Return the fingerprint of the model of the vectors; None if nothing has been stored yet."""
         return self.info.fingerprint or None
 
-    def begin(self, info: IndexInfo, width: int, thumbs: Path) -> None:
+    def begin(self, info: IndexInfo, width: int, folder: Path) -> None:
         kind = self._pymilvus.DataType
         text, number = kind.VARCHAR, kind.INT64
         own: dict[str, Any] = {
@@ -145,7 +146,7 @@ class MilvusStore:
         with self._explained():
             self._make(self._about, {"facts": text}, 2)
             # Written first, so that a push of another model at the same time is refused.
-            self._facts |= {"info": asdict(info), "width": width, "thumbs": str(thumbs)}
+            self._facts |= {"info": asdict(info), "width": width, "folder": str(folder)}
             self._write_about()
             self._make(self._videos, {**own, "key": text, "digest": text}, width)
             self._make(self._windows, {**own, "number": number}, width)
@@ -301,13 +302,13 @@ class MilvusStore:
     def find(self, key: str) -> IndexedVideo | None:
         """Return the video of a key, or None."""
         rows = list(self._rows(self._videos, _among("key", [key]), "row"))
-        return indexed_video(rows[0]["row"].encode(), self._thumbs) if rows else None
+        return indexed_video(rows[0]["row"].encode(), self.folder / THUMBS) if rows else None
 
     def moment_picture(self, key: str, number: int) -> Path | None:
         """Return the JPEG of the best frame of a window of the video of a key, or None if it has no such window."""
         for video in self._rows(self._videos, _among("key", [key]), "owner"):
             for row in self._rows(self._windows, f"{_among('owner', [video['owner']])} and number == {number}", "row"):
-                return self._thumbs / Path(json.loads(row["row"])["thumb"]).name
+                return self.folder / THUMBS / Path(json.loads(row["row"])["thumb"]).name
         return None
 
     def _nearest(self, query: NDArray[np.float32], k: int, stated: Sequence[Condition]) -> dict[str, float]:
@@ -368,7 +369,7 @@ class MilvusStore:
         videos: dict[str, list[_Stored]] = {}
         for row, line, holds in zip(rows, lines, rows_where(table, stated), strict=True):
             if holds:
-                videos.setdefault(row["grp"], []).append(_Stored(row["owner"], indexed_video(line, self._thumbs)))
+                videos.setdefault(row["grp"], []).append(_Stored(row["owner"], indexed_video(line, self.folder / THUMBS)))
         return videos
 
     def _count_where(self, where: tuple[str, ...]) -> int:
@@ -394,7 +395,7 @@ class MilvusStore:
             if own:
                 scores = np.array([row["vector"] for row in own], np.float32) @ query
                 windows = Windows.of([json.loads(row["row"]) for row in own])
-                found[owner] = list(found_moments(windows, scores, self._thumbs).values())
+                found[owner] = list(found_moments(windows, scores, self.folder / THUMBS).values())
         return found
 
     def _rows(self, collection: str, expression: str, *fields: str) -> Iterator[dict[str, Any]]:

@@ -58,6 +58,7 @@ COMMANDS = {
     "push": "upload a run to the Hugging Face Hub",
     "convert": "convert annotations of published data sets, or tables, to JSON",
     "index": "embed a folder of videos for searching",
+    "calibrate": "measure from which score on a search has found something",
     "search": "find videos in an index by text or image",
     "cut": "write the moments that a search finds as video files",
     "serve": "serve a web page that searches an index",

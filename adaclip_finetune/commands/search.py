@@ -25,7 +25,7 @@ from adaclip_finetune.commands.flags import (
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-from adaclip_finetune.search.query import terms_of
+from adaclip_finetune.search.query import is_one_text, terms_of
 from adaclip_finetune.search.where import conditions
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from adaclip_finetune.search.index import FoundMoment, Hit
     from adaclip_finetune.search.search_model import SearchModel
     from adaclip_finetune.search.stores.base import Searchable
+    from adaclip_finetune.search.threshold import RankedBy
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
@@ -82,6 +83,9 @@ def run(words: Sequence[str]) -> int:
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
+    nothing = None
+    if not (adaptation or other or any(examples)):
+        nothing = _nothing_found(index, "moment" if arguments.by == "moment" else index.ranked_by(arguments.score))
     with _adapting(model, index, adaptation) as adapted:
         size = 1 if adapted else _QUERIES_AT_ONCE
         for start in range(0, len(texts), size):
@@ -89,7 +93,7 @@ def run(words: Sequence[str]) -> int:
             vectors, seconds = adapted(block[0]) if adapted else (encode(block), None)
             before: Iterable[list[Hit] | None] = repeat(None) if other is None else other[1](other[0](block))
             for text, hits, others in zip(block, search(vectors), before, strict=False):
-                _print(text, hits, others, arguments, seconds)
+                _print(text, hits, others, arguments, seconds, nothing(text, hits) if nothing else None)
     return 0
 
 
@@ -113,6 +117,18 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     if arguments.text is None and arguments.queries is None:
         return lambda texts: sum(examples[1:], examples[0])
     return lambda texts: sum(examples, model.encode_query(texts))
+
+
+def _nothing_found(index: Searchable, ranked_by: RankedBy) -> Callable[[str, Sequence[Hit]], str | None] | None:
+    """Return what says that the hits of a text are too far from it, or None if that was not measured."""
+    from adaclip_finetune.search.threshold import thresholds_of
+
+    threshold = thresholds_of(index).get(ranked_by)
+    if threshold is None:
+        return None
+    return lambda text, hits: (
+        threshold.nothing_found(hits[0].score, index.distinct) if hits and is_one_text(text) else None
+    )
 
 
 def _adapting(model: SearchModel, index: Searchable, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
@@ -173,19 +189,28 @@ def _lines(path: Path) -> list[str]:
 
 
 def _print(
-    query: str, hits: Sequence[Hit], others: Sequence[Hit] | None, arguments: Namespace, seconds: float | None
+    query: str,
+    hits: Sequence[Hit],
+    others: Sequence[Hit] | None,
+    arguments: Namespace,
+    seconds: float | None,
+    nothing: str | None,
 ) -> None:
-    """Print what a query found; `seconds` is the time that adapting the model to it took."""
+    """Print what a query found; `seconds` is the time that adapting the model to it took, `nothing` that the hits are
+    too far from it."""
     shown = hits[: arguments.k]
     if arguments.json:
         adapted = {} if seconds is None else {"adaptation": arguments.adapt, "seconds": round(seconds, 3)}
         found: dict[str, Any] = {"query": query, **adapted, "hits": [_as_json(hit, arguments.explain) for hit in shown]}
+        found |= {"nothing": nothing} if nothing else {}
         if others is not None:
             found["compared"] = [_as_json(hit, False) for hit in others[: arguments.k]]
         print(json.dumps(found))
         return
     how = "" if seconds is None else f"  (the model was adapted to this query by {arguments.adapt}, {seconds:.2g} s)"
     print(f"{printable(query)}{how}")
+    if nothing:
+        print(f"{nothing} The best below it:")
     if others is not None:
         _print_beside(shown, hits, others)
     else:

@@ -314,9 +314,7 @@ class VideoIndex:
         conditions that are none, and `moment` without moments.
         """
         queries, selection = unit_queries(vectors, k, self.width, self.folder), self._selected(tuple(where))
-        moments = self.need_moments() if score == "moment" else None
-        if score is None and self.info.untrained:
-            moments = self.moments
+        moments = self.need_moments() if self.ranked_by(score) == "moment" else None
         found: Iterable[Iterable[tuple[float, int]]]
         if moments is None:
             found = self._by_whole(queries, k, selection)
@@ -345,6 +343,10 @@ class VideoIndex:
             ]
             for query in unit_queries(vectors, k, self.width, self.folder)
         ]
+
+    def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
+        """Return what ranks videos if `search` is given this `score`."""
+        return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 
     def count(self, where: Sequence[str] = ()) -> int:
         """Return the number of different videos of which these conditions hold. Raise UserError."""

@@ -31,3 +31,8 @@ def terms_of(query: str) -> list[Term]:
         terms.append(Term(-weight if found["sign"] == "-" else weight, found["text"].strip()))
         place = found.end()
     return terms if len(terms) > 1 else [Term(1.0, query)]
+
+
+def is_one_text(query: str) -> bool:
+    """Return whether a query is a single text as it stands, whose score means what that of a caption means."""
+    return terms_of(query) == [Term(1.0, query)]

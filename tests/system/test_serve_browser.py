@@ -1,5 +1,6 @@
 """The page in a real headless Chromium, against a real server: search, play, pages, pictures, keyboard, phone, dark."""
 
+import json
 import os
 import re
 import shutil
@@ -250,6 +251,20 @@ def test_a_filter(page: Page, server: Server) -> None:
     page.find("#where").send_keys(Keys.ENTER)
     page.until_text("#status", "1 to 12 of 15")
     assert page.js("location.search") == "?q=7"
+
+
+def test_a_threshold(page: Page, tmp_path: Path) -> None:
+    """Below it, the page says that nothing shows it, and shows the best nevertheless."""
+    index = write_small_index(tmp_path)
+    rates = {"false_finds": [5, 2, 9], "misses": [10, 5, 15], "captions": 9, "videos": 5}
+    content = {"fingerprint": index.info.fingerprint, "whole": rates | {"score": 0.5}}
+    (index.folder / "threshold.json").write_text(json.dumps(content))
+    with running(index) as server:
+        page.search(server, 9)
+        page.until_text("#nothing", "Nothing here shows that")
+        assert len(page.names()) == 5
+        page.search(server, 3)
+        assert not page.find("#nothing").is_displayed()
 
 
 def test_a_search_by_picture(page: Page, server: Server, tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.cut import has_file
 from adaclip_finetune.search.index import FoundMoment, Hit
 from adaclip_finetune.search.pictures import open_picture
+from adaclip_finetune.search.query import is_one_text
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
 from adaclip_finetune.search.stores.base import Searchable
+from adaclip_finetune.search.threshold import thresholds_of
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -113,6 +115,10 @@ class SearchAnswer(BaseModel):
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages; if moments are searched, at least this many")
     videos: int = Field(description="number of different videos of which the conditions hold; copies count as one")
+    nothing: str | None = Field(
+        description="on the first page, that nothing shows what was asked for, and how certain that is; null if the "
+        "best score is high enough, or if `adaclip calibrate` did not measure which one is"
+    )
     found: list[FoundVideo]
 
 
@@ -158,8 +164,16 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
+    thresholds = thresholds_of(index)
+
     async def answer(
-        encode: Callable[[SearchModel], Any], page: int, k: int, by: By, score: Score, where: Where
+        encode: Callable[[SearchModel], Any],
+        page: int,
+        k: int,
+        by: By,
+        score: Score,
+        where: Where,
+        one_text: bool = False,
     ) -> SearchAnswer:
         if "moment" in (by, score) and index.moments is None:
             raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
@@ -173,7 +187,10 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=where or ())
         hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
         pages = -(-count // k) if by == "video" else page + (len(hits) > k)
-        return SearchAnswer(page=page, pages=pages, videos=count, found=[_found(hit) for hit in hits[:k]])
+        threshold = thresholds.get("moment" if by == "moment" else index.ranked_by(score)) if one_text else None
+        nothing = threshold.nothing_found(hits[0].score, index.distinct) if threshold and hits and page == 1 else None
+        found = [_found(hit) for hit in hits[:k]]
+        return SearchAnswer(page=page, pages=pages, videos=count, nothing=nothing, found=found)
 
     @app.get("/api/status")
     async def status() -> StatusAnswer:
@@ -196,7 +213,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
             except UserError as error:
                 raise HTTPException(422, f"q: {error}") from error
 
-        return await answer(encode, page, k, by, score, where)
+        return await answer(encode, page, k, by, score, where, is_one_text(q.strip()))
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 

@@ -240,7 +240,7 @@ class MilvusStore:
     ) -> list[list[Hit]]:
         """Return the k best videos for each query, as `VideoIndex.search` does. Raise UserError."""
         queries, stated = unit_queries(vectors, k, self.width, self.place), self._conditions(where)
-        by_moment = score == "moment" or (score is None and self.info.untrained and self.moments is not None)
+        by_moment = self.ranked_by(score) == "moment"
         if by_moment:
             self.need_moments()
         found = []
@@ -277,6 +277,10 @@ class MilvusStore:
             ]
             found.append(hits)
         return found
+
+    def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
+        """Return what ranks videos if `search` is given this `score`."""
+        return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 
     def count(self, where: Sequence[str] = ()) -> int:
         """Return the number of different videos of which these conditions hold. Raise UserError."""
@@ -369,7 +373,9 @@ class MilvusStore:
         videos: dict[str, list[_Stored]] = {}
         for row, line, holds in zip(rows, lines, rows_where(table, stated), strict=True):
             if holds:
-                videos.setdefault(row["grp"], []).append(_Stored(row["owner"], indexed_video(line, self.folder / THUMBS)))
+                videos.setdefault(row["grp"], []).append(
+                    _Stored(row["owner"], indexed_video(line, self.folder / THUMBS))
+                )
         return videos
 
     def _count_where(self, where: tuple[str, ...]) -> int:

@@ -122,6 +122,8 @@ async function fetched(url, options) {
 
 function show(answer) {
   setFilterTrouble("");
+  get("nothing").textContent = answer?.nothing ?? "";
+  get("nothing").hidden = !answer?.nothing;
   const byMoment = get("by").value === "moment";
   results.replaceChildren(...(answer?.found ?? []).map((video) => card(video, play)));
   get("pages").hidden = !answer || answer.pages < 2;

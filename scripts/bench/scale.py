@@ -3,6 +3,7 @@
     python scripts/bench/scale.py simulated ivf_pq --videos 100000 1000000 10000000
     python scripts/bench/scale.py simulated hnsw --videos 100000 1000000
     python scripts/bench/scale.py real MODEL VIDEOS_OR_PICTURES [ANNOTATION]
+    python scripts/bench/scale.py milvus --videos 10000
     python scripts/bench/scale.py cost
 
 `simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building), or
@@ -13,6 +14,8 @@ that are found: exact distances of the 100 then give the right order.
 
 `real` embeds the videos, or the pictures (jpg), in a folder, and measures what float16, int8, int4 and PQ lose: which
 share of the 10 exact neighbours of each vector, and of each caption of an annotation, is among the 10 that are found.
+
+`milvus` pushes an index of simulated vectors to a file of Milvus Lite, or to --place, twice, and searches it.
 
 `cost` prints bytes, hours and money for 10⁵, 10⁷ and 10⁸ videos, from figures that are flags.
 """
@@ -26,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,6 +56,10 @@ def main() -> None:
     real.add_argument("model")
     real.add_argument("folder", type=Path)
     real.add_argument("annotation", type=Path, nargs="?")
+    milvus = commands.add_parser("milvus")
+    milvus.add_argument("--videos", type=int, default=10_000)
+    milvus.add_argument("--width", type=int, default=512)
+    milvus.add_argument("--place", help="milvus://HOST:PORT/COLLECTION")
     cost = commands.add_parser("cost")
     for name, default, what in COSTS:
         cost.add_argument(f"--{name}", type=float, default=default, help=f"{what}; default {default}")
@@ -63,6 +71,8 @@ def main() -> None:
             simulate(a.kind, count, a.width)
     elif a.command == "real":
         round_real(a.model, a.folder, a.annotation)
+    elif a.command == "milvus":
+        fill_milvus(a.videos, a.width, a.place)
     else:
         tell_cost(a)
 
@@ -206,6 +216,37 @@ def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Float
     texts = [text for entry in load_annotations(annotation) for text in entry.sentences] if annotation else []
     captions = model.encode_text(texts).numpy() if texts else np.empty((0, model.width), np.float32)
     return np.unique(torch.stack(rows).numpy(), axis=0), captions
+
+
+# ---- Milvus ----
+
+
+def fill_milvus(count: int, width: int, place: str | None) -> None:
+    """Print the seconds of two pushes and of a search for 10 videos, and whether it finds what the folder finds."""
+    from adaclip_finetune.search.index import IndexInfo, VideoIndex, write_index
+    from adaclip_finetune.search.stores.base import open_index, open_store, push
+
+    points = Points(count, width)
+    frames = [{"index": 8 * n, "time": n / 3, "weight": 1 / 12} for n in range(12)]
+    row = {"path": "/videos/v.mp4", "size": 1, "mtime_ns": 1, "duration": 4.0, "captions": ["two dogs run"] * 5}
+    rows = [row | {"id": f"v{n}", "frames": frames, "best": 0, "thumb": "v.jpg"} for n in range(count)]
+    with TemporaryDirectory() as folder:
+        write_index(Path(folder), IndexInfo("f", "/run", {}, "/videos"), np.concatenate(list(points.blocks())), rows)
+        place = place or f"milvus://{folder}/index.db"
+        for _ in range(2):
+            started = time.perf_counter()
+            pushed = push(Path(folder), open_store(place))
+            print(f"{pushed.stored:,} stored, {pushed.kept:,} unchanged in {time.perf_counter() - started:.1f} s")
+        queries = points.neighbours()[1]
+        found = {}
+        for searched in (VideoIndex.load(folder), open_index(place)):
+            searched.search(queries[:1], FOUND)
+            started = time.perf_counter()
+            hits = [searched.search(query[None], FOUND)[0] for query in queries]
+            found[searched.place] = [[hit.video.id for hit in of_query] for of_query in hits]
+            print(f"{searched.place}: {1000 * (time.perf_counter() - started) / len(queries):.1f} ms a query")
+        first, second = found.values()
+        print(f"the same 10 in the same order for {sum(map(list.__eq__, first, second))} of {len(queries)} queries")
 
 
 # ---- costs ----

@@ -54,6 +54,8 @@ _ROWS_AT_ONCE = 500
 _WINDOWS_A_VIDEO = 8  # among those that a query finds first, as a guess
 _GRAPH = {"M": 32, "efConstruction": 128}
 _LEAST_CANDIDATES = 128  # of a search in the graph
+# A server of gRPC closes a connection that is kept alive more often than every five minutes, unless it is set up for it.
+_CONNECTION = {"grpc.keepalive_time_ms": 600_000}
 _NARROWED = 8  # conditions whose number of videos is remembered
 
 
@@ -95,7 +97,8 @@ class MilvusStore:
         self._pymilvus = pymilvus
         self._videos, self._windows, self._about = self.name, f"{self.name}_moments", f"{self.name}_about"
         with self._explained():
-            self._client = pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30)
+            token = os.environ.get(TOKEN, "")
+            self._client = pymilvus.MilvusClient(uri, token=token, timeout=30, grpc_options=_CONNECTION)
             self._read_about()
         self._counted = lru_cache(_NARROWED)(self._count_where)
 

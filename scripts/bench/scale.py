@@ -252,34 +252,43 @@ def fill_milvus(count: int, width: int, place: str | None) -> None:
 # ---- costs ----
 
 COSTS = (
-    ("decode_s", 0.06, "CPU seconds that decoding the frames of a video takes"),
-    ("encode_s", 0.02, "GPU seconds that selecting and encoding them takes"),
+    ("decode_s", 0.06, "CPU seconds to decode the frames of a video"),
+    ("decode_all_s", 0.12, "CPU seconds to decode all its frames, for moments"),
+    ("encode_s", 0.00225, "GPU seconds to select and encode the frames of a video, or of a moment"),
     ("windows", 10, "moments of a video"),
     ("width", 512, "dimensions"),
-    ("row_bytes", 1500, "bytes of a row beside the vector: path, captions, frames"),
-    ("thumb_bytes", 8000, "bytes of a picture"),
-    ("cpu_price", 0.05, "price of a CPU core for an hour"),
-    ("gpu_price", 3.0, "price of a GPU for an hour"),
-    ("memory_price", 4.0, "price of a GB of memory for a month"),
-    ("disk_price", 0.1, "price of a GB of SSD for a month"),
+    ("row_bytes", 1000, "bytes of a row beside the vector: path, captions, frames"),
+    ("thumb_bytes", 10_000, "bytes of a picture"),
+    ("machine_gb", 256, "GB of memory of a machine that searches"),
+    ("core_hour", 0.05, "price of a CPU core for an hour"),
+    ("gpu_hour", 3.0, "price of a GPU for an hour"),
+    ("memory_month", 4.0, "price of a GB of memory for a month"),
+    ("disk_month", 0.1, "price of a GB of disk for a month"),
 )
 
 
 def tell_cost(a: argparse.Namespace) -> None:
-    """Print a row for each size of a collection, of whole videos and with moments."""
-    print("| videos | vectors | decoding, core hours | encoding, GPU hours | embedding costs | ", end="")
-    print("float32, GB | int8, GB | PQ, GB | rows and pictures, GB | a month: float32 in memory | PQ in memory |")
-    print(f"|{'---|' * 11}")
+    """Print what embedding and searching cost, of whole videos and with moments."""
+    embedding = ["videos", "vectors", "decoding, core hours", "encoding, GPU hours", "price", "rows and pictures, GB"]
+    searching = ["vectors", *(f"{kind}: GB, machines, a month" for kind in ("float32", "int8", "PQ"))]
+    rows, months = [], []
     for count in SIZES:
         for windows in (0, a.windows):
-            cores, gpus = count * a.decode_s / 3600, count * a.encode_s / 3600 * (1 + bool(windows))
-            vectors = count * (1 + windows)
-            flat, small, least = (vectors * a.width * size / 1e9 for size in (4, 1, 1 / 8))
-            rows = (count * a.row_bytes + vectors * a.thumb_bytes) / 1e9
-            months = [held * a.memory_price + (flat + rows) * a.disk_price for held in (flat, least)]
-            money = cores * a.cpu_price + gpus * a.gpu_price
-            cells = [count, vectors, cores, gpus, money, flat, small, least, rows, *months]
-            print(f"| {' | '.join(f'{cell:,.0f}' if cell >= 10 else f'{cell:,.2g}' for cell in cells)} |")
+            cores = count * (a.decode_all_s if windows else a.decode_s) / 3600
+            gpus, vectors = count * (1 + windows) * a.encode_s / 3600, count * (1 + windows)
+            stored = (count * a.row_bytes + vectors * a.thumb_bytes) / 1e9
+            rows.append([count, vectors, cores, gpus, cores * a.core_hour + gpus * a.gpu_hour, stored])
+            held = [vectors * a.width * size / 1e9 for size in (4, 1, 1 / 8)]
+            disk = (held[0] + stored) * a.disk_month
+            cells = [f"{_short(gb)}, {-(-gb // a.machine_gb):.0f}, {_short(gb * a.memory_month + disk)}" for gb in held]
+            months.append([_short(vectors), *cells])
+    for names, table in ((embedding, [[_short(cell) for cell in row] for row in rows]), (searching, months)):
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in table), end="\n\n")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 if __name__ == "__main__":

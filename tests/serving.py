@@ -20,6 +20,7 @@ from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import THUMBS, EmbeddedMoments, VideoIndex, read_index, write_index
 from adaclip_finetune.search.serve.app import create_app, make_server
 from adaclip_finetune.search.serve.served import ModelThread
+from adaclip_finetune.search.transcripts import update_transcripts
 
 WIDTH = 16
 
@@ -86,6 +87,15 @@ def write_divided_index(folder: Path, count: int = 3) -> VideoIndex:
     info = index_info(moments={"by": "windows", "window": 1.0, "stride": 0.5})
     write_index(whole.folder, info, np.stack([axis(n) for n in range(count)]), rows, moments)
     return VideoIndex.load(whole.folder)
+
+
+def add_transcripts(index: VideoIndex, **lines: str) -> None:
+    """Give videos of an index a transcript with one line, from 0.6 s to 1.8 s: name of the video → text."""
+    folder = index.folder.parent
+    files = {f"{name}.mp4": [folder / f"{name}.srt"] for name in lines}
+    for name, text in lines.items():
+        (folder / f"{name}.srt").write_text(f"1\n00:00:00,600 --> 00:00:01,800\n{text}\n")
+    update_transcripts(index.folder, files, files)
 
 
 def write_one(folder: Path, path: Path, thumb: str = "", **info: Any) -> VideoIndex:

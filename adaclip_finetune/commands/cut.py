@@ -68,7 +68,7 @@ def _parser() -> Parser:
     )
     add("text", metavar="TEXT", nargs="?", help="what the moments should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
-    where = "cut only out of videos of which this holds, as for `adaclip search`"
+    where = "cut only out of videos for which this holds, as for `adaclip search`"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=5, help="how many moments to cut; default 5")
     add("-o", "--output", required=True, metavar="DIR", type=a_path, help="the folder for the clips")

@@ -40,6 +40,7 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.search.build import index_videos
     from adaclip_finetune.search.collection import collect_annotation, collect_folder
     from adaclip_finetune.search.search_model import load_retriever
+    from adaclip_finetune.search.transcripts import update_transcripts
     from adaclip_finetune.training.signals import StopSignals
 
     with StopSignals():
@@ -61,7 +62,13 @@ def run(words: Sequence[str]) -> int:
         except KeyboardInterrupt:
             print("Finished batches are kept; the same command continues", file=sys.stderr)
             raise
-    _print_report(report, arguments)
+        _print_report(report, arguments)
+        ids = [video.id for video in collection.videos]
+        transcripts = update_transcripts(output, collection.transcripts, ids, arguments.sync)
+    if transcripts is not None:
+        print(f"lines of transcripts in the index: {transcripts.lines:,} (files read: {transcripts.read:,})")
+        for problem in transcripts.problems:
+            print(f"passed over: {printable(problem)}", file=sys.stderr)
     return 1 if report.broken else 0
 
 

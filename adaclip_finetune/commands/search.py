@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
     from adaclip_finetune.search.stores.base import Searchable
     from adaclip_finetune.search.threshold import RankedBy
+    from adaclip_finetune.search.transcripts import Transcripts
 
 _QUERIES_AT_ONCE = 256
 _FRAMES_SHOWN = 5  # of a video, by --explain
@@ -51,7 +52,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
         raise UserError('give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE')
-    conditions(arguments.where)
+    conditions(arguments.where)  # refused before anything is loaded
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
     if arguments.text is not None and not arguments.text.strip():
@@ -60,6 +61,10 @@ def run(words: Sequence[str]) -> int:
         raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
     if arguments.score is not None and arguments.by == "moment":
         raise UserError("--score says what ranks videos: leave out --by moment")
+    if arguments.hybrid and (arguments.by == "moment" or arguments.compare is not None):
+        raise UserError("--hybrid ranks videos by what is said in them, too: leave out --by moment and --compare")
+    if arguments.hybrid and arguments.text is None and arguments.queries is None:
+        raise UserError("--hybrid looks for a text in what is said: give a text, or --queries")
     name = arguments.text or arguments.image or arguments.video
     texts = [str(name)] if arguments.queries is None else _lines(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
@@ -83,8 +88,9 @@ def run(words: Sequence[str]) -> int:
     if cut := model.count_cut(texts) if arguments.text or arguments.queries else 0:
         what = f"max_txt_len {model.config.max_txt_len} of the model cuts {cut} of {len(texts)} queries"
         print(f"adaclip: {what}", file=sys.stderr)
+    said = _transcripts(index) if arguments.hybrid else None
     nothing = None
-    if not (adaptation or other or any(examples)):
+    if not (adaptation or other or said or any(examples)):
         nothing = _nothing_found(index, "moment" if arguments.by == "moment" else index.ranked_by(arguments.score))
     with _adapting(model, index, adaptation) as adapted:
         size = 1 if adapted else _QUERIES_AT_ONCE
@@ -92,7 +98,8 @@ def run(words: Sequence[str]) -> int:
             block = texts[start : start + size]
             vectors, seconds = adapted(block[0]) if adapted else (encode(block), None)
             before: Iterable[list[Hit] | None] = repeat(None) if other is None else other[1](other[0](block))
-            for text, hits, others in zip(block, search(vectors), before, strict=False):
+            found = search(vectors, lines=list(map(said.find, block))) if said else search(vectors)
+            for text, hits, others in zip(block, found, before, strict=False):
                 _print(text, hits, others, arguments, seconds, nothing(text, hits) if nothing else None)
     return 0
 
@@ -117,6 +124,16 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     if arguments.text is None and arguments.queries is None:
         return lambda texts: sum(examples[1:], examples[0])
     return lambda texts: sum(examples, model.encode_query(texts))
+
+
+def _transcripts(index: Searchable) -> Transcripts:
+    from adaclip_finetune.search.transcripts import Transcripts
+
+    if not index.fuses:
+        raise UserError(f"{index.place}: --hybrid needs the folder of the index: search there")
+    transcripts = Transcripts(index.folder)
+    transcripts.need()
+    return transcripts
 
 
 def _nothing_found(index: Searchable, ranked_by: RankedBy) -> Callable[[str, Sequence[Hit]], str | None] | None:
@@ -146,7 +163,7 @@ def _parser() -> Parser:
         "the frame with the greatest weight, and the file. If the index has moments, it shows from when to when the "
         "best one lasts.",
         "adaclip search NAME.index [TEXT | --queries FILE] [--image FILE] [--video FILE] [--where CONDITION] [-k N]\n"
-        "       [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
+        "       [--hybrid] [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
         "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
@@ -155,7 +172,7 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
     add("--queries", metavar="FILE", type=a_path, help="many texts, one per line; - reads them from standard input")
-    where = "find only videos of which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
+    where = "find only videos for which this holds: 'duration > 60', 'name = *beach*', 'folder = holidays', "
     where += "'date >= 2026-05', 'season = 3'; several times, or with 'and' between them"
     add("--where", metavar="CONDITION", action="append", default=[], help=where)
     add("-k", metavar="N", type=int, default=10, help="how many to find; default 10")
@@ -163,6 +180,8 @@ def _parser() -> Parser:
     add("--by", choices=("video", "moment"), default="video", help=by)
     score = "what ranks videos: their own vector, or their best moment; default: whole, and moment if not finetuned"
     add("--score", choices=("whole", "moment"), help=score)
+    hybrid = "look for the text in transcripts, too, and fuse both rankings (reciprocal rank fusion)"
+    add("--hybrid", action="store_true", help=hybrid)
     add("--json", action="store_true", help="print one JSON object per query and line")
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
@@ -238,6 +257,8 @@ def _print_hits(hits: Sequence[Hit], arguments: Namespace) -> None:
     for hit in hits:
         names = f"{printable(hit.video.id)}  {printable(hit.video.path)}"
         print(f"{hit.rank:4}  {hit.score:.4f}  {_when(hit):>{width}}  {names}")
+        if hit.line:
+            print(f"{'':{16 + width}}{clock(hit.line.start)}–{clock(hit.line.end)} “{printable(hit.line.text)}”")
         for copy in hit.copies:
             print(f"{'':{16 + width}}also {printable(copy.id)}  {printable(copy.path)}")
         if arguments.explain:
@@ -265,6 +286,7 @@ def _as_json(hit: Hit, explain: bool) -> dict[str, Any]:
         found["moments"] = [{"start": one.start, "end": one.end, "score": round(one.score, 6)} for one in hit.moments]
     else:
         found |= {"time": video.best_time, "duration": video.duration}
+    found |= {"line": hit.line._asdict()} if hit.line else {}
     found |= {"copies": [{"id": copy.id, "path": str(copy.path)} for copy in hit.copies]} if hit.copies else {}
     return found | ({"frames": [asdict(frame) for frame in video.frames]} if explain else {})
 

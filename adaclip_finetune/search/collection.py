@@ -19,6 +19,7 @@ from adaclip_finetune.data.video.discovery import find_videos
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.metadata import ENDINGS, metadata_beside
+from adaclip_finetune.search.transcripts import transcripts_beside
 
 
 class FileStamp(NamedTuple):
@@ -55,6 +56,7 @@ class VideoCollection:
     store: FrameStore
     others: list[Path] = field(default_factory=list)  # files in the folder that are not videos
     problems: list[str] = field(default_factory=list)  # files beside videos that cannot be read
+    transcripts: dict[str, list[Path]] = field(default_factory=dict)  # id → files beside the video
 
     @property
     def img_tmpl(self) -> str | None:
@@ -140,7 +142,7 @@ def collect_folder(folder: Path) -> VideoCollection:
         except (OSError, UserError) as error:
             broken[name.encode("utf-8", "replace").decode()] = getattr(error, "strerror", None) or str(error)
     store = VideoFiles(root, {video.id: video.id for video in videos})
-    return _with_metadata(VideoCollection(root, root, videos, broken, store, others))
+    return _with_sidecars(VideoCollection(root, root, videos, broken, store, others))
 
 
 def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
@@ -163,11 +165,11 @@ def collect_annotation(annotation: Path, config: Config) -> VideoCollection:
             broken[video.video_id] = f"{error.filename}: {error.strerror}"
     if isinstance(store, VideoFolder):
         store = VideoFiles(root, {video.id: video.path.relative_to(root).as_posix() for video in videos})
-    return _with_metadata(VideoCollection(annotation.absolute(), root, videos, broken, store))
+    return _with_sidecars(VideoCollection(annotation.absolute(), root, videos, broken, store))
 
 
-def _with_metadata(collection: VideoCollection) -> VideoCollection:
-    """Add to the videos what files beside them say; what the annotation says has precedence."""
+def _with_sidecars(collection: VideoCollection) -> VideoCollection:
+    """Add what files beside the videos say; what the annotation says has precedence."""
     if not isinstance(collection.store, VideoFolder):
         return collection
     videos, problems = [], []
@@ -178,8 +180,11 @@ def _with_metadata(collection: VideoCollection) -> VideoCollection:
             videos.append(video)
             problems.append(str(error))
     beside = {video.path.with_suffix(ending) for video in videos for ending in ENDINGS}
+    ids = {video.path: video.id for video in videos}
+    transcripts = {ids[path]: files for path, files in transcripts_beside(ids).items()}
+    beside.update(*transcripts.values())
     others = [path for path in collection.others if path not in beside]
-    return replace(collection, videos=videos, others=others, problems=problems)
+    return replace(collection, videos=videos, others=others, problems=problems, transcripts=transcripts)
 
 
 def _path(store: FrameStore, root: Path, video_id: str) -> Path:

@@ -34,6 +34,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
 from adaclip_finetune.search.collection import FileStamp
 from adaclip_finetune.search.peaks import find_peaks
+from adaclip_finetune.search.transcripts import FoundLine
 from adaclip_finetune.search.where import columns, conditions, rows_where
 
 FILE, THUMBS, PARTS = "vectors.safetensors", "thumbs", "parts"
@@ -41,6 +42,7 @@ FORMAT = "adaclip-index/3"
 _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
 _NARROWED = 8  # narrowed searches whose videos are remembered
+_FUSION = 60
 MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
@@ -219,6 +221,7 @@ class Hit:
 
     `copies` are the other videos with the same vector: copies of the file, as a rule. `moments` are the best parts of
     the video, best first, if the index has any; where moments are searched, the one that was found, whose score it is.
+    `line` is what is said in it, where transcripts are searched, too.
     """
 
     video: IndexedVideo
@@ -226,6 +229,7 @@ class Hit:
     rank: int
     copies: tuple[IndexedVideo, ...] = ()
     moments: tuple[FoundMoment, ...] = ()
+    line: FoundLine | None = None
 
 
 class IndexedVideos:
@@ -263,6 +267,8 @@ class VideoIndex:
     Of videos with the same vectors a search finds the first, with the others as its copies; `distinct` is the number of
     different ones.
     """
+
+    fuses = True
 
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
@@ -304,28 +310,35 @@ class VideoIndex:
         ranks: slice = slice(None),
         score: Literal["whole", "moment"] | None = None,
         where: Sequence[str] = (),
+        lines: Sequence[Mapping[str, FoundLine]] | None = None,
     ) -> list[list[Hit]]:
         """Return the k best videos for each query, best first; fewer if the index holds fewer. Copies count as one.
 
         `vectors` (Q, D) is an array or a tensor with rows of any length. `ranks` selects from the k hits those that are
         wanted, for example `slice(10, 20)` for a second page. `score` ranks videos by their own vector (`whole`) or
         that of their best window (`moment`), which is the default for a pretrained CLIP. With `where`, only videos of
-        which these conditions hold are compared (`where.py`). Raise UserError for vectors of another width, k < 1,
+        which these conditions hold are compared (`where.py`). `lines` are what `Transcripts.find` found for each query:
+        the ranks among them and among the vectors are then fused. Raise UserError for vectors of another width, k < 1,
         conditions that are none, and `moment` without moments.
         """
         queries, selection = unit_queries(vectors, k, self.width, self.folder), self._selected(tuple(where))
         moments = self.need_moments() if self.ranked_by(score) == "moment" else None
+        depth = k if lines is None else max(k, self.distinct)  # ranks are fused over all videos
         found: Iterable[Iterable[tuple[float, int]]]
         if moments is None:
-            found = self._by_whole(queries, k, selection)
+            found = self._by_whole(queries, depth, selection)
         else:
-            found = [islice(self._by_best(moments, query, selection), k) for query in queries]
+            found = [islice(self._by_best(moments, query, selection), depth) for query in queries]
+        said: Sequence[dict[int, FoundLine]] = [{}] * len(queries)
+        if lines is not None:
+            said = [self._rows_of(one, selection) for one in lines]
+            found = [_fused(list(videos), list(one))[:k] for videos, one in zip(found, said, strict=True)]
         return [
             [
-                self._hit(row, rank, cosine, selection, self.moments.of_video(row, query) if self.moments else ())
+                self._hit(row, rank, cosine, selection, self._moments_of(row, query), own.get(row))
                 for rank, (cosine, row) in list(enumerate(videos, 1))[ranks]
             ]
-            for query, videos in zip(queries, found, strict=True)
+            for query, videos, own in zip(queries, found, said, strict=True)
         ]
 
     def search_moments(
@@ -349,7 +362,7 @@ class VideoIndex:
         return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 
     def count(self, where: Sequence[str] = ()) -> int:
-        """Return the number of different videos of which these conditions hold. Raise UserError."""
+        """Return the number of different videos for which these conditions hold. Raise UserError."""
         return len(self._places(self._selected(tuple(where))))
 
     def find(self, key: str) -> IndexedVideo | None:
@@ -381,7 +394,9 @@ class VideoIndex:
         return [self.videos[int(row)] for row in self._rows[places]], self._nearest.reconstruct_batch(places)
 
     def _select(self, where: tuple[str, ...]) -> _Narrowed:
-        videos = rows_where(self.videos.columns, conditions(where)) if where else np.ones(len(self), np.bool_)
+        videos = np.ones(len(self), np.bool_)
+        if where:
+            videos = np.array(rows_where(self.videos.columns, conditions(where)), np.bool_)
         firsts = np.zeros(len(self), np.bool_)
         firsts[self._firsts[videos]] = True
         return _Narrowed(videos, firsts, not where)
@@ -408,10 +423,34 @@ class VideoIndex:
                 yield cosine, row
         yield from (one for one in self._by_whole(query[None], self.distinct, selection)[0] if one[1] not in seen)
 
-    def _hit(self, row: int, rank: int, score: float, selection: _Narrowed, moments: Sequence[FoundMoment]) -> Hit:
+    def _rows_of(self, lines: Mapping[str, FoundLine], selection: _Narrowed) -> dict[int, FoundLine]:
+        """Return the lines of videos by the rows that a search finds, in the same order."""
+        found: dict[int, FoundLine] = {}
+        for name, line in lines.items():
+            row = self._row_of.get(name)
+            if row is not None and selection.videos[row]:
+                found.setdefault(int(self._firsts[row]), line)
+        return found
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.videos.columns["name"])}
+
+    def _moments_of(self, row: int, query: NDArray[np.float32]) -> list[FoundMoment]:
+        return self.moments.of_video(row, query) if self.moments else []
+
+    def _hit(
+        self,
+        row: int,
+        rank: int,
+        score: float,
+        selection: _Narrowed,
+        moments: Sequence[FoundMoment],
+        line: FoundLine | None = None,
+    ) -> Hit:
         """Return a hit of the first video with the vector of `row` that is selected, with the others as its copies."""
         videos = [self.videos[one] for one in (row, *self._copies.get(row, ())) if selection.videos[one]]
-        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:MOMENTS_A_VIDEO]))
+        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:MOMENTS_A_VIDEO]), line)
 
 
 class _Narrowed(NamedTuple):
@@ -572,6 +611,16 @@ def _nearest_to_one(
             order = np.lexsort((rows, -scores))[:k]
             return scores[order], rows[order]
         wanted = min(4 * wanted, count)
+
+
+def _fused(ranked: list[tuple[float, int]], others: list[int]) -> list[tuple[float, int]]:
+    """Return score and row of videos, all of which are ranked, fused with another ranking of some of them.
+
+    The fused score is the sum of 1 / (60 + rank) (reciprocal rank fusion, Cormack et al. 2009).
+    """
+    share = {row: 1 / (_FUSION + rank) for rank, row in enumerate(others, 1)}
+    order = sorted(enumerate(ranked, 1), key=lambda one: -1 / (_FUSION + one[0]) - share.get(one[1][1], 0))
+    return [video for _, video in order]
 
 
 def first_of_equal(vectors: NDArray[Any]) -> NDArray[np.int64]:

@@ -7,12 +7,10 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from fnmatch import translate
 from math import isfinite
 from pathlib import PurePath
 from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from adaclip_finetune.errors import UserError
 
@@ -29,8 +27,8 @@ _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
 class Condition(NamedTuple):
     """What must hold of a field of a video. `sign` is one of =, !=, <, <=, > and >=.
 
-    `holds` says whether it does, given what the video has in this field. Of a video that has nothing there, no
-    condition holds.
+    `holds` says whether it does, given what the video has in this field. No condition holds for a video that has
+    nothing there.
     """
 
     field: str
@@ -62,15 +60,15 @@ def columns(rows: Iterable[bytes]) -> dict[str, list[Any]]:
     return {name: column + [None] * (count - len(column)) for name, column in found.items()}
 
 
-def rows_where(table: Mapping[str, list[Any]], stated: Iterable[Condition]) -> NDArray[np.bool_]:
+def rows_where(table: Mapping[str, list[Any]], stated: Iterable[Condition]) -> list[bool]:
     """Return for each row of `columns` whether all conditions hold. Raise UserError for a field that no row has."""
-    rows = np.ones(len(table["name"]), np.bool_)
+    rows = [True] * len(table["name"])
     for condition in stated:
         if condition.field not in table:
             known = ", ".join([*_FIELDS, *sorted(table.keys() - _FIELDS)])
             raise UserError(f"where {condition.field}: no video of this index has it; known are {known}")
-        column = table[condition.field]
-        rows &= np.fromiter((own is not None and condition.holds(own) for own in column), np.bool_, len(column))
+        pairs = zip(rows, table[condition.field], strict=True)
+        rows = [row and own is not None and condition.holds(own) for row, own in pairs]
     return rows
 
 
@@ -87,8 +85,7 @@ def _condition(word: str) -> Condition:
 
 def _matches(pattern: str) -> Callable[[str], bool]:
     """Return a test of a whole text, in which * stands for any characters and ? for one; case makes no difference."""
-    form = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    compiled = re.compile(form, re.DOTALL | re.IGNORECASE)
+    compiled = re.compile(translate(pattern.replace("[", "[[]")), re.IGNORECASE)
     return lambda text: compiled.fullmatch(text) is not None
 
 

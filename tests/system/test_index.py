@@ -301,14 +301,38 @@ def test_metadata_beside_the_videos(library: Path, tmp_path: Path, index: Index)
     assert not any("metadata" in video.row for video in read_index(tmp_path / "i").videos())
 
 
+def test_transcripts_beside_the_videos(library: Path, tmp_path: Path, index: Index, capsys: Capsys) -> None:
+    """They are found, with their times, and read again when they change."""
+    (library / "clip 4.en.srt").write_text("1\n00:00:00,500 --> 00:01:02,000\nA whale sings\n")
+    (library / "clip 2.vtt").write_text("WEBVTT\n")
+    code, out, err = index(library)
+    assert (code, "transcripts in the index: 1 (files read: 1)" in out, "passed over: " not in out) == (0, True, True)
+    assert "clip 2.vtt" in err and "other file" not in out
+    command = ["search", str(tmp_path / "i"), "the whale sings", "--hybrid"]
+    assert main(command) == 0
+    first, line = capsys.readouterr().out.splitlines()[1:3]
+    assert "clip 4.mp4" in first and line.split() == ["0:00.5–1:02.0", "“A", "whale", "sings”"]
+    assert main([*command, "--json", "-k", "2"]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert hits[0]["line"] == {"start": 0.5, "end": 62.0, "text": "A whale sings"} and "line" not in hits[1]
+    (library / "clip 4.en.srt").unlink()
+    assert "in the index: 0 (files read: 0)" in index(library)[1]
+    assert main(command) == 2
+    assert ".srt" in capsys.readouterr().err
+    for words in (["x", "--by", "moment"], ["--image", "p.png"], ["x", "--compare", "old.index"]):
+        assert main(["search", str(tmp_path / "i"), *words, "--hybrid"]) == 2
+        assert "--hybrid" in capsys.readouterr().err
+
+
 def test_names_that_are_not_text(run: Path, clips: Path, tmp_path: Path, index: Index, capsys: Capsys) -> None:
     """A file with such a name is listed as broken; a folder with such a name can be indexed and searched."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b"))
     folder.mkdir()
     for name in (b"\xff.mp4", b"a\\b.mp4", "ü \u2028 ñ.MP4".encode()):
         shutil.copy(clips / "clip 0.mp4", os.fsdecode(os.fsencode(folder) + b"/" + name))
+    (folder / "ü \u2028 ñ.srt").write_text("1\n00:00:00,500 --> 00:00:01,000\nhello\n")
     code, out, err = index(folder)
-    assert (code, counts(out), err.count("mp4: ")) == (1, (1, 0, 1), 2)
+    assert (code, counts(out), err.count("mp4: "), "(files read: 1)" in out) == (1, (1, 0, 1), 2, True)
     assert main(["search", str(tmp_path / "i"), "a \x1b thing"]) == 0
     told = capsys.readouterr().out
     assert "\\udcff\\x1b/ü" in told and "\x1b" not in told

@@ -16,7 +16,18 @@ import pytest
 from indexing import index_info, index_row, unit_rows
 from media import index_of, write_frames, write_video
 from PIL import Image
-from serving import WIDTH, Axes, Server, running, until, write_clip, write_divided_index, write_one, write_small_index
+from serving import (
+    WIDTH,
+    Axes,
+    Server,
+    add_transcripts,
+    running,
+    until,
+    write_clip,
+    write_divided_index,
+    write_one,
+    write_small_index,
+)
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
@@ -177,7 +188,7 @@ def test_openapi_describes_the_answers(server: Server) -> None:
 def test_an_empty_index_with_a_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_small_index(tmp_path, 0).folder)
     with running(VideoIndex.load(".")) as server:
-        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "moments": 0}
+        about = {"state": "ready", "message": None, "index": "my.index", "videos": 0, "moments": 0, "lines": 0}
         about |= {"model": "run", "finetuned": True}
         assert server.ask("/api/status").json == about
         assert server.ask("/api/search?q=1").json["found"] == []
@@ -193,6 +204,26 @@ def test_conditions_narrow_a_search(server: Server) -> None:
     assert server.ask("/api/search/image?where=name%20=%20video2*", "POST", picture(40)).json["videos"] == 1
     reply = server.ask("/api/search?q=1&where=season%20=%203")
     assert (reply.status, reply.json["detail"].startswith("where season")) == (422, True)
+
+
+def test_transcripts_are_searched_too(tmp_path: Path) -> None:
+    index = write_small_index(tmp_path)
+    with running(index) as server:
+        assert server.ask("/api/status").json["lines"] == 0
+        reply = server.ask("/api/search?q=1&hybrid=true")
+        assert (reply.status, "transcripts" in reply.json["detail"]) == (422, True)
+        add_transcripts(index, video4="the number 1", video2="nothing of it")  # no restart is needed
+        assert server.ask("/api/status").json["lines"] == 2
+        first, second, *_ = server.found("q=1&hybrid=true")
+        assert (first["id"], first["line"]["text"]) == ("video4.mp4", "the number 1")
+        assert (first["line"]["start"], first["line"]["end"]) == (0.6, 1.8)
+        assert (second["id"], second["line"]) == ("video1.mp4", None)
+        assert server.found("q=1")[0]["id"] == "video1.mp4"
+        assert server.ask("/api/search?q=1&hybrid=true&by=moment").status == 422
+    index = write_divided_index(tmp_path / "divided")
+    add_transcripts(index, video2="the number 1")
+    with running(index) as server:
+        assert server.ask("/api/search?q=6&hybrid=true&by=moment").status == 422
 
 
 def test_queries_out_of_bounds(server: Server) -> None:

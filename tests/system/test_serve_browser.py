@@ -18,7 +18,17 @@ import pytest
 from indexing import write_run
 from media import write_video
 from PIL import Image
-from serving import Axes, Server, axis, running, served_row, until, write_divided_index, write_small_index
+from serving import (
+    Axes,
+    Server,
+    add_transcripts,
+    axis,
+    running,
+    served_row,
+    until,
+    write_divided_index,
+    write_small_index,
+)
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
@@ -245,7 +255,7 @@ def test_a_filter(page: Page, server: Server) -> None:
     assert (page.text("#trouble"), page.names(), page.find("#where").get_attribute("aria-invalid")) == ("", [], "true")
     page.find("#where").clear()
     page.find("#where").send_keys("duration > 3", Keys.ENTER)
-    page.until_text("#status", "holds of no video")
+    page.until_text("#status", "holds for no video")
     assert page.text("#where-trouble") == ""
     page.find("#where").clear()
     page.find("#where").send_keys(Keys.ENTER)
@@ -265,6 +275,29 @@ def test_a_threshold(page: Page, tmp_path: Path) -> None:
         assert len(page.names()) == 5
         page.search(server, 3)
         assert not page.find("#nothing").is_displayed()
+
+
+def test_what_is_said(page: Page, server: Server, tmp_path: Path) -> None:
+    """A switch, where the index has transcripts; a video plays from the line that was found."""
+    page.search(server, 1)
+    assert not page.find("#said").is_displayed()
+    index = write_small_index(tmp_path)
+    add_transcripts(index, video4="the <b>number</b> 1 &lt;i&gt;")
+    with running(index) as own:
+        page.search(own, 1)
+        assert page.names()[0] == "video1.mp4" and page.all(".card .said") == []
+        page.find("#said").click()
+        page.until(lambda: page.names()[0] == "video4.mp4")
+        assert page.text(".card .said") == "“the number 1 <i>”"
+        assert (page.text(".card .at"), page.js("location.search")) == ("0:00.6–0:01.8", "?q=1&hybrid=1")
+        page.driver.refresh()
+        page.until(lambda: page.names()[0] == "video4.mp4")
+        page.find(".card").click()
+        video = "document.querySelector('#stage video')"
+        began = page.until(lambda: page.js(f"{video}.played.length && {video}.played.start(0)"))
+        assert began == pytest.approx(0.6, abs=0.05)
+        assert page.text("#line") == "0:00.6 “the number 1 <i>”"
+        assert page.complaints() == []
 
 
 def test_a_search_by_picture(page: Page, server: Server, tmp_path: Path) -> None:

@@ -145,6 +145,9 @@ def test_what_was_pushed_is_found_as_in_the_index(tmp_path: Path, place: Place) 
     np.testing.assert_allclose(vectors @ queries[0], index.nearest(queries[0], 5)[1] @ queries[0], atol=1e-6)
     with pytest.raises(UserError, match=r"width 32"):
         pushed.search(unit_rows(1, 8), 1)
+    if not pushed.fuses:
+        with pytest.raises(UserError, match="folder of the index"):
+            pushed.search(queries, 1, lines=[{}] * 3)
 
 
 def test_conditions_mean_what_they_mean_in_the_index(tmp_path: Path, place: Place) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import FILE, EmbeddedMoments, IndexedFrame, VideoIndex, write_index
+from adaclip_finetune.search.transcripts import FoundLine
 
 
 def ids(hits: list[Any]) -> list[str]:
@@ -39,7 +40,7 @@ def test_flat_search_finds_what_the_product_says(tmp_path: Path, dtype: str) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_narrowed_search_finds_what_remains_of_the_whole_one(tmp_path: Path, dtype: str) -> None:
-    """Of copies, the first of which the condition holds."""
+    """Of copies, the first for which the condition holds."""
     vectors = unit_rows(40).astype(dtype)
     vectors[20:30] = vectors[:10]  # copies
     rows = [index_row(number) | {"metadata": {"season": number % 3}} for number in range(40)]
@@ -61,6 +62,29 @@ def test_a_narrowed_search_finds_what_remains_of_the_whole_one(tmp_path: Path, d
         index.count(where) == len(narrowed[0] and index.search(queries[:1], 99, where=where)[0]) < index.count() == 30
     )
     assert index.search(queries[:1], 3, slice(2, 4), where=where)[0] == index.search(queries[:1], 3, where=where)[0][2:]
+
+
+def test_lines_that_were_found_are_fused_with_the_vectors(tmp_path: Path) -> None:
+    """By reciprocal rank; of copies, the transcript of any counts; what does not hold is passed over."""
+    vectors = unit_rows(30)
+    vectors[29] = vectors[20]
+    (tmp_path / "i").mkdir()
+    write_index(tmp_path / "i", index_info(), vectors, [index_row(number) for number in range(30)])
+    index, query = VideoIndex.load(tmp_path / "i"), unit_rows(1, seed=1)
+    plain = index.search(query, 100)[0]
+    said = [plain[25].video.id, "video29", plain[3].video.id, "gone"]
+    lines = {name: FoundLine(number, number + 1.0, name) for number, name in enumerate(said)}
+    rows = {hit.video.id: hit.rank for hit in plain}
+    texts = {"video20" if name == "video29" else name: rank for rank, name in enumerate(said, 1)}
+    expected = sorted(rows, key=lambda name: -1 / (60 + rows[name]) - (1 / (60 + texts[name]) if name in texts else 0))
+    (found,) = index.search(query, 100, lines=[lines])
+    assert ids(found) == expected and [hit.rank for hit in found] == list(range(1, 30))
+    shown = {hit.video.id: hit.line.text for hit in found if hit.line}
+    assert shown == {said[0]: said[0], "video20": "video29", said[2]: said[2]}
+    assert {hit.video.id: hit.score for hit in found} == {hit.video.id: hit.score for hit in plain}
+    assert index.search(query, 7, slice(4, 7), lines=[lines])[0] == found[4:7]
+    narrowed = index.search(query, 100, where=["name != video20", f"name != {said[0]}"], lines=[lines])[0]
+    assert len(narrowed) == 28 and {hit.video.id for hit in narrowed if hit.line} == {"video29", said[2]}
 
 
 def holds(video: Any) -> bool:

@@ -36,6 +36,7 @@ from adaclip_finetune.search.query import is_one_text
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
 from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.search.threshold import thresholds_of
+from adaclip_finetune.search.transcripts import Transcripts
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -68,6 +69,7 @@ class StatusAnswer(BaseModel):
     index: str = Field(description="name of the index")
     videos: int = Field(description="number of videos in the index")
     moments: int = Field(description="number of windows or shots in the index; 0 if videos were not divided")
+    lines: int = Field(description="number of lines in the transcripts of the videos")
     model: str = Field(description="name of the run, checkpoint or CLIP that the index was made with")
     finetuned: bool = Field(description="false for a pretrained CLIP")
 
@@ -92,6 +94,14 @@ class FoundPart(BaseModel):
     clip: str | None = Field(description="URL of the moment as a file; null if the index was made of frames")
 
 
+class SaidLine(BaseModel):
+    """What is said in a video."""
+
+    start: float = Field(description="seconds")
+    end: float = Field(description="seconds")
+    text: str
+
+
 class FoundVideo(BaseModel):
     """A video that was found, or one in which a moment was found."""
 
@@ -107,6 +117,7 @@ class FoundVideo(BaseModel):
     video: str | None = Field(description="URL of the file; null if the index was made of frames")
     copies: list[str] = Field(description="paths of other videos with the same vector")
     moments: list[FoundPart] = Field(description="the best moments, best first; the found one, if moments are searched")
+    line: SaidLine | None = Field(description="the line of its transcript that was found, if `hybrid`")
 
 
 class SearchAnswer(BaseModel):
@@ -114,7 +125,7 @@ class SearchAnswer(BaseModel):
 
     page: int = Field(description="from 1")
     pages: int = Field(description="number of pages; if moments are searched, at least this many")
-    videos: int = Field(description="number of different videos of which the conditions hold; copies count as one")
+    videos: int = Field(description="number of different videos for which the conditions hold; copies count as one")
     nothing: str | None = Field(
         description="on the first page, that nothing shows what was asked for, and how certain that is; null if the "
         "best score is high enough, or if `adaclip calibrate` did not measure which one is"
@@ -134,6 +145,7 @@ Where = Annotated[
     list[Annotated[str, StringConstraints(max_length=MAX_TEXT)]] | None,
     Query(max_length=20, description="conditions on the videos, such as `duration > 60 and season = 3`"),
 ]
+Hybrid = Annotated[bool, Query(description="whether to look for the text in transcripts, too; both rankings are fused")]
 Seconds = Annotated[float, Query(ge=0, le=1e6, allow_inf_nan=False, description="as a player counts")]
 Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, as a search gives it")]
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
@@ -164,7 +176,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
-    thresholds = thresholds_of(index)
+    thresholds, transcripts = thresholds_of(index), Transcripts(index.folder)
 
     async def answer(
         encode: Callable[[SearchModel], Any],
@@ -173,21 +185,28 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         by: By,
         score: Score,
         where: Where,
-        one_text: bool = False,
+        text: str | None = None,
+        hybrid: bool = False,
     ) -> SearchAnswer:
         if "moment" in (by, score) and index.moments is None:
             raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
-        find = partial(index.search, score=score) if by == "video" else index.search_moments
+        find: Callable[..., list[list[Hit]]] = (
+            partial(index.search, score=score) if by == "video" else index.search_moments
+        )
         first, last = (page - 1) * k, page * k
         try:
             count = await asyncio.to_thread(index.count, where or ())
         except UserError as error:
             raise HTTPException(422, str(error)) from error
+        if hybrid:
+            find = partial(find, lines=[await asyncio.to_thread(transcripts.find, text or "")])
         # One more than the page holds says whether another page of moments follows.
         narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=where or ())
         hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
         pages = -(-count // k) if by == "video" else page + (len(hits) > k)
-        threshold = thresholds.get("moment" if by == "moment" else index.ranked_by(score)) if one_text else None
+        threshold = None
+        if text is not None and is_one_text(text) and not hybrid:
+            threshold = thresholds.get("moment" if by == "moment" else index.ranked_by(score))
         nothing = threshold.nothing_found(hits[0].score, index.distinct) if threshold and hits and page == 1 else None
         found = [_found(hit) for hit in hits[:k]]
         return SearchAnswer(page=page, pages=pages, videos=count, nothing=nothing, found=found)
@@ -197,11 +216,18 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         """Return whether the model is ready, and how many videos there are."""
         about: dict[str, Any] = {"model": index.info.model_name, "finetuned": not index.info.untrained}
         about |= {"videos": len(index), "moments": 0 if index.moments is None else len(index.moments)}
+        about |= {"lines": await asyncio.to_thread(transcripts.count) if index.fuses else 0}
         return StatusAnswer(state=model.state, message=model.message, index=index.name, **about)
 
     @app.get("/api/search")
     async def search(
-        q: Text, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None, where: Where = None
+        q: Text,
+        page: PageNumber = 1,
+        k: PageSize = 12,
+        by: By = "video",
+        score: Score = None,
+        where: Where = None,
+        hybrid: Hybrid = False,
     ) -> SearchAnswer:
         """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
@@ -213,7 +239,9 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
             except UserError as error:
                 raise HTTPException(422, f"q: {error}") from error
 
-        return await answer(encode, page, k, by, score, where, is_one_text(q.strip()))
+        if hybrid and (by == "moment" or not (index.fuses and transcripts.count())):
+            raise HTTPException(422, "hybrid: needs transcripts in the index, and finds videos, not moments")
+        return await answer(encode, page, k, by, score, where, q.strip(), hybrid)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 
@@ -343,6 +371,7 @@ def _found(hit: Hit) -> FoundVideo:
         video=f"{urls}/file" if has_file(video) else None,
         copies=[_shown(copy.path) for copy in hit.copies],
         moments=[_part(moment, urls, has_file(video)) for moment in hit.moments],
+        line=SaidLine(**hit.line._asdict()) if hit.line else None,
     )
 
 

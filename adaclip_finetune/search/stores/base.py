@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from adaclip_finetune.search.index import (
     VideoIndex,
     read_index,
 )
+from adaclip_finetune.search.transcripts import FoundLine
 
 _AT_ONCE = 500  # videos that are pushed together
 
@@ -33,6 +34,7 @@ class Searchable(Protocol):
 
     info: IndexInfo
     width: int
+    fuses: bool  # whether `search` takes the lines of transcripts
     distinct: int
     folder: Path  # of the index, or of the one that it is a copy of, where its pictures lie; it need not be there
 
@@ -54,6 +56,7 @@ class Searchable(Protocol):
         ranks: slice = ...,
         score: Literal["whole", "moment"] | None = ...,
         where: Sequence[str] = ...,
+        lines: Sequence[Mapping[str, FoundLine]] | None = ...,
     ) -> list[list[Hit]]: ...
 
     def search_moments(

@@ -41,6 +41,7 @@ from adaclip_finetune.search.index import (
     unit_queries,
 )
 from adaclip_finetune.search.stores.base import digest_of
+from adaclip_finetune.search.transcripts import FoundLine
 from adaclip_finetune.search.where import Condition, columns, conditions, rows_where
 
 TOKEN = "MILVUS_TOKEN"
@@ -54,7 +55,7 @@ _ROWS_AT_ONCE = 500
 _WINDOWS_A_VIDEO = 8  # among those that a query finds first, as a guess
 _GRAPH = {"M": 32, "efConstruction": 128}
 _LEAST_CANDIDATES = 128  # of a search in the graph
-# A server of gRPC closes a connection that is kept alive more often than every five minutes, unless it is set up for it.
+# By default, a server of gRPC closes connections that are kept alive more often than every five minutes.
 _CONNECTION = {"grpc.keepalive_time_ms": 600_000}
 _NARROWED = 8  # conditions whose number of videos is remembered
 
@@ -81,6 +82,8 @@ class MilvusStore:
     A query is compared with every vector or, with `hnsw`, only with those that a graph leads to (Malkov and Yashunin
     2018). Videos with the same vector are one hit, and the first of them is the one whose id comes first.
     """
+
+    fuses = False
 
     def __init__(self, place: str, hnsw: bool = False, make: bool = False) -> None:
         """Connect to `milvus://HOST:PORT/COLLECTION`, `milvus+https://…`, or `milvus:///FILE.db`, which must exist
@@ -240,8 +243,12 @@ class MilvusStore:
         ranks: slice = slice(None),
         score: Literal["whole", "moment"] | None = None,
         where: Sequence[str] = (),
+        lines: Sequence[Mapping[str, FoundLine]] | None = None,
     ) -> list[list[Hit]]:
-        """Return the k best videos for each query, as `VideoIndex.search` does. Raise UserError."""
+        """Return the k best videos for each query, as `VideoIndex.search` does, but without `lines`, which need the
+        ranks of all videos. Raise UserError."""
+        if lines is not None:
+            raise UserError(f"{self.place}: does not fuse rankings: search the folder of the index")
         queries, stated = unit_queries(vectors, k, self.width, self.place), self._conditions(where)
         by_moment = self.ranked_by(score) == "moment"
         if by_moment:

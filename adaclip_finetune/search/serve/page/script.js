@@ -17,6 +17,7 @@ query.addEventListener("input", (event) => {
   if (!event.isComposing) typing = setTimeout(() => search("replace"), 350);
 });
 get("by").addEventListener("change", () => search("push"));
+get("hybrid").addEventListener("change", () => search("push"));
 get("where").addEventListener("change", () => search("push"));
 get("choose").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", () => { searchByPicture(get("file").files[0]); get("file").value = ""; });
@@ -28,12 +29,13 @@ document.addEventListener("keydown", useKey);
 acceptDrops();
 readAddress();
 
-// The address holds the words, what to find, the filter, and the page, so that Back, Reload and bookmarks work.
+// The address holds the words, where and what to find, the filter, and the page, so that Back, Reload and bookmarks work.
 function readAddress() {
   const given = new URLSearchParams(location.search);
   setPicture(null);
   query.value = given.get("q") ?? "";
   get("by").value = given.get("by") === "moment" ? "moment" : "video";
+  get("hybrid").checked = given.has("hybrid");
   get("where").value = given.get("where") ?? "";
   if (get("where").value) get("filter").open = true;
   page = Math.max(parseInt(given.get("page"), 10) || 1, 1);
@@ -43,6 +45,7 @@ function readAddress() {
 function writeAddress(how) {
   const words = picture ? "" : query.value.trim(), wanted = new URLSearchParams(words ? { q: words } : {});
   if (words && get("by").value === "moment") wanted.set("by", "moment");
+  if (words && get("hybrid").checked) wanted.set("hybrid", 1);
   if (words && filter()) wanted.set("where", filter());
   if (words && page > 1) wanted.set("page", page);
   const url = wanted.size ? `/?${wanted}` : "/";
@@ -79,6 +82,7 @@ async function update() {
     document.title = `${status.index} · video search`;
     get("by").hidden = !status.moments;
     if (!status.moments) get("by").value = "video";
+    get("said").hidden = !status.lines || get("by").value === "moment";
     const count = `${status.videos.toLocaleString("en")} video${status.videos === 1 ? "" : "s"}`;
     get("count").textContent = `${count} · ${status.model}${status.finetuned ? "" : ", not finetuned"}`;
     if (status.state === "failed") throw new Error(`Nothing can be searched: ${status.message}`);
@@ -94,6 +98,7 @@ async function update() {
       const asked = new URLSearchParams({ page, by: get("by").value });
       if (filter()) asked.set("where", filter());
       if (!picture) asked.set("q", words);
+      if (!picture && get("hybrid").checked && !get("said").hidden) asked.set("hybrid", true);
       show(picture ? await fetched(`/api/search/image?${asked}`, { method: "POST", body: picture, signal })
         : await fetched(`/api/search?${asked}`, { signal }));
     }
@@ -135,7 +140,7 @@ function show(answer) {
   get("next").disabled = page >= pages;
   const found = answer.found, all = answer.videos.toLocaleString("en"), what = byMoment ? "Moments" : "Videos";
   const last = found.length && `${found.at(-1).rank}${byMoment ? "" : ` of ${all}`}`;
-  const none = !answer.videos && filter() ? "The filter holds of no video." : `No ${what.toLowerCase()} on this page.`;
+  const none = !answer.videos && filter() ? "The filter holds for no video." : `No ${what.toLowerCase()} on this page.`;
   say(found.length ? `${what} ${found[0].rank} to ${last}, best first` : none);
 }
 

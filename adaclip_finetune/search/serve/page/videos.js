@@ -6,7 +6,7 @@ let watching = 0;  // the animation frame in which the end of a moment is looked
 
 export function card(video, onClick) {
   const moment = video.moments[0], button = element("button", "card");
-  const best = moment ?? video.frames[video.best], at = when(best, video);
+  const best = moment ?? video.frames[video.best], at = when(video.line ?? best, video);
   const seen = element("span", "seen"), words = element("span", "words");
   const title = element("span", "line"), caption = video.captions[0] ?? "";
   seen.append(image(best?.poster ?? video.poster));
@@ -14,9 +14,11 @@ export function card(video, onClick) {
   const places = video.copies.length ? ` (${1 + video.copies.length} places)` : "";
   title.append(element("span", "name", video.id + places), element("span", "score", video.score.toFixed(3)));
   words.append(title, element("span", "caption", caption));
+  if (video.line) words.append(element("span", "said", `“${video.line.text}”`));
   button.append(seen, timeline(video), words);
   button.type = "button";
-  const said = at && `, best moment ${moment ? "from" : "at"} ${at.replace("–", " to ")}`;
+  const part = video.line ? `“${video.line.text}” said` : "best moment";
+  const said = at && `, ${part} ${at.includes("–") ? "from" : "at"} ${at.replace("–", " to ")}`;
   button.setAttribute("aria-label", `${video.rank}. ${caption || video.id}, score ${video.score.toFixed(3)}${said}. Play`);
   button.addEventListener("click", () => onClick(video));
   return inList(button);
@@ -58,9 +60,13 @@ function momentMarks(video) {
   });
 }
 
-// Play a video from its best moment, to the end of it if that is known; moments and frames below lead to theirs.
+// Play a video from the line that was found in it, or from its best moment, to the end of it if that is known; moments and frames below lead to theirs.
 export function play(video) {
   get("player-title").textContent = video.id;
+  get("line").hidden = !video.line;
+  get("line").textContent = video.line ? `${clock(video.line.start, video.duration)} “${video.line.text}”` : "";
+  get("line").disabled = !video.video;
+  get("line").onclick = () => seek(video.line.start);
   get("player-captions").textContent = video.captions.join("\n");
   get("player-path").textContent = [video.path, ...video.copies].join("\n");
   get("download").hidden = !video.video;
@@ -101,7 +107,8 @@ function screen(video) {
 
 function begin(video) {
   const [moment] = video.moments;
-  if (moment) seek(moment.start, moment.end);
+  if (video.line) seek(video.line.start);
+  else if (moment) seek(moment.start, moment.end);
   else seek(video.frames[video.best]?.time ?? 0);
 }
 
@@ -145,7 +152,7 @@ async function showStill(video) {
   if (!stage.querySelector("video")) return;
   stage.replaceChildren(image(video.poster, `The best frame of ${video.id}`));
   get("player-close").focus();
-  for (const button of dialog.querySelectorAll("#frames button, #moments button")) button.disabled = true;
+  for (const button of dialog.querySelectorAll("#line, #frames button, #moments button")) button.disabled = true;
   let reason = "This browser cannot play this kind of file. Open it in a video player: its path is below, or download it.";
   try {
     const answer = await fetch(video.video, { headers: { Range: "bytes=0-0" } });

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.search.cut import CutFailed, clip_name, cut
     from adaclip_finetune.search.search_model import search_model_of
-    from adaclip_finetune.search.stores.base import open_index
+    from adaclip_finetune.search.stores.places import open_index
 
     index = open_index(arguments.index)
     index.need_moments()

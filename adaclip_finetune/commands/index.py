@@ -89,7 +89,7 @@ def _push(words: Sequence[str]) -> int:
     parser.add_argument("--hnsw", action="store_true", help=hnsw)
     arguments = parser.read(words)
 
-    from adaclip_finetune.search.stores.base import open_store, push
+    from adaclip_finetune.search.stores.places import open_store, push
 
     try:
         pushed = push(arguments.index, open_store(arguments.place, arguments.hnsw))

@@ -106,7 +106,7 @@ def run(words: Sequence[str]) -> int:
 
 def _open(place: str, moved: Path | None, settings: Mapping[str, Any]) -> tuple[Searchable, SearchModel]:
     from adaclip_finetune.search.search_model import search_model_of
-    from adaclip_finetune.search.stores.base import open_index
+    from adaclip_finetune.search.stores.places import open_index
 
     index = open_index(place)
     if not len(index):

@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
 
     from adaclip_finetune.search.serve.app import create_app, make_server
     from adaclip_finetune.search.serve.served import ModelThread
-    from adaclip_finetune.search.stores.base import open_index
+    from adaclip_finetune.search.stores.places import open_index
 
     index = open_index(arguments.index)
 

@@ -224,7 +224,7 @@ def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Float
 def fill_milvus(count: int, width: int, place: str | None) -> None:
     """Print the seconds of two pushes and of a search for 10 videos, and whether it finds what the folder finds."""
     from adaclip_finetune.search.index import IndexInfo, VideoIndex, write_index
-    from adaclip_finetune.search.stores.base import open_index, open_store, push
+    from adaclip_finetune.search.stores.places import open_index, open_store, push
 
     points = Points(count, width)
     frames = [{"index": 8 * n, "time": n / 3, "weight": 1 / 12} for n in range(12)]

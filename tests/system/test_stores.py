@@ -21,7 +21,7 @@ from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import EmbeddedMoments, Hit, VideoIndex, read_index, write_index
 from adaclip_finetune.search.search_model import load_retriever
-from adaclip_finetune.search.stores.base import open_index, open_store, push
+from adaclip_finetune.search.stores.places import open_index, open_store, push
 
 MILVUS = all(importlib.util.find_spec(name) for name in ("pymilvus", "milvus_lite"))
 needs_milvus = pytest.mark.skipif(not MILVUS, reason="pymilvus and milvus-lite are not installed")
@@ -206,10 +206,10 @@ def test_vectors_of_another_model_are_refused(tmp_path: Path, place: Place) -> N
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from adaclip_finetune.search.stores import base
+from adaclip_finetune.search.stores import places
 
-base._AT_ONCE = 8
-store = base.open_store(sys.argv[2])
+places._AT_ONCE = 8
+store = places.open_store(sys.argv[2])
 upsert, blocks = store.upsert, []
 
 def write_videos(name, rows, write=getattr(store, "_write", None)):
@@ -226,7 +226,7 @@ def dying(videos):
     upsert(videos)
 
 store.upsert = dying
-base.push(Path(sys.argv[1]), store)
+places.push(Path(sys.argv[1]), store)
 """
 
 

@@ -194,6 +194,8 @@ class MilvusStore:
     def finish(self) -> None:
         groups = [row["grp"] for row in self._rows(self._videos, "", "grp")]
         with self._explained():
+            for name in (self._videos, self._windows):
+                self._client.flush(name)  # what is not on disk has no index yet
             (found,) = self._client.query(self._windows, "", ["count(*)"], consistency_level="Strong")
             self._facts |= {"finished": True, "videos": len(groups), "distinct": len(set(groups))}
             self._facts |= {"moments": int(found["count(*)"])}

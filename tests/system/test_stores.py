@@ -239,7 +239,10 @@ def test_a_push_that_is_killed_goes_on(tmp_path: Path, place: Place) -> None:
         open_index(place("p"))
     pushed = push(tmp_path / "i", open_store(place("p")))
     assert pushed == ((24, 16, 0) if "milvus" in place("p") else (VIDEOS, 0, 0))
-    assert told(open_index(place("p")).search(queries, 50)) == told(index.search(queries, 50))
+    for where in ((), ("season = 1",)):
+        assert told(open_index(place("p")).search(queries, 50, where=where)) == told(
+            index.search(queries, 50, where=where)
+        )
     assert told(open_index(place("p")).search_moments(queries, 50)) == told(index.search_moments(queries, 50))
 
 

@@ -1,4 +1,4 @@
-"""The protocols of places where the vectors of an index can be searched, and filled."""
+"""The protocols of places where an index can be searched (`Searchable`) and to which it can be pushed (`VectorStore`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.search.index import (
-    EmbeddedVideo,
-    Hit,
-    IndexedVideo,
-    IndexInfo,
-)
+from adaclip_finetune.search.index import EmbeddedVideo, Hit, IndexedVideo, IndexInfo
 from adaclip_finetune.search.transcripts import FoundLine
 
 

@@ -60,15 +60,6 @@ _CONNECTION = {"grpc.keepalive_time_ms": 600_000}
 _NARROWED = 8  # conditions whose number of videos is remembered
 
 
-class Moments(NamedTuple):
-    """The number of windows or shots of an index."""
-
-    number: int
-
-    def __len__(self) -> int:
-        return self.number
-
-
 class _Stored(NamedTuple):
     """A video as it is stored: the digest of its id, and its row."""
 
@@ -125,7 +116,7 @@ class MilvusStore:
         facts = {"info": {"fingerprint": "", "run": "", "settings": {}, "source": ""}, **self._facts}
         self.info, self.width = IndexInfo(**facts["info"]), int(facts.get("width", 0))
         self.distinct, self.folder = int(facts.get("distinct", 0)), Path(facts.get("folder", ""))
-        self.moments = Moments(facts.get("moments", 0)) if self.info.moments else None
+        self.moments = range(facts.get("moments", 0)) if self.info.moments else None
 
     def __len__(self) -> int:
         return int(self._facts.get("videos", 0))
@@ -140,15 +131,7 @@ class MilvusStore:
     def begin(self, info: IndexInfo, width: int, folder: Path) -> None:
         kind = self._pymilvus.DataType
         text, number = kind.VARCHAR, kind.INT64
-        own: dict[str, Any] = {
-            "owner": text,
-            "grp": text,
-            "video": text,
-            "name": text,
-            "folder": text,
-            "date": text,
-            "row": text,
-        }
+        own = dict.fromkeys(("owner", "grp", "video", "name", "folder", "date", "row"), text)
         with self._explained():
             self._make(self._about, {"facts": text}, 2)
             # Written first, so that a push of another model at the same time is refused.
@@ -182,7 +165,6 @@ class MilvusStore:
             for count, same in owners.items():  # windows beyond are those of an earlier push
                 self._client.delete(self._windows, filter=f"{_among('owner', same)} and number >= {count}")
             self._write(self._videos, rows)
-        self._facts["fields"] = sorted({*self._facts.get("fields", ()), *(f for v in videos for f in _metadata(v.row))})
 
     def delete(self, ids: Collection[str]) -> None:
         owners = [_owner(name) for name in ids]
@@ -192,13 +174,14 @@ class MilvusStore:
                     self._client.delete(name, filter=_among("owner", owners[start : start + _ROWS_AT_ONCE]))
 
     def finish(self) -> None:
-        groups = [row["grp"] for row in self._rows(self._videos, "", "grp")]
+        rows = list(self._rows(self._videos, "", "grp", "metadata"))
+        fields = {field for row in rows for field in row["metadata"] or ()}
         with self._explained():
             for name in (self._videos, self._windows):
                 self._client.flush(name)  # what is not on disk has no index yet
             (found,) = self._client.query(self._windows, "", ["count(*)"], consistency_level="Strong")
-            self._facts |= {"finished": True, "videos": len(groups), "distinct": len(set(groups))}
-            self._facts |= {"moments": int(found["count(*)"])}
+            self._facts |= {"finished": True, "videos": len(rows), "moments": int(found["count(*)"])}
+            self._facts |= {"distinct": len({row["grp"] for row in rows}), "fields": sorted(fields)}
             self._write_about()
             self._read_about()
         self._counted.cache_clear()
@@ -263,6 +246,8 @@ class MilvusStore:
             moments = self._moments_of([videos[group][0] for group in videos], query)
             hits = []
             for rank, (group, cosine) in chosen:
+                if group not in videos:  # deleted in the meantime
+                    continue
                 first, *copies = videos[group]
                 own = tuple(moments.get(first.owner, ())[:MOMENTS_A_VIDEO])
                 hits.append(Hit(first.video, cosine, rank, tuple(copy.video for copy in copies), own))
@@ -295,11 +280,11 @@ class MilvusStore:
         return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 
     def count(self, where: Sequence[str] = ()) -> int:
-        """Return the number of different videos of which these conditions hold. Raise UserError."""
+        """Return the number of different videos for which these conditions hold. Raise UserError."""
         return self._counted(tuple(where)) if where else self.distinct
 
-    def need_moments(self) -> Moments:
-        """Return the moments of the index. Raise UserError if it has none."""
+    def need_moments(self) -> range:
+        """Return the numbers of the moments of the index. Raise UserError if it has none."""
         if self.moments is None:
             way_out = "`adaclip index … --moments` makes an index with moments, and `adaclip index push` stores them"
             raise UserError(f"{self.place}: has no moments; {way_out}")
@@ -309,11 +294,10 @@ class MilvusStore:
         """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
         best = self._nearest(vector, k, [])
         videos = self._videos_of(best, [])
-        owners = [videos[group][0].owner for group in best]
-        rows = {
-            row["owner"]: row["vector"] for row in self._rows(self._videos, _among("owner", owners), "owner", "vector")
-        }
-        return [videos[group][0].video for group in best], np.array([rows[owner] for owner in owners], np.float32)
+        firsts = [videos[group][0] for group in best if group in videos]
+        expression = _among("owner", [first.owner for first in firsts])
+        rows = {row["owner"]: row["vector"] for row in self._rows(self._videos, expression, "owner", "vector")}
+        return [first.video for first in firsts], np.array([rows[first.owner] for first in firsts], np.float32)
 
     def find(self, key: str) -> IndexedVideo | None:
         """Return the video of a key, or None."""
@@ -454,7 +438,7 @@ def _own_fields(video: EmbeddedVideo) -> dict[str, Any]:
     row = video.row
     table = columns([json.dumps(row).encode()])
     texts = {name: str(table[name][0]).lower() for name in ("name", "folder", "date")}
-    metadata = {name: _searched(value) for name, value in _metadata(row).items()}
+    metadata = {name: _searched(value) for name, value in row.get("metadata", {}).items()}
     group = hashlib.sha256(video.vector.astype(np.float32).tobytes()).hexdigest()[:32]
     own: dict[str, Any] = {"owner": _owner(row["id"]), "grp": group, "video": row["id"], **texts}
     return own | {"duration": row["duration"], "metadata": metadata or None}
@@ -462,11 +446,6 @@ def _own_fields(video: EmbeddedVideo) -> dict[str, Any]:
 
 def _owner(video_id: str) -> str:
     return hashlib.sha256(video_id.encode()).hexdigest()[:32]
-
-
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    metadata: dict[str, Any] = row.get("metadata", {})
-    return metadata
 
 
 def _floats(vector: NDArray[Any]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The protocols of places where an index can be searched (`Searchable`) and to which it can be pushed (`VectorStore`)."""
+"""The protocols of an index that can be searched, `Searchable`, and of a place to push one to, `VectorStore`."""
 
 from __future__ import annotations
 

@@ -52,8 +52,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
-    captions = "an annotation (JSON) with captions of videos of the index; default: those in the index. The model must "
-    captions += "not have been trained with them"
+    captions = "an annotation (JSON) of its videos, unseen in training; default: the captions in the index"
     add("captions", metavar="CAPTIONS.json", nargs="?", type=a_path, help=captions)
     wanted = "how many of the captions whose video is hidden may be found; default 5"
     add("--false-finds", metavar="PERCENT", type=float, default=5.0, help=wanted)

@@ -344,6 +344,16 @@ def test_what_milvus_cannot_keep_and_what_is_not_ours(tmp_path: Path, server: st
         open_store(f"{server}/theirs")
 
 
+@needs_milvus
+def test_a_file_that_another_process_has_open(tmp_path: Path) -> None:
+    place = f"milvus://{tmp_path}/x.db"
+    open_store(place)
+    search = f"import sys; from adaclip_finetune.cli import main; sys.exit(main(['search', '{place}', 'a red thing']))"
+    other = subprocess.run([sys.executable, "-c", search], capture_output=True, text=True)
+    assert other.returncode == 2 and "another process has it open" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("place", "reason"),
     [

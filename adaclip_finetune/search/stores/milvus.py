@@ -57,6 +57,7 @@ _GRAPH = {"M": 32, "efConstruction": 128}
 _LEAST_CANDIDATES = 128  # of a search in the graph
 # By default, a server of gRPC closes connections that are kept alive more often than every five minutes.
 _CONNECTION = {"grpc.keepalive_time_ms": 600_000}
+_NOT_OPENED = "Open local milvus failed"
 _NARROWED = 8  # conditions whose number of videos is remembered
 
 
@@ -87,7 +88,8 @@ class MilvusStore:
             import pymilvus
         except ImportError as error:
             raise UserError(f"{place}: needs pymilvus: pip install 'adaclip-finetune[milvus]'") from error
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it would log what is raised, with a traceback
+        for logger in ("pymilvus", "milvus_lite"):  # they would log what is raised, with a traceback
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         self._pymilvus = pymilvus
         self._videos, self._windows, self._about = self.name, f"{self.name}_moments", f"{self.name}_about"
         with self._explained():
@@ -417,7 +419,8 @@ class MilvusStore:
         try:
             yield
         except self._pymilvus.MilvusException as error:
-            raise UserError(f"{self.place}: {error.message}") from error
+            busy = "; another process has it open, or it is damaged" if error.message == _NOT_OPENED else ""
+            raise UserError(f"{self.place}: {error.message}{busy}") from error
 
 
 def _address(place: str) -> tuple[str, str]:

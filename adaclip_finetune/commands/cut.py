@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -25,10 +25,10 @@ def run(words: Sequence[str]) -> int:
     settings = model_settings(arguments)
 
     from adaclip_finetune.search.cut import CutFailed, clip_name, cut
-    from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import search_model_of
+    from adaclip_finetune.search.stores.places import open_index
 
-    index = VideoIndex.load(arguments.index)
+    index = open_index(arguments.index)
     index.need_moments()
     model = search_model_of(index, arguments.model, **settings)
     given = arguments.image
@@ -60,7 +60,12 @@ def _parser() -> Parser:
         "adaclip cut NAME.index (TEXT | --image FILE) [--where CONDITION] [-k N] -o DIR [--exact] [--overwrite]",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index --moments` made")
+    add(
+        "index",
+        metavar="NAME.index",
+        type=a_place,
+        help="the folder that `adaclip index --moments` made, or milvus://…",
+    )
     add("text", metavar="TEXT", nargs="?", help="what the moments should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
     where = "cut only out of videos for which this holds, as for `adaclip search`"

@@ -64,6 +64,12 @@ def a_path(word: str) -> Path:
     return Path(a_word(word))
 
 
+def a_place(word: str) -> str:
+    """Return the word: a folder, or an address such as milvus://…, which as a path would lose a slash. Raise
+    ArgumentTypeError for ""."""
+    return word if "://" in word else str(a_path(word))
+
+
 # ---- flags of settings ----
 
 

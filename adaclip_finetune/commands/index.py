@@ -1,4 +1,5 @@
-"""`adaclip index`: make or update an index of videos, or merge the parts that shards wrote."""
+"""`adaclip index`: make or update an index, merge the parts of one that shards wrote, or push it to where others
+search it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_word, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, a_word, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -23,6 +24,8 @@ def run(words: Sequence[str]) -> int:
     """Make or update an index. Return 1 if some videos cannot be read, else 0. Raise UserError."""
     if words and words[0] == "merge":
         return _merge(words[1:])
+    if words and words[0] == "push":
+        return _push(words[1:])
     arguments = _parser().read(words)
     from adaclip_finetune.data.video.remote import path_of
     from adaclip_finetune.search.shards import Shard
@@ -119,6 +122,35 @@ def _check_output(output: Path) -> None:
         raise UserError(f"-o {output}: is a file; an index is a folder")
 
 
+def _push(words: Sequence[str]) -> int:
+    """Copy an index to a place where others search it. Raise UserError."""
+    parser = Parser(
+        "adaclip index push",
+        "Copy an index to Milvus, a vector database, or to another folder, where `adaclip search`, `cut` and `serve` "
+        "search it. The same command updates the copy: new and changed videos are stored, and those that the index no "
+        "longer has are deleted. It continues after an interruption.",
+        "adaclip index push NAME.index PLACE [--hnsw]",
+        "PLACE is milvus://HOST:PORT/COLLECTION, milvus+https://HOST:PORT/COLLECTION, milvus:///PATH/TO/FILE.db (Milvus"
+        " Lite) or a folder. The environment variable MILVUS_TOKEN holds the key or USER:PASSWORD, if one is needed.",
+    )
+    parser.add_argument("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    parser.add_argument("place", metavar="PLACE", type=a_place, help="where to copy it")
+    hnsw = "search approximately, by an HNSW graph; default: compare with all vectors"
+    parser.add_argument("--hnsw", action="store_true", help=hnsw)
+    arguments = parser.read(words)
+
+    from adaclip_finetune.search.stores.places import open_store, push
+
+    try:
+        pushed = push(arguments.index, open_store(arguments.place, arguments.hnsw))
+    except KeyboardInterrupt:
+        print("What was stored is kept; the same command continues", file=sys.stderr)
+        raise
+    print(f"{arguments.index} → {arguments.place}: {pushed.stored} stored, {pushed.kept} unchanged, ", end="")
+    print(f"{pushed.deleted} deleted")
+    return 0
+
+
 def _moments(arguments: Namespace) -> MomentSettings | None:
     """Return how the videos are to be divided. Raise UserError."""
     if arguments.moments is None:
@@ -142,7 +174,7 @@ def _parser() -> Parser:
         "CLIP, which takes num_frm uniform frames of a video and their mean. Videos that are in the index already are "
         "kept, new and changed ones are added, and the same command continues after an interruption. Exit code 1 if "
         "some videos cannot be read: they are listed, and the others are indexed. `adaclip index merge PART... -o "
-        "NAME.index` merges the parts that --shard wrote.",
+        "NAME.index` merges the parts that --shard wrote, and `adaclip index push` copies an index to Milvus.",
     )
     add = parser.add_argument
     model = "a run folder or checkpoint, or a pretrained CLIP: an open_clip name[:tag], or a file or folder of weights"

@@ -17,6 +17,7 @@ from adaclip_finetune.commands.flags import (
     MODEL,
     Parser,
     a_path,
+    a_place,
     adaptation_settings,
     add_adapt_flags,
     add_checkpoint_flags,
@@ -30,8 +31,9 @@ from adaclip_finetune.search.where import conditions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
+    from adaclip_finetune.search.index import FoundMoment, Hit
     from adaclip_finetune.search.search_model import SearchModel
+    from adaclip_finetune.search.stores.base import Searchable
     from adaclip_finetune.search.threshold import RankedBy
     from adaclip_finetune.search.transcripts import Transcripts
 
@@ -104,13 +106,13 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _open(path: Path, moved: Path | None, settings: Mapping[str, Any]) -> tuple[VideoIndex, SearchModel]:
-    from adaclip_finetune.search.index import VideoIndex
+def _open(place: str, moved: Path | None, settings: Mapping[str, Any]) -> tuple[Searchable, SearchModel]:
     from adaclip_finetune.search.search_model import search_model_of
+    from adaclip_finetune.search.stores.places import open_index
 
-    index = VideoIndex.load(path)
+    index = open_index(place)
     if not len(index):
-        raise UserError(f"{path}: is empty; `adaclip index` adds videos")
+        raise UserError(f"{place}: is empty; `adaclip index` adds videos")
     model = search_model_of(index, moved, **settings)
     if model.untrained:
         print(f"searched with {index.info.model_name}, which was not finetuned", file=sys.stderr)
@@ -126,15 +128,17 @@ def _encoder(model: SearchModel, arguments: Namespace) -> Callable[[Sequence[str
     return lambda texts: sum(examples, model.encode_query(texts))
 
 
-def _transcripts(index: VideoIndex) -> Transcripts:
+def _transcripts(index: Searchable) -> Transcripts:
     from adaclip_finetune.search.transcripts import Transcripts
 
+    if not index.fuses:
+        raise UserError(f"{index.place}: --hybrid needs the folder of the index: search there")
     transcripts = Transcripts(index.folder)
     transcripts.need()
     return transcripts
 
 
-def _nothing_found(index: VideoIndex, ranked_by: RankedBy) -> Callable[[str, Sequence[Hit]], str | None] | None:
+def _nothing_found(index: Searchable, ranked_by: RankedBy) -> Callable[[str, Sequence[Hit]], str | None] | None:
     """Return what says that the hits of a text are too far from it, or None if that was not measured."""
     from adaclip_finetune.search.threshold import thresholds_of
 
@@ -146,7 +150,7 @@ def _nothing_found(index: VideoIndex, ranked_by: RankedBy) -> Callable[[str, Seq
     )
 
 
-def _adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+def _adapting(model: SearchModel, index: Searchable, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     if not settings:
         return nullcontext()
     from adaclip_finetune.search.adapted import adapting
@@ -165,7 +169,7 @@ def _parser() -> Parser:
         "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index` made, or milvus://…")
     add("text", metavar="TEXT", nargs="?", help=f"what the videos should show; {_COMBINED}")
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
@@ -183,7 +187,7 @@ def _parser() -> Parser:
     add("--json", action="store_true", help="print one JSON object per query and line")
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
-    add("--compare", metavar="OLD.index", type=a_path, help=compared)
+    add("--compare", metavar="OLD.index", type=a_place, help=compared)
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
@@ -234,8 +238,8 @@ def _print(
         _print_hits(shown, arguments)
 
 
-def _print_names(index: VideoIndex, other: VideoIndex) -> None:
-    names = (f"{printable(one.folder.name)} ({printable(one.info.model_name)})" for one in (index, other))
+def _print_names(index: Searchable, other: Searchable) -> None:
+    names = (f"{printable(one.name)} ({printable(one.info.model_name)})" for one in (index, other))
     print("{:6}{:<{width}}  {}".format("", *names, width=_COLUMN))
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
 from adaclip_finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def run(words: Sequence[str]) -> int:
     listening = listen(arguments.host, arguments.port)
     token = _token(arguments.host, listening, arguments.token)
 
-    from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.serve.app import create_app, make_server
     from adaclip_finetune.search.serve.served import ModelThread
+    from adaclip_finetune.search.stores.places import open_index
 
-    index = VideoIndex.load(arguments.index)
+    index = open_index(arguments.index)
 
     def load() -> SearchModel:
         from adaclip_finetune.search.search_model import search_model_of
@@ -77,7 +77,7 @@ def _parser() -> Parser:
         "while the model is being loaded. Ctrl-C stops the server. Its /openapi.json describes the JSON API.",
     )
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
+    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index` made, or milvus://…")
     moved = "the run or checkpoint that the index was made with, if it moved"
     add("--model", metavar="RUN", type=a_path, help=moved)
     add("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")

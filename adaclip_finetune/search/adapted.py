@@ -26,8 +26,9 @@ from adaclip_finetune.evaluation.adaptation.clip_reward import ClipReward
 from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.search.collection import VideoFiles
-from adaclip_finetune.search.index import IndexedVideo, VideoIndex
+from adaclip_finetune.search.index import IndexedVideo
 from adaclip_finetune.search.search_model import SearchModel
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.training.session import open_other
 
 Encode = Callable[[str], tuple[Tensor, float]]
@@ -67,7 +68,7 @@ class OtherModel:
 
 
 @contextmanager
-def adapting(model: SearchModel, index: VideoIndex, settings: Mapping[str, Any]) -> Iterator[Encode]:
+def adapting(model: SearchModel, index: Searchable, settings: Mapping[str, Any]) -> Iterator[Encode]:
     """Return a function that adapts the model to a text, and returns the text's vector (1, D) and the seconds it took.
 
     `settings` are those of the adaptation. The model is as before after each text. Raise UserError.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -43,7 +44,7 @@ _REMEMBERED = 10_000  # rows that are kept parsed; a row takes about 5 kB
 _MANY_QUERIES, _BLOCK = 8, 16_384  # from how many queries on they are compared together, with so many vectors at a time
 _NARROWED = 8  # narrowed searches whose videos are remembered
 _FUSION = 60
-_MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
+MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
 
 @dataclass(frozen=True)
@@ -258,22 +259,10 @@ class IndexedVideos:
 
     def keys(self) -> list[str]:
         """Return the keys of all videos, without parsing their rows."""
-        return [_key(line) for line in self._lines]
+        return [key_of(line) for line in self._lines]
 
     def _parse(self, row: int) -> IndexedVideo:
-        facts = json.loads(self._lines[row])
-        return IndexedVideo(
-            id=facts["id"],
-            path=path_of(facts["path"]),
-            duration=facts["duration"],
-            frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
-            best=facts["best"],
-            captions=tuple(facts["captions"]),
-            thumb=self._thumbs / Path(facts["thumb"]).name,
-            stamp=FileStamp(facts["size"], facts["mtime_ns"]),
-            key=_key(self._lines[row]),
-            metadata=facts.get("metadata", {}),
-        )
+        return indexed_video(self._lines[row], self._thumbs)
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
@@ -287,6 +276,8 @@ class VideoIndex:
     Of videos with the same vectors a search finds the first, with the others as its copies; `distinct` is the number of
     different ones.
     """
+
+    fuses = True
 
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
@@ -302,6 +293,16 @@ class VideoIndex:
         vectors = stored.vectors[self._rows] if self._copies else stored.vectors
         self._nearest = _flat_index(vectors)
         self.moments = None if stored.moments is None else IndexedMoments(folder, stored.moments, self._rows)
+
+    @property
+    def place(self) -> str:
+        """Return where it is, for messages."""
+        return str(self.folder)
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        return Path(os.path.abspath(self.folder)).name  # noqa: PTH100 (a link keeps its own name)
 
     @classmethod
     def load(cls, path: str | Path) -> VideoIndex:
@@ -329,7 +330,7 @@ class VideoIndex:
         the ranks among them and among the vectors are then fused. Raise UserError for vectors of another width, k < 1,
         conditions that are none, and `moment` without moments.
         """
-        queries, selection = self._unit_queries(vectors, k), self._selected(tuple(where))
+        queries, selection = unit_queries(vectors, k, self.width, self.folder), self._selected(tuple(where))
         moments = self.need_moments() if self.ranked_by(score) == "moment" else None
         depth = k if lines is None else max(k, self.distinct)  # ranks are fused over all videos
         found: Iterable[Iterable[tuple[float, int]]]
@@ -362,7 +363,7 @@ class VideoIndex:
                 self._hit(row, rank, moment.score, selection, (moment,))
                 for rank, (row, moment) in list(enumerate(islice(moments.best(query, selection), k), 1))[ranks]
             ]
-            for query in self._unit_queries(vectors, k)
+            for query in unit_queries(vectors, k, self.width, self.folder)
         ]
 
     def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
@@ -373,24 +374,28 @@ class VideoIndex:
         """Return the number of different videos for which these conditions hold. Raise UserError."""
         return len(self._places(self._selected(tuple(where))))
 
+    def find(self, key: str) -> IndexedVideo | None:
+        """Return the video of a key, or None."""
+        row = self._by_key.get(key)
+        return None if row is None else self.videos[row]
+
+    def moment_picture(self, key: str, number: int) -> Path | None:
+        """Return the JPEG of the best frame of a window of the video of a key, or None if it has no such window."""
+        row = self._by_key.get(key)
+        if row is None or self.moments is None or number >= self.moments.count(row):
+            return None
+        return self.moments.picture(row, number)
+
+    @cached_property
+    def _by_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.videos.keys())}
+
     def need_moments(self) -> IndexedMoments:
         """Return the moments of the index. Raise UserError if it has none."""
         if self.moments is None:
             way_out = "`adaclip index … --moments`, with its model and its videos, adds them"
             raise UserError(f"{self.folder}: has no moments; {way_out}")
         return self.moments
-
-    def _unit_queries(self, vectors: Any, k: int) -> NDArray[np.float32]:
-        if k < 1:
-            raise UserError(f"k {k}: a whole number from 1 up is needed")
-        queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise UserError(f"{self.folder}: its vectors have width {self.width}, the query has shape {queries.shape}")
-        length = np.linalg.norm(queries, axis=1, keepdims=True)
-        if not (np.isfinite(length).all() and (length > 0).all()):
-            raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
-        unit: NDArray[np.float32] = queries / length
-        return unit
 
     def nearest(self, vector: NDArray[np.float32], k: int) -> tuple[list[IndexedVideo], NDArray[np.float32]]:
         """Return the k nearest videos to a unit vector (D,), best first and copies as one, and their vectors (k, D)."""
@@ -454,7 +459,7 @@ class VideoIndex:
     ) -> Hit:
         """Return a hit of the first video with the vector of `row` that is selected, with the others as its copies."""
         videos = [self.videos[one] for one in (row, *self._copies.get(row, ())) if selection.videos[one]]
-        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:_MOMENTS_A_VIDEO]), line)
+        return Hit(videos[0], score, rank, tuple(videos[1:]), tuple(moments[:MOMENTS_A_VIDEO]), line)
 
 
 class _Narrowed(NamedTuple):
@@ -521,24 +526,49 @@ class IndexedMoments:
         if not parsed.rows:  # the video was no longer there when the others were divided
             return {}
         scores = self._nearest.reconstruct_n(self._first[row], len(parsed.rows)) @ query
-        found = {}
-        for peak in find_peaks(parsed.spans, parsed.times, scores.astype(np.float64)):
-            time, thumb = float(parsed.times[peak.shown]), self.picture(row, peak.shown)
-            found[peak.best] = FoundMoment(peak.start, peak.end, peak.score, time, thumb, peak.shown)
-        return found
+        return found_moments(parsed, scores, self._thumbs)
 
-    def _parse(self, row: int) -> _Windows:
-        rows = json.loads(self._lines[row])
-        spans = np.array([(one["start"], one["end"]) for one in rows], np.float64)
-        return _Windows(rows, spans, np.array([one["time"] for one in rows], np.float64))
+    def _parse(self, row: int) -> Windows:
+        return Windows.of(json.loads(self._lines[row]))
 
 
-class _Windows(NamedTuple):
+class Windows(NamedTuple):
     """The windows of a video: spans (M, 2), and times (M,) of their best frames."""
 
     rows: list[dict[str, Any]]
     spans: NDArray[np.float64]
     times: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> Windows:
+        """Return the windows of these rows."""
+        spans = np.array([(one["start"], one["end"]) for one in rows], np.float64)
+        return cls(rows, spans, np.array([one["time"] for one in rows], np.float64))
+
+
+def found_moments(windows: Windows, scores: NDArray[np.float32], thumbs: Path) -> dict[int, FoundMoment]:
+    """Return the moments of a video by the number of their best window, best first; `scores` (M,) are the cosines of
+    its windows with the query, and pictures lie in `thumbs`."""
+    found = {}
+    for peak in find_peaks(windows.spans, windows.times, scores.astype(np.float64)):
+        time, thumb = float(windows.times[peak.shown]), thumbs / Path(windows.rows[peak.shown]["thumb"]).name
+        found[peak.best] = FoundMoment(peak.start, peak.end, peak.score, time, thumb, peak.shown)
+    return found
+
+
+def unit_queries(vectors: Any, k: int, width: int, place: object) -> NDArray[np.float32]:
+    """Return queries (Q, D), an array or a tensor, scaled to length 1. Raise UserError for k < 1, for queries of
+    another width than that of the index, which `place` names, and for a query that is zero or not finite."""
+    if k < 1:
+        raise UserError(f"k {k}: a whole number from 1 up is needed")
+    queries = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise UserError(f"{place}: its vectors have width {width}, the query has shape {queries.shape}")
+    length = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise UserError("a query's vector is zero or not finite: the model's weights have probably diverged")
+    unit: NDArray[np.float32] = queries / length
+    return unit
 
 
 def nearest(
@@ -625,5 +655,23 @@ def _flat_index(vectors: NDArray[Any]) -> Any:
     return index
 
 
-def _key(line: bytes) -> str:
+def indexed_video(line: bytes, thumbs: Path) -> IndexedVideo:
+    """Return a row of an index, whose pictures lie in `thumbs`."""
+    facts = json.loads(line)
+    return IndexedVideo(
+        id=facts["id"],
+        path=path_of(facts["path"]),
+        duration=facts["duration"],
+        frames=tuple(IndexedFrame(**frame) for frame in facts["frames"]),
+        best=facts["best"],
+        captions=tuple(facts["captions"]),
+        thumb=thumbs / Path(facts["thumb"]).name,
+        stamp=FileStamp(facts["size"], facts["mtime_ns"]),
+        key=key_of(line),
+        metadata=facts.get("metadata", {}),
+    )
+
+
+def key_of(line: bytes) -> str:
+    """Return the key of the video of a row: a digest of it, 20 hexadecimal digits."""
     return hashlib.sha256(line).hexdigest()[:20]

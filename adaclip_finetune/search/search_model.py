@@ -29,9 +29,9 @@ from adaclip_finetune.hub import on_hub
 from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.features import VideoFeatures
 from adaclip_finetune.search.collection import VideoFiles
-from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
 from adaclip_finetune.search.query import terms_of
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.training.session import Session, open_any
 from adaclip_finetune.weights.plain import weights_digest
 
@@ -60,13 +60,13 @@ def load_retriever(source: str | Path, **settings: Any) -> SearchModel:
         raise UserError(str(error).removeprefix("resume: ")) from error
 
 
-def search_model_of(index: VideoIndex, source: str | Path | None = None, **settings: Any) -> SearchModel:
+def search_model_of(index: Searchable, source: str | Path | None = None, **settings: Any) -> SearchModel:
     """Load the model that an index was made with; `source` says where it is if it has moved. Raise UserError if it is
     missing or is another model."""
     info = index.info
     where = Path(info.run if source is None else source)
     if not (where.exists() or info.has_named_clip or on_hub(where)):
-        reason = "" if source else f", with which {index.folder} was made,"
+        reason = "" if source else f", with which {index.place} was made,"
         raise UserError(f"the model {where}{reason} is not there; say where it is: --model RUN_OR_CHECKPOINT")
     stored = dict(info.settings)
     if stored.get("clip_weights") and not Path(stored["clip_weights"]).exists():
@@ -74,7 +74,7 @@ def search_model_of(index: VideoIndex, source: str | Path | None = None, **setti
     model = load_retriever(where, **stored | settings)
     if model.fingerprint != info.fingerprint:
         raise UserError(
-            f"{index.folder}: was made with another model ({info.run}, fingerprint {info.fingerprint[:12]}; this one "
+            f"{index.place}: was made with another model ({info.run}, fingerprint {info.fingerprint[:12]}; this one "
             f"has {model.fingerprint[:12]}), and vectors of two models cannot be compared: give the model that it was "
             "made with (--model), or index the videos again"
         )

@@ -27,6 +27,7 @@ from adaclip_finetune.strict_json import read_json
 if TYPE_CHECKING:
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import SearchModel
+    from adaclip_finetune.search.stores.base import Searchable
 
 THRESHOLD = "threshold.json"  # in the folder of an index
 UNSURE, UNTOLD = 20.0, 50.0  # percent of misses from which on nothing is "perhaps" found, and nothing is claimed
@@ -155,7 +156,7 @@ def calibrate(
     return found
 
 
-def thresholds_of(index: VideoIndex) -> dict[str, Threshold]:
+def thresholds_of(index: Searchable) -> dict[str, Threshold]:
     """Return the thresholds that were measured for an index; none for another model. Raise UserError."""
     path = index.folder / THRESHOLD
     if not path.exists():

@@ -76,6 +76,12 @@ def merge(folder: Path, name: str = "i", output: str = "merged") -> int:
     return index("merge", *sorted(folder.glob(f"{name}-*-of-*")), output=folder / output)
 
 
+def test_a_part_is_not_pushed(run: Path, clips: Path, tmp_path: Path, capsys: Capsys) -> None:
+    index(run, clips, "--shard", "1/2", output=tmp_path / "i")
+    assert main(["index", "push", str(tmp_path / "i-1-of-2"), str(tmp_path / "copy")]) == 2
+    assert "adaclip index merge" in capsys.readouterr().err and not (tmp_path / "copy").exists()
+
+
 def test_transcripts_of_the_parts_are_merged(run: Path, clips: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(clips, folder)

@@ -32,11 +32,12 @@ from adaclip_finetune import __version__
 from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.cut import can_cut, has_file
-from adaclip_finetune.search.index import FoundMoment, Hit, VideoIndex
+from adaclip_finetune.search.index import FoundMoment, Hit
 from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.query import is_one_text
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
 from adaclip_finetune.search.serve.streaming import stream_range
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.search.threshold import thresholds_of
 from adaclip_finetune.search.transcripts import Transcripts
 
@@ -153,7 +154,7 @@ Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, a
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
 
 
-def create_app(model: ModelThread, index: VideoIndex, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+def create_app(model: ModelThread, index: Searchable, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
     """Return the application. With a `token`, every request must know it; without, only those pass that address this
     machine by `host` or a name of the loopback, so that no other site can make a browser ask (DNS rebinding)."""
     app = FastAPI(title="adaclip serve", version=__version__, docs_url=None, redoc_url=None)
@@ -177,7 +178,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, **limits, **logs, **others))
 
 
-def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
+def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
     thresholds, transcripts = thresholds_of(index), Transcripts(index.folder)
 
     async def answer(
@@ -216,11 +217,10 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
     @app.get("/api/status")
     async def status() -> StatusAnswer:
         """Return whether the model is ready, and how many videos there are."""
-        name = Path(os.path.abspath(index.folder)).name  # noqa: PTH100 (a link keeps its own name)
         about: dict[str, Any] = {"model": index.info.model_name, "finetuned": not index.info.untrained}
         about |= {"videos": len(index), "moments": 0 if index.moments is None else len(index.moments)}
-        about |= {"lines": await asyncio.to_thread(transcripts.count)}
-        return StatusAnswer(state=model.state, message=model.message, index=name, **about)
+        about |= {"lines": await asyncio.to_thread(transcripts.count) if index.fuses else 0}
+        return StatusAnswer(state=model.state, message=model.message, index=index.name, **about)
 
     @app.get("/api/search")
     async def search(
@@ -242,7 +242,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: VideoIndex) -> None:
             except UserError as error:
                 raise HTTPException(422, f"q: {error}") from error
 
-        if hybrid and (by == "moment" or not transcripts.count()):
+        if hybrid and (by == "moment" or not (index.fuses and transcripts.count())):
             raise HTTPException(422, "hybrid: needs transcripts in the index, and finds videos, not moments")
         return await answer(encode, page, k, by, score, where, q.strip(), hybrid)
 

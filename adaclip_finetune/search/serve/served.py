@@ -26,8 +26,9 @@ from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.cut import CutFailed, check_unchanged, clip_name, cut, has_file
-from adaclip_finetune.search.index import IndexedVideo, VideoIndex
+from adaclip_finetune.search.index import IndexedVideo
 from adaclip_finetune.search.pictures import thumbnail
+from adaclip_finetune.search.stores.base import Searchable
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -78,9 +79,8 @@ class ServedVideos:
     """The videos of an index, by key. All methods raise HTTPException (404) for a key that the index lacks, and for
     files that are missing or have changed."""
 
-    def __init__(self, index: VideoIndex) -> None:
+    def __init__(self, index: Searchable) -> None:
         self.index = index
-        self._rows = {key: row for row, key in enumerate(index.videos.keys())}
         self._pictures = lru_cache(_REMEMBERED)(self._read_pictures)
 
     def file(self, key: str) -> Path | RemotePath:
@@ -100,10 +100,10 @@ class ServedVideos:
 
     def moment_poster(self, key: str, number: int) -> Path:
         """Return the JPEG of the best frame of one of the windows of a video, counted from 0."""
-        video = self._find(key)
-        if self.index.moments is None or number >= self.index.moments.count(self._rows[key]):
+        video, picture = self._find(key), self.index.moment_picture(key, number)
+        if picture is None:
             raise HTTPException(404, f"{video.id}: has no such moment")
-        return self.index.moments.picture(self._rows[key], number)
+        return picture
 
     def cut(self, key: str, start: float, end: float, exact: bool, folder: Path) -> Path:
         """Write a part of a video into `folder`, and return the file."""
@@ -124,9 +124,10 @@ class ServedVideos:
         return self._pictures(video)[number]
 
     def _find(self, key: str) -> IndexedVideo:
-        if key not in self._rows:
+        video = self.index.find(key)
+        if video is None:
             raise HTTPException(404, "the index does not have this video; search again")
-        return self.index.videos[self._rows[key]]
+        return video
 
     def _read_pictures(self, video: IndexedVideo) -> list[bytes]:
         """All pictures of a video at once, which is one pass over its file."""

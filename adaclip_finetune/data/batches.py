@@ -38,8 +38,8 @@ class Neighbours:
     def grouped(self, rows: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
         """Return `rows`, which are in random order, in groups, which are in random order too.
 
-        A row is grouped with its most similar rows among those that no row before it took. Rows that are left over at
-        the end make smaller groups.
+        The row that resembles another one most comes first and takes its most similar rows, then the next that is free.
+        Rows that are left over make smaller groups, at the end.
         """
         groups: list[list[int]] = []
         step = max(_COMPARED_AT_ONCE // self.size, 1) * self.size
@@ -54,10 +54,10 @@ class Neighbours:
         similarity = vectors @ vectors.T
         similarity[videos[:, None] == videos] = -np.inf
         groups, free = [], np.ones(len(rows), dtype=bool)
-        for place in range(len(rows)):
+        for place in np.argsort(-similarity.max(axis=1), kind="stable"):
             if not free[place]:
                 continue
-            group = [place]
+            group = [int(place)]
             free[place] = False
             for _ in range(self.size - 1):
                 found = int(np.where(free, similarity[place], -np.inf).argmax())

@@ -128,14 +128,13 @@ def test_similar_rows_are_in_one_batch_in_other_batches_each_epoch() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 40), size=st.integers(1, 7), videos=st.integers(1, 40), seed=st.integers(0, 9))
-def test_groups_have_each_row_once_and_no_video_beside_its_first_row_twice(
-    rows: int, size: int, videos: int, seed: int
-) -> None:
+def test_groups_have_each_row_once_and_pairs_never_the_same_video(rows: int, size: int, videos: int, seed: int) -> None:
     random = np.random.default_rng(seed)
-    vectors = random.normal(size=(rows, 3)).astype(np.float32)
-    of_video = random.integers(videos, size=rows)
-    found = Neighbours(size, vectors, of_video).grouped(random.permutation(rows), random)
-    assert sorted(found.tolist()) == list(range(rows))
-    if len(set(of_video)) == rows and size > 1:  # nothing forbids a group: all but the last are whole
-        for group in (found[start : start + size] for start in range(0, rows - size + 1, size)):
-            assert len(group) == size
+    vectors, of_video = random.normal(size=(rows, 3)).astype(np.float32), random.integers(videos, size=rows)
+    order = random.permutation(rows)
+    assert sorted(Neighbours(size, vectors, of_video).grouped(order, random).tolist()) == list(range(rows))
+    pairs = [group for group in Neighbours(2, vectors, of_video)._groups(order) if len(group) == 2]
+    assert all(of_video[first] != of_video[second] for first, second in pairs)
+    # Those that are left alone could not be paired: they are of one video.
+    alone = {group[0] for group in Neighbours(2, vectors, of_video)._groups(order) if len(group) == 1}
+    assert len({int(of_video[row]) for row in alone}) <= 1

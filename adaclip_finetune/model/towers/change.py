@@ -36,7 +36,11 @@ class Change(FrameTower):
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         real = mask | ~mask.any(dim=1, keepdim=True)  # a blank video consists of its blank frames
-        frames = F.normalize(at_least_float32(PerFrame.encode(self.clip, pixels)), dim=-1)
+        return self.of_frames(at_least_float32(PerFrame.encode(self.clip, pixels)), real)
+
+    def of_frames(self, frames: Tensor, real: Tensor) -> Tensor:
+        """Return the token (B, 1, D) of videos from CLIP's vectors of their frames (B, T, D)."""
+        frames = F.normalize(frames, dim=-1)
         shares = real.to(frames.dtype) / real.sum(dim=1, keepdim=True)
         mean = (shares[..., None] * frames).sum(dim=1)
         waves = cosines(real, len(self.maps), frames.dtype)

@@ -28,7 +28,7 @@ class Neighbours:
     """Which rows may stand side by side in a batch: groups of `size` whose captions are similar.
 
     `vectors` (n, D) are unit vectors of the rows' captions. Rows of one video, which have the same number in `videos`
-    (n,), are no negatives of each other and are not grouped.
+    (n,), are no negatives of each other: a row takes none of its own video.
     """
 
     size: int

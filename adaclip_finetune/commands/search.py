@@ -51,7 +51,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.text is not None and arguments.queries is not None:
         raise UserError("give either a text or --queries FILE")
     if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
-        missing = "" if arguments.index.exists() else f"{arguments.index} is no index; name one before the text, and "
+        known = "//" in arguments.index or Path(arguments.index).exists()
+        missing = "" if known else f"{arguments.index} is no index; name one before the text, and "
         what = 'a text ("two dogs"), --queries FILE, --image FILE or --video FILE'
         raise UserError(f"{missing}give what to search for: {what}")
     conditions(arguments.where)  # refused before anything is loaded

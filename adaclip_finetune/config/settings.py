@@ -194,6 +194,9 @@ class Config(Settings):
     )
     num_epochs: int = optimisation(30, "passes over the training data", unit="epochs", ge=1)
     batch_size: int = optimisation(32, "videos in a batch, all processes together", unit="videos", ge=1)
+    similar_captions: int = optimisation(
+        1, "make batches of groups of this many videos with similar captions; 1: at random", unit="videos", ge=1
+    )
     auto_batch_size: bool = optimisation(False, "halve batch_size until a step fits into memory", on_resume="ignored")
     gradient_accumulation_steps: int = optimisation(1, "batches per optimizer step", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw", "clip_vip_adamw"] = optimisation(
@@ -363,6 +366,11 @@ def _contradictions(c: Config) -> Iterator[str]:
     if lazy and c.concat_captions == "indep-all":
         what = f"concat_captions indep-all would have to read all of train_annot {lazy[0]} to count its captions"
         yield f"{what}: give each caption a line of its own, or take indep-one"
+    if c.similar_captions > 1 and (lazy or not isinstance(c.train_annot, str | None)):
+        what = f"similar_captions {c.similar_captions} compares all captions of one JSON annotation"
+        yield f"{what}: name a single one as train_annot, or leave similar_captions at 1"
+    if c.similar_captions > c.batch_size:
+        yield f"similar_captions {c.similar_captions} is larger than batch_size {c.batch_size}: lower it to that"
     if c.num_frm_subset > c.num_frm:
         yield f"num_frm_subset {c.num_frm_subset} is larger than num_frm {c.num_frm}"
     if c.segment_sampling and c.to_last_frame:

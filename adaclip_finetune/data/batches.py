@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,53 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.processes import rank, world_size
 
 Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # places in an order → the rows there
+_COMPARED_AT_ONCE = 4096  # rows among which a row's neighbours are sought: 64 MB of similarities
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which rows may stand side by side in a batch: groups of `size` whose captions are similar.
+
+    `vectors` (n, D) are unit vectors of the rows' captions. Rows of one video, which have the same number in `videos`
+    (n,), are no negatives of each other: a row takes none of its own video.
+    """
+
+    size: int
+    vectors: NDArray[np.float32]
+    videos: NDArray[np.int64]
+
+    def grouped(self, rows: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+        """Return `rows`, which are in random order, in groups, which are in random order too.
+
+        The row that resembles another one most comes first and takes its most similar rows, then the next that is free.
+        Rows that are left over make smaller groups, at the end.
+        """
+        groups: list[list[int]] = []
+        step = max(_COMPARED_AT_ONCE // self.size, 1) * self.size
+        for start in range(0, len(rows), step):
+            groups += self._groups(rows[start : start + step])
+        whole, rest = ([g for g in groups if (len(g) == self.size) is is_whole] for is_whole in (True, False))
+        ordered = [whole[place] for place in random.permutation(len(whole))] + rest
+        return np.array([row for group in ordered for row in group], np.int64)
+
+    def _groups(self, rows: NDArray[np.int64]) -> list[list[int]]:
+        vectors, videos = self.vectors[rows], self.videos[rows]
+        similarity = vectors @ vectors.T
+        similarity[videos[:, None] == videos] = -np.inf
+        groups, free = [], np.ones(len(rows), dtype=bool)
+        for place in np.argsort(-similarity.max(axis=1), kind="stable"):
+            if not free[place]:
+                continue
+            group = [int(place)]
+            free[place] = False
+            for _ in range(self.size - 1):
+                found = int(np.where(free, similarity[place], -np.inf).argmax())
+                if not free[found] or similarity[place, found] == -np.inf:
+                    break
+                group.append(found)
+                free[found] = False
+            groups.append(rows[group].tolist())
+        return groups
 
 
 @dataclass(frozen=True)
@@ -28,13 +75,15 @@ class BatchPlan:
 
     `sizes` are the numbers of rows of its parts, and `shares` how much of each batch a part has, relative to the
     others. Without shares there is one part, and an epoch takes each of its rows once. `lazy` tells which parts are
-    shuffled without a list of their rows.
+    shuffled without a list of their rows. With `neighbours`, which a mixture cannot have, each batch is made of groups
+    of similar rows.
     """
 
     sizes: tuple[int, ...]
     seed: int
     lazy: tuple[bool, ...] = (False,)
     shares: tuple[float, ...] = ()
+    neighbours: Neighbours | None = field(default=None, compare=False)
 
     def num_batches(self, batch_size: int) -> int:
         """Return the number of batches of an epoch. Raise UserError for a part that is too small for its share.
@@ -100,9 +149,10 @@ class BatchPlan:
 
     def _order(self, part: int, epoch: int, cycle: int) -> Order:
         random = generator("shuffle", self.seed, epoch, cycle * len(self.sizes) + part)
-        return (
-            Shuffle(self.sizes[part], random) if self.lazy[part] else random.permutation(self.sizes[part]).__getitem__
-        )
+        if self.lazy[part]:
+            return Shuffle(self.sizes[part], random)
+        order = random.permutation(self.sizes[part])
+        return (order if self.neighbours is None else self.neighbours.grouped(order, random)).__getitem__
 
 
 def _starts(num_rows: int, batch_size: int) -> range | list[int]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
 from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
+from adaclip_finetune.data.batches import Neighbours
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
 from adaclip_finetune.data.frame_vectors import FrameVectors
 from adaclip_finetune.data.loader import TrainLoader
+from adaclip_finetune.data.queries import TrainEntry
 from adaclip_finetune.data.splits import EvaluationSplit, TrainSplit, evaluation_split, train_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation import build_adaptation
@@ -24,7 +31,7 @@ from adaclip_finetune.evaluation.tasks.retrieval import RetrievalReport, save_si
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.zero_shot import zero_shot_config
 from adaclip_finetune.objectives.base import Opened
-from adaclip_finetune.processes import gather_objects
+from adaclip_finetune.processes import copy_from_main, gather_objects
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.session import Session, open_other
@@ -44,7 +51,32 @@ def train_loader(session: Session, split: TrainSplit) -> TrainLoader:
     reader = VideoReader(split.store, config, session.model.views()._replace(vectors=session.vectors))
     second = again and VideoReader(split.store, *again)
     dataset = TrainDataset(split.entries, reader, second, session.objective.second_of_labelled)
-    return TrainLoader(dataset, config, session.loaded.tokenize, split.plan)
+    plan = split.plan
+    if config.similar_captions > 1:
+        plan = replace(plan, neighbours=neighbours(session, split.entries))
+    return TrainLoader(dataset, config, session.loaded.tokenize, plan)
+
+
+@torch.no_grad()
+def neighbours(session: Session, entries: Sequence[TrainEntry]) -> Neighbours:
+    """Return which training rows have similar captions, by the text tower as it is now, before anything was trained.
+
+    A row's vector is the mean of the unit vectors of its sentences, scaled to length 1.
+    """
+    config, model = session.config, session.model
+    texts = [sentence for entry in entries for sentence in entry.sentences]
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(texts), config.val_batch_size):
+        ids = session.loaded.tokenize(texts[start : start + config.val_batch_size], config.max_txt_len)
+        parts.append(F.normalize(model.text_tower(ids).sentence.float(), dim=-1))
+    model.train(was_training)
+    of_rows = torch.split(torch.cat(parts), [len(entry.sentences) for entry in entries])
+    vectors = F.normalize(torch.stack([vectors.mean(dim=0) for vectors in of_rows]), dim=-1)
+    copy_from_main([vectors])  # all processes must make the same batches
+    _, videos = np.unique([entry.video_id for entry in entries], return_inverse=True)
+    return Neighbours(config.similar_captions, vectors.cpu().numpy(), videos)
 
 
 def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:

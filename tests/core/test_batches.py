@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaclip_finetune.config.parts import rows_in_batch
 from adaclip_finetune.data import batches as of_processes
-from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.batches import BatchPlan, Neighbours
 from adaclip_finetune.errors import UserError
 
 
@@ -111,3 +112,29 @@ def test_a_part_smaller_than_its_share_is_refused(sizes: tuple[int, ...], told: 
         BatchPlan(sizes, 0, (False, False), (3.0, 1.0)).num_batches(16)
     with pytest.raises(UserError, match=r"train_annot\[1\] gets no row of a batch of 2"):
         BatchPlan((30, 30), 0, (False, False), (9.0, 1.0)).num_batches(2)
+
+
+def test_similar_rows_are_in_one_batch_in_other_batches_each_epoch() -> None:
+    angles = np.repeat(np.arange(20) / 20, 2) + np.tile([0, 0.001], 20)  # rows 2i and 2i + 1 are nearest neighbours
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    plan = BatchPlan((40,), 0, neighbours=Neighbours(2, vectors, np.arange(40)))
+    first, second = (list(plan.epoch(epoch, 8)) for epoch in (0, 1))
+    for batches in (first, second):
+        assert sorted(row for batch in batches for row in batch) == list(range(40))
+        assert all({row ^ 1 for row in batch} == set(batch) for batch in batches)
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
+    assert list(plan.epoch(1, 8, start=3)) == second[3:]
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 40), size=st.integers(1, 7), videos=st.integers(1, 40), seed=st.integers(0, 9))
+def test_groups_have_each_row_once_and_pairs_never_the_same_video(rows: int, size: int, videos: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    vectors, of_video = random.normal(size=(rows, 3)).astype(np.float32), random.integers(videos, size=rows)
+    order = random.permutation(rows)
+    assert sorted(Neighbours(size, vectors, of_video).grouped(order, random).tolist()) == list(range(rows))
+    pairs = [group for group in Neighbours(2, vectors, of_video)._groups(order) if len(group) == 2]
+    assert all(of_video[first] != of_video[second] for first, second in pairs)
+    # Those that are left alone could not be paired: they are of one video.
+    alone = {group[0] for group in Neighbours(2, vectors, of_video)._groups(order) if len(group) == 1}
+    assert len({int(of_video[row]) for row in alone}) <= 1

@@ -42,6 +42,7 @@ DEFAULTS = {
     "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,
     "ema_decay": 0, "captioner": None, "tracker": ("tensorboard",),
+    "similar_captions": 1,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
 WHOLE = "a whole number from 1 to 4096"
@@ -199,6 +200,8 @@ def test_all_problems_are_reported_together_with_flag_or_file(write: Write) -> N
         ({"hidden_dim": 100}, "hidden_dim rnn"),
         ({"reuse_scores": True, "use_policy": False}, "reuse_scores use_policy"),
         ({"min_tau": 6}, "min_tau init_tau"),
+        ({"similar_captions": 33}, "similar_captions batch_size"),
+        ({"similar_captions": 2, "train_annot": "rows.jsonl"}, "similar_captions train_annot"),
         ({"grad_norm": 0}, "grad_norm"),
         ({"xpu": True, "device": "cpu"}, "xpu device"),
         ({"precision": "fp16", "device": "cpu"}, "precision device"),

@@ -21,6 +21,7 @@ Section = dict[str, Any]
 CASES: dict[str, Section] = {
     "per_frame": {"method": "per_frame"},
     "proxy_tokens": {"method": "proxy_tokens", "config": {"num_proxies": 3, "temporal_size": 4}},
+    "change": {"method": "change", "config": {"frequencies": 2}},
     "clustering": {"method": "clustering", "config": {"stages": [{"block": 1, "segments": 2, "tokens": 3}]}},
     "spectral clustering": {
         "method": "clustering",

@@ -302,8 +302,8 @@ def test_the_shipped_grids_need_nothing_else(monkeypatch: pytest.MonkeyPatch) ->
     assert grid.searching("lora+bitfit")[0].config.peft.method == "joined"
     assert grid.reference == "full"
     towers = Grid(Path("cfgs/compare-towers.json"))
-    assert len(towers.methods) == 8 and len({cell.config.tower.method for cell in towers.cells.values()}) == 4
-    assert sum(cell.config.use_policy for cell in (towers.searching(name)[0] for name in towers.methods)) == 4
+    assert len(towers.methods) == 10 and len({cell.config.tower.method for cell in towers.cells.values()}) == 5
+    assert sum(cell.config.use_policy for cell in (towers.searching(name)[0] for name in towers.methods)) == 5
 
 
 def test_cells_of_other_settings_are_not_mixed_in(whole: Path, recipe: Project) -> None:

@@ -11,8 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from adaclip_finetune.config import load_config
 from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.queries import train_entries
 from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.training.measure import neighbours
+from adaclip_finetune.training.session import open_model
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
@@ -54,6 +59,22 @@ def test_events_take_a_quarter_of_the_frames_at_all_places():
     assert min(starts) == 0 and max(ends) == EVENTS["frames"]
     assert all(4 * (end - start) <= EVENTS["frames"] for start, end in zip(starts, ends, strict=True))
     assert all(n >= 200 for n in np.histogram(starts, bins=(0, 1, 18, 36, 49))[0]), "each slot about as often"
+
+
+def test_similar_captions_put_most_reversed_pairs_into_one_batch(annotations):
+    config = load_config(
+        DATA.parent / "cfgs" / "demo.json", {"similar_captions": 2, "clip_weights": f"{DATA}/tiny_clip"}
+    )
+    entries = train_entries(annotations["train"], "indep-one")
+    shares = {}
+    for name, found in {"similar": neighbours(open_model(config), entries), "random": None}.items():
+        batches = [
+            [entries[row].video_id for row in batch]
+            for batch in BatchPlan((len(entries),), 0, neighbours=found).epoch(0, 16)
+        ]
+        partners = [EVENTS["videos"][video]["reversed_of"] in batch for batch in batches for video in batch]
+        shares[name] = sum(partners) / 168
+    assert shares["similar"] > 0.75 and shares["random"] < 0.1
 
 
 def test_more_than_a_quarter_needs_order_in_reversed_pairs_within_a_split(annotations):

@@ -20,6 +20,7 @@ Project = dict[str, Any]
 
 TOWERS: dict[str, Any] = {
     "proxy_tokens": {"method": "proxy_tokens", "config": {"temporal_size": 4}},
+    "change": {"method": "change"},
     "clustering": {"method": "clustering", "config": {"stages": [{"block": 1, "segments": 2, "tokens": 3}]}},
     "sampling": {
         "method": "clustering",
@@ -31,7 +32,8 @@ every_tower = pytest.mark.parametrize("name", TOWERS)
 
 
 def given(name: str, project: Project, output: Path) -> Project:
-    return {**project, "tower": TOWERS[name], "peft": {"method": "bitfit"}, "top_k": 3, "output_dir": str(output)}
+    settings = {"tower": TOWERS[name], "peft": {"method": "bitfit"}, "top_k": 3, "output_dir": str(output)}
+    return {**project, **settings, "similar_captions": 2}
 
 
 def trained(name: str, project: Project, output: Path, **more: Any) -> Path:
@@ -69,6 +71,7 @@ def _train(name: str, peft: str, project: Project, output: Path) -> None:
     [
         ("proxy_tokens", "bitfit"),
         ("proxy_tokens", "lora"),
+        ("change", "bitfit"),
         ("clustering", "bitfit"),
         ("clustering", "full"),
         ("global_local", "bitfit"),

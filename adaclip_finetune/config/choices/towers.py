@@ -81,6 +81,14 @@ class ProxyTokensSettings(TowerSettings):
     )
 
 
+class ChangeSettings(TowerSettings):
+    """Add a learned map of how the frames change, from the first to the last, to their mean."""
+
+    learns: ClassVar[bool] = True
+
+    frequencies: int = setting(1, "waves over the frames that are mapped; the first falls from first to last", ge=1)
+
+
 class ClusteringStage(Settings):
     """One reduction of the tokens of a video."""
 
@@ -154,6 +162,7 @@ class ClusteringSettings(TowerSettings):
 TOWERS: dict[str, Choice] = {
     "per_frame": Choice(PerFrameSettings, "model.towers.per_frame:PerFrame"),
     "proxy_tokens": Choice(ProxyTokensSettings, "model.towers.proxy_tokens:ProxyTokens"),
+    "change": Choice(ChangeSettings, "model.towers.change:Change"),
     "clustering": Choice(ClusteringSettings, "model.towers.clustering:Clustering"),
     "global_local": Choice(GlobalLocalSettings, "model.towers.global_local:GlobalLocal"),
 }

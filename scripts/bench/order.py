@@ -1,0 +1,193 @@
+"""Whether the order of frames is learned on `dataset_example/`: the tower `change`, and batches of similar captions.
+
+    OMP_NUM_THREADS=1 python scripts/bench/order.py
+
+Four rows, each with five seeds: the mean of frames, which knows no order, and the tower `change`; random batches, and
+those of pairs with similar captions (`similar_captions` 2). To be quick, a clip is four frames of its event, whose
+vectors are computed once: the text tower and the map of the change learn, CLIP's image tower does not. Prints Markdown
+for docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from adaclip_finetune.config import load_config
+from adaclip_finetune.config.choices.towers import ChangeSettings
+from adaclip_finetune.data.annotations import load_annotations
+from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.preprocess import normalise, to_square
+from adaclip_finetune.data.queries import Queries, evaluation_queries, train_entries
+from adaclip_finetune.data.sampling import frame_indices
+from adaclip_finetune.data.video.folder import VideoFolder
+from adaclip_finetune.model.clip import encode_images
+from adaclip_finetune.model.text import ClipTextTower
+from adaclip_finetune.model.towers.change import Change
+from adaclip_finetune.objectives.contrastive import contrastive_loss
+from adaclip_finetune.training.measure import neighbours
+from adaclip_finetune.training.session import open_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "dataset_example"
+RESAMPLES = 10_000
+BATCH, RATE, RATE_OF_MAPS, WARM_UP = 16, 1e-3, 3e-3, 0.1
+
+
+class Found(NamedTuple):
+    """Whether a run ranks each query's video first on a split, and before the same event played backwards."""
+
+    first: NDArray[np.bool_]  # (T,)
+    before_reversed: NDArray[np.bool_]  # (queries that need order,)
+
+
+class Clips:
+    """The clips of all splits: token ids of captions, of a small vocabulary, and vectors of the event's frames."""
+
+    def __init__(self) -> None:
+        config = load_config(
+            ROOT / "cfgs" / "demo.json", {"similar_captions": 2, "use_policy": False, "peft": {"method": "full"}}
+        )
+        session = open_model(config)
+        self.events = json.loads((DATA / "events.json").read_text())["videos"]
+        self.entries = train_entries(load_annotations(DATA / "train.json"), "indep-one")
+        self.neighbours = neighbours(session, self.entries)
+        self.queries = {name: self._queries(name) for name in ("val", "test")}
+        self.frames = self._vectors(session.loaded.module, session.loaded.image)
+        texts = {text for entry in self.entries for text in entry.sentences}
+        texts |= {text for queries in self.queries.values() for text in queries.texts}
+        ids = session.loaded.tokenize(sorted(texts), config.max_txt_len)
+        # Of the vocabulary, only what occurs: the optimizer's steps over all of it would take most of the time.
+        used, small = torch.unique(ids, return_inverse=True)
+        self.ids = dict(zip(sorted(texts), small, strict=True))
+        self.clip = session.loaded.module.float()
+        words = self.clip.get_parameter("token_embedding.weight").detach()[used].clone()
+        self.clip.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
+
+    def _queries(self, split: str) -> Queries:
+        return evaluation_queries(load_annotations(DATA / f"{split}.json"), "indep-one")
+
+    @torch.no_grad()
+    def _vectors(self, clip: nn.Module, view) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+        store, found = VideoFolder(DATA / "videos", {}), {}
+        for name, event in self.events.items():
+            candidates = frame_indices(store.count(name), 16)
+            inside = candidates[(candidates >= event["event"][0]) & (candidates < event["event"][1])]
+            chosen = inside[np.linspace(0, len(inside), 4, endpoint=False).astype(int)]
+            pixels = torch.from_numpy(to_square(store.read(name, chosen.tolist()), view, None))
+            found[name] = encode_images(clip, normalise(pixels, view.mean, view.std)).float()
+        return found
+
+    def videos(self, names: list[str]) -> Tensor:
+        """Return the vectors (B, 4, D) of the frames of clips."""
+        return torch.stack([self.frames[name] for name in names])
+
+    def texts(self, captions: list[str]) -> Tensor:
+        """Return the token ids (B, L) of captions."""
+        return torch.stack([self.ids[caption] for caption in captions])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--weight-decay", type=float, default=0.5)
+    arguments = parser.parse_args()
+    clips = Clips()
+    start = {name: tensor.clone() for name, tensor in clips.clip.state_dict().items()}
+    found: dict[str, list[dict[str, Found]]] = {}
+    for similar in (2, 1):
+        for knows in (True, False):
+            name = f"{'`change`' if knows else 'mean'}, {'similar captions' if similar > 1 else 'random batches'}"
+            for seed in range(arguments.seeds):
+                clips.clip.load_state_dict(start)
+                run = train(clips, knows, similar, seed, arguments.epochs, arguments.weight_decay)
+                found.setdefault(name, []).append(run)
+                print(name, seed, *(f"{100 * one.before_reversed.mean():.1f}" for one in run.values()), flush=True)
+    print(report(clips, found))
+
+
+def train(clips: Clips, knows: bool, similar: int, seed: int, epochs: int, weight_decay: float) -> dict[str, Found]:
+    """Train the text tower and, if the video `knows` the order, the map of its change; evaluate the last epoch."""
+    text, tower = ClipTextTower(clips.clip), Change(ChangeSettings(), clips.clip)
+    own = [weight for name, weight in clips.clip.named_parameters() if not name.startswith("visual.")]
+    groups = [{"params": own, "lr": RATE}, *([{"params": [tower.maps], "lr": RATE_OF_MAPS}] if knows else [])]
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    plan = BatchPlan((len(clips.entries),), seed, neighbours=clips.neighbours if similar > 1 else None)
+    steps = epochs * plan.num_batches(BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    real = torch.ones(1, 4, dtype=torch.bool)
+
+    def similarity(captions: list[str], names: list[str]) -> Tensor:
+        vectors = tower.of_frames(clips.videos(names), real)[:, 0]
+        sentences = F.normalize(text(clips.texts(captions)).sentence, dim=-1)
+        return sentences @ F.normalize(vectors, dim=-1).T
+
+    for epoch in range(epochs):
+        for batch in plan.epoch(epoch, BATCH):
+            rows = [clips.entries[row] for row in batch]
+            captions = [one.sentence(seed, epoch, row) for one, row in zip(rows, batch, strict=True)]
+            cosines = similarity(captions, [one.video_id for one in rows])
+            optimizer.zero_grad()
+            contrastive_loss(clips.clip.get_parameter("logit_scale").exp() * cosines).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return {
+            name: evaluate(clips, queries, similarity(queries.texts, queries.video_ids).numpy())
+            for name, queries in clips.queries.items()
+        }
+
+
+def evaluate(clips: Clips, queries: Queries, similarity: NDArray[np.float32]) -> Found:
+    own = similarity[np.arange(len(similarity)), queries.video_of_text]
+    place = {name: number for number, name in enumerate(queries.video_ids)}
+    partners = [clips.events[queries.video_ids[video]]["reversed_of"] for video in queries.video_of_text]
+    before = [own[text] > similarity[text, place[name]] for text, name in enumerate(partners) if name]
+    return Found((similarity >= own[:, None]).sum(axis=1) == 1, np.array(before))
+
+
+def report(clips: Clips, found: dict[str, list[dict[str, Found]]]) -> str:
+    """Return the table, with bootstrap intervals over videos with all their captions and over seeds."""
+    queries = clips.queries["test"]
+    needs = np.array([clips.events[queries.video_ids[video]]["needs_order"] for video in queries.video_of_text])
+    owners = queries.video_of_text[needs]
+    groups = [np.flatnonzero(owners == video) for video in np.unique(owners)]
+    hits = {name: np.stack([run["test"].first for run in runs]) for name, runs in found.items()}
+    reference = next(iter(hits.values()))[:, needs]
+    columns = ("row", "R@1, order not needed", "needed", "right one of a pair (validation)", "first row minus, needed")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|"]
+    for name, hit in hits.items():
+        pairs = {split: 100 * np.mean([run[split].before_reversed for run in found[name]]) for split in ("test", "val")}
+        other = hit[:, needs]
+        difference = "" if name == next(iter(hits)) else interval(reference.astype(float) - other, groups)
+        lines.append(
+            f"| {name} | {100 * hit[:, ~needs].mean():.1f} | {100 * other.mean():.1f} | "
+            f"{pairs['test']:.1f} ({pairs['val']:.1f}) | {difference} |"
+        )
+    return "\n".join(lines)
+
+
+def interval(differences: NDArray[np.float64], groups: list[NDArray[np.int64]]) -> str:
+    """Return the mean of differences (seeds, queries) in points, and its 95 % percentile bootstrap interval."""
+    random, values = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = np.concatenate([groups[group] for group in random.integers(len(groups), size=len(groups))])
+        values.append(differences[random.integers(len(differences), size=len(differences))][:, chosen].mean())
+    low, high = np.percentile(values, [2.5, 97.5]) * 100
+    return f"{100 * differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from adaclip_finetune.config.roles import names_with
-from adaclip_finetune.data.dataset import GalleryDataset, VideoReader
+from adaclip_finetune.data.dataset import GalleryDataset, VideoBatch, VideoReader
 from adaclip_finetune.data.frame_store import FrameError
-from adaclip_finetune.data.loader import GalleryLoader
+from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH, GalleryLoader
 from adaclip_finetune.data.readable import find_unreadable, listing
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.data.video.remote import is_url
@@ -331,11 +332,8 @@ def _embed(
             embedded = []
             if collated.videos is not None:
                 batch = [by_id[name] for name in collated.videos.video_ids]
-                # One at a time: the last bits of a vector depend on how many videos are computed together.
-                singles = [collated.videos.rows(place, place + 1) for place in range(len(batch))]
                 with memory_explained(model.config):
-                    found = [model.embed(single) for single in singles]
-                vectors, weighted = torch.cat([vector for vector, _ in found]), [frames for _, (frames,) in found]
+                    vectors, weighted = _embed_alike(model, collated.videos)
                 if not vectors.isfinite().all():
                     raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
                 rows = pool.map(lambda given: _row(collection, thumbs, *given), zip(batch, weighted, strict=True))
@@ -346,6 +344,27 @@ def _embed(
                         embedded.append(EmbeddedVideo(row, vector))
             yield embedded, failed
             bar.update(len(embedded) + len(failed))
+
+
+def _embed_alike(model: SearchModel, videos: VideoBatch) -> tuple[Tensor, list[WeightedFrames]]:
+    """Return the vectors (B, D) of videos, and the frames that they were made of, computed in groups of one size.
+
+    The last bits of a vector depend on how many videos are computed together, but not on which. Groups that are not
+    full are filled up.
+    """
+    size = _together(model)
+    vectors, frames = list[Tensor](), list[WeightedFrames]()
+    for start in range(0, len(videos), size):
+        group = range(start, min(start + size, len(videos)))
+        found, weighted = model.embed(videos.at([*group, *[group[-1]] * (size - len(group))]))
+        vectors.append(found[: len(group)])
+        frames += weighted[: len(group)]
+    return torch.cat(vectors), frames
+
+
+def _together(model: SearchModel) -> int:
+    """Return how many videos are computed together: one on a CPU, where more are no faster."""
+    return 1 if model.model.device.type == "cpu" else min(16, max(1, FRAMES_A_GALLERY_BATCH // model.config.num_frm))
 
 
 def _row(

@@ -18,8 +18,8 @@ from media import write_video
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.evaluation.parts import PartFolder
+from adaclip_finetune.search import build, search_model
 from adaclip_finetune.search import merge as merge_module
-from adaclip_finetune.search import search_model
 from adaclip_finetune.search.collection import collect_folder
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
@@ -103,13 +103,35 @@ def test_transcripts_of_the_parts_are_merged(run: Path, clips: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("of", "flags"),
-    [(1, []), (3, ["--dtype", "float16"]), (3, ["--moments", "--window", "0.6", "--stride", "0.4"]), (9, [])],
+    ("of", "together", "flags"),
+    [
+        (1, 1, []),
+        (3, 1, ["--dtype", "float16"]),
+        (3, 1, ["--moments", "--window", "0.6", "--stride", "0.4"]),
+        (9, 1, []),
+        (2, 3, []),  # as on a GPU
+    ],
     ids=str,
 )
 def test_merged_parts_are_the_bytes_of_one_process(
-    run: Path, clips: Path, tmp_path: Path, of: int, flags: list[str], capsys: Capsys
+    run: Path,
+    clips: Path,
+    tmp_path: Path,
+    of: int,
+    together: int,
+    flags: list[str],
+    capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sizes: set[int] = set()
+    whole = SearchModel.embed
+
+    def embed(model: SearchModel, batch: VideoBatch) -> Any:
+        sizes.add(len(batch))
+        return whole(model, batch)
+
+    monkeypatch.setattr(SearchModel, "embed", embed)
+    monkeypatch.setattr(build, "_together", lambda _: together)
     assert index(run, clips, *flags, "--val_batch_size", 4, output=tmp_path / "whole") == 1
     codes = [
         index(run, clips, *flags, "--shard", f"{number}/{of}", output=tmp_path / "i") for number in range(1, of + 1)
@@ -121,6 +143,7 @@ def test_merged_parts_are_the_bytes_of_one_process(
     assert f"{of} parts" in capsys.readouterr().out
     assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
     assert VideoIndex.load(tmp_path / "merged").distinct == 5
+    assert sizes == {together} or "--moments" in flags
 
 
 def test_killed_shards_go_on(run: Path, clips: Path, tmp_path: Path) -> None:

@@ -121,6 +121,13 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
     if config.freeze_clip:
         alternatives["embeddings kept"] = our_step(session, config, _with_vectors(session, batch))
         aims.append(Aim("embeddings kept", "ours", 20))
+    else:
+        faster = config.model_copy(update={"policy_gradient": "selected"})
+        torch.manual_seed(config.seed)
+        other = open_model(faster, values="random", accelerator=make_accelerator(faster))
+        other.objective.train()
+        alternatives["only selected"] = our_step(other, faster, batch)
+        aims.append(Aim("only selected", "ours", 1.25))
     seconds = in_turns(setup, alternatives)
     case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
     return Measured(case, seconds, aims, {"memory of activations": kept[0] / max(1, kept[1])})

@@ -4,10 +4,10 @@
     OMP_WAIT_POLICY=passive python scripts/bench/indexing.py vit-b-32 dataset_example/videos --videos 16
 
 RUN is a run folder; `vit-b-32` stands for ViT-B/32 with random weights (time does not depend on them) that encodes 12
-of 32 frames, MobileNetV3-Large choosing. One process reads, and computes one video at a time, as `adaclip index` does on a CPU.
-`decode` is reading, decoding and resizing, `select` policy backbone and selector, `encode` CLIP's image tower on the
-chosen frames, `aggregate` header and aggregator; what is between them (normalising pixels, mostly) is `rest`. CPU time
-is that of all threads: on a machine that does other work it says more.
+of 32 frames, MobileNetV3-Large choosing. One process reads, and computes one video at a time, as `adaclip index` does
+on a CPU. `decode` is reading, decoding and resizing, `select` policy backbone and selector, `encode` CLIP's image tower
+on the chosen frames, `aggregate` header and aggregator; what is between them (normalising pixels, mostly) is `rest`.
+CPU time is that of all threads: on a machine that does other work it says more.
 """
 
 from __future__ import annotations

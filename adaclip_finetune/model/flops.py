@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaclip_finetune.data.preprocess import IMAGENET
 from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.frame_features import Backbone, CnnBackbone, FrozenClipBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
@@ -112,7 +111,7 @@ def _meta_copy(module: nn.Module) -> nn.Module:
 
 def _count_policy(backbone: Backbone | None, clip_size: int) -> _Counts:
     if isinstance(backbone, CnnBackbone):
-        return _count(backbone.cnn, torch.empty(1, 3, IMAGENET.size, IMAGENET.size, device="meta"))
+        return _count(backbone.cnn, torch.empty(1, 3, backbone.view.size, backbone.view.size, device="meta"))
     if isinstance(backbone, FrozenClipBackbone):
         return _count(backbone.visual, torch.empty(1, 3, clip_size, clip_size, device="meta"))
     return _NOTHING

@@ -8,6 +8,7 @@ Each backbone says in `view` how the reader must prepare frames for it; None mea
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -41,20 +42,21 @@ class RawBackbone(nn.Module):
 
 
 class CnnBackbone(nn.Module):
-    """Computes the pooled features of a torchvision CNN: uint8 (B, N, 3, 224, 224) → (B, N, F).
+    """Computes the pooled features of a torchvision CNN: uint8 (B, N, 3, size, size) → (B, N, F).
 
     A frozen CNN (`freeze_cnn`) stays in evaluation mode, so that its batch statistics do not change either. Where
     nothing of the CNN changes, a copy of it with folded batch norms computes the same features in half the time; the
     copy belongs to no state dict.
     """
 
-    view = IMAGENET
     _frames_at_once = 512  # limits the memory of activations
 
     _copy: tuple[object, nn.Module] | None = None  # in a tuple, so that it is no submodule
 
-    def __init__(self, name: str, weights: str, frozen: bool) -> None:
+    def __init__(self, name: str, weights: str, frozen: bool, size: int = IMAGENET.size) -> None:
         super().__init__()
+        # As much of the frame as with ImageNet's 224 of 256 pixels.
+        self.view = replace(IMAGENET, size=size, resize_to=round(size * 256 / 224))
         self.cnn, self.feature_dim = _without_classifier(name, _torchvision_model(name, weights))
         self.frozen = frozen
         self.requires_grad_(not frozen)
@@ -170,7 +172,7 @@ def build_backbone(config: Config, clip: nn.Module, width: int) -> Backbone | No
         return FrozenClipBackbone(clip, width)
     if config.policy_backbone == "clip":
         return None
-    return CnnBackbone(config.policy_backbone, config.policy_weights, config.freeze_cnn)
+    return CnnBackbone(config.policy_backbone, config.policy_weights, config.freeze_cnn, config.policy_size)
 
 
 def _without_classifier(name: str, cnn: Any) -> tuple[nn.Module, int]:

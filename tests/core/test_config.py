@@ -37,7 +37,7 @@ DEFAULTS = {
     "save_last": False, "xpu": False, "optuna_cfg": None, "do_training_af_optuna": False,
     # ours
     "video_dir": None, "clip_weights": None, "gradient_checkpointing": False, "compile": False, "skip_missing": False,
-    "embedding_cache": None, "policy_gradient": "exact",
+    "embedding_cache": None, "policy_gradient": "exact", "policy_size": 224,
     "save_similarity": None, "save_every_steps": 0, "auto_batch_size": False, "tf32": False, "deterministic": False,
     "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,

@@ -1,6 +1,7 @@
 """The selector's backbones: pooled features of torchvision, frozen weights, and the names of published tensors."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -10,7 +11,7 @@ import torch
 import torchvision
 from conftest import build_tiny_clip
 from golden import load_golden
-from tiny import SPEC, VOCABULARY, build_retriever, random_frames
+from tiny import SPEC, VOCABULARY, build_retriever, random_frames, random_videos
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
@@ -192,6 +193,11 @@ def test_views_say_how_the_reader_prepares_frames() -> None:
         assert build_retriever(policy_backbone=policy).views() == Views(SPEC)
     assert build_retriever(policy_backbone="raw", use_policy=False).views() == Views(SPEC)
     assert build_retriever(policy_backbone="mobilenet_v3_large").views() == Views(SPEC, IMAGENET)
+    half = replace(IMAGENET, size=112, resize_to=128)
+    small = build_retriever(policy_backbone="mobilenet_v3_large", policy_weights="random", policy_size=112)
+    assert small.views() == Views(SPEC, half)
+    videos = random_videos(view=(3, 112, 112))
+    assert small.encode_video(videos).selection is not None
     grey = build_retriever(policy_backbone="raw", rescale_size=10).views().selector
     assert grey is not None
     assert (grey.size, grey.channels, grey.resize_mode, grey.interpolation) == (10, 1, "squash", "bicubic")

@@ -152,7 +152,7 @@ class Config(Settings):
         allowed="imagenet (torchvision's), random, or the path of a file",
     )
     policy_size: int = model(
-        224, "side of the frames of the selector's CNN; 112 takes a quarter of the time", unit="pixels", ge=32
+        224, "side of the frames of the selector's CNN; 112 takes a third of the time", unit="pixels", ge=32
     )
     freeze_cnn: bool = method(False, "freeze the selector's CNN")
     rescale_size: int = model(56, "side of the grey thumbnails of policy_backbone raw", unit="pixels", ge=1)

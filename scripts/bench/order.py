@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python scripts/bench/order.py
 
 Four rows, each with five seeds: the mean of frames, which knows no order, and the tower `change`; random batches, and
-those of pairs with similar captions (`similar_captions` 2). To be quick, a clip is four frames of its event, whose
-vectors are computed once: the text tower and the map of the change learn, CLIP's image tower does not. Prints Markdown
-for docs/results.md.
+half of each epoch in pairs with similar captions (`similar_captions` 2, `similar_share` 0.5; with `--share 1` all of
+it). To be quick, a clip is four frames of its event, whose vectors are computed once: the text tower and the map of the
+change learn, CLIP's image tower does not. Prints Markdown for docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices.towers import ChangeSettings
 from adaclip_finetune.data.annotations import load_annotations
-from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.batches import BatchPlan, Neighbours
 from adaclip_finetune.data.preprocess import normalise, to_square
 from adaclip_finetune.data.queries import Queries, evaluation_queries, train_entries
 from adaclip_finetune.data.sampling import frame_indices
@@ -101,28 +102,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--weight-decay", type=float, default=0.5)
+    parser.add_argument("--share", type=float, default=0.5, help="share of an epoch in pairs of similar captions")
     arguments = parser.parse_args()
     clips = Clips()
+    similar = replace(clips.neighbours, share=arguments.share)
     start = {name: tensor.clone() for name, tensor in clips.clip.state_dict().items()}
     found: dict[str, list[dict[str, Found]]] = {}
-    for similar in (2, 1):
+    for pairs in (similar, None):
         for knows in (True, False):
-            name = f"{'`change`' if knows else 'mean'}, {'similar captions' if similar > 1 else 'random batches'}"
+            name = f"{'`change`' if knows else 'mean'}, {'similar captions' if pairs else 'random batches'}"
             for seed in range(arguments.seeds):
                 clips.clip.load_state_dict(start)
-                run = train(clips, knows, similar, seed, arguments.epochs, arguments.weight_decay)
+                run = train(clips, knows, pairs, seed, arguments.epochs, arguments.weight_decay)
                 found.setdefault(name, []).append(run)
                 print(name, seed, *(f"{100 * one.before_reversed.mean():.1f}" for one in run.values()), flush=True)
     print(report(clips, found))
 
 
-def train(clips: Clips, knows: bool, similar: int, seed: int, epochs: int, weight_decay: float) -> dict[str, Found]:
+def train(
+    clips: Clips, knows: bool, pairs: Neighbours | None, seed: int, epochs: int, weight_decay: float
+) -> dict[str, Found]:
     """Train the text tower and, if the video `knows` the order, the map of its change; evaluate the last epoch."""
     text, tower = ClipTextTower(clips.clip), Change(ChangeSettings(), clips.clip)
     own = [weight for name, weight in clips.clip.named_parameters() if not name.startswith("visual.")]
     groups = [{"params": own, "lr": RATE}, *([{"params": [tower.maps], "lr": RATE_OF_MAPS}] if knows else [])]
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    plan = BatchPlan((len(clips.entries),), seed, neighbours=clips.neighbours if similar > 1 else None)
+    plan = BatchPlan((len(clips.entries),), seed, neighbours=pairs)
     steps = epochs * plan.num_batches(BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -200,6 +200,9 @@ class Config(Settings):
     similar_captions: int = optimisation(
         1, "make batches of groups of this many videos with similar captions; 1: at random", unit="videos", ge=1
     )
+    similar_share: float = optimisation(
+        0.5, "share of an epoch's videos in groups of similar_captions; the others are at random", gt=0, le=1
+    )
     auto_batch_size: bool = optimisation(False, "halve batch_size until a step fits into memory", on_resume="ignored")
     gradient_accumulation_steps: int = optimisation(1, "batches per optimizer step", unit="batches", ge=1)
     optim: Literal["bertadam", "adamw", "clip_vip_adamw"] = optimisation(

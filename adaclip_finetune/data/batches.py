@@ -28,26 +28,30 @@ class Neighbours:
     """Which rows may stand side by side in a batch: groups of `size` whose captions are similar.
 
     `vectors` (n, D) are unit vectors of the rows' captions. Rows of one video, which have the same number in `videos`
-    (n,), are no negatives of each other: a row takes none of its own video.
+    (n,), are no negatives of each other: a row takes none of its own video. Each epoch keeps a `share` of the groups,
+    drawn at random, and shuffles the rows of the others.
     """
 
     size: int
     vectors: NDArray[np.float32]
     videos: NDArray[np.int64]
+    share: float = 1
 
     def grouped(self, rows: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
         """Return `rows`, which are in random order, in groups, which are in random order too.
 
         The row that resembles another one most comes first and takes its most similar rows, then the next that is free.
-        Rows that are left over make smaller groups, at the end.
+        The rows of groups that are not kept follow. Rows that are left over make smaller groups, at the end.
         """
         groups: list[list[int]] = []
         step = max(_COMPARED_AT_ONCE // self.size, 1) * self.size
         for start in range(0, len(rows), step):
             groups += self._groups(rows[start : start + step])
         whole, rest = ([g for g in groups if (len(g) == self.size) is is_whole] for is_whole in (True, False))
-        ordered = [whole[place] for place in random.permutation(len(whole))] + rest
-        return np.array([row for group in ordered for row in group], np.int64)
+        ordered = [whole[place] for place in random.permutation(len(whole))]
+        kept = round(self.share * len(whole))
+        shuffled = random.permutation(_rows_of(ordered[kept:]))
+        return np.concatenate([_rows_of(ordered[:kept]), shuffled, _rows_of(rest)])
 
     def _groups(self, rows: NDArray[np.int64]) -> list[list[int]]:
         vectors, videos = self.vectors[rows], self.videos[rows]
@@ -75,8 +79,8 @@ class BatchPlan:
 
     `sizes` are the numbers of rows of its parts, and `shares` how much of each batch a part has, relative to the
     others. Without shares there is one part, and an epoch takes each of its rows once. `lazy` tells which parts are
-    shuffled without a list of their rows. With `neighbours`, which a mixture cannot have, each batch is made of groups
-    of similar rows.
+    shuffled without a list of their rows. With `neighbours`, which a mixture cannot have, similar rows are in one
+    batch.
     """
 
     sizes: tuple[int, ...]
@@ -153,6 +157,10 @@ class BatchPlan:
             return Shuffle(self.sizes[part], random)
         order = random.permutation(self.sizes[part])
         return (order if self.neighbours is None else self.neighbours.grouped(order, random)).__getitem__
+
+
+def _rows_of(groups: list[list[int]]) -> NDArray[np.int64]:
+    return np.array([row for group in groups for row in group], np.int64)
 
 
 def _starts(num_rows: int, batch_size: int) -> range | list[int]:

@@ -76,7 +76,7 @@ def neighbours(session: Session, entries: Sequence[TrainEntry]) -> Neighbours:
     vectors = F.normalize(torch.stack([vectors.mean(dim=0) for vectors in of_rows]), dim=-1)
     copy_from_main([vectors])  # all processes must make the same batches
     _, videos = np.unique([entry.video_id for entry in entries], return_inverse=True)
-    return Neighbours(config.similar_captions, vectors.cpu().numpy(), videos)
+    return Neighbours(config.similar_captions, vectors.cpu().numpy(), videos, config.similar_share)
 
 
 def readable_train_split(config: Config, run: RunFolder) -> TrainSplit:

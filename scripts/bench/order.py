@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/bench/order.py
 
-Four rows, each with five seeds: the mean of frames, which knows no order, and the tower `change`; random batches, and
-those of pairs with similar captions (`similar_captions` 2). To be quick, a clip is four frames of its event, whose
-vectors are computed once: the text tower and the map of the change learn, CLIP's image tower does not. Prints Markdown
-for docs/results.md.
+Six rows, each with five seeds: the mean of frames, which knows no order, and the tower `change`; half of each epoch in
+pairs with similar captions (`similar_captions` 2, `similar_share` 0.5), all of it, and random batches. To be quick, a
+clip is four frames of its event, whose vectors are computed once: the text tower and the map of the change learn,
+CLIP's image tower does not. Prints Markdown for docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices.towers import ChangeSettings
 from adaclip_finetune.data.annotations import load_annotations
-from adaclip_finetune.data.batches import BatchPlan
+from adaclip_finetune.data.batches import BatchPlan, Neighbours
 from adaclip_finetune.data.preprocess import normalise, to_square
 from adaclip_finetune.data.queries import Queries, evaluation_queries, train_entries
 from adaclip_finetune.data.sampling import frame_indices
@@ -105,24 +106,27 @@ def main() -> None:
     clips = Clips()
     start = {name: tensor.clone() for name, tensor in clips.clip.state_dict().items()}
     found: dict[str, list[dict[str, Found]]] = {}
-    for similar in (2, 1):
+    for batches, share in {"half similar": 0.5, "all similar": 1.0, "random": 0.0}.items():
+        pairs = replace(clips.neighbours, share=share) if share else None
         for knows in (True, False):
-            name = f"{'`change`' if knows else 'mean'}, {'similar captions' if similar > 1 else 'random batches'}"
+            name = f"{'`change`' if knows else 'mean'}, {batches}"
             for seed in range(arguments.seeds):
                 clips.clip.load_state_dict(start)
-                run = train(clips, knows, similar, seed, arguments.epochs, arguments.weight_decay)
+                run = train(clips, knows, pairs, seed, arguments.epochs, arguments.weight_decay)
                 found.setdefault(name, []).append(run)
                 print(name, seed, *(f"{100 * one.before_reversed.mean():.1f}" for one in run.values()), flush=True)
     print(report(clips, found))
 
 
-def train(clips: Clips, knows: bool, similar: int, seed: int, epochs: int, weight_decay: float) -> dict[str, Found]:
+def train(
+    clips: Clips, knows: bool, pairs: Neighbours | None, seed: int, epochs: int, weight_decay: float
+) -> dict[str, Found]:
     """Train the text tower and, if the video `knows` the order, the map of its change; evaluate the last epoch."""
     text, tower = ClipTextTower(clips.clip), Change(ChangeSettings(), clips.clip)
     own = [weight for name, weight in clips.clip.named_parameters() if not name.startswith("visual.")]
     groups = [{"params": own, "lr": RATE}, *([{"params": [tower.maps], "lr": RATE_OF_MAPS}] if knows else [])]
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    plan = BatchPlan((len(clips.entries),), seed, neighbours=clips.neighbours if similar > 1 else None)
+    plan = BatchPlan((len(clips.entries),), seed, neighbours=pairs)
     steps = epochs * plan.num_batches(BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -164,18 +168,22 @@ def report(clips: Clips, found: dict[str, list[dict[str, Found]]]) -> str:
     needs = np.array([clips.events[queries.video_ids[video]]["needs_order"] for video in queries.video_of_text])
     owners = queries.video_of_text[needs]
     groups = [np.flatnonzero(owners == video) for video in np.unique(owners)]
-    hits = {name: np.stack([run["test"].first for run in runs]) for name, runs in found.items()}
-    reference = next(iter(hits.values()))[:, needs]
-    columns = ("row", "R@1, order not needed", "needed", "right one of a pair (validation)", "first row minus, needed")
-    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|"]
-    for name, hit in hits.items():
-        pairs = {split: 100 * np.mean([run[split].before_reversed for run in found[name]]) for split in ("test", "val")}
-        other = hit[:, needs]
-        difference = "" if name == next(iter(hits)) else interval(reference.astype(float) - other, groups)
-        lines.append(
-            f"| {name} | {100 * hit[:, ~needs].mean():.1f} | {100 * other.mean():.1f} | "
-            f"{pairs['test']:.1f} ({pairs['val']:.1f}) | {difference} |"
-        )
+    first, right = (
+        {name: np.stack([getattr(run["test"], what) for run in runs]).astype(float) for name, runs in found.items()}
+        for what in ("first", "before_reversed")
+    )
+    reference = next(iter(found))
+    columns = "row", "R@1, order not needed", "needed", "first row minus", "right one of a pair (validation)"
+    lines = [f"| {' | '.join(columns)} | first row minus |", "|---|---|---|---|---|---|"]
+    for name, runs in found.items():
+        validation = np.mean([run["val"].before_reversed for run in runs])
+        minus = [
+            "" if name == reference else interval(difference, groups)
+            for difference in (first[reference][:, needs] - first[name][:, needs], right[reference] - right[name])
+        ]
+        found_first = " | ".join(f"{100 * first[name][:, chosen].mean():.1f}" for chosen in (~needs, needs))
+        pairs = f"{100 * right[name].mean():.1f} ({100 * validation:.1f})"
+        lines.append(f"| {name} | {found_first} | {minus[0]} | {pairs} | {minus[1]} |")
     return "\n".join(lines)
 
 

@@ -114,10 +114,15 @@ def test_a_part_smaller_than_its_share_is_refused(sizes: tuple[int, ...], told: 
         BatchPlan((30, 30), 0, (False, False), (9.0, 1.0)).num_batches(2)
 
 
-def test_similar_rows_are_in_one_batch_in_other_batches_each_epoch() -> None:
-    angles = np.repeat(np.arange(20) / 20, 2) + np.tile([0, 0.001], 20)  # rows 2i and 2i + 1 are nearest neighbours
+def twenty_pairs(share: float) -> BatchPlan:
+    """Return the plan of 40 rows, of which 2i and 2i + 1 are nearest neighbours."""
+    angles = np.repeat(np.arange(20) / 20, 2) + np.tile([0, 0.001], 20)
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    plan = BatchPlan((40,), 0, neighbours=Neighbours(2, vectors, np.arange(40)))
+    return BatchPlan((40,), 0, neighbours=Neighbours(2, vectors, np.arange(40), share))
+
+
+def test_similar_rows_are_in_one_batch_in_other_batches_each_epoch() -> None:
+    plan = twenty_pairs(1)
     first, second = (list(plan.epoch(epoch, 8)) for epoch in (0, 1))
     for batches in (first, second):
         assert sorted(row for batch in batches for row in batch) == list(range(40))
@@ -126,13 +131,33 @@ def test_similar_rows_are_in_one_batch_in_other_batches_each_epoch() -> None:
     assert list(plan.epoch(1, 8, start=3)) == second[3:]
 
 
+def test_each_epoch_keeps_a_share_of_the_groups_and_shuffles_the_other_rows() -> None:
+    plan, together = twenty_pairs(0.4), []
+    for epoch in range(2):
+        batches = list(plan.epoch(epoch, 8))
+        assert sorted(row for batch in batches for row in batch) == list(range(40))
+        assert all({row ^ 1 for row in batch} == set(batch) for batch in batches[:2])  # 16 of 40 rows
+        pairs = [{row // 2 for row in batch} for batch in batches[2:]]
+        assert sum(map(len, pairs)) > 16, "some of the other 12 pairs are in two batches"
+        together.append({row for batch in batches[:2] for row in batch})
+    assert together[0] != together[1]
+
+
 @settings(deadline=None, max_examples=30)
-@given(rows=st.integers(1, 40), size=st.integers(1, 7), videos=st.integers(1, 40), seed=st.integers(0, 9))
-def test_groups_have_each_row_once_and_pairs_never_the_same_video(rows: int, size: int, videos: int, seed: int) -> None:
+@given(
+    rows=st.integers(1, 40),
+    size=st.integers(1, 7),
+    videos=st.integers(1, 40),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 9),
+)
+def test_groups_have_each_row_once_and_pairs_never_the_same_video(
+    rows: int, size: int, videos: int, share: float, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     vectors, of_video = random.normal(size=(rows, 3)).astype(np.float32), random.integers(videos, size=rows)
     order = random.permutation(rows)
-    assert sorted(Neighbours(size, vectors, of_video).grouped(order, random).tolist()) == list(range(rows))
+    assert sorted(Neighbours(size, vectors, of_video, share).grouped(order, random).tolist()) == list(range(rows))
     pairs = [group for group in Neighbours(2, vectors, of_video)._groups(order) if len(group) == 2]
     assert all(of_video[first] != of_video[second] for first, second in pairs)
     # Those that are left alone could not be paired: they are of one video.

@@ -42,7 +42,7 @@ DEFAULTS = {
     "objective": None, "primary": None, "grad_cache_chunk": 0, "adam_epsilon": 1e-8, "lr_schedule": "bert",
     "to_last_frame": False, "resize": None,
     "ema_decay": 0, "captioner": None, "tracker": ("tensorboard",),
-    "similar_captions": 1,
+    "similar_captions": 1, "similar_share": 0.5,
 }  # fmt: skip
 SECTIONS = {"peft", "tower", "task", "adaptation"}
 WHOLE = "a whole number from 1 to 4096"

@@ -63,7 +63,8 @@ def test_events_take_a_quarter_of_the_frames_at_all_places():
 
 def test_similar_captions_put_most_reversed_pairs_into_one_batch(annotations):
     config = load_config(
-        DATA.parent / "cfgs" / "demo.json", {"similar_captions": 2, "clip_weights": f"{DATA}/tiny_clip"}
+        DATA.parent / "cfgs" / "demo.json",
+        {"similar_captions": 2, "similar_share": 1, "clip_weights": f"{DATA}/tiny_clip"},
     )
     entries = train_entries(annotations["train"], "indep-one")
     shares = {}

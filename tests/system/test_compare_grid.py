@@ -308,6 +308,18 @@ def test_the_shipped_grids_need_nothing_else(monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
+def test_cells_of_a_version_without_a_setting_are_taken(whole: Path) -> None:
+    result = next(iter(Grid(whole).cells.values())).folder / "result.json"
+    content = result.read_text()
+    older = json.loads(content)
+    del older["settings"]["policy_size"]
+    result.write_text(json.dumps(older))
+    try:
+        assert len(Grid(whole).finished()) == 6
+    finally:
+        result.write_text(content)
+
+
 def test_cells_of_other_settings_are_not_mixed_in(whole: Path, recipe: Project) -> None:
     path = write(whole.parent, recipe | {"top_k": 3})
     try:

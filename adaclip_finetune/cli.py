@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from adaclip_finetune import __version__
@@ -89,6 +88,8 @@ def _run(words: Sequence[str]) -> int:
         print(f"adaclip {__version__}")
         return 0
     if words[0] not in COMMANDS:
+        from difflib import get_close_matches
+
         alike = get_close_matches(words[0], COMMANDS, n=1)
         meant = f"; did you mean {alike[0]}?" if alike else ":"
         raise UserError(f"unknown command {words[0]}{meant} see adaclip --help")

@@ -85,7 +85,10 @@ def check_cost(session: Session, splits: Sequence[CheckedSplit]) -> Iterator[Fin
     yield from _disk(session)
 
     # If frames that do not fit were made, Linux would end this process. Reading processes have two batches ready each.
-    pixels = config.num_frm * sum(view.channels * view.size**2 for view in model.views()[:2] if view)  # a byte each
+    views = model.views()
+    pixels = config.num_frm * sum(
+        view.channels * view.size**2 for view in (views.clip, views.selector) if view
+    )  # bytes
     ahead = pixels * size * (2 * config.num_workers + 2)
     free, held = psutil.virtual_memory().available, psutil.Process().memory_info().rss
     rooms = {"memory": free}

@@ -9,8 +9,14 @@ from adaclip_finetune.config.roles import names_with
 # Evaluation never tunes, fits a batch size or writes into a run folder, whatever the settings of the run say. The
 # checkpoint holds the weights of the selector's CNN.
 AS_IT_IS: dict[str, Any] = {
-    **{"do_inference": True, "no_output": True, "tracker": [], "tensorboard_dir": None, "save_similarity": None},
-    **{"optuna_cfg": None, "do_training_af_optuna": False, "policy_weights": "random"},
+    "do_inference": True,
+    "no_output": True,
+    "tracker": [],
+    "tensorboard_dir": None,
+    "save_similarity": None,
+    "optuna_cfg": None,
+    "do_training_af_optuna": False,
+    "policy_weights": "random",
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.video.decoding import Stopped, never
+from adaclip_finetune.data.video.remote import RemotePath
 
 Frames = NDArray[np.uint8] | list[NDArray[np.uint8]]  # RGB (n, H, W, 3); where sizes differ, n arrays (H, W, 3)
 Scan = Iterator[tuple[int, NDArray[np.uint8]]]  # frames with their indices
@@ -66,14 +67,14 @@ class FrameStore(Protocol):
         ...
 
 
-def stamp_of_files(video_id: str, path: Path) -> str:
+def stamp_of_files(video_id: str, path: Path | RemotePath) -> str:
     """Return the stamp of a file, or of a folder and the files in it. Raise FrameError."""
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = sorted(path.iterdir()) if isinstance(path, Path) and path.is_dir() else [path]
         facts = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
     except OSError as error:
-        raise FrameError(video_id, path, error.strerror or str(error), "missing") from error
-    return f"{path.absolute()} {facts}"
+        raise FrameError(video_id, str(path), error.strerror or str(error), "missing") from error
+    return f"{path.absolute() if isinstance(path, Path) else path} {facts}"
 
 
 def unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:

@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import NullLocator
 from torch import nn
 
 from adaclip_finetune.bench import step
@@ -165,7 +166,7 @@ def draw(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
             axis.loglog(list(points), list(points.values()), "o-", label=f"{name}, exponent {exponent(points):.2f}")
         axis.set_title(sweep)
         axis.set_xticks(list(points), [f"{size:,}" for size in points])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(True, alpha=0.3)
         axis.legend(frameon=False)
     for axis in axes.flat[len(found) :]:

@@ -15,7 +15,9 @@ from spread import spread
 from adaclip_finetune import report
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.frame_folder import FrameFolder
+from adaclip_finetune.data.frame_store import FrameError
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.training import frozen
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import TrialResult, fit, run_trial
@@ -183,3 +185,15 @@ def test_two_processes_find_what_one_does(project: Project, tmp_path: Path) -> N
 def test_what_changes_from_step_to_step_is_refused(settings: Project, named: str, project: Project) -> None:
     with pytest.raises(UserError, match=f"embedding_cache.*{named}"):
         load_config(None, {**project, **FROZEN, "embedding_cache": "cache", **settings})
+
+
+def test_a_stamp_follows_the_file_wherever_it_is(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.mp4").write_bytes(b"x")
+    store = VideoFiles(tmp_path, {"a": "deep/a.mp4"})
+    first = store.stamp("a")
+    assert first == store.stamp("a")
+    (tmp_path / "deep" / "a.mp4").write_bytes(b"xy")
+    assert store.stamp("a") != first
+    with pytest.raises(FrameError, match=r"deep/b\.mp4"):
+        VideoFiles(tmp_path, {"b": "deep/b.mp4"}).stamp("b")

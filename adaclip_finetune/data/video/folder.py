@@ -41,7 +41,7 @@ class VideoFolder:
         return self._index(video_id).times()
 
     def stamp(self, video_id: str) -> str:
-        return stamp_of_files(video_id, self.find(video_id))
+        return stamp_of_files(video_id, self.locate(video_id))
 
     def shown(self, video_id: str, frames: Sequence[int]) -> ShownTimes:
         """Return the length of the video and when a player shows these frames. Raises FrameError."""

@@ -1,9 +1,16 @@
-"""Shared fixtures: the folder ../shared, a CLIP of two blocks a tower, and a small project to train on."""
+"""Shared fixtures: the folder ../shared, a CLIP of two blocks a tower, a small project to train on, and its runs.
 
+What takes seconds to import is imported where it is needed.
+"""
+
+import functools
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -111,9 +118,54 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a language model of bytes, of width 32, with random weights."""
-    from speaking import write_language_model  # here, since it takes seconds to import transformers
+    from speaking import write_language_model
 
     return write_language_model(tmp_path_factory.mktemp("speaking") / "language_model")
+
+
+@pytest.fixture(scope="session")
+def run(project: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder with random weights, which tests only read."""
+    from indexing import write_run
+
+    return write_run(tmp_path_factory.mktemp("run") / "run", project)
+
+
+@pytest.fixture(scope="session")
+def cached_loading() -> Callable[..., Any]:
+    from adaclip_finetune.search.search_model import load_retriever
+
+    return functools.cache(load_retriever)
+
+
+@pytest.fixture
+def load_once(cached_loading: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make commands load a model once, since loading is what takes the time, and return `load_retriever` as they have
+    it."""
+    monkeypatch.setattr("adaclip_finetune.search.search_model.load_retriever", cached_loading)
+    return cached_loading
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write stand-ins for the pictures of a run, since drawing takes a third of its time."""
+    for name in ("draw_curves", "draw_frame_usage"):
+        monkeypatch.setattr(f"adaclip_finetune.report.{name}", lambda path, *_: path.write_bytes(b"a picture"))
+
+
+@pytest.fixture
+def library(clips: Path, tmp_path: Path) -> Path:
+    """Return a copy of the videos of a module's fixture `clips`, which a test may change."""
+    return Path(shutil.copytree(clips, tmp_path / "library"))
+
+
+@pytest.fixture(scope="module")
+def server(index: Any) -> Iterator[Any]:
+    """Serve a module's fixture `index`."""
+    from serving import running
+
+    with running(index) as server:
+        yield server
 
 
 def write_clip_folder(folder: Path, seed: int = 0) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from adaclip_finetune.cli import main
 from adaclip_finetune.search.index import IndexInfo, write_index
 
 
@@ -33,6 +34,16 @@ def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: fl
     save_tensors(folder / "best.safetensors", method.merged_state(model), {"content": "model", **about})
     save_tensors(folder / "adapter.safetensors", method.own_state(model), {"content": "adapter", **about})
     return folder
+
+
+def index(*words: object, output: Path) -> int:
+    """Run `adaclip index` and return the exit code."""
+    return main(["index", *map(str, words), "-o", str(output)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files in a folder and its subfolders, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def unit_rows(count: int, width: int = 32, seed: int = 0) -> np.ndarray:

@@ -31,6 +31,8 @@ METHODS: dict[str, Section] = {
     "full": {"method": "full"},
     "bitfit": {"method": "bitfit", "config": {"include_qkv_bias": True}},
     "ibs": {"method": "ibs"},
+    "ibs by angles": {"method": "ibs", "config": {"metric": "angle", "keep_module_keywords": ["ln_post"]}},
+    "ibs that keeps what evolved": {"method": "ibs", "config": {"keep_evolved": True, "normalization": False}},
     "lora": {"method": "lora", "config": {"rank": 2}},
     "dora": {"method": "lora", "config": {"rank": 2, "dora": True}},
     "ssf": {"method": "ssf"},
@@ -92,10 +94,9 @@ def attached(case: str, kind: str) -> tuple[Model, PeftMethod]:
     return model, method
 
 
-def trained(case: str, kind: str) -> tuple[Model, PeftMethod]:
-    """Return the model after three steps, an epoch each."""
-    model, method = attached(case, kind)
-    for epoch in range(3):
+def train(model: Model, method: PeftMethod, epochs: range) -> None:
+    """Take a step in each of these epochs."""
+    for epoch in epochs:
         method.on_epoch_start(epoch)
         model.zero_grad()
         model().backward()
@@ -104,6 +105,12 @@ def trained(case: str, kind: str) -> tuple[Model, PeftMethod]:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.01 / (epoch + 1) * parameter.grad.sign()
+
+
+def trained(case: str, kind: str) -> tuple[Model, PeftMethod]:
+    """Return the model after three epochs."""
+    model, method = attached(case, kind)
+    train(model, method, range(3))
     return model, method
 
 
@@ -145,7 +152,11 @@ def test_only_declared_parameters_change_and_are_counted(case: str, kind: str) -
     assert {name.removeprefix("clip.") for name in moved if name.startswith("clip.")} == declared
     report, sizes = trainable_report(model), {name: own.numel() for name, own in model.clip.named_parameters()}
     learning = {name for name, parameter in model.clip.named_parameters() if parameter.requires_grad}
-    assert declared < learning if "lisa" in case else declared == learning
+    if "evolved" in case:
+        assert declared > learning
+    else:
+        assert declared < learning if "lisa" in case else declared == learning
+    assert all((own.grad is None) == (not own.requires_grad) for own in model.parameters()) or "lisa" in case
     assert report.clip.trainable == sum(sizes[name] for name in learning)
     assert report.clip.total == sum(sizes.values())
 
@@ -161,6 +172,23 @@ def test_own_state_restores_a_pretrained_model_and_holds_nothing_else(case: str,
     fresh, _ = attached(case, kind)
     assert not fresh.load_state_dict(state, strict=False).unexpected_keys
     assert_same(fresh, model)
+
+
+@every_method
+def test_an_interrupted_run_continues_with_the_same_parameters(case: str, kind: str) -> None:
+    """The state is saved in a form that a checkpoint can hold, and loaded into a new model."""
+    straight, uninterrupted = trained(case, kind)
+    for stop in (1, 2):
+        first, method = attached(case, kind)
+        train(first, method, range(stop))
+        state = method.state_dict()
+        tensors, values = {k: t.clone() for k, t in state.tensors.items()}, json.loads(json.dumps(state.values))
+        second, resumed = attached(case, kind)
+        resumed.load_state_dict(type(state)(tensors, values))
+        second.load_state_dict(first.state_dict())
+        train(second, resumed, range(stop, 3))
+        assert resumed.changed_parameters(second) == uninterrupted.changed_parameters(straight)
+        assert_same(second, straight)
 
 
 @every_method

@@ -2,11 +2,9 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import av
 import pytest
-from indexing import write_run
 from media import ffmpeg, index_of, write_video
 
 from adaclip_finetune.cli import main
@@ -91,8 +89,8 @@ def test_what_cannot_be_cut_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
-def test_the_command(project: dict[str, Any], tmp_path: Path, capsys: Capsys) -> None:
-    run, videos, index = write_run(tmp_path / "run", project), tmp_path / "videos", tmp_path / "my.index"
+def test_the_command(run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    videos, index = tmp_path / "videos", tmp_path / "my.index"
     for name in ("a.mp4", "b.mp4"):
         write_video(videos / name, 75 if name == "a.mp4" else 50)
     words = ["index", str(run), str(videos), "--num_workers", "0"]

@@ -188,37 +188,6 @@ def test_clips_use_words_that_stills_never_use() -> None:
     assert not seen & {"before", "after", "then", "collides", "orbits"}
 
 
-def test_all_actions_can_be_drawn_and_told():
-    rng = np.random.default_rng(0)
-    for action in world.PLAIN_ACTIONS + world.ORDERED_ACTIONS:
-        scene = world.random_scene(rng, (action,), ("orange", "blue"))
-        assert action != "spins" or scene.actor.shape in world.SPINNABLE
-        assert len(set(told(scene))) >= 3
-        assert len(set(shapes_clips.sentences(scene, rng, 3))) == 3
-        layout = world.random_layout(scene, rng)
-        for t in np.linspace(0, 1, 12):
-            drawn = world.sprites(scene, layout, t)
-            assert 1 <= len(drawn) <= world.MAX_SPRITES
-            assert all(sprite.thing in (scene.actor, scene.other) for sprite in drawn)
-
-
-@pytest.mark.parametrize("shape", world.SHAPES)
-def test_a_shape_has_its_colour_and_about_its_radius(shape):
-    sprite = world.Sprite(world.Thing("red", shape, "large"), 32.0, 32.0, 12.0, 0.3)
-    image = world.render([[sprite]], np.full((1, 64, 64, 3), 100, np.float32), np.random.default_rng(0))[0].astype(int)
-    drawn = np.abs(image - world.COLOURS["red"]).sum(axis=2) < 40
-    assert 0.3 < drawn.sum() / (np.pi * 12**2) < 0.95
-    rows, columns = np.nonzero(drawn)
-    assert max(abs(rows - 32).max(), abs(columns - 32).max()) <= 15
-
-
-def test_stills_are_a_function_of_the_seed():
-    (images, captions), (again, same) = (Stills(np.random.default_rng(3), 8).batch(16) for _ in range(2))
-    assert (images == again).all() and captions == same
-    assert images.shape == (16, 64, 64, 3) and images.dtype == np.uint8
-    assert all(any(shape in caption for shape in world.SHAPES) for caption in captions)
-
-
 def test_pretraining_writes_what_open_clip_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "BATCH", 8)
     monkeypatch.setattr(pretraining, "THREADS", 1)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from spread import spread
 
-from adaclip_finetune import load_retriever, report
+from adaclip_finetune import load_retriever
 from adaclip_finetune.config import load_config
 from adaclip_finetune.training import checkpoint
 from adaclip_finetune.training.checkpoint import ADAPTER, Snapshot
@@ -21,14 +21,9 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import fit, run_trial
 
 Project = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 EMA = {"ema_decay": 0.3, "coef_lr": 1.0}
 LORA = {"method": "lora", "config": {"rank": 2}}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_frame_usage"):
-        monkeypatch.setattr(report, name, lambda *_: None)
 
 
 def test_the_saved_weights_are_the_average_of_the_live_ones(

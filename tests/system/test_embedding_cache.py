@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from spread import spread
 
-from adaclip_finetune import report
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameError
@@ -23,13 +22,8 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import TrialResult, fit, run_trial
 
 Project = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 FROZEN = {"freeze_clip": True, "coef_lr": 1.0, "no_output": True}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_frame_usage"):
-        monkeypatch.setattr(report, name, lambda *_: None)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`adaclip index` on real files: what it embeds, keeps, drops and reports."""
 
-import functools
 import io
 import json
 import os
@@ -50,11 +49,6 @@ IDS = ["clip 0.mp4", "clip 2.mp4", "clip 4.mp4", "deep/er/clip 1.mp4", "deep/er/
 
 
 @pytest.fixture(scope="module")
-def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", project)
-
-
-@pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     for number in range(5):
@@ -64,27 +58,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def library(clips: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(clips, tmp_path / "library"))
-
-
-@pytest.fixture(scope="module")
-def load() -> Callable[..., SearchModel]:
-    """Return `load_retriever` with a memory, since loading is what takes the time in these tests."""
-    return functools.cache(load_retriever)
-
-
-@pytest.fixture
-def index(
-    run: Path,
-    tmp_path: Path,
-    capsys: Capsys,
-    load: Callable[..., SearchModel],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., tuple[int, str, str]]:
+def index(run: Path, tmp_path: Path, capsys: Capsys, load_once: Any) -> Callable[..., tuple[int, str, str]]:
     """Call `adaclip index` into the folder i, and return exit code, output and errors."""
-    monkeypatch.setattr(search_model, "load_retriever", load)
 
     def call(*words: object) -> tuple[int, str, str]:
         code = main(["index", str(run), *map(str, words), "-o", str(tmp_path / "i")])
@@ -155,7 +130,7 @@ def test_copies_are_embedded_once_and_found_as_one(
     tmp_path: Path,
     index: Index,
     run: Path,
-    load: Callable[..., SearchModel],
+    load_once: Any,
     capsys: Capsys,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +142,7 @@ def test_copies_are_embedded_once_and_found_as_one(
     assert code == 0 and "0 embedded, 1 with the bytes of another, 6 unchanged; 7 in the index" in out
     loaded = VideoIndex.load(tmp_path / "i")
     assert (len(loaded), loaded.distinct) == (7, 5)
-    hits = loaded.search(load(run).encode_video(library / "z.mp4")[0][None], 10)[0]
+    hits = loaded.search(load_once(run).encode_video(library / "z.mp4")[0][None], 10)[0]
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
     assert hits[0].video.id == "clip 2.mp4" and not hits[1].copies
     assert [copy.path for copy in hits[0].copies] == [library / "z.mp4", library / "deep/again.mp4"]

@@ -46,12 +46,7 @@ def test_a_dry_run_counts_its_parameters(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"precision": "bf16"},
-        {"gradient_accumulation_steps": 2, "batch_size": 2},
-        {"peft": {"method": "lora", "config": {"rank": 2, "dora": True, "dropout": 0.1}}},
-        {"policy_backbone": "clip"},
-    ],
+    [{"peft": {"method": "lora", "config": {"rank": 2, "dora": True, "dropout": 0.1}}}, {"policy_backbone": "clip"}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_it_changes_the_targeted_weights_only(settings: Project, project: Project, tmp_path: Path) -> None:
@@ -60,11 +55,6 @@ def test_it_changes_the_targeted_weights_only(settings: Project, project: Projec
     pretrained = load_file(Path(project["clip_weights"]) / "open_clip_model.safetensors")
     moved = [name for name, tensor in pretrained.items() if not torch.equal(tensor, state[f"clip.{name}"])]
     assert len(moved) == 2 * 2 * 4 and all("resblocks" in name and name.endswith("weight") for name in moved)
-
-
-def test_gradient_checkpointing_learns_the_same(run: Path, project: Project, tmp_path: Path) -> None:
-    folder = trained(project, tmp_path, gradient_checkpointing=True)
-    torch.testing.assert_close(load_file(folder / "best.safetensors"), load_file(run / "best.safetensors"))
 
 
 def test_the_command_that_a_run_prints_evaluates_it(
@@ -80,10 +70,7 @@ def test_the_command_that_a_run_prints_evaluates_it(
     assert f"best.safetensors  {figures['R@1']:7.1f}" in capsys.readouterr().out
 
 
-def test_adapter_and_merged_weights_are_one_model(run: Path) -> None:
-    one, other = load_retriever(run), load_retriever(run / "adapter.safetensors")
-    words = ["a red thing", "it is blue"]
-    torch.testing.assert_close(one.encode_text(words), other.encode_text(words), rtol=0, atol=1e-5)
+def test_an_adapter_holds_the_matrices_alone(run: Path) -> None:
     with safe_open(run / "adapter.safetensors", "pt") as file:
         inside = {name for name in file.keys() if name.startswith("clip.")}  # noqa: SIM118
     assert inside and all(".parametrizations." in name and re.search(r"\.(up|down)\.\d$", name) for name in inside)

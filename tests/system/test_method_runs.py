@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optuna
 import pytest
 import torch
 from media import write_video
+from safetensors import safe_open
 from safetensors.torch import load_file
 from spread import spread
 from transformers import CLIPModel
@@ -18,6 +20,7 @@ from transformers import CLIPModel
 from adaclip_finetune import VideoIndex, load_retriever
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
+from adaclip_finetune.errors import UserError
 from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
@@ -104,6 +107,24 @@ def test_interpolated_it_ends_at_its_own_figures_or_is_refused(
     assert code == 0 and end["t2v"]["MeanR"] == noted["finetuned"]["t2v"]["MeanR"]
     if run.name == "adabn":  # only the selector changes
         assert half["t2v"]["MeanR"] == end["t2v"]["MeanR"]
+
+
+def test_a_checkpoint_that_cannot_be_merged_names_its_method_and_needs_no_pretrained_weights(
+    run: Run, project: Project, tmp_path: Path
+) -> None:
+    if run.name not in STAYS:
+        pytest.skip("it can be merged")
+    with safe_open(run.folder / "best.safetensors", "pt") as file:
+        assert file.metadata()["method"] == STAYS[run.name]
+    shutil.copytree(run.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("adapter*"))
+    words = ["a red thing"]
+    moved = load_retriever(tmp_path / "moved", clip_weights=None).encode_text(words)
+    torch.testing.assert_close(moved, load_retriever(run.folder).encode_text(words))
+    for name in ("best.safetensors", "adapter.safetensors"):
+        settings = {**given(run.name, project, tmp_path / name), "resume": str(run.folder / name), "num_epochs": 1}
+        with pytest.raises(UserError, match=rf"peft\.method {STAYS[run.name]} .* peft\.method full"):
+            fit(load_config(None, {**settings, "peft": METHODS["full"], "no_output": True}))
+        assert fit(load_config(None, settings)).folder is not None
 
 
 @pytest.mark.parametrize("name", ["adabn", "adapter", "prompt"])

@@ -15,7 +15,6 @@ from checking import checked, finding, kinds
 from loading import IMAGE, tokenize
 from media import write_video
 
-from adaclip_finetune import report
 from adaclip_finetune.compare.checkpoints import overlap_of_files
 from adaclip_finetune.config import ContrastiveSettings, load_config
 from adaclip_finetune.config.resume import continued_config
@@ -29,13 +28,8 @@ from adaclip_finetune.training import optimizer
 from adaclip_finetune.training.trainer import fit
 
 Project = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 Parts = list[dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_frame_usage"):
-        monkeypatch.setattr(report, name, lambda path, *_: path.write_bytes(b"a picture"))
 
 
 @pytest.fixture

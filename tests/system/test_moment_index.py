@@ -32,8 +32,8 @@ WINDOWS = MomentSettings("windows", 0.8, 0.4)
 
 
 @pytest.fixture(scope="module")
-def model(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> SearchModel:
-    return load_retriever(write_run(tmp_path_factory.mktemp("run") / "run", project), num_workers=0)
+def model(run: Path) -> SearchModel:
+    return load_retriever(run, num_workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_video(folder / "a.mp4", 50)
     write_video(folder / "b.mp4", 15)
     return folder
-
-
-@pytest.fixture
-def library(clips: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(clips, tmp_path / "library"))
 
 
 def spans(folder: Path, video: int = 0) -> list[tuple[float, float]]:

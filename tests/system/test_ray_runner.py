@@ -12,13 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from indexing import write_run
+from indexing import contents, index
 from media import write_video
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from serving import until
 
-from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search import build
 from adaclip_finetune.search.build import index_videos
@@ -52,11 +51,6 @@ def add_machine(cluster: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", project)
-
-
-@pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four videos, of which one is a copy, and a file that is none."""
     folder = tmp_path_factory.mktemp("clips")
@@ -65,14 +59,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "07.mp4", folder / "copy.mp4")
     (folder / "broken.mp4").write_text("no video")
     return folder
-
-
-def index(*words: object, output: Path) -> int:
-    return main(["index", *map(str, words), "-o", str(output)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def actors() -> list[psutil.Process]:

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from indexing import write_run
+from indexing import index
 from media import write_video
 from serving import running, write_clip, write_one
 from storage import s3_server
@@ -24,11 +24,6 @@ from adaclip_finetune.search.index import VideoIndex, read_index
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", project)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +60,6 @@ def memory(clips: Path) -> Iterator[RemotePath]:
     files.rm("/videos", recursive=True)
 
 
-def index(run: Path, videos: object, folder: Path, *flags: str) -> int:
-    return main(["index", str(run), str(videos), "-o", str(folder), *flags])
-
-
 def vectors(folder: Path) -> dict[str, list[float]]:
     return {video.row["id"]: video.vector.tolist() for video in read_index(folder).videos()}
 
@@ -79,10 +70,10 @@ def test_a_bucket_is_indexed_and_searched(
 ) -> None:
     """The vectors are those of the files on disk, and the same command updates the index."""
     flags = ("--moments", "--window", "0.6", "--num_workers", str(workers))
-    assert index(run, bucket, tmp_path / "i", *flags) == 1
+    assert index(run, bucket, *flags, output=tmp_path / "i") == 1
     told = capsys.readouterr()
     assert "1 other file passed over: notes.txt" in told.out and f"bad.mp4: {bucket}/bad.mp4: " in told.err
-    assert index(run, clips, tmp_path / "local", *flags) == 0
+    assert index(run, clips, *flags, output=tmp_path / "local") == 0
     assert vectors(tmp_path / "i") == vectors(tmp_path / "local")
     urls = [f"{bucket}/a b.mp4", f"{bucket}/deep/ü.mkv"]
     assert [str(video.path) for video in VideoIndex.load(tmp_path / "i").videos] == urls
@@ -92,19 +83,9 @@ def test_a_bucket_is_indexed_and_searched(
     time.sleep(1)  # S3 counts in seconds
     s3.put_file(str(clips / "deep" / "ü.mkv"), "bucket/videos/a b.mp4")
     s3.rm_file("bucket/videos/bad.mp4")
-    assert index(run, bucket, tmp_path / "i", *flags) == 0
+    assert index(run, bucket, *flags, output=tmp_path / "i") == 0
     assert "0 embedded, 1 with the bytes of another, 1 unchanged" in capsys.readouterr().out
     assert vectors(tmp_path / "i")["a b.mp4"] == vectors(tmp_path / "local")["deep/ü.mkv"]
-
-
-def test_shards_of_a_bucket(run: Path, bucket: str, tmp_path: Path) -> None:
-    assert index(run, bucket, tmp_path / "whole") == 1
-    for number in (1, 2):
-        index(run, bucket, tmp_path / "i", "--shard", f"{number}/2")
-    parts = [str(tmp_path / f"i-{number}-of-2") for number in (1, 2)]
-    assert main(["index", "merge", *parts, "-o", str(tmp_path / "merged")]) == 0
-    for name in ("vectors.safetensors", "videos.jsonl"):
-        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +100,7 @@ def test_shards_of_a_bucket(run: Path, bucket: str, tmp_path: Path) -> None:
 def test_what_cannot_be_listed_is_refused(
     s3: Any, run: Path, tmp_path: Path, url: str, fact: str, capsys: Capsys
 ) -> None:
-    assert index(run, url, tmp_path / "i") == 2
+    assert index(run, url, output=tmp_path / "i") == 2
     told = capsys.readouterr().err
     assert url in told and fact in told and not (tmp_path / "i").exists()
 

@@ -35,11 +35,6 @@ Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", project)
-
-
-@pytest.fixture(scope="module")
 def model(run: Path) -> SearchModel:
     return load_retriever(run)
 
@@ -195,15 +190,6 @@ def test_conditions_narrow_a_search(clips: Path, capsys: Capsys) -> None:
     assert others == everything[:1]
     assert main(["search", str(clips / "my.index"), "a dog", "--where", "size > 3"]) == 2
     assert "size" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("header", ["transformer", "seqTransf"])
-def test_a_picture_passes_the_header_as_a_frame_does(project: Settings, tmp_path: Path, header: str) -> None:
-    model = load_retriever(write_run(tmp_path / "run", project | {"sim_header": header, "num_frm": 1, "top_k": 1}))
-    path = write_video(tmp_path / "one.mkv", 1, codec="ffv1", pix_fmt="bgr0")
-    frame = VideoFiles(tmp_path, {"one": "one.mkv"}).read("one", [0])[0]
-    picture = model.encode_image(Image.fromarray(frame))
-    torch.testing.assert_close(picture, model.encode_video(path)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_of_an_index(project: Settings, run: Path, tmp_path: Path, capsys: Capsys) -> None:

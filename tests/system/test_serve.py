@@ -6,18 +6,15 @@ import socket
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-from indexing import index_info, index_row, unit_rows
 from media import index_of, write_frames, write_video
 from PIL import Image
 from serving import (
-    WIDTH,
     Axes,
     Server,
     add_transcripts,
@@ -32,7 +29,7 @@ from serving import (
 from adaclip_finetune.cli import main
 from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import EmbeddedMoments, VideoIndex, write_index
+from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import MAX_BYTES
 
 TOKEN = "0123456789abcdef-_"
@@ -42,12 +39,6 @@ NO_KEY = "0" * 20
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
     return write_small_index(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(index: VideoIndex) -> Iterator[Server]:
-    with running(index) as server:
-        yield server
 
 
 def picture(red: int = 30, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
@@ -88,25 +79,6 @@ def test_pages_together_hold_every_video_once(server: Server) -> None:
     assert sorted(one["id"] for one in found) == [f"video{number}.mp4" for number in range(5)]  # the others score alike
     assert [one["rank"] for one in found] == [1, 2, 3, 4, 5]
     assert [(page["pages"], len(page["found"])) for page in pages] == [(3, 2), (3, 2), (3, 1), (3, 0)]
-
-
-def test_there_are_pages_to_the_last_video_and_moment(tmp_path: Path) -> None:
-    """Even where all of them score alike."""
-    vectors = unit_rows(1500, WIDTH)
-    vectors[:, 0] = 0.5
-    rows = [index_row(number) for number in range(1500)]
-    parts = [{"start": 0.0, "end": 1.0, "time": 0.5, "thumb": "a.jpg"}]
-    moments = [EmbeddedMoments(parts, vector[None]) for vector in vectors]
-    write_index(tmp_path, index_info(moments={"by": "windows"}), vectors, rows, moments)
-    with running(VideoIndex.load(tmp_path)) as server:
-        for by, total in (("video", 30), ("moment", 30)):
-            pages = [server.ask(f"/api/search?q=0&k=50&by={by}&page={page}").json for page in range(1, 32)]
-            names = [found["id"] for page in pages for found in page["found"]]
-            assert len(names) == len(set(names)) == 1500
-            assert [found["rank"] for page in pages for found in page["found"]] == list(range(1, 1501))
-            assert (pages[29]["pages"], pages[30]["found"]) == (total, [])
-        assert [page["found"][0]["id"] for page in (pages[0], pages[29])] == ["video0", "video1450"]
-        assert server.found("q=0&k=7&page=200")[0]["id"] == "video1393"
 
 
 def test_the_files_of_a_video(server: Server, index: VideoIndex) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import browser
 import pytest
-from indexing import write_run
 from media import write_video
 from PIL import Image
 from serving import (
@@ -125,12 +124,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
     return write_small_index(tmp_path_factory.mktemp("served"), 15)
-
-
-@pytest.fixture(scope="module")
-def server(index: VideoIndex) -> Iterator[Server]:
-    with running(index) as server:
-        yield server
 
 
 def test_a_search_shows_posters_moments_and_scores(page: Page, server: Server) -> None:
@@ -447,9 +440,9 @@ def test_an_empty_index_and_names_that_look_like_markup(page: Page, tmp_path: Pa
         assert page.text("#count").startswith("0 videos")
 
 
-def test_the_command_itself(page: Page, project: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_itself(page: Page, run: Path, tmp_path: Path) -> None:
     """Trained weights, their index, the server as it is started by hand, a search, and Ctrl-C."""
-    run, videos, index = write_run(tmp_path / "run", project), tmp_path / "videos", tmp_path / "my.index"
+    videos, index = tmp_path / "videos", tmp_path / "my.index"
     for number in range(3):
         write_video(videos / f"clip{number}.mp4", 30 + 20 * number)
     assert main(["index", str(run), str(videos), "-o", str(index)]) == 0

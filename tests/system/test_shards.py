@@ -10,29 +10,24 @@ from typing import Any
 
 import forked
 import pytest
-import torch.nn.functional as F
-from indexing import write_run
+from indexing import contents, index, write_run
 from killed import killing
 from media import write_video
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.evaluation.parts import PartFolder
-from adaclip_finetune.search import build, search_model
+from adaclip_finetune.search import build
 from adaclip_finetune.search import merge as merge_module
 from adaclip_finetune.search.collection import collect_folder
 from adaclip_finetune.search.index import VideoIndex
-from adaclip_finetune.search.search_model import SearchModel, load_retriever
+from adaclip_finetune.search.search_model import SearchModel
 from adaclip_finetune.search.shards import Shard
 from adaclip_finetune.search.transcripts import Transcripts
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def run(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", project)
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +40,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "deep" / "clip 3.mp4", folder / "a.mp4")
     (folder / "broken.mp4").write_text("no video")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def load_once(monkeypatch: pytest.MonkeyPatch, run: Path, loaded: dict[str, Any]) -> None:
-    """Load a model once with the same settings, since loading is what takes the time in these tests."""
-
-    def load(source: Path, **settings: Any) -> Any:
-        key = f"{source} {settings}"
-        loaded[key] = loaded.get(key) or load_retriever(source, **settings)
-        return loaded[key]
-
-    monkeypatch.setattr(search_model, "load_retriever", load)
-
-
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, Any]:
-    return {}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def index(*words: object, output: Path) -> int:
-    return main(["index", *map(str, words), "-o", str(output)])
 
 
 def merge(folder: Path, name: str = "i", output: str = "merged") -> int:
@@ -174,22 +144,6 @@ def _killed(words: list[str], log: Path) -> None:
     PartFolder.write = killing(PartFolder.write, 2, signal.SIGKILL)  # type: ignore[method-assign]
     merge_module._copy = killing(merge_module._copy, 3, signal.SIGKILL)
     main(words)
-
-
-def test_a_vector_does_not_depend_on_the_batch(
-    run: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It does in a model whose products are rounded differently in larger batches; here, the difference is visible."""
-    embed = SearchModel.embed
-
-    def rounding(model: SearchModel, batch: VideoBatch) -> Any:
-        vectors, weighted = embed(model, batch)
-        return F.normalize(vectors + 0.01 * len(batch.video_ids)), weighted
-
-    monkeypatch.setattr(SearchModel, "embed", rounding)
-    for size in (1, 4):
-        assert index(run, clips, "--val_batch_size", size, output=tmp_path / f"{size}") == 1
-    assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
 
 def test_a_collection_that_grows(run: Path, clips: Path, tmp_path: Path, capsys: Capsys) -> None:

@@ -1,7 +1,6 @@
 """Indexes that are pushed: a folder, a file of Milvus Lite and a server find what the index itself finds."""
 
 import importlib.util
-import json
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from indexing import index_info, index_row, unit_rows, write_run
+from indexing import index_info, index_row, unit_rows
 from serving import axis, running, until, write_divided_index
 
 from adaclip_finetune.cli import main
@@ -246,11 +245,8 @@ def test_a_push_that_is_killed_goes_on(tmp_path: Path, place: Place) -> None:
     assert told(open_index(place("p")).search_moments(queries, 50)) == told(index.search_moments(queries, 50))
 
 
-def test_the_commands(
-    project: dict[str, Any], tmp_path: Path, place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(run: Path, tmp_path: Path, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """`index push` copies, and `search` prints the same there."""
-    run = write_run(tmp_path / "run", project)
     model = load_retriever(run)
     info = index_info(fingerprint=model.fingerprint, run=str(run))
     (tmp_path / "i").mkdir()
@@ -313,20 +309,6 @@ def test_a_graph(tmp_path: Path, server: str) -> None:
         found = open_index(place).search(queries, 10)
         # So few vectors are all seen.
         assert told(found) == told(index.search(queries, 10))
-
-
-@needs_milvus
-def test_the_keys_of_rows_are_derived_from_ids(tmp_path: Path, server: str) -> None:
-    place, keys = f"{server}/keys", []
-    for numbers in (range(8), range(3, 12)):
-        write(tmp_path / "i", numbers)
-        push(tmp_path / "i", open_store(place))
-        store: Any = open_store(place)
-        rows = store._client.query("keys", 'video != ""', ["pk", "video", "row"])
-        keys.append({row["video"]: row["pk"] for row in rows})
-        assert all(json.loads(row["row"])["id"] == row["video"] for row in rows)
-    both = keys[0].keys() & keys[1].keys()
-    assert len(both) == 5 and all(keys[0][name] == keys[1][name] for name in both)
 
 
 @needs_milvus

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from indexing import index_info, index_row, unit_rows, write_run
+from indexing import index_info, index_row, unit_rows
 from PIL import Image
 from serving import running, write_divided_index, write_small_index
 
@@ -154,8 +154,8 @@ def test_the_api(tmp_path: Path) -> None:
         assert server.ask("/api/search?q=9").json["nothing"] is None
 
 
-def test_the_command(project: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, folder, captions = write_run(tmp_path / "run", project), tmp_path / "i", str(project["train_annot"])
+def test_the_command(run: Path, project: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, captions = tmp_path / "i", str(project["train_annot"])
     assert main(["index", str(run), captions, "-o", str(folder)]) == 0
     capsys.readouterr()
     assert main(["calibrate", str(folder)]) == 0

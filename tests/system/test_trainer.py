@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaclip_finetune import report
 from adaclip_finetune.config import load_config
 from adaclip_finetune.data.batches import BatchPlan
 from adaclip_finetune.data.readable import UnreadableVideos
@@ -27,16 +26,10 @@ from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.trainer import FitResult, Trainer, fit, run_trial
 
 Project = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("no_pictures")  # `trained` draws
 BITFIT = {"method": "bitfit", "config": {"keep_module_keywords": ["ln_post", "logit_scale"]}}
 Trained = tuple[FitResult, Path, str]
 DIVERGING = {"learning_rate": 1e20, "coef_lr": 1.0, "no_warmup": True}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a third of the time of such a run; `trained` and test_report.py draw."""
-    for name in ("draw_curves", "draw_frame_usage"):
-        monkeypatch.setattr(report, name, lambda path, *_: path.write_bytes(b"a picture"))
 
 
 def run(project: Project, tmp_path: Path, **settings: Any) -> FitResult:

@@ -1,7 +1,6 @@
 """An index on disk and in memory: what is found, and what is refused."""
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -156,24 +155,3 @@ def test_a_writer_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="part"):
         write_random_index(tmp_path / "i", 1)
     assert len(VideoIndex.load(tmp_path / "i")) == 50
-
-
-def test_a_reader_never_sees_a_mixture_while_the_index_is_rewritten(tmp_path: Path) -> None:
-    def rewrite() -> None:
-        while not done.is_set():
-            for count in (5, 4):
-                write_random_index(tmp_path / "i", count, seed=count)
-
-    done, writer = threading.Event(), threading.Thread(target=rewrite)
-    write_random_index(tmp_path / "i", 4, seed=4)
-    writer.start()
-    try:
-        seen = set()
-        while len(seen) < 2:
-            index = VideoIndex.load(tmp_path / "i")
-            seen.add(len(index))
-            hits = index.search(unit_rows(len(index), seed=len(index)), 1)
-            assert [ids(found) for found in hits] == [[f"video{number}"] for number in range(len(index))]
-    finally:
-        done.set()
-        writer.join()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,24 +46,23 @@ from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moment
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
 from adaclip_finetune.search.shards import Shard
-from adaclip_finetune.training.memory import memory_explained
 
 Embedded = tuple[list[EmbeddedVideo], dict[str, str]]
 """A batch of videos, and those that failed: id → reason."""
 
 
-class Runner(Protocol):
-    """What embeds videos as `embed_videos` does, in other processes."""
+class Work(NamedTuple):
+    """What is to be embedded of a collection: `new` videos and, with `moments`, then the parts of these and of the
+    `undivided` ones, by id, which are embedded already."""
 
-    def __call__(
-        self,
-        model: SearchModel,
-        collection: VideoCollection,
-        new: Sequence[CollectionVideo],
-        undivided: Mapping[str, EmbeddedVideo],
-        moments: MomentSettings | None,
-        thumbs: Path,
-    ) -> Iterator[Embedded]: ...
+    collection: VideoCollection
+    new: Sequence[CollectionVideo]
+    undivided: Mapping[str, EmbeddedVideo]
+    moments: MomentSettings | None
+
+
+Runner = Callable[[SearchModel, Work, Path], Iterator[Embedded]]
+"""What embeds videos as `embed_videos` does, perhaps in other processes."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +204,8 @@ def _update(
     readable = [video for video in originals if video.id not in broken]
     undivided = {name: known[name] for name in unchanged if moments and known[name].moments is None}
     found: dict[str, EmbeddedVideo] = {}
-    embed = embed_videos if runner is None else runner
-    for batch, failed in embed(model, collection, readable, undivided, moments, folder / THUMBS):
+    work = Work(collection, readable, undivided, moments)
+    for batch, failed in (runner or embed_videos)(model, work, folder / THUMBS):
         broken |= failed
         if batch:
             _write_part(parts, batch)
@@ -262,25 +261,15 @@ def _read_parts(parts: PartFolder) -> Iterator[EmbeddedVideo]:
             yield from map(EmbeddedVideo, values["rows"], tensors["vectors"].numpy(), moments)
 
 
-def embed_videos(
-    model: SearchModel,
-    collection: VideoCollection,
-    new: Sequence[CollectionVideo],
-    undivided: Mapping[str, EmbeddedVideo],
-    moments: MomentSettings | None,
-    thumbs: Path,
-) -> Iterator[Embedded]:
-    """Embed the `new` videos of a collection and, with `moments`, then the parts of these and of the `undivided` ones,
-    by id, which are embedded already.
-
-    Yield batches, whose pictures are in `thumbs`, with the videos that failed. A video comes again when it has moments.
-    """
-    whole = dict(undivided)
-    for batch, failed in _embed(model, collection, new, thumbs):
+def embed_videos(model: SearchModel, work: Work, thumbs: Path) -> Iterator[Embedded]:
+    """Yield batches of embedded videos, whose pictures are written into the folder `thumbs`, with the videos that
+    failed. A video comes again when it has moments."""
+    whole = dict(work.undivided)
+    for batch, failed in _embed(model, work.collection, work.new, thumbs):
         whole |= {video.row["id"]: video for video in batch}
         yield batch, failed
-    if moments is not None:
-        yield from _divide(model, collection, whole, moments, thumbs)
+    if work.moments is not None:
+        yield from _divide(model, work.collection, whole, work.moments, thumbs)
 
 
 def _divide(
@@ -332,10 +321,7 @@ def _embed(
             embedded = []
             if collated.videos is not None:
                 batch = [by_id[name] for name in collated.videos.video_ids]
-                with memory_explained(model.config):
-                    vectors, weighted = _embed_alike(model, collated.videos)
-                if not vectors.isfinite().all():
-                    raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
+                vectors, weighted = _embed_alike(model, collated.videos)
                 rows = pool.map(lambda given: _row(collection, thumbs, *given), zip(batch, weighted, strict=True))
                 for row, vector in zip(rows, vectors.numpy(), strict=True):
                     if isinstance(row, FrameError):

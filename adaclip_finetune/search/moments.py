@@ -29,7 +29,6 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel
-from adaclip_finetune.training.memory import memory_explained
 
 WINDOW = 8.0  # seconds, by default
 SHOT_RATE = 4.0  # frames per second that are compared to find shots
@@ -109,8 +108,7 @@ def embed_moments(
             if isinstance(read, FrameError):
                 broken = read
             else:
-                with memory_explained(model.config):
-                    found += read.embedded(model)
+                found += read.embedded(model)
             video = pieces[number].video
             if number + 1 == len(pieces) or pieces[number + 1].video is not video:
                 yield video, broken or found
@@ -146,8 +144,6 @@ class _ReadPiece:
         for start in range(0, len(self.spans), size):
             places, spans = self.places[start : start + size], self.spans[start : start + size]
             vectors, weighted = model.embed(self._batch(places))
-            if not vectors.isfinite().all():
-                raise UserError(f"{model.source}: its vectors are not finite; the weights have probably diverged")
             for row, span in enumerate(spans):
                 frames = weighted[row]  # without any, if the selector chose nothing but blank frames
                 best = place[frames.frames[frames.best]] if frames.frames else int(places[row].max())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +19,8 @@ import torch
 
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.build import Embedded, embed_videos
-from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
+from adaclip_finetune.search.build import Embedded, Work, embed_videos
 from adaclip_finetune.search.index import EmbeddedVideo
-from adaclip_finetune.search.moments import MomentSettings
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
 
 _VIDEOS = 32  # of a batch, at most
@@ -41,15 +39,7 @@ class RayRunner:
     source: str
     settings: Mapping[str, Any]
 
-    def __call__(
-        self,
-        model: SearchModel,
-        collection: VideoCollection,
-        new: Sequence[CollectionVideo],
-        undivided: Mapping[str, EmbeddedVideo],
-        moments: MomentSettings | None,
-        thumbs: Path,
-    ) -> Iterator[Embedded]:
+    def __call__(self, model: SearchModel, work: Work, thumbs: Path) -> Iterator[Embedded]:
         """Embed videos as `embed_videos` does. Raise UserError without Ray, and for the errors of a model."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -57,7 +47,8 @@ class RayRunner:
             import ray.data
         except ImportError as error:
             raise UserError(f"--runner ray needs Ray ({error}): pip install 'adaclip-finetune[ray]'") from error
-        videos = [*new, *(video for video in collection.videos if video.id in undivided)]
+        collection, undivided = work.collection, work.undivided
+        videos = [*work.new, *(video for video in collection.videos if video.id in undivided)]
         if not videos:
             return
         ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
@@ -66,18 +57,19 @@ class RayRunner:
         cpus = int(resources["CPU"])
         actors, readers = (gpus, min(model.config.num_workers, cpus // gpus)) if gpus else (cpus, 0)
         size = max(1, min(_VIDEOS, len(videos) // (_BATCHES * actors)))
-        work = []
+        items = []
         for start in range(0, len(videos), size):
             batch = videos[start : start + size]
             whole = {video.id: undivided[video.id] for video in batch if video.id in undivided}
-            work.append({"work": pickle.dumps((collection.only(batch), whole, moments))})
+            new = [video for video in batch if video.id not in undivided]
+            items.append({"work": pickle.dumps(Work(collection.only(batch), new, whole, work.moments))})
         settings = {**self.settings, "num_workers": readers}
-        done = ray.data.from_items(work, override_num_blocks=min(len(work), _TASKS)).map(
+        done = ray.data.from_items(items, override_num_blocks=min(len(items), _TASKS)).map(
             _Embedder,
             fn_constructor_args=(self.source, settings, model.fingerprint),
             num_cpus=max(1, readers),
             num_gpus=1 if gpus else 0,
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(work))),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
         )
         for row in done.iter_rows():
             result = pickle.loads(row["result"])
@@ -99,19 +91,16 @@ class _Embedder:
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, bytes]:
         """Return the videos, failures and pictures of a batch, or the UserError that the model raised."""
         try:
-            return {"result": pickle.dumps(self._embed(*pickle.loads(row["work"])))}
+            return {"result": pickle.dumps(self._embed(pickle.loads(row["work"])))}
         except UserError as error:  # Ray would wrap it
             return {"result": pickle.dumps(UserError(str(error)))}
 
-    def _embed(
-        self, collection: VideoCollection, undivided: Mapping[str, EmbeddedVideo], moments: MomentSettings | None
-    ) -> tuple[list[EmbeddedVideo], dict[str, str], dict[str, bytes]]:
-        new = [video for video in collection.videos if video.id not in undivided]
+    def _embed(self, work: Work) -> tuple[list[EmbeddedVideo], dict[str, str], dict[str, bytes]]:
         embedded: dict[str, EmbeddedVideo] = {}
         failed: dict[str, str] = {}
         with TemporaryDirectory() as place:
             folder = Path(place)
-            for batch, broken in embed_videos(self._loaded(), collection, new, undivided, moments, folder):
+            for batch, broken in embed_videos(self._loaded(), work, folder):
                 embedded |= {video.row["id"]: video for video in batch}
                 failed |= broken
             pictures = {path.name: path.read_bytes() for path in folder.iterdir()}

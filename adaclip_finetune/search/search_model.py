@@ -32,6 +32,7 @@ from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
 from adaclip_finetune.search.query import terms_of
 from adaclip_finetune.search.stores.base import Searchable
+from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.session import Session, open_any
 from adaclip_finetune.weights.plain import weights_digest
 
@@ -147,12 +148,15 @@ class SearchModel:
 
     def embed(self, batch: VideoBatch) -> tuple[Tensor, list[WeightedFrames]]:
         """Return the vectors (B, D) of a batch that `VideoReader` read, and the frames that they were made of. Raise
-        UserError if they depend on the query."""
+        UserError if they depend on the query or are not finite."""
         self.refuse_query_dependent()
-        with torch.no_grad(), self.autocast():
+        with memory_explained(self.config), torch.no_grad(), self.autocast():
             features = self.model.encode_video(batch.to(self.device))
-            assert features.vector is not None
-            return _normalised(features.vector), _weighted_frames(features, batch.frame_indices)
+        assert features.vector is not None
+        vectors = _normalised(features.vector)
+        if not vectors.isfinite().all():
+            raise UserError(f"{self.source}: its vectors are not finite; the weights have probably diverged")
+        return vectors, _weighted_frames(features, batch.frame_indices)
 
     def refuse_query_dependent(self) -> None:
         """Raise UserError if the vector of a video depends on the query, so that it cannot be computed in advance."""

@@ -12,14 +12,20 @@ from adaclip_finetune.errors import UserError
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raise UserError, which names the file and the place, if that fails."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file (looked for in {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return parse_json(text, str(path))
+    return parse_json(decoded(content, path), str(path))
+
+
+def decoded(content: bytes, source: object, encoding: str = "utf-8-sig") -> str:
+    """Return the text of a file, without a byte order mark. Raise UserError, beginning with `source`, if it is none."""
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def parse_json(text: str, source: str) -> Any:

@@ -15,8 +15,8 @@ from media import coded_frame, write_video
 from PIL import Image
 
 from adaclip_finetune.commands.serve import listen
+from adaclip_finetune.data.frame_store import stamp_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import THUMBS, EmbeddedMoments, VideoIndex, read_index, write_index
 from adaclip_finetune.search.serve.app import create_app, make_server
 from adaclip_finetune.search.serve.served import ModelThread

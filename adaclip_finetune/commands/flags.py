@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from adaclip_finetune.config.schema import Described, described
 from adaclip_finetune.config.settings import GROUPS
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.strict_json import parse_json
+from adaclip_finetune.strict_json import decoded, parse_json
 
 MODEL = ("clip_weights", "device", "precision")
 """The settings of a model that may differ where it searches."""
@@ -228,6 +229,21 @@ def check_inputs(inputs: Mapping[str, Iterable[Path | str | None]]) -> None:
             if not path.is_file():
                 reason = "is a folder, not a file" if path.is_dir() else f"no such file (looked for in {Path.cwd()})"
                 raise UserError(f"{flag} {path}: {reason}")
+
+
+def read_queries(path: Path) -> list[str]:
+    """Return the lines of --queries, a file or - for standard input, that are not blank. Raise UserError.
+
+    Only a line feed ends a line: other characters that end lines may be part of a query.
+    """
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from error
+    lines = [line.strip() for line in decoded(content, f"--queries {path}").split("\n")]
+    if not any(lines):
+        raise UserError(f"--queries {path}: holds no query; write one per line")
+    return [line for line in lines if line]
 
 
 def check_outputs(outputs: Mapping[str, Path | None], suffixes: Mapping[str, str], inputs: Iterable[object]) -> None:

@@ -11,6 +11,7 @@ from adaclip_finetune.commands.flags import (
     check_inputs,
     check_outputs,
     given,
+    read_queries,
     write_output,
 )
 from adaclip_finetune.errors import UserError
@@ -59,15 +60,3 @@ def run(words: Sequence[str]) -> int:
         write_output("--save-embeddings", ids, names)
         print(f"vectors: {printable(vectors)}, ids beside it in {printable(ids.name)}")
     return 0
-
-
-def read_queries(path: Path) -> list[str]:
-    """Return the queries of a text file, one per line, without empty lines. Raise UserError."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--queries {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = text.split("\n")  # splitlines() would also split at characters that may be part of a query
-    if not (queries := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"--queries {path}: holds no query; write one per line")
-    return queries

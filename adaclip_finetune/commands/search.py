@@ -22,6 +22,7 @@ from adaclip_finetune.commands.flags import (
     add_adapt_flags,
     add_checkpoint_flags,
     model_settings,
+    read_queries,
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
@@ -69,7 +70,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.hybrid and arguments.text is None and arguments.queries is None:
         raise UserError("--hybrid looks for a text in what is said: give a text, or --queries")
     name = arguments.text or arguments.image or arguments.video
-    texts = [str(name)] if arguments.queries is None else _lines(arguments.queries)
+    texts = [str(name)] if arguments.queries is None else read_queries(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
     if adaptation and (any(examples) or any(len(terms_of(text)) > 1 for text in texts)):
         raise UserError("--adapt adapts to single texts: leave out --image, --video and combinations of texts")
@@ -194,20 +195,6 @@ def _parser() -> Parser:
     add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
     add_checkpoint_flags(parser, *MODEL)
     return parser
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines that are not blank. Only a line feed ends a line. Raise UserError."""
-    try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        texts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError(f"--queries {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--queries {path}: not UTF-8 text at byte {error.start}") from error
-    if not texts:
-        raise UserError(f"--queries {path}: holds no query")
-    return texts
 
 
 def _print(

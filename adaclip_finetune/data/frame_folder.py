@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, stamp_of_files, unlisted
+from adaclip_finetune.data.frame_store import FrameError, place_and_stamp, unlisted
 from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import FolderNames, split_extension
 
@@ -51,7 +51,7 @@ class FrameFolder(ImageStore):
         return times
 
     def stamp(self, video_id: str) -> str:
-        return stamp_of_files(video_id, self.video_folder(video_id))
+        return place_and_stamp(video_id, self.video_folder(video_id))
 
     def video_folder(self, video_id: str) -> Path:
         """Return the folder of a video's images, whatever Unicode form its name has.

@@ -7,9 +7,10 @@ by fork or by pickle, and used in several threads. Whatever cannot be read is a 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,14 +68,33 @@ class FrameStore(Protocol):
         ...
 
 
-def stamp_of_files(video_id: str, path: Path | RemotePath) -> str:
-    """Return the stamp of a file, or of a folder and the files in it. Raise FrameError."""
+class FileStamp(NamedTuple):
+    """Size and time of change of a video, by which a change is noticed.
+
+    For a folder of frames, `size` is the sum over its files, and `mtime_ns` the latest change of one of them or of the
+    folder itself, which changes when a file is added, removed or renamed.
+    """
+
+    size: int  # bytes
+    mtime_ns: int
+
+
+def stamp_of(path: Path | RemotePath) -> FileStamp:
+    """Return the stamp that a file or a folder of frames has now. Raise OSError."""
+    found = path.stat()
+    if isinstance(path, RemotePath) or not path.is_dir():
+        return FileStamp(found.st_size, found.st_mtime_ns)
+    with os.scandir(path) as entries:
+        images = [entry.stat() for entry in entries]
+    return FileStamp(sum(one.st_size for one in images), max(one.st_mtime_ns for one in (found, *images)))
+
+
+def place_and_stamp(video_id: str, path: Path | RemotePath) -> str:
+    """Return where a file or a folder of frames is, and its stamp, as `FrameStore.stamp` does. Raise FrameError."""
     try:
-        files = sorted(path.iterdir()) if isinstance(path, Path) and path.is_dir() else [path]
-        facts = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
+        return f"{path.absolute() if isinstance(path, Path) else path} {tuple(stamp_of(path))}"
     except OSError as error:
         raise FrameError(video_id, str(path), error.strerror or str(error), "missing") from error
-    return f"{path.absolute() if isinstance(path, Path) else path} {facts}"
 
 
 def unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:

@@ -18,7 +18,7 @@ from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, show
 from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.other_forms import describe_other_form
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.strict_json import parse_json
+from adaclip_finetune.strict_json import decoded, parse_json
 
 _BLOCK = 2**22  # bytes
 
@@ -51,10 +51,7 @@ class JsonLines(LazySequence[VideoAnnotation]):
                 line = file.read(self._starts[index + 1] - self._starts[index])
         except OSError as error:
             raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
-        try:
-            text = line.decode("utf-8-sig" if index == 0 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        text = decoded(line, where).rstrip("\r\n")
         try:
             entry = parse_json(text, where) if text.strip() else None
         except UserError as error:

@@ -22,7 +22,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Kind, stamp_of_files
+from adaclip_finetune.data.frame_store import FrameError, Kind, place_and_stamp
 from adaclip_finetune.data.images import ImageStore
 from adaclip_finetune.data.names import canonical, split_extension
 from adaclip_finetune.errors import UserError
@@ -63,7 +63,7 @@ class PackedFrames(ImageStore):
         return None if times is None else np.array(times, np.float64)
 
     def stamp(self, video_id: str) -> str:
-        return f"{stamp_of_files(video_id, self.path)} {self._record(video_id)['name']}"
+        return f"{place_and_stamp(video_id, self.path)} {self._record(video_id)['name']}"
 
     def _record(self, video_id: str) -> dict[str, Any]:
         """Return what the pack says of a video, whose name may carry the extension of a video file."""

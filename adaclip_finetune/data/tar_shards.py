@@ -15,8 +15,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaclip_finetune.data.annotations import VideoAnnotation, parse_video, shown
-from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, stamp_of_files
+from adaclip_finetune.data.frame_store import FrameError, place_and_stamp
 from adaclip_finetune.data.lazy_sequence import LazySequence
 from adaclip_finetune.data.names import canonical, split_extension
-from adaclip_finetune.data.video.decoding import BrokenVideo, Member, Stopped, never
-from adaclip_finetune.data.video.file import read_frames, scan_frames
-from adaclip_finetune.data.video.index import FrameIndex, cache_folder, index_video, pack_index, unpack_index
+from adaclip_finetune.data.video.decoding import Member
+from adaclip_finetune.data.video.folder import DecodedStore
+from adaclip_finetune.data.video.index import cache_folder, index_video, pack_index
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.strict_json import parse_json
+from adaclip_finetune.strict_json import decoded, parse_json
 
 FORMAT = 1  # to be raised whenever the index of the same shards would be another
 # A sample: a digest of its key, its shard, the place and size of its video (size -1: none), and where the header of its
@@ -42,11 +41,12 @@ _CAPTIONS = ("txt", "json")  # the first one that a sample has: JSON beside a te
 _KEPT = 4096  # videos whose frame index is kept
 
 
-class TarShards:
+class TarShards(DecodedStore[Member]):
     """A frame store for the videos in `folder/*.tar`, whose names are their keys."""
 
     def __init__(self, folder: Path) -> None:
         """Index the shards. Raises UserError for one that is no plain tar file, and for a key that occurs twice."""
+        super().__init__()
         self.folder, self.shards = folder, sorted(folder.glob("*.tar"))
         facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.shards]
         cache = _cache_file(folder)
@@ -60,29 +60,12 @@ class TarShards:
         if (twice := np.flatnonzero(self._keys[1:] == self._keys[:-1])).size:
             one, other = (self.shards[samples["shard"][self._order[twice[0] + step]]] for step in (0, 1))
             raise UserError(f"{folder}: {one.name} and {other.name} hold samples of one key; keys must differ")
-        self._indices: dict[str, bytes] = {}
-
-    def count(self, video_id: str) -> int:
-        return self._indexed(video_id).num_frames
-
-    def times(self, video_id: str) -> NDArray[np.float64] | None:
-        return self._indexed(video_id).times()
 
     def stamp(self, video_id: str) -> str:
-        member = self.find(video_id)
-        return f"{stamp_of_files(video_id, member.path)} {member}"
+        member = self.locate(video_id)
+        return f"{place_and_stamp(video_id, member.path)} {member}"
 
-    def read(self, video_id: str, indices: Sequence[int]) -> Frames:
-        index = self._indexed(video_id)
-        with self._named(video_id) as member:
-            return read_frames(member, index, indices)
-
-    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        index = self._indexed(video_id)
-        with self._named(video_id) as member:
-            yield from scan_frames(member, index, stopped)
-
-    def find(self, video_id: str) -> Member:
+    def locate(self, video_id: str) -> Member:
         """Return where the video is, named by its key, with or without an extension. Raises FrameError."""
         for name in (video_id, split_extension(video_id)[0]):
             place = int(np.searchsorted(self._keys, key := _digest_of_key(name)))
@@ -92,25 +75,10 @@ class TarShards:
                     return Member(self.shards[sample["shard"]], int(sample["video"]), int(sample["size"]))
         raise FrameError(video_id, self.folder, "no shard holds a video of this key", "missing")
 
-    def _indexed(self, video_id: str) -> FrameIndex:
-        if video_id not in self._indices:
-            with self._named(video_id) as member:
-                packed = pack_index(index_video(member))
-            if len(self._indices) >= _KEPT:
-                self._indices.clear()
-            self._indices[video_id] = packed
-        return unpack_index(self._indices[video_id])
-
-    @contextmanager
-    def _named(self, video_id: str) -> Iterator[Member]:
-        """Give the member of a video; errors in the body become FrameErrors that name it and its shard."""
-        member = self.find(video_id)
-        try:
-            yield member
-        except BrokenVideo as error:
-            raise FrameError(video_id, member.path, str(error), error.kind) from None
-        except OSError as error:
-            raise FrameError(video_id, member.path, error.strerror or str(error)) from None
+    def _packed_index(self, source: Member) -> bytes:
+        if len(self._indices) >= _KEPT:
+            self._indices.clear()
+        return pack_index(index_video(source))
 
 
 class ShardCaptions(LazySequence[VideoAnnotation]):
@@ -150,10 +118,7 @@ class ShardCaptions(LazySequence[VideoAnnotation]):
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path}: cannot be read at byte {place}: {error}") from error
         where = f"{path}: {member.name}"
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        text = decoded(content, where)
         key, extension = _split(member.name)
         return parse_video(where, key, {"sentences": [text] if extension == "txt" else _sentences(where, text)})
 

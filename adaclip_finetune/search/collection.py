@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import check_name, load_annotations
 from adaclip_finetune.data.frame_folder import FrameFolder
-from adaclip_finetune.data.frame_store import FrameError, FrameStore
+from adaclip_finetune.data.frame_store import FileStamp, FrameError, FrameStore, stamp_of
 from adaclip_finetune.data.frames import open_store
 from adaclip_finetune.data.video.discovery import find_videos, has_video_extension
 from adaclip_finetune.data.video.folder import VideoFolder
@@ -22,17 +21,6 @@ from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.metadata import ENDINGS, metadata_beside
 from adaclip_finetune.search.transcripts import transcripts_beside
-
-
-class FileStamp(NamedTuple):
-    """Size and time of change of a video, by which a change since indexing is noticed.
-
-    For a folder of frames, `size` is the sum over its files, and `mtime_ns` the latest change of one of them or of the
-    folder itself, which changes when a file is added, removed or renamed.
-    """
-
-    size: int  # bytes
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -98,16 +86,6 @@ class VideoFiles(VideoFolder):
 
     def locate(self, video_id: str) -> Path | RemotePath:
         return self._root / self._files[video_id]
-
-
-def stamp_of(path: Path | RemotePath) -> FileStamp:
-    """Return the stamp that a file or a folder of frames has now. Raise OSError."""
-    found = path.stat()
-    if isinstance(path, RemotePath) or not path.is_dir():
-        return FileStamp(found.st_size, found.st_mtime_ns)
-    with os.scandir(path) as entries:
-        images = [entry.stat() for entry in entries]
-    return FileStamp(sum(one.st_size for one in images), max(one.st_mtime_ns for one in (found, *images)))
 
 
 def copies_among(videos: Sequence[CollectionVideo], known: Sequence[CollectionVideo]) -> dict[str, str]:

@@ -7,11 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
+from adaclip_finetune.data.frame_store import stamp_of
 from adaclip_finetune.data.video.decoding import CONTAINERS
 from adaclip_finetune.data.video.discovery import is_video_file
 from adaclip_finetune.data.video.program import find_program
 from adaclip_finetune.durable import replacing
-from adaclip_finetune.search.collection import stamp_of
 from adaclip_finetune.search.index import IndexedVideo
 
 # Files whose streams are copied, and ffmpeg's name of the container. In others ffmpeg does not find every key frame.

@@ -29,11 +29,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from adaclip_finetune.data.frame_store import FileStamp
 from adaclip_finetune.data.video.remote import RemotePath, path_of
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
-from adaclip_finetune.search.collection import FileStamp
 from adaclip_finetune.search.peaks import find_peaks
 from adaclip_finetune.search.transcripts import FoundLine
 from adaclip_finetune.search.where import columns, conditions, rows_where

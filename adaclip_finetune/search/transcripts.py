@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.query import terms_of
+from adaclip_finetune.strict_json import decoded
 
 TRANSCRIPTS = "transcripts.sqlite"  # in the folder of an index
 ENDINGS = (".srt", ".vtt")
@@ -230,10 +231,8 @@ def _drop(db: sqlite3.Connection, file: bytes) -> None:
 
 def _text(path: Path) -> str:
     content = path.read_bytes()
-    try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").replace("\0", "")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    is_utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return decoded(content, path, "utf-16" if is_utf_16 else "utf-8-sig").replace("\0", "")
 
 
 def _spaced(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from media import ffmpeg, index_of, write_video
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.search.collection import stamp_of
+from adaclip_finetune.data.frame_store import stamp_of
 from adaclip_finetune.search.cut import CutFailed, clip_name, cut
 from adaclip_finetune.search.index import IndexedVideo
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from adaclip_finetune.cli import main
 from adaclip_finetune.data.dataset import VideoReader
 from adaclip_finetune.data.frame_folder import FRAME_TIMES, FrameFolder
+from adaclip_finetune.data.frame_store import FileStamp
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search import build, search_model
 from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import (
     CollectionVideo,
-    FileStamp,
     VideoCollection,
     VideoFiles,
     collect_annotation,

@@ -1,38 +1,45 @@
-"""A folder of video files that are read in place: which file is a video, and its frames."""
+"""Stores of video files that are read in place: what all of them share, and a folder: which file in it is a video."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, stamp_of_files, unlisted
+from adaclip_finetune.data.frame_store import FrameError, Frames, Scan, place_and_stamp, unlisted
 from adaclip_finetune.data.names import FolderNames, canonical, differing_forms
-from adaclip_finetune.data.video.decoding import BrokenVideo, Stopped, never
+from adaclip_finetune.data.video.decoding import BrokenVideo, Member, Source, Stopped, never
 from adaclip_finetune.data.video.discovery import has_video_extension, is_video_file
 from adaclip_finetune.data.video.file import read_frames, scan_frames, stream_frames
 from adaclip_finetune.data.video.index import FrameIndex, IndexCache, ShownTimes, unpack_index
 from adaclip_finetune.data.video.remote import RemotePath
 
+S = TypeVar("S", bound=Source)
 
-class VideoFolder:
-    """A frame store for `folder/<video>.mp4` and the like. `extensions` chooses where a video has several files.
 
-    A file is scanned for its frames when it is first asked for, unless an earlier run scanned it and called `remember`.
+class DecodedStore(ABC, Generic[S]):
+    """What stores of encoded videos share: a subclass finds a video, and scans it for its frames.
+
+    That is done when the video is first asked for.
     """
 
-    def __init__(self, folder: Path, extensions: Mapping[str, str] | None = None) -> None:
-        self.folder = folder
-        self.extensions = dict(extensions or {})
-        self._names = FolderNames()
-        self._listings: dict[Path, dict[str, list[str]]] = {}
+    def __init__(self) -> None:
         self._indices: dict[str, bytes] = {}  # packed into about a hundred bytes each, since there may be a million
-        self._cache = IndexCache(folder)
+
+    @abstractmethod
+    def locate(self, video_id: str) -> S:
+        """Return what the frames of a video are read from. Raises FrameError."""
+
+    @abstractmethod
+    def _packed_index(self, source: S) -> bytes:
+        """Return the packed index of a video. Raises OSError and BrokenVideo."""
 
     def count(self, video_id: str) -> int:
         return self._index(video_id).num_frames
@@ -40,22 +47,55 @@ class VideoFolder:
     def times(self, video_id: str) -> NDArray[np.float64] | None:
         return self._index(video_id).times()
 
+    def read(self, video_id: str, indices: Sequence[int]) -> Frames:
+        index = self._index(video_id)
+        with self._named(video_id) as source:
+            return read_frames(source, index, indices)
+
+    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
+        index = self._index(video_id)
+        with self._named(video_id) as source:
+            yield from scan_frames(source, index, stopped)
+
+    def _index(self, video_id: str) -> FrameIndex:
+        if video_id not in self._indices:
+            with self._named(video_id) as source:
+                self._indices[video_id] = self._packed_index(source)
+        return unpack_index(self._indices[video_id])
+
+    @contextmanager
+    def _named(self, video_id: str) -> Iterator[S]:
+        """Give the source of a video; errors in the body become FrameErrors that name the video and its file."""
+        source = self.locate(video_id)
+        path = source.path if isinstance(source, Member) else source
+        try:
+            yield source
+        except BrokenVideo as error:
+            raise FrameError(video_id, path, str(error), error.kind) from None
+        except OSError as error:
+            raise FrameError(video_id, path, error.strerror or str(error)) from None
+
+
+class VideoFolder(DecodedStore[Path | RemotePath]):
+    """A frame store for `folder/<video>.mp4` and the like. `extensions` chooses where a video has several files.
+
+    A file is not scanned again if an earlier run scanned it and called `remember`.
+    """
+
+    def __init__(self, folder: Path, extensions: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.extensions = dict(extensions or {})
+        self._names = FolderNames()
+        self._listings: dict[Path, dict[str, list[str]]] = {}
+        self._cache = IndexCache(folder)
+
     def stamp(self, video_id: str) -> str:
-        return stamp_of_files(video_id, self.locate(video_id))
+        return place_and_stamp(video_id, self.locate(video_id))
 
     def shown(self, video_id: str, frames: Sequence[int]) -> ShownTimes:
         """Return the length of the video and when a player shows these frames. Raises FrameError."""
         return self._index(video_id).shown(frames)
-
-    def read(self, video_id: str, indices: Sequence[int]) -> Frames:
-        index = self._index(video_id)
-        with self._named(video_id) as path:
-            return read_frames(path, index, indices)
-
-    def scan(self, video_id: str, stopped: Stopped = never) -> Scan:
-        index = self._index(video_id)
-        with self._named(video_id) as path:
-            yield from scan_frames(path, index, stopped)
 
     def stream(self, video_id: str, indices: Sequence[int]) -> Scan:
         """Give the frames with these indices (ascending, each once), in one pass over the file. Raises FrameError."""
@@ -93,8 +133,10 @@ class VideoFolder:
         return folder / found[0]
 
     def locate(self, video_id: str) -> Path | RemotePath:
-        """Return the file that the frames of a video are read from. Raises FrameError."""
         return self.find(video_id)
+
+    def _packed_index(self, source: Path | RemotePath) -> bytes:
+        return self._cache.packed_index(source)
 
     def other_files(self) -> list[Path]:
         """Return the files that are no videos, of the folders in which videos were looked up."""
@@ -114,20 +156,3 @@ class VideoFolder:
                     listing.setdefault(key, []).append(name)
             self._listings[folder] = listing
         return self._listings[folder]
-
-    def _index(self, video_id: str) -> FrameIndex:
-        if video_id not in self._indices:
-            with self._named(video_id) as path:
-                self._indices[video_id] = self._cache.packed_index(path)
-        return unpack_index(self._indices[video_id])
-
-    @contextmanager
-    def _named(self, video_id: str) -> Iterator[Path | RemotePath]:
-        """Give the file of a video; errors in the body become FrameErrors that name both."""
-        path = self.locate(video_id)
-        try:
-            yield path
-        except BrokenVideo as error:
-            raise FrameError(video_id, path, str(error), error.kind) from None
-        except OSError as error:
-            raise FrameError(video_id, path, error.strerror or str(error)) from None

@@ -22,6 +22,23 @@ SPEC = ImageSpec(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 SMALL = {"num_frm": 6, "top_k": 2, "hidden_dim": 64, "mlp_hidden_dim": 32, "rescale_size": 8, "policy_backbone": "raw"}
 
 
+def build_pe_clip(**trunk: Any) -> nn.Module:
+    """Return a CLIP with rotary positions, a class token and attention pooling, two blocks in each tower; `trunk` are
+    options of timm for the image tower."""
+    settings: Any = open_clip.get_model_config("PE-Core-B-16")
+    settings["vision_cfg"]["image_size"] = 32
+    settings["text_cfg"] |= {"vocab_size": VOCABULARY, "layers": 1, "width": 32, "heads": 2}
+    settings.pop("custom_text")
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32, **trunk}
+    create = timm.create_model
+    with (
+        torch.random.fork_rng(),
+        patch("timm.create_model", lambda name, **options: create(name, **{**options, **small})),
+    ):
+        torch.manual_seed(0)
+        return open_clip.CustomTextCLIP(**settings).eval()
+
+
 def build_retriever(clip: nn.Module | None = None, spec: ImageSpec = SPEC, **settings: Any) -> VideoRetriever:
     """Return a random retriever with the settings `SMALL`, changed as given. By default its CLIP has 100 words."""
     config = load_config(None, {**SMALL, "policy_weights": "random", **settings})

@@ -2,21 +2,18 @@
 
 import copy
 from typing import Any
-from unittest.mock import patch
 
 import open_clip
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny_clip
 from golden import load_golden
-from tiny import build_retriever, build_timm_clip, random_frames, random_tokens, random_videos
+from tiny import build_pe_clip, build_retriever, build_timm_clip, random_videos
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices.towers import ClusteringSettings
-from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.flops import count_gflops
 from adaclip_finetune.model.pooling import MeanPooling
@@ -56,19 +53,6 @@ def pixels(videos: int = 2, frames: int = 6) -> Tensor:
 
 def all_real(frames: Tensor) -> Tensor:
     return torch.ones(frames.shape[:2], dtype=torch.bool)
-
-
-def rotary_clip() -> nn.Module:
-    """Return a CLIP with PE's image tower: a class token and rotary positions, two blocks, 4 × 4 patches."""
-    create = timm.create_model
-    small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32, "patch_size": 8, "ref_feat_shape": (4, 4)}
-    config = open_clip.get_model_config("PE-Core-B-16")
-    config["vision_cfg"]["image_size"] = 32
-    config["text_cfg"] |= {"vocab_size": 100, "layers": 1, "width": 64, "heads": 1}
-    config.pop("custom_text", None)
-    with torch.random.fork_rng(), patch("timm.create_model", lambda name, **given: create(name, **{**given, **small})):
-        torch.manual_seed(0)
-        return open_clip.CustomTextCLIP(**config).eval()
 
 
 # ---- clustering alone ----
@@ -210,22 +194,6 @@ def test_the_tower_is_the_published_one_with_its_gradients(part: str, name: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("algorithm", "aggregation"), KINDS)
-def test_frames_that_are_not_real_have_no_influence(algorithm: str, aggregation: str) -> None:
-    tower = tiny_tower(algorithm=algorithm, aggregation=aggregation, stages=[{"block": 1, "segments": 3, "tokens": 3}])
-    frames = pixels(4, 7)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 0], [1] * 7]).bool()
-    tokens = tower(frames, mask)
-    assert tokens.isfinite().all()
-    others = torch.where(mask[..., None, None, None], frames, 5 * torch.randn_like(frames))
-    torch.testing.assert_close(tower(others, mask), tokens, atol=1e-12, rtol=1e-12)
-    assert not torch.allclose(tower(others, all_real(frames))[:3], tokens[:3])
-    for video in range(4):
-        alone = tower(frames[video : video + 1], mask[video : video + 1])
-        torch.testing.assert_close(alone, tokens[video : video + 1], atol=1e-12, rtol=1e-12)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("algorithm", "aggregation"), [kind for kind in KINDS if kind[0] in REDUCING])
 def test_a_segment_is_encoded_as_if_it_were_a_video(algorithm: str, aggregation: str) -> None:
     """The segments of seven frames are two, two and three; of the last one, a frame is not real."""
@@ -301,30 +269,6 @@ def test_random_sampling_follows_the_seed_and_stays_in_its_strides() -> None:
     assert torch.equal(tower(images, all_real(images)), tower(images, all_real(images)))
 
 
-@pytest.mark.parametrize(("algorithm", "aggregation"), KINDS)
-def test_gradient_checkpointing_gives_the_same_gradients(algorithm: str, aggregation: str) -> None:
-    embedding = "normal" if algorithm in ("kmedoids", "spectral") else "off"
-    stages = [{"block": 0, "segments": 3, "tokens": 3}, {"block": 1, "segments": 2, "tokens": 2}]
-    clip = build_tiny_clip(vocabulary=100)
-    more = {"algorithm": algorithm, "aggregation": aggregation, "cluster_embedding": embedding}
-    tower = tiny_tower(clip, stages=stages, **more).train()
-    gradients = []
-    for tower.checkpointing in (False, True):
-        torch.manual_seed(5)
-        images = pixels().requires_grad_()
-        mask = all_real(images)
-        mask[1, 2:] = False
-        tower(images, mask).square().sum().backward()
-        assert images.grad is not None and images.grad.isfinite().all() and not images.grad[1, 2:].any()
-        learned = [*clip.visual.parameters(), *tower.parameters()]
-        assert all(parameter.grad is not None for parameter in learned)
-        gradients.append([images.grad, *(parameter.grad.clone() for parameter in learned)])
-        for parameter in learned:
-            parameter.grad = None
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, atol=1e-12, rtol=1e-12)
-
-
 @torch.no_grad()
 def test_settings_that_change_results() -> None:
     clip, images = build_tiny_clip(vocabulary=100), pixels()
@@ -351,7 +295,7 @@ def test_cluster_embeddings_start_from_positions_or_random_values() -> None:
     wide = tiny_tower(stages=stages, cluster_embedding="normal").embeddings[0]
     assert 0.5 < wide.std() * 8 < 2
     assert not list(tiny_tower(clip).parameters())
-    for other in (build_timm_clip(), rotary_clip()):
+    for other in (build_timm_clip(), build_pe_clip()):
         positions, view = tiny_tower(other, cluster_embedding="positions").embeddings[0], vision_view(other)
         still = view.place(torch.zeros(1, 3, 32, 32).double())[0, view.prefix :]  # the bias of the patches, and these
         differences = still[1:3] - still[0]
@@ -361,7 +305,7 @@ def test_cluster_embeddings_start_from_positions_or_random_values() -> None:
 @torch.no_grad()
 def test_tokens_keep_their_places_in_rotary_towers() -> None:
     """Of the 16 patches of a frame, sampling keeps 2, 6, 10 and 14."""
-    clip = rotary_clip()
+    clip = build_pe_clip(patch_size=8, ref_feat_shape=(4, 4))
     tower = tiny_tower(clip, algorithm="sparse_sampling", stages=[{"block": 1, "segments": 1, "tokens": 4}])
     view, images = tower.view, pixels(2, 1)
     tokens = view.blocks[0](view.norm(view.place(images[:, 0])))[:, [0, 3, 7, 11, 15]]
@@ -407,22 +351,6 @@ def test_what_the_image_tower_cannot_do_is_refused(given: dict[str, Any], words:
 def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=rf"tower\.config.*{words}"):
         load_config(None, {"tower": {"method": "clustering", "config": given}})
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("header", ["meanP", "seqTransf"])
-def test_it_trains_behind_a_frame_selector(algorithm: str, header: str) -> None:
-    tower = {"method": "clustering", "config": {"stages": ONE_STAGE, "algorithm": algorithm}}
-    model = build_retriever(tower=tower, top_k=3, sim_header=header, frame_agg="mlp").train()
-    videos, ids = random_videos(), random_tokens()
-    videos.frame_mask[1, 4:] = False
-    text, video = model(TrainBatch(videos, [], ids, torch.rand(4, 6)))
-    F.cross_entropy(model.similarity(text, video), torch.arange(4)).backward()
-    assert model.selector is not None
-    gradient = next(model.selector.scorer.parameters()).grad
-    assert gradient is not None and gradient.isfinite().all() and gradient.any()
-    torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
-    assert model.eval().encode_image(random_frames(1, 3, 32, 32)).shape == (1, 64)
 
 
 def test_it_runs_in_mixed_precision_and_is_counted() -> None:

@@ -10,17 +10,15 @@ from unittest.mock import patch
 
 import open_clip
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny_clip
 from golden import load_golden
-from tiny import VOCABULARY, build_retriever, build_timm_clip, random_tokens, random_videos
+from tiny import VOCABULARY, build_pe_clip, build_timm_clip
 from torch import Tensor, nn
 
 from adaclip_finetune.config import load_config
 from adaclip_finetune.config.choices.towers import PerFrameSettings, ProxyTokensSettings
-from adaclip_finetune.data.dataset import TrainBatch
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.model.pooling import MeanPooling
 from adaclip_finetune.model.towers.base import FrameTower
@@ -29,7 +27,6 @@ from adaclip_finetune.model.towers.proxy_tokens import ProxyTokens, proxy_attent
 from adaclip_finetune.model.vit import vision_view
 from adaclip_finetune.objectives.auxiliary_captions import both_texts, both_ways
 from adaclip_finetune.objectives.contrastive import contrastive_loss
-from adaclip_finetune.peft import build_method, choose_what_learns
 
 Golden = dict[str, Any]
 
@@ -159,22 +156,6 @@ def test_all_golden_values_agree_where_they_are_at_hand(shared: Path, name: str)
 # ---- every image tower ----
 
 
-def build_pe_clip() -> nn.Module:
-    """Return a CLIP with rotary positions, a class token and attention pooling, two blocks in each tower."""
-    settings: Any = open_clip.get_model_config("PE-Core-B-16")
-    settings["vision_cfg"]["image_size"] = 32
-    settings["text_cfg"] |= {"vocab_size": VOCABULARY, "layers": 1, "width": 32, "heads": 2}
-    settings.pop("custom_text")
-    small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32}
-    create = timm.create_model
-    with (
-        torch.random.fork_rng(),
-        patch("timm.create_model", lambda name, **options: create(name, **{**options, **small})),
-    ):
-        torch.manual_seed(0)
-        return open_clip.CustomTextCLIP(**settings).eval()
-
-
 CLIPS: dict[str, Callable[[], nn.Module]] = {
     "class token": lambda: build_tiny_clip(vocabulary=VOCABULARY),
     "no class token": build_timm_clip,
@@ -260,24 +241,6 @@ def test_temporal_rows_are_interpolated_as_torch_does(size: int, count: int) -> 
     assert_close(rows[1, 1:-1], expected)
 
 
-def test_a_masked_frame_changes_nothing(kind: str) -> None:
-    """The result is that of the real frames alone, whatever is in the others; a batch is its videos one by one."""
-    tower, pixels = build(kind, temporal_size=3), frames(5)
-    mask = torch.tensor([[True, True, True, False, False], [False, True, True, False, True]])
-    out = tower(pixels, mask)
-    assert out.shape == (2, 1, tower.clip.get_submodule("visual")(pixels[:, 0]).shape[-1])
-    noisy = torch.where(mask[..., None, None, None], pixels, 1e3 * torch.randn_like(pixels))
-    assert_close(tower(noisy, mask), out)
-    for number in range(2):
-        alone = pixels[number, mask[number]][None]
-        assert_close(tower(alone, everything(alone))[0], out[number])
-    pixels.requires_grad_()
-    tower(pixels, mask).sum().backward()
-    assert pixels.grad is not None
-    reached = pixels.grad.flatten(2).norm(dim=2) > 0
-    assert torch.equal(reached, mask)
-
-
 def test_a_video_without_real_frames_has_a_finite_vector(kind: str) -> None:
     tower, pixels = build(kind), torch.zeros(1, 3, 3, 32, 32, dtype=torch.float64)
     out = tower(pixels, ~everything(pixels))
@@ -324,26 +287,6 @@ def test_new_proxies_start_as_the_setting_says(kind: str, proxy_init: str) -> No
         assert ((distance > 0.05) & (distance < 0.2)).all()
 
 
-def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
-    gradients = []
-    pixels = frames(3)
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    tower = build(kind, temporal_size=3)
-    for checkpointing in (False, True):
-        tower.zero_grad()
-        tower.clip.zero_grad()
-        tower.checkpointing = checkpointing
-        tower(pixels, mask).square().sum().backward()
-        parameters = {**dict(tower.named_parameters()), **dict(tower.clip.get_submodule("visual").named_parameters())}
-        gradients.append({name: parameter.grad for name, parameter in parameters.items()})
-    plain, again = gradients
-    for name, gradient in plain.items():
-        assert gradient is not None and again[name] is not None, name
-        assert_close(again[name], gradient)
-    for name, parameter in tower.named_parameters():
-        assert parameter.grad is not None and (parameter.grad.norm(dim=1) > 0).all(), name
-
-
 def test_it_runs_in_bfloat16(kind: str) -> None:
     tower, pixels = build(kind).float(), frames(3).float()
     tower.clip.float()
@@ -351,39 +294,6 @@ def test_it_runs_in_bfloat16(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = tower(pixels, everything(pixels))
     assert (out.float() - expected).norm() < 0.1 * expected.norm()
-
-
-# ---- in a retriever ----
-
-LORA = {"method": "lora", "config": {"rank": 2}}
-TOWER = {"method": "proxy_tokens", "config": {"num_proxies": 3, "temporal_size": 5}}
-
-
-@pytest.mark.parametrize(
-    "peft", [{"method": "full"}, LORA, {"method": "bitfit"}, {"method": "ssf"}, {"method": "adapter"}]
-)
-@pytest.mark.parametrize("policy", [True, False])
-def test_proxies_learn_with_every_method_and_with_selection(kind: str, peft: dict[str, Any], policy: bool) -> None:
-    settings: dict[str, Any] = {"tower": TOWER, "peft": peft, "use_policy": policy, "frame_agg": None, "top_k": 3}
-    clip, config = copy.deepcopy(pretrained(kind)).float(), load_config(None, settings)
-    method = build_method(config)
-    method.attach(clip)
-    model = build_retriever(clip, **settings).train()
-    choose_what_learns(method, model, config)
-    tokens = torch.randint(1, VOCABULARY - 1, (4, 32)) if kind == "rotary" else random_tokens(4)
-    text, video = model(TrainBatch(random_videos(), [], tokens, torch.rand(4, 6)))
-    F.cross_entropy(model.similarity(text, video), torch.arange(4)).backward()
-    assert video.tokens.shape[1] == 1
-    torch.testing.assert_close(video.frame_weights.sum(dim=1), torch.ones(4))
-    assert ((video.frame_weights > 0).sum(dim=1) == (3 if policy else 6)).all()
-    for name, parameter in model.named_parameters():
-        if name.startswith("tower.") or (parameter.requires_grad and "clip.visual" in name):
-            assert parameter.grad is not None, name
-    learning = [name for name, parameter in model.named_parameters() if name.startswith("tower.")]
-    assert learning == ["tower.proxies", "tower.temporal_embedding"]
-    if model.selector is not None:
-        assert any(p.grad is not None and p.grad.norm() > 0 for p in model.selector.parameters())
-    assert model.eval().encode_image(random_videos().frames[:1, 0]).shape == (1, text.sentence.shape[1])
 
 
 def test_its_settings_are_checked() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_clip
-from tiny import SMALL, VOCABULARY, build_retriever, build_timm_clip, random_tokens, random_videos
+from tiny import SMALL, VOCABULARY, build_pe_clip, build_retriever, build_timm_clip, random_tokens, random_videos
 from torch import nn
 
 from adaclip_finetune.config import load_config
@@ -30,6 +30,18 @@ CASES: dict[str, Section] = {
     "global_local": {"method": "global_local"},
     "global_local by a transformer": {"method": "global_local", "config": {"generator": "transformer", "frames": 4}},
 }
+CLUSTERINGS = [*(("algorithm", name) for name in ("pooling", "sparse_sampling", "token_shift", "temporal_shift"))]
+CLUSTERINGS += [("aggregation", "mean"), ("cluster_embedding", "normal")]
+OUTPUTS = ("global_prompt0", "global_mean", "class_mean", "all_mean")
+MORE: dict[str, Section] = {
+    f"clustering, {value}": {"method": "clustering", "config": {**CASES["clustering"]["config"], name: value}}
+    for name, value in CLUSTERINGS
+}
+MORE |= {
+    f"{case}, {output}": {"method": "global_local", "config": {**CASES[case].get("config", {}), "output": output}}
+    for case in ("global_local", "global_local by a transformer")
+    for output in OUTPUTS
+}
 SELECTORS: dict[str, Section] = {"all frames": {"use_policy": False}, "Hard-Top-k": {"use_policy": True}}
 POOLINGS: dict[str, Section] = {
     "mean": {"frame_agg": None},
@@ -44,7 +56,14 @@ METHODS: dict[str, Section] = {
 CLIPS = {
     "open_clip": lambda: build_tiny_clip(vocabulary=VOCABULARY),
     "timm": lambda: build_timm_clip(hugging_face=False),
+    "rotary": build_pe_clip,
 }
+CASES_AND_CLIPS = [
+    (tower, kind)
+    for tower, kind in itertools.product(CASES | MORE, CLIPS)
+    if (tower, kind) != ("clustering, token_shift", "timm")  # which has no class token
+]
+every_tower = pytest.mark.parametrize(("tower", "kind"), CASES_AND_CLIPS)
 
 
 def test_every_tower_is_in_the_table() -> None:
@@ -86,13 +105,13 @@ def test_all_parts_learn_together(tower: str, selector: str, pooling: str, metho
         assert any(moved) or not moved
 
 
-@pytest.mark.parametrize(("tower", "kind"), list(itertools.product(CASES, CLIPS)))
-def test_a_video_does_not_depend_on_the_others_of_its_batch_or_on_masked_frames(tower: str, kind: str) -> None:
-    model = build_retriever(CLIPS[kind](), tower=CASES[tower], use_policy=False).double().eval()
+@every_tower
+def test_a_video_depends_neither_on_the_others_of_its_batch_nor_on_masked_frames(tower: str, kind: str) -> None:
+    model = build_retriever(CLIPS[kind](), tower=(CASES | MORE)[tower], use_policy=False).double().eval()
     batch = random_videos()
-    batch.frame_mask[0, 4:] = False
+    batch.frame_mask[0, 4:] = batch.frame_mask[1, ::2] = False
     other = copy.deepcopy(batch)
-    other.frames[0, 4:] = 255 - other.frames[0, 4:]
+    other.frames[~batch.frame_mask] = 255 - other.frames[~batch.frame_mask]
     with torch.no_grad():
         found, again = model.encode_video(batch).vector, model.encode_video(other).vector
         torch.testing.assert_close(found, again, rtol=1e-9, atol=1e-9)
@@ -101,13 +120,14 @@ def test_a_video_does_not_depend_on_the_others_of_its_batch_or_on_masked_frames(
             torch.testing.assert_close(alone, found[number : number + 1], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("tower", "kind"), list(itertools.product(CASES, CLIPS)))
+@every_tower
 def test_checkpointed_gradients_and_still_images(tower: str, kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = build_retriever(CLIPS[kind](), tower=CASES[tower], use_policy=False).double().train()
+        model = build_retriever(CLIPS[kind](), tower=(CASES | MORE)[tower], use_policy=False).double().train()
         if checkpointing:
             model.checkpoint_gradients()
+        torch.manual_seed(5)  # of what a tower draws
         model.encode_video(random_videos()).vector.square().sum().backward()
         gradients.append({n: own.grad for n, own in model.named_parameters() if own.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import Parser, a_path, add_index, model_settings
 from adaclip_finetune.errors import UserError
 
 
@@ -50,13 +50,10 @@ def _parser() -> Parser:
         "so. Each caption is asked among all videos, and among those that are not its own, where what it describes is "
         "absent. Run it again when many videos were added.",
     )
+    add_index(parser, "the folder that `adaclip index` made")
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_path, help="the folder that `adaclip index` made")
     captions = "an annotation (JSON) of its videos, unseen in training; default: the captions in the index"
     add("captions", metavar="CAPTIONS.json", nargs="?", type=a_path, help=captions)
     wanted = "how many of the captions whose video is hidden may be found; default 5"
     add("--false-finds", metavar="PERCENT", type=float, default=5.0, help=wanted)
-    moved = "the run or checkpoint that the index was made with, if it moved"
-    add("--model", metavar="RUN", type=a_path, help=moved)
-    add_checkpoint_flags(parser, *MODEL)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import Parser, a_path, add_index, model_settings, require
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
@@ -13,15 +13,14 @@ from adaclip_finetune.printable import printable
 def run(words: Sequence[str]) -> int:
     """Search for moments, and cut them out. Return 1 if some cannot be cut, else 0. Raise UserError."""
     arguments = _parser().read(words)
-    if (arguments.text is None) == (arguments.image is None):
-        raise UserError('give one thing to search for: a text ("two dogs") or --image FILE')
-    if arguments.text is not None and not arguments.text.strip():
-        raise UserError("the text to search for is empty")
-    folder = arguments.output
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"-o {folder}: there is no folder {folder.absolute().parent}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"-o {folder}: is a file; clips are written into a folder")
+    text, image, folder = arguments.text, arguments.image, arguments.output
+    rules = (
+        ((text is None) != (image is None), 'give one thing to search for: a text ("two dogs") or --image FILE'),
+        (text is None or text.strip(), "the text to search for is empty"),
+        (folder.absolute().parent.is_dir(), f"-o {folder}: there is no folder {folder.absolute().parent}"),
+        (folder.is_dir() or not folder.exists(), f"-o {folder}: is a file; clips are written into a folder"),
+    )
+    require(rules)
     settings = model_settings(arguments)
 
     from adaclip_finetune.search.cut import CutFailed, clip_name, cut
@@ -31,8 +30,7 @@ def run(words: Sequence[str]) -> int:
     index = open_index(arguments.index)
     index.need_moments()
     model = search_model_of(index, arguments.model, **settings)
-    given = arguments.image
-    vector = model.encode_query([arguments.text])[0] if given is None else model.encode_image(given)
+    vector = model.encode_query([text])[0] if image is None else model.encode_image(image)
     hits = index.search_moments(vector[None], arguments.k, where=arguments.where)[0]
     names = [f"{hit.rank:02}_{clip_name(hit.video, *hit.moments[0].span, arguments.exact)}" for hit in hits]
     if there := [name for name in names if (folder / name).exists() and not arguments.overwrite]:
@@ -59,13 +57,8 @@ def _parser() -> Parser:
         "exit code is 1 if some moments could not be cut; they are listed.",
         "adaclip cut NAME.index (TEXT | --image FILE) [--where CONDITION] [-k N] -o DIR [--exact] [--overwrite]",
     )
+    add_index(parser, "the folder that `adaclip index --moments` made, or milvus://…")
     add = parser.add_argument
-    add(
-        "index",
-        metavar="NAME.index",
-        type=a_place,
-        help="the folder that `adaclip index --moments` made, or milvus://…",
-    )
     add("text", metavar="TEXT", nargs="?", help="what the moments should show")
     add("--image", metavar="FILE", type=a_path, help="search by a picture")
     where = "cut only out of videos for which this holds, as for `adaclip search`"
@@ -74,7 +67,4 @@ def _parser() -> Parser:
     add("-o", "--output", required=True, metavar="DIR", type=a_path, help="the folder for the clips")
     add("--exact", action="store_true", help="re-encode (H.264, AAC), so that clips start and end at the exact frame")
     add("--overwrite", action="store_true", help="replace clips that have the same names")
-    moved = "the run or checkpoint that the index was made with, if it has moved"
-    add("--model", metavar="RUN", type=a_path, help=moved)
-    add_checkpoint_flags(parser, *MODEL)
     return parser

@@ -16,6 +16,7 @@ from adaclip_finetune.commands.flags import (
     check_inputs,
     check_outputs,
     given,
+    require,
     write_output,
 )
 from adaclip_finetune.errors import UserError
@@ -120,9 +121,7 @@ def _check_flags(a: Namespace) -> None:
         (not (a.adapt and a.rerank), f"--rerank {', '.join(a.rerank)} goes without --adapt: {_NOT_COMPARABLE}"),
         (not (a.adapt and (a.interpolate or a.errors)), "--adapt goes without --interpolate and --errors"),
     )
-    for holds, message in rules:
-        if not holds:
-            raise UserError(message)
+    require(rules)
     adaptation_settings(a)
 
 

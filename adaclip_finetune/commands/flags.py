@@ -97,6 +97,21 @@ def add_checkpoint_flags(parser: Parser, *names: str) -> None:
     add_some_flags(parser, Config, names or overridable(), title)
 
 
+def add_index(parser: Parser, what: str = "the folder that `adaclip index` made, or milvus://…") -> None:
+    """Add NAME.index, --model, and flags for the settings of the model that may differ where it searches."""
+    parser.add_argument("index", metavar="NAME.index", type=a_place, help=what)
+    moved = "the run or checkpoint that the index was made with, if it has moved"
+    parser.add_argument("--model", metavar="RUN", type=a_path, help=moved)
+    add_checkpoint_flags(parser, *MODEL)
+
+
+def require(rules: Iterable[tuple[object, str]]) -> None:
+    """Raise UserError with the message of the first rule that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
 def add_adapt_flags(parser: Parser, what: str) -> None:
     """Add --adapt, which does `what`, --reward, and flags for the settings of the adaptation."""
     add = parser.add_argument_group("Adapting to each query").add_argument

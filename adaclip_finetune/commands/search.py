@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaclip_finetune.commands.flags import (
-    MODEL,
     Parser,
     a_path,
     a_place,
     adaptation_settings,
     add_adapt_flags,
-    add_checkpoint_flags,
+    add_index,
     model_settings,
     read_queries,
+    require,
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
@@ -49,26 +49,7 @@ def run(words: Sequence[str]) -> int:
     """Search, and print what was found. Return 0. Raise UserError."""
     arguments = _parser().read(words)
     examples = [arguments.image, arguments.video]
-    if arguments.text is not None and arguments.queries is not None:
-        raise UserError("give either a text or --queries FILE")
-    if not any(given is not None for given in (arguments.text, arguments.queries, *examples)):
-        known = "//" in arguments.index or Path(arguments.index).exists()
-        missing = "" if known else f"{arguments.index} is no index; name one before the text, and "
-        what = 'a text ("two dogs"), --queries FILE, --image FILE or --video FILE'
-        raise UserError(f"{missing}give what to search for: {what}")
-    conditions(arguments.where)  # refused before anything is loaded
-    if arguments.k < 1:
-        raise UserError(f"-k {arguments.k}: a whole number from 1 up is needed")
-    if arguments.text is not None and not arguments.text.strip():
-        raise UserError("the text to search for is empty")
-    if arguments.compare is not None and (arguments.by == "moment" or arguments.explain):
-        raise UserError("--compare shows the ranks of videos: leave out --explain and --by moment")
-    if arguments.score is not None and arguments.by == "moment":
-        raise UserError("--score says what ranks videos: leave out --by moment")
-    if arguments.hybrid and (arguments.by == "moment" or arguments.compare is not None):
-        raise UserError("--hybrid ranks videos by what is said in them, too: leave out --by moment and --compare")
-    if arguments.hybrid and arguments.text is None and arguments.queries is None:
-        raise UserError("--hybrid looks for a text in what is said: give a text, or --queries")
+    _check_flags(arguments)
     name = arguments.text or arguments.image or arguments.video
     texts = [str(name)] if arguments.queries is None else read_queries(arguments.queries)
     settings, adaptation = model_settings(arguments), adaptation_settings(arguments)
@@ -106,6 +87,28 @@ def run(words: Sequence[str]) -> int:
             for text, hits, others in zip(block, found, before, strict=False):
                 _print(text, hits, others, arguments, seconds, nothing(text, hits) if nothing else None)
     return 0
+
+
+def _check_flags(a: Namespace) -> None:
+    """Raise UserError for what cannot be searched, before anything is loaded: the first rule that is broken."""
+    has_text, by_moment = a.text is not None or a.queries is not None, a.by == "moment"
+    what = 'give what to search for: a text ("two dogs"), --queries FILE, --image FILE or --video FILE'
+    if not ("//" in a.index or Path(a.index).exists()):
+        what = f"{a.index} is no index; name one before the text, and {what}"
+    ranks = "--compare shows the ranks of videos: leave out --explain and --by moment"
+    said = "--hybrid ranks videos by what is said in them, too: leave out --by moment and --compare"
+    rules = (
+        (a.text is None or a.queries is None, "give either a text or --queries FILE"),
+        (has_text or a.image or a.video, what),
+        (a.k >= 1, f"-k {a.k}: a whole number from 1 up is needed"),
+        (a.text is None or a.text.strip(), "the text to search for is empty"),
+        (not (a.compare and (by_moment or a.explain)), ranks),
+        (not (a.score and by_moment), "--score says what ranks videos: leave out --by moment"),
+        (not (a.hybrid and (by_moment or a.compare)), said),
+        (has_text or not a.hybrid, "--hybrid looks for a text in what is said: give a text, or --queries"),
+    )
+    require(rules)
+    conditions(a.where)
 
 
 def _open(place: str, moved: Path | None, settings: Mapping[str, Any]) -> tuple[Searchable, SearchModel]:
@@ -170,8 +173,8 @@ def _parser() -> Parser:
         "       [--hybrid] [--json] [--explain] [--by moment] [--score moment] [--compare OLD.index]\n"
         "       [--adapt clip_reward --reward CLIP[,CLIP...]]",
     )
+    add_index(parser)
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index` made, or milvus://…")
     add("text", metavar="TEXT", nargs="?", help=f"what the videos should show; {_COMBINED}")
     add("--image", metavar="FILE", type=a_path, help="search by a picture, alone or together with the text")
     add("--video", metavar="FILE", type=a_path, help="search by a video, alone or together with the text")
@@ -190,10 +193,7 @@ def _parser() -> Parser:
     add("--explain", action="store_true", help="show the frames with the greatest weight, and further moments")
     compared = "show beside it what another index of the same videos finds, such as one made before finetuning"
     add("--compare", metavar="OLD.index", type=a_place, help=compared)
-    moved = "the run or checkpoint that the index was made with, if it moved"
-    add("--model", metavar="RUN", type=a_path, help=moved)
     add_adapt_flags(parser, "rank by the model adapted to each text, by the reward of other CLIPs")
-    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 

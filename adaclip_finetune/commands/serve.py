@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import Parser, add_index, model_settings
 from adaclip_finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,16 +76,13 @@ def _parser() -> Parser:
         "Serve a page to search an index by text or picture, in a browser on this machine. The page opens at once, "
         "while the model is being loaded. Ctrl-C stops the server. Its /openapi.json describes the JSON API.",
     )
+    add_index(parser)
     add = parser.add_argument
-    add("index", metavar="NAME.index", type=a_place, help="the folder that `adaclip index` made, or milvus://…")
-    moved = "the run or checkpoint that the index was made with, if it moved"
-    add("--model", metavar="RUN", type=a_path, help=moved)
     add("--port", metavar="N", type=int, default=PORT, help=f"0: a free one; default {PORT}")
     host = "address to listen on; default 127.0.0.1, this machine alone. Others need --token and are not encrypted"
     add("--host", metavar="ADDRESS", default="127.0.0.1", help=host)
     token = "answer only requests that know it: 16 to 200 letters, digits, - and _; without a value, one is made"
     add("--token", metavar="TOKEN", nargs="?", const="", help=token)
-    add_checkpoint_flags(parser, *MODEL)
     return parser
 
 

@@ -13,7 +13,7 @@ import forked
 import torch
 import torch.distributed as dist
 
-from adaclip_finetune.config import load_config
+from adaclip_finetune.config import Config, load_config
 from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.parts import PartFolder
@@ -27,7 +27,11 @@ Settings = dict[str, Any]
 
 def evaluated(settings: Settings, keep: Path | None = None, seed: int = 0, diverged: bool = False) -> Settings:
     """Evaluate test_annot with a model drawn from `seed`, and return the result, to the last bit, as JSON holds it."""
-    config = load_config(None, settings)
+    return summary(report_of(load_config(None, settings), keep, seed, diverged))
+
+
+def report_of(config: Config, keep: Path | None = None, seed: int = 0, diverged: bool = False) -> Any:
+    """Measure a model drawn from `seed` on test_annot by the task of its settings."""
     assert config.test_annot is not None
     torch.manual_seed(seed)
     loaded = load_clip(config)
@@ -36,9 +40,7 @@ def evaluated(settings: Settings, keep: Path | None = None, seed: int = 0, diver
         torch.nn.init.constant_(next(model.parameters()), float("nan"))
     split = evaluation_split(config, config.test_annot)
     with closing(build_task(config, split, loaded, model, "test")) as task:
-        found = task(model, keep)
-        assert isinstance(found, RetrievalReport)
-        return summary(found)
+        return task(model, keep)
 
 
 def summary(result: RetrievalReport) -> Settings:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adaclip_finetune.data.queries import Queries
+from adaclip_finetune.evaluation.adaptation.losses import weighted_mean
 from adaclip_finetune.evaluation.metrics import Metrics, retrieval_metrics
 from adaclip_finetune.evaluation.similarity import SimilarityBlocks
 
 _SMALLEST_STD = 1e-12
-_ABOVE_ALL = 3.0  # what lifts a reward, which is -1 at least, above all cosines
+_ABOVE_ALL = 3.0  # what lifts a reward, which is -1 at least, above all scores of at most 1, or beyond the greatest
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,10 @@ class Rewarded:
     caption_candidates: int
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        weights = torch.tensor(self.weights or [1.0] * len(self.others), dtype=torch.float64)
         for start in range(0, len(self.own.text), self.own.rows):
             rows = range(start, min(start + self.own.rows, len(self.own.text)))
-            cosines = torch.stack([other.cosines(rows).double().cpu() for other in self.others])
-            yield self.own.cosines(rows).double().cpu(), torch.tensordot(weights / weights.sum(), cosines, dims=1)
+            cosines = [other.cosines(rows).double().cpu() for other in self.others]
+            yield self.own.cosines(rows).double().cpu(), weighted_mean(cosines, self.weights)
 
     def alone(self, queries: Queries) -> Metrics:
         """Return the metrics of the reward by itself."""
@@ -52,14 +53,11 @@ class Rewarded:
             best = torch.cat([best.reshape(-1, own.shape[1]), own])
             best = best.topk(min(self.caption_candidates, len(best)), dim=0).values
 
-        def over_videos(own: Tensor, reward: Tensor) -> Tensor:
-            limit = own.topk(min(self.candidates, own.shape[1]), dim=1).values[:, -1:]
-            return torch.where(own >= limit, reward + _ABOVE_ALL, own)
-
         def over_texts(own: Tensor, reward: Tensor) -> Tensor:
             return torch.where(own >= best[-1], reward + _ABOVE_ALL, own)
 
-        return self._metrics(queries, over_videos).with_v2t_of(self._metrics(queries, over_texts))
+        over_videos = self._metrics(queries, partial(_reranked, candidates=self.candidates))
+        return over_videos.with_v2t_of(self._metrics(queries, over_texts))
 
     def ensemble(self, queries: Queries) -> Metrics:
         """Return the metrics of the mean of model and reward, each standardised over the candidates of a query.
@@ -70,17 +68,11 @@ class Rewarded:
         mean, square = sums.sum(dim=0)[:, :, None] / len(self.own.text)  # (2, 1, V) of each video
         spread = (square - mean**2).clamp(min=_SMALLEST_STD**2).sqrt()
 
-        def over_videos(own: Tensor, reward: Tensor) -> Tensor:
-            both = torch.stack([own, reward])
-            std, mean = torch.std_mean(both, dim=2, correction=0, keepdim=True)
-            scores: Tensor = ((both - mean) / std.clamp(min=_SMALLEST_STD)).mean(dim=0)
-            return scores
-
         def over_texts(own: Tensor, reward: Tensor) -> Tensor:
             scores: Tensor = ((torch.stack([own, reward]) - mean) / spread).mean(dim=0)
             return scores
 
-        return self._metrics(queries, over_videos).with_v2t_of(self._metrics(queries, over_texts))
+        return self._metrics(queries, _standardised).with_v2t_of(self._metrics(queries, over_texts))
 
     def _metrics(self, queries: Queries, score: Callable[[Tensor, Tensor], Tensor]) -> Metrics:
         return retrieval_metrics(_Combined(self, score), queries.video_of_text, queries.texts)
@@ -93,17 +85,26 @@ def class_baselines(
 
     `others` are the products (V, C) of class vectors and videos by the other models, and K is `candidates`.
     """
-    shares = torch.tensor(weights or [1.0] * len(others), dtype=torch.float64)
-    own, reward = scores.double().cpu(), torch.stack([other.double().cpu() for other in others])
-    reward = torch.tensordot(shares / shares.sum(), reward, dims=1)
-    limit = own.topk(min(candidates, own.shape[1]), dim=1).values[:, -1:]
-    both = torch.stack([own, reward])
-    std, mean = torch.std_mean(both, dim=2, correction=0, keepdim=True)
+    own, reward = scores.double().cpu(), weighted_mean([other.double().cpu() for other in others], weights)
     return {
         "alone": reward,
-        "reranked": torch.where(own >= limit, reward + own.amax() + _ABOVE_ALL, own),
-        "ensemble": ((both - mean) / std.clamp(min=_SMALLEST_STD)).mean(dim=0),
+        "reranked": _reranked(own, reward, candidates),
+        "ensemble": _standardised(own, reward),
     }
+
+
+def _reranked(own: Tensor, reward: Tensor, candidates: int) -> Tensor:
+    """Return scores (q, C) by which the first candidates of each query come first, ordered by the reward."""
+    limit = own.topk(min(candidates, own.shape[1]), dim=1).values[:, -1:]
+    return torch.where(own >= limit, reward + own.amax() + _ABOVE_ALL, own)
+
+
+def _standardised(own: Tensor, reward: Tensor) -> Tensor:
+    """Return the mean of both scores (q, C), each standardised over the candidates of a query."""
+    both = torch.stack([own, reward])
+    std, mean = torch.std_mean(both, dim=2, correction=0, keepdim=True)
+    scores: Tensor = ((both - mean) / std.clamp(min=_SMALLEST_STD)).mean(dim=0)
+    return scores
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import killed
 import pytest
 import torch
 from comparing import evaluated, trained_run
-from evaluating import together
+from evaluating import report_of, together
 from golden import load_golden
 from safetensors.torch import load_file
 from speaking import write_language_model
@@ -21,13 +21,11 @@ from adaclip_finetune.data.splits import evaluation_split
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.adaptation.clip_reward import policy_gradient_loss
 from adaclip_finetune.model.language_model import Tokens, token_losses
-from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.measure import build_task
 from adaclip_finetune.training.memory import StepCost, try_steps
 from adaclip_finetune.training.session import open_model
 from adaclip_finetune.training.trainer import fit
-from adaclip_finetune.weights.clip_weights import load_clip
 
 Project = dict[str, Any]
 FIGURES = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "CLIPScore", "RefCLIPScore")
@@ -168,11 +166,7 @@ def test_texts_alone_need_no_videos(speaking: Project, tmp_path: Path) -> None:
 
 
 def as_json(config: Any, keep: Path | None = None) -> dict[str, Any]:
-    torch.manual_seed(0)
-    loaded = load_clip(config)
-    model = VideoRetriever(config, loaded)
-    with closing(build_task(config, evaluation_split(config, config.test_annot), loaded, model, "test")) as task:
-        report: Any = task(model, keep)
+    report = report_of(config, keep)
     return {"figures": report.figures.as_state(), "rows": report.rows()}
 
 

@@ -13,7 +13,7 @@ import optuna
 import pytest
 import torch
 from comparing import evaluated, trained_run
-from evaluating import together
+from evaluating import report_of, together
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.config import load_config
@@ -117,12 +117,7 @@ def test_a_run_of_another_task_classifies_when_asked(project: Project, colours: 
 
 
 def as_json(config: Any, keep: Path | None = None) -> dict[str, Any]:
-    torch.manual_seed(0)
-    loaded = load_clip(config)
-    model = VideoRetriever(config, loaded)
-    split = evaluation_split(config, config.test_annot)
-    with closing(Classification(config, split, loaded, model.views(), "test")) as task:
-        found = task(model, keep)
+    found = report_of(config, keep)
     return {**found.as_dict(), "answers": found.answers.tolist(), "ranks": found.ranks.tolist()}
 
 

@@ -43,7 +43,6 @@ class ShownTimes(NamedTuple):
     length: float | None
     shown: list[float | None]
     length_measured: bool
-    shown_measured: bool
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ class FrameIndex:
         times = self.times()
         if times is None:
             evenly = [None if spacing is None else _milliseconds(i * spacing) for i in [*frames, self.num_frames]]
-            return ShownTimes(evenly[-1] if length is None else length, evenly[:-1], length is not None, False)
+            return ShownTimes(evenly[-1] if length is None else length, evenly[:-1], length is not None)
         *shown, last = [_milliseconds(float(time)) for time in times[[*frames, -1]]]
         if length is None:
             length = round(last + (spacing or 0.0), 3)
         # Writers compute a length from when frames are decoded, which is before they are shown.
-        return ShownTimes(max(length, last), list(shown), True, True)
+        return ShownTimes(max(length, last), list(shown), True)
 
 
 def index_video(source: Source) -> FrameIndex:

@@ -9,14 +9,19 @@ from adaclip_finetune.cli import main
 Project = dict[str, Any]
 
 
+def only_run(output: Path) -> Path:
+    """Return the one run folder of the `project` below an output_dir."""
+    (folder,) = (output / "tiny").iterdir()
+    return folder
+
+
 def trained_run(project: Project, folder: Path, **settings: Any) -> Path:
     """Train for two epochs and return the run folder; the similarity on test_annot is saved as <folder>/test.npy."""
     folder.mkdir(exist_ok=True)
     path = folder / "settings.json"
     path.write_text(json.dumps({**project, "output_dir": str(folder / "output"), **settings}))
     assert main(["train", "--config", str(path), "--save_similarity", str(folder / "test.npy")]) == 0
-    (found,) = (folder / "output" / project["dataset"]).iterdir()
-    return found
+    return only_run(folder / "output")
 
 
 def matrix_of(run: Path) -> Path:

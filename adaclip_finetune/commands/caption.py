@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 from adaclip_finetune.commands.flags import (
     MODEL,
+    PLACES,
     Parser,
     a_path,
     add_checkpoint_flags,
     check_outputs,
     model_settings,
+    places_of,
     write_output,
 )
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
-
-_PLACES = ("video_dir", "frames_dir", "img_tmpl")
 
 
 def run(words: Sequence[str]) -> int:
@@ -30,10 +30,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"{a.videos}: there is no such folder or annotation")
     check_outputs({"-o": a.output}, {"-o": ".json"}, [a.model, a.config])
     settings = model_settings(a)
-    if a.videos.is_dir() and (places := [name for name in _PLACES if name in settings]):
-        raise UserError(f"--{places[0]} says where the videos of an annotation are, but {a.videos} is a folder")
-    if "video_dir" in settings or "frames_dir" in settings:
-        settings = {"video_dir": None, "frames_dir": None} | settings
+    settings |= places_of(settings, a.videos, not a.videos.is_dir())
 
     from adaclip_finetune.search.caption import VideoCaptioner, as_annotation
     from adaclip_finetune.search.collection import collect_annotation, collect_folder
@@ -73,5 +70,5 @@ def _parser() -> Parser:
     add("videos", metavar="VIDEOS", type=a_path, help=videos)
     add("-o", "--output", required=True, metavar="FILE.json", type=a_path, help="the annotation to write")
     add("--beams", metavar="N", type=int, help="beams of the search [default: those of the run]")
-    add_checkpoint_flags(parser, *MODEL, *_PLACES, "captioner", "num_workers", "val_batch_size")
+    add_checkpoint_flags(parser, *MODEL, *PLACES, "captioner", "num_workers", "val_batch_size")
     return parser

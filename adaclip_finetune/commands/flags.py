@@ -142,6 +142,19 @@ def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return (read_object(arguments.config) if arguments.config else {}) | flags
 
 
+PLACES = ("video_dir", "frames_dir", "img_tmpl")
+"""The settings that say where the videos of an annotation are."""
+
+
+def places_of(settings: Mapping[str, Any], videos: object, is_annotation: bool) -> dict[str, Any]:
+    """Return those of the settings that are `PLACES`, of which a given one replaces that of the run. Raise UserError
+    if `videos` is no annotation."""
+    places = {name: settings[name] for name in PLACES if name in settings}
+    if places and not is_annotation:
+        raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
+    return {"video_dir": None, "frames_dir": None} | places if places.keys() & {"video_dir", "frames_dir"} else places
+
+
 def given(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return dotted name → value of the settings flags that were given."""
     overrides: dict[str, Any] = getattr(namespace, "overrides", {})

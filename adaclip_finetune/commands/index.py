@@ -9,15 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaclip_finetune.commands.flags import MODEL, Parser, a_path, a_place, a_word, add_checkpoint_flags, model_settings
+from adaclip_finetune.commands.flags import (
+    MODEL,
+    PLACES,
+    Parser,
+    a_path,
+    a_place,
+    a_word,
+    add_checkpoint_flags,
+    model_settings,
+    places_of,
+)
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.printable import printable
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.build import IndexingReport
     from adaclip_finetune.search.moments import MomentSettings
-
-_PLACES = ("video_dir", "frames_dir", "img_tmpl")
 
 
 def run(words: Sequence[str]) -> int:
@@ -38,9 +46,8 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"{videos}: there is no such folder or annotation")
     settings = model_settings(arguments)
     moments = _moments(arguments)
-    places = {name: settings.pop(name) for name in _PLACES if name in settings}
-    if places and (not isinstance(videos, Path) or videos.is_dir()):
-        raise UserError(f"--{next(iter(places))} says where the videos of an annotation are, but {videos} is a folder")
+    places = places_of(settings, videos, isinstance(videos, Path) and not videos.is_dir())
+    settings = {name: value for name, value in settings.items() if name not in PLACES}
 
     from adaclip_finetune.data.video.discovery import describe_unknown_files
     from adaclip_finetune.processes import leave_group
@@ -51,8 +58,6 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.training.signals import StopSignals
 
     with StopSignals():
-        if "video_dir" in places or "frames_dir" in places:
-            places = {"video_dir": None, "frames_dir": None} | places
         model = load_retriever(arguments.model, **settings | places)
         leave_group()  # of torchrun, which has assigned the device: from here on, shards do not wait for each other
         model.refuse_query_dependent()
@@ -194,7 +199,7 @@ def _parser() -> Parser:
     shard = "embed a share of the videos, such as 1/4, into NAME.index-1-of-4; auto: that of the torchrun process"
     add("--shard", metavar="I/N", help=shard)
     add("--runner", choices=("ray",), help="embed the videos on a Ray cluster, with an actor for each GPU, or each CPU")
-    add_checkpoint_flags(parser, *MODEL, *_PLACES, "num_frm", "num_workers", "val_batch_size")
+    add_checkpoint_flags(parser, *MODEL, *PLACES, "num_frm", "num_workers", "val_batch_size")
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import killed
 import pytest
 import torch
+from comparing import only_run
 from safetensors.torch import load_file
 
 from adaclip_finetune.config import load_config
@@ -65,11 +66,6 @@ def stopped_once(project: Project, tmp_path_factory: pytest.TempPathFactory) -> 
 def stopped(stopped_once: Path, tmp_path: Path) -> Path:
     """A copy of `stopped_once` to resume."""
     return Path(shutil.copytree(stopped_once, tmp_path / "stopped", ignore=shutil.ignore_patterns("lock.json")))
-
-
-def only_run(output: Path) -> Path:
-    (folder,) = (output / "tiny").iterdir()
-    return folder
 
 
 def resume(folder: Path, **settings: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from comparing import only_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ LORA = {"peft": {"method": "lora", "config": {"rank": 2}}, "coef_lr": 1.0}
 def trained(settings: Project, output: Path, **more: Any) -> Path:
     """Train, and return the folder of the run."""
     fit(load_config(None, {**settings, **LORA, "output_dir": str(output), **more}))
-    return next((output / "tiny").iterdir())
+    return only_run(output)
 
 
 @pytest.fixture(scope="module")

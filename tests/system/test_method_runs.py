@@ -11,6 +11,7 @@ import open_clip
 import optuna
 import pytest
 import torch
+from comparing import only_run
 from media import write_video
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -69,7 +70,7 @@ def run(request: pytest.FixtureRequest, project: Project, tmp_path_factory: pyte
 def trained(name: str, project: Project, output: Path, **more: Any) -> Path:
     """Train, and return the folder of the run."""
     fit(load_config(None, {**given(name, project, output), **more}))
-    return next((output / "tiny").iterdir())
+    return only_run(output)
 
 
 def given(name: str, project: Project, output: Path) -> Project:
@@ -213,7 +214,7 @@ def _train(name: str, project: Project, output: Path) -> None:
 def test_two_processes_learn_what_one_does(name: str, project: Project, tmp_path: Path) -> None:
     assert spread(_train, 2, tmp_path / "log", name, project, tmp_path / "two") == [0, 0]
     _train(name, project, tmp_path / "one")
-    one, two = (load_file(next((tmp_path / where / "tiny").iterdir()) / "best.safetensors") for where in ("one", "two"))
+    one, two = (load_file(only_run(tmp_path / where) / "best.safetensors") for where in ("one", "two"))
     if name == "adabn":  # deeper norms see batches that each process has normalised by itself
         stem = "selector.backbone.cnn.features.0.1.running_"
         one, two = ({key: state[key] for key in (f"{stem}mean", f"{stem}var")} for state in (one, two))

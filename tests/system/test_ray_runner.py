@@ -1,7 +1,6 @@
 """`adaclip index --runner ray` on a local cluster of two machines, one of which dies."""
 
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from serving import until
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search import build
 from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import collect_folder
 from adaclip_finetune.search.ray_runner import RayRunner
@@ -98,30 +96,6 @@ def test_the_bytes_are_those_of_one_process(
     assert finished and finished[0] < 7, "eight batches of three videos: others were under way"
     assert "broken.mp4" in capsys.readouterr().err
     assert index(run, clips, *flags, output=tmp_path / "one") == 1
-    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
-
-
-def test_an_interrupted_run_goes_on(
-    cluster: Any, run: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
-    """Finished batches are kept, and moments are added to an index that has none."""
-    write_part, calls = build._write_part, list[int]()
-
-    def stop(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        write_part(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(build, "_write_part", stop)
-        assert index(run, clips, "--runner", "ray", output=tmp_path / "ray") == 130
-    for flags in ([], ["--moments"]):
-        capsys.readouterr()
-        assert index(run, clips, *flags, "--runner", "ray", output=tmp_path / "ray") == 1
-        kept = int(re.findall(r", (\d+) unchanged", capsys.readouterr().out)[0])
-        assert kept == 24 if flags else 0 < kept < 23
-        assert index(run, clips, *flags, output=tmp_path / "one") == 1
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
 
 

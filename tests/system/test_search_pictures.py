@@ -12,17 +12,10 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.pictures import open_picture, seen_pixels, thumbnail
 
 
-def test_a_picture_is_seen_upright_in_eight_bits_on_white_and_not_too_long(tmp_path: Path) -> None:
-    """As frames are; tests/core holds every mode and orientation."""
-    upright = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    turned = Image.fromarray(np.rot90(upright))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # orientation
-    turned.save(tmp_path / "turned.png", exif=exif)
-    Image.fromarray(np.full((2, 2), 32896, np.uint16)).save(tmp_path / "deep.png")
+def test_a_picture_is_seen_as_frames_are_and_not_too_long(tmp_path: Path) -> None:
+    """tests/core holds every mode and orientation."""
     Image.new("RGBA", (1, 1), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    for name, expected in {"turned": upright, "deep": 128, "clear": 255}.items():
-        assert (seen_pixels(open_picture(tmp_path / f"{name}.png")) == expected).all()
+    assert (seen_pixels(open_picture(tmp_path / "clear.png")) == 255).all()
     ramp = np.linspace(0, 255, 600).astype(np.uint8)
     wide = Image.fromarray(np.repeat(np.tile(ramp, (60, 1))[..., None], 3, axis=2))
     assert (seen_pixels(wide) == seen_pixels(wide.crop((180, 0, 420, 60)))).all()

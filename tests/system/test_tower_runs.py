@@ -7,6 +7,7 @@ from typing import Any
 import killed
 import pytest
 import torch
+from comparing import only_run
 from media import write_video
 from safetensors.torch import load_file
 from spread import spread
@@ -38,7 +39,7 @@ def given(name: str, project: Project, output: Path) -> Project:
 
 def trained(name: str, project: Project, output: Path, **more: Any) -> Path:
     fit(load_config(None, {**given(name, project, output), **more}))
-    return next((output / "tiny").iterdir())
+    return only_run(output)
 
 
 @every_tower
@@ -81,7 +82,7 @@ def _train(name: str, peft: str, project: Project, output: Path) -> None:
 def test_two_processes_learn_what_one_does(name: str, peft: str, project: Project, tmp_path: Path) -> None:
     assert spread(_train, 2, tmp_path / "log", name, peft, project, tmp_path / "two") == [0, 0]
     _train(name, peft, project, tmp_path / "one")
-    one, two = (load_file(next((tmp_path / where / "tiny").iterdir()) / "best.safetensors") for where in ("one", "two"))
+    one, two = (load_file(only_run(tmp_path / where) / "best.safetensors") for where in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 

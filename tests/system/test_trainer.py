@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import only_run
 from safetensors.torch import load_file
 
 from adaclip_finetune.config import load_config
@@ -44,11 +45,6 @@ def events(folder: Path | None, kind: str) -> list[dict[str, Any]]:
 
 def losses(result: FitResult) -> list[float]:
     return [event["loss"] for event in events(result.folder, "train")]
-
-
-def only_run(output: Path) -> Path:
-    (folder,) = (output / "tiny").iterdir()
-    return folder
 
 
 def evaluated(project: Project, weights: Path, **settings: Any) -> dict[str, Any]:

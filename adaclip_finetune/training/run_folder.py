@@ -59,6 +59,7 @@ class RunFolder:
         self._waiting: dict[str, str] = {}  # what was written before there was a folder
         self._started = time.monotonic()
         self._trackers: Trackers | None = None
+        self._repeated: set[tuple[str, int]] = set()  # event and update that were recorded before the run was resumed
         self._lock: FolderLock | None = None
 
     def __enter__(self) -> RunFolder:
@@ -120,6 +121,10 @@ class RunFolder:
         with (path / _EVENTS).open("ab+") as file:
             if file.tell() < size:
                 raise UserError(f"resume: {path / _EVENTS} is incomplete: it should have at least {size} bytes")
+            file.seek(size)
+            with suppress(ValueError):  # the last line may be torn
+                for line in file:
+                    self._repeated.add((json.loads(line)["event"], json.loads(line)["step"]))
             file.truncate(size)
             file.seek(0)
             self.events = [json.loads(line) for line in file]
@@ -162,7 +167,8 @@ class RunFolder:
         self.events.append(line)
         self.append_text(_EVENTS, json.dumps(line, allow_nan=False) + "\n")
         if self._trackers is not None:
-            self._trackers.log({f"{event}/{name}": value for name, value in _numbers(values)}, step)
+            numbers = {f"{event}/{name}": value for name, value in _numbers(values)}
+            self._trackers.log(numbers, step, (event, step) in self._repeated)
 
     def file(self, name: str) -> Path | None:
         """Return the path for a file of this name in the folder, None if nothing is to be written."""

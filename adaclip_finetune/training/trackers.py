@@ -151,9 +151,12 @@ class Trackers:
         if ids:
             write_durably(path, (json.dumps(ids) + "\n").encode())
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Give the numbers of an update to all trackers. One that fails gets no more, which is said once."""
-        for name in [name for name in self._running if name not in self._failed]:
+    def log(self, values: Mapping[str, float], step: int, again: bool = False) -> None:
+        """Give the numbers of an update to all trackers. One that fails gets no more, which is said once.
+
+        Numbers that they got `again`, since the run was resumed, are given only to those that dropped them.
+        """
+        for name in [name for name in self._running if name not in self._failed and not (again and name in SERVICES)]:
             try:
                 self._running[name].log(values, step)
             except Exception as error:  # a server that is gone ends no run

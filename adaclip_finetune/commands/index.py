@@ -73,19 +73,13 @@ def run(words: Sequence[str]) -> int:
             print(describe_unknown_files(collection.others))
         for problem in collection.problems:
             print(f"passed over: {printable(problem)}", file=sys.stderr)
-        given = {
-            "dtype": arguments.dtype,
-            "sync": arguments.sync,
-            "settings": settings,
-            "moments": moments,
-            "shard": shard,
-        }
+        runner, how = None, {"dtype": arguments.dtype, "sync": arguments.sync, "settings": settings}
         if arguments.runner == "ray":
             from adaclip_finetune.search.ray_runner import RayRunner
 
-            given |= {"runner": RayRunner(str(arguments.model), settings | places)}
+            runner = RayRunner(str(arguments.model), settings | places)
         try:
-            report = index_videos(model, collection, output, **given)
+            report = index_videos(model, collection, output, moments=moments, shard=shard, runner=runner, **how)
         except KeyboardInterrupt:
             print("Finished batches are kept; the same command continues", file=sys.stderr)
             raise

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, StringConstraints
@@ -154,6 +154,15 @@ Key = Annotated[str, InPath(pattern="^[0-9a-f]{20}$", description="of a video, a
 FrameNumber = Annotated[int, InPath(ge=0, description="position among the frames or windows of the video, from 0")]
 
 
+class Page:
+    """Which videos or moments a search returns."""
+
+    def __init__(
+        self, page: PageNumber = 1, k: PageSize = 12, by: By = "video", score: Score = None, where: Where = None
+    ) -> None:
+        self.page, self.k, self.by, self.score, self.where = page, k, by, score, where or ()
+
+
 def create_app(model: ModelThread, index: Searchable, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
     """Return the application. With a `token`, every request must know it; without, only those pass that address this
     machine by `host` or a name of the loopback, so that no other site can make a browser ask (DNS rebinding)."""
@@ -182,15 +191,9 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
     thresholds, transcripts = thresholds_of(index), Transcripts(index.folder)
 
     async def answer(
-        encode: Callable[[SearchModel], Any],
-        page: int,
-        k: int,
-        by: By,
-        score: Score,
-        where: Where,
-        text: str | None = None,
-        hybrid: bool = False,
+        encode: Callable[[SearchModel], Any], asked: Page, text: str | None = None, hybrid: bool = False
     ) -> SearchAnswer:
+        page, k, by, score = asked.page, asked.k, asked.by, asked.score
         if "moment" in (by, score) and index.moments is None:
             raise HTTPException(422, "moment: this index has no moments; `adaclip index --moments` adds them")
         find: Callable[..., list[list[Hit]]] = (
@@ -198,13 +201,13 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         )
         first, last = (page - 1) * k, page * k
         try:
-            count = await asyncio.to_thread(index.count, where or ())
+            count = await asyncio.to_thread(index.count, asked.where)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         if hybrid:
             find = partial(find, lines=[await asyncio.to_thread(transcripts.find, text or "")])
         # One more than the page holds says whether another page of moments follows.
-        narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=where or ())
+        narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=asked.where)
         hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
         pages = -(-count // k) if by == "video" else page + (len(hits) > k)
         threshold = None
@@ -223,15 +226,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         return StatusAnswer(state=model.state, message=model.message, index=index.name, **about)
 
     @app.get("/api/search")
-    async def search(
-        q: Text,
-        page: PageNumber = 1,
-        k: PageSize = 12,
-        by: By = "video",
-        score: Score = None,
-        where: Where = None,
-        hybrid: Hybrid = False,
-    ) -> SearchAnswer:
+    async def search(q: Text, asked: Annotated[Page, Depends()], hybrid: Hybrid = False) -> SearchAnswer:
         """Return the videos, or moments, that show what a text says, best first."""
         if not q.strip():
             raise HTTPException(422, "q: is empty")
@@ -242,21 +237,14 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
             except UserError as error:
                 raise HTTPException(422, f"q: {error}") from error
 
-        if hybrid and (by == "moment" or not (index.fuses and transcripts.count())):
+        if hybrid and (asked.by == "moment" or not (index.fuses and transcripts.count())):
             raise HTTPException(422, "hybrid: needs transcripts in the index, and finds videos, not moments")
-        return await answer(encode, page, k, by, score, where, q.strip(), hybrid)
+        return await answer(encode, asked, q.strip(), hybrid)
 
     picture = {"content": {f"image/{kind.lower()}": {} for kind in _PICTURES}, "required": True}
 
     @app.post("/api/search/image", openapi_extra={"requestBody": picture})
-    async def search_image(
-        request: Request,
-        page: PageNumber = 1,
-        k: PageSize = 12,
-        by: By = "video",
-        score: Score = None,
-        where: Where = None,
-    ) -> SearchAnswer:
+    async def search_image(request: Request, asked: Annotated[Page, Depends()]) -> SearchAnswer:
         """Return the videos, or moments, that look like a picture, which is the body of the request."""
         content = bytearray()
         async for chunk in request.stream():
@@ -267,7 +255,7 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
             image = await asyncio.to_thread(open_picture, io.BytesIO(content), _PICTURES, MAX_PIXELS)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answer(lambda loaded: loaded.encode_image(image)[None], page, k, by, score, where)
+        return await answer(lambda loaded: loaded.encode_image(image)[None], asked)
 
 
 def _add_media(app: FastAPI, videos: ServedVideos) -> None:

@@ -178,20 +178,6 @@ def test_texts_a_picture_and_a_video_combine(clips: Path, model: SearchModel, tm
         model.encode_query(['"a dog" - "a dog"'])
 
 
-def test_conditions_narrow_a_search(clips: Path, capsys: Capsys) -> None:
-    def found(*words: str) -> list[tuple[int, str]]:
-        assert main(["search", str(clips / "my.index"), "a dog", "--json", *words]) == 0
-        return [(hit["rank"], hit["id"]) for hit in json.loads(capsys.readouterr().out)["hits"]]
-
-    everything = found()
-    last = everything[-1][1]
-    assert found("--where", f"name = {last}") == [(1, last)]
-    others = found("--where", f"name != {last}", "--where", "duration > 0", "-k", "1")
-    assert others == everything[:1]
-    assert main(["search", str(clips / "my.index"), "a dog", "--where", "size > 3"]) == 2
-    assert "size" in capsys.readouterr().err
-
-
 def test_the_model_of_an_index(project: Settings, run: Path, tmp_path: Path, capsys: Capsys) -> None:
     """Another model is refused, and one that moved is asked for."""
     moved, index = Path(shutil.copytree(run, tmp_path / "before")), tmp_path / "i"

@@ -125,6 +125,11 @@ class VideoRetriever(nn.Module):
         weights = self._frame_weights(shares.detach(), selection, videos.frames.shape[1])
         return VideoFeatures(tokens, vector, weights, selection)
 
+    @property
+    def encoded_frames(self) -> int:
+        """How many frames of a video go through CLIP in evaluation: K, or N if the selector does not choose first."""
+        return self.num_frm if self.selector is None or self.selector.backbone is None else self.top_k
+
     @torch.no_grad()
     def frame_vectors(self, videos: VideoBatch) -> tuple[Tensor, Tensor | None]:
         """Return CLIP's embedding of each frame (B, N, D), and the features that the selector scores (B, N, F).

@@ -141,23 +141,42 @@ class _ReadPiece:
         """Yield the moments, which the model embeds in batches."""
         size = max(1, min(model.config.val_batch_size, FRAMES_A_GALLERY_BATCH // model.config.num_frm))
         place = {number: place for place, number in enumerate(self.numbers.tolist())}
+        encoded = self._encoded(model) if len(self.frames) < model.model.encoded_frames * len(self.spans) else None
         for start in range(0, len(self.spans), size):
             places, spans = self.places[start : start + size], self.spans[start : start + size]
-            vectors, weighted = model.embed(self._batch(places))
+            vectors, weighted = model.embed(self._batch(places, encoded))
             for row, span in enumerate(spans):
                 frames = weighted[row]  # without any, if the selector chose nothing but blank frames
                 best = place[frames.frames[frames.best]] if frames.frames else int(places[row].max())
                 yield Moment(span, vectors[row].numpy(), int(self.numbers[best]), self.times[best], self.pictures[best])
 
-    def _batch(self, places: Tensor) -> VideoBatch:
+    def _encoded(self, model: SearchModel) -> tuple[Tensor, Tensor | None] | None:
+        """Return what CLIP and the selector make of each frame by itself, and of a blank one at the end (G + 1, …).
+
+        Windows overlap, so this encodes fewer frames than window by window. None if the tower mixes frames.
+        """
+        if not model.model.tower.independent:
+            return None
+        each = torch.arange(1 + len(self.frames))[:, None]
+        each[-1] = -1
+        size = model.config.val_batch_size * model.config.num_frm
+        parts = [model.frame_vectors(self._batch(places)) for places in torch.split(each, size)]
+        features = [scored for _, scored in parts if scored is not None]
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat(features) if features else None
+
+    def _batch(self, places: Tensor, encoded: tuple[Tensor, Tensor | None] | None = None) -> VideoBatch:
+        """Return the frames at `places` (B, n), or in place of their pixels what they were `encoded` to."""
         there, at = places >= 0, places.clamp(min=0)
 
         def rows(frames: Tensor) -> Tensor:
             return frames[at] * there[..., None, None, None].to(frames.dtype)
 
+        numbers, ids = self.numbers[at].where(there, torch.tensor(-1)), [self.video_id] * len(places)
+        if encoded is not None:
+            vectors, features = (None if values is None else values[places] for values in encoded)
+            return VideoBatch(torch.empty(*places.shape, 0), there, None, numbers, ids, vectors, features)
         policy_frames = None if self.policy_frames is None else rows(self.policy_frames)
-        numbers = self.numbers[at].where(there, torch.tensor(-1))
-        return VideoBatch(rows(self.frames), there, policy_frames, numbers, [self.video_id] * len(places))
+        return VideoBatch(rows(self.frames), there, policy_frames, numbers, ids)
 
 
 class _Pieces(Dataset[_ReadPiece | FrameError]):

@@ -148,6 +148,13 @@ class SearchModel:
         vectors, (weighted,) = self.embed(batch)
         return vectors[0], weighted.frames, weighted.weights
 
+    def frame_vectors(self, batch: VideoBatch) -> tuple[Tensor, Tensor | None]:
+        """Return what CLIP and the selector make of videos of one frame each (B, D) and (B, F), as
+        `VideoRetriever.frame_vectors` does."""
+        with torch.no_grad(), self.autocast():
+            vectors, features = self.model.frame_vectors(batch.to(self.device))
+        return vectors[:, 0], None if features is None else features[:, 0]
+
     def embed(self, batch: VideoBatch) -> tuple[Tensor, list[WeightedFrames]]:
         """Return the vectors (B, D) of a batch that `VideoReader` read, and the frames that they were made of. Raise
         UserError if they depend on the query or are not finite."""

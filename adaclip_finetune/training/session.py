@@ -43,7 +43,7 @@ from adaclip_finetune.weights.checkpoints import (
     read_checkpoint,
     with_its_clip,
 )
-from adaclip_finetune.weights.clip_weights import load_clip, load_pretrained
+from adaclip_finetune.weights.clip_weights import load_clip, load_pretrained, resolve_backbone
 from adaclip_finetune.weights.loaded import LoadedClip, ensure_logit_bias, has_new_logit_bias
 from adaclip_finetune.weights.plain import plain_copy, plain_state, strict_load, weights_digest
 
@@ -219,11 +219,13 @@ def open_any(
     except NotACheckpoint as error:
         plain: dict[str, Any] = {"use_policy": False, "frame_agg": None, "max_txt_len": _WORDS_OF_A_QUERY}
         plain |= overrides if of_clip is None else of_clip
-        plain |= {"clip_weights" if Path(source).exists() else "clip_backbone": str(source)}
         try:
-            return opened(load_config(None, plain), None)
+            if Path(source).exists():
+                return opened(load_config(None, plain | {"clip_weights": str(source)}), None)
+            resolve_backbone(str(source))
         except UserError as other:
             raise UserError(f"{error}\nNor is it a CLIP: {other}") from other
+        return opened(load_config(None, plain | {"clip_backbone": str(source)}), None)
     return opened(config, checkpoint)
 
 
@@ -246,10 +248,7 @@ def find_checkpoint(
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         what = "not a run folder: best.safetensors not found" if path.is_dir() else "there is no such file or folder"
-        raise NotACheckpoint(
-            f"{source}: {what} (looked for in {Path.cwd()}). "
-            "A pretrained CLIP is measured by `adaclip train --do_inference --clip_weights FOLDER`"
-        )
+        raise NotACheckpoint(f"{source}: {what} (looked for in {Path.cwd()})")
     checkpoint = read_checkpoint(weights)
     if settings is not None or checkpoint.system == "AdaCLIP":  # whose settings have other names and meanings
         return checkpoint, load_config(settings, dict(overrides))

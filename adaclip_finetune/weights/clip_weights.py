@@ -337,9 +337,9 @@ def _fetch(module: nn.Module, weights: Weights) -> None:
     except Exception as error:
         raise UserError(
             f"{weights.source}: the weights could not be downloaded and loaded: {error}\n"
-            "If the Hugging Face hub cannot be reached: run once where it can (weights stay in its cache, HF_HOME), "
-            "set HF_ENDPOINT to a mirror, or copy a file or folder with the weights here and give "
-            "its path, to a command in place of the name, and to a run as clip_weights."
+            "If the Hugging Face hub cannot be reached from here, set HF_ENDPOINT to a mirror, copy its cache "
+            "(HF_HOME) from a machine that has the weights, or copy the weights and give their file or folder: in "
+            "place of the name to a command, and as clip_weights to a run."
         ) from error
 
 

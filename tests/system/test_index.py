@@ -181,6 +181,13 @@ def test_an_index_names_a_clip_of_open_clip(
     told = capsys.readouterr().err
     assert "nonesuch: there is no such file or folder" in told and "open_clip has no model 'nonesuch'" in told
 
+    def unreachable(module: object, weights: object) -> None:
+        raise UserError("RN50:openai: the weights could not be downloaded")
+
+    monkeypatch.setattr(clip_weights, "_fetch", unreachable)
+    assert main(words) == 2
+    assert capsys.readouterr().err == "adaclip: error: RN50:openai: the weights could not be downloaded\n"
+
 
 def test_search_without_training_finds_what_zero_shot_finds(tmp_path: Path) -> None:
     model = load_retriever(EXAMPLE / "tiny_clip", num_frm=4, device="cpu", num_workers=0)

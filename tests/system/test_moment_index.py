@@ -56,7 +56,15 @@ def vectors(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "others", [{}, {"num_frm": 4, "num_frm_subset": 3, "top_k": 3, "segment_sampling": True}], ids=str
+    "others",
+    [
+        {},
+        {"num_frm": 4, "num_frm_subset": 3, "top_k": 3, "segment_sampling": True},
+        {"policy_backbone": "clip"},
+        {"use_policy": False, "num_frm": 10},
+        {"use_policy": False, "num_frm": 10, "num_frm_subset": 8},  # and two blank frames
+    ],
+    ids=str,
 )
 def test_a_window_is_embedded_as_a_video_of_its_frames(
     project: Settings, clips: Path, tmp_path: Path, others: Settings
@@ -78,6 +86,22 @@ def test_a_window_is_embedded_as_a_video_of_its_frames(
             assert row["time"] == pytest.approx(best / 25, abs=1e-3)
             with Image.open(tmp_path / "i" / "thumbs" / row["thumb"]) as picture:
                 assert index_of(np.asarray(picture)) == best
+
+
+@pytest.mark.parametrize("selects", [True, False])
+def test_windows_that_overlap_encode_each_frame_once(
+    project: Settings, clips: Path, tmp_path: Path, selects: bool
+) -> None:
+    """Unless the frames that are selected are fewer."""
+    settings = project | {"num_frm": 10, "top_k": 2, "use_policy": selects}
+    model = load_retriever(write_run(tmp_path / "run", settings), num_workers=0)
+    encoded: list[int] = []
+    model.model.tower.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[:2].numel()))
+    collection = collect_folder(clips)
+    (moments,) = dict(embed_moments(model, collection, collection.videos[:1], WINDOWS)).values()
+    assert isinstance(moments, list) and len(moments) == 4
+    # 10 of the 20 frames of each window are every second of 50 frames; and a blank one.
+    assert sum(encoded) == (2 * 4 if selects else 25 + 1)
 
 
 class Part:

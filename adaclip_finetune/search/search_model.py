@@ -151,7 +151,7 @@ class SearchModel:
     def frame_vectors(self, batch: VideoBatch) -> tuple[Tensor, Tensor | None]:
         """Return what CLIP and the selector make of videos of one frame each (B, D) and (B, F), as
         `VideoRetriever.frame_vectors` does."""
-        with torch.no_grad(), self.autocast():
+        with memory_explained(self.config), torch.no_grad(), self.autocast():
             vectors, features = self.model.frame_vectors(batch.to(self.device))
         return vectors[:, 0], None if features is None else features[:, 0]
 

@@ -80,7 +80,7 @@ def test_the_bytes_are_those_of_one_process(
     parts, finished = tmp_path / "ray" / "parts", list[int]()
 
     def kill() -> None:
-        until(lambda: list(parts.glob("*.safetensors")), 120)
+        until(lambda: list(parts.glob("*.safetensors")), 600)
         if killed == "process":
             os.kill(actors()[0].pid, signal.SIGKILL)
         else:

@@ -27,8 +27,9 @@ def run(words: Sequence[str]) -> int:
         entries = [(video.video_id, video.sentences) for video in load_annotations(arguments.captions)]
     captions = captions_of(index, entries)
     if not captions:
-        whose = "the index" if arguments.captions is None else str(arguments.captions)
-        raise UserError(f"{whose} has no captions of videos of {arguments.index}; give an annotation that has")
+        if arguments.captions is None:
+            raise UserError(f"{arguments.index} holds no captions of its videos; give an annotation that does")
+        raise UserError(f"{arguments.captions}: none of its videos that have captions is in {arguments.index}")
     found = calibrate(index, search_model_of(index, arguments.model, **settings), captions, arguments.false_finds)
     for way, one in found.items():
         ranked = "by their own vectors" if way == "whole" else "by their best moments"

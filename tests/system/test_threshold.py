@@ -179,7 +179,7 @@ def test_the_command(run: Path, project: dict[str, Any], tmp_path: Path, capsys:
     (tmp_path / "others.json").write_text(json.dumps({"elsewhere": {"sentences": ["a dog"]}}))
     refused: list[tuple[list[object], str]] = [
         ([folder, "--false-finds", 100], "--false-finds"),
-        ([folder, tmp_path / "others.json"], "no captions"),
+        ([folder, tmp_path / "others.json"], "none of its videos"),
         ([folder, tmp_path / "none"], "no such file"),
         ([tmp_path / "none"], "no such folder"),
     ]

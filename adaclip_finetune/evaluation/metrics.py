@@ -117,24 +117,33 @@ def retrieval_metrics(
     owners = torch.as_tensor(video_of_text, dtype=torch.int64, device="cpu")
     if not len(owners):
         raise ValueError("there are no captions to evaluate")
-    rows, videos = _same_text(texts or (), owners.numpy())
-    t2v, t2v_same, best_own = torch.empty_like(owners), torch.zeros_like(owners), torch.empty(0)
+    rows, videos, twins = _same_text(texts or (), owners.numpy())
+    t2v, t2v_same, best_own, all_own = (
+        torch.empty_like(owners),
+        torch.zeros_like(owners),
+        torch.empty(0),
+        torch.empty(0),
+    )
     for start, scores, columns in _checked(blocks, owners):
         if start == 0:
             best_own = scores.new_full((scores.shape[1],), float("-inf"))  # the score of each video's best caption
+            all_own = scores.new_empty(len(owners))
         own = scores.gather(1, columns[:, None])
+        all_own[start : start + len(scores)] = own.squeeze(1)
         # The right video itself is among those that reach its score: that is the 1 of the rank.
         t2v[start : start + len(scores)] = _count(_reached(scores, own), dim=1)
         best_own.scatter_reduce_(0, columns, own.squeeze(1), "amax")
-        row, video = _in_block(rows, videos, start, scores)
+        _, row, video = _in_block(rows, videos, start, scores)
         t2v_same.index_add_(0, start + row.cpu(), (scores[row, video] >= own[row, 0]).long().cpu())
     v2t = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
     v2t_same = torch.zeros_like(v2t)
     for start, scores, columns in _checked(blocks, owners):
         reaching = _reached(scores, best_own)
+        pairs, row, video = _in_block(rows, videos, start, scores)
+        # A text has one score, but the last bits of what is computed at two places of a matrix may differ.
+        reaching[row, video] = _reached(all_own[twins[pairs].to(scores.device)], best_own[video])
         v2t += _count(reaching, dim=0)
         v2t.index_add_(0, columns, -reaching.gather(1, columns[:, None]).squeeze(1).long())
-        row, video = _in_block(rows, videos, start, scores)
         v2t_same.index_add_(0, video, reaching[row, video].long())
     asked = np.unique(owners.numpy())
     metrics = Metrics(_direction(t2v), _direction(v2t[asked]))
@@ -181,21 +190,23 @@ def _direction(ranks: Tensor) -> DirectionMetrics:
     return DirectionMetrics(ranks.cpu().numpy())
 
 
-def _same_text(texts: Sequence[str], owners: IntArray) -> tuple[Tensor, Tensor]:
-    """Return, in ascending order, each caption (P,) that has its text in common with another video, and that video
-    (P,). Case and spaces do not count."""
+def _same_text(texts: Sequence[str], owners: IntArray) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, in ascending order, each caption (P,) that has its text in common with another video, that video (P,),
+    and its first caption with this text (P,). Case and spaces do not count."""
     numbers: dict[str, int] = {}
     text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts], np.int64)
-    text, video = np.unique(np.stack([text_of, owners[: len(texts)]]), axis=1)  # each text once for each of its videos
-    found = csr_array((np.ones_like(text), (text, video)), (len(numbers), owners.max() + 1))[text_of].tocoo()
+    # Each text once for each of its videos.
+    (text, video), first = np.unique(np.stack([text_of, owners[: len(texts)]]), axis=1, return_index=True)
+    found = csr_array((1 + first, (text, video)), (len(numbers), owners.max() + 1))[text_of].tocoo()
     other = found.col != owners[found.row]
-    return torch.from_numpy(found.row[other]).long(), torch.from_numpy(found.col[other]).long()
+    rows, videos, twins = (torch.from_numpy(part[other]).long() for part in (found.row, found.col, found.data - 1))
+    return rows, videos, twins
 
 
-def _in_block(rows: Tensor, videos: Tensor, start: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return those pairs of `_same_text` that are in a block, their rows counted from its first one."""
+def _in_block(rows: Tensor, videos: Tensor, start: int, scores: Tensor) -> tuple[slice, Tensor, Tensor]:
+    """Return which pairs of `_same_text` are in a block, their rows, counted from its first one, and their videos."""
     here = slice(*torch.searchsorted(rows, torch.tensor([start, start + len(scores)])).tolist())
-    return (rows[here] - start).to(scores.device), videos[here].to(scores.device)
+    return here, (rows[here] - start).to(scores.device), videos[here].to(scores.device)
 
 
 def _checked(blocks: Iterable[Tensor], owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -75,6 +75,15 @@ def test_worked_examples(scores, owners, t2v, v2t):
     assert (metrics.t2v.ranks.tolist(), metrics.v2t.ranks.tolist()) == (t2v, v2t)
 
 
+@pytest.mark.parametrize("direction", [0.0, 1.0])
+def test_a_text_ties_with_itself_whatever_the_last_bits_of_its_scores(direction):
+    """Processors differ in them, and so do places in a matrix."""
+    scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.1, 0.9]])
+    scores[1] = scores[1].nextafter(torch.tensor(direction))
+    metrics = retrieval_metrics(scores.split(1), [0, 1, 2], ["a man", "a man", "a dog"])
+    assert metrics.v2t.ranks.tolist() == [2, 2, 1]
+
+
 def test_captions_of_two_videos_give_both_figures():
     """A perfect model of three videos, two with the same caption but for case and spaces."""
     texts, owners = ["a man  plays", "A man plays", "a dog"], [0, 1, 2]

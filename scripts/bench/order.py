@@ -134,7 +134,7 @@ def train(
     real = torch.ones(1, 4, dtype=torch.bool)
 
     def similarity(captions: list[str], names: list[str]) -> Tensor:
-        vectors = tower.of_frames(clips.videos(names), real)[:, 0]
+        vectors = tower.combine(clips.videos(names), real)[:, 0]
         sentences = F.normalize(text(clips.texts(captions)).sentence, dim=-1)
         return sentences @ F.normalize(vectors, dim=-1).T
 

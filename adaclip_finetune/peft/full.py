@@ -9,18 +9,13 @@ from adaclip_finetune.peft.base import PeftMethod, clip_of, learning
 
 
 class FullFinetuning(PeftMethod):
-    """Trains the parameters of the chosen towers. What belongs to neither, the logit scale, always learns."""
+    """Trains the parameters of the chosen towers, and the logit scale and bias, which belong to neither."""
 
     settings: FullSettings
 
     def choose(self, model: nn.Module) -> None:
-        other = {"image": "text", "text": "image"}.get(self.settings.towers)
+        if self.settings.towers == "both":
+            return
         for name, parameter in learning(clip_of(model)):
-            parameter.requires_grad_(tower_of(name) != other)
-
-
-def tower_of(name: str) -> str | None:
-    """Return the tower that a parameter of CLIP belongs to, "image" or "text"; None for logit scale and bias."""
-    if name.startswith("logit_"):
-        return None
-    return "image" if name.startswith("visual.") else "text"
+            tower = "image" if name.startswith("visual.") else "text"
+            parameter.requires_grad_(tower == self.settings.towers or name.startswith("logit_"))

@@ -26,6 +26,8 @@ CASES = {
     "full": (FullSettings(), -1, False),
     "full, last block": (FullSettings(), 1, False),
     "full, frozen clip": (FullSettings(), 0, True),
+    "full, text tower": (FullSettings(towers="text"), -1, False),
+    "full, last image block": (FullSettings(towers="image"), 1, False),
     "bitfit": (BitFitSettings(keep_module_keywords=KEYWORDS), 0, False),
     "bitfit, all biases": (BitFitSettings(include_qkv_bias=True), -1, False),
     "ibs": (IbsSettings(), 0, False),
@@ -292,6 +294,8 @@ def vit_b_32():
     [
         (FullSettings(), -1, 151_277_313),
         (FullSettings(), 0, 123_540_993),
+        (FullSettings(towers="text"), -1, 151_277_313 - 87_849_216),
+        (FullSettings(towers="image"), -1, 87_849_216 + 1),
         (BitFitSettings(keep_module_keywords=KEYWORDS), 0, 780_801),
         (BitFitSettings(keep_module_keywords=KEYWORDS), -1, 781_569),
         (BitFitSettings(keep_module_keywords=KEYWORDS, include_qkv_bias=True), 0, 780_801 + 46_080),

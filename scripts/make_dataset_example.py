@@ -64,9 +64,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("dataset_example"), help="folder to write into")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--order",
+        type=int,
+        default=0,
+        metavar="PAIRS",
+        help="also make the split `order`: pairs of clips that are each other backwards, with captions as in `test`",
+    )
     args = parser.parse_args()
 
-    splits = plan(args.seed)
+    splits = plan(args.seed, args.order)
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
     for number, clip in enumerate(tqdm([c for clips in splits.values() for c in clips], desc="clips", unit="clip")):
         encode(args.out / "videos" / f"{clip.name}.mp4", draw(clip, np.random.default_rng([args.seed, 1, number])))
@@ -76,16 +83,20 @@ def main() -> None:
     write_json(args.out / "events.json", events(splits), seed=args.seed, frames=FRAMES, frames_a_second=FRAMES_A_SECOND)
 
 
-def plan(seed: int) -> dict[str, list[Clip]]:
-    """All clips but their pixels. No two share a sentence; no two of a split, save reversed pairs, the same things."""
+def plan(seed: int, order_pairs: int = 0) -> dict[str, list[Clip]]:
+    """All clips but their pixels. No two share a sentence; no two of a split, save reversed pairs, the same things.
+
+    With `order_pairs` a last split, `order`, has as many pairs and no other clips; the other splits stay as they are.
+    """
     rng = np.random.default_rng([seed, 0])
     told: set[Scene] = set()
     splits: dict[str, list[Clip]] = {}
     number = 0
-    for split, count in SPLITS.items():
+    for split, count in {**SPLITS, **({"order": 2 * order_pairs} if order_pairs else {})}.items():
+        pairs, amounts = (order_pairs, SENTENCES["test"]) if split == "order" else (None, SENTENCES[split])
         clips = [
             replace(clip, name=f"clip{number + i:04d}")
-            for i, clip in enumerate(_events(count, SENTENCES[split], told, rng))
+            for i, clip in enumerate(_events(count, pairs, amounts, told, rng))
         ]
         _name_partners(clips)
         _add_fillers(clips, rng)
@@ -162,9 +173,11 @@ def write_json(path: Path, entries: Mapping[str, object], **head: object) -> Non
     path.write_text(f"{before}\n{lines}\n{after}\n", encoding="utf-8")
 
 
-def _events(count: int, amounts: tuple[float, ...], told: set[Scene], rng: np.random.Generator) -> list[Clip]:
-    """Events of one split, the colour pairs equally often, `ORDERED_SHARE` of them in pairs; shuffled."""
-    pairs_of_clips = round(count * ORDERED_SHARE / 2)
+def _events(
+    count: int, pairs: int | None, amounts: tuple[float, ...], told: set[Scene], rng: np.random.Generator
+) -> list[Clip]:
+    """Events of one split, the colour pairs equally often, `ORDERED_SHARE` of them (or so many) in pairs; shuffled."""
+    pairs_of_clips = round(count * ORDERED_SHARE / 2) if pairs is None else pairs
     ordered = [True] * pairs_of_clips + [False] * (count - 2 * pairs_of_clips)
     colour_pairs: list[tuple[str, str]] = []
     seen: set[frozenset[tuple[str, str]]] = set()

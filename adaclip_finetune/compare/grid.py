@@ -157,9 +157,10 @@ class Grid:
             return
         here = cell.deciding()
         if cell.is_finished:
+            there = cell.result()["settings"]
             # A setting that the version which trained it did not have has its default.
-            defaults = deciding_values(load_config())
-            there = {name: defaults[name] for name in here.keys() & defaults.keys()} | cell.result()["settings"]
+            known = {name: there[name] for name in there.keys() & Config.model_fields.keys()}
+            there = there | deciding_values(load_config(None, known))
         else:
             there = here | deciding_values(load_config(cell.folder / "config.json"))
         differ = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]

@@ -279,7 +279,7 @@ class Config(Settings):
     )
     embedding_cache: PathText | None = machine(
         None,
-        "folder that keeps embeddings of frames, with freeze_clip: epochs then read no video",
+        "folder that keeps embeddings of frames, if CLIP's image tower is frozen: epochs then read no video",
         unit="folder",
     )
     gradient_checkpointing: bool = machine(
@@ -441,10 +441,11 @@ def _contradictions(c: Config) -> Iterator[str]:
 def _learning_before_vectors(c: Config) -> Iterator[str]:
     """Yield what changes the embeddings of frames from step to step."""
     what = "embedding_cache keeps what frozen networks make of the same frames in each epoch"
-    if not c.freeze_clip:
-        yield f"{what}: set freeze_clip, or leave embedding_cache out"
-    if c.tower.method != "per_frame":
-        yield f"{what}, but tower.method {c.tower.method} mixes the frames that are chosen: take per_frame"
+    methods = getattr(c.peft.config, "methods", (c.peft,))
+    if not c.freeze_clip and any(getattr(part.config, "towers", "both") != "text" for part in methods):
+        yield f"{what}: set freeze_clip or peft.config.towers text, or leave embedding_cache out"
+    if isinstance(c.tower.config, TowerSettings) and not c.tower.config.framewise:
+        yield f"{what}, but tower.method {c.tower.method} mixes the frames that are chosen: take per_frame or change"
     if c.use_policy and c.policy_backbone in ("mobilenet_v3_large", "mobilenet_v2", "resnet50") and not c.freeze_cnn:
         yield f"{what}: set freeze_cnn, or choose a policy_backbone that does not learn (raw, clip, frozen_clip)"
     if c.sampling != "uniform":

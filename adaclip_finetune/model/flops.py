@@ -26,6 +26,7 @@ from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.frame_features import Backbone, CnnBackbone, FrozenClipBackbone
 from adaclip_finetune.model.retriever import VideoRetriever
 from adaclip_finetune.model.selector import RecurrentEncoder
+from adaclip_finetune.model.towers.base import FramewiseTower
 
 # Multiply-adds with weights, and of activations with activations inside attention.
 _Counts = NDArray[np.float64]
@@ -77,12 +78,11 @@ def count_gflops(model: VideoRetriever, num_frm: int) -> Gflops:
         scorer = _count(selector.scorer, scored)
     # The policy `clip` scores the embeddings of all N frames.
     looks_at_all = selector is not None and selector.backbone is None
-    if model.tower.independent:
-        encoded = frame * (num_frm if looks_at_all else model.top_k)
-    else:
-        pixels = torch.empty(1, model.top_k, 3, size, size, device="meta")
-        tower = _count(on_meta.tower, pixels, torch.ones(1, model.top_k, dtype=torch.bool, device="meta"))
-        encoded = tower + frame * (num_frm if looks_at_all else 0)
+    pixels = torch.empty(1, model.top_k, 3, size, size, device="meta")
+    encoded = _count(on_meta.tower, pixels, torch.ones(1, model.top_k, dtype=torch.bool, device="meta"))
+    if looks_at_all:  # the tower then needs no frame once more if it takes CLIP's vectors of frames
+        framewise = isinstance(model.tower, FramewiseTower)
+        encoded = encoded + frame * (num_frm - model.top_k if framewise else num_frm)
     shares = model.tower.frame_shares(model.top_k)
     pooled = torch.empty(1, model.top_k if shares is None else len(shares), width, device="meta")
     tail = sum((_count(part, pooled) for part in (on_meta.header, on_meta.aggregator) if part is not None), _NOTHING)

@@ -9,7 +9,6 @@ frames; in training those with gradients and the others without, since the strai
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -32,8 +31,7 @@ from adaclip_finetune.model.pooling import WordPooling, build_pooling
 from adaclip_finetune.model.scoring import CosineScorer, QueryScorer, Scorer
 from adaclip_finetune.model.selector import FrameSelector
 from adaclip_finetune.model.text import check_words
-from adaclip_finetune.model.towers.base import FrameTower
-from adaclip_finetune.model.towers.per_frame import PerFrame
+from adaclip_finetune.model.towers.base import FrameTower, FramewiseTower
 from adaclip_finetune.weights.loaded import LoadedClip
 
 _FIXED_FRAMES_AT_ONCE = 1024
@@ -136,7 +134,7 @@ class VideoRetriever(nn.Module):
 
         The features are None without a selector, and if it scores the embeddings.
         """
-        vectors = self._encode_fixed(videos.frames, videos.frame_mask)
+        vectors = self._alone_fixed(videos.frames, videos.frame_mask)
         scored = self.selector is not None and self.selector.backbone is not None
         return vectors, self._selector_features(videos) if scored else None
 
@@ -192,36 +190,53 @@ class VideoRetriever(nn.Module):
         return self.logit_scale().device
 
     def _tokens(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection | None]:
-        """Return tokens (B, K, D) of the selected frames, in the order of selection.
+        """Return tokens (B, K, D) of the selected frames.
 
-        If the tower mixes frames, they are in the order of time.
+        If the tower has a token a frame, they are in the order of selection.
         """
         if videos.vectors is not None:
             if self.selector is None:
-                return videos.vectors, None
-            selection = self.selector(videos.vectors if videos.features is None else videos.features, noise)
-            return _mix(selection.weights, videos.vectors), selection
+                return self._combined(videos.vectors, videos.frame_mask), None
+            selection = self._select(videos.vectors if videos.features is None else videos.features, noise)
+            return self._of_selected(videos, selection, videos.vectors), selection
         if self.selector is None:
             return self._encode(videos.frames, videos.frame_mask), None
-        if not self.tower.independent:
+        if not isinstance(self.tower, FramewiseTower):
             return self._tokens_of_mixed_frames(videos, noise)
         # Where no frame needs gradients, one batch of all is faster than those that were selected and then the others.
         images_learn = self._images_learn()
         if self.selector.backbone is None or (self.training and not images_learn and self.encodes_others):
-            encode = self._encode if images_learn else self._encode_fixed
+            encode = self._alone if images_learn else self._alone_fixed
             everything = encode(videos.frames, videos.frame_mask)
             features = everything if self.selector.backbone is None else self._selector_features(videos)
-            selection = self.selector(features, noise)
-            return _mix(selection.weights, everything), selection
-        selection = self.selector(self._selector_features(videos), noise)
-        chosen = self._encode(*_take_frames(videos, selection.indices))
+            selection = self._select(features, noise)
+            return self._of_selected(videos, selection, everything), selection
+        selection = self._select(self._selector_features(videos), noise)
+        frames, mask = _take_frames(videos, selection.indices)
+        chosen = self._alone(frames, mask)
         if not self.training:
-            return chosen, selection
+            return self._combined(chosen, mask), selection
         # The rows of the weights are one-hot, but their gradient needs the values of the embeddings of all frames.
         others = _complement(selection.indices, videos.frames.shape[1])
         rest = self._embeddings_of_others(videos, others, chosen)
         order = torch.cat([selection.indices, others], dim=1)[:, None, :].expand_as(selection.weights)
-        return _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1)), selection
+        mixed = _mix(selection.weights.gather(2, order), torch.cat([chosen, rest], dim=1))
+        return self._combined(mixed, mask), selection
+
+    def _select(self, features: Tensor, noise: Tensor | None) -> Selection:
+        """Return the selection; if the tower mixes frames, they are in the order of time."""
+        assert self.selector is not None
+        selection: Selection = self.selector(features, noise)
+        return selection if self.tower.independent else _in_time(selection)
+
+    def _of_selected(self, videos: VideoBatch, selection: Selection, vectors: Tensor) -> Tensor:
+        """Return tokens (B, K, D) of the selected ones of the vectors (B, N, D) of all frames."""
+        return self._combined(_mix(selection.weights, vectors), videos.frame_mask.gather(1, selection.indices))
+
+    def _combined(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Return tokens (B, K, D) of the vectors of frames (B, T, D)."""
+        assert isinstance(self.tower, FramewiseTower)
+        return at_least_float32(self.tower.combine(vectors, mask))
 
     def _embeddings_of_others(self, videos: VideoBatch, others: Tensor, chosen: Tensor) -> Tensor:
         """Return the embeddings (B, N − K, D) of the frames that were not selected, without gradients.
@@ -229,13 +244,12 @@ class VideoRetriever(nn.Module):
         With `policy_gradient` selected, the mean of those that were selected stands for each of them.
         """
         if self.encodes_others:
-            return self._encode_fixed(*_take_frames(videos, others))
+            return self._alone_fixed(*_take_frames(videos, others))
         return chosen.detach().mean(dim=1, keepdim=True).expand(-1, others.shape[1], -1)
 
     def _images_learn(self) -> bool:
-        """Return whether anything learns through which images go."""
-        parameters = chain(self.clip.get_submodule("visual").parameters(), self.tower.parameters())
-        return any(parameter.requires_grad for parameter in parameters)
+        """Return whether the image tower learns."""
+        return any(parameter.requires_grad for parameter in self.clip.get_submodule("visual").parameters())
 
     def _tokens_of_mixed_frames(self, videos: VideoBatch, noise: Tensor | None) -> tuple[Tensor, Selection]:
         """Return the tokens of a tower that mixes frames.
@@ -246,14 +260,15 @@ class VideoRetriever(nn.Module):
         """
         assert self.selector is not None
         scores_clip = self.selector.backbone is None
-        features = self._encode_alone(videos) if scores_clip else self._selector_features(videos)
-        selection = _in_time(self.selector(features, noise))
+        everything = (videos.frames, videos.frame_mask)
+        features = self._alone(*everything) if scores_clip else self._selector_features(videos)
+        selection = self._select(features, noise)
         tokens = self._encode(*_take_frames(videos, selection.indices))
         if not self.training:
             return tokens, selection
         # Only now, since weights that are computed once (LoRA's) must be computed with gradients first.
         with torch.no_grad():
-            alone = features.detach() if scores_clip else self._encode_alone(videos)
+            alone = features.detach() if scores_clip else self._alone(*everything)
         chosen = _mix(selection.weights, alone)
         change = chosen - chosen.detach()  # zero, with a gradient
         shares = self.tower.frame_shares(chosen.shape[1])
@@ -269,25 +284,22 @@ class VideoRetriever(nn.Module):
         return features
 
     def _encode(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Return the tokens of frames, uint8 (B, n, 3, S, S), in float32 or float64.
+        """Return the tower's tokens (B, K, D) of frames, uint8 (B, n, 3, S, S), in float32 or float64."""
+        return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
 
-        Independent frames give n tokens each video, and n may be 0.
-        """
+    def _alone(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Return CLIP's embedding of each frame by itself, (B, n, D), whatever the tower. n may be 0."""
         if not frames.shape[1]:
             width = embedding_width(self.clip)
             return torch.empty(len(frames), 0, width, device=frames.device, dtype=self._dtype())
-        return at_least_float32(self.tower(self._pixels(frames, frame_mask), frame_mask))
+        return at_least_float32(FramewiseTower.encode(self.clip, self._pixels(frames, frame_mask)))
 
     @torch.no_grad()
-    def _encode_fixed(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Return what `_encode` returns, without gradients, computed in parts to limit memory."""
+    def _alone_fixed(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Return what `_alone` returns, without gradients, computed in parts to limit memory."""
         videos = max(1, _FIXED_FRAMES_AT_ONCE // max(1, frames.shape[1]))
         parts = zip(torch.split(frames, videos), torch.split(frame_mask, videos), strict=True)
-        return torch.cat([self._encode(*part) for part in parts])
-
-    def _encode_alone(self, videos: VideoBatch) -> Tensor:
-        """Return CLIP's embedding of each frame by itself, (B, N, D), whatever the tower."""
-        return at_least_float32(PerFrame.encode(self.clip, self._pixels(videos.frames, videos.frame_mask)))
+        return torch.cat([self._alone(*part) for part in parts])
 
     def _frame_weights(self, shares: Tensor, selection: Selection | None, frames: int) -> Tensor:
         """Return the weights of the candidate frames (B, N), rows of sum 1, from those of the tokens (B, K)."""

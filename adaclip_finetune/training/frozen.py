@@ -1,6 +1,7 @@
 """The setting `embedding_cache`: encode each frame once, if nothing learns through which frames go.
 
-Where CLIP and the selector's features are frozen, an epoch is the work of the small parts behind them.
+Where the image tower and the selector's features are frozen, an epoch is the work of the parts behind them, and of the
+text tower.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def open_vectors(session: Session) -> FrameVectors | None:
     if config.embedding_cache is None:
         return None
     visual = model.clip.get_submodule("visual")
+    if learns := [name for name, parameter in visual.named_parameters() if parameter.requires_grad]:
+        raise UserError(
+            f"embedding_cache keeps what the image tower makes of frames, but its {learns[0]} learns: change "
+            "peft.config.keep_module_keywords, or leave embedding_cache out"
+        )
     if any(isinstance(part, _BatchNorm) for part in visual.modules()):
         raise UserError(
             f"embedding_cache: the batch norms of {config.clip_backbone} follow the training batches, even if all "

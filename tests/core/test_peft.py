@@ -159,6 +159,8 @@ def vit_b_32():
     [
         (FullSettings(), -1, 151_277_313),
         (FullSettings(), 0, 123_540_993),
+        (FullSettings(towers="text"), -1, 151_277_313 - 87_849_216),
+        (FullSettings(towers="image"), -1, 87_849_216 + 1),
         (BitFitSettings(keep_module_keywords=KEYWORDS), 0, 780_801),
         (BitFitSettings(keep_module_keywords=KEYWORDS), -1, 781_569),
         (BitFitSettings(keep_module_keywords=KEYWORDS, include_qkv_bias=True), 0, 780_801 + 46_080),

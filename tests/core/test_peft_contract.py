@@ -29,6 +29,7 @@ def joined(*parts: Section) -> Section:
 
 METHODS: dict[str, Section] = {
     "full": {"method": "full"},
+    "full, of the text tower": {"method": "full", "config": {"towers": "text"}},
     "bitfit": {"method": "bitfit", "config": {"include_qkv_bias": True}},
     "ibs": {"method": "ibs"},
     "ibs by angles": {"method": "ibs", "config": {"metric": "angle", "keep_module_keywords": ["ln_post"]}},

@@ -19,7 +19,7 @@ from adaclip_finetune.model import retriever
 from adaclip_finetune.model.clip import encode_images, text_blocks
 from adaclip_finetune.model.features import TextFeatures
 from adaclip_finetune.model.retriever import VideoRetriever
-from adaclip_finetune.model.towers.base import FrameTower
+from adaclip_finetune.model.towers.base import FrameTower, FramewiseTower
 from adaclip_finetune.model.towers.per_frame import PerFrame
 from adaclip_finetune.objectives.contrastive import contrastive_loss
 
@@ -165,9 +165,9 @@ def test_the_gradient_of_selected_frames_encodes_only_these(freeze: bool) -> Non
     batch, noise = make_batch()[0], gumbel(4, 6)
     model, exact = with_policy_gradient("selected", freeze), with_policy_gradient("exact")
     encoded: list[int] = []
-    model.tower.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[1]))
+    model.clip.visual.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     found = model.encode_video(batch, noise)
-    assert encoded == [2]
+    assert encoded == [4 * 2]
     for ours, theirs in zip(found[:3], exact.encode_video(batch, noise)[:3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(
@@ -183,7 +183,7 @@ def test_the_gradient_of_selected_frames_is_exact_if_the_others_are_their_mean(
 
     mean = exact.encode_video(batch, noise).tokens.detach().mean(dim=1, keepdim=True)
     expected = gradients_of_scores(model, batch, noise)
-    monkeypatch.setattr(exact, "_encode_fixed", lambda frames, mask: mean.expand(-1, frames.shape[1], -1))
+    monkeypatch.setattr(exact, "_alone_fixed", lambda frames, mask: mean.expand(-1, frames.shape[1], -1))
     torch.testing.assert_close(gradients_of_scores(exact, batch, noise), expected, rtol=1e-9, atol=1e-12)
     assert expected.abs().sum() > 0
 
@@ -325,7 +325,6 @@ def test_frame_weights_with_a_header_are_those_of_its_tokens(sim_header: str) ->
 class MixingTower(FrameTower):
     """Makes each token half its own frame and half the mean of all. `mask` is the last mask that was passed."""
 
-    independent = False
     mask: Tensor
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
@@ -404,6 +403,37 @@ def test_a_mixing_tower_gets_frames_in_the_order_of_time(policy: str, training: 
     assert sizes == ([24, 12] if policy == "clip" else [12, 24] if training else [12])
     assert isinstance(model.tower, MixingTower)
     assert torch.equal(model.tower.mask, batch.frame_mask.gather(1, selection.indices))
+
+
+@pytest.mark.parametrize("policy", ["raw", "clip"])
+def test_a_framewise_tower_learns_as_if_all_frames_were_encoded_once(policy: str) -> None:
+    model = (
+        sharpen(build_retriever(policy_backbone=policy, frame_agg=None, tower={"method": "change"})).double().train()
+    )
+    assert isinstance(model.tower, FramewiseTower) and model.selector is not None
+    torch.nn.init.normal_(model.tower.get_parameter("maps"))
+    model.selector.k, model.selector.temperature = 3, 0.7
+    oracle = copy.deepcopy(model)
+    assert isinstance(oracle.tower, FramewiseTower) and oracle.selector is not None
+    batch, ids = make_batch(policy=policy)
+    noise = gumbel(4, 6)
+    text, video = model(TrainBatch(batch, [], ids, noise))
+    contrastive_loss(model.similarity(text, video)).backward()
+
+    frames = embed_all(oracle, batch)
+    selection = oracle.selector(selector_features(oracle, batch, frames), noise)
+    order = selection.indices.argsort(dim=1)
+    weights = torch.stack([row[places] for row, places in zip(selection.weights, order, strict=True)])
+    assert oracle.aggregator is not None
+    vector = oracle.aggregator(oracle.tower.combine(weights @ frames, torch.ones(4, 3, dtype=torch.bool)))[0]
+    expected = video._replace(vector=vector)
+    contrastive_loss(oracle.similarity(oracle.encode_text(ids), expected)).backward()
+
+    torch.testing.assert_close(video.vector, vector, atol=1e-9, rtol=1e-9)
+    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-9, rtol=1e-7, msg=name)
+    assert model.tower.get_parameter("maps").grad.abs().max() > 0
 
 
 @torch.no_grad()

@@ -136,6 +136,17 @@ def test_the_committed_data_is_what_the_script_makes(tmp_path):
             assert np.abs(shown.astype(int) - frames).mean() < 6
 
 
+def test_more_pairs_that_need_order_leave_the_other_splits_as_they_are():
+    splits = maker.plan(EVENTS["seed"], order_pairs=20)
+    more = splits.pop("order")
+    assert splits == maker.plan(EVENTS["seed"])
+    assert len(more) == 40 and all(clip.event.needs_order for clip in more)
+    by_name = {clip.name: clip for clip in more}
+    assert all(by_name[clip.reversed_of].event == clip.event.backwards() for clip in more)
+    told = {sentence for clips in splits.values() for clip in clips for sentence in clip.sentences}
+    assert not told & {sentence for clip in more for sentence in clip.sentences}
+
+
 def test_filler_is_drawn_like_events():
     clips = [clip for split in maker.plan(0).values() for clip in split]
     fillers = [filler for clip in clips for filler in clip.fillers]

@@ -24,6 +24,7 @@ from adaclip_finetune.training.trainer import TrialResult, fit, run_trial
 Project = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("no_pictures")
 FROZEN = {"freeze_clip": True, "coef_lr": 1.0, "no_output": True}
+LOCKED = {"freeze_clip": False, "peft": {"method": "full", "config": {"towers": "text"}}}
 
 
 @pytest.fixture
@@ -60,6 +61,9 @@ def assert_same(one: TrialResult, other: TrialResult) -> None:
         {"policy_backbone": "mobilenet_v2", "policy_weights": "random", "freeze_cnn": True, "num_frm": 3},
         {"frame_agg": "qscore", "num_frm_subset": 4},
         {"grad_cache_chunk": 2, "warmup_epochs": 1, "num_workers": 2},
+        {**LOCKED, "tower": {"method": "change"}},
+        {"peft": {"method": "lora", "config": {"towers": "text"}}, "freeze_clip": False, "policy_backbone": "clip"},
+        {"tower": {"method": "change"}, "use_policy": False},
     ],
     ids=lambda settings: " ".join(map(str, settings)) or "Hard-Top-k",
 )
@@ -167,7 +171,8 @@ def test_two_processes_find_what_one_does(project: Project, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"freeze_clip": False}, "freeze_clip"),
+        ({"freeze_clip": False}, "towers text"),
+        ({**LOCKED, "peft": [{"method": "lora", "config": {"towers": "text"}}, {"method": "bitfit"}]}, "towers text"),
         ({"tower": {"method": "global_local"}}, "per_frame"),
         ({"policy_backbone": "mobilenet_v2", "policy_weights": "random"}, "freeze_cnn"),
         ({"sampling": "random"}, "uniform"),
@@ -179,6 +184,12 @@ def test_two_processes_find_what_one_does(project: Project, tmp_path: Path) -> N
 def test_what_changes_from_step_to_step_is_refused(settings: Project, named: str, project: Project) -> None:
     with pytest.raises(UserError, match=f"embedding_cache.*{named}"):
         load_config(None, {**project, **FROZEN, "embedding_cache": "cache", **settings})
+
+
+def test_a_part_of_the_image_tower_that_learns_is_named(project: Project) -> None:
+    lora = {"method": "lora", "config": {"towers": "text", "keep_module_keywords": ["visual.proj"]}}
+    with pytest.raises(UserError, match=r"embedding_cache.*its proj learns.*keep_module_keywords"):
+        trial({**project, **FROZEN, "embedding_cache": "cache", "freeze_clip": False, "peft": lora})
 
 
 def test_a_stamp_follows_the_file_wherever_it_is(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def _inside_clip(method: str, config: Any) -> Iterator[Problem]:
 class FullSettings(ChoiceSettings):
     """Train all parameters that freeze_layer_num and freeze_clip leave trainable."""
 
+    towers: Towers = setting("both", "towers that learn; text: the images are locked (LiT, Zhai et al. 2022)")
+
 
 class BitFitSettings(ChoiceSettings):
     """Train the biases only, and parameters named by keywords (Ben Zaken et al. 2022)."""

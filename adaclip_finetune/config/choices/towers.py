@@ -19,9 +19,14 @@ class TowerSettings(ChoiceSettings):
     learns: ClassVar[bool] = False
     """Whether the tower has parameters of its own, which are trained even if CLIP is frozen."""
 
+    framewise: ClassVar[bool] = False
+    """Whether CLIP encodes each frame by itself, and the tower makes its tokens of these vectors."""
+
 
 class PerFrameSettings(TowerSettings):
     """Encode each frame independently with CLIP's image tower."""
+
+    framewise: ClassVar[bool] = True
 
 
 class GlobalLocalSettings(TowerSettings):
@@ -85,6 +90,7 @@ class ChangeSettings(TowerSettings):
     """Add a learned map of how the frames change, from the first to the last, to their mean."""
 
     learns: ClassVar[bool] = True
+    framewise: ClassVar[bool] = True
 
     frequencies: int = setting(1, "waves over the frames that are mapped; the first falls from first to last", ge=1)
 

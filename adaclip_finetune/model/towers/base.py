@@ -1,7 +1,8 @@
 """The base of towers, which encode all frames of a video by CLIP's image tower, and choose the text tower.
 
-A new tower is one file beside this one: a subclass of `FrameTower`, or of `BlockwiseTower` if it works between the
-transformer's blocks, a settings class and a line in `config/choices/`. docs/extending.md shows a complete one.
+A new tower is one file beside this one, a settings class and a line in `config/choices/`. It is a subclass of
+`FrameTower`; of `FramewiseTower` if it works on CLIP's vectors of the frames, or of `BlockwiseTower` if it works
+between the transformer's blocks. docs/extending.md shows a complete one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaclip_finetune.config import ChoiceSettings
+from adaclip_finetune.model.clip import encode_images
+from adaclip_finetune.model.features import at_least_float32
 from adaclip_finetune.model.text import ClipTextTower, TextTower
 from adaclip_finetune.model.vit import OpenBlock, VisionView, vision_view
 
@@ -26,7 +29,7 @@ class FrameTower(nn.Module, ABC):
     """
 
     independent: ClassVar[bool] = False
-    """True if token k depends on frame k alone. Then frames that were not selected are encoded without gradients."""
+    """True if token k depends on frame k alone. Otherwise selected frames are passed in the order of time."""
 
     def __init__(self, settings: ChoiceSettings, clip: nn.Module) -> None:
         super().__init__()
@@ -49,6 +52,26 @@ class FrameTower(nn.Module, ABC):
     def text_tower(self) -> TextTower:
         """Return the text tower that belongs to this tower: CLIP's own, unless a subclass has another."""
         return ClipTextTower(self.clip)
+
+
+class FramewiseTower(FrameTower):
+    """A tower for which CLIP encodes each frame by itself, and `combine` makes the tokens of the vectors.
+
+    Its settings have `framewise` True. Frames that were not selected are then encoded without gradients, and where the
+    image tower does not learn, vectors can be kept (`embedding_cache`).
+    """
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        return self.combine(at_least_float32(self.encode(self.clip, pixels)), mask)
+
+    @abstractmethod
+    def combine(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Return tokens (B, K, D) of the vectors of frames (B, T, D), of which those in `mask` (B, T) are real."""
+
+    @staticmethod
+    def encode(clip: nn.Module, pixels: Tensor) -> Tensor:
+        """Return the vectors (B, T, D) of frames by any CLIP."""
+        return encode_images(clip, pixels.flatten(0, 1)).reshape(*pixels.shape[:2], -1)
 
 
 class BlockwiseTower(FrameTower):

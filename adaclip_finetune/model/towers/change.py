@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from adaclip_finetune.config.choices.towers import ChangeSettings
 from adaclip_finetune.model.clip import embedding_width
-from adaclip_finetune.model.features import at_least_float32
-from adaclip_finetune.model.towers.base import FrameTower
-from adaclip_finetune.model.towers.per_frame import PerFrame
+from adaclip_finetune.model.towers.base import FramewiseTower
 
 
-class Change(FrameTower):
+class Change(FramewiseTower):
     """Encodes the frames (B, T, 3, S, S) of each video to one token: (B, 1, D).
 
     Parameter: `maps` (frequencies, D, D), one W_j each. They are 0 at first, so that the video's vector is the mean of
@@ -34,12 +32,8 @@ class Change(FrameTower):
         width = embedding_width(clip)
         self.maps = nn.Parameter(torch.zeros(settings.frequencies, width, width))
 
-    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+    def combine(self, frames: Tensor, mask: Tensor) -> Tensor:
         real = mask | ~mask.any(dim=1, keepdim=True)  # a blank video consists of its blank frames
-        return self.of_frames(at_least_float32(PerFrame.encode(self.clip, pixels)), real)
-
-    def of_frames(self, frames: Tensor, real: Tensor) -> Tensor:
-        """Return the token (B, 1, D) of videos from CLIP's vectors of their frames (B, T, D)."""
         frames = F.normalize(frames, dim=-1)
         shares = real.to(frames.dtype) / real.sum(dim=1, keepdim=True)
         mean = (shares[..., None] * frames).sum(dim=1)

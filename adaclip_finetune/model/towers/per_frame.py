@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaclip_finetune.model.clip import encode_images
-from adaclip_finetune.model.towers.base import FrameTower
+from adaclip_finetune.model.towers.base import FramewiseTower
 
 
-class PerFrame(FrameTower):
+class PerFrame(FramewiseTower):
     """Encodes frames (B, T, 3, S, S) to one token each: (B, T, D)."""
 
     independent = True
 
-    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        return self.encode(self.clip, pixels)
-
-    @staticmethod
-    def encode(clip: nn.Module, pixels: Tensor) -> Tensor:
-        """Return the embeddings (B, T, D) of frames by any CLIP."""
-        return encode_images(clip, pixels.flatten(0, 1)).reshape(*pixels.shape[:2], -1)
+    def combine(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return frames

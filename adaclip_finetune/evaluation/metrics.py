@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy  # imports its parts when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from adaclip_finetune.data.annotations import folded
@@ -187,7 +187,8 @@ def _same_text(texts: Sequence[str], owners: IntArray) -> tuple[Tensor, Tensor]:
     numbers: dict[str, int] = {}
     text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts], np.int64)
     text, video = np.unique(np.stack([text_of, owners[: len(texts)]]), axis=1)  # each text once for each of its videos
-    found = csr_array((np.ones_like(text), (text, video)), (len(numbers), owners.max() + 1))[text_of].tocoo()
+    table = scipy.sparse.csr_array((np.ones_like(text), (text, video)), (len(numbers), owners.max() + 1))
+    found = table[text_of].tocoo()
     other = found.col != owners[found.row]
     return torch.from_numpy(found.row[other]).long(), torch.from_numpy(found.col[other]).long()
 

@@ -381,7 +381,7 @@ class _NoDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ in self._FUNCTIONS:
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 @contextmanager

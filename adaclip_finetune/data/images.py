@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from adaclip_finetune.data.frame_store import FrameError, Kind, Scan
 from adaclip_finetune.data.video.decoding import Stopped, never
@@ -32,7 +32,8 @@ def read_image(source: Path | io.BytesIO) -> Image.Image:
 def to_rgb_image(image: Image.Image) -> Image.Image:
     """Return a decoded image as `read_image` describes. Shape (H, W) becomes (W, H) where EXIF turns the image."""
     with suppress(Exception):  # a camera's notes beside the picture may hold anything; the picture itself is sound
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `exif_transpose` copies an upright image, too
+            image = ImageOps.exif_transpose(image)
     if image.mode == "F":  # floats from 0 to 1
         image = Image.fromarray((255 * np.clip(np.nan_to_num(np.asarray(image)), 0, 1)).round().astype(np.uint8))
     elif image.mode.startswith("I"):  # 16 bits, in one of several modes; `convert` would cut off all above 255
@@ -40,7 +41,7 @@ def to_rgb_image(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         above = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class ImageStore(ABC):

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # imports its parts when they are first used
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.stats import binom, binomtest
 
 from adaclip_finetune.evaluation.metrics import IntArray
 
@@ -50,7 +49,7 @@ def intervals(ranks: IntArray, videos: IntArray | None = None, seed: int = 0) ->
     of_query, count = _clusters(ranks, videos)
     values, places = np.unique(ranks, return_inverse=True)
     # How often each rank (U, ascending) occurs among the queries of each video (V).
-    table = csr_array((np.ones_like(of_query), (of_query, places.reshape(-1))), (count, len(values)))
+    table = scipy.sparse.csr_array((np.ones_like(of_query), (of_query, places.reshape(-1))), (count, len(values)))
     # Videos of one kind have the same ranks: a sum with one 62-bit number per rank tells the kinds apart.
     sums = table @ np.random.default_rng(seed).integers(2**62, size=len(values))
     _, first, kind_of_video = np.unique(sums, return_index=True, return_inverse=True)
@@ -122,7 +121,7 @@ def _over_seeds(values: IntArray, videos: IntArray, seed: int) -> tuple[float, I
 
 def _exact(is_100: bool, videos: int) -> Interval:
     """Return the interval of Clopper and Pearson for a recall of 100, or else of 0, with one trial for each video."""
-    exact = binomtest(videos if is_100 else 0, videos).proportion_ci(0.95, method="exact")
+    exact = scipy.stats.binomtest(videos if is_100 else 0, videos).proportion_ci(0.95, method="exact")
     return 100 * float(exact.low), 100 * float(exact.high)
 
 
@@ -177,7 +176,7 @@ def _share_of_signs(differences: IntArray) -> float:
     chances = np.ones(1)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         wider = np.zeros(len(chances) + size * count)
-        for number, chance in enumerate(binom.pmf(np.arange(count + 1), count, 0.5)):
+        for number, chance in enumerate(scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)):
             wider[number * size : number * size + len(chances)] += chance * chances
         chances = wider
     sums = 2 * np.arange(len(chances)) - (len(chances) - 1)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy  # imports its parts when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from adaclip_finetune.data.annotations import folded
@@ -197,7 +197,8 @@ def _same_text(texts: Sequence[str], owners: IntArray) -> tuple[Tensor, Tensor, 
     text_of = np.array([numbers.setdefault(folded(text), len(numbers)) for text in texts], np.int64)
     # Each text once for each of its videos.
     (text, video), first = np.unique(np.stack([text_of, owners[: len(texts)]]), axis=1, return_index=True)
-    found = csr_array((1 + first, (text, video)), (len(numbers), owners.max() + 1))[text_of].tocoo()
+    table = scipy.sparse.csr_array((1 + first, (text, video)), (len(numbers), owners.max() + 1))
+    found = table[text_of].tocoo()
     other = found.col != owners[found.row]
     rows, videos, twins = (torch.from_numpy(part[other]).long() for part in (found.row, found.col, found.data - 1))
     return rows, videos, twins

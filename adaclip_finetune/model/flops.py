@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaclip_finetune.model.clip import embedding_width
 from adaclip_finetune.model.frame_features import Backbone, CnnBackbone, FrozenClipBackbone
@@ -128,6 +127,8 @@ def _count_encoder(encoder: nn.Module | None, num_frm: int, feature_dim: int) ->
 
 def _count(module: nn.Module, *inputs: Tensor) -> _Counts:
     """Return the multiply-adds of a module on the meta device for these inputs."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports a compiler, which most commands do not need
+
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     # The counter counts a multiply-add as two operations.

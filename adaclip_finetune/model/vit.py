@@ -2,7 +2,8 @@
 
 This is the only file that depends on the insides of open_clip's, timm's and Hugging Face's modules. Finetuning methods
 such as LoRA find blocks by `tower_blocks`, and their weights by `Block.linears`; video towers that run CLIP's image
-tower block by block use `vision_view`. Nothing here adds or changes modules, and parameters keep their names.
+tower block by block use `vision_view`. Nothing here adds or changes modules, and parameters keep their names. timm,
+whose import takes a while, is imported where a model has a tower of it.
 """
 
 # Modules of open_clip and timm are Any here: what they return has no type.
@@ -11,7 +12,7 @@ tower block by block use `vision_view`. Nothing here adds or changes modules, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,6 @@ import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
-from timm.layers.attention import Attention, AttentionRope
-from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat
-from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from adaclip_finetune.errors import UserError
@@ -333,6 +331,8 @@ class _TimmBlock(OpenBlock):
         q, k, v = (_split_heads(part, self.heads) for part in parts)
         q, k = attention.q_norm(q), attention.k_norm(k)
         if self._rotary_trunk is not None:
+            from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
             angles = self._angles(positions)
             q, k = (apply_rot_embed_cat(part, angles, half=attention.rotate_half).type_as(v) for part in (q, k))
         return q, k, v
@@ -398,15 +398,32 @@ class _PostNormBlock(_TimmBlock):
         return drop(norm(out))
 
 
-_BLOCKS: dict[type[nn.Module], type[OpenBlock]] = {
-    oc.ResidualAttentionBlock: _OpenClipBlock,
-    oc.CustomResidualAttentionBlock: _OpenClipBlock,
-    vision_transformer.Block: _TimmBlock,
-    vision_transformer.ResPostBlock: _PostNormBlock,
-    eva.EvaBlock: _EvaBlock,
-    eva.EvaBlockPostNorm: _PostNormBlock,
-}
-_ATTENTIONS = (nn.MultiheadAttention, oc.Attention, Attention, AttentionRope, eva.EvaAttention)
+class _Known(NamedTuple):
+    """The classes of blocks that can be opened, and of the attention inside them."""
+
+    blocks: Mapping[type[nn.Module], type[OpenBlock]]
+    attentions: tuple[type[nn.Module], ...]
+
+
+_OPEN_CLIP = _Known(
+    {oc.ResidualAttentionBlock: _OpenClipBlock, oc.CustomResidualAttentionBlock: _OpenClipBlock},
+    (nn.MultiheadAttention, oc.Attention),
+)
+
+
+def _of_timm() -> _Known:
+    from timm.layers.attention import Attention, AttentionRope
+    from timm.models import eva, vision_transformer
+
+    blocks = {
+        vision_transformer.Block: _TimmBlock,
+        vision_transformer.ResPostBlock: _PostNormBlock,
+        eva.EvaBlock: _EvaBlock,
+        eva.EvaBlockPostNorm: _PostNormBlock,
+    }
+    return _Known(blocks, (Attention, AttentionRope, eva.EvaAttention))
+
+
 # The names of the linear maps of MLPs: into it (two where one is a gate), and out of it.
 _MLPS = ((("c_fc",), "c_proj"), (("fc1",), "fc2"), (("fc1_g", "fc1_x"), "fc2"), (("w0", "w1"), "w2"))
 
@@ -415,6 +432,9 @@ def _vision_blocks(clip: nn.Module) -> list[OpenBlock]:
     visual: Any = clip.visual
     if isinstance(visual, oc.VisionTransformer):
         return [_block("image", visual, module) for module in visual.transformer.resblocks]
+    from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
+    from timm.models import eva, vision_transformer
+
     trunk = visual.trunk if isinstance(visual, TimmModel) else None
     if not isinstance(trunk, vision_transformer.VisionTransformer | eva.Eva):
         raise _refusal("image", visual, "it is not a vision transformer of open_clip or timm")
@@ -426,12 +446,13 @@ def _vision_blocks(clip: nn.Module) -> list[OpenBlock]:
 
 def _block(kind: str, tower: nn.Module, module: Any, rotary_trunk: Any = None) -> OpenBlock:
     """Return the module as an `OpenBlock`. Raise UserError for one that computes something else than its class says."""
-    opened = next((opened for known, opened in _BLOCKS.items() if isinstance(module, known)), None)
+    blocks, attentions = _of_timm() if isinstance(tower, TimmModel) else _OPEN_CLIP
+    opened = next((opened for known, opened in blocks.items() if isinstance(module, known)), None)
     if opened is None:
         raise _refusal(kind, tower, f"its blocks, {type(module).__name__}, are not supported")
     attention = module.attn
     special = [name for name in ("gate", "logit_scale") if getattr(attention, name, None) is not None]
-    if not isinstance(attention, _ATTENTIONS) or special or getattr(attention, "num_kv_groups", 1) > 1:
+    if not isinstance(attention, attentions) or special or getattr(attention, "num_kv_groups", 1) > 1:
         named = " with ".join([type(attention).__name__, *special])
         raise _refusal(kind, tower, f"its attention, {named}, is not supported")
     return opened(module, rotary_trunk)

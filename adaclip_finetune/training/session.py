@@ -155,7 +155,7 @@ def open_model(
         config = with_its_clip(checkpoint, config)
     towers = "real" if config.clip_weights is not None or kept is not None else values
     with memory_explained(config), torch.device("meta") if towers == "meta" else nullcontext():
-        loaded = load_clip(config, towers == "real", kept, "meta" if towers == "meta" else "cpu")
+        loaded = load_clip(config, towers == "real", kept, "meta" if towers == "meta" else "cpu", draw=learn)
         # Only a run that writes checkpoints needs the digest of the pretrained weights.
         digest = weights_digest(loaded.module) if checkpoint is None and learn and values == "real" else None
         method = build_method(config)

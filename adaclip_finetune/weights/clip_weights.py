@@ -17,7 +17,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from open_clip import list_pretrained_tags_by_model as _tags_of
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.preprocess import ImageSpec
@@ -70,28 +71,35 @@ class Weights(NamedTuple):
 
 
 def load_clip(
-    config: Config, with_weights: bool = True, from_checkpoint: Weights | None = None, device: str = "meta"
+    config: Config,
+    with_weights: bool = True,
+    from_checkpoint: Weights | None = None,
+    device: str = "meta",
+    draw: bool = True,
 ) -> LoadedClip:
     """Build the CLIP that the settings and the checkpoint mean and fill in its weights.
 
     `with_weights=False` builds the same modules without download, by default on the meta device: names and shapes
-    without memory; on another `device` their weights are random. Raise UserError if the architecture is unknown, the
-    weights cannot be obtained, or they or the settings do not fit.
+    without memory; on another `device` their weights are random. With `draw=False` no random values are drawn for
+    weights that are then filled in, which would take longer than reading these. Raise UserError if the architecture is
+    unknown, the weights cannot be obtained, or they or the settings do not fit.
     """
     weights = _find(config, from_checkpoint)
     try:
-        module = _build(weights, "cpu" if with_weights else device)
+        filled = with_weights and weights.state is not None
+        with nullcontext() if draw or not filled else _NoDraws():
+            module = _build(weights, "cpu" if with_weights else device)
         preprocess = open_clip.get_model_preprocess_cfg(module)
         if config.resize is not None:
             preprocess |= {"resize_mode": "squash" if config.resize == "stretch" else "shortest"}
-        image, encode = _image_spec(preprocess), _encoder(weights)
+        image, (encode, context_length) = _image_spec(preprocess), _encoder(weights)
     except Exception as error:  # whatever a config, or a library behind a tower or a tokenizer, can lead to
         raise UserError(f"{weights.source}: open_clip cannot build it: {type(error).__name__}: {error}") from error
     if config.max_img_size not in (None, image.size):
         raise UserError(f"max_img_size: {config.max_img_size}, but the tower takes {image.size}; leave it out")
-    if config.max_txt_len > encode.context_length:
-        raise UserError(f"max_txt_len: {config.max_txt_len}, but the tower takes {encode.context_length} tokens")
-    tokens = Tokenizer(encode, encode.context_length, whole_context=not pools_at_end_token(module))
+    if config.max_txt_len > context_length:
+        raise UserError(f"max_txt_len: {config.max_txt_len}, but the tower takes {context_length} tokens")
+    tokens = Tokenizer(encode, context_length, whole_context=not pools_at_end_token(module))
     if with_weights:
         _fill(module, weights)
     source = weights.source.partition(": ")[2] if with_weights else f"{device} device, no weights"
@@ -352,16 +360,28 @@ def _image_spec(preprocess: Mapping[str, Any]) -> ImageSpec:
     return ImageSpec(height, mean, std, preprocess["interpolation"], preprocess["resize_mode"])
 
 
-def _encoder(weights: Weights) -> Any:
-    """Return open_clip's tokenizer for the towers."""
+def _encoder(weights: Weights) -> tuple[Any, int]:
+    """Return open_clip's tokenizer for the towers, and their context length."""
     with _open_clip_silent():
         if weights.tokenizer is not None:
-            return open_clip.get_tokenizer(weights.tokenizer)
-        text = open_clip.CLIPTextCfg(**weights.description["model_cfg"]["text_cfg"])
-        encode = open_clip.SimpleTokenizer(context_length=text.context_length)
-        if text.vocab_size < encode.vocab_size:
-            raise ValueError(f"a vocabulary of {text.vocab_size}, CLIP's has {encode.vocab_size}")
-        return encode
+            encode = open_clip.get_tokenizer(weights.tokenizer)
+            return encode, encode.context_length
+        text, own = open_clip.CLIPTextCfg(**weights.description["model_cfg"]["text_cfg"]), open_clip.CLIPTextCfg()
+        if text.vocab_size < own.vocab_size:
+            raise ValueError(f"a vocabulary of {text.vocab_size}, CLIP's has {own.vocab_size}")
+        return open_clip.tokenize, text.context_length
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves tensors as they are instead of filling them with random values."""
+
+    _FUNCTIONS = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in self._FUNCTIONS:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 @contextmanager

@@ -265,6 +265,15 @@ def test_files_that_are_not_weights_are_called_what_they_are(
         load_clip(config(clip_weights=str(path)))
 
 
+def test_random_values_need_not_be_drawn_for_weights_that_are_filled_in(tmp_path: Path) -> None:
+    settings, before = config(clip_weights=str(write_folder(tmp_path / "clip"))), torch.get_rng_state()
+    state = load_clip(settings, draw=False).module.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in load_clip(settings).module.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_weights_nothing_is_fetched_and_nothing_allocated() -> None:
     loaded = load_clip(load_config(None, {"clip_backbone": "ViT-B/32"}), with_weights=False)
     assert sum(parameter.numel() for parameter in loaded.module.parameters()) == 151_277_313

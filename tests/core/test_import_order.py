@@ -27,7 +27,7 @@ LAYERS = [
     {"config", "hub"},
     {"strict_json"},
     {"lock", "processes"},
-    {"durable", "errors", "printable"},
+    {"deferred", "durable", "errors", "printable"},
     {"__init__"},
 ]
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -373,3 +375,23 @@ def test_an_adapted_search_is_compared_with_another_index(adapt: list[str], clip
     (found,) = found_scores(capsys, place, "a dog", *adapt, "--compare", place)
     (plain,) = found_scores(capsys, place, "a dog")
     assert {hit["id"]: hit["score"] for hit in found["compared"]} == plain["hits"] != found["hits"]
+
+
+def test_a_search_imports_nothing_that_it_does_not_need(index: Path) -> None:
+    """What other models need can still be used afterwards: a tower of timm's and one of transformers'."""
+    code = f"""
+import sys
+from adaclip_finetune.cli import main
+assert main(["search", {str(index)!r}, "a red thing", "--device", "cpu"]) == 0
+unneeded = {{"timm", "transformers", "torch._dynamo", "torch._inductor", "scipy.stats", "boto3"}} & set(sys.modules)
+assert not unneeded, unneeded
+from adaclip_finetune.model.vit import tower_blocks
+from tiny import build_timm_clip
+clip = build_timm_clip()
+print(len(tower_blocks(clip, "image")), type(clip.text.transformer).__module__)
+"""
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "transformers." in done.stdout.splitlines()[-1]

@@ -29,6 +29,9 @@ from heavy_library import Base, double
 class Derived(Base): ...
 import heavy_library
 """,
+    "odd_library/__init__.py": "from odd_library import early, late",
+    "odd_library/early.py": "from heavy_library import double",
+    "odd_library/late.py": "from heavy_library import Base; Maybe = Base | None",
     "inner_library.py": """
 from heavy_library.parts.deepest import SIZES
 import heavy_library.parts.deeper
@@ -75,6 +78,11 @@ def test_use_during_the_import_ends_the_deferring() -> None:
     hasty = import_deferring("hasty_library", "heavy_library")
     assert issubclass(hasty.Derived, sys.modules["heavy_library"].Base)
     assert hasty.heavy_library is sys.modules["heavy_library"] and hasty.double(2) == 4
+
+
+def test_an_import_that_stand_ins_make_fail_is_repeated_without_any() -> None:
+    odd, heavy = import_deferring("odd_library", "heavy_library"), sys.modules["heavy_library"]
+    assert odd.late.Base is heavy.Base and odd.early.double is heavy.double
 
 
 def test_a_package_does_not_get_stand_ins_for_its_own_modules() -> None:

@@ -58,14 +58,17 @@ def farthest_first(between: Tensor, first: Tensor, count: int, valid: Tensor | N
 
 
 def kmedoids(
-    x: Tensor, count: int, rule: MedoidRule | None = None, valid: Tensor | None = None
+    x: Tensor, count: int, rule: MedoidRule | None = None, valid: Tensor | None = None, pre_norm: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the indices of the medoids, (R, count) in ascending order, and the cluster of each token, (R, N).
 
     The first medoid of the start is the token of the largest norm; `farthest_first` chooses the others. With more
-    medoids than tokens, the index 0 is repeated.
+    medoids than tokens, the index 0 is repeated. `pre_norm` clusters the tokens `normalised`: these still have norms in
+    the same order, but so near to 1 that rounding would decide.
     """
     rule, norms = rule or MedoidRule(), x.norm(dim=-1)
+    if pre_norm:
+        x = normalised(x)
     if valid is None:
         valid = torch.ones_like(norms, dtype=torch.bool)
     between = distances(x, rule)
@@ -87,7 +90,7 @@ def kmedoids(
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Return the tokens divided by their norms + 1e-6 (the setting `pre_norm`)."""
+    """Return the tokens divided by their norms + 1e-6."""
     unit: Tensor = x / (x.norm(dim=-1, keepdim=True) + _EPS)
     return unit
 
@@ -111,7 +114,7 @@ def affinity(
 
 
 def spectral_embedding(weights: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
-    """Return the rows (R, N, count) of the eigenvectors of the `count` smallest eigenvalues, each row normalised.
+    """Return the rows (R, N, count) of the eigenvectors of the `count` smallest eigenvalues, for `pre_norm`.
 
     The eigenvectors are those of the symmetric normalised Laplacian of the graph with `weights` (R, N, N).
     """
@@ -121,7 +124,7 @@ def spectral_embedding(weights: Tensor, count: int, valid: Tensor | None = None)
     if valid is not None:  # the eigenvalues of the others are at most 2
         laplacian = laplacian + torch.diag_embed(3.0 * ~valid)
     # NaN would be an error here; it is better noticed in the loss.
-    return normalised(torch.linalg.eigh(laplacian.nan_to_num()).eigenvectors[:, :, :count])
+    return torch.linalg.eigh(laplacian.nan_to_num()).eigenvectors[:, :, :count]
 
 
 def token_weights(clusters: Tensor, count: int, valid: Tensor, dtype: torch.dtype) -> Tensor:

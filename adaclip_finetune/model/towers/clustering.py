@@ -21,7 +21,6 @@ from adaclip_finetune.model.towers.cluster_ops import (
     MedoidRule,
     affinity,
     kmedoids,
-    normalised,
     spectral_embedding,
     token_weights,
 )
@@ -193,13 +192,11 @@ class Clustering(BlockwiseTower):
             return self._sample(valid, rows, count).reshape(*rows, -1), everything
         rule = MedoidRule(settings.distance, settings.norm_p, settings.threshold, settings.iterations)
         with _without_autocast(tokens):
-            x = at_least_float32(tokens[:, at].flatten(0, 1))
+            x, pre_norm = at_least_float32(tokens[:, at].flatten(0, 1)), settings.pre_norm
             if settings.algorithm == "spectral":
                 graph = self._graph(x, places[:, at].flatten(0, 1), valid, patches)
-                x = spectral_embedding(graph, count, valid)
-            elif settings.pre_norm:
-                x = normalised(x)
-            medoids, clusters = kmedoids(x, count, rule, valid)
+                x, pre_norm = spectral_embedding(graph, count, valid), True
+            medoids, clusters = kmedoids(x, count, rule, valid, pre_norm)
         return medoids.reshape(*rows, -1), clusters
 
     def _sample(self, valid: Tensor, rows: torch.Size, count: int) -> Tensor:

@@ -148,9 +148,11 @@ def random_batch(session: Session, config: Config) -> TrainBatch:
     random = torch.Generator().manual_seed(0)
     batch, _ = blank_batch(config, session.objective, session.loaded.tokenize, config.batch_size)
     captions = [" ".join(["video"] * (6 + 5 * number % 15)) for number in range(config.batch_size)]
-    shapes = {name: getattr(batch.videos, name).shape for name in ("frames", "policy_frames")}
+    blank = {"frames": batch.videos.frames, "policy_frames": batch.videos.policy_frames}
     pixels: dict[str, Any] = {
-        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=random) for name, shape in shapes.items()
+        name: torch.randint(0, 256, frames.shape, dtype=torch.uint8, generator=random)
+        for name, frames in blank.items()
+        if frames is not None
     }
     videos = replace(batch.videos, **pixels, frame_mask=torch.ones_like(batch.videos.frame_mask))
     noise = -torch.empty_like(batch.noise).exponential_(generator=random).log()

@@ -21,7 +21,12 @@ from adaclip_finetune.errors import UserError
 
 _REPOSITORY = Path(__file__).parents[2]
 _EXPECTED = 40.0  # text to video R@1, which is 48.2 with seed 0
-_PROGRAM = "import json, sys; from adaclip_finetune.bench.demo import timed; sys.exit(timed(*json.loads(sys.argv[1])))"
+_PROGRAM = """
+import json, sys
+from adaclip_finetune.bench.demo import timed
+from adaclip_finetune.cli import main
+sys.exit(timed(main, *json.loads(sys.argv[1])))
+"""
 
 
 def demo(setup: Setup) -> Iterator[Measured]:
@@ -66,13 +71,19 @@ def _few_clips(folder: Path) -> list[str]:
     return flags
 
 
-def timed(folder: str, given: float, device: str, processor_time: bool, words: Sequence[str]) -> int:
-    """Run the demo with these flags, write the seconds of its parts into `folder`, and return the exit code.
+def timed(
+    main: Callable[[list[str]], int],
+    folder: str,
+    given: float,
+    device: str,
+    processor_time: bool,
+    words: Sequence[str],
+) -> int:
+    """Run the demo with these flags by `main`, write the seconds of its parts into `folder`, and return the exit code.
 
     `given` is the time at which the command was given. "reading" is waiting for batches, by processor time also what
     the reading processes compute; "computing" is forward and backward passes, in evaluation too.
     """
-    from adaclip_finetune.cli import main
     from adaclip_finetune.data.loader import GalleryLoader, TrainLoader
     from adaclip_finetune.model.retriever import VideoRetriever
     from adaclip_finetune.training.backward import Backward

@@ -57,14 +57,17 @@ def plain(backbone: CnnBackbone, frames: Tensor) -> Tensor:
     return features
 
 
-def with_statistics(backbone: CnnBackbone) -> CnnBackbone:
-    """Give the batch norms of a random CNN the statistics of random pixels, without which all features are alike."""
+def with_statistics(backbone: CnnBackbone, pixels: Tensor | None = None) -> CnnBackbone:
+    """Give the batch norms of a random CNN the statistics of pixels, without which all features are alike.
+
+    `pixels` (n, 3, S, S) are normalised; the default is noise.
+    """
     norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm2d)]
     usual = norms[0].momentum
     for norm in norms:
         norm.train().momentum = 1.0
     with torch.no_grad():
-        backbone.cnn(torch.randn(8, 3, 64, 64))
+        backbone.cnn(torch.randn(8, 3, 64, 64) if pixels is None else pixels)
     for norm in norms:
         norm.momentum = usual
     return backbone.eval()

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from adaclip_finetune.bench.hard_topk import loop
 from adaclip_finetune.bench.measure import Aim, Measured, Setup, check, in_turns
-from adaclip_finetune.config import Config, load_config
+from adaclip_finetune.config import Config, IbsSettings, load_config
 from adaclip_finetune.data.dataset import TrainBatch, VideoBatch
 from adaclip_finetune.data.preprocess import IMAGENET, normalise
 from adaclip_finetune.model.frame_features import CnnBackbone
@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"peft": {"method": "full"}},
     "bitfit": {"peft": {"method": "bitfit"}},
     "lora": {"peft": {"method": "lora"}},
+    "ibs": {"peft": {"method": "ibs"}},
     "freeze_clip": {"peft": {"method": "full"}, "freeze_clip": True},
 }
 _WORDS = 32  # tokens of a caption at most
@@ -104,10 +105,8 @@ def small_clip(folder: Path) -> Path:
 
 
 def _method(setup: Setup, name: str, config: Config) -> Measured:
-    torch.manual_seed(config.seed)
-    session = open_model(config, values="random", accelerator=make_accelerator(config))
-    session.objective.train()
-    batch, reference = random_batch(session, config), EncodeAll(session, config)
+    session, batch = _opened(config)
+    reference = EncodeAll(session, config)
     _check_gradients(session, reference, batch.rows(0, 2))
     with setup.autocast():
         kept = kept_bytes(session, lambda: loss_of(session, batch)), kept_bytes(session, lambda: reference.loss(batch))
@@ -123,14 +122,25 @@ def _method(setup: Setup, name: str, config: Config) -> Measured:
         aims.append(Aim("embeddings kept", "ours", 20))
     else:
         faster = config.model_copy(update={"policy_gradient": "selected"})
-        torch.manual_seed(config.seed)
-        other = open_model(faster, values="random", accelerator=make_accelerator(faster))
-        other.objective.train()
-        alternatives["only selected"] = our_step(other, faster, batch)
+        alternatives["only selected"] = our_step(_opened(faster)[0], faster, batch)
         aims.append(Aim("only selected", "ours", 1.25))
     seconds = in_turns(setup, alternatives)
     case = f"{name}, {config.top_k} of {config.num_frm} frames, batch {config.batch_size}, {config.precision}"
     return Measured(case, seconds, aims, {"memory of activations": kept[0] / max(1, kept[1])})
+
+
+def _opened(config: Config) -> tuple[Session, TrainBatch]:
+    """Return a model that is about to train, and a batch. With IBS the tensors that keep learning are selected."""
+    torch.manual_seed(config.seed)
+    session = open_model(config, values="random", accelerator=make_accelerator(config))
+    session.objective.train()
+    batch = random_batch(session, config)
+    if isinstance(config.peft.config, IbsSettings):
+        first_phase = our_step(session, config, batch)
+        for _ in range(2):  # the rate of the first step is zero
+            first_phase()
+        session.method.on_epoch_start(config.peft.config.num_pre_epochs)
+    return session, batch
 
 
 def random_batch(session: Session, config: Config) -> TrainBatch:
@@ -138,9 +148,11 @@ def random_batch(session: Session, config: Config) -> TrainBatch:
     random = torch.Generator().manual_seed(0)
     batch, _ = blank_batch(config, session.objective, session.loaded.tokenize, config.batch_size)
     captions = [" ".join(["video"] * (6 + 5 * number % 15)) for number in range(config.batch_size)]
-    shapes = {name: getattr(batch.videos, name).shape for name in ("frames", "policy_frames")}
+    blank = {"frames": batch.videos.frames, "policy_frames": batch.videos.policy_frames}
     pixels: dict[str, Any] = {
-        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=random) for name, shape in shapes.items()
+        name: torch.randint(0, 256, frames.shape, dtype=torch.uint8, generator=random)
+        for name, frames in blank.items()
+        if frames is not None
     }
     videos = replace(batch.videos, **pixels, frame_mask=torch.ones_like(batch.videos.frame_mask))
     noise = -torch.empty_like(batch.noise).exponential_(generator=random).log()
@@ -159,12 +171,13 @@ def _with_vectors(session: Session, batch: TrainBatch) -> TrainBatch:
 def our_step(session: Session, config: Config, batch: TrainBatch) -> Callable[[], None]:
     accelerator = session.accelerator
     assert accelerator is not None
-    optimizer, _ = build_optimizer(session.objective, config, _STEPS)
+    optimizer, schedule = build_optimizer(session.objective, config, _STEPS)
     backward = Backward(accelerator, session.objective, accelerator.autocast()(session.objective), 0)
 
     def step() -> None:
         backward(batch, Group([batch.pairs()]), int)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
     return step

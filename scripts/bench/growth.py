@@ -1,11 +1,13 @@
-"""How cost grows: training steps with frames, batch and words, evaluation and search with the gallery.
+"""How cost grows: training steps with frames, batch, words and towers, evaluation and search with the gallery.
 
     OMP_NUM_THREADS=1 python scripts/bench/growth.py --out growth.json --plot growth.png
     python scripts/bench/growth.py --device cuda --precision bf16 --out growth.json --plot growth.png
 
-Steps are those of a ViT-B/32 with random weights, a frozen MobileNetV3, MLP-Score and BitFit. Each figure is the median
+Steps are those of a ViT-B/32 with random weights, a frozen MobileNetV3, MLP-Score and BitFit; those of the towers
+encode all frames, and have neither selector nor MLP-Score. Each figure is the median
 of three (steps) or five calls, processor time on a CPU; memory is what a step keeps for its backward pass. The exponent
-is the slope of a line through all points in logarithms: 1 means twice the cost for twice the size.
+is the slope of a line through all points in logarithms: 1 means twice the cost for twice the size. With `--only`, the
+other sweeps are taken from the file `--out`, if it is there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +43,7 @@ from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.session import open_model
 
 _WIDTH = 512
+_TOWERS = ("per_frame", "proxy_tokens", "clustering", "global_local")
 
 
 class Sweep(NamedTuple):
@@ -62,8 +66,11 @@ def main() -> None:
     cpu = a.device == "cpu"
     setup = Setup(torch.device(a.device), a.precision, turns=3, processor_time=cpu)
     found: dict[str, dict[str, dict[int, float]]] = {}
+    earlier = json.loads(a.out.read_text()) if a.only and a.out.exists() else {}
     for sweep in sweeps(setup):
         if a.only and sweep.name not in a.only:
+            if kept := earlier.get(sweep.name):
+                found[sweep.name] = {name: {int(n): y for n, y in figures.items()} for name, figures in kept.items()}
             continue
         for size in sweep.sizes:
             for name, value in sweep.figures(size).items():
@@ -89,9 +96,25 @@ def sweeps(setup: Setup) -> Iterator[Sweep]:
     yield Sweep("candidate frames", many, steps(lambda size: {"num_frm": size}))
     yield Sweep("selected frames", [1, 2, 4, 8] if cpu else [2, 4, 8, 16, 32], steps(lambda size: {"top_k": size}))
     yield Sweep("batch", [1, 2, 4, 8] if cpu else [8, 16, 32, 64], steps(lambda size: {"batch_size": size}))
+    yield from tower_sweeps(setup, [4, 8, 16] if cpu else [8, 16, 32, 64], batch)
     yield Sweep("caption tokens", [8, 16, 32, 64], lambda size: text_tower(setup, 4 * batch, size))
     yield Sweep("gallery, ranks", [1000, 3000, 10_000, 30_000], lambda size: ranks(setup, size))
     yield Sweep("gallery, search", [1000, 10_000, 100_000, 1_000_000], lambda size: search(setup, size))
+
+
+def tower_sweeps(setup: Setup, sizes: list[int], batch: int) -> Iterator[Sweep]:
+    """Yield what a step of each tower takes, and what it keeps, as the frames of a video grow."""
+
+    @cache
+    def measured(tower: str, size: int) -> dict[str, float]:
+        settings = {"peft": {"method": "bitfit"}, "tower": {"method": tower}, "frame_agg": None}
+        return training_step(setup, settings | {"use_policy": False, "num_frm": size, "batch_size": batch})
+
+    def of_all(figure: str) -> Callable[[int], dict[str, float]]:
+        return lambda size: {tower: measured(tower, size)[figure] for tower in _TOWERS}
+
+    yield Sweep("frames by tower, s a step", sizes, of_all("s a step"))
+    yield Sweep("frames by tower, MiB kept", sizes, of_all("MiB kept"))
 
 
 def training_step(setup: Setup, settings: dict[str, Any]) -> dict[str, float]:
@@ -160,7 +183,7 @@ def exponent(figures: dict[int, float]) -> float:
 def draw(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     """Draw a panel for each sweep, both axes logarithmic."""
     columns = 3
-    figure, axes = plt.subplots(-(-len(found) // columns), columns, figsize=(13, 7), squeeze=False)
+    figure, axes = plt.subplots(-(-len(found) // columns), columns, figsize=(13, 10), squeeze=False)
     for axis, (sweep, figures) in zip(axes.flat, found.items(), strict=False):
         for name, points in figures.items():
             axis.loglog(list(points), list(points.values()), "o-", label=f"{name}, exponent {exponent(points):.2f}")
@@ -168,7 +191,7 @@ def draw(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
         axis.set_xticks(list(points), [f"{size:,}" for size in points])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(True, alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, fontsize="small")
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     figure.tight_layout()

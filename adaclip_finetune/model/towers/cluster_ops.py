@@ -124,7 +124,8 @@ def spectral_embedding(weights: Tensor, count: int, valid: Tensor | None = None)
     if valid is not None:  # the eigenvalues of the others are at most 2
         laplacian = laplacian + torch.diag_embed(3.0 * ~valid)
     # NaN would be an error here; it is better noticed in the loss.
-    return torch.linalg.eigh(laplacian.nan_to_num()).eigenvectors[:, :, :count]
+    vectors: Tensor = torch.linalg.eigh(laplacian.nan_to_num()).eigenvectors
+    return vectors[:, :, :count]
 
 
 def token_weights(clusters: Tensor, count: int, valid: Tensor, dtype: torch.dtype) -> Tensor:

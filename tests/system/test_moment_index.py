@@ -96,7 +96,8 @@ def test_windows_that_overlap_encode_each_frame_once(
     settings = project | {"num_frm": 10, "top_k": 2, "use_policy": selects}
     model = load_retriever(write_run(tmp_path / "run", settings), num_workers=0)
     encoded: list[int] = []
-    model.model.tower.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[:2].numel()))
+    visual = model.model.clip.get_submodule("visual")
+    visual.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     collection = collect_folder(clips)
     (moments,) = dict(embed_moments(model, collection, collection.videos[:1], WINDOWS)).values()
     assert isinstance(moments, list) and len(moments) == 4

@@ -32,9 +32,10 @@ from adaclip_finetune.search.where import conditions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaclip_finetune.search.index import FoundMoment, Hit, RankedBy
+    from adaclip_finetune.search.index import FoundMoment, Hit
     from adaclip_finetune.search.search_model import SearchModel
-    from adaclip_finetune.search.stores.places import Searchable
+    from adaclip_finetune.search.stores.base import Searchable
+    from adaclip_finetune.search.threshold import RankedBy
     from adaclip_finetune.search.transcripts import Transcripts
 
 _QUERIES_AT_ONCE = 256

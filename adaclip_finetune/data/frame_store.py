@@ -90,11 +90,16 @@ def stamp_of(path: Path | RemotePath) -> FileStamp:
 
 
 def place_and_stamp(video_id: str, path: Path | RemotePath) -> str:
-    """Return where a file or a folder of frames is, and its stamp, as `FrameStore.stamp` does. Raise FrameError."""
+    """Return where a file or a folder of frames is, and its stamp, as `FrameStore.stamp` does. Raise FrameError.
+
+    It notices more than `stamp_of`: a frame that is replaced by an older one of the same size, too.
+    """
     try:
-        return f"{path.absolute() if isinstance(path, Path) else path} {tuple(stamp_of(path))}"
+        files = sorted(path.iterdir()) if isinstance(path, Path) and path.is_dir() else [path]
+        facts = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
     except OSError as error:
         raise FrameError(video_id, str(path), error.strerror or str(error), "missing") from error
+    return f"{path.absolute() if isinstance(path, Path) else path} {facts}"
 
 
 def unlisted(video_id: str, folder: Path, error: OSError) -> FrameError:

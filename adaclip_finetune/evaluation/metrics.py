@@ -118,12 +118,8 @@ def retrieval_metrics(
     if not len(owners):
         raise ValueError("there are no captions to evaluate")
     rows, videos, twins = _same_text(texts or (), owners.numpy())
-    t2v, t2v_same, best_own, all_own = (
-        torch.empty_like(owners),
-        torch.zeros_like(owners),
-        torch.empty(0),
-        torch.empty(0),
-    )
+    t2v, t2v_same = torch.empty_like(owners), torch.zeros_like(owners)
+    best_own = all_own = torch.empty(0)
     for start, scores, columns in _checked(blocks, owners):
         if start == 0:
             best_own = scores.new_full((scores.shape[1],), float("-inf"))  # the score of each video's best caption

@@ -126,7 +126,7 @@ class VideoRetriever(nn.Module):
     @property
     def encoded_frames(self) -> int:
         """How many frames of a video go through CLIP in evaluation: K, or N if the selector does not choose first."""
-        return self.num_frm if self.selector is None or self.selector.backbone is None else self.top_k
+        return self.num_frm if self.selector is not None and self.selector.backbone is None else self.top_k
 
     @torch.no_grad()
     def frame_vectors(self, videos: VideoBatch) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,8 @@ from adaclip_finetune.objectives.base import Opened
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.index import IndexedVideo
 from adaclip_finetune.search.search_model import SearchModel
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.training.session import open_other
-
-if TYPE_CHECKING:
-    from adaclip_finetune.search.stores.places import Searchable
 
 Encode = Callable[[str], tuple[Tensor, float]]
 

@@ -46,9 +46,6 @@ _NARROWED = 8  # narrowed searches whose videos are remembered
 _FUSION = 60
 MOMENTS_A_VIDEO = 5  # that a search for videos shows of each
 
-RankedBy = Literal["whole", "moment"]
-"""What ranks videos: their own vector, or that of their best window."""
-
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -90,13 +87,6 @@ class EmbeddedVideo(NamedTuple):
     def thumbs(self) -> set[str]:
         """Return the names of its pictures."""
         return {row["thumb"] for row in (self.row, *(self.moments.rows if self.moments else ()))}
-
-    def digest(self) -> str:
-        """Return a digest of all that is stored of the video, 32 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for row, vectors in ((self.row, self.vector), *([self.moments] if self.moments else [])):
-            digest.update(json.dumps(row).encode() + vectors.astype(np.float32).tobytes())
-        return digest.hexdigest()[:32]
 
 
 class StoredMoments(NamedTuple):
@@ -287,7 +277,7 @@ class VideoIndex:
     different ones.
     """
 
-    fuses = True  # `search` takes the lines of transcripts
+    fuses = True
 
     def __init__(self, folder: Path, stored: StoredIndex) -> None:
         self.folder, self.info, self.videos = folder, stored.info, IndexedVideos(folder, stored.lines)
@@ -327,7 +317,7 @@ class VideoIndex:
         vectors: Any,
         k: int,
         ranks: slice = slice(None),
-        score: RankedBy | None = None,
+        score: Literal["whole", "moment"] | None = None,
         where: Sequence[str] = (),
         lines: Sequence[Mapping[str, FoundLine]] | None = None,
     ) -> list[list[Hit]]:
@@ -376,7 +366,7 @@ class VideoIndex:
             for query in unit_queries(vectors, k, self.width, self.folder)
         ]
 
-    def ranked_by(self, score: RankedBy | None = None) -> RankedBy:
+    def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
         """Return what ranks videos if `search` is given this `score`."""
         return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 

@@ -26,6 +26,7 @@ from adaclip_finetune.data.preprocess import Views, to_square
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.model.towers.base import FramewiseTower
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.search_model import SearchModel
@@ -153,9 +154,9 @@ class _ReadPiece:
     def _encoded(self, model: SearchModel) -> tuple[Tensor, Tensor | None] | None:
         """Return what CLIP and the selector make of each frame by itself, and of a blank one at the end (G + 1, …).
 
-        Windows overlap, so this encodes fewer frames than window by window. None if the tower mixes frames.
+        Windows overlap, so this encodes fewer frames than window by window. None if frames meet within CLIP.
         """
-        if not model.model.tower.independent:
+        if not isinstance(model.model.tower, FramewiseTower):
             return None
         each = torch.arange(1 + len(self.frames))[:, None]
         each[-1] = -1

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,10 @@ from adaclip_finetune.model.features import VideoFeatures
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.pictures import open_picture, seen_pixels
 from adaclip_finetune.search.query import terms_of
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.training.memory import memory_explained
 from adaclip_finetune.training.session import Session, open_any
 from adaclip_finetune.weights.plain import weights_digest
-
-if TYPE_CHECKING:
-    from adaclip_finetune.search.stores.places import Searchable
 
 _NOTHING_LEFT = 1e-3  # length of a sum of vectors of length 1
 

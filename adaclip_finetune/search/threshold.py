@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,15 @@ from adaclip_finetune.evaluation.bootstrap import intervals
 from adaclip_finetune.strict_json import read_json
 
 if TYPE_CHECKING:
-    from adaclip_finetune.search.index import RankedBy, VideoIndex
+    from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import SearchModel
-    from adaclip_finetune.search.stores.places import Searchable
+    from adaclip_finetune.search.stores.base import Searchable
 
 THRESHOLD = "threshold.json"  # in the folder of an index
 UNSURE, UNTOLD = 20.0, 50.0  # percent of misses from which on nothing is "perhaps" found, and nothing is claimed
 _AT_ONCE = 256  # captions that are encoded together
+
+RankedBy = Literal["whole", "moment"]
 
 
 class Rate(NamedTuple):

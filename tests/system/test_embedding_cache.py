@@ -1,5 +1,6 @@
 """Runs with `embedding_cache`: the figures are the same, no frame is read twice, and nothing is out of date."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,15 @@ def test_a_stamp_follows_the_file_wherever_it_is(tmp_path: Path) -> None:
     assert store.stamp("a") != first
     with pytest.raises(FrameError, match=r"deep/b\.mp4"):
         VideoFiles(tmp_path, {"b": "deep/b.mp4"}).stamp("b")
+
+
+def test_a_frame_that_an_older_one_replaced_is_noticed(tmp_path: Path) -> None:
+    """It has the same size, and neither the newest frame nor the folder changes with it."""
+    store, folder = FrameFolder(tmp_path, "{:06d}.jpg"), tmp_path / "a"
+    folder.mkdir()
+    for number in (1, 2, 3):
+        (folder / f"{number:06d}.jpg").write_bytes(bytes([number]))
+    first = store.stamp("a")
+    (folder / "000002.jpg").write_bytes(b"x")
+    os.utime(folder / "000002.jpg", (1e9, 1e9))
+    assert store.stamp("a") != first

@@ -63,6 +63,7 @@ def vectors(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         {"policy_backbone": "clip"},
         {"use_policy": False, "num_frm": 10},
         {"use_policy": False, "num_frm": 10, "num_frm_subset": 8},  # and two blank frames
+        {"use_policy": False, "num_frm": 10, "frame_agg": None, "tower": {"method": "change"}},
     ],
     ids=str,
 )

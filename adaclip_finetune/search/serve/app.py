@@ -37,12 +37,12 @@ from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.query import is_one_text
 from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
 from adaclip_finetune.search.serve.streaming import stream_range
+from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.search.threshold import thresholds_of
 from adaclip_finetune.search.transcripts import Transcripts
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
-    from adaclip_finetune.search.stores.places import Searchable
 
 MAX_BYTES = 20 * 2**20  # of a picture that is sent
 MAX_PIXELS = 50_000_000  # of a picture, 200 MB decoded

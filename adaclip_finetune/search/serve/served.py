@@ -28,10 +28,10 @@ from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.cut import CutFailed, check_unchanged, clip_name, cut, has_file
 from adaclip_finetune.search.index import IndexedVideo
 from adaclip_finetune.search.pictures import thumbnail
+from adaclip_finetune.search.stores.base import Searchable
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
-    from adaclip_finetune.search.stores.places import Searchable
 
 T = TypeVar("T")
 

@@ -19,13 +19,11 @@ from adaclip_finetune.search.index import (
     read_index,
     write_index,
 )
+from adaclip_finetune.search.stores.base import digest_of
 
 
 class FolderStore(VideoIndex):
-    """The index in a folder. Nothing changes on disk before `finish`, which replaces it as a whole.
-
-    `fingerprint` is that of the model of its vectors; None if nothing has been stored yet.
-    """
+    """The index in a folder. Nothing changes on disk before `finish`, which replaces it as a whole."""
 
     def __init__(self, folder: Path) -> None:
         stored = None
@@ -39,23 +37,18 @@ class FolderStore(VideoIndex):
         self._held = {video.row["id"]: video for video in stored.videos()} if stored else {}
 
     def begin(self, info: IndexInfo, width: int, folder: Path) -> None:
-        """Make the place ready for vectors of this width, from the index in a folder. Raise UserError."""
         self._info, self._width, self._source = info, width, folder / THUMBS
 
     def digests(self) -> dict[str, str]:
-        """Return the id of each video that is stored completely, with its digest."""
-        return {name: video.digest() for name, video in self._held.items()}
+        return {name: digest_of(video) for name, video in self._held.items()}
 
     def upsert(self, videos: Sequence[EmbeddedVideo]) -> None:
-        """Store videos, with their moments, replacing those of the same ids."""
         self._held |= {video.row["id"]: video for video in videos}
 
     def delete(self, ids: Collection[str]) -> None:
-        """Remove videos, with their moments."""
         self._held = {name: video for name, video in self._held.items() if name not in ids}
 
     def finish(self) -> None:
-        """Note that everything has been stored, so that it can be searched."""
         thumbs, videos = self.folder / THUMBS, [self._held[name] for name in sorted(self._held)]
         thumbs.mkdir(parents=True, exist_ok=True)
         wanted = {name for video in videos for name in video.thumbs()}

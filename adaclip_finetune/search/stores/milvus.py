@@ -20,7 +20,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,13 @@ from adaclip_finetune.search.index import (
     Hit,
     IndexedVideo,
     IndexInfo,
-    RankedBy,
     Windows,
     found_moments,
     indexed_video,
     key_of,
     unit_queries,
 )
+from adaclip_finetune.search.stores.base import digest_of
 from adaclip_finetune.search.transcripts import FoundLine
 from adaclip_finetune.search.where import Condition, columns, conditions, rows_where
 
@@ -69,7 +69,7 @@ class _Stored(NamedTuple):
 
 
 class MilvusStore:
-    """The videos of an index in Milvus, searched as `VideoIndex` searches them, and filled as `FolderStore` is.
+    """The videos of an index in Milvus, searched as `VideoIndex` searches them in their folder.
 
     A query is compared with every vector or, with `hnsw`, only with those that a graph leads to (Malkov and Yashunin
     2018). Videos with the same vector are one hit, and the first of them is the one whose id comes first.
@@ -154,7 +154,7 @@ class MilvusStore:
             parts = video.moments.rows if video.moments else []
             owners[len(parts)].append(own["owner"])
             line = json.dumps(video.row)
-            known = {"row": line, "key": key_of(line.encode()), "digest": video.digest()}
+            known = {"row": line, "key": key_of(line.encode()), "digest": digest_of(video)}
             rows.append({"pk": own["owner"], "vector": _floats(video.vector), **own, **known})
             for number, part in enumerate(parts):
                 assert video.moments is not None
@@ -228,7 +228,7 @@ class MilvusStore:
         vectors: Any,
         k: int,
         ranks: slice = slice(None),
-        score: RankedBy | None = None,
+        score: Literal["whole", "moment"] | None = None,
         where: Sequence[str] = (),
         lines: Sequence[Mapping[str, FoundLine]] | None = None,
     ) -> list[list[Hit]]:
@@ -277,7 +277,7 @@ class MilvusStore:
             found.append(hits)
         return found
 
-    def ranked_by(self, score: RankedBy | None = None) -> RankedBy:
+    def ranked_by(self, score: Literal["whole", "moment"] | None = None) -> Literal["whole", "moment"]:
         """Return what ranks videos if `search` is given this `score`."""
         return score or ("moment" if self.info.untrained and self.moments is not None else "whole")
 

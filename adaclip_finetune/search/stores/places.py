@@ -1,23 +1,17 @@
 """Opening an index wherever it is, and pushing one to another place.
 
 The folder of an index stays the truth: a store is a copy, which other machines can search. To add one is to write a
-class with the methods of `FolderStore`, and a line in the types below, `open_index` and `open_store`.
+class with the methods of `VectorStore`, and a line in `open_index` and `open_store`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex, read_index
-
-if TYPE_CHECKING:
-    from adaclip_finetune.search.stores.folder import FolderStore
-    from adaclip_finetune.search.stores.milvus import MilvusStore
-
-    Searchable = VideoIndex | MilvusStore
-    VectorStore = FolderStore | MilvusStore
+from adaclip_finetune.search.stores.base import Searchable, VectorStore, digest_of
 
 _AT_ONCE = 500  # videos that are pushed together
 
@@ -72,7 +66,7 @@ def push(source: Path, store: VectorStore) -> Pushed:
         )
     store.begin(info, index.vectors.shape[1], source.absolute())
     there, videos = store.digests(), index.videos()
-    new = [video for video in videos if there.get(video.row["id"]) != video.digest()]
+    new = [video for video in videos if there.get(video.row["id"]) != digest_of(video)]
     for start in range(0, len(new), _AT_ONCE):
         store.upsert(new[start : start + _AT_ONCE])
     gone = there.keys() - {video.row["id"] for video in videos}

@@ -18,7 +18,7 @@ from PIL import Image
 from adaclip_finetune.bench.measure import Aim, Measured, Setup, check, in_turns
 from adaclip_finetune.data.frame_folder import FrameFolder
 from adaclip_finetune.data.frame_store import FrameStore
-from adaclip_finetune.data.preprocess import FILTERS, IMAGENET, ImageSpec, to_square
+from adaclip_finetune.data.preprocess import FILTERS, IMAGENET, ImageSpec, to_squares
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.data.video.program import find_program
@@ -68,8 +68,8 @@ def reading(setup: Setup) -> Iterator[Measured]:
 
 def _views(store: FrameStore, indices: Sequence[int]) -> Views:
     assert store.count("v") > max(indices)
-    frames = store.read("v", indices)
-    return to_square(frames, _CLIP), to_square(frames, IMAGENET)
+    clip, selector = to_squares(store.read("v", indices), [_CLIP, IMAGENET])
+    return clip, selector
 
 
 def _plain(images: Sequence[Path]) -> Views:

@@ -20,7 +20,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.class_names import PLACE, read_templates
 from adaclip_finetune.data.frame_store import FrameError, FrameStore
 from adaclip_finetune.data.frame_vectors import VectorsOfFrames
-from adaclip_finetune.data.preprocess import ImageSpec, Views, draw_crop_flip, to_square
+from adaclip_finetune.data.preprocess import ImageSpec, Views, draw_crop_flip, to_squares
 from adaclip_finetune.data.queries import TrainEntry, drawn
 from adaclip_finetune.data.sampling import frame_indices, generator
 
@@ -171,13 +171,9 @@ class VideoReader:
         if random is not None and config.augmentation is not None:
             height, width, _ = pixels[0].shape
             part = draw_crop_flip(height, width, random)
-        policy_frames = None if self.views.selector is None else to_square(pixels, self.views.selector, part)
-        return VideoItem(
-            video_id,
-            _padded(to_square(pixels, self.views.clip, part)[place], config.num_frm, 0),
-            None if policy_frames is None else _padded(policy_frames[place], config.num_frm, 0),
-            _padded(indices, config.num_frm, -1),
-        )
+        views = to_squares(pixels, self.views.specs, part)
+        frames, *policy_frames = (_padded(view[place], config.num_frm, 0) for view in views)
+        return VideoItem(video_id, frames, next(iter(policy_frames), None), _padded(indices, config.num_frm, -1))
 
     def black(self, video_id: str) -> VideoItem:
         """Return black frames in place of those of a video, without reading it."""

@@ -1,12 +1,13 @@
 """Prepare decoded frames for the towers.
 
-Frames are resized by Pillow (whose bicubic filter antialiases) and cropped exactly as CLIP (Radford et al. 2021) does
-with images. They stay uint8 until they are on the device, where `normalise` does the rest.
+Frames are resized by Pillow (whose bicubic filter antialiases) and cropped as CLIP (Radford et al. 2021) does with
+images. They stay uint8 until they are on the device, where `normalise` does the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -63,6 +64,11 @@ class Views(NamedTuple):
     selector: ImageSpec | None = None
     vectors: FrameVectors | None = None
 
+    @property
+    def specs(self) -> list[ImageSpec]:
+        """The views that are made of each frame, that for CLIP first."""
+        return [self.clip] if self.selector is None else [self.clip, self.selector]
+
 
 class CropFlip(NamedTuple):
     """A part of each frame of a clip, whether it is mirrored, and the filter that resizes it to a square.
@@ -111,23 +117,42 @@ def to_square(frames: Frames, spec: ImageSpec, part: CropFlip | None = None) -> 
 
     A `part` of the frames is stretched to the square instead. Pixels stay uint8 and are not normalised.
     """
+    return to_squares(frames, [spec], part)[0]
+
+
+def to_squares(frames: Frames, specs: Sequence[ImageSpec], part: CropFlip | None = None) -> list[NDArray[np.uint8]]:
+    """Return the same frames as each of several networks gets them; see `to_square`."""
     if part is not None:
-        frames = [part.cut(frame) for frame in frames]
-        spec = replace(spec, resize_mode="squash", interpolation=part.interpolation)
-    out = np.empty((len(frames), spec.channels, spec.size, spec.size), np.uint8)
+        specs = [replace(spec, resize_mode="squash", interpolation=part.interpolation) for spec in specs]
+    views = [np.empty((len(frames), spec.channels, spec.size, spec.size), np.uint8) for spec in specs]
     for i, frame in enumerate(frames):
-        height, width, _ = frame.shape
-        resized_height, resized_width = _resized_size(height, width, spec)
-        resized = (height, width) != (resized_height, resized_width)
-        if resized or spec.grey:
-            image = Image.fromarray(frame)
-            if resized:
-                image = image.resize((resized_width, resized_height), FILTERS[spec.interpolation])
-            frame = np.asarray(image.convert("L") if spec.grey else image)
-        top, left = round((resized_height - spec.size) / 2), round((resized_width - spec.size) / 2)
-        crop = frame[top : top + spec.size, left : left + spec.size]
-        out[i] = crop if spec.grey else crop.transpose(2, 0, 1)
-    return out
+        image = Image.fromarray(frame if part is None else part.cut(frame))
+        for view, spec in zip(views, specs, strict=True):
+            square = np.asarray(_square(image, spec))
+            view[i] = square if spec.grey else square.transpose(2, 0, 1)
+    return views
+
+
+def _square(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Return an image resized and cropped, in grey if `spec` says so.
+
+    Of a wide image, only what the crop keeps is resized. That is the crop of the resized image, but for the rounding of
+    some pixels: Pillow holds the edges of a box in single precision. With a box, it would resize the sides of a high
+    image in the other order, which makes larger differences.
+    """
+    width, height = _resized_size(*image.size, spec)
+    left, top = round((width - spec.size) / 2), round((height - spec.size) / 2)
+    crop = left, top, left + spec.size, top + spec.size
+    if image.size != (width, height) and width > height:
+        across, down = image.width / width, image.height / height
+        box = crop[0] * across, crop[1] * down, crop[2] * across, crop[3] * down
+        image = image.resize((spec.size, spec.size), FILTERS[spec.interpolation], box)
+    else:
+        if image.size != (width, height):
+            image = image.resize((width, height), FILTERS[spec.interpolation])
+        if crop != (0, 0, width, height):
+            image = image.crop(crop)
+    return image.convert("L") if spec.grey else image
 
 
 def normalise(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -142,10 +167,10 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-def _resized_size(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+def _resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
     if spec.resize_mode == "squash":
         return spec.size, spec.size
     short = spec.resize_to or spec.size
     if height <= width:
-        return short, int(short * width / height)
-    return int(short * height / width), short
+        return int(short * width / height), short
+    return short, int(short * height / width)

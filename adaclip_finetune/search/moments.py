@@ -22,7 +22,7 @@ from adaclip_finetune.config import Config
 from adaclip_finetune.data.dataset import VideoBatch
 from adaclip_finetune.data.frame_store import FrameError, Scan
 from adaclip_finetune.data.loader import FRAMES_A_GALLERY_BATCH, make_loader, stop_workers
-from adaclip_finetune.data.preprocess import Views, to_square
+from adaclip_finetune.data.preprocess import Views, to_squares
 from adaclip_finetune.data.sampling import frame_indices
 from adaclip_finetune.data.video.folder import VideoFolder
 from adaclip_finetune.errors import UserError
@@ -243,14 +243,13 @@ class _Pieces(Dataset[_ReadPiece | FrameError]):
         self, video_id: str, wanted: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, list[bytes], NDArray[np.float64]]:
         """Return frames for CLIP and for the selector, and pictures and shares of colours (G, 64) of them."""
-        clip, policy, pictures, colours = [], [], [], []
+        views, pictures, colours = [], [], []
         for _, frame in self._stream(video_id, wanted.tolist()):
-            clip.append(to_square(frame[None], self.views.clip)[0])
-            if self.views.selector is not None:
-                policy.append(to_square(frame[None], self.views.selector)[0])
+            views.append(to_squares(frame[None], self.views.specs))
             pictures.append(thumbnail(frame))
             colours.append(_colours(frame))
-        return np.stack(clip), np.stack(policy) if policy else None, pictures, np.stack(colours)
+        clip, *policy = (np.concatenate(view) for view in zip(*views, strict=True))
+        return clip, next(iter(policy), None), pictures, np.stack(colours)
 
     def _stream(self, video_id: str, wanted: list[int]) -> Scan:
         store = self.collection.store

@@ -69,7 +69,8 @@ def main() -> None:
         type=int,
         default=0,
         metavar="PAIRS",
-        help="also make the split `order`: pairs of clips that are each other backwards, with captions as in `test`",
+        help="also make the splits `order` and `order_val`: so many pairs each of clips that are each other backwards, "
+        "with captions as in `test`",
     )
     args = parser.parse_args()
 
@@ -86,14 +87,16 @@ def main() -> None:
 def plan(seed: int, order_pairs: int = 0) -> dict[str, list[Clip]]:
     """All clips but their pixels. No two share a sentence; no two of a split, save reversed pairs, the same things.
 
-    With `order_pairs` a last split, `order`, has as many pairs and no other clips; the other splits stay as they are.
+    With `order_pairs` two last splits, `order` and `order_val`, have as many pairs and no other clips; the other splits
+    stay as they are.
     """
     rng = np.random.default_rng([seed, 0])
     told: set[Scene] = set()
     splits: dict[str, list[Clip]] = {}
     number = 0
-    for split, count in {**SPLITS, **({"order": 2 * order_pairs} if order_pairs else {})}.items():
-        pairs, amounts = (order_pairs, SENTENCES["test"]) if split == "order" else (None, SENTENCES[split])
+    further = {"order": 2 * order_pairs, "order_val": 2 * order_pairs} if order_pairs else {}
+    for split, count in (SPLITS | further).items():
+        pairs, amounts = (order_pairs, SENTENCES["test"]) if split in further else (None, SENTENCES[split])
         clips = [
             replace(clip, name=f"clip{number + i:04d}")
             for i, clip in enumerate(_events(count, pairs, amounts, told, rng))

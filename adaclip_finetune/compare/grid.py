@@ -1,9 +1,10 @@
 """`adaclip compare`: train a grid of methods under one recipe, cell by cell, in any number of worker processes.
 
 A cell is one method with one value of the searched setting and one seed. All values are tried with seed 0; the one that
-is best on validation is then trained with the other seeds. A cell is an ordinary run, in a process and a folder of its
-own (`grid_cell.py`), and is finished when its result.json exists. These files, and the tags of the test annotation, are
-all that the report reads (`grid_report.py`).
+is best on validation is then trained with the other seeds. A method with `after` goes on from the weights that another
+one ends with, each seed from that of its number. A cell is an ordinary run, in a process and a folder of its own
+(`grid_cell.py`), and is finished when its result.json exists. These files, and the tags of the test annotation, are all
+that the report reads (`grid_report.py`).
 
 <output_dir>/compare.md  compare.csv  compare.json  compare.png
 <output_dir>/cells/<method>/<setting>=<value>/seed<k>/    a run folder with result.json
@@ -40,13 +41,13 @@ FAILURES = 5
 """So many failed cells in a row end the command."""
 
 # What makes the methods comparable: the same data and the same number of updates of the same number of videos.
-_SAME = names_with("data") | {"num_epochs", "batch_size", "gradient_accumulation_steps", "data_subset", "primary"}
+_DATA = names_with("data") | {"data_subset", "primary"}
+_UPDATES = {"num_epochs", "batch_size", "gradient_accumulation_steps"}
 # What a cell cannot have, and what its folder makes pointless.
-_UNUSED = ("optuna_cfg", "do_inference", "resume", "auto_batch_size")
+_UNUSED = ("optuna_cfg", "do_inference", "auto_batch_size")
 _SINGLE = {"no_output": False, "tensorboard_dir": None, "save_last": False, "save_similarity": None}
 
 Budget = Literal["train_annot", "data_subset", "num_epochs", "batch_size", "gradient_accumulation_steps"]
-MethodName = Annotated[str, Field(pattern=r"^\w[\w+. -]{0,99}$")]
 
 
 class GridSettings(Settings):
@@ -55,8 +56,11 @@ class GridSettings(Settings):
     recipe: dict[str, Any] | PathText = setting(
         ..., "settings that all methods share", allowed="an object of settings, or the path of a config file"
     )
-    methods: dict[MethodName, dict[str, Any]] = setting(
-        ..., "name of each method -> the settings in which it differs from the recipe", min_length=1
+    methods: dict[str, dict[str, Any]] = setting(
+        ...,
+        'name of each method -> the settings in which it differs from the recipe; "after" names a method above it, '
+        "from whose weights it goes on",
+        min_length=1,
     )
     seeds: int = setting(5, "seeds of each method: 0, 1, …", ge=1, le=1000)
     search: dict[str, list[Any]] = setting(
@@ -91,15 +95,37 @@ class Grid:
         self.folder = Path(self.settings.output_dir)
         self.methods = list(self.settings.methods)
         self.setting: str = next(iter(self.settings.search), "")
+        self.after = {name: given["after"] for name, given in self.settings.methods.items() if "after" in given}
+        """Method -> the method from whose weights it goes on."""
+        if odd := [name for name in self.methods if not re.fullmatch(r"\w[\w+. -]{0,99}", name)]:
+            raise UserError(
+                f"{path}: methods has {show(odd[0])}, but a name is also that of a folder: at most 100 letters, "
+                "digits, spaces and any of _ + . -, of which the first is a letter or digit"
+            )
         if len({name.casefold() for name in self.methods}) < len(self.methods):
             raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
         if (reference := self.settings.reference) not in (None, *self.methods):
             raise UserError(f"{path}: reference is {show(reference)}; it must be one of {', '.join(self.methods)}")
-        self.cells = {cell.label: cell for cell in self._cells()}
+        self._check_order()
+        self.cells = dict[str, Cell]()
+        for cell in self._cells():
+            self.cells[cell.label] = cell
         self.check()
         any_config = next(iter(self.cells.values())).config
         self.primary = any_config.primary_figure
         self.greater_is_better = any_config.figures[self.primary]
+
+    def _check_order(self) -> None:
+        """Raise UserError if a method goes on from one that is not above it, or that has several values."""
+        for name, first in self.after.items():
+            if first not in (above := self.methods[: self.methods.index(name)]):
+                allowed = f"it must be one of the methods above it: {', '.join(above)}" if above else "none is above it"
+                raise UserError(f"{self.path}: methods.{name}.after is {show(first)}; {allowed}")
+            if len(self.values(first)) > 1:
+                raise UserError(
+                    f"{self.path}: methods.{name} goes on from {first}, of which several values of {self.setting} are "
+                    f"tried; set methods.{first}.{self.setting}"
+                )
 
     def _cells(self) -> Iterator[Cell]:
         recipe = self.settings.recipe
@@ -107,7 +133,7 @@ class Grid:
         place = f"{self.path}: recipe" if isinstance(recipe, dict) else recipe
         validated(Config, merged(Config, below, {}), place)
         for method, searched in ((name, one) for name in self.methods for one in self.values(name)):
-            given = self.settings.methods[method]
+            given = {name: one for name, one in self.settings.methods[method].items() if name != "after"}
             value_of = {self.setting: searched} if self.setting else {}
             if "seed" in given.keys() | value_of.keys():
                 raise UserError(f"{self.path}: methods.{method} cannot set seed, which the grid sets itself")
@@ -115,36 +141,52 @@ class Grid:
             for seed in range(self.settings.seeds):
                 data = merged(Config, below, given | value_of | {"seed": seed})
                 config = validated(Config, data, where).model_copy(update=_SINGLE)
+                if config.resume is not None:
+                    raise UserError(f'{where} has resume; to go on from another method, give its name as "after"')
                 label = ", ".join(
                     [method, *([f"{self.setting} {show(searched)}"] if self.setting else []), f"seed {seed}"]
                 )
                 parts = [folder_name(self.setting, searched)] if self.setting else []
                 folder = self.folder.joinpath("cells", method, *parts, f"seed{seed}")
-                yield Cell(method, searched, seed, label, folder, config)
+                start = None
+                if method in self.after:
+                    start = self.of(self.after[method], self.values(self.after[method])[0])[seed]
+                    config = config.model_copy(update={"resume": str(start.weights)})
+                yield Cell(method, searched, seed, label, folder, config, start)
 
     def check(self) -> None:
         """Raise UserError for methods that cannot be compared, and for cells that were trained with other settings."""
-        first = next(iter(self.cells.values())).config
+        first = next(iter(self.cells.values()))
+        of_kind = {cell.start is None: cell for cell in reversed(self.cells.values())}  # the first of each kind
         for cell in self.cells.values():
             if used := [name for name in _UNUSED if getattr(cell.config, name)]:
                 raise UserError(
                     f"{self.path}: methods.{cell.method} has {used[0]}; leave it out, since each cell is one training "
                     "from the pretrained CLIP with the same batch size"
                 )
-            for name in sorted(_SAME - {*self.settings.vary}):
-                one, other = getattr(first, name), getattr(cell.config, name)
-                if one != other:
+            for name in sorted((_DATA | _UPDATES) - {*self.settings.vary}):
+                other = first if name in _DATA else of_kind[cell.start is None]
+                if getattr(other.config, name) != getattr(cell.config, name):
                     raise UserError(
-                        f"{self.path}: {name} is {show(one)} for {self.methods[0]}, but {show(other)} for {cell.method}"
+                        f"{self.path}: {name} is {show(getattr(other.config, name))} for {other.method}, but "
+                        f"{show(getattr(cell.config, name))} for {cell.method}"
                         "; methods are compared with the same data and the same updates, so set it in the recipe only"
                         + (", or name it in vary if it is what you compare" if name in get_args(Budget) else "")
                     )
-        if "t2v.R@1" not in first.figures:
-            raise UserError(f"{self.path}: task {first.task.method} has no R@1; methods are compared by task retrieval")
-        check_paths(first)
-        if first.test_annot is None:
+            if cell.start is not None and cell.start.is_finished and not cell.start.is_kept:
+                raise UserError(
+                    f"{self.path}: {cell.method} goes on from {cell.start.weights}, which was not kept; delete "
+                    f"{cell.start.folder} to train it again"
+                )
+        config = first.config
+        if "t2v.R@1" not in config.figures:
+            raise UserError(
+                f"{self.path}: task {config.task.method} has no R@1; methods are compared by task retrieval"
+            )
+        check_paths(config)
+        if config.test_annot is None:
             raise UserError(f"{self.path}: recipe.test_annot is missing: the captions on which methods are compared")
-        if chosen_on_test(first):
+        if chosen_on_test(config):
             raise UserError(
                 f"{self.path}: val_annot and test_annot hold the same captions. Validation chooses the values and "
                 "epochs, so take other captions"
@@ -175,6 +217,10 @@ class Grid:
         """Return the values of the searched setting that are tried for a method: one if the method sets it itself."""
         own = self.settings.methods[method]
         return [own[self.setting]] if self.setting in own else self.settings.search.get(self.setting, [None])
+
+    def keeps_weights(self, cell: Cell) -> bool:
+        """Return whether the weights of a cell are kept: where that is wanted, or another method goes on from them."""
+        return self.settings.keep_weights or cell.method in self.after.values()
 
     @property
     def reference(self) -> str | None:
@@ -211,12 +257,16 @@ class Grid:
         return all(cell.is_finished for cell in self.searching(method))
 
     def needed(self) -> list[Cell]:
-        """Return the cells that are known to be needed: each search, and the other seeds of each chosen value."""
+        """Return the cells that are known to be needed: each search, and the other seeds of each chosen value.
+
+        A value that is alone is chosen unless it fails with seed 0.
+        """
         cells = []
         for method in self.methods:
-            cells += self.searching(method)
-            if self.is_searched(method) and (best := self.chosen(method)):
-                cells += self.of(method, best.searched)[1:]
+            tried = self.searching(method)
+            alone = tried[0] if len(tried) == 1 else None
+            best = self.chosen(method) if self.is_searched(method) else alone
+            cells += [*tried, *(self.of(method, best.searched)[1:] if best else [])]
         return cells
 
     def left(self) -> list[Cell]:
@@ -265,7 +315,7 @@ def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
                 cell, lock = taken
                 try:
                     say(f"{cell.label}: {'resumed' if has_snapshot(cell.folder) else 'begun'}")
-                    result = train_in_process(cell, grid.settings.keep_weights)
+                    result = train_in_process(cell, grid.keeps_weights(cell))
                 finally:
                     lock.release()
                 failures = [*failures, f"{cell.label}: {result['failed']}"] if result["failed"] else []
@@ -284,8 +334,13 @@ def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
 
 
 def take_cell(grid: Grid) -> tuple[Cell, Lock] | None:
-    """Return the next cell that is left and its lock, which is taken; None if there is none, or others train them."""
+    """Return the next cell that can be trained and its lock, which is taken; None if there is none.
+
+    Others may be training those that are left, or those from which they go on.
+    """
     for cell in grid.left():
+        if cell.start is not None and not cell.start.is_finished:
+            continue
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = cell.lock()
         try:
@@ -307,10 +362,13 @@ def told(grid: Grid, result: Mapping[str, Any]) -> str:
 
 
 def open_models(configs: Mapping[str, Config]) -> None:
-    """Build the model of each method, without loading anything that is large, so that it is refused now if ever."""
+    """Build the model of each method, without loading anything that is large, so that it is refused now if ever.
+
+    Weights from which a method goes on are not there yet.
+    """
     for method, config in configs.items():
         try:
-            open_model(config, values="meta")
+            open_model(config.model_copy(update={"resume": None}), values="meta")
         except UserError as error:
             raise UserError(f"methods.{method}: {error}") from error
 

@@ -30,6 +30,7 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.tasks.retrieval import RetrievalFigures, RetrievalReport
 from adaclip_finetune.lock import Lock
 from adaclip_finetune.strict_json import read_json
+from adaclip_finetune.training.checkpoint import BEST
 from adaclip_finetune.training.run_folder import RunFolder
 from adaclip_finetune.training.signals import EXIT_CODES, Interrupted
 from adaclip_finetune.training.trainer import FitResult, fit
@@ -40,7 +41,10 @@ ANNOTATIONS = ("train_annot", "val_annot", "test_annot")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `searched` is the value of the searched setting, None without a search."""
+    """One run of the grid. `searched` is the value of the searched setting, None without a search.
+
+    `start` is the cell from whose weights this one goes on, None if it begins with the pretrained CLIP.
+    """
 
     method: str
     searched: Any
@@ -48,6 +52,12 @@ class Cell:
     label: str
     folder: Path
     config: Config
+    start: Cell | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The weights of the best epoch, which are there if they are kept."""
+        return self.folder / BEST
 
     @property
     def lock_path(self) -> Path:
@@ -62,6 +72,11 @@ class Cell:
     def is_finished(self) -> bool:
         return (self.folder / RESULT).is_file()
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a finished cell has its weights, or failed and has none."""
+        return self.weights.is_file() or self.result()["failed"] is not None
+
     def result(self) -> dict[str, Any]:
         """Return the content of result.json."""
         return dict(read_json(self.folder / RESULT))
@@ -73,6 +88,10 @@ class Cell:
 
 def train_in_process(cell: Cell, keep_weights: bool) -> dict[str, Any]:
     """Train a cell and return its result. Raise UserError if it was refused before its folder was made."""
+    if cell.start is not None and cell.start.result()["failed"]:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_result(cell.folder, {"settings": cell.deciding(), "failed": f"{cell.start.label} failed"}, keep_weights)
+        return cell.result()
     if cell.folder.exists() and not has_snapshot(cell.folder):
         shutil.rmtree(cell.folder)  # it ended before anything was saved
     code = in_process(train_cell, cell.config, cell.folder, cell.deciding(), keep_weights)

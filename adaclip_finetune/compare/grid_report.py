@@ -272,7 +272,8 @@ def as_markdown(grid: Grid, rows: Sequence[Summary], of_tags: Mapping[str, Seque
     budget = ", ".join(f"{name} {value}" for name, value in shared.items() if name not in grid.settings.vary)
     if grid.settings.vary:
         budget += f"; NOT the same for all: {', '.join(grid.settings.vary)}"
-    lines = [f"# {len(grid.methods)} methods under one recipe", "", f"{done}; {budget}", ""]
+    count = f"{len(grid.methods)} methods" if len(grid.methods) > 1 else "One method"
+    lines = [f"# {count} under one recipe", "", f"{done}; {budget}", ""]
     lines += [*_aligned(_figures(grid, rows, FIGURES)), ""]
     lines += [*_aligned(costs), ""] if len(costs) > 1 else []
     for tag, found in of_tags.items():
@@ -312,6 +313,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _remarks(grid: Grid, rows: Sequence[Summary]) -> Iterator[str]:
     """Yield what the figures mean, and what is wrong with some of them."""
     yield from (f"**{row.name}**: {row.note}" for row in rows if row.note)
+    for name, first in grid.after.items():
+        config = grid.searching(name)[0].config
+        more = f"num_epochs {config.num_epochs}, batch_size {config.batch_size}"
+        yield f"{name}: goes on from the weights of {first} with the same seed, for {more} more"
     if edge := [row.name for row in rows if row.searched.endswith("(edge)")]:
         yield (
             f"edge: the best {grid.setting} of {', '.join(edge)} is the lowest or highest that was tried. A better one "

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adaclip_finetune import report
 from adaclip_finetune.config import TASKS, Config, implementation
 from adaclip_finetune.data.batches import Neighbours
 from adaclip_finetune.data.dataset import TrainDataset, VideoReader
@@ -192,6 +191,8 @@ def finish(
     config, parameters = session.config, session.parameters
     usage = final.frame_usage if isinstance(final, RetrievalReport | ClassificationReport) else None
     if usage is not None and (path := run.file("frame_usage.png")):
+        from adaclip_finetune import report  # imports matplotlib
+
         report.draw_frame_usage(path, usage, len(task.split.queries.video_ids), config.top_k)
     draw_confusion(final, run)
     write_captions(final, run)
@@ -241,6 +242,8 @@ def _intervals(task: Task, measured: Report) -> dict[str, list[float]]:
 def draw_confusion(measured: Report, run: RunFolder) -> None:
     """Draw which classes are taken for which, if the task is about classes."""
     if isinstance(measured, ClassificationReport) and (path := run.file("confusion.png")):
+        from adaclip_finetune import report  # imports matplotlib
+
         report.draw_confusion(path, measured.confusion(), measured.classes)
 
 

@@ -283,11 +283,13 @@ def _tensors(checkpoint: Checkpoint, loaded: LoadedClip, config: Config, method:
 
 def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoint, config: Config, learn: bool) -> None:
     """Load the checkpoint's tensors into the model, strictly except for what the checkpoint leaves out on purpose, and
-    for a captioner that is yet to learn."""
+    for a captioner or a tower that is yet to learn: it then begins untrained."""
     if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
-    if learn and model.captioner is not None and not any(name.startswith("captioner.") for name in state):
-        state = {**state, **model.captioner.state_dict(prefix="captioner.")}
+    for part in ("captioner", "tower", "text_tower") if learn else ():
+        module = getattr(model, part)
+        if module is not None and not any(name.startswith(f"{part}.") for name in state):
+            state = {**state, **module.state_dict(prefix=f"{part}.")}
     if checkpoint.kind is Kind.ADAPTER:
         # An adapter leaves out the frozen copy of the pretrained image tower that a selector may have.
         state = {

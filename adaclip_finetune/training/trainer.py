@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from adaclip_finetune import report
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.annotations import same_captions
 from adaclip_finetune.data.dataset import TrainBatch
@@ -284,6 +283,8 @@ class Trainer:
         self.run.record("parameters", self.step, **self.session.parameters.as_dict())
         rows = self.session.method.parameter_rows()
         if rows and (folder := self.run.path) and self.on_epoch is None:
+            from adaclip_finetune import report  # imports matplotlib
+
             report.write_importance(folder / "ibs_parameters.csv", folder / "ibs_parameters.png", rows)
 
     def prepare(self, updates: int) -> None:
@@ -430,6 +431,8 @@ class Trainer:
             final, task = measure.measure_once(self.session, self.test, self.test_name, run)
             run.record("finetuned", self.step, metrics=final.as_dict(), split=self.test_name)
         finally:
+            from adaclip_finetune import report  # imports matplotlib
+
             with suppress(OSError):  # a full disk
                 if path := run.file("curves.png"):
                     report.draw_curves(path, run.events, self.task.curves)

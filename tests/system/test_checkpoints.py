@@ -118,6 +118,21 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused() -> None:
             open_model(load_config(None, SETTINGS), Checkpoint(Path("such.pth"), Kind.PUBLISHED, state, SETTINGS))
 
 
+@pytest.mark.parametrize("tower", ["change", "proxy_tokens", "global_local"])
+def test_a_tower_that_a_checkpoint_lacks_begins_untrained(tower: str) -> None:
+    """A run may go on with another tower; to evaluate it, its parameters must be there."""
+    config = load_config(None, {**SETTINGS, "frame_agg": None, "tower": {"method": tower}, "peft": {"method": "full"}})
+    plain = random_state(frame_agg=None)
+    checkpoint = Checkpoint(Path("such.pth"), Kind.PUBLISHED, plain)
+    found = open_model(config, checkpoint).model.state_dict()
+    new = {name: tensor for name, tensor in found.items() if name.startswith("tower.")}
+    assert new and equal({name: tensor for name, tensor in found.items() if name not in new}, plain)
+    if tower == "change":
+        assert all(tensor.eq(0).all() for tensor in new.values()), "the mean of frames, as the checkpoint has it"
+    with pytest.raises(UserError, match=r"missing: tower\."):
+        open_model(config, checkpoint, learn=False)
+
+
 def test_the_clip_that_a_checkpoint_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, SETTINGS)
     tiny = load_clip(config, from_checkpoint=Checkpoint(Path("such.pth"), Kind.PUBLISHED, dict(CLIP)).towers())

@@ -15,6 +15,7 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.compare import grid_cell
@@ -255,17 +256,51 @@ def test_methods_differ_in_data_and_budget_on_purpose(project: Project, tmp_path
     assert updates == [project["num_epochs"] * (5 // size), -(-videos // size)]
 
 
+def test_a_method_goes_on_from_the_weights_of_another(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with another tower, whose own parameters begin untrained, and with other updates than the first part has."""
+    on = {"after": "first", "num_epochs": 1, "peft": {"method": "full", "config": {"towers": "text"}}}
+    methods = {"first": METHODS["full"], "same": on, "change": on | {"tower": {"method": "change"}, "frame_agg": None}}
+    path = write(tmp_path, project | {"frame_agg": None}, methods=methods, search={})
+    assert main(["compare", str(path)]) == 0
+    grid = Grid(path)
+    states = {
+        name: [load_file(cell.weights) for cell in grid.of(name, None) if cell.weights.exists()] for name in methods
+    }
+    assert [len(found) for found in states.values()] == [2, 0, 0], "of other methods no weights are kept"
+    assert "change: goes on from the weights of first" in (tmp_path / "out" / "compare.md").read_text()
+
+    assert main(["compare", str(write(tmp_path, project | {"frame_agg": None}, methods=methods, search={}))]) == 0
+    assert "begun" not in capsys.readouterr().out.rpartition("6 of 6 cells")[2]
+    (grid.of("first", None)[1].weights).unlink()
+    assert main(["compare", str(path)]) == 2
+    assert re.search(r"first.seed1.best\.safetensors, which was not kept; delete", capsys.readouterr().err)
+
+
+def test_a_part_whose_first_part_failed_fails_with_it(project: Project, tmp_path: Path) -> None:
+    methods = {"first": METHODS["full"] | {"coef_lr": 1e38}, "second": {"after": "first"}}
+    path = write(tmp_path, project | {"num_epochs": 1}, methods=methods, seeds=1, search={})
+    assert main(["compare", str(path)]) == 1
+    assert "FAILED with every value: first, seed 0 failed" in (tmp_path / "out" / "compare.md").read_text()
+
+
 @pytest.mark.parametrize(("keys", "recipe", "message"), [
     ({"method": {}}, {}, r"grid\.json: unknown setting method; did you mean methods"),
     ({"seeds": 0}, {}, r"grid\.json: seeds is 0"),
     ({"methods": {}}, {}, r"methods is \{\}"),
     ({"methods": {"a": {}, "A": {}}}, {}, "upper and lower case"),
+    ({"methods": {"a/b": {}}}, {}, 'methods has "a/b", but a name is also that of a folder'),
     ({"methods": {"a": {"peft": {"method": "lora", "config": {"rnk": 1}}}}}, {}, r"methods\.a.*rnk.*peft.config.rank"),
     ({"methods": {"a": {"peft": {"method": "loora"}}}}, {}, r"methods\.a.*peft\.method is \"loora\""),
     ({"methods": {"a": {"seed": 1}}}, {}, r"methods\.a cannot set seed"),
     ({"methods": {"a": {}, "b": {"num_epochs": 7}}}, {}, "num_epochs is 2 for a, but 7 for b"),
     ({"methods": {"a": {}, "b": {"num_epochs": 7}}, "vary": ["batch_size"]}, {}, "or name it in vary"),
     ({"vary": ["test_annot"]}, {}, r"vary\[0\] is \"test_annot\""),
+    ({"methods": {"b": {"after": "a"}, "a": {}}}, {}, r'methods\.b\.after is "a"; none is above it'),
+    ({"methods": {"a": {}, "b": {"after": "c"}}}, {}, r'methods\.b\.after is "c"; it must be .* above it: a'),
+    ({"methods": {"a": {}, "b": {"after": "a"}}}, {}, r"several values of coef_lr are tried; set methods\.a\.coef_lr"),
+    ({"methods": {"a": {"resume": "run"}}}, {}, r'methods\.a.*has resume; .* give its name as "after"'),
     ({"reference": "lora"}, {}, r'reference is "lora"; it must be one of full, heads only'),
     ({"search": {"coef_lr": [1, 1]}}, {}, "a list of different values"),
     ({"search": {"coef_lt": [1]}}, {}, r"search\.coef_lt.*unknown setting coef_lt; did you mean coef_lr"),

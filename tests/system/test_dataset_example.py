@@ -138,13 +138,16 @@ def test_the_committed_data_is_what_the_script_makes(tmp_path):
 
 def test_more_pairs_that_need_order_leave_the_other_splits_as_they_are():
     splits = maker.plan(EVENTS["seed"], order_pairs=20)
-    more = splits.pop("order")
+    further = {name: splits.pop(name) for name in ("order", "order_val")}
     assert splits == maker.plan(EVENTS["seed"])
-    assert len(more) == 40 and all(clip.event.needs_order for clip in more)
-    by_name = {clip.name: clip for clip in more}
-    assert all(by_name[clip.reversed_of].event == clip.event.backwards() for clip in more)
     told = {sentence for clips in splits.values() for clip in clips for sentence in clip.sentences}
-    assert not told & {sentence for clip in more for sentence in clip.sentences}
+    for more in further.values():
+        assert len(more) == 40 and all(clip.event.needs_order for clip in more)
+        by_name = {clip.name: clip for clip in more}
+        assert all(by_name[clip.reversed_of].event == clip.event.backwards() for clip in more)
+        sentences = {sentence for clip in more for sentence in clip.sentences}
+        assert not told & sentences
+        told |= sentences
 
 
 def test_filler_is_drawn_like_events():

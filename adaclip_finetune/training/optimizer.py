@@ -42,9 +42,12 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
     optimizer: Optimizer
     if config.optim == "bertadam":
         optimizer = BertAdam(groups, config.learning_rate, config.betas, config.weight_decay)
+    elif config.optim == "adamw":
+        # In one pass over the memory; it does not look at strides, and resumed moments are contiguous.
+        fused = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+        optimizer = AdamW(groups, config.learning_rate, config.betas, config.adam_epsilon, fused=fused)
     else:
-        kind = AdamW if config.optim == "adamw" else ClipVipAdamW
-        optimizer = kind(groups, config.learning_rate, config.betas, config.adam_epsilon)
+        optimizer = ClipVipAdamW(groups, config.learning_rate, config.betas, config.adam_epsilon)
     if config.no_warmup:
         return optimizer, LambdaLR(optimizer, lambda step: 1.0)
     follow, lowest = SCHEDULES[config.lr_schedule], _LOWEST_RATE / config.learning_rate
@@ -130,25 +133,9 @@ class BertAdam(Optimizer):
         for new in [parameter for parameter in parameters if not self.state[parameter]]:
             self.state[new] = {name: torch.zeros_like(new) for name in ("exp_avg", "exp_avg_sq")}
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-
         norms = torch.stack(torch._foreach_norm(gradients))  # in one tensor, since a GPU waits for many small kernels
         torch._foreach_mul_(gradients, list((_MAX_TENSOR_NORM / (norms + _EPS)).clamp(max=1)))
-        # AdamW after infinitely many steps, when its bias correction is 1, makes the same update in one pass.
-        endless = [torch.full((), torch.inf, device=parameters[0].device)] * len(parameters)
-        rows = zip(parameters, gradients, means, squares, strict=True)
-        adamw(
-            *(parameters, gradients, means, squares, [], endless),
-            fused=all(len({tensor.stride() for tensor in row}) == 1 for row in rows),  # it does not look at strides
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=_EPS,
-            maximize=False,
-        )
+        _update_uncorrected(self, parameters, lr, betas, _EPS, weight_decay)
 
 
 class ClipVipAdamW(Optimizer):
@@ -161,21 +148,50 @@ class ClipVipAdamW(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one update with the gradients that are there."""
         for group in self.param_groups:
-            (first, second), eps, rate = group["betas"], group["eps"], group["lr"]
+            by_count: dict[float, list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float64)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                state["step"] += 1
-                state["exp_avg"].lerp_(parameter.grad, 1 - first)
-                state["exp_avg_sq"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
-                count = float(state["step"])
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state["step"] = torch.zeros((), dtype=torch.float64)
+                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["step"] += 1
+                    by_count.setdefault(float(state["step"]), []).append(parameter)
+            (first, second), rate = group["betas"], group["lr"]
+            for count, learning in by_count.items():
                 size = rate * math.sqrt(1 - second**count) / (1 - first**count)
-                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(eps), value=-size)
-                parameter.mul_(1 - rate * group["weight_decay"])
+                _update_uncorrected(self, learning, size, group["betas"], group["eps"], 0)
+                torch._foreach_mul_(learning, 1 - rate * group["weight_decay"])
+
+
+def _update_uncorrected(
+    optimizer: Optimizer,
+    parameters: list[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update parameters, all of which have gradients, and their moments as AdamW without bias correction.
+
+    AdamW after infinitely many steps, when its correction is 1, does that in one pass over the memory.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = [optimizer.state[parameter]["exp_avg"] for parameter in parameters]
+    squares = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+    endless = [torch.full((), torch.inf, device=parameters[0].device)] * len(parameters)
+    rows = zip(parameters, gradients, means, squares, strict=True)
+    adamw(
+        *(parameters, gradients, means, squares, [], endless),
+        fused=all(len({tensor.stride() for tensor in row}) == 1 for row in rows),  # it does not look at strides
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
 
 
 def _parameter_groups(objective: Objective, config: Config) -> list[dict[str, Any]]:

@@ -18,8 +18,11 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.data.annotations import load_annotations
     from adaclip_finetune.search.index import VideoIndex
     from adaclip_finetune.search.search_model import search_model_of
+    from adaclip_finetune.search.stores.places import is_milvus
     from adaclip_finetune.search.threshold import UNSURE, calibrate, captions_of
 
+    if is_milvus(arguments.index):
+        raise UserError(f"{arguments.index}: thresholds are kept in the folder of an index; calibrate that and search it")
     index = VideoIndex.load(arguments.index)
     if arguments.captions is None:
         entries = [(video.id, video.captions) for video in index.videos]

@@ -173,7 +173,7 @@ class Grid:
                         "; methods are compared with the same data and the same updates, so set it in the recipe only"
                         + (", or name it in vary if it is what you compare" if name in get_args(Budget) else "")
                     )
-            if cell.start is not None and cell.start.is_finished and not cell.start.is_kept:
+            if not cell.is_finished and cell.start and cell.start.is_finished and not cell.start.is_kept:
                 raise UserError(
                     f"{self.path}: {cell.method} goes on from {cell.start.weights}, which was not kept; delete "
                     f"{cell.start.folder} to train it again"

@@ -273,7 +273,9 @@ def test_a_method_goes_on_from_the_weights_of_another(
 
     assert main(["compare", str(write(tmp_path, project | {"frame_agg": None}, methods=methods, search={}))]) == 0
     assert "begun" not in capsys.readouterr().out.rpartition("6 of 6 cells")[2]
-    (grid.of("first", None)[1].weights).unlink()
+    grid.of("first", None)[1].weights.unlink()
+    assert main(["compare", str(path)]) == 0
+    shutil.rmtree(grid.of("same", None)[1].folder)
     assert main(["compare", str(path)]) == 2
     assert re.search(r"first.seed1.best\.safetensors, which was not kept; delete", capsys.readouterr().err)
 

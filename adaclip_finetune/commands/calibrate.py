@@ -22,7 +22,9 @@ def run(words: Sequence[str]) -> int:
     from adaclip_finetune.search.threshold import UNSURE, calibrate, captions_of
 
     if is_milvus(arguments.index):
-        raise UserError(f"{arguments.index}: thresholds are kept in the folder of an index; calibrate that and search it")
+        raise UserError(
+            f"{arguments.index}: thresholds are kept in the folder of an index, not in Milvus: give the folder"
+        )
     index = VideoIndex.load(arguments.index)
     if arguments.captions is None:
         entries = [(video.id, video.captions) for video in index.videos]

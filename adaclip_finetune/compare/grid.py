@@ -100,7 +100,7 @@ class Grid:
         if odd := [name for name in self.methods if not re.fullmatch(r"\w[\w+. -]{0,99}", name)]:
             raise UserError(
                 f"{path}: methods has {show(odd[0])}, but a name is also that of a folder: at most 100 letters, "
-                "digits, spaces and any of _ + . -, of which the first is a letter or digit"
+                "digits, spaces and any of _ + . -, of which the first is a letter, a digit or _"
             )
         if len({name.casefold() for name in self.methods}) < len(self.methods):
             raise UserError(f"{path}: methods has two names that differ in upper and lower case only; rename one")
@@ -162,7 +162,7 @@ class Grid:
             if used := [name for name in _UNUSED if getattr(cell.config, name)]:
                 raise UserError(
                     f"{self.path}: methods.{cell.method} has {used[0]}; leave it out, since each cell is one training "
-                    "from the pretrained CLIP with the same batch size"
+                    "with the same batch size"
                 )
             for name in sorted((_DATA | _UPDATES) - {*self.settings.vary}):
                 other = first if name in _DATA else of_kind[cell.start is None]
@@ -173,10 +173,16 @@ class Grid:
                         "; methods are compared with the same data and the same updates, so set it in the recipe only"
                         + (", or name it in vary if it is what you compare" if name in get_args(Budget) else "")
                     )
-            if not cell.is_finished and cell.start and cell.start.is_finished and not cell.start.is_kept:
+            if cell.start is None or cell.is_finished:
+                continue
+            if cell.start.is_finished and not cell.start.is_kept:
                 raise UserError(
                     f"{self.path}: {cell.method} goes on from {cell.start.weights}, which was not kept; delete "
                     f"{cell.start.folder} to train it again"
+                )
+            if not cell.start.is_finished and cell.folder.exists():
+                raise UserError(
+                    f"{self.path}: {cell.folder} was begun from weights that are gone; delete it to train it again"
                 )
         config = first.config
         if "t2v.R@1" not in config.figures:
@@ -204,7 +210,7 @@ class Grid:
             known = {name: there[name] for name in there.keys() & Config.model_fields.keys()}
             there = there | deciding_values(load_config(None, known))
         else:
-            there = here | deciding_values(load_config(cell.folder / "config.json"))
+            there = here | deciding_values(load_config(cell.folder / "config.json")) | {"resume": here["resume"]}
         differ = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
         if differ:
             lines = [f"\n  {name} is {show(here.get(name))} here, but {show(there.get(name))} there" for name in differ]
@@ -318,7 +324,8 @@ def run_grid(grid: Grid, report: Callable[[Grid], str]) -> bool:
                     result = train_in_process(cell, grid.keeps_weights(cell))
                 finally:
                     lock.release()
-                failures = [*failures, f"{cell.label}: {result['failed']}"] if result["failed"] else []
+                if cell.start is None or not cell.start.result()["failed"]:  # otherwise it could not but fail
+                    failures = [*failures, f"{cell.label}: {result['failed']}"] if result["failed"] else []
                 say(f"{cell.label}: {told(grid, result)}{grid.progress()}")
                 report(grid)
                 if len(failures) == FAILURES:

@@ -82,19 +82,33 @@ class Cell:
         return dict(read_json(self.folder / RESULT))
 
     def deciding(self) -> dict[str, Any]:
-        """Return the settings on which the figures of the cell depend, and a digest of each annotation."""
-        return deciding_values(self.config, ANNOTATIONS)
+        """Return the settings on which the figures of the cell depend, and a digest of each annotation.
+
+        Those of the cell from whose weights it goes on stand for the path of the weights, under `after`.
+        """
+        values = deciding_values(self.config, ANNOTATIONS)
+        return values if self.start is None else values | {"resume": None, "after": self.start.deciding()}
 
 
 def train_in_process(cell: Cell, keep_weights: bool) -> dict[str, Any]:
-    """Train a cell and return its result. Raise UserError if it was refused before its folder was made."""
+    """Train a cell and return its result. Raise UserError if it was refused before its folder was made.
+
+    Weights of another cell that do not fit could not be refused before that was trained, and make a failed cell.
+    """
     if cell.start is not None and cell.start.result()["failed"]:
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_result(cell.folder, {"settings": cell.deciding(), "failed": f"{cell.start.label} failed"}, keep_weights)
         return cell.result()
     if cell.folder.exists() and not has_snapshot(cell.folder):
         shutil.rmtree(cell.folder)  # it ended before anything was saved
-    code = in_process(train_cell, cell.config, cell.folder, cell.deciding(), keep_weights)
+    try:
+        code = in_process(train_cell, cell.config, cell.folder, cell.deciding(), keep_weights)
+    except UserError as error:
+        if cell.start is None or cell.folder.exists():
+            raise
+        cell.folder.mkdir(parents=True)
+        write_result(cell.folder, {"settings": cell.deciding(), "failed": str(error)}, keep_weights)
+        return cell.result()
     if not cell.is_finished:
         if not cell.folder.exists():
             raise UserError(f"{cell.label}: the process ended with code {code} before it began")

@@ -23,7 +23,7 @@ from adaclip_finetune.processes import gather_objects, is_main, rank, world_size
 from adaclip_finetune.training.session import Session
 from adaclip_finetune.weights.plain import weights_digest
 
-_FORMAT = 1  # to be raised when other vectors would come of the same weights and settings
+_FORMAT = 2  # to be raised when other vectors would come of the same weights and settings
 
 
 def open_vectors(session: Session) -> FrameVectors | None:

@@ -43,8 +43,10 @@ def build_optimizer(objective: Objective, config: Config, total_steps: int) -> t
     if config.optim == "bertadam":
         optimizer = BertAdam(groups, config.learning_rate, config.betas, config.weight_decay)
     elif config.optim == "adamw":
-        # In one pass over the memory; it does not look at strides, and resumed moments are contiguous.
-        fused = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+        # In one pass over the memory. It does not look at strides, and resumed moments are contiguous. On an overflow
+        # of fp16 the scaler would call it all the same, and the schedule would count an update that was skipped.
+        contiguous = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+        fused = contiguous and config.precision != "fp16"
         optimizer = AdamW(groups, config.learning_rate, config.betas, config.adam_epsilon, fused=fused)
     else:
         optimizer = ClipVipAdamW(groups, config.learning_rate, config.betas, config.adam_epsilon)

@@ -431,12 +431,14 @@ class Trainer:
             final, task = measure.measure_once(self.session, self.test, self.test_name, run)
             run.record("finetuned", self.step, metrics=final.as_dict(), split=self.test_name)
         finally:
-            from adaclip_finetune import report  # imports matplotlib
-
             with suppress(OSError):  # a full disk
                 if path := run.file("curves.png"):
+                    from adaclip_finetune import report  # imports matplotlib
+
                     report.draw_curves(path, run.events, self.task.curves)
                 if (history := self.session.method.sampling_history()) and run.path:
+                    from adaclip_finetune import report
+
                     report.write_sampling(
                         run.path / "lisa_probabilities.csv", run.path / "lisa_probabilities.png", history
                     )

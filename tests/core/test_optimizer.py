@@ -50,7 +50,7 @@ class Objective(nn.Module):
 
 def make_config(**changes):
     fields = ("optim", "learning_rate", "coef_lr", "betas", "weight_decay", "warmup_proportion", "no_warmup")
-    fields += ("adam_epsilon", "lr_schedule")
+    fields += ("adam_epsilon", "lr_schedule", "precision")
     defaults = {name: Config.model_fields[name].get_default() for name in fields}
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -178,6 +178,17 @@ def test_state_is_saved_and_loaded(optim):
     train(half, *second, range(5, 10))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, half.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("optim", ["bertadam", "adamw", "clip_vip_adamw"])
+def test_an_overflow_of_fp16_is_no_update(optim):
+    """The scaler does not call the optimizer then, which is how a skipped update is noticed."""
+    objective = Objective()
+    optimizer, _ = build_optimizer(objective, make_config(optim=optim, precision="fp16"), 10)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(objective(torch.full((2, 3), torch.inf)).square().sum()).backward()
+    scaler.step(optimizer)
+    assert not optimizer.state
 
 
 def test_no_updates_are_refused():

@@ -24,6 +24,7 @@ from adaclip_finetune.compare.grid_cell import Cell
 from adaclip_finetune.compare.grid_report import summaries
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.evaluation.bootstrap import difference_over_seeds, recall_over_seeds
+from adaclip_finetune.peft.report import TrainableReport
 from adaclip_finetune.training import optimizer
 
 Project = dict[str, Any]
@@ -270,14 +271,40 @@ def test_a_method_goes_on_from_the_weights_of_another(
     }
     assert [len(found) for found in states.values()] == [2, 0, 0], "of other methods no weights are kept"
     assert "change: goes on from the weights of first" in (tmp_path / "out" / "compare.md").read_text()
+    for cell in (*grid.of("same", None), *grid.of("change", None)):
+        before, after = (TrainableReport.from_dict(one.result()["parameters"]).clip for one in (cell.start, cell))
+        assert 0 < after.trainable < before.trainable, "the text tower alone"
+        kept = json.loads((cell.folder / "config.json").read_text())
+        assert kept["resume"] == str(cell.start.weights) and f"seed{cell.seed}" in kept["resume"]
+        assert f"resume: {cell.start.weights} is a checkpoint of ours" in (cell.folder / "train.log").read_text()
 
-    assert main(["compare", str(write(tmp_path, project | {"frame_agg": None}, methods=methods, search={}))]) == 0
-    assert "begun" not in capsys.readouterr().out.rpartition("6 of 6 cells")[2]
+    capsys.readouterr()
     grid.of("first", None)[1].weights.unlink()
     assert main(["compare", str(path)]) == 0
-    shutil.rmtree(grid.of("same", None)[1].folder)
-    assert main(["compare", str(path)]) == 2
-    assert re.search(r"first.seed1.best\.safetensors, which was not kept; delete", capsys.readouterr().err)
+    assert "begun" not in capsys.readouterr().out
+    path = write(tmp_path, project | {"frame_agg": None}, methods=methods | {"first": {"coef_lr": 1}}, search={})
+    with pytest.raises(UserError, match=r"(?s)first.seed0 was trained with other settings.*coef_lr"):
+        Grid(path)
+    shutil.rmtree(tmp_path / "out" / "cells" / "first")
+    with pytest.raises(UserError, match=r"same.seed0 was trained with other settings:\n  after is "):
+        Grid(path)
+    path = write(tmp_path, project | {"frame_agg": None}, methods=methods, search={})
+    (grid.of("same", None)[0].folder / "result.json").unlink()
+    with pytest.raises(UserError, match=r"same.seed0 was begun from weights that are gone; delete it"):
+        Grid(path)
+
+
+def test_weights_that_do_not_fit_fail_the_part_that_goes_on_from_them(project: Project, tmp_path: Path) -> None:
+    on = {"after": "first", "peft": {"method": "full"}}
+    methods = {"first": METHODS["full"], "wider": on | {"hidden_dim": 128}, "fits": on}
+    path = write(tmp_path, project | {"num_epochs": 1}, methods=methods, seeds=1, search={})
+    assert main(["compare", str(path)]) == 1
+    found = {name: Grid(path).of(name, None)[0].result()["failed"] for name in methods}
+    assert "does not fit the model" in found.pop("wider") and set(found.values()) == {None}
+    shutil.rmtree(Grid(path).of("fits", None)[0].folder)
+    Grid(path).of("first", None)[0].weights.unlink()
+    with pytest.raises(UserError, match=r"first.seed0.best\.safetensors, which was not kept; delete"):
+        Grid(path)
 
 
 def test_a_part_whose_first_part_failed_fails_with_it(project: Project, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_the_command(run: Path, project: dict[str, Any], tmp_path: Path, capsys:
         ([folder, tmp_path / "others.json"], "none of its videos"),
         ([folder, tmp_path / "none"], "no such file"),
         ([tmp_path / "none"], "no such folder"),
-        (["milvus:///there.db"], "are kept in the folder of an index"),
+        (["milvus:///there.db"], "are kept in the folder of an index, not in Milvus"),
     ]
     for given, fact in refused:
         assert main(["calibrate", *map(str, given)]) == 2

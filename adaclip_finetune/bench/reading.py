@@ -46,7 +46,7 @@ def reading(setup: Setup) -> Iterator[Measured]:
         images = [folder / "frames" / "v" / _TEMPLATE.format(index + 1) for index in indices]
         stored, known = FrameFolder(folder / "frames", _TEMPLATE), VideoFolder(video.parent)
         for which, own, plain in zip(("CLIP", "selector"), _views(stored, indices), _plain(images), strict=True):
-            check(f"the pixels for the {which}", torch.from_numpy(own), torch.from_numpy(plain).double(), 1.5 / 255)
+            check(f"the pixels for the {which}", torch.from_numpy(own), torch.from_numpy(plain).double(), 2.5 / 255)
 
         def extract_and_read() -> Views:
             _extract(program, video, folder / "extracted")

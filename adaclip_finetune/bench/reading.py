@@ -34,7 +34,7 @@ def reading(setup: Setup) -> Iterator[Measured]:
 
     "in place" counts the frames of the file first, as the first epoch does; "in place, again" knows them.
     """
-    size, seconds, count = ("64x36", 1, 4) if setup.quick else ("640x360", 10, 32)
+    size, seconds, count = ("480x270", 1, 4) if setup.quick else ("640x360", 10, 32)
     with TemporaryDirectory() as name:
         folder, program = Path(name), find_program()
         (folder / "videos").mkdir()
@@ -46,7 +46,7 @@ def reading(setup: Setup) -> Iterator[Measured]:
         images = [folder / "frames" / "v" / _TEMPLATE.format(index + 1) for index in indices]
         stored, known = FrameFolder(folder / "frames", _TEMPLATE), VideoFolder(video.parent)
         for which, own, plain in zip(("CLIP", "selector"), _views(stored, indices), _plain(images), strict=True):
-            check(f"the pixels for the {which}", torch.from_numpy(own), torch.from_numpy(plain).double(), 2.5 / 255)
+            check(f"the pixels for the {which}", torch.from_numpy(own), torch.from_numpy(plain).double(), 1.5 / 255)
 
         def extract_and_read() -> Views:
             _extract(program, video, folder / "extracted")

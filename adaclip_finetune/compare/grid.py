@@ -173,17 +173,6 @@ class Grid:
                         "; methods are compared with the same data and the same updates, so set it in the recipe only"
                         + (", or name it in vary if it is what you compare" if name in get_args(Budget) else "")
                     )
-            if cell.start is None or cell.is_finished:
-                continue
-            if cell.start.is_finished and not cell.start.is_kept:
-                raise UserError(
-                    f"{self.path}: {cell.method} goes on from {cell.start.weights}, which was not kept; delete "
-                    f"{cell.start.folder} to train it again"
-                )
-            if not cell.start.is_finished and cell.folder.exists():
-                raise UserError(
-                    f"{self.path}: {cell.folder} was begun from weights that are gone; delete it to train it again"
-                )
         config = first.config
         if "t2v.R@1" not in config.figures:
             raise UserError(
@@ -199,6 +188,7 @@ class Grid:
             )
         for cell in self.cells.values():
             self._refuse_other_settings(cell)
+            self._refuse_without_start(cell)
 
     def _refuse_other_settings(self, cell: Cell) -> None:
         if not cell.is_finished and not (cell.folder / "config.json").is_file():
@@ -217,6 +207,20 @@ class Grid:
             raise UserError(
                 f"{self.path}: {cell.folder} was trained with other settings:{''.join(lines[:5])}\n"
                 f"Take another output_dir, or delete {cell.folder} to train it again"
+            )
+
+    def _refuse_without_start(self, cell: Cell) -> None:
+        """Raise UserError if the weights are gone from which a cell, not finished yet, goes on."""
+        if (start := cell.start) is None or cell.is_finished:
+            return
+        if start.is_finished and not start.is_kept:
+            raise UserError(
+                f"{self.path}: {cell.method} goes on from {start.weights}, which was not kept; delete {start.folder} "
+                "to train it again"
+            )
+        if not start.is_finished and cell.folder.exists():
+            raise UserError(
+                f"{self.path}: {cell.folder} was begun from weights that are gone; delete it to train it again"
             )
 
     def values(self, method: str) -> list[Any]:

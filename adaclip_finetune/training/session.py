@@ -286,7 +286,7 @@ def _fill(model: VideoRetriever, state: dict[str, Tensor], checkpoint: Checkpoin
     for a captioner or a tower that is yet to learn: it then begins untrained."""
     if has_new_logit_bias(model.clip) and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": model.clip.get_parameter("logit_bias").detach()}  # created just now
-    for part in ("captioner", "tower", "text_tower") if learn else ():
+    for part in ("captioner", "tower") if learn else ():
         module = getattr(model, part)
         if module is not None and not any(name.startswith(f"{part}.") for name in state):
             state = {**state, **module.state_dict(prefix=f"{part}.")}

@@ -232,7 +232,7 @@ def test_a_diverged_loss_stops_the_run_and_keeps_what_was_good(
 def test_divergence_is_told_alike_wherever_it_shows_first(
     settings: Project, where: str, project: Project, tmp_path: Path
 ) -> None:
-    """In the selector or in the loss, in an update or in validation, in a run or in a tuning trial."""
+    """In the selector or in the loss, in training or in validation, in a run or in a tuning trial."""
     config = load_config(None, {**project, "output_dir": str(tmp_path), **DIVERGING, **settings})
     for start in (fit, lambda config: run_trial(config, RunFolder(config), lambda epoch, figures: None)):
         with pytest.raises(UserError, match=rf"diverged: .*{where}.*\n.*learning_rate"):

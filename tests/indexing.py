@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.search.index import IndexInfo, write_index
+from adaclip_finetune.search.stored import IndexInfo, write_index
 
 
 def write_run(folder: Path, settings: dict[str, Any], seed: int = 0, learned: float = 0.0) -> Path:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from indexing import index_info
 from media import coded_frame, write_video
 from PIL import Image
 
-from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.data.frame_store import stamp_of
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import THUMBS, EmbeddedMoments, VideoIndex, read_index, write_index
+from adaclip_finetune.search.index import THUMBS, VideoIndex
 from adaclip_finetune.search.serve.app import create_app, make_server
+from adaclip_finetune.search.serve.listening import listen
 from adaclip_finetune.search.serve.served import ModelThread
+from adaclip_finetune.search.stored import EmbeddedMoments, read_index, write_index
 from adaclip_finetune.search.transcripts import update_transcripts
 
 WIDTH = 16
@@ -39,11 +41,11 @@ class Axes:
     def encode_query(self, texts: Sequence[str]) -> Any:
         if "nothing" in texts:
             raise UserError("nothing: these texts cancel each other out")
-        return np.stack([axis(int(text)) for text in texts])
+        return torch.from_numpy(np.stack([axis(int(text)) for text in texts]))
 
     def encode_image(self, image: Image.Image) -> Any:
         red = image.convert("RGB").getpixel((0, 0))[0]  # type: ignore[index]
-        return axis(round(red / 10))
+        return torch.from_numpy(axis(round(red / 10)))
 
 
 _encoded: list[bytes] = []

@@ -32,7 +32,7 @@ ROWS = {
     "evaluation": BenchmarkRow("ranks in both directions, beside sorting twice", "evaluation:evaluation"),
     "reading": BenchmarkRow("frames from images and videos, beside Pillow and extraction", "reading:reading"),
     "start": BenchmarkRow("how long commands take to start, beside `import torch`", "starting:start"),
-    "search": BenchmarkRow("searching and opening an index, beside NumPy and FAISS", "searching:search"),
+    "search": BenchmarkRow("searching, opening and serving an index, beside a plain product", "searching:search"),
     "embedding": BenchmarkRow("vectors of videos, beside encoding all frames", "step:embedding"),
     "demo": BenchmarkRow("cfgs/demo.json as a whole, beside its reading, forward and backward", "demo:demo"),
     "hard_topk": BenchmarkRow("the frame selection, beside a plain loop", "hard_topk:hard_topk"),

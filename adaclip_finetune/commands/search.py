@@ -32,7 +32,8 @@ from adaclip_finetune.search.where import conditions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaclip_finetune.search.index import FoundMoment, Hit
+    from adaclip_finetune.search.index import Hit
+    from adaclip_finetune.search.indexed_moments import FoundMoment
     from adaclip_finetune.search.search_model import SearchModel
     from adaclip_finetune.search.stores.base import Searchable
     from adaclip_finetune.search.threshold import RankedBy

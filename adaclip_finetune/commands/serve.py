@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from adaclip_finetune.commands.flags import Parser, add_index, model_settings
 from adaclip_finetune.errors import UserError
+from adaclip_finetune.search.serve.listening import listen
 
 if TYPE_CHECKING:
     from adaclip_finetune.search.search_model import SearchModel
@@ -54,20 +55,6 @@ def run(words: Sequence[str]) -> int:
         sys.stdout.flush()
         os._exit(130)
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Raise UserError if that is not possible."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: must be from 0 to 65535")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server((str(address[0]), int(address[1])), family=family)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot listen on --host {host} --port {port} ({reason}); --port N takes another port, --port 0 a free one"
-        ) from error
 
 
 def _parser() -> Parser:

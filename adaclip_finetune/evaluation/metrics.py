@@ -24,6 +24,7 @@ from torch import Tensor
 from adaclip_finetune.data.annotations import folded
 
 RECALLS = (1, 5, 10, 50)
+_KEPT = 512 * 2**20  # bytes of a matrix in main memory that is kept for the second pass
 FIGURES = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 IntArray = NDArray[np.int64]
@@ -111,7 +112,8 @@ def retrieval_metrics(
     t2v and no query in v2t. With `texts` (T,), captions shared by several videos are counted, and `excused` is filled.
 
     `blocks` is iterated twice, because the score that other captions must reach is known only after all rows were seen:
-    pass a list or an object that starts afresh, such as `similarity_blocks` returns, not a generator. Raises ValueError
+    pass a list or an object that starts afresh, such as `similarity_blocks` returns, not a generator. Blocks of a small
+    matrix in main memory are kept instead, which is faster than computing them again. Raises ValueError
     for NaN, naming the row, and for a number of rows other than that of captions.
     """
     owners = torch.as_tensor(video_of_text, dtype=torch.int64, device="cpu")
@@ -120,7 +122,10 @@ def retrieval_metrics(
     rows, videos, twins = _same_text(texts or (), owners.numpy())
     t2v, t2v_same = torch.empty_like(owners), torch.zeros_like(owners)
     best_own = all_own = torch.empty(0)
+    kept: list[Tensor] = []
     for start, scores, columns in _checked(blocks, owners):
+        if scores.device.type == "cpu" and scores.shape[1] * scores.element_size() * len(owners) <= _KEPT:
+            kept.append(scores)
         if start == 0:
             best_own = scores.new_full((scores.shape[1],), float("-inf"))  # the score of each video's best caption
             all_own = scores.new_empty(len(owners))
@@ -133,7 +138,7 @@ def retrieval_metrics(
         t2v_same.index_add_(0, start + row.cpu(), (scores[row, video] >= own[row, 0]).long().cpu())
     v2t = torch.ones(len(best_own), dtype=torch.int64, device=best_own.device)
     v2t_same = torch.zeros_like(v2t)
-    for start, scores, columns in _checked(blocks, owners):
+    for start, scores, columns in _checked(kept or blocks, owners):
         reaching = _reached(scores, best_own)
         pairs, row, video = _in_block(rows, videos, start, scores)
         # A text has one score, but the last bits of what is computed at two places of a matrix may differ.

@@ -31,10 +31,14 @@ from adaclip_finetune.evaluation.parts import ABOUT, PartFolder
 from adaclip_finetune.hub import on_hub
 from adaclip_finetune.lock import FolderLock
 from adaclip_finetune.search.collection import CollectionVideo, VideoCollection, copies_among
-from adaclip_finetune.search.index import (
+from adaclip_finetune.search.index import THUMBS
+from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moments
+from adaclip_finetune.search.pictures import thumbnail
+from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
+from adaclip_finetune.search.shards import Shard
+from adaclip_finetune.search.stored import (
     FILE,
     PARTS,
-    THUMBS,
     EmbeddedMoments,
     EmbeddedVideo,
     IndexInfo,
@@ -42,10 +46,6 @@ from adaclip_finetune.search.index import (
     read_index,
     write_index,
 )
-from adaclip_finetune.search.moments import Moment, MomentSettings, embed_moments
-from adaclip_finetune.search.pictures import thumbnail
-from adaclip_finetune.search.search_model import SearchModel, WeightedFrames
-from adaclip_finetune.search.shards import Shard
 
 Embedded = tuple[list[EmbeddedVideo], dict[str, str]]
 """A batch of videos, and those that failed: id → reason."""

@@ -11,7 +11,8 @@ from typing import Any
 from adaclip_finetune.durable import flush_folder, write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.build import check_same, replace_index, writing
-from adaclip_finetune.search.index import FILE, THUMBS, EmbeddedVideo, IndexInfo, StoredIndex, read_index
+from adaclip_finetune.search.index import THUMBS
+from adaclip_finetune.search.stored import FILE, EmbeddedVideo, IndexInfo, StoredIndex, read_index
 from adaclip_finetune.search.transcripts import merge_transcripts
 
 _WHAT = {  # of `IndexInfo`, in words

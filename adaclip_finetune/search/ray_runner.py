@@ -20,8 +20,8 @@ import torch
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.build import Embedded, Work, embed_videos
-from adaclip_finetune.search.index import EmbeddedVideo
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
+from adaclip_finetune.search.stored import EmbeddedVideo
 
 _VIDEOS = 32  # of a batch, at most
 _BATCHES = 4  # for each actor, at least

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -34,11 +35,12 @@ from torch import nn
 
 from adaclip_finetune.bench import step
 from adaclip_finetune.bench.measure import Setup, in_turns
+from adaclip_finetune.bench.searching import random_vectors, write_random_index
 from adaclip_finetune.config import load_config
 from adaclip_finetune.evaluation.metrics import retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 from adaclip_finetune.model.scoring import CosineScorer
-from adaclip_finetune.search.index import nearest
+from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.training.device import make_accelerator
 from adaclip_finetune.training.session import open_model
 
@@ -157,15 +159,15 @@ def ranks(setup: Setup, count: int) -> dict[str, float]:
 
 
 def search(setup: Setup, count: int) -> dict[str, float]:
-    """Return the seconds of a query, alone and among 200, for the 10 nearest of `count` vectors in memory."""
-    import faiss  # which a machine that trains may lack
-
-    random = torch.Generator().manual_seed(0)
-    index, queries = faiss.IndexFlatIP(_WIDTH), torch.randn(200, _WIDTH, generator=random).numpy()
-    for start in range(0, count, 100_000):
-        index.add(torch.randn(min(100_000, count - start), _WIDTH, generator=random).numpy())
-    one = seconds(setup, lambda: nearest(index, queries[:1], 10), turns=5)
-    return {"s a query": one, "s a query of 200": seconds(setup, lambda: nearest(index, queries, 10)) / 200}
+    """Return the seconds to open an index of `count` videos, and of a query in it, alone and among 200."""
+    vectors, queries = random_vectors(count)
+    with TemporaryDirectory() as folder:
+        write_random_index(Path(folder), vectors)
+        del vectors
+        index, once = VideoIndex.load(folder), seconds(setup, lambda: VideoIndex.load(folder), turns=5)
+        one = seconds(setup, lambda: index.search(queries[:1], 10), turns=5)
+        many = seconds(setup, lambda: index.search(queries, 10)) / len(queries)
+    return {"s to open": once, "s a query": one, "s a query of 200": many}
 
 
 def seconds(setup: Setup, call: Callable[[], object], turns: int = 0) -> float:

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from adaclip_finetune import VideoIndex, load_retriever
 from adaclip_finetune.search.build import index_videos
 from adaclip_finetune.search.collection import collect_annotation
-from adaclip_finetune.search.index import read_index
 from adaclip_finetune.search.moments import MomentSettings
 from adaclip_finetune.search.search_model import SearchModel
+from adaclip_finetune.search.stored import read_index
 
 EXAMPLE = Path(__file__).parents[2] / "dataset_example"
 LENGTH = 4.0  # seconds, of all clips

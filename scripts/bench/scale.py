@@ -6,6 +6,8 @@
     python scripts/bench/scale.py milvus --videos 10000
     python scripts/bench/scale.py cost
 
+`simulated` and `real` need `pip install faiss-cpu`.
+
 `simulated` builds FAISS indexes of random vectors, with one thread: HNSW (32 links, 64 candidates while building), or
 IVF-PQ (√V lists, rounded down to a power of two, and a byte for every eight dimensions, trained
 on a sample, filled block by block). A vector is a point of a 64-dimensional space with noise in all dimensions, and a
@@ -223,7 +225,8 @@ def embed(model_name: str, folder: Path, annotation: Path | None) -> tuple[Float
 
 def fill_milvus(count: int, width: int, place: str | None) -> None:
     """Print the seconds of two pushes and of a search for 10 videos, and whether it finds what the folder finds."""
-    from adaclip_finetune.search.index import IndexInfo, VideoIndex, write_index
+    from adaclip_finetune.search.index import VideoIndex
+    from adaclip_finetune.search.stored import IndexInfo, write_index
     from adaclip_finetune.search.stores.places import open_index, open_store, push
 
     points = Points(count, width)

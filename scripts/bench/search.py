@@ -1,6 +1,6 @@
 """What a text query costs: vectors that were made in advance, against matching that depends on the query.
 
-    python scripts/bench/search.py
+    pip install faiss-cpu && python scripts/bench/search.py
 
 Synthetic embeddings, the same for all rows: V videos of K frames of width D, float32, in memory. A video is a point of
 a 64-dimensional space; its frames and the query are that point with noise. One query at a time, as somebody waits for
@@ -48,7 +48,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaclip_finetune.model.pooling import MlpScore
-from adaclip_finetune.search.index import IndexInfo, VideoIndex, write_index
+from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.stored import IndexInfo, write_index
 
 FOUND = 10
 AGAINST = ("qscore", "attention", "mlp again")

@@ -1,11 +1,11 @@
 """The arithmetic of an index: which vectors are equal, and which are nearest."""
 
-import faiss
 import numpy as np
 import pytest
+import torch
 
-from adaclip_finetune.search import index
-from adaclip_finetune.search.index import first_of_equal, nearest
+from adaclip_finetune.search import nearest as search
+from adaclip_finetune.search.nearest import first_of_equal, nearest
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -25,46 +25,69 @@ def test_vectors_with_the_same_sum_are_told_apart() -> None:
     assert first_of_equal(words.view(np.float32)).tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
-@pytest.mark.parametrize("k", [1, 10, 100])
-def test_many_queries_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch, kind: str, k: int) -> None:
-    monkeypatch.setattr(index, "_BLOCK", 30)
-    random = np.random.default_rng(0)
-    flat = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
-    flat.add(random.standard_normal((100, 16), np.float32))
-    queries = random.standard_normal((20, 16), np.float32)
-    scores, rows = nearest(flat, queries, k)
-    for query, own_scores, own_rows in zip(queries, scores, rows, strict=True):
-        (expected,), (alone,) = nearest(flat, query[None], k)
-        assert own_rows.tolist() == alone.tolist()
-        np.testing.assert_allclose(own_scores, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("queries", [1, 2, 20])
+@pytest.mark.parametrize("k", [1, 10, 100, 200])
+def test_the_nearest_are_those_with_the_largest_products(
+    monkeypatch: pytest.MonkeyPatch, dtype: type, queries: int, k: int
+) -> None:
+    """In blocks of 30 vectors, of which float16 ones are converted 7 at a time."""
+    monkeypatch.setattr(search, "_CONVERTED", 7)
+    monkeypatch.setattr(search, "_PRODUCTS", 30 * queries)
+    vectors, asked = random_vectors(100, dtype), random_vectors(queries)
+    products = asked @ vectors.astype(np.float32).T
+    scores, rows = nearest(vectors, asked, k)
+    assert rows.tolist() == np.argsort(-products, axis=1)[:, :k].tolist()
+    np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
-@pytest.mark.parametrize("count", [1, 9])
-def test_only_the_vectors_at_these_places_are_compared(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
-    monkeypatch.setattr(index, "_BLOCK", 30)
-    random = np.random.default_rng(0)
-    flat = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
-    flat.add(random.standard_normal((100, 16), np.float32))
-    queries, places = random.standard_normal((count, 16), np.float32), np.arange(3, 100, 2)
-    scores, rows = nearest(flat, queries, 60, places)
-    assert scores.shape == rows.shape == (count, len(places))
-    products = queries @ flat.reconstruct_n(0, 100).T
-    for product, own_scores, own_rows in zip(products, scores, rows, strict=True):
-        assert own_rows.tolist() == places[np.argsort(-product[places])].tolist()
-        np.testing.assert_allclose(own_scores, product[own_rows], rtol=1e-5, atol=1e-5)
-    assert nearest(flat, queries, 3, places[:0])[1].shape == (count, 0)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("step", [1, 2, 5, 70])
+def test_only_the_chosen_vectors_are_compared(
+    monkeypatch: pytest.MonkeyPatch, dtype: type, queries: int, step: int
+) -> None:
+    """Where few are chosen they are copied, and in some blocks there is none."""
+    monkeypatch.setattr(search, "_CONVERTED", 30)
+    monkeypatch.setattr(search, "_PRODUCTS", 1)
+    vectors, asked, places = random_vectors(100, dtype), random_vectors(queries), np.arange(3, 100, step)
+    chosen = np.isin(np.arange(100), places)
+    scores, rows = nearest(vectors, asked, 60, chosen)
+    products = asked @ vectors.astype(np.float32).T
+    assert rows.tolist() == places[np.argsort(-products[:, places], axis=1)[:, :60]].tolist()
+    np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), rtol=1e-5, atol=1e-5)
+    assert nearest(vectors, asked, 3, np.zeros(100, np.bool_))[1].shape == (queries, 0)
 
 
-def test_the_first_results_do_not_depend_on_how_many_are_asked_for() -> None:
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_first_results_do_not_depend_on_how_many_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, queries: int
+) -> None:
     """Not even where most vectors are equally near."""
-    random = np.random.default_rng(0)
+    monkeypatch.setattr(search, "_CONVERTED", 1000)
+    monkeypatch.setattr(search, "_PRODUCTS", 1)
     vectors = np.zeros((3000, 4), np.float32)
-    vectors[:, 0] = random.integers(0, 3, 3000)
-    flat = faiss.index_factory(4, "Flat", faiss.METRIC_INNER_PRODUCT)
-    flat.add(vectors)
-    query = np.eye(4, dtype=np.float32)[:1]
+    vectors[:, 0] = np.random.default_rng(0).integers(0, 3, 3000)
+    asked = np.eye(4, dtype=np.float32)[np.zeros(queries, np.int64)]
     every = np.lexsort((np.arange(3000), -vectors[:, 0])).tolist()
     for k in (1, 10, 100, 999, 1000, 2500, 3000):
-        assert nearest(flat, query, k)[1][0].tolist() == every[:k]
+        assert nearest(vectors, asked, k)[1].tolist() == [every[:k]] * queries
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parts_of_one_product_are_put_together(threads: int) -> None:
+    """Also where the vectors cannot be divided evenly among the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 3, 7, 100):
+            vectors, asked = random_vectors(count), random_vectors(1)
+            scores, rows = nearest(vectors, asked, count)
+            np.testing.assert_allclose(scores[0], (vectors @ asked[0])[rows[0]], rtol=1e-5, atol=1e-5)
+            assert sorted(rows[0].tolist()) == list(range(count))
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_vectors(count: int, dtype: type = np.float32) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal((count, 16)).astype(dtype)

@@ -10,7 +10,7 @@ from golden import load_golden
 from scorers import clip_with, cosine_scorer, features
 
 from adaclip_finetune.data.queries import Queries
-from adaclip_finetune.evaluation import similarity
+from adaclip_finetune.evaluation import metrics, similarity
 from adaclip_finetune.evaluation.metrics import DirectionMetrics, retrieval_metrics
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 from adaclip_finetune.evaluation.tasks.retrieval import Retrieval, RetrievalReport
@@ -134,9 +134,28 @@ def nan_in_row(row):
         ([], [], "no captions"),
     ],
 )
-def test_wrong_matrices_are_refused(blocks, owners, message):
+def test_wrong_matrices_are_refused(blocks, owners, message, monkeypatch):
+    monkeypatch.setattr(metrics, "_KEPT", 0)  # what is kept is not asked for a second time
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(blocks, owners)
+
+
+def test_blocks_of_a_small_matrix_are_computed_once(monkeypatch):
+    """And those of a larger one a second time, with the same ranks."""
+
+    class Blocks:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(matrix.split(3))
+
+    matrix, owners, found = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), [0, 0, 1, 1, 2, 2, 3, 4], []
+    for kept, passes in ((8 * 5 * 4, 1), (8 * 5 * 4 - 1, 2)):
+        monkeypatch.setattr(metrics, "_KEPT", kept)
+        found.append(retrieval_metrics(blocks := Blocks(), owners).as_state())
+        assert blocks.passes == passes
+    assert found[0] == found[1]
 
 
 def test_similarity_blocks_equal_the_whole_matrix():

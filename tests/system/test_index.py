@@ -36,9 +36,10 @@ from adaclip_finetune.search.collection import (
     collect_annotation,
     collect_folder,
 )
-from adaclip_finetune.search.index import VideoIndex, read_index
+from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.search_model import SearchModel, load_retriever
 from adaclip_finetune.search.serve.served import ServedVideos
+from adaclip_finetune.search.stored import read_index
 from adaclip_finetune.weights import clip_weights
 
 Settings = dict[str, Any]

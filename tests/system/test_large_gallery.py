@@ -13,8 +13,7 @@ import torch
 from scorers import cosine_scorer, features
 
 from adaclip_finetune.data.queries import Queries
-from adaclip_finetune.evaluation import similarity
-from adaclip_finetune.evaluation.metrics import retrieval_metrics
+from adaclip_finetune.evaluation import metrics, similarity
 from adaclip_finetune.evaluation.similarity import similarity_blocks
 from adaclip_finetune.evaluation.similarity_file import write_similarity_file
 
@@ -39,6 +38,7 @@ def test_a_large_gallery_is_ranked_and_saved_within_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(similarity, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(metrics, "_KEPT", 2**20)
     count, path = 3500, tmp_path / "s.npy"
     whole, little = 45, 30  # MiB: the matrix; blocks, what is computed from them, and what the allocator keeps
     text, video = torch.randn(2, count, 16, generator=torch.Generator().manual_seed(0))
@@ -48,8 +48,8 @@ def test_a_large_gallery_is_ranked_and_saved_within_little_memory(
     ranks: list[list[int]] = []
 
     def rank(matrix: Any) -> None:
-        metrics = retrieval_metrics(matrix, owners, names)
-        ranks.append(metrics.t2v.ranks.tolist() + metrics.v2t.ranks.tolist())
+        found = metrics.retrieval_metrics(matrix, owners, names)
+        ranks.append(found.t2v.ranks.tolist() + found.v2t.ranks.tolist())
 
     assert peak_growth(lambda: rank(blocks)) < little
     assert peak_growth(lambda: write_similarity_file(path, blocks, Queries(names, owners, names))) < little

@@ -20,7 +20,8 @@ from adaclip_finetune.data.video import remote
 from adaclip_finetune.data.video.file import read_frames
 from adaclip_finetune.data.video.index import index_video
 from adaclip_finetune.data.video.remote import RemotePath, path_of
-from adaclip_finetune.search.index import VideoIndex, read_index
+from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.stored import read_index
 
 Settings = dict[str, Any]
 Capsys = pytest.CaptureFixture[str]

@@ -1,11 +1,13 @@
 """The API behind the page of `adaclip serve`: what it answers, and what it refuses."""
 
+import asyncio
 import io
 import os
 import socket
 import struct
 import threading
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from serving import (
 )
 
 from adaclip_finetune.cli import main
-from adaclip_finetune.commands.serve import listen
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import VideoIndex
 from adaclip_finetune.search.serve.app import MAX_BYTES
+from adaclip_finetune.search.serve.listening import listen
+from adaclip_finetune.search.serve.served import ModelThread, Searches
 
 TOKEN = "0123456789abcdef-_"
 NO_KEY = "0" * 20
@@ -50,6 +53,42 @@ def picture(red: int = 30, kind: str = "PNG", size: tuple[int, int] = (8, 8)) ->
 def shown(jpeg: bytes) -> int:
     """Return which coded frame a picture shows."""
     return index_of(np.asarray(Image.open(io.BytesIO(jpeg))))
+
+
+def test_searches_that_wait_at_the_same_time_are_done_together(index: VideoIndex) -> None:
+    """Each gets its own answer, or the error of its own query; those that ask for something else are done apart."""
+    model, asked = ModelThread(Axes), list[tuple[int, int]]()
+    searches = Searches(model)
+
+    def search(queries: Any, k: int) -> Any:
+        asked.append((len(queries), k))
+        return index.search(queries, k)
+
+    async def answers() -> list[Any]:
+        model.start()
+        while model.state == "loading":
+            await asyncio.sleep(0.01)
+        wanted = [("0", 1), ("3", 1), ("nothing", 1), ("2", 2), ("1", 1)]
+        waiting = [
+            searches.hits(lambda loaded, text=text: loaded.encode_query([text]), partial(search, k=k))
+            for text, k in wanted
+        ]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    zero, three, refused, two, one = asyncio.run(answers())
+    assert [hit.video.id for hit in (*zero, *three, *two[:1], *one)] == [f"video{n}.mp4" for n in (0, 3, 2, 1)]
+    assert len(two) == 2 and isinstance(refused, UserError)
+    assert sorted(asked) == [(1, 2), (3, 1)]
+    with pytest.raises(UserError, match="k 0"):
+        asyncio.run(searches.hits(lambda loaded: loaded.encode_query(["1"]), partial(search, k=0)))
+    assert len(asyncio.run(searches.hits(lambda loaded: loaded.encode_query(["1"]), partial(search, k=1)))) == 1
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_search_by_text(server: Server, index: VideoIndex) -> None:

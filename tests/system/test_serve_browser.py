@@ -31,7 +31,8 @@ from serving import (
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import VideoIndex, read_index, write_index
+from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.stored import read_index, write_index
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here (pip install selenium)")
 By = pytest.importorskip("selenium.webdriver.common.by").By

@@ -18,8 +18,9 @@ from serving import axis, running, until, write_divided_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import EmbeddedMoments, Hit, VideoIndex, read_index, write_index
+from adaclip_finetune.search.index import Hit, VideoIndex
 from adaclip_finetune.search.search_model import load_retriever
+from adaclip_finetune.search.stored import EmbeddedMoments, read_index, write_index
 from adaclip_finetune.search.stores.places import open_index, open_store, push
 
 MILVUS = all(importlib.util.find_spec(name) for name in ("pymilvus", "milvus_lite"))

@@ -14,7 +14,8 @@ from serving import running, write_divided_index, write_small_index
 
 from adaclip_finetune.cli import main
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import EmbeddedMoments, VideoIndex, write_index
+from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.stored import EmbeddedMoments, write_index
 from adaclip_finetune.search.threshold import (
     CaptionScores,
     Rate,

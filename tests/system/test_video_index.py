@@ -1,6 +1,5 @@
 """An index on disk and in memory: what is found, and what is refused."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from indexing import index_info, index_row, unit_rows, write_random_index
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import FILE, EmbeddedMoments, IndexedFrame, VideoIndex, write_index
+from adaclip_finetune.search.index import IndexedFrame, VideoIndex
+from adaclip_finetune.search.stored import FILE, EmbeddedMoments, write_index
 from adaclip_finetune.search.transcripts import FoundLine
 
 
@@ -110,11 +111,34 @@ def test_rows_are_parsed_when_they_are_found_and_only_once(tmp_path: Path) -> No
     assert index.videos.keys()[2] == video.key
 
 
-def test_an_index_without_moments_keeps_its_bytes(tmp_path: Path) -> None:
-    """Older versions read it, and it is what they would have written."""
-    write_index(tmp_path, index_info(), unit_rows(3, 4), [index_row(number) for number in range(3)])
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tmp_path.iterdir()}
-    assert digests == {"vectors.safetensors": "1df67d62893e50c1", "videos.jsonl": "6e34bf4778e3d3f2"}
+def test_an_index_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """It lacks what makes opening quick, and everything else is the same."""
+    vectors, rows = unit_rows(9), [index_row(number) for number in range(9)]
+    vectors[8] = vectors[4]
+    parts = [{"start": n / 2, "end": n / 2 + 1, "time": n / 2, "thumb": "a.jpg"} for n in range(3)]
+    moments = [EmbeddedMoments(parts, unit_rows(3, seed=1 + number)) for number in range(9)]
+    write_index(tmp_path, index_info(moments={"by": "windows"}), vectors, rows, moments)
+    index = VideoIndex.load(tmp_path)
+    later = ("firsts", "ends", "moment_ends")
+    with safe_open(tmp_path / FILE, "np") as file:
+        old = {name: file.get_tensor(name) for name in file.keys() if name not in later}  # noqa: SIM118
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / FILE).write_bytes(save(old, file.metadata()))
+    older, query = VideoIndex.load(tmp_path / "old"), unit_rows(1, seed=5)
+    assert len(old) == 5 and (older.distinct, len(older)) == (8, 9)
+    for find in (index.search, index.search_moments):
+        found, expected = getattr(older, find.__name__)(query, 99)[0], find(query, 99)[0]
+        assert ids(found) == ids(expected) and [hit.score for hit in found] == [hit.score for hit in expected]
+
+
+def test_what_is_opened_is_read_when_it_is_needed(tmp_path: Path) -> None:
+    """An index larger than memory can be opened: it keeps its file, even when it is replaced, and copies nothing."""
+    vectors = write_random_index(tmp_path / "i")
+    index, other = VideoIndex.load(tmp_path / "i"), unit_rows(50, seed=2)
+    kept = index._vectors
+    assert not kept.flags.owndata and (kept == vectors).all()
+    write_index(tmp_path / "i", index_info(), other, [index_row(number) for number in range(50)])
+    assert (kept == vectors).all() and (VideoIndex.load(tmp_path / "i")._vectors == other).all()
 
 
 def test_queries_that_are_refused(tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ from adaclip_finetune import __version__
 from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.cut import can_cut, has_file
-from adaclip_finetune.search.index import FoundMoment, Hit
+from adaclip_finetune.search.index import Hit
+from adaclip_finetune.search.indexed_moments import FoundMoment
 from adaclip_finetune.search.pictures import open_picture
 from adaclip_finetune.search.query import is_one_text
-from adaclip_finetune.search.serve.served import ModelThread, ServedVideos
+from adaclip_finetune.search.serve.served import ModelThread, Searches, ServedVideos
 from adaclip_finetune.search.serve.streaming import stream_range
 from adaclip_finetune.search.stores.base import Searchable
 from adaclip_finetune.search.threshold import thresholds_of
@@ -188,7 +189,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
-    thresholds, transcripts = thresholds_of(index), Transcripts(index.folder)
+    thresholds, transcripts, searches = thresholds_of(index), Transcripts(index.folder), Searches(model)
 
     async def answer(
         encode: Callable[[SearchModel], Any], asked: Page, text: str | None = None, hybrid: bool = False
@@ -204,11 +205,13 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
             count = await asyncio.to_thread(index.count, asked.where)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
-        if hybrid:
-            find = partial(find, lines=[await asyncio.to_thread(transcripts.find, text or "")])
         # One more than the page holds says whether another page of moments follows.
         narrowed = partial(find, k=last + 1, ranks=slice(first, last + 1), where=asked.where)
-        hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
+        if hybrid:
+            lines = [await asyncio.to_thread(transcripts.find, text or "")]
+            hits = (await model.run(lambda loaded: narrowed(encode(loaded), lines=lines)))[0]
+        else:
+            hits = await searches.hits(encode, narrowed)
         pages = -(-count // k) if by == "video" else page + (len(hits) > k)
         threshold = None
         if text is not None and is_one_text(text) and not hybrid:

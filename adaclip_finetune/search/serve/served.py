@@ -12,11 +12,13 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import torch
 from fastapi import HTTPException
+from torch import Tensor
 
 from adaclip_finetune.config import Config
 from adaclip_finetune.data.frame_folder import FrameFolder
@@ -26,7 +28,7 @@ from adaclip_finetune.data.video.remote import RemotePath
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.collection import VideoFiles
 from adaclip_finetune.search.cut import CutFailed, check_unchanged, clip_name, cut, has_file
-from adaclip_finetune.search.index import IndexedVideo
+from adaclip_finetune.search.index import Hit, IndexedVideo
 from adaclip_finetune.search.pictures import thumbnail
 from adaclip_finetune.search.stores.base import Searchable
 
@@ -73,6 +75,35 @@ class ModelThread:
             self.message, self.state = str(error) or repr(error), "failed"
             stopped = "Nothing can be searched until `adaclip serve` is started again; Ctrl-C stops it"
             print(f"adaclip: error: {self.message}\n{stopped}", file=sys.stderr, flush=True)
+
+
+class Searches:
+    """Searches for queries that the model encodes. Those that wait at the same time and differ in nothing else are done
+    together, which takes less time than one after another."""
+
+    def __init__(self, model: ModelThread) -> None:
+        self._model = model
+        self._waiting: dict[str, list[Tensor]] = {}  # the queries of searches that begin soon
+        self._soon: dict[str, asyncio.Task[list[list[Hit]]]] = {}
+
+    async def hits(self, encode: Callable[[SearchModel], Tensor], find: partial[list[list[Hit]]]) -> list[Hit]:
+        """Return what `find` finds for the query (1, D) that `encode` makes. Raise what they raise.
+
+        Two searches differ in nothing else if `repr` says the same of their `find`.
+        """
+        query, key = await self._model.run(encode), repr(find)
+        if key not in self._soon:
+            self._waiting[key], self._soon[key] = [], asyncio.create_task(self._search(key, find))
+        queries, search = self._waiting[key], self._soon[key]
+        queries.append(query)
+        place = len(queries) - 1
+        return (await asyncio.shield(search))[place]
+
+    async def _search(self, key: str, find: partial[list[list[Hit]]]) -> list[list[Hit]]:
+        await self._model.run(lambda _: None)  # until what was asked before has been encoded
+        queries = torch.cat(self._waiting.pop(key))
+        del self._soon[key]
+        return await self._model.run(lambda _: find(queries))
 
 
 class ServedVideos:

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaclip_finetune.search.index import EmbeddedVideo, Hit, IndexedVideo, IndexInfo
+from adaclip_finetune.search.index import Hit, IndexedVideo
+from adaclip_finetune.search.stored import EmbeddedVideo, IndexInfo
 from adaclip_finetune.search.transcripts import FoundLine
 
 

@@ -9,16 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import (
-    FILE,
-    THUMBS,
-    EmbeddedVideo,
-    IndexInfo,
-    StoredIndex,
-    VideoIndex,
-    read_index,
-    write_index,
-)
+from adaclip_finetune.search.index import THUMBS, VideoIndex
+from adaclip_finetune.search.stored import FILE, EmbeddedVideo, IndexInfo, Lines, StoredIndex, read_index, write_index
 from adaclip_finetune.search.stores.base import digest_of
 
 
@@ -32,7 +24,9 @@ class FolderStore(VideoIndex):
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is not an index and not empty; give the name of a new folder")
         self.fingerprint = stored.info.fingerprint if stored else None
-        nothing = StoredIndex(IndexInfo("", "", {}, ""), np.empty((0, 0), np.float32), [])
+        nothing = StoredIndex(
+            IndexInfo("", "", {}, ""), np.empty((0, 0), np.float32), Lines(np.empty(0, np.uint8)), np.empty(0, np.int64)
+        )
         super().__init__(folder, stored or nothing)
         self._held = {video.row["id"]: video for video in stored.videos()} if stored else {}
 

@@ -29,17 +29,14 @@ from adaclip_finetune.errors import UserError
 from adaclip_finetune.search.index import (
     MOMENTS_A_VIDEO,
     THUMBS,
-    EmbeddedVideo,
-    FoundMoment,
     Hit,
     IndexedVideo,
-    IndexInfo,
-    Windows,
-    found_moments,
     indexed_video,
     key_of,
     unit_queries,
 )
+from adaclip_finetune.search.indexed_moments import FoundMoment, Windows, found_moments
+from adaclip_finetune.search.stored import EmbeddedVideo, IndexInfo
 from adaclip_finetune.search.stores.base import digest_of
 from adaclip_finetune.search.transcripts import FoundLine
 from adaclip_finetune.search.where import Condition, columns, conditions, rows_where

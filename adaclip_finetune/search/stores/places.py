@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adaclip_finetune.errors import UserError
-from adaclip_finetune.search.index import VideoIndex, read_index
+from adaclip_finetune.search.index import VideoIndex
+from adaclip_finetune.search.stored import read_index
 from adaclip_finetune.search.stores.base import Searchable, VectorStore, digest_of
 
 _AT_ONCE = 500  # videos that are pushed together

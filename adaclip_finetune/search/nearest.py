@@ -70,11 +70,11 @@ def _products(queries: Tensor, vectors: Tensor) -> Tensor:
         return torch.cat([_products(queries, part.float()) for part in torch.split(vectors, _CONVERTED)], dim=1)
     if len(queries) > 1:
         return (vectors @ queries.T).T.contiguous()  # much faster than `queries @ vectors.T` for few queries
-    # Several products of a part each: MKL uses one thread for one product of a matrix and a vector.
-    parts, width = torch.get_num_threads(), vectors.shape[1]
+    # A product for each part of the vectors: MKL uses one thread for one product of a matrix and a vector.
+    parts, width = max(2, torch.get_num_threads()), vectors.shape[1]
     even = len(vectors) - len(vectors) % parts
-    whole = vectors[:even].view(parts, -1, width).transpose(1, 2)
-    first = torch.bmm(queries.expand(parts, 1, width), whole).view(1, -1)
+    query = queries.expand(parts, 1, width).transpose(1, 2)
+    first = torch.bmm(vectors[:even].view(parts, -1, width), query).view(1, -1)
     return torch.cat([first, queries @ vectors[even:].T], dim=1) if even < len(vectors) else first
 
 

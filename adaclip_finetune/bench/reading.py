@@ -38,9 +38,7 @@ def reading(setup: Setup) -> Iterator[Measured]:
     with TemporaryDirectory() as name:
         folder, program = Path(name), find_program()
         (folder / "videos").mkdir()
-        video = folder / "videos" / "v.mp4"
-        picture = f"testsrc2=size={size}:rate=25:duration={seconds},noise=alls=12:allf=t:all_seed=1"
-        _ffmpeg(program, "-f", "lavfi", "-i", picture, "-pix_fmt", "yuv420p", str(video))
+        video = write_video(folder / "videos" / "v.mp4", size, seconds)
         _extract(program, video, folder / "frames" / "v")
         indices = frame_indices(25 * seconds, count).tolist()
         images = [folder / "frames" / "v" / _TEMPLATE.format(index + 1) for index in indices]
@@ -64,6 +62,13 @@ def reading(setup: Setup) -> Iterator[Measured]:
         )
     aims = [Aim("JPEGs", "Pillow", 1.5), Aim("in place", "extract, then Pillow", 3), Aim("in place, again", "Pillow")]
     yield Measured(f"{count} of {25 * seconds} frames, {size}", seconds_by_name, aims)
+
+
+def write_video(path: Path, size: str, seconds: int) -> Path:
+    """Write a moving and noisy picture of this size, 25 frames a second."""
+    picture = f"testsrc2=size={size}:rate=25:duration={seconds},noise=alls=12:allf=t:all_seed=1"
+    _ffmpeg(find_program(), "-f", "lavfi", "-i", picture, "-pix_fmt", "yuv420p", str(path))
+    return path
 
 
 def _views(store: FrameStore, indices: Sequence[int]) -> Views:

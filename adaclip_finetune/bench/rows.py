@@ -33,7 +33,7 @@ ROWS = {
     "reading": BenchmarkRow("frames from images and videos, beside Pillow and extraction", "reading:reading"),
     "start": BenchmarkRow("how long commands take to start, beside `import torch`", "starting:start"),
     "search": BenchmarkRow("searching, opening and serving an index, beside a plain product", "searching:search"),
-    "embedding": BenchmarkRow("vectors of videos, beside encoding all frames", "step:embedding"),
+    "embedding": BenchmarkRow("vectors of videos, beside encoding all frames", "embedding:embedding"),
     "demo": BenchmarkRow("cfgs/demo.json as a whole, beside its reading, forward and backward", "demo:demo"),
     "hard_topk": BenchmarkRow("the frame selection, beside a plain loop", "hard_topk:hard_topk"),
 }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,32 +59,6 @@ def step(setup: Setup) -> Iterator[Measured]:
                     size = {"num_frm": frames, "top_k": k, "batch_size": batch}
                     yield _method(setup, name, load_config(None, shared | size | settings))
                     gc.collect()
-
-
-def embedding(setup: Setup) -> Iterator[Measured]:
-    """Compare the vectors of videos with encoding all frames, and with their bound: CLIP on K frames, the CNN on N."""
-    sizes = [(4, 2, 1)] if setup.quick else [(16, 8, 4), (32, 8, 2)] if setup.device.type == "cpu" else [(32, 8, 16)]
-    with model_settings(setup) as shared:
-        for frames, k, batch in sizes:
-            size = {"num_frm": frames, "top_k": k, "batch_size": batch, "do_inference": True}
-            config = load_config(None, shared | size)
-            torch.manual_seed(config.seed)
-            session = open_model(config, values="random", accelerator=make_accelerator(config))
-            session.model.eval().requires_grad_(False)
-            videos, reference = random_batch(session, config).videos, EncodeAll(session, config)
-            bound = Bound(session, config, videos, others=False)
-            session.model.double()
-            check("the vectors", _vectors(session, videos), reference.embed(videos), 1e-6)
-            session.model.float()
-            with setup.autocast(), torch.no_grad():
-                alternatives: dict[str, Callable[[], object]] = {
-                    "all frames": partial(reference.embed, videos),
-                    "bound": bound,
-                    "ours": partial(_vectors, session, videos),
-                }
-                seconds = in_turns(setup, alternatives)
-            case = f"{k} of {frames} frames, {batch} videos, {setup.precision}"
-            yield Measured(case, seconds, [Aim("ours", "all frames"), Aim("ours", "bound", 0.9)])
 
 
 @contextmanager
@@ -289,12 +263,6 @@ class Bound:
         if tokens.requires_grad:
             torch.autograd.backward(tokens.float().square().mean())
             self.session.objective.zero_grad()
-
-
-def _vectors(session: Session, videos: VideoBatch) -> Tensor:
-    vectors = session.model.encode_video(videos).vector
-    assert vectors is not None
-    return vectors
 
 
 def loss_of(session: Session, batch: TrainBatch) -> Tensor:

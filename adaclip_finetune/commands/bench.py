@@ -54,7 +54,7 @@ def _parser() -> Parser:
     add("rows", metavar="ROW", nargs="*", help=f"by default all: {rows}")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="device to compute on [default: auto]")
     add("--precision", choices=("fp32", "bf16"), help="precision of the model [default: bf16 on CUDA, otherwise fp32]")
-    add("--turns", type=int, default=3, metavar="N", help="timed turns [default: 3]")
+    add("--turns", type=int, default=2, metavar="N", help="timed turns [default: 2]")
     add("--quick", action="store_true", help="only check that everything works, at the smallest sizes")
     clock = "measure processor time, which other work on a CPU disturbs less; set OMP_NUM_THREADS=1, too"
     add("--processor_time", action="store_true", help=clock)

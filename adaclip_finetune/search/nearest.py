@@ -62,7 +62,8 @@ def products(queries: NDArray[np.float32], vectors: NDArray[Any]) -> NDArray[np.
 
     PyTorch computes them, as it does the queries: the threads of NumPy's library would wait beside those of PyTorch.
     """
-    return _products(torch.from_numpy(np.ascontiguousarray(queries)), torch.from_numpy(vectors)).numpy()
+    with torch.autocast("cpu", enabled=False):  # which would round to bfloat16 while a text adapts
+        return _products(torch.from_numpy(np.ascontiguousarray(queries)), torch.from_numpy(vectors)).numpy()
 
 
 def _products(queries: Tensor, vectors: Tensor) -> Tensor:

@@ -89,5 +89,13 @@ def test_parts_of_one_product_are_put_together(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+def test_products_are_exact_while_a_model_computes_in_bfloat16(queries: int) -> None:
+    vectors, asked = random_vectors(100), random_vectors(queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, _ = nearest(vectors, asked, 5)
+    np.testing.assert_array_equal(scores, nearest(vectors, asked, 5)[0])
+
+
 def random_vectors(count: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(count).standard_normal((count, 16)).astype(dtype)

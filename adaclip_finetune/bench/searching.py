@@ -119,6 +119,7 @@ def _served(index: VideoIndex, queries: NDArray[np.float32]) -> Iterator[Callabl
     finally:
         server.should_exit = True
         thread.join()
+        model.stop()  # PyTorch's threads of this one would slow down what is measured next
         listening.close()
 
 

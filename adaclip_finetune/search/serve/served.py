@@ -63,6 +63,10 @@ class ModelThread:
             raise HTTPException(503, self.message or "the model is still being loaded", {"retry-after": "2"})
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._model)
 
+    def stop(self) -> None:
+        """End the thread, when it has done what it was asked for."""
+        self._thread.shutdown()
+
     def _start(self) -> None:
         started = time.monotonic()
         try:

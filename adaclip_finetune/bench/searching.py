@@ -101,7 +101,8 @@ def _served(index: VideoIndex, queries: NDArray[np.float32]) -> Iterator[Callabl
         for number in range(first, _REQUESTS, _CLIENTS):
             connection.request("GET", f"/api/search?q={number}")
             answer = connection.getresponse()
-            if answer.read() and answer.status != 200:
+            answer.read()
+            if answer.status != 200:
                 raise UserError(f"bench: `adaclip serve` answered {answer.status} {answer.reason}")
         connection.close()
 

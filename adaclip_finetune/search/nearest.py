@@ -12,6 +12,7 @@ from torch import Tensor
 
 _PRODUCTS = 2**22  # that are kept at a time, 16 MB
 _CONVERTED = 2048  # float16 vectors that are converted to float32 at a time, so that they stay in the processor's cache
+_COPIED = 2**15  # vectors of which the chosen ones are copied at a time
 _FEW = 4  # where less than one in so many vectors is chosen, those are copied instead of comparing all
 
 
@@ -24,14 +25,14 @@ def nearest(
     order of their rows. With `chosen` (V,), only the vectors for which it is true are compared.
     """
     k = min(k, len(vectors) if chosen is None else int(np.count_nonzero(chosen)))
-    if not k:
+    if not k or not len(queries):
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     least = np.full((len(queries), 1), -np.inf, np.float32)  # no product below it is among the k largest
     found = []
     for rows, scores in _in_blocks(vectors, queries, chosen):
         if scores.shape[1] >= k:
             least = np.maximum(least, np.partition(scores, -k, axis=1)[:, -k, None])
-        cells = np.flatnonzero(scores >= least)
+        cells = np.flatnonzero(~(scores < least))
         of, at = np.divmod(cells, scores.shape[1])
         found.append((of, rows[at], scores.reshape(-1)[cells]))
     of, rows, scores = map(np.concatenate, zip(*found, strict=True))
@@ -45,6 +46,7 @@ def _in_blocks(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Yield rows (B,) of vectors, and their products with the queries (Q, B), block by block."""
     size = max(_CONVERTED, _PRODUCTS // len(queries))
+    size = size if chosen is None else min(size, _COPIED)
     for start in range(0, len(vectors), size):
         block = vectors[start : start + size]
         if chosen is None:

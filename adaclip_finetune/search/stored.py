@@ -128,9 +128,11 @@ def read_index(folder: Path) -> StoredIndex:
             raise UserError(f"{folder}: is not finished; `adaclip index RUN VIDEOS -o {folder}` continues it")
         raise UserError(f"{folder}: is not an index; give the folder that `adaclip index -o` made")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # which maps the file; with "np" it would be read
-            tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()[FORMAT])
+        before = None
+        while before != (before := _stamp(path)):  # it is opened twice, and may be replaced in between
+            with safetensors.safe_open(path, framework="pt") as file:  # which maps the file; with "np" it would be read
+                tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                facts = json.loads(file.metadata()[FORMAT])
         vectors, firsts = tensors["vectors"], tensors.get("firsts")
         moments = None
         if facts.get("moments"):
@@ -144,10 +146,15 @@ def read_index(folder: Path) -> StoredIndex:
             moments,
             tensors["positions"] if facts.get("shard") else None,
         )
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
         ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def write_index(

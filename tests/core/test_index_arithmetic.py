@@ -97,5 +97,9 @@ def test_products_are_exact_while_a_model_computes_in_bfloat16(queries: int) -> 
     np.testing.assert_array_equal(scores, nearest(vectors, asked, 5)[0])
 
 
+def test_no_query_finds_nothing() -> None:
+    assert len(nearest(random_vectors(100), random_vectors(0), 5)[1]) == 0
+
+
 def random_vectors(count: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(count).standard_normal((count, 16)).astype(dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from media import index_of, write_frames, write_video
 from PIL import Image
 from serving import (
@@ -81,6 +82,15 @@ def test_searches_that_wait_at_the_same_time_are_done_together(index: VideoIndex
     assert sorted(asked) == [(1, 2), (3, 1)]
     with pytest.raises(UserError, match="k 0"):
         asyncio.run(searches.hits(lambda loaded: loaded.encode_query(["1"]), partial(search, k=0)))
+    assert len(asyncio.run(searches.hits(lambda loaded: loaded.encode_query(["1"]), partial(search, k=1)))) == 1
+
+    async def two_widths() -> list[Any]:
+        """Queries that cannot be compared together fail, and nothing remains of them."""
+        widths = (3, 4)
+        waiting = [searches.hits(lambda _, n=n: torch.ones(1, n), partial(search, k=1)) for n in widths]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert all(isinstance(answer, RuntimeError) for answer in asyncio.run(two_widths()))
     assert len(asyncio.run(searches.hits(lambda loaded: loaded.encode_query(["1"]), partial(search, k=1)))) == 1
 
 

@@ -141,6 +141,23 @@ def test_what_is_opened_is_read_when_it_is_needed(tmp_path: Path) -> None:
     assert (kept == vectors).all() and (VideoIndex.load(tmp_path / "i")._vectors == other).all()
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header of one file over the bytes of another would give wrong vectors."""
+    write_random_index(tmp_path / "i")
+    new, opened = unit_rows(60, seed=3), list[Path]()
+
+    def replace_it(path: Path, framework: str) -> Any:
+        if not opened:
+            write_index(tmp_path / "i", index_info(), new, [index_row(number) for number in range(60)])
+        opened.append(path)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr("adaclip_finetune.search.stored.safetensors.safe_open", replace_it)
+    assert (VideoIndex.load(tmp_path / "i")._vectors == new).all() and len(opened) == 2
+
+
 def test_queries_that_are_refused(tmp_path: Path) -> None:
     write_random_index(tmp_path / "i")
     index = VideoIndex.load(tmp_path / "i")

@@ -210,6 +210,8 @@ def _add_searches(app: FastAPI, model: ModelThread, index: Searchable) -> None:
         if hybrid:
             lines = [await asyncio.to_thread(transcripts.find, text or "")]
             hits = (await model.run(lambda loaded: narrowed(encode(loaded), lines=lines)))[0]
+        elif "moment" in (by, index.ranked_by(score)) or last > MAX_K:  # together it would take longer, or much memory
+            hits = (await model.run(lambda loaded: narrowed(encode(loaded))))[0]
         else:
             hits = await searches.hits(encode, narrowed)
         pages = -(-count // k) if by == "video" else page + (len(hits) > k)

@@ -104,10 +104,12 @@ class Searches:
         return (await asyncio.shield(search))[place]
 
     async def _search(self, key: str, find: partial[list[list[Hit]]]) -> list[list[Hit]]:
-        await self._model.run(lambda _: None)  # until what was asked before has been encoded
-        queries = torch.cat(self._waiting.pop(key))
-        del self._soon[key]
-        return await self._model.run(lambda _: find(queries))
+        try:
+            await self._model.run(lambda _: None)  # until what was asked before has been encoded
+        finally:
+            queries = self._waiting.pop(key)
+            del self._soon[key]
+        return await self._model.run(lambda _: find(torch.cat(queries)))
 
 
 class ServedVideos:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -64,22 +64,18 @@ def _from_files(setup: Setup, session: Session, config: Config) -> Measured:
         dataset = GalleryDataset(names, VideoReader(VideoFolder(first.parent), config, session.model.views()))
         with closing(GalleryLoader(dataset, config)) as loader, setup.autocast(), torch.no_grad():
 
-            def read() -> list[VideoBatch]:
-                return [batch.videos for batch in loader.read(range(len(loader))) if batch.videos is not None]
+            def read() -> Iterator[VideoBatch]:
+                return (batch.videos for batch in loader.read(range(len(loader))) if batch.videos is not None)
 
-            def encode(batches: list[VideoBatch]) -> list[Tensor]:
-                return [_vectors(session, videos.to(session.device)).cpu() for videos in batches]
+            def encode(batches: Iterable[VideoBatch]) -> Tensor:
+                return torch.cat([_vectors(session, videos.to(session.device)).cpu() for videos in batches])
 
-            def both() -> list[Tensor]:
-                found = []
-                for batch in loader.read(range(len(loader))):
-                    assert batch.videos is not None, "nothing is unreadable"
-                    found.append(_vectors(session, batch.videos.to(session.device)).cpu())
-                return found
-
-            kept = read()
-            check("the vectors of files", torch.cat(both()), torch.cat(encode(kept)), 1e-6)
-            seconds = in_turns(setup, {"reading": read, "encoding": partial(encode, kept), "ours": both})
+            kept = list(read())
+            check("the vectors of files", encode(read()), encode(kept), 1e-6)
+            seconds = in_turns(
+                setup,
+                {"reading": lambda: list(read()), "encoding": partial(encode, kept), "ours": lambda: encode(read())},
+            )
     seconds["the slower"] = [max(pair) for pair in zip(seconds["reading"], seconds["encoding"], strict=True)]
     case = f"{config.top_k} of {config.num_frm} frames, {count} files of {length} s, {size}, {setup.precision}"
     return Measured(case, seconds, [Aim("ours", "the slower", 0.9), Aim("ours", "reading"), Aim("ours", "encoding")])

@@ -19,6 +19,7 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from adaclip_finetune.data.frame_store import stamp_of
 from adaclip_finetune.durable import write_durably
 from adaclip_finetune.errors import UserError
 from adaclip_finetune.hub import on_hub
@@ -129,7 +130,7 @@ def read_index(folder: Path) -> StoredIndex:
         raise UserError(f"{folder}: is not an index; give the folder that `adaclip index -o` made")
     try:
         before = None
-        while before != (before := _stamp(path)):  # it is opened twice, and may be replaced in between
+        while before != (before := stamp_of(path)):  # it is opened twice, and may be replaced in between
             with safetensors.safe_open(path, framework="pt") as file:  # which maps the file; with "np" it would be read
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
                 facts = json.loads(file.metadata()[FORMAT])
@@ -150,11 +151,6 @@ def read_index(folder: Path) -> StoredIndex:
         raise UserError(
             f"{path}: is damaged or of another version ({error!r}); index the videos again, into a new folder"
         ) from error
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def write_index(

@@ -36,9 +36,13 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
+
+try:
+    import faiss
+except ImportError:  # `cost` and `milvus` do without
+    faiss = None
 
 Floats = NDArray[np.float32]
 
@@ -66,6 +70,8 @@ def main() -> None:
     for name, default, what in COSTS:
         cost.add_argument(f"--{name}", type=float, default=default, help=f"{what}; default {default}")
     a = parser.parse_args()
+    if faiss is None and a.command in ("simulated", "real"):
+        parser.error(f"{a.command} needs FAISS: pip install faiss-cpu")
     if a.command == "simulated":
         names = ["videos", "index", "MB", "built in CPU s", "CPU ms a query", f"recall@{FOUND}", f"among {AGAIN}"]
         print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
